@@ -1,0 +1,20 @@
+"""Every operation in plain torch: the specification that kernels, tests and benchmarks are held against."""
+
+from peftk.reference.lora_linear import (
+    AdapterGrads,
+    lora_linear,
+    lora_linear_backward,
+    multi_lora_linear,
+    multi_lora_linear_backward,
+)
+from peftk.reference.merge import merge, unmerge
+
+__all__ = [
+    "AdapterGrads",
+    "lora_linear",
+    "lora_linear_backward",
+    "merge",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+    "unmerge",
+]

@@ -1,0 +1,189 @@
+"""The specification of peftk's operation in plain torch, forward and backward, one and many adapters.
+
+    y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i        i = ids[m];  ids[m] = -1 → base layer only
+
+Shapes: x [M, K], weight W [N, K], bias [N], lora_A A [R, K], lora_B B [N, R], bias_A a [R], bias_B β [N], y [M, N].
+x̃ is x with dropout (`peftk.reference.philox`), divided by 1 - p. Everything is computed in `accumulate_dtype`
+(fp32, or fp64 when an input is fp64) and rounded once, to x's dtype. z = x̃Aᵀ + a is what the backward needs.
+
+These functions are checked by tests against torch.autograd; every other backend is checked against them. They favour
+being readable over being fast: a Python loop over the adapters, a mask for each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftk import activations
+from peftk.reference import philox
+from peftk.table import Adapter, AdapterTable
+
+
+class AdapterGrads(NamedTuple):
+    """Gradients of one adapter, in the shapes and dtypes of its (dense) tensors; None where there is no tensor."""
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias_A: Tensor | None
+    bias_B: Tensor | None
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any of the tensors is fp64, else fp32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One adapter for every row (None: the base layer alone). Returns y [M, N] and, if asked, z [M, R] in fp32."""
+    acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
+    y = _base(x, weight, bias, acc)
+    z = None
+    if adapter is not None:
+        delta, z = _adapter_term(_dropped(x, dropout_p, seed, acc), adapter, acc)
+        y = y + delta
+    return y.to(x.dtype), z if save_z else None
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Row m takes adapter ids[m] (int32 [M]; -1: none). Returns y [M, N] and, if asked, z [M, table.z_width]."""
+    acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
+    y = _base(x, weight, bias, acc)
+    z = torch.zeros(x.shape[0], table.z_width, dtype=acc, device=x.device)
+    dropped = _dropped(x, dropout_p, seed, acc)
+    for index, adapter in enumerate(table.adapters):
+        if adapter is None:
+            continue
+        rows = (ids == index).nonzero().flatten()
+        delta, z_rows = _adapter_term(dropped[rows], adapter, acc)
+        y[rows] += delta
+        if z_rows is not None:
+            z[rows, : adapter.rank] = z_rows
+    return y.to(x.dtype), z if save_z else None
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter | None,
+    z: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, AdapterGrads]:
+    """Gradients for x and for the adapter; W is frozen. dy [M, N] → dx [M, K] in x's dtype.
+
+    u = (dY B) ⊙ act'(z);  dX = dY W + mask/(1-p) ⊙ (s·u A);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
+    """
+    acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
+    dx = dy.to(acc) @ weight.to(acc)
+    grads = AdapterGrads(None, None, None, None)
+    if adapter is not None:
+        factor = _dropout_factor(x, dropout_p, seed, acc)
+        dx_adapter, grads = _adapter_backward(dy.to(acc), _times(x.to(acc), factor), adapter, z, acc)
+        if dx_adapter is not None:
+            dx = dx + _times(dx_adapter, factor)
+    return dx.to(x.dtype), grads
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    table: AdapterTable,
+    ids: Tensor,
+    z: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, list[AdapterGrads | None]]:
+    """`lora_linear_backward` per adapter over its own rows; an entry is None for an empty slot."""
+    acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
+    dx = dy.to(acc) @ weight.to(acc)
+    factor = _dropout_factor(x, dropout_p, seed, acc)
+    dropped = _times(x.to(acc), factor)
+    grads: list[AdapterGrads | None] = []
+    for index, adapter in enumerate(table.adapters):
+        if adapter is None:
+            grads.append(None)
+            continue
+        rows = (ids == index).nonzero().flatten()
+        z_rows = z[rows, : adapter.rank]
+        dx_adapter, adapter_grads = _adapter_backward(dy[rows].to(acc), dropped[rows], adapter, z_rows, acc)
+        if dx_adapter is not None:
+            dx[rows] += dx_adapter if factor is None else dx_adapter * factor[rows]
+        grads.append(adapter_grads)
+    return dx.to(x.dtype), grads
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    y = x.to(acc) @ weight.to(acc).t()
+    return y if bias is None else y + bias.to(acc)
+
+
+def _dropout_factor(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """mask / (1 - p) as [M, K], or None without dropout."""
+    if p == 0.0:
+        return None
+    if seed is None:
+        raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
+    return philox.keep_mask(x.shape[0], x.shape[1], p, seed).to(acc) / (1.0 - p)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor:
+    return _times(x.to(acc), _dropout_factor(x, p, seed, acc))
+
+
+def _adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    delta = dropped.new_zeros(()) if adapter.bias_B is None else adapter.bias_B.to(acc)
+    if adapter.lora_A is None or adapter.lora_B is None:
+        return delta, None
+    z = dropped @ adapter.lora_A.to(acc).t()
+    if adapter.bias_A is not None:
+        z = z + adapter.bias_A.to(acc)
+    v = activations.apply(adapter.activation, z)
+    return adapter.scaling * (v @ adapter.lora_B.to(acc).t()) + delta, z
+
+
+def _adapter_backward(
+    dy: Tensor, dropped: Tensor, adapter: Adapter, z: Tensor | None, acc: torch.dtype
+) -> tuple[Tensor | None, AdapterGrads]:
+    d_bias_B = None if adapter.bias_B is None else dy.sum(0).to(adapter.bias_B.dtype)
+    if adapter.lora_A is None or adapter.lora_B is None or z is None:
+        return None, AdapterGrads(None, None, None, d_bias_B)
+    z = z.to(acc)
+    s = adapter.scaling
+    u = (dy @ adapter.lora_B.to(acc)) * activations.derivative(adapter.activation, z)
+    v = activations.apply(adapter.activation, z)
+    return s * (u @ adapter.lora_A.to(acc)), AdapterGrads(
+        lora_A=(s * (u.t() @ dropped)).to(adapter.lora_A.dtype),
+        lora_B=(s * (dy.t() @ v)).to(adapter.lora_B.dtype),
+        bias_A=None if adapter.bias_A is None else (s * u.sum(0)).to(adapter.bias_A.dtype),
+        bias_B=d_bias_B,
+    )
