@@ -13,6 +13,7 @@ and CUDA_HOME name the tools; MAX_JOBS limits the parallel compilations.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}")  # kept between builds, whoever starts them
 
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-INCLUDES = ["-Icsrc", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 # Without contraction, every a * b + c that is not an explicit fma rounds twice on every machine: exact merges need it.
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall".split()
@@ -122,7 +123,9 @@ def cpu_objects() -> list[Object]:
 def cuda_objects(nvcc: str) -> list[Object]:
     flags = gencode(cuda_archs(nvcc))
     objects = [Object("nvcc", source, flags, "cuda") for source in sources("csrc/cuda/*.cu")]
-    return objects + [Object("nvcc", source, [], "bindings") for source in sources("csrc/bindings/cuda.cpp")]
+    return objects + [
+        Object("nvcc", source, ["-Xcompiler=-Wextra"], "bindings") for source in sources("csrc/bindings/cuda.cpp")
+    ]
 
 
 def words(values: list[str]) -> str:
@@ -162,7 +165,6 @@ def write_ninja(modules: dict[str, list[Object]], nvcc: str | None) -> Path:
             lines += [f"  level = ({level})"] if level else []
         lines += [f"build {BUILD / name}.so: link_{name} {' '.join(str(item.path) for item in objects)}"]
     path = BUILD / "build.ninja"
-    (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
     (ROOT / path).write_text("\n".join(lines) + "\n")
     return path
 
@@ -175,16 +177,19 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"peftk's C++ kernels build on Linux, got platform {sys.platform!r}")
         nvcc = find_nvcc()
         modules = {ext.name: OBJECTS[ext.name] for ext in self.extensions}
-        ninja_file = write_ninja({name.rpartition("_")[2]: objects for name, objects in modules.items()}, nvcc)
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        command = [sys.executable, "-m", "ninja", "-f", str(ninja_file), *jobs]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            hint = " Where only nvcc fails, PEFTK_BUILD_CUDA=0 builds without CUDA." if nvcc else ""
-            raise SystemExit(f"peftk: compilation failed, see the compiler's messages above.{hint}")
-        for name in modules:
-            target = Path(self.get_ext_fullpath(name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(ROOT / BUILD / f"{name.rpartition('_')[2]}.so"), str(target))
+        (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
+        with open(ROOT / BUILD / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
+            ninja_file = write_ninja({name.rpartition("_")[2]: objects for name, objects in modules.items()}, nvcc)
+            command = [sys.executable, "-m", "ninja", "-f", str(ninja_file), *jobs]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                hint = " Where only nvcc fails, PEFTK_BUILD_CUDA=0 builds without CUDA." if nvcc else ""
+                raise SystemExit(f"peftk: compilation failed, see the compiler's messages above.{hint}")
+            for name in modules:
+                target = Path(self.get_ext_fullpath(name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(ROOT / BUILD / f"{name.rpartition('_')[2]}.so"), str(target))
 
 
 def extension_objects() -> dict[str, list[Object]]:
@@ -201,8 +206,6 @@ triton = ["peftk.triton_kernels"] if (ROOT / "triton_kernels").is_dir() else []
 setup(
     packages=[*find_packages(include=["peftk", "peftk.*"]), *triton],
     package_dir={"peftk.triton_kernels": "triton_kernels"} if triton else {},
-    ext_modules=[
-        Extension(name, sorted({str(item.source) for item in objects})) for name, objects in OBJECTS.items()
-    ],
+    ext_modules=[Extension(name, sorted({str(item.source) for item in objects})) for name, objects in OBJECTS.items()],
     cmdclass={"build_ext": NinjaBuild},
 )
