@@ -1,0 +1,35 @@
+"""peftk: kernels that make parameter-efficient fine-tuning free.
+
+One fused operation, y = W₀x + b + s·(xA)B, with another adapter for every token of a batch if need be, behind drop-in
+Linear replacements. See README.md for a tour, `peftk.explain` for what serves a call on this machine.
+"""
+
+from peftk import functional
+from peftk.backends import BackendError
+from peftk.bank import AdapterBank
+from peftk.explain import explain
+from peftk.functional import MergeReceipt
+from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.model import LoraConfig, count_parameters, freeze, inject, load_adapter, save_adapter
+from peftk.nn import LoRALinear, MultiLoRALinear
+from peftk.server import MultiAdapter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterBank",
+    "BackendError",
+    "CheckpointError",
+    "LoRALinear",
+    "LoraConfig",
+    "MergeReceipt",
+    "MultiAdapter",
+    "MultiLoRALinear",
+    "count_parameters",
+    "explain",
+    "freeze",
+    "functional",
+    "inject",
+    "load_adapter",
+    "save_adapter",
+]

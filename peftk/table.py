@@ -107,7 +107,9 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
             if page_A.shape[0] % PAGE and number + 1 < len(adapter.pages_A):
                 raise ValueError(f"adapters[{index}]: only the last page may hold fewer than {PAGE} ranks")
             if page_A.stride(1) != 1 and page_A.shape[1] > 1:
-                raise ValueError(f"adapters[{index}]: expected contiguous rows in lora_A, got strides {page_A.stride()}")
+                raise ValueError(
+                    f"adapters[{index}]: expected contiguous rows in lora_A, got strides {page_A.stride()}"
+                )
             for r in range(0, page_A.shape[0], PAGE):
                 pages.append(
                     [

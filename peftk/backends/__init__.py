@@ -1,7 +1,8 @@
 """The one place that decides which backend runs. Every backend module has the reference's functions and signatures.
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) ·
-`cuda` (CUDA C++, where it wins). `choose` is a pure function of the call; `explain` says what it chose and why.
+`cuda` (CUDA C++, where it wins). A module also has `cannot_serve(call)`, the reason why it cannot or None, and
+`describe(call)`, one line for `peftk.explain` about the kernel that would run. `choose` is a pure function of the call; `explain` says what it chose and why.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ class Choice(NamedTuple):
     backend: str
     reason: str
     rejected: tuple[tuple[str, str], ...]  # (backend, why not), in the order they were asked
+    kernel: str = ""  # what the backend says of itself: kernels, launches, SIMD level
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]
+        lines += [f"  {self.kernel}"] if self.kernel else []
         lines += [f"  not {name}: {why}" for name, why in self.rejected]
         return "\n".join(lines)
 

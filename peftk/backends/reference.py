@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cannot_serve",
+    "describe",
     "lora_linear",
     "lora_linear_backward",
     "merge",
@@ -29,3 +30,7 @@ __all__ = [
 
 def cannot_serve(call: Call) -> str | None:
     return None
+
+
+def describe(call: Call) -> str:
+    return "plain torch: the specification, not built for speed"

@@ -62,7 +62,12 @@ def _round_sum(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(move, bits + step, bits).view(torch.float64).to(torch.float32)
 
 
-_BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def _order(values: Tensor) -> Tensor:

@@ -1,0 +1,145 @@
+"""Gradients in eager mode: torch.autograd Functions that call the backend directly.
+
+They save x, z (the R pre-activations of each row, fp32) and the adapter: nothing of the size of [M, N], no mask.
+W is frozen, so it has no gradient; the backward of the backward is not defined.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftk import dispatch
+from peftk.reference import AdapterGrads
+from peftk.table import Adapter, AdapterTable
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    if torch.is_grad_enabled() and _wants_grad(x, bias, lora_A, lora_B, bias_A, bias_B):
+        return _LoraLinear.apply(  # type: ignore[no-untyped-call, no-any-return]
+            x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, scaling, activation, dropout_p, backend
+        )
+    adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+    return dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, False)[0]
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: AdapterTable,
+    ids: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        tensors = flat_tensors(table.adapters)
+        if _wants_grad(x, bias, *tensors):
+            return _MultiLoraLinear.apply(  # type: ignore[no-untyped-call, no-any-return]
+                x, weight, bias, ids, seed, table, dropout_p, backend, *tensors
+            )
+    return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, False)[0]
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        bias_A: Tensor | None,
+        bias_B: Tensor | None,
+        seed: Tensor | None,
+        scaling: float,
+        activation: str,
+        dropout_p: float,
+        backend: str | None,
+    ) -> Tensor:
+        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+        y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, True)
+        ctx.save_for_backward(x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z)
+        ctx.rest = (scaling, activation, dropout_p, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z = ctx.saved_tensors
+        scaling, activation, dropout_p, backend = ctx.rest
+        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+        dx, grads = dispatch.lora_linear_backward(dy, x, weight, adapter, z, dropout_p, seed, backend)
+        dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, *grads, None, None, None, None, None
+
+
+class _MultiLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        seed: Tensor | None,
+        table: AdapterTable,
+        dropout_p: float,
+        backend: str | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        y, z = dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, True)
+        # the adapters' tensors are saved so that autograd notices when one was changed in place before the backward
+        ctx.save_for_backward(x, weight, bias, ids, seed, z, *tensors)
+        ctx.rest = (table, dropout_p, backend)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, ids, seed, z = ctx.saved_tensors[:6]
+        table, dropout_p, backend = ctx.rest
+        dx, grads = dispatch.multi_lora_linear_backward(dy, x, weight, table, ids, z, dropout_p, seed, backend)
+        dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+        return dx, None, dbias, None, None, None, None, None, *flat_grads(table.adapters, grads)
+
+
+def flat_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
+    """All adapters' tensors in one list: each adapter's pages of A, pages of B, bias_A and bias_B where there are."""
+    return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
+
+
+def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | None]) -> list[Tensor]:
+    """The gradients in the order of `flat_tensors`, those of A and B cut into the adapter's pages."""
+    flat: list[Tensor] = []
+    for adapter, grad in zip(adapters, grads, strict=True):
+        if adapter is None or grad is None:
+            continue
+        sizes = [page.shape[0] for page in adapter.pages_A]
+        if grad.lora_A is not None and grad.lora_B is not None:
+            flat += grad.lora_A.split(sizes, dim=0)
+            flat += grad.lora_B.split(sizes, dim=1)
+        flat += [g for g in (grad.bias_A, grad.bias_B) if g is not None]
+    return flat

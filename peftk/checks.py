@@ -1,0 +1,142 @@
+"""Every check of arguments, in one place. Each error names the argument, what was expected and what came.
+
+Checks look at shapes, dtypes and devices only, never at values on a GPU: looking would synchronise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from peftk import activations
+from peftk.table import AdapterTable
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {list(tensor.shape)}")
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected on {device} like weight, got {tensor.device}")
+
+
+def base(weight: Tensor, bias: Tensor | None) -> None:
+    """weight [N, K], bias [N]: frozen weight, one device."""
+    floating("weight", weight)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: expected shape [N, K] with N, K ≥ 1, got {list(weight.shape)}")
+    if weight.requires_grad:
+        raise ValueError("weight: expected a frozen weight (requires_grad=False), got one that requires a gradient")
+    if bias is not None:
+        floating("bias", bias)
+        shape("bias", bias, (weight.shape[0],), "[N]")
+        same_device("bias", bias, weight.device)
+
+
+def input(x: Tensor, weight: Tensor) -> None:
+    """x [..., K] beside weight [N, K]. Only the two may differ in dtype, and fp64 mixes with nothing."""
+    floating("x", x)
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
+    same_device("x", x, weight.device)
+    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"x: expected a dtype that mixes with weight's {weight.dtype}, got {x.dtype}")
+
+
+def adapter(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+) -> None:
+    """One adapter for weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N], one dtype."""
+    N, K = weight.shape
+    if (lora_A is None) != (lora_B is None):
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
+        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    if activation not in activations.CODES:
+        raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {activation!r}")
+    if lora_A is not None and lora_B is not None:
+        floating("lora_A", lora_A)
+        floating("lora_B", lora_B)
+        if lora_A.dim() != 2 or lora_A.shape[0] < 1:
+            raise ValueError(f"lora_A: expected shape [R, K] with R ≥ 1, got {list(lora_A.shape)}")
+        shape("lora_A", lora_A, (lora_A.shape[0], K), "[R, K]")
+        shape("lora_B", lora_B, (N, lora_A.shape[0]), "[N, R]")
+        if bias_A is not None:
+            shape("bias_A", bias_A, (lora_A.shape[0],), "[R]")
+    elif bias_A is not None:
+        raise ValueError("bias_A: expected None where there is no lora_A, got a tensor")
+    if bias_B is not None:
+        shape("bias_B", bias_B, (N,), "[N]")
+    tensors = {"lora_A": lora_A, "lora_B": lora_B, "bias_A": bias_A, "bias_B": bias_B}
+    dtype = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        floating(name, tensor)
+        same_device(name, tensor, weight.device)
+        dtype = dtype or tensor.dtype
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} like the adapter's other tensors, got {tensor.dtype}")
+    if dtype is not None and (dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(f"lora_A: expected a dtype that mixes with weight's {weight.dtype}, got {dtype}")
+
+
+def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 ≤ p < 1, got {p}")
+    if seed is not None:
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
+        same_device("seed", seed, device)
+
+
+def ids(ids: Tensor, x: Tensor) -> None:
+    """ids int32/int64 of x.shape[:-1] (per token) or x.shape[:1] (per sequence), on x's device."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected a tensor of adapter numbers, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: expected dtype int32 or int64, got {ids.dtype}")
+    if ids.shape != x.shape[:-1] and not (x.dim() > 2 and ids.shape == x.shape[:1]):
+        per_sequence = f" or {list(x.shape[:1])} (per sequence)" if x.dim() > 2 else ""
+        raise ValueError(f"ids: expected shape {list(x.shape[:-1])} (per token){per_sequence}, got {list(ids.shape)}")
+    if ids.device != x.device:
+        raise ValueError(f"ids: expected on {x.device} like x, got {ids.device}")
+
+
+def look_at_ids(device: torch.device) -> bool:
+    """Whether ids are looked at before use: always on a CPU; on a GPU, where it synchronises, with PEFTK_CHECK=1."""
+    return device.type == "cpu" or os.environ.get("PEFTK_CHECK") == "1"
+
+
+def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
+    """Every id is -1 or names a taken slot. Raises ValueError with the first that does not."""
+    count = len(table.adapters)
+    taken = torch.cat([table.rows[:, 3].bool(), torch.ones(1, dtype=torch.bool, device=ids.device)])  # [-1]: base layer
+    outside = (ids < -1) | (ids >= count)
+    bad = outside | ~taken[torch.where(outside, -1, ids).long()]
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"ids: expected -1 or the number of one of {count} slots that is taken, got {int(ids[row])}")

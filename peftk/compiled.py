@@ -1,0 +1,220 @@
+"""The same operations as registered custom ops: what torch.compile and torch.export see, without a graph break.
+
+Eager calls do not come here: the dispatcher's layers cost more than a small linear layer. A custom op returns tensors
+only, so an absent z or gradient is an empty tensor; and takes flat lists, so a table of adapters is packed into one
+list of tensors, one of integers (per adapter: pages or -1 for an empty slot, activation, has bias_A, has bias_B) and
+one of scalings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftk import activations, autograd, dispatch, table
+from peftk.reference.lora_linear import accumulate_dtype
+from peftk.table import Adapter, AdapterTable
+
+_ACTIVATIONS = {code: name for name, code in activations.CODES.items()}
+_FIELDS = 4
+
+
+@torch.library.custom_op("peftk::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns y [..., N] and z [M, R]."""
+    adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+    y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, True)
+    return y, x.new_empty(0) if z is None else z
+
+
+@lora_linear.register_fake
+def _(x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if lora_A is None:
+        return y, x.new_empty(0)
+    rows = x.numel() // x.shape[-1]
+    return y, x.new_empty((rows, lora_A.shape[0]), dtype=accumulate_dtype(x, weight, lora_A))
+
+
+@torch.library.custom_op("peftk::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    z: Tensor,
+    scaling: float,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B."""
+    adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+    dx, grads = dispatch.lora_linear_backward(
+        dy, x, weight, adapter, None if lora_A is None else z, dropout_p, seed, backend
+    )
+    dA, dB, da, db = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dA, dB, da, db
+
+
+@lora_linear_backward.register_fake
+def _(dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    grads = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (lora_A, lora_B, bias_A, bias_B))
+    return x.new_empty(x.shape), *grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend = inputs
+    ctx.save_for_backward(x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, output[1])
+    ctx.rest = (scaling, activation, dropout_p, backend)
+
+
+def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z = ctx.saved_tensors
+    scaling, activation, dropout_p, backend = ctx.rest
+    dx, *grads = lora_linear_backward(
+        dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend
+    )
+    dA, dB, da, db = (None if t is None else g for t, g in zip((lora_A, lora_B, bias_A, bias_B), grads, strict=True))
+    dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+    return dx, None, dbias, dA, dB, da, db, None, None, None, None, None
+
+
+lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def pack(adapters: tuple[Adapter | None, ...]) -> tuple[list[Tensor], list[int], list[float]]:
+    """A table's adapters as lists that a custom op can take."""
+    layout: list[int] = []
+    scalings: list[float] = []
+    for adapter in adapters:
+        if adapter is None:
+            layout += [-1, 0, 0, 0]
+            scalings.append(0.0)
+        else:
+            has_A, has_B = int(adapter.bias_A is not None), int(adapter.bias_B is not None)
+            layout += [len(adapter.pages_A), activations.CODES[adapter.activation], has_A, has_B]
+            scalings.append(adapter.scaling)
+    return autograd.flat_tensors(adapters), layout, scalings
+
+
+def _unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> tuple[Adapter | None, ...]:
+    remaining = list(tensors)
+
+    def take(count: int) -> tuple[Tensor, ...]:
+        taken = tuple(remaining[:count])
+        del remaining[:count]
+        return taken
+
+    adapters: list[Adapter | None] = []
+    for index, scaling in enumerate(scalings):
+        pages, activation, has_A, has_B = layout[index * _FIELDS : (index + 1) * _FIELDS]
+        if pages < 0:
+            adapters.append(None)
+            continue
+        pages_A, pages_B = take(pages), take(pages)
+        bias_A, bias_B = take(has_A), take(has_B)
+        adapters.append(
+            Adapter(
+                pages_A, pages_B, scaling, _ACTIVATIONS[activation], *(b[0] if b else None for b in (bias_A, bias_B))
+            )
+        )
+    return tuple(adapters)
+
+
+def _table(weight: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> AdapterTable:
+    dtype = tensors[0].dtype if tensors else weight.dtype
+    return table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=weight.device)
+
+
+@torch.library.custom_op("peftk::multi_lora_linear", mutates_args=())
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    scalings: Sequence[float],
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns y [..., N] and z [M, table.z_width]."""
+    adapters = _table(weight, tensors, layout, scalings)
+    y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
+    return y, x.new_empty(0) if z is None else z
+
+
+@multi_lora_linear.register_fake
+def _(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    adapters = _unpack(tensors, layout, scalings)
+    width = max((a.rank for a in adapters if a is not None), default=0)
+    width = -(-width // table.PAGE) * table.PAGE
+    return y, x.new_empty((ids.shape[0], width), dtype=accumulate_dtype(x, weight, *tensors))
+
+
+@torch.library.custom_op("peftk::multi_lora_linear_backward", mutates_args=())
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    scalings: Sequence[float],
+    z: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> list[Tensor]:
+    """Returns the gradient of x, then those of `tensors`."""
+    adapters = _table(weight, tensors, layout, scalings)
+    dx, grads = dispatch.multi_lora_linear_backward(dy, x, weight, adapters, ids, z, dropout_p, seed, backend)
+    # outputs of a custom op may not be views of one another
+    return [dx, *(g.contiguous().clone() if g._is_view() else g for g in autograd.flat_grads(adapters.adapters, grads))]
+
+
+@multi_lora_linear_backward.register_fake
+def _(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in tensors)]
+
+
+def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend = inputs
+    ctx.save_for_backward(x, weight, bias, ids, seed, output[1], *tensors)
+    ctx.rest = (layout, scalings, dropout_p, backend)
+
+
+def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, ids, seed, z, *tensors = ctx.saved_tensors
+    layout, scalings, dropout_p, backend = ctx.rest
+    dx, *grads = multi_lora_linear_backward(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend)
+    dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+    return dx, None, dbias, None, grads, None, None, None, None, None
+
+
+multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)
+
+__all__ = ["lora_linear", "multi_lora_linear", "pack"]

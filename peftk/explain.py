@@ -1,0 +1,94 @@
+"""`peftk.explain`: which backend serves a call, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftk import backends
+from peftk.backends import Call, Choice
+
+OPS = (
+    "lora_linear",
+    "lora_linear_backward",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+    "merge",
+    "unmerge",
+)
+
+
+def explain(
+    what: str | nn.Module,
+    x: Tensor | None = None,
+    *,
+    M: int = 1,
+    K: int = 4096,
+    N: int = 4096,
+    rank: int = 16,
+    adapters: int = 1,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    dropout: bool = False,
+    backend: str | None = None,
+) -> Choice:
+    """The backend that would serve a call, why, and why the preferred ones would not. Nothing is computed.
+
+    Two ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`, or `explain(layer, x)` with a
+    LoRALinear or MultiLoRALinear and an input (or M=).
+
+    Args:
+        what: one of lora_linear, multi_lora_linear, their _backward, merge, unmerge; or a layer.
+        M, K, N: tokens, in_features, out_features; rank: the largest; adapters: how many a batch mixes.
+        dtype: of x; weight_dtype and adapter_dtype default to it.
+        backend: what would be forced (else PEFTK_BACKEND is looked at, as in a call).
+
+    Returns:
+        Choice: `.backend`, `.reason`, `.rejected`; print it to read it.
+
+    Raises:
+        ValueError: an unknown operation. BackendError: the forced backend could not serve this call.
+    """
+    if isinstance(what, nn.Module):
+        call = _of_layer(what, x, M)
+    else:
+        if what not in OPS:
+            raise ValueError(f"what: expected a layer or one of {', '.join(OPS)}, got {what!r}")
+        call = Call(
+            what,
+            torch.device(device).type,
+            dtype,
+            weight_dtype or dtype,
+            adapter_dtype or dtype,
+            M,
+            K,
+            N,
+            rank,
+            adapters,
+            dropout,
+        )
+    choice = backends.choose(call, backend)
+    return choice._replace(kernel=backends.module(choice.backend).describe(call))
+
+
+def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
+    from peftk.nn import LoRALinear, MultiLoRALinear
+
+    if isinstance(layer, LoRALinear):
+        op, rank, adapters = "lora_linear", 0 if layer.merged else layer.r, 0 if layer.merged else 1
+        adapter_dtype: torch.dtype | None = layer.lora_A.dtype
+        dropout = layer.training and layer.lora_dropout > 0 and not layer.merged
+    elif isinstance(layer, MultiLoRALinear):
+        taken = [a for a in layer.bank.adapters if a is not None]
+        op, rank, adapters = "multi_lora_linear", max((a.rank for a in taken), default=0), len(layer.bank.adapters)
+        adapter_dtype = layer.bank.pool.dtype
+        dropout = False
+    else:
+        raise ValueError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
+    weight: Tensor = layer.weight
+    N, K = weight.shape
+    rows = M if x is None else x.numel() // x.shape[-1]
+    x_dtype = weight.dtype if x is None else x.dtype
+    return Call(op, weight.device.type, x_dtype, weight.dtype, adapter_dtype, rows, K, N, rank, adapters, dropout)

@@ -1,0 +1,228 @@
+"""The public operations. Each checks its arguments, lets `peftk.backends` choose who serves, and wires the gradients.
+
+    y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i
+
+Every backend accumulates in fp32 and rounds once, to x's dtype; with u the unit roundoff of that dtype
+
+    |y − y*| ≤ u·|y*| + c·√K·2⁻²⁴·(|x||W|ᵀ + |s||v||B|ᵀ + |bias|),   c = 2       (docs/numerics.md)
+
+fp64 inputs are served by the reference, in fp64.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peftk import autograd, checks, compiled, receipts
+from peftk.receipts import MergeReceipt
+from peftk.table import AdapterTable
+
+if TYPE_CHECKING:
+    from peftk.bank import AdapterBank
+
+__all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "unmerge_"]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear layer and one adapter as one operation: `y = xWᵀ + bias + s·act(x̃Aᵀ + a)Bᵀ + β`.
+
+    Args:
+        x: [..., K]; weight: W [N, K], frozen; bias: [N].
+        lora_A: A [R, K]; lora_B: B [N, R]; any R ≥ 1; both None for the base layer alone.
+        scaling: s, dimensionless (lora_alpha / r).
+        activation: identity, relu, gelu (erf), gelu_tanh or silu, on the R hidden values.
+        bias_A: a [R]; bias_B: β [N].
+        dropout_p: probability that the adapter does not see an element of x; the mask comes from `seed` by Philox, so
+            it is never stored. seed: int64 tensor of one element on x's device; None draws one from torch's generator.
+        backend: reference, cpu, triton or cuda; None lets the choice decide (see `peftk.explain`).
+
+    Dtypes: x, W and bias fp32, bf16 or fp16 in any mixture, the adapter of one dtype of its own; or all fp64.
+
+    Returns:
+        y [..., N] in x's dtype: fp32 accumulation, one rounding; for the error bound see the module's docstring.
+        Differentiable in x, bias and the adapter's four tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a weight that wants a gradient.
+        BackendError: the forced backend cannot serve this call.
+
+    Source: Hu et al. 2021 (LoRA); He et al. 2021 (with an activation: parallel adapter).
+    """
+    checks.base(weight, bias)
+    checks.adapter(weight, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    return lora_linear_unchecked(
+        x, weight, bias, lora_A, lora_B, float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend
+    )
+
+
+def lora_linear_unchecked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
+    x = _autocast(x)
+    checks.input(x, weight)
+    if dropout_p > 0.0 or seed is not None:
+        checks.dropout(dropout_p, seed, x.device)
+        seed = _seed(seed, x.device) if dropout_p > 0.0 else None
+    if torch.compiler.is_compiling():
+        y, _ = compiled.lora_linear(
+            x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
+        )
+        return y
+    return autograd.lora_linear(
+        x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
+    )
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: AdapterBank | AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear layer with another adapter for every row: row m takes adapter ids[m], or none where that is -1.
+
+    Args:
+        x: [..., K]; weight: W [N, K], frozen; bias: [N].
+        bank: the adapters (`peftk.AdapterBank`, or an `AdapterTable` of tensors that lie elsewhere), of any ranks,
+            activations and biases.
+        ids: int32 or int64, of shape x.shape[:-1] (per token) or, where x has three or more dimensions, x.shape[:1]
+            (per sequence); in any order.
+        dropout_p, seed, backend: as in `lora_linear`.
+
+    Returns:
+        y [..., N] in x's dtype. Each row has the bound of `lora_linear` with its own adapter; rows do not influence
+        each other (an inf in one adapter stays in its rows). Differentiable in x, bias and the adapters' tensors.
+
+    Raises:
+        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor a taken slot. On a GPU
+            such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which synchronises).
+
+    Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
+    """
+    checks.base(weight, bias)
+    N, K = weight.shape
+    for adapter in bank.adapters:
+        if adapter is not None and adapter.pages_A:
+            checks.shape("bank", adapter.pages_A[0], (adapter.pages_A[0].shape[0], K), "[R, K]")
+            checks.shape("bank", adapter.pages_B[0], (N, adapter.pages_B[0].shape[1]), "[N, R]")
+    if bank.device != weight.device:
+        raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
+    return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
+
+
+def multi_lora_linear_unchecked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: AdapterBank | AdapterTable,
+    ids: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`multi_lora_linear` for layers, which checked weight and bank when they were made: only x and ids are looked at."""
+    x = _autocast(x)
+    checks.input(x, weight)
+    checks.ids(ids, x)
+    if dropout_p > 0.0 or seed is not None:
+        checks.dropout(dropout_p, seed, x.device)
+        seed = _seed(seed, x.device) if dropout_p > 0.0 else None
+    ids = flat_ids(ids, x)
+    if torch.compiler.is_compiling():
+        tensors, layout, scalings = compiled.pack(bank.adapters)
+        y, _ = compiled.multi_lora_linear(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend)
+        return y
+    table = bank if isinstance(bank, AdapterTable) else bank.table()
+    return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
+
+
+def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
+    """int32 [M], one id a row of x flattened to [M, K]."""
+    if ids.shape != x.shape[:-1]:
+        ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    return ids.reshape(-1).to(torch.int32)
+
+
+def merge_(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0, *, backend: str | None = None
+) -> MergeReceipt:
+    """W ← round(W + s·BA), in place, and a receipt from which `unmerge_` gives back every bit of W.
+
+    The product is a chain of fp32 fma over ascending rank, then one product with s and one sum, each rounded once
+    (`peftk.reference.merge`); every backend gives the same bits, so a merge made on one can be undone on another.
+
+    Args:
+        weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), any strides.
+        lora_A: A [R, K]; lora_B: B [N, R]; copied into the receipt. scaling: s, dimensionless.
+
+    Returns:
+        MergeReceipt: about one byte a weight, besides A and B.
+
+    Raises:
+        TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
+    """
+    checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
+    checks.adapter(weight, lora_A, lora_B, scaling)
+    if lora_A is None:
+        raise ValueError("lora_A: expected a tensor [R, K], got None")
+    return receipts.merge_(weight, lora_A, lora_B, float(scaling), backend)
+
+
+def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
+    """Gives `weight` back every bit that it had before `receipt = merge_(weight, ...)`, in place.
+
+    Raises:
+        TypeError: receipt is not a MergeReceipt.
+        ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
+    """
+    if not isinstance(receipt, MergeReceipt):
+        raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
+    receipts.unmerge_(weight, receipt, backend)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under torch.autocast the output has autocast's dtype, as with nn.Linear. W stays: kernels widen it as they read."""
+    kind = x.device.type if isinstance(x, Tensor) else "cpu"
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _seed(seed: Tensor | None, device: torch.device) -> Tensor:
+    if seed is not None:
+        return seed
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

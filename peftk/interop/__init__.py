@@ -1,0 +1,1 @@
+"""Other libraries: HF PEFT checkpoints."""

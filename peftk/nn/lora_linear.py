@@ -1,0 +1,134 @@
+"""LoRALinear: a drop-in nn.Linear with one trainable low-rank adapter, served by one fused operation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from peftk import checks, functional
+from peftk.functional import MergeReceipt
+
+
+class LoRALinear(nn.Module):
+    """y = xWᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, with W and bias frozen, A [r, K] and B [N, r] trainable.
+
+    s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). A starts as kaiming-uniform, B as zero, so a
+    new layer computes what the linear did. `weight` and `bias` are the linear's own Parameters, not copies.
+
+    In eval mode, under no_grad, in training, under torch.compile and autocast it behaves as nn.Linear does; for
+    precision see `peftk.functional.lora_linear`. While merged, W holds W + s·BA (and so does a state_dict taken then).
+
+    Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(f"r: expected an integer of 1 or more, got {r!r}")
+        if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+        checks.dropout(lora_dropout, None, weight.device)
+        checks.base(weight.detach(), None if bias is None else bias.detach())
+        if adapter_dtype is None:
+            # as HF PEFT: adapters of a 16-bit model train in fp32
+            adapter_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        self.out_features, self.in_features = weight.shape
+        self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
+        self.weight = weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        size = {"device": weight.device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **size))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **size))
+        self.receipt: MergeReceipt | None = None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """The layer that replaces `linear`. lora_alpha None means r (s = 1); adapter_dtype None means fp32.
+
+        Raises TypeError or ValueError for what is not an nn.Linear or a bad hyper-parameter; `linear` is unchanged then.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        layer = cls(
+            linear.weight,
+            linear.bias,
+            r=r,
+            lora_alpha=r if lora_alpha is None else lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+        )
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """A kaiming-uniform (as nn.Linear's own weight), B zero: the identity."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → y [..., N], in x's dtype."""
+        if self.receipt is not None:
+            return functional.lora_linear_unchecked(x, self.weight, self.bias, None, None, 1.0)
+        return functional.lora_linear_unchecked(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+        )
+
+    @property
+    def scaling(self) -> float:
+        """s: lora_alpha / r, or lora_alpha / √r for rsLoRA."""
+        return self.lora_alpha / math.sqrt(self.r) if self.use_rslora else self.lora_alpha / self.r
+
+    @property
+    def merged(self) -> bool:
+        return self.receipt is not None
+
+    def merge(self) -> None:
+        """W ← W + s·BA; the layer then costs what its base costs. Nothing happens where it is merged already.
+
+        Raises ValueError where W + s·BA would not be finite; nothing has changed then.
+        """
+        if self.receipt is None:
+            self.receipt = functional.merge_(self.weight.detach(), self.lora_A, self.lora_B, self.scaling)
+
+    def unmerge(self) -> None:
+        """Gives W back every bit that it had before `merge`, whatever A and B have become. Nothing where not merged.
+
+        Raises ValueError where W is not what the merge left; nothing has changed then.
+        """
+        if self.receipt is not None:
+            functional.unmerge_(self.weight.detach(), self.receipt.to(self.weight.device))
+            self.receipt = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+        )
