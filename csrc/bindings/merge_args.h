@@ -1,0 +1,43 @@
+// The arguments of merge and unmerge as Python passes them: addresses, sizes, dtype codes.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "common/merge.h"
+
+namespace peftk {
+
+inline Dtype dtype_of(const char* name, int code) {
+    if (code < kFloat32 || code > kFloat16) {
+        throw std::invalid_argument(std::string(name) + ": expected a dtype code 0, 1 or 2, got " +
+                                    std::to_string(code));
+    }
+    return Dtype(code);
+}
+
+inline MergeArgs merge_args(uintptr_t weight, int64_t weight_stride, uintptr_t out, int64_t out_stride,
+                            uintptr_t lora_A, uintptr_t lora_B, uintptr_t code, int64_t N, int64_t K, int64_t R,
+                            float scaling, int weight_dtype, int adapter_dtype) {
+    return {reinterpret_cast<const void*>(weight),
+            weight_stride,
+            reinterpret_cast<void*>(out),
+            out_stride,
+            reinterpret_cast<const void*>(lora_A),
+            reinterpret_cast<const void*>(lora_B),
+            reinterpret_cast<int8_t*>(code),
+            N,
+            K,
+            R,
+            scaling,
+            dtype_of("weight_dtype", weight_dtype),
+            dtype_of("adapter_dtype", adapter_dtype)};
+}
+
+// The names of the above, in its order, for pybind11.
+#define PEFTK_MERGE_ARGS                                                                                   \
+    py::arg("weight"), py::arg("weight_stride"), py::arg("out"), py::arg("out_stride"), py::arg("lora_A"), \
+        py::arg("lora_B"), py::arg("code"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("scaling"),  \
+        py::arg("weight_dtype"), py::arg("adapter_dtype")
+
+}  // namespace peftk

@@ -1,0 +1,277 @@
+// W' = round(fl(W + d)) and back, with d = fl(s * BA) in one fixed chain of roundings (docs/merge.md): one pass over W.
+//
+// A block owns a tile of W. The rank goes by in chunks: a chunk of A and of B is widened to fp32 into shared memory,
+// and every thread extends the chains of its kRows x kColumns outputs, which stay in registers. The columns of a
+// thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing is left for the compiler to
+// contract, and none of them flushes denormals.
+
+#include "cuda/merge.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace peftk::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kThreadsAcross = 16;                       // threads along the columns of a tile
+constexpr int kThreadsDown = kThreads / kThreadsAcross;  // and along its rows
+constexpr int kOutputs = 16;                             // a thread: chains in registers
+constexpr int kChunk = 16;                               // ranks in shared memory at a time
+constexpr int kBatch = 2;                                // rows of a thread whose loads are in flight together
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(__half value) { return __half2float(value); }
+
+// How a storage type rounds and how its bits read as a lane of the code.
+template <typename T>
+struct Storage;
+
+template <>
+struct Storage<float> {
+    static constexpr uint32_t kMagnitude = 0x7fffffff;
+    static __device__ float round(float value) { return value; }
+    static __device__ uint32_t bits(float value) { return __float_as_uint(value); }
+    static __device__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+};
+
+template <>
+struct Storage<__nv_bfloat16> {
+    static constexpr uint32_t kMagnitude = 0x7fff;
+    static __device__ __nv_bfloat16 round(float value) { return __float2bfloat16_rn(value); }
+    static __device__ uint32_t bits(__nv_bfloat16 value) { return uint32_t(int32_t(__bfloat16_as_short(value))); }
+    static __device__ __nv_bfloat16 from_bits(uint32_t bits) { return __ushort_as_bfloat16(uint16_t(bits)); }
+};
+
+template <>
+struct Storage<__half> {
+    static constexpr uint32_t kMagnitude = 0x7fff;
+    static __device__ __half round(float value) { return __float2half_rn(value); }
+    static __device__ uint32_t bits(__half value) { return uint32_t(int32_t(__half_as_short(value))); }
+    static __device__ __half from_bits(uint32_t bits) { return __ushort_as_half(uint16_t(bits)); }
+};
+
+template <typename W>
+struct Tile {
+    static constexpr int kColumns = 16 / sizeof(W);    // of a thread: one 128-bit access
+    static constexpr int kRows = kOutputs / kColumns;  // of a thread
+    static constexpr int kAcross = kThreadsAcross * kColumns;
+    static constexpr int kDown = kThreadsDown * kRows;
+    // Four floats more than a row, which spreads the column-wise stores of B's chunk over the banks.
+    static constexpr int kPitch = kDown + 4;
+};
+
+// A column's place in the shared rows of A. Each thread reads its columns as float4s; with the first float4s of all
+// threads side by side, then the second, no two threads of a quarter warp meet in a bank.
+template <typename W>
+__device__ inline int shared_column(int column) {
+    constexpr int kColumns = Tile<W>::kColumns;
+    const int thread = column / kColumns, within = column % kColumns;
+    return (within / 4 * kThreadsAcross + thread) * 4 + within % 4;
+}
+
+// A vector of a thread's columns, moved as one word where that is allowed, else one by one up to `valid`.
+// The streaming forms: each byte is touched once.
+template <typename T, int kCount>
+struct Vector {
+    T lane[kCount];
+};
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<16> {
+    using Type = uint4;
+};
+template <>
+struct Word<8> {
+    using Type = uint2;
+};
+template <>
+struct Word<4> {
+    using Type = unsigned;
+};
+
+template <typename T, int kCount>
+__device__ inline Vector<T, kCount> load(const T* from, bool whole, int valid) {
+    Vector<T, kCount> v{};
+    if (whole) {
+        const auto word = __ldcs(reinterpret_cast<const typename Word<sizeof(v)>::Type*>(from));
+        memcpy(&v, &word, sizeof(v));
+    } else {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c)
+            if (c < valid) v.lane[c] = from[c];
+    }
+    return v;
+}
+
+template <typename T, int kCount>
+__device__ inline void store(T* to, const Vector<T, kCount>& v, bool whole, int valid) {
+    if (whole) {
+        typename Word<sizeof(v)>::Type word;
+        memcpy(&word, &v, sizeof(v));
+        __stcs(reinterpret_cast<decltype(word)*>(to), word);
+    } else {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c)
+            if (c < valid) to[c] = v.lane[c];
+    }
+}
+
+template <typename W, typename Adapter, bool kUnmerge>
+__global__ void __launch_bounds__(kThreads, 3) merge_kernel(MergeArgs args, bool aligned) {
+    using T = Tile<W>;
+    using S = Storage<W>;
+    __shared__ alignas(16) float shared_A[kChunk][T::kAcross];
+    __shared__ alignas(16) float shared_B[kChunk][T::kPitch];
+
+    const auto* A = static_cast<const Adapter*>(args.lora_A);
+    const auto* B = static_cast<const Adapter*>(args.lora_B);
+    const int thread = threadIdx.x;
+    const int across = thread % kThreadsAcross, down = thread / kThreadsAcross;
+    const int64_t first_column = int64_t(blockIdx.x) * T::kAcross;
+    const int64_t column = first_column + across * T::kColumns;
+    const int64_t tiles_down = (args.N + T::kDown - 1) / T::kDown;
+
+    // The grid's second dimension has a limit that N may pass, so a block may own several tiles of a column.
+    for (int64_t tile = blockIdx.y; tile < tiles_down; tile += gridDim.y) {
+        const int64_t first_row = tile * T::kDown;
+        const int64_t row = first_row + down * T::kRows;
+
+        float chain[T::kRows][T::kColumns] = {};
+        for (int64_t first_rank = 0; first_rank < args.R; first_rank += kChunk) {
+            const int ranks = int(min(int64_t(kChunk), args.R - first_rank));
+            // Threads walk A along its columns and B along its ranks, as both lie in memory. Outside W anything will
+            // do; outside R the chain must end, since adding even a zero turns -0 into +0.
+#pragma unroll 2
+            for (int i = thread; i < kChunk * T::kAcross; i += kThreads) {
+                const int r = i / T::kAcross, c = i % T::kAcross;
+                const bool inside = r < ranks && first_column + c < args.K;
+                shared_A[r][shared_column<W>(c)] =
+                    inside ? widen(A[(first_rank + r) * args.K + first_column + c]) : 0.0f;
+            }
+#pragma unroll 2
+            for (int i = thread; i < kChunk * T::kDown; i += kThreads) {
+                const int n = i / kChunk, r = i % kChunk;
+                const bool inside = r < ranks && first_row + n < args.N;
+                shared_B[r][n] = inside ? widen(B[(first_row + n) * args.R + first_rank + r]) : 0.0f;
+            }
+            __syncthreads();
+            for (int r = 0; r < ranks; ++r) {
+                float a[T::kColumns], b[T::kRows];
+#pragma unroll
+                for (int c = 0; c < T::kColumns; c += 4) {
+                    const int place = c * kThreadsAcross + across * 4;
+                    const float4 v = *reinterpret_cast<const float4*>(&shared_A[r][place]);
+                    a[c] = v.x, a[c + 1] = v.y, a[c + 2] = v.z, a[c + 3] = v.w;
+                }
+#pragma unroll
+                for (int n = 0; n < T::kRows; n += 2) {
+                    const float2 v = *reinterpret_cast<const float2*>(&shared_B[r][down * T::kRows + n]);
+                    b[n] = v.x, b[n + 1] = v.y;
+                }
+#pragma unroll
+                for (int n = 0; n < T::kRows; ++n)
+#pragma unroll
+                    for (int c = 0; c < T::kColumns; ++c) chain[n][c] = __fmaf_rn(b[n], a[c], chain[n][c]);
+            }
+            __syncthreads();
+        }
+
+        const int valid = int(min(int64_t(T::kColumns), args.K - column));
+        const int rows = int(min(int64_t(T::kRows), args.N - row));
+        if (valid <= 0 || rows <= 0) continue;
+        const bool whole = aligned && valid == T::kColumns;
+        const W* from = static_cast<const W*>(args.weight) + row * args.weight_stride + column;
+        W* to = static_cast<W*>(args.out) + row * args.out_stride + column;
+        int8_t* code = args.code + row * args.K + column;
+
+        // A batch of rows is loaded before the first of them is stored, so that its loads are in flight together: the
+        // compiler must not move a load over a store that might alias it.
+#pragma unroll
+        for (int first = 0; first < T::kRows; first += kBatch) {
+            Vector<W, T::kColumns> in[kBatch], out;
+            Vector<int8_t, T::kColumns> codes[kBatch];
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n) {
+                if (first + n >= rows) break;
+                in[n] = load<W, T::kColumns>(from + (first + n) * args.weight_stride, whole, valid);
+                if constexpr (kUnmerge) codes[n] = load<int8_t, T::kColumns>(code + (first + n) * args.K, whole, valid);
+            }
+#pragma unroll
+            for (int n = 0; n < kBatch; ++n) {
+                if (first + n >= rows) break;
+#pragma unroll
+                for (int c = 0; c < T::kColumns; ++c) {
+                    const float d = __fmul_rn(args.scaling, chain[first + n][c]);
+                    const W w = in[n].lane[c];
+                    if constexpr (kUnmerge) {
+                        const W back = S::round(__fsub_rn(widen(w), d));
+                        const uint32_t stored = uint32_t(int32_t(codes[n].lane[c]));
+                        out.lane[c] = S::from_bits(merge_code::decode<S::kMagnitude>(S::bits(back), stored));
+                    } else {
+                        out.lane[c] = S::round(__fadd_rn(widen(w), d));
+                        const W back = S::round(__fsub_rn(widen(out.lane[c]), d));
+                        codes[n].lane[c] = int8_t(merge_code::encode<S::kMagnitude>(S::bits(w), S::bits(back)));
+                    }
+                }
+                store(to + (first + n) * args.out_stride, out, whole, valid);
+                if constexpr (!kUnmerge) store(code + (first + n) * args.K, codes[n], whole, valid);
+            }
+        }
+    }
+}
+
+template <typename W, typename Adapter, bool kUnmerge>
+cudaError_t launch(const MergeArgs& args, cudaStream_t stream) {
+    using T = Tile<W>;
+    constexpr int64_t kGridYLimit = 65535;
+    const auto aligned_at = [](const void* pointer, int bytes) {
+        return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+    };
+    const bool aligned = aligned_at(args.weight, 16) && aligned_at(args.out, 16) &&
+                         aligned_at(args.code, T::kColumns) && args.weight_stride % T::kColumns == 0 &&
+                         args.out_stride % T::kColumns == 0 && args.K % T::kColumns == 0;
+    const int64_t tiles_across = (args.K + T::kAcross - 1) / T::kAcross;
+    const int64_t tiles_down = (args.N + T::kDown - 1) / T::kDown;
+
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(tiles_across), unsigned(std::min(tiles_down, kGridYLimit)));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, merge_kernel<W, Adapter, kUnmerge>, args, aligned);
+}
+
+template <typename W, bool kUnmerge>
+cudaError_t for_adapter(const MergeArgs& args, cudaStream_t stream) {
+    switch (args.adapter_dtype) {
+        case Dtype::kFloat32: return launch<W, float, kUnmerge>(args, stream);
+        case Dtype::kBFloat16: return launch<W, __nv_bfloat16, kUnmerge>(args, stream);
+        case Dtype::kFloat16: return launch<W, __half, kUnmerge>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+template <bool kUnmerge>
+cudaError_t for_weight(const MergeArgs& args, cudaStream_t stream) {
+    if (args.N == 0 || args.K == 0) return cudaSuccess;
+    switch (args.weight_dtype) {
+        case Dtype::kFloat32: return for_adapter<float, kUnmerge>(args, stream);
+        case Dtype::kBFloat16: return for_adapter<__nv_bfloat16, kUnmerge>(args, stream);
+        case Dtype::kFloat16: return for_adapter<__half, kUnmerge>(args, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t merge(const MergeArgs& args, cudaStream_t stream) { return for_weight<false>(args, stream); }
+
+cudaError_t unmerge(const MergeArgs& args, cudaStream_t stream) { return for_weight<true>(args, stream); }
+
+}  // namespace peftk::cuda
