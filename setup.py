@@ -1,5 +1,7 @@
 """Builds peftk._cpu always, and peftk._cuda where nvcc is found. Everything declarative is in pyproject.toml.
 
+One ninja run compiles all objects, in parallel, and again only what a changed source, header or flag touches.
+
 What is compiled follows from where a file lies, so a new file needs no change here:
 
     csrc/cpu/kernels/*.cpp   once per SIMD level, with -DPEFTK_LEVEL=<level> and that level's flags
@@ -13,7 +15,6 @@ and CUDA_HOME name the tools; MAX_JOBS limits the parallel compilations.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shlex
@@ -23,6 +24,11 @@ import sys
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
+
+if sys.platform != "linux":
+    raise SystemExit(f"peftk builds on Linux, got platform {sys.platform!r}")
+
+import fcntl
 
 import pybind11
 from setuptools import Extension, find_packages, setup
@@ -173,39 +179,38 @@ class NinjaBuild(build_ext):
     """Compiles all extension modules in one ninja run, then copies them to where setuptools wants them."""
 
     def build_extensions(self) -> None:
-        if sys.platform != "linux":
-            raise SystemExit(f"peftk's C++ kernels build on Linux, got platform {sys.platform!r}")
+        if shutil.which(CXX[0]) is None:
+            raise SystemExit(
+                f"peftk needs a C++17 compiler, and {CXX[0]!r} is not here: apt-get install g++, or set CXX"
+            )
         nvcc = find_nvcc()
-        modules = {ext.name: OBJECTS[ext.name] for ext in self.extensions}
+        modules = {"cpu": cpu_objects()} | ({"cuda": cuda_objects(nvcc)} if nvcc else {})
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
         with open(ROOT / BUILD / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
-            ninja_file = write_ninja({name.rpartition("_")[2]: objects for name, objects in modules.items()}, nvcc)
-            command = [sys.executable, "-m", "ninja", "-f", str(ninja_file), *jobs]
+            command = [sys.executable, "-m", "ninja", "-f", str(write_ninja(modules, nvcc)), *jobs]
             if subprocess.run(command, cwd=ROOT).returncode:
                 hint = " Where only nvcc fails, PEFTK_BUILD_CUDA=0 builds without CUDA." if nvcc else ""
                 raise SystemExit(f"peftk: compilation failed, see the compiler's messages above.{hint}")
             for name in modules:
-                target = Path(self.get_ext_fullpath(name))
+                target = Path(self.get_ext_fullpath(f"peftk._{name}"))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self.copy_file(str(ROOT / BUILD / f"{name.rpartition('_')[2]}.so"), str(target))
+                self.copy_file(str(ROOT / BUILD / f"{name}.so"), str(target))
 
 
-def extension_objects() -> dict[str, list[Object]]:
-    modules = {"peftk._cpu": cpu_objects()}
-    nvcc = find_nvcc()
-    if nvcc is not None:
-        modules["peftk._cuda"] = cuda_objects(nvcc)
-    return {name: objects for name, objects in modules.items() if objects}
+def extensions() -> list[Extension]:
+    """Names and sources for setuptools; NinjaBuild knows how they are compiled."""
+    cpu = [*sources("csrc/cpu/*.cpp"), *sources("csrc/cpu/kernels/*.cpp"), *sources("csrc/bindings/cpu.cpp")]
+    cuda = [*sources("csrc/cuda/*.cu"), *sources("csrc/bindings/cuda.cpp")]
+    modules = {"peftk._cpu": cpu} | ({"peftk._cuda": cuda} if find_nvcc() else {})
+    return [Extension(name, [str(source) for source in files]) for name, files in modules.items()]
 
-
-OBJECTS = extension_objects()
-triton = ["peftk.triton_kernels"] if (ROOT / "triton_kernels").is_dir() else []
 
 setup(
-    packages=[*find_packages(include=["peftk", "peftk.*"]), *triton],
-    package_dir={"peftk.triton_kernels": "triton_kernels"} if triton else {},
-    ext_modules=[Extension(name, sorted({str(item.source) for item in objects})) for name, objects in OBJECTS.items()],
+    # A top-level package `triton_kernels` would shadow the Triton project's own.
+    packages=[*find_packages(include=["peftk", "peftk.*"]), "peftk.triton_kernels"],
+    package_dir={"peftk.triton_kernels": "triton_kernels"},
+    ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

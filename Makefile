@@ -1,0 +1,76 @@
+# `make help` lists the targets. Each creates what it needs, once: .venv, the pinned dependencies, the compiled modules.
+# PYTHON=python3.12 chooses the interpreter of a new .venv; CXX, PEFTK_BUILD_CUDA and the others are setup.py's.
+
+PYTHON ?= python3
+CXX ?= g++
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.peftk-dependencies
+BUILT := $(VENV)/.peftk-built
+SOURCES := $(shell find csrc)
+
+export CXX
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-full lint format bench build clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
+	@echo "make test       the tests, except the exhaustive ones"
+	@echo "make test-full  the exhaustive tests that make test leaves out"
+	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
+	@echo "make lint       ruff, mypy, clang-format: check only"
+	@echo "make format     ruff and clang-format: rewrite"
+	@echo "make build      only what the others need: .venv, dependencies, compiled modules"
+	@echo "make clean      remove what was built, keep .venv; make distclean removes that too"
+	@echo 'Further arguments: make bench ARGS="--ranks 16 --dtype bf16", make test ARGS="-k merge"'
+
+demo: $(BUILT)
+	$(BIN)/peftk demo $(ARGS)
+
+test: $(BUILT)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-full: $(BUILT)
+	$(BIN)/python -m pytest -m full $(ARGS)
+
+bench: $(BUILT)
+	$(BIN)/peftk bench $(ARGS)
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy peftk
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(BUILT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs -r $(BIN)/clang-format -i
+
+build: $(BUILT)
+
+$(READY): requirements/dev.txt
+	@scripts/check_prerequisites.sh "$(PYTHON)" "$(CXX)"
+	@echo "==> $(VENV): creating the virtual environment"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> $(VENV): installing the pinned dependencies (once; torch is the large one)"
+	$(BIN)/python -m pip install -r requirements/dev.txt
+	@touch $@
+
+# The first command compiles, with ninja's progress; the second finds all compiled, and installs peftk in editable mode.
+$(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
+	@echo "==> compiling"
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf build dist out peftk.egg-info peftk/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find peftk triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
