@@ -32,9 +32,8 @@ class PagePool:
         """`count` free pages; grows the pool where there are not enough."""
         while len(self.free) < count:
             first = len(self.chunks) * _CHUNK_PAGES
-            size = {"dtype": self.dtype, "device": self.device}
-            A = torch.zeros(_CHUNK_PAGES, PAGE, self.in_features, **size)
-            B = torch.zeros(_CHUNK_PAGES, PAGE, self.out_features, **size)
+            A = torch.zeros(_CHUNK_PAGES, PAGE, self.in_features, dtype=self.dtype, device=self.device)
+            B = torch.zeros(_CHUNK_PAGES, PAGE, self.out_features, dtype=self.dtype, device=self.device)
             self.chunks.append((A, B))
             self.free += range(first + _CHUNK_PAGES - 1, first - 1, -1)
         return [self.free.pop() for _ in range(count)]
@@ -101,19 +100,13 @@ class AdapterBank:
         slot = free if slot is None else slot
         if self.slots[slot] is not None:
             raise ValueError(f"slot: expected a free one, got {slot}, which is taken")
-        frame = self.pool
-        checks.adapter(
-            torch.empty(frame.out_features, frame.in_features, dtype=frame.dtype, device="meta"),
-            *(None if t is None else t.detach().to("meta") for t in (lora_A, lora_B)),
-            scaling,
-            activation,
-            *(None if t is None else t.detach().to("meta") for t in (bias_A, bias_B)),
-        )
+        pool = self.pool
+        checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
         if in_place:
             pages_A = () if lora_A is None else (lora_A,)
             pages_B = () if lora_B is None else (lora_B,)
             adapter = Adapter(pages_A, pages_B, float(scaling), activation, bias_A, bias_B)
-            table.build((adapter,), dtype=frame.dtype, device=frame.device)  # raises where it cannot serve as it lies
+            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
         else:
             adapter = self._copy_in(slot, lora_A, lora_B, float(scaling), activation, bias_A, bias_B)
         self.slots[slot] = adapter
@@ -181,8 +174,10 @@ class AdapterBank:
         bias_A: Tensor | None,
         bias_B: Tensor | None,
     ) -> Adapter:
-        size = {"dtype": self.pool.dtype, "device": self.pool.device}
-        biases = [None if b is None else b.detach().to(**size, copy=True).contiguous() for b in (bias_A, bias_B)]
+        biases = [
+            None if b is None else b.detach().to(self.pool.device, self.pool.dtype, copy=True).contiguous()
+            for b in (bias_A, bias_B)
+        ]
         if lora_A is None or lora_B is None:
             return Adapter((), (), scaling, activation, *biases)
         rank = lora_A.shape[0]

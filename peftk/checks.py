@@ -57,8 +57,9 @@ def input(x: Tensor, weight: Tensor) -> None:
         raise TypeError(f"x: expected a dtype that mixes with weight's {weight.dtype}, got {x.dtype}")
 
 
-def adapter(
-    weight: Tensor,
+def adapter_shapes(
+    N: int,
+    K: int,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -66,8 +67,7 @@ def adapter(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> None:
-    """One adapter for weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N], one dtype."""
-    N, K = weight.shape
+    """One adapter for a weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N]."""
     if (lora_A is None) != (lora_B is None):
         missing = "lora_A" if lora_A is None else "lora_B"
         raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
@@ -77,9 +77,9 @@ def adapter(
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if activation not in activations.CODES:
         raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {activation!r}")
+    for name, tensor in _named(lora_A, lora_B, bias_A, bias_B):
+        floating(name, tensor)
     if lora_A is not None and lora_B is not None:
-        floating("lora_A", lora_A)
-        floating("lora_B", lora_B)
         if lora_A.dim() != 2 or lora_A.shape[0] < 1:
             raise ValueError(f"lora_A: expected shape [R, K] with R ≥ 1, got {list(lora_A.shape)}")
         shape("lora_A", lora_A, (lora_A.shape[0], K), "[R, K]")
@@ -90,18 +90,35 @@ def adapter(
         raise ValueError("bias_A: expected None where there is no lora_A, got a tensor")
     if bias_B is not None:
         shape("bias_B", bias_B, (N,), "[N]")
-    tensors = {"lora_A": lora_A, "lora_B": lora_B, "bias_A": bias_A, "bias_B": bias_B}
+
+
+def adapter(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+) -> None:
+    """`adapter_shapes` for weight [N, K], and: all on weight's device, of one dtype that mixes with weight's."""
+    N, K = weight.shape
+    adapter_shapes(N, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
     dtype = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        floating(name, tensor)
+    for name, tensor in _named(lora_A, lora_B, bias_A, bias_B):
         same_device(name, tensor, weight.device)
         dtype = dtype or tensor.dtype
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the adapter's other tensors, got {tensor.dtype}")
-    if dtype is not None and (dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"lora_A: expected a dtype that mixes with weight's {weight.dtype}, got {dtype}")
+        if (dtype == torch.float64) != (weight.dtype == torch.float64):
+            raise TypeError(f"{name}: expected a dtype that mixes with weight's {weight.dtype}, got {dtype}")
+
+
+def _named(
+    lora_A: Tensor | None, lora_B: Tensor | None, bias_A: Tensor | None, bias_B: Tensor | None
+) -> list[tuple[str, Tensor]]:
+    named = (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B))
+    return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:

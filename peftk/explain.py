@@ -49,7 +49,7 @@ def explain(
         Choice: `.backend`, `.reason`, `.rejected`; print it to read it.
 
     Raises:
-        ValueError: an unknown operation. BackendError: the forced backend could not serve this call.
+        ValueError, TypeError: an unknown operation or layer. BackendError: the forced backend could not serve this call.
     """
     if isinstance(what, nn.Module):
         call = _of_layer(what, x, M)
@@ -86,7 +86,7 @@ def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
         adapter_dtype = layer.bank.pool.dtype
         dropout = False
     else:
-        raise ValueError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
+        raise TypeError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
     weight: Tensor = layer.weight
     N, K = weight.shape
     rows = M if x is None else x.numel() // x.shape[-1]

@@ -25,8 +25,8 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Tensor,
+        bias: Tensor | None,
         *,
         r: int,
         lora_alpha: float,
@@ -48,9 +48,8 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        size = {"device": weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **size))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **size))
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
         self.receipt: MergeReceipt | None = None
         self.reset_parameters()
 

@@ -23,8 +23,8 @@ class MultiLoRALinear(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Tensor,
+        bias: Tensor | None,
         *,
         max_adapters: int,
         adapter_dtype: torch.dtype | None = None,
