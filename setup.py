@@ -40,8 +40,9 @@ BUILD = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}")  # kept betw
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 INCLUDES = ["-Icsrc", "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 # Without contraction, every a * b + c that is not an explicit fma rounds twice on every machine: exact merges need it.
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra".split()
-NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+CXX_FLAGS += ["-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 CUDA_ARCHS = ("80", "90", "100", "120")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
