@@ -19,9 +19,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kThreadsAcross = 16;                       // threads along the columns of a tile
 constexpr int kThreadsDown = kThreads / kThreadsAcross;  // and along its rows
-constexpr int kOutputs = 16;                             // a thread: chains in registers
+constexpr int kOutputs = 32;                             // a thread: chains in registers
 constexpr int kChunk = 16;                               // ranks in shared memory at a time
-constexpr int kBatch = 2;                                // rows of a thread whose loads are in flight together
+constexpr int kBatch = 4;                                // rows of a thread whose loads are in flight together
 
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -124,7 +124,7 @@ __device__ inline void store(T* to, const Vector<T, kCount>& v, bool whole, int 
 }
 
 template <typename W, typename Adapter, bool kUnmerge>
-__global__ void __launch_bounds__(kThreads, 3) merge_kernel(MergeArgs args, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool aligned) {
     using T = Tile<W>;
     using S = Storage<W>;
     __shared__ alignas(16) float shared_A[kChunk][T::kAcross];
@@ -171,9 +171,9 @@ __global__ void __launch_bounds__(kThreads, 3) merge_kernel(MergeArgs args, bool
                     a[c] = v.x, a[c + 1] = v.y, a[c + 2] = v.z, a[c + 3] = v.w;
                 }
 #pragma unroll
-                for (int n = 0; n < T::kRows; n += 2) {
-                    const float2 v = *reinterpret_cast<const float2*>(&shared_B[r][down * T::kRows + n]);
-                    b[n] = v.x, b[n + 1] = v.y;
+                for (int n = 0; n < T::kRows; n += 4) {
+                    const float4 v = *reinterpret_cast<const float4*>(&shared_B[r][down * T::kRows + n]);
+                    b[n] = v.x, b[n + 1] = v.y, b[n + 2] = v.z, b[n + 3] = v.w;
                 }
 #pragma unroll
                 for (int n = 0; n < T::kRows; ++n)
