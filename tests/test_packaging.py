@@ -1,0 +1,126 @@
+"""What a package must be, whatever it computes: light to import, free of torch's ABI, complete in a wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import peftk
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILED = [name for name in ("_cpu", "_cuda") if importlib.util.find_spec(f"peftk.{name}")]
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    result = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def test_sources_include_no_torch_header():
+    included = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|caffe2)/')
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    assert [path for path in sources if included.search(path.read_text())] == []
+
+
+def test_cpu_module_is_built():
+    assert "_cpu" in COMPILED
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_module_links_only_the_system(name):
+    """No torch (one build serves every version), no OpenMP (it hangs in a child after fork), no shared CUDA runtime."""
+    if shutil.which("readelf") is None:
+        pytest.skip("needs readelf, from binutils")
+    dynamic = run("readelf", "--dynamic", importlib.util.find_spec(f"peftk.{name}").origin)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    allowed = re.compile(r"(libstdc\+\+|libgcc_s|libc|libm|libpthread|libdl|librt|ld-linux-[\w-]+)\.so\.\d+")
+    assert [library for library in needed if not allowed.fullmatch(library)] == []
+
+
+def test_simd_levels_are_linked_in_ascending_order():
+    """Of an inline function that several objects define, the linker keeps the first: it must run on every machine."""
+    module = importlib.util.find_spec("peftk._cpu").origin
+    build = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}" / "build.ninja"
+    if not Path(module).is_relative_to(ROOT) or not build.exists():
+        pytest.skip("needs a build in this checkout")
+    linked = re.search(r"link_cpu (.*)", build.read_text()).group(1).split()
+    levels = ["portable", "avx2", "avx512", "avx512_bf16", "neon"]
+    folders = [Path(item).parent.name for item in linked]
+    order = [levels.index(folder) if folder in levels else -1 for folder in folders]
+    assert order == sorted(order)
+
+
+def test_import_is_light():
+    """Optional packages are imported by what needs them, not by `import peftk`."""
+    code = (
+        "import sys, peftk; "
+        "print(*[m for m in ('triton', 'peft', 'transformers', 'matplotlib', 'rich') if m in sys.modules])"
+    )
+    heavy_in_torch = run(sys.executable, "-c", code.replace("peftk", "torch")).split()
+    assert set(run(sys.executable, "-c", code).split()) <= set(heavy_in_torch)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the checkout", "elsewhere"])
+def test_triton_kernels_are_importable(inside, tmp_path):
+    code = "import peftk.triton_kernels; print(peftk.triton_kernels.__name__)"
+    assert run(sys.executable, "-c", code, cwd=ROOT if inside else tmp_path).strip() == "peftk.triton_kernels"
+
+
+def test_version_is_the_distributions():
+    assert peftk.__version__ == importlib.metadata.version("peftk")
+
+
+def test_every_dependency_is_pinned():
+    """requirements/dev.txt covers every extra of pyproject.toml, with versions that the extras allow."""
+    lines = [line for line in (ROOT / "requirements/dev.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [Requirement(line) for line in lines]
+    here = {pin.name: str(pin.specifier) for pin in pins if pin.marker is None or pin.marker.evaluate()}
+    assert all(re.fullmatch(r"==[\w.]+", version) for version in here.values())
+    extras = importlib.metadata.metadata("peftk").get_all("Provides-Extra")
+    for line in importlib.metadata.requires("peftk"):
+        requirement = Requirement(line)
+        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ["", *extras])
+        if wanted and requirement.name != "peftk":
+            assert requirement.specifier.contains(here[requirement.name].removeprefix("==")), requirement
+
+
+@pytest.mark.full
+def test_sdist_builds_a_complete_wheel(tmp_path):
+    """sdist → wheel → installation, without the network and away from the checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    # What a clone has, without the objects that this checkout has built.
+    clone = tmp_path / "clone"
+    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for file in filter(None, files):
+        if (ROOT / file).is_file():
+            (clone / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, clone / file)
+    dist = tmp_path / "dist"
+    # `build` goes by way of an sdist: the wheel is made of what the sdist contains.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, clone)
+    (wheel,) = dist.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {"peftk/py.typed", "peftk/__init__.py", f"peftk/_cpu{suffix}"} <= names
+    for room, folder in (("peftk", ROOT / "peftk"), ("peftk/triton_kernels", ROOT / "triton_kernels")):
+        assert {f"{room}/{path.relative_to(folder)}" for path in folder.rglob("*.py")} <= names
+    strays = [name for name in names if not name.startswith(("peftk/", "peftk-"))]
+    assert strays == []
+
+    target = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel)
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); import peftk._cpu; print(peftk.__file__)"
+    assert run(sys.executable, "-c", code, cwd=tmp_path).strip() == str(target / "peftk/__init__.py")
