@@ -1,0 +1,175 @@
+"""Triton kernels: any GPU that Triton knows, or CPU tensors where TRITON_INTERPRET=1 was set before the import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from peftk import reference
+from peftk.activations import CODES
+from peftk.reference import AdapterGrads
+from peftk.table import PAGE, Adapter, AdapterTable
+from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels.segments import segments
+
+if TYPE_CHECKING:
+    from peftk.backends import Call
+
+__all__ = [
+    "cannot_serve",
+    "describe",
+    "lora_linear",
+    "lora_linear_backward",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
+]
+
+_SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
+_DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def cannot_serve(call: Call) -> str | None:
+    if call.op not in _SERVED:
+        return f"no Triton kernel for {call.op}"
+    if call.device != _DEVICE:
+        return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
+    for dtype in (call.x_dtype, call.weight_dtype, call.adapter_dtype):
+        if dtype is not None and dtype not in kernels.DTYPES:
+            return f"expected float32, bfloat16 or float16, got {dtype}"
+    if call.weight_dtype != call.x_dtype and (call.x_dtype, call.weight_dtype) not in [
+        (torch.float32, h) for h in _HALVES
+    ]:
+        return (
+            f"expected a weight of x's dtype, or of 16 bits with x in float32; got {call.weight_dtype}, {call.x_dtype}"
+        )
+    return None
+
+
+def describe(call: Call) -> str:
+    """What a call launches, for `peftk.explain`."""
+    if call.op.endswith("_backward"):
+        return "torch matrix products on the device"
+    if call.rank == 0:
+        return "1 launch: expand_kernel"
+    sort = " after one sort of the ids on the device" if call.op == "multi_lora_linear" else ""
+    return f"2 launches: shrink_kernel, expand_kernel{sort}"
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`peftk.reference.lora_linear` in two launches. The adapter's addresses travel as kernel arguments."""
+    adapters, held = _one(adapter)
+    has_z = save_z and adapters.z_width > 0
+    y, z = kernels.forward(x, weight, _contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
+    del held  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
+    return y, None if z is None or adapter is None else z[:, : adapter.rank]
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
+    adapters = _ADAPTERS.get(table)
+    if adapters is None:
+        adapters = _ADAPTERS[table] = _many(table)
+    order = segments(ids, len(table.adapters))
+    return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter | None,
+    z: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, AdapterGrads]:
+    """The reference's torch products on the device, at this stage: no Triton kernel yet."""
+    return reference.lora_linear_backward(dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed)
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    table: AdapterTable,
+    ids: Tensor,
+    z: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, list[AdapterGrads | None]]:
+    """The reference's torch products on the device, at this stage: no Triton kernel yet, and it waits for the ids."""
+    return reference.multi_lora_linear_backward(dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed)
+
+
+# A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
+_ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _many(table: AdapterTable) -> kernels.Adapters:
+    aligned = all(_aligned(page) for a in table.adapters if a is not None for page in a.pages_A)
+    source = kernels.Many(table.pages, table.rows, table.scaling, table.biases)
+    return kernels.Adapters(source, table.dtype, table.z_width, aligned)
+
+
+def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, tuple[Tensor, ...]]:
+    """One adapter as kernel arguments, and the tensors that these point into.
+
+    An adapter of several pages is gathered into one tensor first, on the device.
+    """
+    if adapter is None:
+        return kernels.BASE_ONLY, ()
+    A, B = adapter.lora_A, adapter.lora_B
+    bias_A, bias_B = _contiguous(adapter.bias_A), _contiguous(adapter.bias_B)
+    held = tuple(t for t in (A, B, bias_A, bias_B) if t is not None)
+    if not held:
+        return kernels.BASE_ONLY, ()
+    if A is not None and A.stride(1) != 1:
+        A = A.contiguous()
+        held += (A,)
+    source = kernels.One(
+        A=0 if A is None else A.data_ptr(),
+        stride_A=0 if A is None else A.stride(0),
+        B=0 if B is None else B.data_ptr(),
+        stride_Bn=0 if B is None else B.stride(0),
+        stride_Br=0 if B is None else B.stride(1),
+        bias_A=0 if bias_A is None else bias_A.data_ptr(),
+        bias_B=0 if bias_B is None else bias_B.data_ptr(),
+        rank=adapter.rank,
+        activation=CODES[adapter.activation],
+        scaling=float(adapter.scaling),
+    )
+    z_width = -(-adapter.rank // PAGE) * PAGE
+    return kernels.Adapters(source, held[0].dtype, z_width, A is not None and _aligned(A)), held
+
+
+def _aligned(A: Tensor) -> bool:
+    """Whether every row of A starts on 16 bytes."""
+    return A.data_ptr() % 16 == 0 and A.stride(0) * A.element_size() % 16 == 0
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()

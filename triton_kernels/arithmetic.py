@@ -1,0 +1,94 @@
+"""Products, activations and roundings that say exactly what they round.
+
+`dot` multiplies factors of any two dtypes on the tensor cores with exact products. Under TRITON_INTERPRET=1 two things
+are emulated, so that tests see the rounding points of the compiled kernels: operands widen before `tl.dot` (the
+interpreter's 16-bit dots are wrong), and fp32 → bf16 rounds to nearest even (the interpreter truncates).
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a·b in fp32, each product exact.
+
+    Equal dtypes multiply directly (fp32 in ieee, never TF32). Otherwise a factor that is not bf16 is cut into bf16
+    terms that add up to it exactly, 3 for fp32 (24 = 3 · 8 significant bits) and 2 for fp16 (11 = 8 + 3), and every
+    pair of terms is multiplied: 2, 3 or 6 products of bf16, where fp32 products without tensor cores cost about 15.
+    """
+    if a.dtype == b.dtype:
+        acc = _mma(a, b, acc)
+    elif a.dtype == tl.bfloat16:
+        acc = _dot_bf16(a, b, acc)
+    else:
+        wide = a.to(tl.float32)
+        high = _leading(wide)
+        rest = _remainder(wide, high)
+        if a.dtype == tl.float32:
+            middle = _leading(rest)
+            acc = _dot_bf16((rest - middle).to(tl.bfloat16), b, acc)
+            rest = middle
+        acc = _dot_bf16(rest.to(tl.bfloat16), b, acc)
+        acc = _dot_bf16(high.to(tl.bfloat16), b, acc)
+    return acc
+
+
+@triton.jit
+def _dot_bf16(a, b, acc):
+    if b.dtype == tl.bfloat16:
+        acc = _mma(a, b, acc)
+    else:
+        wide = b.to(tl.float32)
+        high = _leading(wide)
+        rest = _remainder(wide, high)
+        if b.dtype == tl.float32:
+            middle = _leading(rest)
+            acc = _mma(a, (rest - middle).to(tl.bfloat16), acc)
+            rest = middle
+        acc = _mma(a, rest.to(tl.bfloat16), acc)
+        acc = _mma(a, high.to(tl.bfloat16), acc)
+    return acc
+
+
+@triton.jit
+def _mma(a, b, acc):
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _leading(t):
+    """The first 8 significant bits of fp32 t: a bf16 value, cut and not rounded, so that it cannot overflow."""
+    return (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _remainder(t, high):
+    """t - high, exact; 0 for an infinite t, whose first term carries it."""
+    return tl.where(t == high, 0.0, t - high)
+
+
+@triton.jit
+def round_to(t, dtype: tl.constexpr):
+    """fp32 t rounded once to dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = t.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        t = tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
+    return t.to(dtype)
+
+
+@triton.jit
+def activate(z, code):
+    """act(z) in fp32; code: `peftk.activations.CODES`, a scalar or one per row."""
+    relu = tl.where(z < 0.0, 0.0, z)  # keeps NaN
+    gelu = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    # 0.5 · (1 + tanh(t)) = sigmoid(2t) makes gelu_tanh and silu one expression
+    slope = tl.where(code == 3, 1.5957691216057308 * (1.0 + 0.044715 * z * z), 1.0)
+    gated = z / (1.0 + tl.exp(-z * slope))
+    return tl.where(code == 0, z, tl.where(code == 1, relu, tl.where(code == 2, gelu, gated)))

@@ -1,0 +1,79 @@
+"""Tile sizes: pure functions of a call's form and the target. Nothing here is measured on a GPU yet; it is argued.
+
+A target is a CUDA compute capability (80, 90, …), "hip", or "interpreter". Few shapes are told apart, so that few
+variants are compiled: three heights of the base tile (decode, a small batch, prefill) for each kind of factor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Shared memory a block may have, in bytes. Other members of a family are served by its smallest.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+_PROCESSORS = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
+
+
+class Expand(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+class Shrink(NamedTuple):
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def shared_memory(target: int | str) -> int:
+    """Bytes of shared memory that one block may use."""
+    if isinstance(target, str):
+        return 64 * 1024  # CDNA's LDS; the interpreter has no limit
+    return _SHARED.get(target, 64 if target < 80 else 99) * 1024
+
+
+def expand(M: int, many: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str) -> Expand:
+    """The base tile. With many adapters a second tile of sums lives beside the accumulators: 128 columns, not 256."""
+    if target == "interpreter":
+        block = Expand(16, 32, 32, 2, 4, 1)
+    elif x_dtype != weight_dtype or weight_dtype == torch.float32:
+        # products without tensor cores, or factors cut into terms: both live in registers
+        block = Expand(16, 64, 64, 8, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, 4, 3)
+    elif M <= 16:
+        block = Expand(16, 32, 128, 8, 4, 4)
+    elif M <= 64:
+        block = Expand(64, 32, 128, 8, 4, 4)
+    else:
+        block = Expand(128, 128, 64, 8, 8, 4) if many else Expand(128, 256, 64, 8, 8, 4)
+    stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + block.BLOCK_N * weight_dtype.itemsize)
+    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def shrink(M: int, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str) -> Shrink:
+    """The tile of x that meets one page of 16 ranks."""
+    if target == "interpreter":
+        return Shrink(16, 32, 4, 1)
+    block = Shrink(16, 128, 4, 4) if M <= 1024 else Shrink(64, 64, 4, 4)
+    if torch.float32 in (x_dtype, adapter_dtype):
+        block = block._replace(BLOCK_K=block.BLOCK_K // 2)
+    stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
+    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def splits(M: int, K: int, z_width: int, block: Shrink) -> int:
+    """Into how many ranges K is cut so that shrink fills the processors. The sums are added in order by expand."""
+    blocks = -(-M // block.BLOCK_M) * (z_width // 16)
+    at_most = max(K // (4 * block.BLOCK_K), 1)
+    return min(max(_PROCESSORS // blocks, 1), at_most, 16)
+
+
+def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:
+    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner holds one stage in registers."""
+    fit = (shared_memory(target) - 8 * 1024) // bytes_per_stage
+    return max(min(wanted, 2 if target == "hip" else wanted, fit), 1)

@@ -1,0 +1,31 @@
+"""Dropout masks with exactly the bits of `peftk.reference.philox`."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep(seed, row, k_start, K, threshold, QUADS: tl.constexpr, WIDTH: tl.constexpr):
+    """bool [rows, WIDTH] for columns k_start … k_start + WIDTH - 1 of the int64 rows; k_start is a multiple of 4.
+
+    Element e = row · K + k takes word e % 4 of Philox block e // 4. Where K is a multiple of 4 (QUADS) a block is
+    four neighbours of one row and is drawn once for all four; otherwise each element draws its own.
+    """
+    if QUADS:
+        block = (row * (K // 4))[:, None] + (k_start // 4 + tl.arange(0, WIDTH // 4))[None, :]
+        w0, w1, w2, w3 = _draw(seed, block)
+        word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (row.shape[0], WIDTH))
+    else:
+        element = (row * K)[:, None] + (k_start + tl.arange(0, WIDTH))[None, :]
+        w0, w1, w2, w3 = _draw(seed, element >> 2)
+        lane = element & 3
+        word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return word >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _draw(seed, block):
+    low = block.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    none = tl.zeros_like(low)
+    return tl.philox(tl.load(seed), low, high, none, none)
