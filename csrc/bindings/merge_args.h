@@ -1,6 +1,8 @@
 // The arguments of merge and unmerge as Python passes them: addresses, sizes, dtype codes.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -35,9 +37,10 @@ inline MergeArgs merge_args(uintptr_t weight, int64_t weight_stride, uintptr_t o
 }
 
 // The names of the above, in its order, for pybind11.
-#define PEFTK_MERGE_ARGS                                                                                   \
-    py::arg("weight"), py::arg("weight_stride"), py::arg("out"), py::arg("out_stride"), py::arg("lora_A"), \
-        py::arg("lora_B"), py::arg("code"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("scaling"),  \
-        py::arg("weight_dtype"), py::arg("adapter_dtype")
+#define PEFTK_MERGE_ARGS                                                                                        \
+    pybind11::arg("weight"), pybind11::arg("weight_stride"), pybind11::arg("out"), pybind11::arg("out_stride"), \
+        pybind11::arg("lora_A"), pybind11::arg("lora_B"), pybind11::arg("code"), pybind11::arg("N"),            \
+        pybind11::arg("K"), pybind11::arg("R"), pybind11::arg("scaling"), pybind11::arg("weight_dtype"),        \
+        pybind11::arg("adapter_dtype")
 
 }  // namespace peftk
