@@ -87,9 +87,9 @@ def lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
-    x = _autocast(x)
     checks.input(x, weight)
-    if dropout_p > 0.0 or seed is not None:
+    x = _autocast(x)
+    if dropout_p != 0.0 or seed is not None:
         checks.dropout(dropout_p, seed, x.device)
         seed = _seed(seed, x.device) if dropout_p > 0.0 else None
     if torch.compiler.is_compiling():
@@ -155,10 +155,10 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when they were made: only x and ids are looked at."""
-    x = _autocast(x)
     checks.input(x, weight)
+    x = _autocast(x)
     checks.ids(ids, x)
-    if dropout_p > 0.0 or seed is not None:
+    if dropout_p != 0.0 or seed is not None:
         checks.dropout(dropout_p, seed, x.device)
         seed = _seed(seed, x.device) if dropout_p > 0.0 else None
     ids = flat_ids(ids, x)
@@ -216,8 +216,8 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
 
 def _autocast(x: Tensor) -> Tensor:
     """Under torch.autocast the output has autocast's dtype, as with nn.Linear. W stays: kernels widen it as they read."""
-    kind = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+    kind = x.device.type
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -26,7 +26,9 @@ def bound(expected: Tensor, magnitude: Tensor, contraction: int, dtype: torch.dt
     return UNIT[dtype] * (expected.abs() + accumulated) + accumulated + TINY[dtype]
 
 
-def check(actual: Tensor, expected: Tensor, magnitude: Tensor, contraction: int, *, dtype: torch.dtype | None = None) -> None:
+def check(
+    actual: Tensor, expected: Tensor, magnitude: Tensor, contraction: int, *, dtype: torch.dtype | None = None
+) -> None:
     """Raises AssertionError with the worst element where `actual` is outside the bound or the norm."""
     dtype = dtype or actual.dtype
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

@@ -1,0 +1,61 @@
+"""The choice of backend: pure, explained, forced by argument and environment, never falling back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftk
+from peftk import backends, functional
+from peftk.explain import OPS
+
+
+def test_explain_names_backend_reason_and_kernel() -> None:
+    choice = peftk.explain("lora_linear", M=4, K=4096, N=4096, dtype=torch.bfloat16)
+    assert choice.backend == "cpu"
+    assert choice.kernel
+    assert str(choice).startswith("cpu: ")
+
+
+def test_explain_of_layers() -> None:
+    linear = torch.nn.Linear(8, 8)
+    lora = peftk.LoRALinear.from_linear(linear, r=2)
+    assert peftk.explain(lora, torch.randn(3, 8)).backend == "cpu"
+    assert peftk.explain(lora, M=3, backend="reference").backend == "reference"
+    multi = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
+    assert peftk.explain(multi, M=5).backend == "cpu"
+    with pytest.raises(TypeError, match="what: expected a LoRALinear"):
+        peftk.explain(linear)
+    with pytest.raises(ValueError, match="what: expected a layer or one of lora_linear"):
+        peftk.explain("matmul")
+
+
+def test_forcing_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peftk.explain("lora_linear").backend == "cpu"
+    monkeypatch.setenv("PEFTK_BACKEND", "reference")
+    assert peftk.explain("lora_linear").backend == "reference"
+    assert peftk.explain("lora_linear", backend="cpu").backend == "cpu"
+    monkeypatch.setenv("PEFTK_BACKEND", "nonesuch")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        functional.lora_linear(torch.randn(2, 3), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
+    x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(peftk.BackendError, match=f"backend '{backend}' was forced and cannot serve lora_linear"):
+        functional.lora_linear(x, weight, backend=backend)
+
+
+def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
+    for name in backends.NAMES:
+        try:
+            module = backends.module(name)
+        except backends.BackendError:
+            continue
+        for op in OPS:
+            for device in ("cpu", "cuda"):
+                call = backends.Call(op, device, *(torch.bfloat16,) * 3, 4, 64, 64, 8, 1)
+                if module.cannot_serve(call) is None:
+                    assert callable(getattr(module, op))
+                    assert module.describe(call)

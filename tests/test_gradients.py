@@ -1,0 +1,151 @@
+"""Gradients: the reference against torch.autograd, every backend against the reference, within the error bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftk import activations, autograd, compiled, functional, table
+from peftk.nn import MultiLoRALinear
+from peftk.table import Adapter
+from tests import numerics
+from tests.cases import Case, expected_grads, random_case
+
+F64 = {"dtype": torch.float64}
+
+
+def leaf(*shape: int, **kwargs: object) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True, **kwargs)
+
+
+@pytest.mark.parametrize("activation", activations.CODES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradcheck_one_adapter(activation: str, dropout_p: float) -> None:
+    weight = torch.randn(5, 7, **F64)
+    seed = torch.tensor([11])
+
+    def call(x, bias, A, B, a, b):  # type: ignore[no-untyped-def]
+        return functional.lora_linear(
+            x, weight, bias, A, B, 0.7, activation=activation, bias_A=a, bias_B=b, dropout_p=dropout_p, seed=seed
+        )
+
+    tensors = (
+        leaf(2, 3, 7, **F64),
+        leaf(5, **F64),
+        leaf(3, 7, **F64),
+        leaf(5, 3, **F64),
+        leaf(3, **F64),
+        leaf(5, **F64),
+    )
+    assert torch.autograd.gradcheck(call, tensors)
+
+
+def test_gradcheck_many_adapters() -> None:
+    layer = MultiLoRALinear.from_linear(torch.nn.Linear(7, 5).double(), max_adapters=6)
+    for number, r in enumerate((3, 17, 40)):
+        A, B, bias = torch.randn(r, 7, **F64), torch.randn(5, r, **F64), torch.randn(5, **F64)
+        layer.add_adapter(f"a{number}", A, B, 1.3, trainable=number != 1, activation="silu", bias=bias)
+    layer.add_adapter("bias only", None, None, 1.0, bias=torch.randn(5, **F64), trainable=True)
+    ids = torch.tensor([[0, 2, -1], [3, 1, 1]])
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+    assert len(parameters) == 7
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x, ids), (leaf(2, 3, 7, **F64), *parameters))
+
+
+def test_only_the_layers_parts_that_ask_get_gradients() -> None:
+    x, weight, A, B = torch.randn(4, 8), torch.randn(6, 8), leaf(2, 8), torch.randn(6, 2)
+    functional.lora_linear(x, weight, None, A, B).sum().backward()
+    assert A.grad is not None
+    assert weight.grad is None
+    assert x.grad is None
+    assert B.grad is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("chunk", range(8))
+def test_random_gradients(backend: str, chunk: int) -> None:
+    for number in range(chunk * 25, (chunk + 1) * 25):
+        case = random_case(10_000 + number, max_rows=40, max_width=150)
+        dropout_p = 0.25 if number % 4 == 0 else 0.0
+        seed = torch.tensor([number * 7919]) if dropout_p else None
+        dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+        try:
+            check_gradients(case, dy, backend, dropout_p, seed)
+        except AssertionError as error:
+            raise AssertionError(f"case {number}: dropout {dropout_p}: {case}: {error}") from error
+
+
+def check_gradients(case: Case, dy: torch.Tensor, backend: str, dropout_p: float, seed: torch.Tensor | None) -> None:
+    x = case.x.detach().requires_grad_()
+    tensors = [t.requires_grad_() for t in autograd.flat_tensors(case.adapters)]
+    kwargs = {"backend": backend, "dropout_p": dropout_p, "seed": seed}
+    if case.ids is None:
+        adapter = case.adapters[0]
+        A, B, a, b = (
+            (None,) * 4 if adapter is None else (adapter.lora_A, adapter.lora_B, adapter.bias_A, adapter.bias_B)
+        )
+        s, activation = (1.0, "identity") if adapter is None else (adapter.scaling, adapter.activation)
+        y = functional.lora_linear(
+            x, case.weight, case.bias, A, B, s, activation=activation, bias_A=a, bias_B=b, **kwargs
+        )
+    else:
+        y = functional.multi_lora_linear(x, case.weight, case.bias, case.table(), case.ids, **kwargs)
+    y.backward(dy)
+    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout_p=dropout_p, seed=seed)
+    assert x.grad is not None
+    numerics.check(x.grad, dx, dx_magnitude, terms)
+    wanted = flatten(case.adapters, grads)
+    bounds = flatten(case.adapters, magnitudes)
+    assert len(tensors) == len(wanted) == len(bounds)
+    for tensor, grad, magnitude in zip(tensors, wanted, bounds, strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == tensor.dtype
+        numerics.check(tensor.grad, grad, magnitude, terms)
+
+
+def flatten(adapters, grads):  # type: ignore[no-untyped-def]
+    flat = []
+    for adapter, grad in zip(adapters, grads, strict=True):
+        if adapter is not None:
+            present = (
+                bool(adapter.pages_A),
+                bool(adapter.pages_A),
+                adapter.bias_A is not None,
+                adapter.bias_B is not None,
+            )
+            flat += [g for g, there in zip(grad, present, strict=True) if there]
+    return flat
+
+
+def test_opcheck_one_adapter() -> None:
+    tensors = (leaf(4, 7), torch.randn(5, 7), leaf(5), leaf(3, 7), leaf(5, 3), None, leaf(5))
+    torch.library.opcheck(compiled.lora_linear, (*tensors, 0.5, "gelu", 0.0, None, None))
+    torch.library.opcheck(compiled.lora_linear, (*tensors, 0.5, "relu", 0.25, torch.tensor([3]), "reference"))
+    base = (leaf(4, 7), torch.randn(5, 7), None, None, None, None, None)
+    torch.library.opcheck(compiled.lora_linear, (*base, 1.0, "identity", 0.0, None, None))
+
+
+def test_opcheck_many_adapters() -> None:
+    adapters = (
+        Adapter((leaf(3, 7),), (leaf(5, 3),), 0.5, "silu", leaf(3), None),
+        None,
+        Adapter((leaf(20, 7),), (leaf(5, 20),), 0.5),
+        Adapter((), (), 1.0, "identity", None, leaf(5)),
+    )
+    tensors, layout, scalings = compiled.pack(adapters)
+    ids = torch.tensor([0, -1, 2, 3], dtype=torch.int32)
+    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, 0.0, None, None)
+    torch.library.opcheck(compiled.multi_lora_linear, arguments)
+
+
+def test_packing_keeps_every_adapter() -> None:
+    adapters = (
+        None,
+        Adapter((torch.randn(16, 4), torch.randn(2, 4)), (torch.randn(3, 16), torch.randn(3, 2)), 2.0, "relu"),
+    )
+    unpacked = compiled._unpack(*compiled.pack(adapters))
+    assert unpacked[0] is None
+    assert unpacked[1].rank == 18
+    assert unpacked[1].activation == "relu"
+    assert unpacked[1].scaling == 2.0
+    assert table.build(unpacked, dtype=torch.float32, device=torch.device("cpu"))

@@ -1,0 +1,245 @@
+"""LoRALinear and MultiLoRALinear as drop-in replacements of nn.Linear."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import peftk
+from peftk import LoRALinear, MultiLoRALinear
+
+
+def trained(linear: nn.Linear, **kwargs: object) -> LoRALinear:
+    layer = LoRALinear.from_linear(linear, **{"r": 4, "lora_alpha": 8, **kwargs})
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_identity_at_initialisation(dtype: torch.dtype) -> None:
+    linear = nn.Linear(37, 19, dtype=dtype)
+    x = torch.randn(5, 37, dtype=dtype)
+    layer = LoRALinear.from_linear(linear, r=4)
+    assert torch.equal(layer(x), peftk.functional.lora_linear(x, linear.weight.detach(), linear.bias.detach()))
+    torch.testing.assert_close(layer(x), linear(x))
+    assert layer.weight is linear.weight
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+
+
+def test_it_trains() -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear.from_linear(nn.Linear(16, 16), r=4, lora_dropout=0.1)
+    weight = layer.weight.clone()
+    x, target = torch.randn(64, 16), torch.randn(64, 16)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(layer.weight, weight)
+
+
+def test_dropout_only_in_training() -> None:
+    layer, x = trained(nn.Linear(8, 8), lora_dropout=0.5), torch.randn(4, 8)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge_for_ever(dtype: torch.dtype) -> None:
+    layer = trained(nn.Linear(67, 43, dtype=dtype)).eval()
+    before, x = layer.weight.clone(), torch.randn(3, 67, dtype=dtype)
+    y = layer(x)
+    for _ in range(30):
+        layer.merge()
+        layer.merge()  # a second one changes nothing
+        assert layer.merged
+        assert not torch.equal(layer.weight, before)
+        torch.testing.assert_close(layer(x), y, atol=0.1, rtol=0.05)
+        with torch.no_grad():
+            layer.lora_A.add_(0.01)  # the receipt does not depend on it
+        layer.unmerge()
+        layer.unmerge()
+        assert torch.equal(layer.weight, before)
+        with torch.no_grad():
+            layer.lora_A.sub_(0.01)
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
+    layer = trained(nn.Linear(8, 8, dtype=torch.float16))
+    nn.init.constant_(layer.lora_B, 1e5)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match=r"expected W \+ s·BA to be finite"):
+        layer.merge()
+    assert torch.equal(layer.weight, before)
+    assert not layer.merged
+
+
+def test_unmerge_refuses_a_weight_that_changed() -> None:
+    layer = trained(nn.Linear(8, 8))
+    layer.merge()
+    with torch.no_grad():
+        layer.weight[3, 4] += 1.0
+    changed = layer.weight.clone()
+    with pytest.raises(ValueError, match="weight: expected the bits that the merge left"):
+        layer.unmerge()
+    assert torch.equal(layer.weight, changed)
+    assert layer.merged
+
+
+def test_receipts_belong_to_one_weight() -> None:
+    A, B = torch.randn(2, 8), torch.randn(8, 2)
+    weight = torch.randn(8, 8)
+    receipt = peftk.functional.merge_(weight, A, B, 1.0)
+    for other, message in [
+        (torch.randn(8, 9), "shape"),
+        (torch.randn(8, 8).half(), "dtype"),
+        (torch.randn(8, 8), "the bits that the merge left"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            peftk.functional.unmerge_(other, receipt)
+    with pytest.raises(TypeError, match="receipt: expected the MergeReceipt"):
+        peftk.functional.unmerge_(weight, "receipt")
+    swapped = weight[[1, 0, *range(2, 8)]]
+    with pytest.raises(ValueError, match="the bits that the merge left"):
+        peftk.functional.unmerge_(swapped, receipt)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"r": 0}, ValueError, "r: expected an integer of 1 or more, got 0"),
+        ({"r": -2}, ValueError, "r: expected"),
+        ({"r": 1.5}, ValueError, "r: expected"),
+        ({"r": 2, "lora_alpha": float("nan")}, ValueError, "lora_alpha: expected a finite number"),
+        ({"r": 2, "lora_dropout": 1.0}, ValueError, "dropout_p: expected"),
+    ],
+)
+def test_bad_hyper_parameters(arguments: dict, error: type[Exception], message: str) -> None:  # type: ignore[type-arg]
+    linear = nn.Linear(4, 4)
+    with pytest.raises(error, match=message):
+        LoRALinear.from_linear(linear, **arguments)
+    assert linear.weight.requires_grad
+
+
+def test_only_linears_are_replaced() -> None:
+    for cls in (LoRALinear, MultiLoRALinear):
+        with pytest.raises(TypeError, match=r"linear: expected an nn.Linear, got Conv1d"):
+            cls.from_linear(nn.Conv1d(2, 2, 1))
+
+
+def test_rslora_scaling() -> None:
+    assert trained(nn.Linear(4, 4), r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+    assert trained(nn.Linear(4, 4), r=16, lora_alpha=8).scaling == 0.5
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_without_graph_breaks(backend: str, train: bool) -> None:
+    torch._dynamo.reset()
+    lora = trained(nn.Linear(16, 24)).train(train)
+    multi = mixed_layer(16, 24)
+    ids = torch.tensor([0, -1, 2, 1])
+    x = torch.randn(4, 16, requires_grad=train)
+    for layer, arguments in ((lora, ()), (multi, (ids,))):
+        eager = layer(x, *arguments)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x, *arguments), eager)
+        if train:
+            parameters = [x, *(p for p in layer.parameters() if p.requires_grad)]
+            dy = torch.randn_like(eager)
+            expected = torch.autograd.grad(eager, parameters, dy, retain_graph=True)
+            for actual, wanted in zip(
+                torch.autograd.grad(compiled(x, *arguments), parameters, dy), expected, strict=True
+            ):
+                torch.testing.assert_close(actual, wanted)
+
+
+def mixed_layer(K: int, N: int) -> MultiLoRALinear:
+    layer = MultiLoRALinear.from_linear(nn.Linear(K, N), max_adapters=5)
+    layer.add_adapter("a", torch.randn(3, K), torch.randn(N, 3), 2.0)
+    layer.add_adapter("b", torch.randn(40, K), torch.randn(N, 40), 0.5, trainable=True, bias=torch.randn(N))
+    layer.add_adapter("c", None, None, bias=torch.randn(N))
+    return layer
+
+
+def test_mixed_batch_equals_each_adapter_alone() -> None:
+    layer, x = mixed_layer(24, 20), torch.randn(9, 24)
+    ids = torch.tensor([2, 0, -1, 1, 1, 0, -1, 2, 1])
+    mixed = layer(x, ids)
+    for number in (-1, 0, 1, 2):
+        alone = layer(x, torch.full((9,), number))
+        assert torch.equal(mixed[ids == number], alone[ids == number])
+    assert torch.equal(layer(x), layer(x, torch.full((9,), -1)))
+
+
+def test_a_mixed_batch_trains_only_the_adapters_in_it() -> None:
+    layer = MultiLoRALinear.from_linear(nn.Linear(8, 8), max_adapters=3)
+    for name in "abc":
+        layer.add_adapter(name, torch.randn(4, 8), torch.zeros(8, 4), 1.0, trainable=True)
+    ids = torch.tensor([layer.adapter_id("a"), layer.adapter_id("c"), -1])
+    layer(torch.randn(3, 8), ids).square().sum().backward()
+    grads = {name: layer.trained[f"slot{layer.adapter_id(name)}"].lora_B.grad.abs().sum() for name in "abc"}
+    assert grads["a"] > 0
+    assert grads["c"] > 0
+    assert grads["b"] == 0
+
+
+def test_names_slots_and_removal() -> None:
+    layer = mixed_layer(8, 8)
+    assert [layer.adapter_id(n) for n in "abc"] == [0, 1, 2]
+    with pytest.raises(ValueError, match="name: expected a new one, got 'b'"):
+        layer.add_adapter("b", torch.randn(2, 8), torch.randn(8, 2), trainable=True)
+    layer.remove_adapter("b")
+    assert not layer.trained
+    with pytest.raises(ValueError, match="name: expected a loaded adapter"):
+        layer.adapter_id("b")
+    with pytest.raises(ValueError, match="ids: "):
+        layer(torch.randn(1, 8), torch.tensor([1]))
+    assert layer.add_adapter("d", torch.randn(2, 8), torch.randn(8, 2)) == 1
+
+
+def test_an_optimizer_step_and_a_move_are_seen() -> None:
+    layer, x = mixed_layer(8, 8), torch.randn(2, 8)
+    ids = torch.tensor([1, 0])
+    before = layer(x, ids)
+    with torch.no_grad():
+        layer.trained.slot1.lora_B.add_(1.0)
+    assert not torch.equal(layer(x, ids)[0], before[0])
+    layer.double()
+    assert layer(x.double(), ids).dtype == torch.float64
+    torch.testing.assert_close(layer.float()(x, ids)[1], before[1])
+
+
+def test_copies_and_pickles_work_alone() -> None:
+    ids, x = torch.tensor([1, 0]), torch.randn(2, 8)
+    layer = mixed_layer(8, 8)
+    y = layer(x, ids)
+    copied, loaded = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    del layer
+    assert torch.equal(copied(x, ids), y)
+    assert torch.equal(loaded(x, ids), y)
+    lora = trained(nn.Linear(8, 8))
+    lora.merge()
+    other = copy.deepcopy(lora)
+    other.unmerge()
+    assert lora.merged
+    assert not other.merged
+
+
+def test_state_dict_round_trip() -> None:
+    layer, other = trained(nn.Linear(8, 8)), trained(nn.Linear(8, 8))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8)
+    assert torch.equal(layer(x), other(x))
+    assert sorted(layer.state_dict()) == ["bias", "lora_A", "lora_B", "weight"]
