@@ -1,0 +1,115 @@
+// The operation in terms that serve forward and dX alike: C is the contraction, O the output's columns.
+#pragma once
+
+#include "common/activation.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/scratch.h"
+#include "cpu/thread_pool.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+template <class T>
+static inline T* scratch_of(ScratchSlot slot, int64_t count) {
+    return static_cast<T*>(scratch(slot, size_t(count) * sizeof(T)));
+}
+
+static inline float element(const void* data, int dtype, int64_t index) {
+    float value = 0;
+    with_type(dtype, [&](auto type) { value = to_float(static_cast<const decltype(type)*>(data)[index]); });
+    return value;
+}
+
+// Up to 16 ranks of A or B: element (rank r, index i) at data[r * rank + i * along].
+struct Factor {
+    const void* data;
+    int64_t rank, along;
+};
+
+struct Columns {
+    int64_t first, count, padded;  // padded: rounded up to whole registers
+};
+
+struct Linear {
+    int64_t M, C, O;
+    const void* in;
+    int64_t in_row;
+    int in_dtype;
+    const void* weight;
+    int64_t weight_o, weight_c;  // strides
+    int weight_dtype;
+    const void* bias;
+    int bias_dtype;
+    void* out;
+    int64_t out_row;
+    int out_dtype;
+    float* z;  // [M, z_row]: written by the forward, read by the backward
+    int64_t z_row;
+    Adapters adapters;
+    Order order;
+    Dropout dropout;
+    int threads;
+    bool backward;
+    int64_t max_rank;  // over the adapters that have rows
+    float* v;          // [M, v_row] by position: s·v forward, s·u backward
+    float* w;          // backward: s·v
+    int64_t v_row;
+    const Factor* turned;  // backward: the pages of B, contiguous along N; by page number
+
+    int64_t rank(int32_t a) const { return adapters.rows[4 * a + 1]; }
+    int activation(int32_t a) const { return adapters.rows[4 * a + 2]; }
+    const int64_t* page(int32_t a, int64_t p) const { return adapters.pages + 5 * (adapters.rows[4 * a] + p); }
+    int page_ranks(int32_t a, int64_t p) const { return int(min64(16, rank(a) - 16 * p)); }
+    const void* rank_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a]); }
+    const void* output_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a + 1]); }
+
+    Factor factor_A(int32_t a, int64_t p) const {
+        const int64_t* entry = page(a, p);
+        return {reinterpret_cast<const void*>(entry[0]), entry[1], 1};
+    }
+    Factor factor_B(int32_t a, int64_t p) const {
+        const int64_t* entry = page(a, p);
+        return {reinterpret_cast<const void*>(entry[2]), entry[4], entry[3]};
+    }
+    Factor shrink_factor(int32_t a, int64_t p) const {
+        return backward ? turned[adapters.rows[4 * a] + p] : factor_A(a, p);
+    }
+    Factor expand_factor(int32_t a, int64_t p) const { return backward ? factor_A(a, p) : factor_B(a, p); }
+};
+
+// Below this many multiply-adds, waking another thread costs more than it saves.
+constexpr double kParallelWork = 1 << 20;
+
+static inline int useful_threads(const LinearArgs& args) {
+    return double(args.M) * double(args.N) * double(args.K) < kParallelWork ? 1 : args.threads;
+}
+
+static inline int64_t max_rank(const Adapters& adapters, const Order& order) {
+    int64_t rank = 0;
+    for (int32_t a = 0; a < adapters.count; a++) {
+        if (order.begin(a) < order.end(a) && adapters.rows[4 * a + 1] > rank) rank = adapters.rows[4 * a + 1];
+    }
+    return rank;
+}
+
+static inline Linear forward_op(const LinearArgs& args, const Order& order) {
+    Linear op{};
+    op.M = args.M, op.C = args.K, op.O = args.N;
+    op.in = args.x, op.in_row = args.x_stride, op.in_dtype = args.x_dtype;
+    op.weight = args.weight, op.weight_o = args.weight_n, op.weight_c = args.weight_k;
+    op.weight_dtype = args.weight_dtype;
+    op.bias = args.bias, op.bias_dtype = args.bias_dtype;
+    op.out = args.y, op.out_row = args.y_stride, op.out_dtype = args.x_dtype;
+    op.z = args.z, op.z_row = args.z_stride;
+    op.adapters = args.adapters, op.order = order, op.dropout = args.dropout;
+    op.threads = useful_threads(args);
+    op.max_rank = max_rank(args.adapters, order);
+    op.v_row = round_up(op.max_rank, 16);
+    op.v = scratch_of<float>(kVSlot, op.M * op.v_row);
+    return op;
+}
+
+void run(const Linear& op);
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

@@ -1,0 +1,480 @@
+// The fused linear layer: forward, and dX, which is the forward with the roles of K and N exchanged.
+//
+// Both compute out[m] = in[m] · Wᵀ + bias + expand(v[m]) + β, where v comes from in[m] by a contraction as long as W's
+// (the shrink). Rows are worked on in the order of their adapters. Two parallel loops: the first shrinks and brings the
+// input into the form that the second wants, the second walks blocks of output columns, each from W to the stored
+// result. The product takes one of three forms:
+//
+//   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything read in place
+//   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
+//   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
+//
+// The form follows from shape, dtypes and strides alone, so the number of threads never changes a bit of the result.
+#include "cpu/kernels/linear.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+namespace {
+
+// Row groups that share a pass over a page of a factor.
+struct Group {
+    int32_t adapter, count;
+    int64_t first;
+};
+
+constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
+constexpr int64_t kMaxDotRows = 16;          // from here on the lanes form is faster
+constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
+constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
+constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts
+
+enum Form { kDot, kLanes, kColumns };
+
+struct Shape {
+    Form form;
+    bool pairs;         // bf16 on both sides and an instruction for it
+    int64_t steps;      // of the contraction: C, or pairs of it
+    int64_t in_row;     // dot, columns: row stride of the prepared input, in its elements
+    int64_t rows;       // rows of this block
+    int64_t first_row;  // its first position
+    void* in;           // prepared input of this block
+};
+
+#ifdef PEFTK_DP
+constexpr bool kHavePairs = true;
+#else
+constexpr bool kHavePairs = false;
+#endif
+
+// ---- shrink -------------------------------------------------------------------------------------------------------
+
+// in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row].
+void project(const Linear& op, const Group& group, const void* const* rows, bool widened, const Factor& factor, int ranks,
+             float* out, int64_t out_row) {
+    if (widened) {
+        with_type(op.adapters.dtype, [&](auto type) {
+            typedef decltype(type) T;
+            dot(group.count, reinterpret_cast<const float* const*>(rows), ranks, static_cast<const T*>(factor.data),
+                factor.rank, op.C, out, out_row);
+        });
+    } else {
+#ifdef PEFTK_DP
+        dot(group.count, reinterpret_cast<const bf16* const*>(rows), ranks, static_cast<const bf16*>(factor.data),
+            factor.rank, op.C, out, out_row);
+#endif
+    }
+}
+
+// z, v and u of a group of rows for the ranks of pages first … last - 1.
+void shrink(const Linear& op, const Group& group, int64_t first_page, int64_t last_page) {
+    const bool drops = op.dropout.on && !op.backward;
+    const bool pairs = kHavePairs && op.in_dtype == kBFloat16 && op.adapters.dtype == kBFloat16 && !drops;
+    const bool copies = drops || (op.in_dtype != kFloat32 && !pairs);
+    const int64_t copy_row = round_up(op.C, W) + kPad;
+    float* copy = copies ? scratch_of<float>(kRowsSlot, group.count * copy_row) : nullptr;
+    const void* rows[kDotTokens];
+    for (int i = 0; i < group.count; i++) {
+        const int64_t m = op.order.token(group.first + i);
+        rows[i] = at(op.in, op.in_dtype, m * op.in_row);
+        if (copies) {
+            float* row = copy + i * copy_row;
+            widen(rows[i], op.in_dtype, op.C, row);
+            if (drops) drop(op.dropout, m, op.C, 0, op.C, row);
+            rows[i] = row;
+        }
+    }
+    const int32_t a = group.adapter;
+    const int code = op.activation(a);
+    const float s = op.adapters.scaling[a];
+    const void* bias = op.rank_bias(a);
+    for (int64_t page = first_page; page < last_page; page++) {
+        const int ranks = op.page_ranks(a, page);
+        float out[kDotTokens * 16];
+        project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, out, 16);
+        for (int i = 0; i < group.count; i++) {
+            const int64_t position = group.first + i, m = op.order.token(position);
+            float* z = op.z ? op.z + m * op.z_row + 16 * page : nullptr;
+            float* v = op.v + position * op.v_row + 16 * page;
+            float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
+            for (int r = 0; r < ranks; r++) {
+                float value = out[i * 16 + r];
+                if (op.backward) {
+                    v[r] = s * (value * activate_derivative(code, z[r]));
+                    w[r] = s * activate(code, z[r]);
+                } else {
+                    if (bias) value += element(bias, op.adapters.dtype, 16 * page + r);
+                    if (z) z[r] = value;
+                    v[r] = s * activate(code, value);
+                }
+            }
+        }
+    }
+}
+
+// ---- the input's prepared forms --------------------------------------------------------------------------------------
+
+int64_t panel_width(const Shape& shape, int64_t panel) {
+    return min64(kPanel, round_up(shape.rows - panel * kPanel, W));
+}
+
+// W rows of the block, from lane `first` on.
+void prepare(const Linear& op, const Shape& shape, int64_t first) {
+    const int count = int(min64(W, shape.rows - first));
+    const void* rows[W];
+    for (int i = 0; i < count; i++) {
+        rows[i] = at(op.in, op.in_dtype, op.order.token(shape.first_row + first + i) * op.in_row);
+    }
+    if (shape.form == kLanes) {
+        const int64_t panel = first / kPanel, width = panel_width(shape, panel);
+        float* to = static_cast<float*>(shape.in) + panel * kPanel * shape.steps + first % kPanel;
+#ifdef PEFTK_DP
+        if (shape.pairs) {
+            return transpose_rows(count, shape.steps, to, width, [&](int i, int64_t s, int n, float* out) {
+                const bf16* from = static_cast<const bf16*>(rows[i]) + 2 * s;
+                copy_pairs(from, min64(2 * n, op.C - 2 * s), reinterpret_cast<Pair*>(out));
+            });
+        }
+#endif
+        with_type(op.in_dtype, [&](auto type) {
+            typedef decltype(type) T;
+            transpose_rows(count, shape.steps, to, width, [&](int i, int64_t s, int n, float* out) {
+                widen(static_cast<const T*>(rows[i]) + s, n, out);
+            });
+        });
+    } else {
+        for (int i = 0; i < count; i++) {
+            float* to = static_cast<float*>(shape.in) + (first + i) * shape.in_row;
+#ifdef PEFTK_DP
+            if (shape.pairs) {
+                copy_pairs(static_cast<const bf16*>(rows[i]), op.C, reinterpret_cast<Pair*>(to));
+                continue;
+            }
+#endif
+            widen(rows[i], op.in_dtype, op.C, to);
+        }
+    }
+}
+
+// ---- the product with W, form by form; each leaves tile [rows, tile_row] or hands over W rows at a time ---------------
+
+void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
+    const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
+    const void* rows[kMaxDotRows];
+#ifdef PEFTK_DP
+    if (shape.pairs) {
+        for (int64_t i = 0; i < shape.rows; i++) {
+            rows[i] = at(op.in, op.in_dtype, op.order.token(shape.first_row + i) * op.in_row);
+        }
+        return dot(shape.rows, reinterpret_cast<const bf16* const*>(rows), columns.count,
+                   static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded);
+    }
+#endif
+    for (int64_t i = 0; i < shape.rows; i++) rows[i] = static_cast<const float*>(shape.in) + i * shape.in_row;
+    with_type(op.weight_dtype, [&](auto type) {
+        typedef decltype(type) T;
+        dot(shape.rows, reinterpret_cast<const float* const*>(rows), columns.count, static_cast<const T*>(weight),
+            op.weight_o, op.C, tile, columns.padded);
+    });
+}
+
+// Steps first … first + steps - 1 of the block's rows of W as [count, row] in fp32 or pairs.
+void copy_weight_rows(const Linear& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
+                      float* to, int64_t row) {
+    for (int64_t o = 0; o < columns.count; o++) {
+        const int64_t c = shape.pairs ? 2 * first : first;
+        const void* from = at(op.weight, op.weight_dtype, (columns.first + o) * op.weight_o + c);
+#ifdef PEFTK_DP
+        if (shape.pairs) {
+            copy_pairs(static_cast<const bf16*>(from), min64(2 * steps, op.C - c), reinterpret_cast<Pair*>(to + o * row));
+            continue;
+        }
+#endif
+        widen(from, op.weight_dtype, steps, to + o * row);
+    }
+}
+
+template <class T>
+void product_lanes(const Linear& op, const Shape& shape, const Columns& columns, float* acc, int64_t acc_row) {
+    constexpr int64_t row = kSteps + kPad;
+    float* weight = scratch_of<float>(kWeightSlot, columns.count * row);
+    int64_t first = 0;
+    do {
+        const int64_t steps = min64(kSteps, shape.steps - first);
+        copy_weight_rows(op, shape, columns, first, steps, weight, row);
+        for (int64_t lane = 0; lane < shape.rows; lane += kPanel) {
+            const int64_t width = panel_width(shape, lane / kPanel);
+            const T* in = static_cast<const T*>(shape.in) + lane * shape.steps + first * width;
+            outer<T>(columns.count, int(width / W), {reinterpret_cast<const T*>(weight), row, 1}, in, width, steps,
+                     acc + lane, acc_row, first == 0);
+        }
+        first += steps;
+    } while (first < shape.steps);
+}
+
+// Steps first … first + steps - 1 of the block's columns of W as panels [steps, kPanel] in fp32 or pairs.
+void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
+                         float* to) {
+    for (int64_t s = 0; s < steps; s++) {
+        const int64_t c = shape.pairs ? 2 * (first + s) : first + s;
+        for (int64_t o = 0; o < columns.padded; o += kPanel) {
+            const int64_t count = min64(kPanel, columns.count - o);
+            float* out = to + o * steps + s * min64(kPanel, columns.padded - o);
+            const void* from = at(op.weight, op.weight_dtype, c * op.weight_c + columns.first + o);
+#ifdef PEFTK_DP
+            if (shape.pairs) {
+                const bool both = c + 1 < op.C;
+                const bf16 *even = static_cast<const bf16*>(from), *odd = even + op.weight_c;
+                for (int64_t j = 0; j < count; j += W) {
+                    const __mmask16 mask = __mmask16((1u << min64(W, count - j)) - 1);
+                    const __m256i low = _mm256_maskz_loadu_epi16(mask, even + j);
+                    const __m256i high = both ? _mm256_maskz_loadu_epi16(mask, odd + j) : _mm256_setzero_si256();
+                    _mm512_storeu_si512(out + j, interleave(low, high));
+                }
+                continue;
+            }
+#endif
+            widen(from, op.weight_dtype, count, out);
+        }
+    }
+}
+
+template <class T>
+void product_columns(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
+    float* weight = scratch_of<float>(kWeightSlot, columns.padded * kSteps);
+    int64_t first = 0;
+    do {
+        const int64_t steps = min64(kSteps, shape.steps - first);
+        copy_weight_columns(op, shape, columns, first, steps, weight);
+        for (int64_t o = 0; o < columns.padded; o += kPanel) {
+            const int64_t width = min64(kPanel, columns.padded - o);
+            outer<T>(shape.rows, int(width / W), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
+                     reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0);
+        }
+        first += steps;
+    } while (first < shape.steps);
+}
+
+// ---- the epilogue -----------------------------------------------------------------------------------------------------
+
+// Adds adapters and biases to `count` rows of fp32 results, rounds once and stores. `tile` is [count, padded].
+class Epilogue {
+public:
+    Epilogue(const Linear& op, const Columns& columns) : op_(op), columns_(columns) {
+        const int64_t padded = columns.padded;
+        float* memory = scratch_of<float>(kFactorSlot, (op.max_rank + 2 + W) * padded);
+        bias_ = memory;
+        beta_ = bias_ + padded;
+        delta_ = beta_ + padded;
+        panel_ = delta_ + W * padded;
+        if (op.bias) {
+            widen(at(op.bias, op.bias_dtype, columns.first), op.bias_dtype, columns.count, bias_);
+        } else {
+            for (int64_t o = 0; o < padded; o += W) store(bias_ + o, zero());
+        }
+    }
+
+    void finish(int64_t position, int64_t count, float* tile) {
+        for (int64_t i = 0; i < count;) {
+            while (position + i >= op_.order.end(adapter_)) {
+                adapter_++;
+                loaded_ = false;
+            }
+            const int64_t segment = min64(count - i, op_.order.end(adapter_) - position - i);
+            float* rows = tile + i * columns_.padded;
+            if (adapter_ >= 0 && !loaded_) load_adapter();
+            if (adapter_ >= 0 && op_.rank(adapter_) > 0) expand(position + i, segment, rows);
+            for (int64_t j = 0; j < segment; j++) {
+                write(op_.order.token(position + i + j), rows + j * columns_.padded);
+            }
+            i += segment;
+        }
+    }
+
+private:
+    // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded], and the sum of both biases.
+    void load_adapter() {
+        loaded_ = true;
+        const void* beta = op_.backward ? nullptr : op_.output_bias(adapter_);
+        has_beta_ = beta != nullptr;
+        if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
+        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
+            const Factor factor = op_.expand_factor(adapter_, page);
+            const int ranks = op_.page_ranks(adapter_, page);
+            float* to = panel_ + 16 * page * columns_.padded;
+            with_type(op_.adapters.dtype, [&](auto type) {
+                load_page(static_cast<const decltype(type)*>(factor.data) + columns_.first * factor.along, factor, ranks,
+                          to);
+            });
+        }
+    }
+
+    template <class T>
+    void load_page(const T* from, const Factor& factor, int ranks, float* to) {
+        const int64_t padded = columns_.padded;
+        if (factor.along == 1) {
+            for (int r = 0; r < ranks; r++) widen(from + r * factor.rank, columns_.count, to + r * padded);
+        } else if (factor.rank == 1) {
+            for (int64_t o = 0; o < columns_.count; o += W) {
+                const T* rows = from + o * factor.along;
+                transpose_rows(int(min64(W, columns_.count - o)), ranks, to + o, padded,
+                               [&](int i, int64_t s, int n, float* out) { widen(rows + i * factor.along + s, n, out); });
+            }
+        } else {
+            for (int r = 0; r < ranks; r++) {
+                for (int64_t o = 0; o < columns_.count; o++) {
+                    to[r * padded + o] = to_float(from[r * factor.rank + o * factor.along]);
+                }
+            }
+        }
+    }
+
+    void expand(int64_t position, int64_t count, float* rows) {
+        const bool drops = op_.dropout.on && op_.backward;  // the mask is the adapter's alone
+        const int64_t padded = columns_.padded, ranks = op_.rank(adapter_);
+        float* to = drops ? delta_ : rows;
+        const Operand<float> v{op_.v + position * op_.v_row, op_.v_row, 1};
+        for (int64_t o = 0; o < padded; o += kPanel) {
+            const int vectors = int(min64(kPanel, padded - o) / W);
+            outer<float>(count, vectors, v, panel_ + o, padded, ranks, to + o, padded, drops);
+        }
+        if (!drops) return;
+        for (int64_t i = 0; i < count; i++) {
+            float* delta = delta_ + i * padded;
+            drop(op_.dropout, op_.order.token(position + i), op_.O, columns_.first, columns_.count, delta);
+            for (int64_t o = 0; o < columns_.count; o += W) {
+                float* row = rows + i * padded + o;
+                store(row, add(load(row), load(delta + o)));
+            }
+        }
+    }
+
+    void write(int64_t m, float* row) {
+        const bool beta = adapter_ >= 0 && has_beta_;
+        for (int64_t o = 0; o < columns_.count && (op_.bias || beta); o += W) {
+            Vec sum = load(row + o);
+            if (op_.bias) sum = add(sum, load(bias_ + o));
+            if (beta) sum = add(sum, load(beta_ + o));
+            store(row + o, sum);
+        }
+        void* out = at(op_.out, op_.out_dtype, m * op_.out_row + columns_.first);
+        narrow(row, columns_.count, out, op_.out_dtype);
+    }
+
+    const Linear& op_;
+    const Columns columns_;
+    int adapter_ = -1;
+    bool loaded_ = false, has_beta_ = false;
+    float *bias_, *beta_, *delta_, *panel_;
+};
+
+// One block of output columns, from W to the stored result.
+void block(const Linear& op, const Shape& shape, const Columns& columns) {
+    const int64_t padded = columns.padded;
+    Epilogue epilogue(op, columns);
+    if (shape.form == kLanes) {
+        const int64_t acc_row = round_up(shape.rows, W) + kPad;
+        float* acc = scratch_of<float>(kAccumulatorSlot, padded * acc_row);
+        if (shape.pairs) {
+#ifdef PEFTK_DP
+            product_lanes<Pair>(op, shape, columns, acc, acc_row);
+#endif
+        } else {
+            product_lanes<float>(op, shape, columns, acc, acc_row);
+        }
+        float* tile = scratch_of<float>(kTileSlot, W * padded);
+        for (int64_t i = 0; i < shape.rows; i += W) {
+            for (int64_t o = 0; o < padded; o += W) transpose(acc + o * acc_row + i, acc_row, tile + o, padded);
+            epilogue.finish(shape.first_row + i, min64(W, shape.rows - i), tile);
+        }
+        return;
+    }
+    float* tile = scratch_of<float>(kTileSlot, shape.rows * padded);
+    if (shape.form == kDot) {
+        product_dot(op, shape, columns, tile);
+    } else if (shape.pairs) {
+#ifdef PEFTK_DP
+        product_columns<Pair>(op, shape, columns, tile);
+#endif
+    } else {
+        product_columns<float>(op, shape, columns, tile);
+    }
+    for (int64_t i = 0; i < shape.rows; i += W) {
+        epilogue.finish(shape.first_row + i, min64(W, shape.rows - i), tile + i * padded);
+    }
+}
+
+// Columns of a task: enough tasks for the threads to even out, few enough to reuse what a task loads.
+int64_t block_columns(const Linear& op, Form form, int threads) {
+    const int64_t unit = form == kDot ? kDotRows : form == kLanes ? kMaxRows : kPanel;
+    const int64_t most = form == kDot ? 64 : form == kLanes ? 48 : 128;
+    const int64_t even = ceil_div(op.O, 8 * int64_t(threads));
+    return min64(round_up(even, unit), round_up(most, unit));
+}
+
+// The groups of rows that the shrink works on, at most one for each row.
+int64_t make_groups(const Linear& op, Group* groups) {
+    int64_t count = 0;
+    for (int32_t a = 0; a < op.adapters.count; a++) {
+        if (op.rank(a) == 0) continue;
+        for (int64_t i = op.order.begin(a); i < op.order.end(a); i += kDotTokens) {
+            groups[count++] = {a, int32_t(min64(kDotTokens, op.order.end(a) - i)), i};
+        }
+    }
+    return count;
+}
+
+}  // namespace
+
+void run(const Linear& op) {
+    if (op.M == 0) return;
+    Shape shape;
+    shape.pairs = kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16;
+    shape.form = op.weight_c != 1 ? kColumns : op.M <= kMaxDotRows ? kDot : kLanes;
+    shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
+    shape.in_row = round_up(shape.steps, W) + kPad;
+
+    Group* groups = nullptr;
+    int64_t group_count = 0, page_runs = 1;
+    if (op.max_rank > 0) {
+        groups = scratch_of<Group>(kGroupsSlot, op.M);
+        group_count = make_groups(op, groups);
+        // Ranks of one group may go to several threads, unless each would draw the group's dropout mask again.
+        if (!op.dropout.on) page_runs = ceil_div(op.max_rank, 16);
+    }
+    const bool in_place = shape.form == kDot && shape.pairs;
+    for (int64_t first = 0; first < op.M; first += kRowBlock) {
+        shape.first_row = first;
+        shape.rows = min64(kRowBlock, op.M - first);
+        const int64_t preparations = in_place ? 0 : ceil_div(shape.rows, W);
+        if (!in_place) {
+            const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
+            shape.in = scratch_of<float>(kInputSlot, round_up(shape.rows, W) * row);
+        }
+        const int64_t shrinks = first == 0 ? group_count * page_runs : 0;
+        auto front = [&](int64_t task) {
+            if (task < preparations) return prepare(op, shape, task * W);
+            task -= preparations;
+            const Group& group = groups[task / page_runs];
+            const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
+            if (page_runs == 1) return shrink(op, group, 0, pages);
+            if (run < pages) shrink(op, group, run, run + 1);
+        };
+        parallel_for(preparations + shrinks, op.threads, front);
+
+        const int64_t step = block_columns(op, shape.form, op.threads);
+        auto back = [&](int64_t task) {
+            Columns columns;
+            columns.first = task * step;
+            columns.count = min64(step, op.O - columns.first);
+            columns.padded = round_up(columns.count, W);
+            block(op, shape, columns);
+        };
+        parallel_for(ceil_div(op.O, step), op.threads, back);
+    }
+}
+
+void lora_linear(const LinearArgs& args, const Order& order) { run(forward_op(args, order)); }
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

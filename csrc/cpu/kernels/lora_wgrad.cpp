@@ -1,0 +1,167 @@
+// The backward: dX by the forward's kernel with exchanged roles, then every adapter's gradients.
+//
+//   u = (dY B) ⊙ act'(z);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
+//
+// The shrink of dX leaves s·u and s·act(z) for every row. The gradients are then contractions over an adapter's rows:
+// the outer kernel with columns of x̃ or dY in the lanes. A task is one block of columns for one adapter, and runs over
+// the rows in their order, so the sums are the same with any number of threads.
+#include "cpu/kernels/linear.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+namespace {
+
+constexpr int64_t kPanel = kMaxVectors * W;
+constexpr int64_t kColumnBlock = 2 * kPanel;
+constexpr int64_t kRowChunk = 128;  // rows of x̃ or dY that are widened at a time
+
+struct Source {  // x̃ or dY
+    const void* data;
+    int64_t row, columns;
+    int dtype;
+    const Dropout* dropout;  // null: none
+    const float* factor;     // s·u or s·v, [M, v_row] by position
+};
+
+// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the adapter's rows, and column_sum[j] = Σ_i source[i][first + j].
+void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum,
+              float* column_sum) {
+    const int64_t padded = round_up(count, W), begin = op.order.begin(a), end = op.order.end(a);
+    float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
+    for (int64_t j = 0; j < padded; j += W) store(column_sum + j, zero());
+    int64_t row = begin;
+    do {
+        const int64_t rows = min64(kRowChunk, end - row);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t m = op.order.token(row + i);
+            float* to = chunk + i * padded;
+            widen(at(source.data, source.dtype, m * source.row + first), source.dtype, count, to);
+            if (source.dropout) drop(*source.dropout, m, source.columns, first, count, to);
+            for (int64_t j = 0; j < padded; j += W) store(column_sum + j, add(load(column_sum + j), load(to + j)));
+        }
+        for (int64_t j = 0; j < padded; j += kPanel) {
+            const int vectors = int(min64(kPanel, padded - j) / W);
+            outer<float>(op.rank(a), vectors, {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded, rows,
+                         sum + j, padded, row == begin);
+        }
+        row += rows;
+    } while (row < end);
+}
+
+void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
+    const int64_t padded = round_up(count, W), rank = op.rank(a);
+    float* sum = scratch_of<float>(kTileSlot, (rank + 1) * padded);
+    contract(op, a, x, first, count, sum, sum + rank * padded);
+    const int dtype = op.adapters.dtype;
+    for (int64_t r = 0; r < rank; r++) narrow(sum + r * padded, count, at(to, dtype, r * x.columns + first), dtype);
+}
+
+void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bias, int64_t first, int64_t count) {
+    const int64_t padded = round_up(count, W), rank = op.rank(a), ranks = round_up(rank, W);
+    float* sum = scratch_of<float>(kTileSlot, (ranks + 1) * padded);
+    float* column_sum = sum + ranks * padded;
+    contract(op, a, dy, first, count, sum, column_sum);
+    const int dtype = op.adapters.dtype;
+    if (to_bias) narrow(column_sum, count, at(to_bias, dtype, first), dtype);
+    if (!to) return;
+    float* turned = scratch_of<float>(kAccumulatorSlot, padded * ranks);
+    for (int64_t r = 0; r < ranks; r += W) {
+        for (int64_t j = 0; j < padded; j += W) transpose(sum + r * padded + j, padded, turned + j * ranks + r, ranks);
+    }
+    for (int64_t j = 0; j < count; j++) narrow(turned + j * ranks, rank, at(to, dtype, (first + j) * rank), dtype);
+}
+
+void grad_rank_bias(const Linear& op, int32_t a, void* to) {
+    const int64_t rank = op.rank(a);
+    float* sum = scratch_of<float>(kTileSlot, round_up(rank, W));
+    for (int64_t r = 0; r < rank; r++) sum[r] = 0;
+    for (int64_t i = op.order.begin(a); i < op.order.end(a); i++) {
+        for (int64_t r = 0; r < rank; r++) sum[r] += op.v[i * op.v_row + r];
+    }
+    narrow(sum, rank, to, op.adapters.dtype);
+}
+
+void adapter_grads(const Linear& op, const LinearBackwardArgs& args) {
+    const LinearArgs& forward = args.forward;
+    const Source x{forward.x, forward.x_stride, forward.K, forward.x_dtype,
+                   forward.dropout.on ? &forward.dropout : nullptr, op.v};
+    const Source dy{args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w};
+    const int64_t blocks_A = ceil_div(forward.K, kColumnBlock), blocks_B = ceil_div(forward.N, kColumnBlock);
+    const int64_t each = blocks_A + blocks_B + 1;
+    auto body = [&](int64_t task) {
+        const int32_t a = int32_t(task / each);
+        const int64_t block = task % each;
+        auto grad = [&](int which) { return reinterpret_cast<void*>(args.grads[4 * a + which]); };
+        if (block < blocks_A) {
+            const int64_t first = block * kColumnBlock;
+            if (grad(0)) grad_A(op, a, x, grad(0), first, min64(kColumnBlock, forward.K - first));
+        } else if (block < blocks_A + blocks_B) {
+            const int64_t first = (block - blocks_A) * kColumnBlock;
+            if (grad(1) || grad(3)) {
+                grad_B(op, a, dy, grad(1), grad(3), first, min64(kColumnBlock, forward.N - first));
+            }
+        } else if (grad(2)) {
+            grad_rank_bias(op, a, grad(2));
+        }
+    };
+    parallel_for(op.adapters.count * each, op.threads, body);
+}
+
+// The shrink of dX contracts over B's rows: pages whose ranks are not contiguous along N are copied so that they are.
+void turn_pages(Linear* op, int64_t page_count) {
+    auto* turned = scratch_of<Factor>(kPagesSlot, page_count);
+    const int64_t size = size_of(op->adapters.dtype), page_bytes = 16 * op->C * size;
+    int64_t copies = 0;
+    auto each_page = [&](auto visit) {
+        for (int32_t a = 0; a < op->adapters.count; a++) {
+            if (op->order.begin(a) == op->order.end(a)) continue;
+            for (int64_t p = 0; 16 * p < op->rank(a); p++) visit(a, p);
+        }
+    };
+    each_page([&](int32_t a, int64_t p) { copies += op->factor_B(a, p).along != 1; });
+    char* memory = scratch_of<char>(kTransposedSlot, copies * page_bytes);
+    each_page([&](int32_t a, int64_t p) {
+        const Factor factor = op->factor_B(a, p);
+        Factor& result = turned[op->adapters.rows[4 * a] + p];
+        result = factor;
+        if (factor.along == 1) return;
+        with_type(op->adapters.dtype, [&](auto type) {
+            typedef decltype(type) T;
+            const T* from = static_cast<const T*>(factor.data);
+            T* to = reinterpret_cast<T*>(memory);
+            const int ranks = op->page_ranks(a, p);
+            for (int64_t c = 0; c < op->C; c++) {
+                for (int r = 0; r < ranks; r++) to[r * op->C + c] = from[c * factor.along + r * factor.rank];
+            }
+        });
+        result = {memory, op->C, 1};
+        memory += page_bytes;
+    });
+    op->turned = turned;
+}
+
+}  // namespace
+
+void lora_linear_backward(const LinearBackwardArgs& args, const Order& order) {
+    const LinearArgs& forward = args.forward;
+    Linear op = forward_op(forward, order);
+    op.backward = true;
+    op.C = forward.N, op.O = forward.K;
+    op.in = args.dy, op.in_row = args.dy_stride, op.in_dtype = args.dy_dtype;
+    op.weight_o = forward.weight_k, op.weight_c = forward.weight_n;
+    op.bias = nullptr;
+    op.out = args.dx, op.out_row = args.dx_stride;
+    op.w = scratch_of<float>(kUSlot, op.M * op.v_row);
+    int64_t page_count = 0;
+    for (int32_t a = 0; a < op.adapters.count; a++) {
+        const int64_t last = op.adapters.rows[4 * a] + ceil_div(op.rank(a), 16);
+        if (last > page_count) page_count = last;
+    }
+    turn_pages(&op, page_count);
+    run(op);
+    adapter_grads(op, args);
+}
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

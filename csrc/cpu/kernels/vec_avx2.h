@@ -1,0 +1,84 @@
+// AVX2, FMA and F16C: eight floats, sixteen registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/dtype.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+constexpr int W = 8;
+typedef __m256 Vec;
+constexpr int kMaxRows = 6, kMaxVectors = 2, kDotTokens = 3, kDotRows = 4;
+
+PEFTK_INLINE Vec zero() { return _mm256_setzero_ps(); }
+PEFTK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
+PEFTK_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+PEFTK_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+PEFTK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+PEFTK_INLINE float reduce(Vec a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+PEFTK_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+PEFTK_INLINE Vec widen(__m128i bits, bf16) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+PEFTK_INLINE Vec widen(__m128i bits, f16) { return _mm256_cvtph_ps(bits); }
+PEFTK_INLINE Vec load(const bf16* p) { return widen(_mm_loadu_si128((const __m128i*)p), bf16{}); }
+PEFTK_INLINE Vec load(const f16* p) { return widen(_mm_loadu_si128((const __m128i*)p), f16{}); }
+
+PEFTK_INLINE __m128i narrow(Vec v, bf16) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08));
+}
+PEFTK_INLINE __m128i narrow(Vec v, f16) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+PEFTK_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+template <class T>
+PEFTK_INLINE void store(T* p, Vec v) {
+    _mm_storeu_si128((__m128i*)p, narrow(v, T{}));
+}
+
+template <class T>
+PEFTK_INLINE Vec load_n(const T* p, int n) {
+    T full[W] = {};
+    memcpy(full, p, n * sizeof(T));
+    return load(full);
+}
+template <class T>
+PEFTK_INLINE void store_n(T* p, Vec v, int n) {
+    T full[W];
+    store(full, v);
+    memcpy(p, full, n * sizeof(T));
+}
+
+PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

@@ -1,0 +1,104 @@
+// AVX-512 F/BW/VL/DQ: sixteen floats, thirty-two registers, masks; with AVX512_BF16 its dot product of bf16 pairs.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/dtype.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc's own intrinsics pass registers that they leave undefined on purpose
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+constexpr int W = 16;
+typedef __m512 Vec;
+constexpr int kMaxRows = 12, kMaxVectors = 2, kDotTokens = 4, kDotRows = 4;
+
+PEFTK_INLINE Vec zero() { return _mm512_setzero_ps(); }
+PEFTK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
+PEFTK_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+PEFTK_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+PEFTK_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+PEFTK_INLINE float reduce(Vec a) { return _mm512_reduce_add_ps(a); }
+
+PEFTK_INLINE Vec widen(__m256i bits, bf16) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+PEFTK_INLINE Vec widen(__m256i bits, f16) { return _mm512_cvtph_ps(bits); }
+
+PEFTK_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+template <class T>
+PEFTK_INLINE Vec load(const T* p) {
+    return widen(_mm256_loadu_si256((const __m256i*)p), T{});
+}
+PEFTK_INLINE Vec load_n(const float* p, int n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+template <class T>
+PEFTK_INLINE Vec load_n(const T* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16((1u << n) - 1, p), T{});
+}
+
+// In integers: vcvtneps2bf16 would flush subnormals.
+PEFTK_INLINE __m256i narrow(Vec v, bf16) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+PEFTK_INLINE __m256i narrow(Vec v, f16) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+PEFTK_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+template <class T>
+PEFTK_INLINE void store(T* p, Vec v) {
+    _mm256_storeu_si256((__m256i*)p, narrow(v, T{}));
+}
+PEFTK_INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, v); }
+template <class T>
+PEFTK_INLINE void store_n(T* p, Vec v, int n) {
+    _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrow(v, T{}));
+}
+
+PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // a[i + j], 128-bit lane l: column 4l + j of rows i … i + 3
+        a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; j++) {  // a 4 x 4 transpose of lanes
+        const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x44), high01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xee);
+        const __m512 low23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44),
+                     high23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xee);
+        _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
+        _mm512_storeu_ps(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+        _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
+        _mm512_storeu_ps(to + (j + 12) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+    }
+}
+
+#if defined(__AVX512BF16__)
+#define PEFTK_DP 1
+// The instruction's own arithmetic: subnormal inputs and sums count as zero.
+PEFTK_INLINE Vec dp(Vec acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+PEFTK_INLINE __m512i load_pairs(const void* p) { return _mm512_loadu_si512(p); }
+PEFTK_INLINE __m512i load_pairs_n(const bf16* p, int n) { return _mm512_maskz_loadu_epi16((1ull << n) - 1, p); }
+PEFTK_INLINE __m512i set1_pair(uint32_t pair) { return _mm512_set1_epi32(int(pair)); }
+// Two rows of 16 bf16 (rows of consecutive contraction indices) to 16 pairs.
+PEFTK_INLINE __m512i interleave(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+#endif
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

@@ -1,0 +1,55 @@
+// Four floats by the compiler's own vector type: SSE2, NEON or plain code, whatever the architecture always has.
+#pragma once
+
+#include "common/dtype.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+constexpr int W = 4;
+typedef float Vec __attribute__((vector_size(16)));
+// Registers for accumulators: rows x vectors of the outer-product kernel, tokens x rows of the dot-product kernel.
+constexpr int kMaxRows = 4, kMaxVectors = 2, kDotTokens = 2, kDotRows = 2;
+
+PEFTK_INLINE Vec zero() { return Vec{}; }
+PEFTK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
+PEFTK_INLINE Vec add(Vec a, Vec b) { return a + b; }
+PEFTK_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+PEFTK_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // two roundings: the baseline may have no fma
+PEFTK_INLINE float reduce(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+
+PEFTK_INLINE Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+PEFTK_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+template <class T>
+PEFTK_INLINE Vec load(const T* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+}
+template <class T>
+PEFTK_INLINE void store(T* p, Vec v) {
+    for (int i = 0; i < W; i++) from_float(v[i], p + i);
+}
+
+template <class T>
+PEFTK_INLINE Vec load_n(const T* p, int n) {
+    Vec v{};
+    for (int i = 0; i < n; i++) v[i] = to_float(p[i]);
+    return v;
+}
+template <class T>
+PEFTK_INLINE void store_n(T* p, Vec v, int n) {
+    for (int i = 0; i < n; i++) from_float(v[i], p + i);
+}
+
+PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < W; i++) {
+        for (int j = 0; j < W; j++) memcpy(to + j * to_stride + i, from + i * from_stride + j, 4);
+    }
+}
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk

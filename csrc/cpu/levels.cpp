@@ -1,0 +1,80 @@
+#include "cpu/levels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace peftk {
+
+namespace {
+
+const char* const kNames[kLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "neon"};
+
+std::atomic<int> in_use{-1};
+
+std::string names_that_run_here() {
+    std::string names;
+    for (int level = 0; level < kLevels; level++) {
+        if (level_runs_here(Level(level))) names += (names.empty() ? "" : ", ") + std::string(kNames[level]);
+    }
+    return names;
+}
+
+Level checked(const char* name, const char* source) {
+    const Level level = level_by_name(name);
+    if (level == kLevels || !level_runs_here(level)) {
+        throw std::invalid_argument(std::string(source) + ": expected a SIMD level that this build and machine have (" +
+                                    names_that_run_here() + "), got '" + name + "'");
+    }
+    return level;
+}
+
+Level best() {
+    for (Level level : {kAvx512Bf16, kAvx512, kAvx2, kNeon}) {
+        if (level_runs_here(level)) return level;
+    }
+    return kPortable;
+}
+
+}  // namespace
+
+const char* level_name(Level level) { return kNames[level]; }
+
+Level level_by_name(const char* name) {
+    int level = 0;
+    while (level < kLevels && strcmp(kNames[level], name) != 0) level++;
+    return Level(level);
+}
+
+// __builtin_cpu_supports looks at XCR0 too: it says no to registers that the operating system does not save.
+bool level_runs_here(Level level) {
+    switch (level) {
+        PEFTK_IF_PORTABLE(case kPortable : return true;)
+        PEFTK_IF_AVX2(case kAvx2 : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                          __builtin_cpu_supports("f16c");)
+        PEFTK_IF_AVX512(case kAvx512 : return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                                              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");)
+        PEFTK_IF_AVX512_BF16(
+            case kAvx512Bf16 : return level_runs_here(kAvx512) && __builtin_cpu_supports("avx512bf16");)
+        PEFTK_IF_NEON(case kNeon : return true;)
+        default:
+            return false;
+    }
+}
+
+Level level_in_use() {
+    int level = in_use.load(std::memory_order_relaxed);
+    if (level < 0) {
+        const char* forced = getenv("PEFTK_SIMD");
+        level = forced && *forced ? checked(forced, "PEFTK_SIMD") : best();
+        in_use.store(level, std::memory_order_relaxed);
+    }
+    return Level(level);
+}
+
+void use_level(const char* name) { in_use.store(checked(name, "simd_level"), std::memory_order_relaxed); }
+
+}  // namespace peftk

@@ -1,0 +1,77 @@
+// Arguments of the CPU kernels for the fused linear layer, and the order of its rows.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/levels.h"
+
+namespace peftk {
+
+// The adapters of a batch: the layout is documented in peftk/table.py.
+struct Adapters {
+    const int64_t* pages;    // [P, 5]
+    const int32_t* rows;     // [count, 4]
+    const float* scaling;    // [count]
+    const int64_t* biases;   // [count, 2]
+    int32_t count = 0;
+    int dtype = 0;
+};
+
+// Rows of x sorted by adapter. Position i holds row token(i); adapter a has positions starts[a + 1] … starts[a + 2] - 1,
+// and a = -1 is the base layer.
+struct Order {
+    const int32_t* tokens;  // null: position i is row i
+    const int64_t* starts;  // [count + 2]
+
+    int64_t token(int64_t position) const { return tokens ? tokens[position] : position; }
+    int64_t begin(int adapter) const { return starts[adapter + 1]; }
+    int64_t end(int adapter) const { return starts[adapter + 2]; }
+};
+
+// ids null: every row takes adapter 0, or the base layer if there is none. Memory is this thread's scratch.
+// Throws std::invalid_argument for an id that is no adapter of the table.
+Order order_by_adapter(const int32_t* ids, int64_t M, const Adapters& adapters);
+
+struct Dropout {
+    bool on = false;
+    uint32_t threshold = 0;  // a word below it drops its element
+    float scale = 1;         // 1 / (1 - p)
+    uint64_t seed = 0;
+};
+
+// y[m] = x[m] Wᵀ + bias + s act(x̃[m] Aᵀ + a) Bᵀ + β. Strides in elements; W has unit stride along K or along N.
+struct LinearArgs {
+    int64_t M, N, K;
+    const void* x;
+    int64_t x_stride;
+    int x_dtype;
+    const void* weight;
+    int64_t weight_n, weight_k;
+    int weight_dtype;
+    const void* bias;  // [N] or null
+    int bias_dtype;
+    void* y;  // x's dtype
+    int64_t y_stride;
+    float* z;  // [M, z_stride] or null: pre-activations, written for the ranks that a row has
+    int64_t z_stride;
+    Adapters adapters;
+    const int32_t* ids;
+    Dropout dropout;
+    int threads;
+};
+
+// dX, and the gradients of every adapter, dense, in the adapters' dtype; addresses as int64, 0: not wanted.
+struct LinearBackwardArgs {
+    LinearArgs forward;  // y unused; z as the forward left it
+    const void* dy;
+    int64_t dy_stride;
+    int dy_dtype;
+    void* dx;  // [M, K], x's dtype
+    int64_t dx_stride;
+    const int64_t* grads;  // [count, 4]: dA [R, K], dB [N, R], da [R], dβ [N]
+};
+
+PEFTK_DECLARE(void, lora_linear, (const LinearArgs& args, const Order& order))
+PEFTK_DECLARE(void, lora_linear_backward, (const LinearBackwardArgs& args, const Order& order))
+
+}  // namespace peftk

@@ -1,0 +1,31 @@
+// Memory that a thread keeps between calls, so that kernels allocate nothing once warm.
+#pragma once
+
+#include <cstddef>
+
+namespace peftk {
+
+// Slots up to kRowsSlot are for a task's own use; a caller hands the others to its workers by pointer.
+enum ScratchSlot : int {
+    kTileSlot,
+    kAccumulatorSlot,
+    kWeightSlot,
+    kFactorSlot,
+    kRowsSlot,
+    kStartsSlot,
+    kOrderSlot,
+    kGroupsSlot,
+    kInputSlot,
+    kVSlot,
+    kUSlot,
+    kTransposedSlot,
+    kTableSlot,
+    kPagesSlot,
+    kScratchSlots
+};
+
+// At least `bytes` bytes of this thread's slot, 64-byte aligned; contents undefined; valid until the next call with the
+// same slot on the same thread. Throws std::bad_alloc.
+void* scratch(ScratchSlot slot, size_t bytes);
+
+}  // namespace peftk

@@ -1,0 +1,166 @@
+#include "cpu/thread_pool.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace peftk {
+
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// How long a worker looks for the next job before it sleeps: about 50 µs, which covers the gap between a job's two
+// parallel loops, and between one layer and the next.
+constexpr int kSpins = 2000;
+
+struct Job {
+    void (*body)(void*, int64_t);
+    void* context;
+    int64_t tasks;
+    int helpers;  // workers that may join
+};
+
+class Pool {
+public:
+    void run(const Job& job) {
+        grow(job.helpers);
+        job_ = job;
+        next_.store(0, std::memory_order_relaxed);
+        // Opens the job: its number in the upper half, nobody inside yet.
+        const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
+        state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
+        if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+            // a sleeper that has just looked at the state holds the mutex until it waits
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
+        }
+        take_tasks();
+        // Closes it: who has not joined by now finds nothing to do, and is not waited for.
+        state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
+        for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; spins++) {
+            spins < kSpins ? pause() : std::this_thread::yield();
+        }
+    }
+
+    int workers() const { return workers_.load(std::memory_order_relaxed); }
+
+private:
+    static constexpr uint64_t kOpen = 1u << 31, kInside = kOpen - 1;
+
+    void grow(int wanted) {
+        int now = workers_.load(std::memory_order_relaxed);
+        if (now >= wanted) return;
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);  // workers inherit it: signals are the program's own threads' affair
+        try {
+            for (; now < wanted; now++) std::thread(&Pool::work, this).detach();
+        } catch (const std::system_error&) {
+            // The system gives no more threads: the caller and those that exist do the work.
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        workers_.store(now, std::memory_order_relaxed);
+    }
+
+    void take_tasks() {
+        const Job& job = job_;
+        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
+            job.body(job.context, task);
+        }
+    }
+
+    // Enters the open job unless it has its helpers already. job_ stays as it is while somebody is inside.
+    bool join(uint64_t state) {
+        while (state & kOpen) {
+            if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+                const bool wanted = int(state & kInside) < job_.helpers;
+                if (wanted) take_tasks();
+                state_.fetch_sub(1, std::memory_order_acq_rel);
+                return wanted;
+            }
+        }
+        return false;
+    }
+
+    void work() {
+        uint64_t seen = 0;
+        for (;;) {
+            uint64_t state = wait_for_job(seen);
+            seen = state >> 32;
+            join(state);
+        }
+    }
+
+    // Returns the state once its job is another than `seen`.
+    uint64_t wait_for_job(uint64_t seen) {
+        for (int spin = 0; spin < kSpins; spin++) {
+            const uint64_t state = state_.load(std::memory_order_acquire);
+            if (state >> 32 != seen) return state;
+            pause();
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        uint64_t state;
+        while ((state = state_.load(std::memory_order_seq_cst)) >> 32 == seen) wake_.wait(lock);
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+        return state;
+    }
+
+    Job job_{};
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> state_{0};  // job number · 2^32, kOpen, workers inside
+    std::atomic<int> workers_{0}, sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+};
+
+// The pool is never destroyed: at exit its workers sleep, or end with the process.
+Pool* pool = nullptr;
+std::mutex owner;  // held by the caller who has the workers
+
+void before_fork() { owner.lock(); }
+void in_parent() { owner.unlock(); }
+void in_child() {
+    pool = nullptr;  // its workers exist in the parent only
+    owner.unlock();
+}
+
+}  // namespace
+
+void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
+    const int helpers = int(tasks < threads ? tasks : threads) - 1;
+    if (helpers > 0 && owner.try_lock()) {
+        std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
+        if (!pool) {
+            static const int registered = pthread_atfork(before_fork, in_parent, in_child);
+            (void)registered;
+            pool = new Pool;
+        }
+        pool->run({body, context, tasks, helpers});
+        return;
+    }
+    for (int64_t task = 0; task < tasks; task++) body(context, task);
+}
+
+int pool_workers() {
+    std::lock_guard<std::mutex> lock(owner);
+    return pool ? pool->workers() : 0;
+}
+
+}  // namespace peftk

@@ -1,0 +1,29 @@
+// One pool of threads for all kernels.
+//
+// parallel_for(tasks, threads, body, context) runs body(context, task) for every task once, on the caller and at most
+// threads - 1 workers, and returns when all are done. Tasks are handed out in ascending order, dynamically: kernels must
+// compute the same bits whichever thread takes a task.
+//
+// Only one caller at a time has the workers. A second one, from another thread, runs its tasks by itself meanwhile: its
+// thread is a core's worth of work already, and waiting would be slower. Bodies must not call parallel_for with more
+// than one thread and must not throw.
+//
+// The pool survives fork: the child starts without workers and makes its own when it needs them.
+#pragma once
+
+#include <cstdint>
+
+namespace peftk {
+
+void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task), void* context);
+
+// The same for a callable object, always as a function of internal linkage in the caller's translation unit.
+template <class Body>
+static inline void parallel_for(int64_t tasks, int threads, Body& body) {
+    parallel_for(
+        tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
+}
+
+int pool_workers();  // how many workers this process has now
+
+}  // namespace peftk

@@ -1,0 +1,257 @@
+"""The C++ SIMD kernels of `peftk._cpu`: what runs on a CPU by default. Docs: `docs/cpu.md`.
+
+The functions have the reference's signatures. Tensors are read where they lie, with two exceptions that are copied
+first: x or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from peftk import _cpu, table
+from peftk.activations import CODES
+from peftk.reference import AdapterGrads
+from peftk.table import Adapter, AdapterTable
+
+if TYPE_CHECKING:
+    from peftk.backends import Call
+
+# as in csrc/common/dtype.h
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
+
+
+def cannot_serve(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"runs on cpu tensors, not on {call.device}"
+    for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
+        if dtype is not None and dtype not in _DTYPES:
+            return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def simd_level() -> str:
+    """The SIMD level in use: the best that this machine has, or what PEFTK_SIMD names."""
+    return _cpu.simd_level()
+
+
+def simd_levels() -> list[str]:
+    """The SIMD levels that this build and machine have, ascending."""
+    return _cpu.simd_levels()
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    x, weight, adapter = _rows(x), _dense(weight), _one_page(adapter)
+    M, N = x.shape[0], weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype)
+    z = torch.empty(M, adapter.rank) if save_z and adapter is not None and adapter.rank else None
+    _cpu.lora_linear(
+        *_linear(x, weight, dropout_p, seed),
+        *_adapter(adapter),
+        *_bias(bias),
+        y.data_ptr(),
+        N,
+        0 if z is None else z.data_ptr(),
+        0 if z is None else z.shape[1],
+    )
+    return y, z
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    x, weight, ids = _rows(x), _dense(weight), _ids(ids)
+    M, N = x.shape[0], weight.shape[0]
+    y = torch.empty(M, N, dtype=x.dtype)
+    z = torch.zeros(M, table.z_width) if save_z else None  # rows of smaller rank leave the rest alone
+    _cpu.multi_lora_linear(
+        *_linear(x, weight, dropout_p, seed),
+        *_table(table),
+        ids.data_ptr(),
+        *_bias(bias),
+        y.data_ptr(),
+        N,
+        0 if z is None else z.data_ptr(),
+        table.z_width,
+    )
+    return y, z
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    adapter: Adapter | None,
+    z: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, AdapterGrads]:
+    dy, x, weight, adapter = _rows(dy), _rows(x), _dense(weight), _one_page(adapter)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x)
+    _cpu.lora_linear_backward(
+        *_linear(x, weight, dropout_p, seed),
+        *_adapter(adapter),
+        dy.data_ptr(),
+        dy.stride(0),
+        _DTYPES[dy.dtype],
+        dx.data_ptr(),
+        dx.shape[1],
+        0 if z is None else z.data_ptr(),
+        0 if z is None else z.stride(0),
+        *_addresses(grads),
+    )
+    return dx, grads
+
+
+def multi_lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    table: AdapterTable,
+    ids: Tensor,
+    z: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, list[AdapterGrads | None]]:
+    dy, x, weight, ids, z = _rows(dy), _rows(x), _dense(weight), _ids(ids), _rows(z)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    grads = [None if a is None else _empty_grads(a, weight, x) for a in table.adapters]
+    addresses = torch.tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
+    _cpu.multi_lora_linear_backward(
+        *_linear(x, weight, dropout_p, seed),
+        *_table(table),
+        ids.data_ptr(),
+        dy.data_ptr(),
+        dy.stride(0),
+        _DTYPES[dy.dtype],
+        dx.data_ptr(),
+        dx.shape[1],
+        z.data_ptr(),
+        z.stride(0),
+        addresses.data_ptr(),
+    )
+    return dx, grads
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight if 1 in weight.stride() else weight.contiguous()
+
+
+def _ids(ids: Tensor) -> Tensor:
+    if ids.dtype != torch.int32:
+        raise ValueError(f"ids: expected int32, got {ids.dtype}")
+    return ids.contiguous()
+
+
+def _one_page(adapter: Adapter | None) -> Adapter | None:
+    """The same adapter with A and B as one tensor each, A's rows contiguous. Copies only what is in several pages."""
+    if adapter is None or (len(adapter.pages_A) == 1 and adapter.pages_A[0].stride(1) == 1) or not adapter.pages_A:
+        return adapter
+    A, B = torch.cat(adapter.pages_A), torch.cat(adapter.pages_B, dim=1)
+    return Adapter((A,), (B,), adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
+
+
+def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[int | float, ...]:
+    """M, N, K; x; weight; dropout; threads."""
+    if dropout_p and seed is None:
+        raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
+    n_stride, k_stride = weight.stride()
+    if k_stride != 1 and n_stride != 1:
+        raise AssertionError("weight is contiguous along one dimension")
+    return (
+        x.shape[0],
+        weight.shape[0],
+        x.shape[1],
+        x.data_ptr(),
+        x.stride(0),
+        _DTYPES[x.dtype],
+        weight.data_ptr(),
+        n_stride,
+        k_stride,
+        _DTYPES[weight.dtype],
+        dropout_p,
+        0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        torch.get_num_threads(),
+    )
+
+
+def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
+    """A, B, rank, activation, scaling, both biases, dtype."""
+    if adapter is None:
+        return _NO_ADAPTER
+    bias_A, bias_B = adapter.bias_A, adapter.bias_B
+    biases = (0 if bias_A is None else bias_A.data_ptr(), 0 if bias_B is None else bias_B.data_ptr())
+    if not adapter.pages_A:
+        return (0, 0, 0, 0, 0, 0, 0, 0.0, *biases, 0 if bias_B is None else _DTYPES[bias_B.dtype])
+    A, B = adapter.pages_A[0], adapter.pages_B[0]
+    return (
+        A.data_ptr(),
+        A.stride(0),
+        B.data_ptr(),
+        B.stride(0),
+        B.stride(1),
+        A.shape[0],
+        CODES[adapter.activation],
+        adapter.scaling,
+        *biases,
+        _DTYPES[A.dtype],
+    )
+
+
+def _table(table: AdapterTable) -> tuple[int, ...]:
+    return (
+        table.pages.data_ptr(),
+        table.rows.data_ptr(),
+        table.scaling.data_ptr(),
+        table.biases.data_ptr(),
+        len(table.adapters),
+        _DTYPES[table.dtype],
+    )
+
+
+def _bias(bias: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if bias is None else (bias.data_ptr(), _DTYPES[bias.dtype])
+
+
+def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor) -> AdapterGrads:
+    """Room for an adapter's gradients in their dense shapes; `table.Adapter`s of a bank are gathered by the kernel."""
+    dtype = adapter.tensors()[0].dtype if adapter.tensors() else x.dtype
+    N, K, R = weight.shape[0], weight.shape[1], adapter.rank
+    return AdapterGrads(
+        torch.empty(R, K, dtype=dtype) if adapter.pages_A else None,
+        torch.empty(N, R, dtype=dtype) if adapter.pages_A else None,
+        None if adapter.bias_A is None else torch.empty(R, dtype=dtype),
+        None if adapter.bias_B is None else torch.empty(N, dtype=dtype),
+    )
+
+
+def _addresses(grads: AdapterGrads) -> list[int]:
+    return [0 if g is None else g.data_ptr() for g in grads]
