@@ -1,0 +1,292 @@
+"""inject, freeze, count, save and load over whole models; MultiAdapter serving PEFT checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+from torch import nn
+
+import peftk
+from peftk import CheckpointError, LoraConfig, LoRALinear, MultiAdapter, MultiLoRALinear
+from peftk.model import lora_layers
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"query": nn.Linear(16, 16), "value": nn.Linear(16, 16), "dense": nn.Linear(16, 24)})
+    model = nn.ModuleDict({"block": block, "head": nn.Linear(24, 5)})
+    model.forward = lambda x: model["head"](  # type: ignore[method-assign]
+        torch.relu(model["block"]["dense"](torch.tanh(model["block"]["query"](x)) * model["block"]["value"](x)))
+    )
+    return model.eval()
+
+
+def with_random_B(model: nn.Module, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["query", "value"], ["block.query", "block.value"]),
+        ("block\\.(query|dense)", ["block.query", "block.dense"]),
+        ("all-linear", ["block.query", "block.value", "block.dense", "head"]),
+        (["block.dense"], ["block.dense"]),
+    ],
+)
+def test_inject_replaces_targets_and_keeps_outputs(targets: str | list[str], names: list[str]) -> None:
+    model, x = small_model(), torch.randn(7, 16)
+    y = model(x)
+    assert peftk.inject(model, LoraConfig(r=4, target_modules=targets)) == names
+    torch.testing.assert_close(model(x), y)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [f"{name}.lora_{factor}" for name in names for factor in "AB"]
+
+
+def test_counts() -> None:
+    model = small_model()
+    base = sum(p.numel() for p in model.parameters())
+    peftk.inject(model, LoraConfig(r=4, target_modules=["query"], rank_pattern={"query": 3}))
+    count = peftk.count_parameters(model)
+    assert count == (3 * (16 + 16), base + 96)
+    assert count.ratio == 96 / (base + 96)
+    assert "96 trainable" in str(count)
+
+
+def test_patterns_and_scaling() -> None:
+    model = small_model()
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["query", "value"], rank_pattern={"value": 2}, alpha_pattern={"value": 3}
+    )
+    peftk.inject(model, config)
+    layers = dict(lora_layers(model))
+    assert (layers["block.query"].r, layers["block.query"].scaling) == (4, 2.0)
+    assert (layers["block.value"].r, layers["block.value"].scaling) == (2, 1.5)
+
+
+def test_no_match_changes_nothing() -> None:
+    model = small_model()
+    with pytest.raises(
+        ValueError, match=r"target_modules: expected to match some nn.Linear of the model \(block.query"
+    ):
+        peftk.inject(model, LoraConfig(target_modules=["nonesuch"]))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r: expected an integer of 1 or more"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\]: expected"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
+        ({"lora_dropout": 1.0}, "lora_dropout: expected"),
+        ({"target_modules": []}, "target_modules: expected"),
+    ],
+)
+def test_bad_configs(fields: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**fields)
+
+
+def test_shared_linear_stays_shared() -> None:
+    linear = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": linear, "b": linear})
+    assert peftk.inject(model, LoraConfig(r=2)) == ["a", "b"]
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], LoRALinear)
+
+
+def test_torchs_own_transformer_sees_the_adapter() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    names = peftk.inject(encoder, LoraConfig(r=2))
+    assert names == ["linear1", "linear2"]  # out_proj is read by MHA itself, never called
+    with torch.inference_mode():
+        before = encoder(x)
+        with_random_B(encoder)
+        assert not torch.allclose(encoder(x), before)
+    with pytest.raises(ValueError, match="out_proj, whose weight MHA reads itself"):
+        peftk.inject(nn.TransformerEncoderLayer(16, 2, 32), LoraConfig(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_save_load_and_serve(tmp_path: pathlib.Path, rslora: bool) -> None:
+    x = torch.randn(6, 16)
+    outputs, paths = {}, {}
+    for number, (name, r, targets) in enumerate(
+        [("a", 1, ["query"]), ("b", 20, "all-linear"), ("c", 5, ["value", "head"])]
+    ):
+        model = small_model()
+        config = LoraConfig(r=r, lora_alpha=7, use_rslora=rslora, target_modules=targets, rank_pattern={"dense": 3})
+        peftk.inject(model, config)
+        with_random_B(model, number)
+        outputs[name] = model(x)
+        paths[name] = tmp_path / name
+        peftk.save_adapter(model, paths[name])
+        other = small_model()
+        peftk.inject(other, config)
+        peftk.load_adapter(other, paths[name])
+        torch.testing.assert_close(other(x), outputs[name])
+    base = small_model()
+    outputs[None] = base(x)
+    server = MultiAdapter(base, max_adapters=3)
+    for name, path in paths.items():
+        server.load(name, path)
+    route = ["b", None, "a", "c", "b", "a"]
+    with server.route(route):
+        mixed = base(x)
+    for row, name in enumerate(route):
+        torch.testing.assert_close(mixed[row], outputs[name][row])
+    torch.testing.assert_close(base(x), outputs[None])
+    with pytest.raises(ValueError, match="max_adapters: expected a free place, got 3 adapters loaded already"):
+        server.load("d", paths["a"])
+    server.unload("a")
+    with pytest.raises(ValueError, match="name: expected a loaded adapter"), server.route(["a"]):
+        pass
+    server.load("d", paths["c"])
+    with server.route(["d", "b", None, None, None, "c"]):
+        mixed = base(x)
+    torch.testing.assert_close(mixed[0], outputs["c"][0])
+    torch.testing.assert_close(mixed[1], outputs["b"][1])
+    torch.testing.assert_close(mixed[5], outputs["c"][5])
+
+
+def test_routes_expand_beams_and_reject_other_batches(tmp_path: pathlib.Path) -> None:
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=2, target_modules=["query"]))
+    with_random_B(model)
+    peftk.save_adapter(model, tmp_path)
+    base, x = small_model(), torch.randn(2, 16)
+    server = MultiAdapter(base)
+    server.load("a", tmp_path)
+    with server.route(["a", None]):
+        y = base(x)
+        beams = base(x.repeat_interleave(3, dim=0))
+        tokens = base(x[:, None].expand(2, 5, 16))
+        with pytest.raises(ValueError, match="route: expected x with a batch that is a multiple of the 2"):
+            base(torch.randn(3, 16))
+    torch.testing.assert_close(beams, y.repeat_interleave(3, dim=0))
+    torch.testing.assert_close(tokens, y[:, None].expand(2, 5, 5))
+    per_token = server.ids(["a", None])[:, None].expand(2, 5)
+    with server.route(per_token):
+        torch.testing.assert_close(base(x[:, None].expand(2, 5, 16)), tokens)
+    with pytest.raises(TypeError, match="names: expected one name or None per sequence"):
+        server.ids("a")
+
+
+def test_activation_checkpointing_remembers_the_route(tmp_path: pathlib.Path) -> None:
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=2, target_modules=["query"]))
+    with_random_B(model)
+    peftk.save_adapter(model, tmp_path)
+    base = small_model()
+    server = MultiAdapter(base)
+    server.load("a", tmp_path)
+    x = torch.randn(3, 16, requires_grad=True)
+    with server.route(["a", None, "a"]):
+        plain = base(x)
+        saved = torch.utils.checkpoint.checkpoint(base, x, use_reentrant=False)
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    (actual,) = torch.autograd.grad(saved.square().sum(), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def spoil(folder: pathlib.Path, how: str) -> None:
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "garbage":
+        weights.write_bytes(b"not a checkpoint")
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "pickle":
+        weights.unlink()
+        (folder / "adapter_model.bin").write_bytes(b"")
+    elif how == "no config":
+        config.unlink()
+    elif how == "bad json":
+        config.write_text("{")
+    else:
+        fields.update({"other method": {"peft_type": "IA3"}, "dora": {"use_dora": True}, "rank": {"r": 9}}[how])
+        fields["rank_pattern"] = {}
+        config.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "expected a whole safetensors file"),
+        ("garbage", "expected a whole safetensors file"),
+        ("no weights", "expected adapter_model.safetensors, got none there"),
+        ("pickle", "got adapter_model.bin there .pickled files are not read"),
+        ("no config", "expected a folder with adapter_config.json"),
+        ("bad json", "expected JSON"),
+        ("other method", "expected peft_type 'LORA', got 'IA3'"),
+        ("dora", "expected a LoRA that is s·BA alone, got use_dora=True"),
+        ("rank", "expected rank 9 of adapter_config.json, got factors of 2"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_and_the_rest_goes_on(tmp_path: pathlib.Path, how: str, message: str) -> None:
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=2, target_modules=["query", "dense"]))
+    with_random_B(model)
+    for name in ("good", "bad"):
+        peftk.save_adapter(model, tmp_path / name)
+    spoil(tmp_path / "bad", how)
+    base, x = small_model(), torch.randn(2, 16)
+    server = MultiAdapter(base)
+    with pytest.raises(CheckpointError, match=message):
+        server.load("bad", tmp_path / "bad")
+    assert not any(isinstance(m, MultiLoRALinear) for m in base.modules())
+    assert all(p.requires_grad for p in base.parameters())
+    server.load("good", tmp_path / "good")
+    with server.route(["good", "good"]):
+        y = base(x)
+    with pytest.raises(CheckpointError, match=message):
+        server.load("bad", tmp_path / "bad")
+    with server.route(["good", "good"]):
+        assert torch.equal(base(x), y)
+    assert server.names == ["good"]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match=message):
+        peftk.load_adapter(model, tmp_path / "bad")
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
+    other = nn.ModuleDict({"block": nn.ModuleDict({"query": nn.Linear(16, 17)}), "tail": nn.Linear(3, 3)})
+    peftk.inject(other, LoraConfig(r=2, target_modules=["query"]))
+    peftk.save_adapter(other, tmp_path / "shape")
+    server = MultiAdapter(small_model())
+    with pytest.raises(CheckpointError, match=r"block.query: expected lora_A \[R, 16\] and lora_B \[16, R\]"):
+        server.load("x", tmp_path / "shape")
+    peftk.inject(other, LoraConfig(r=2, target_modules=["tail"]))
+    peftk.save_adapter(other, tmp_path / "name")
+    with pytest.raises(CheckpointError, match="expected"):
+        server.load("x", tmp_path / "name")
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=2, target_modules=["query"]))
+    peftk.save_adapter(model, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with_random_B(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("json.dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        peftk.save_adapter(model, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(ValueError, match="model: expected LoRALinear layers"):
+        peftk.save_adapter(small_model(), tmp_path)
