@@ -24,6 +24,7 @@ constexpr int64_t kPanelFloats = 1 << 16;
 
 typedef uint32_t Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * W)));
+typedef int16_t Halves __attribute__((vector_size(2 * W)));
 typedef int8_t Codes __attribute__((vector_size(W)));
 
 // fl(b * a + t), which the baseline of an architecture may have in software only.
@@ -36,64 +37,102 @@ PEFTK_INLINE Vec exact_fma(Vec b, Vec a, Vec t) {
 #endif
 }
 
-// A register of weights: as they are stored, as floats, as lanes of the code. The copies through arrays are moves
-// between registers to the compiler.
-template <class T>
-struct Stored {
-    static constexpr uint32_t kMagnitude = 0x7fff;
-    typedef int16_t Bits __attribute__((vector_size(2 * W)));
+// Between lanes of 32 bits and of 8 by way of 16, which compilers know how to do in registers.
+PEFTK_INLINE Codes to_codes(Lanes lanes) {
+    return __builtin_convertvector(__builtin_convertvector((SignedLanes)lanes, Halves), Codes);
+}
+PEFTK_INLINE Lanes to_lanes(Codes codes) {
+    return (Lanes)__builtin_convertvector(__builtin_convertvector(codes, Halves), SignedLanes);
+}
 
-    PEFTK_INLINE Bits round(Vec v) {
-        T stored[W];
-        store(stored, v);
-        Bits bits;
-        memcpy(&bits, stored, sizeof bits);
-        return bits;
-    }
-    PEFTK_INLINE Vec widen(Bits bits) {
-        T stored[W];
-        memcpy(stored, &bits, sizeof bits);
-        return load(stored);
-    }
-    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes) __builtin_convertvector(bits, SignedLanes); }
-    PEFTK_INLINE Bits bits(Lanes lanes) { return __builtin_convertvector((SignedLanes)lanes, Bits); }
-};
+template <class V>
+PEFTK_INLINE V read(const void* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V>
+PEFTK_INLINE void write(void* to, V v) {
+    memcpy(to, &v, sizeof v);
+}
+
+// A register of weights, `Bits`: how it is read, written, widened and rounded to, and how it reads as lanes of the code.
+template <class T>
+struct Stored;
 
 template <>
 struct Stored<float> {
     static constexpr uint32_t kMagnitude = 0x7fffffff;
     typedef Lanes Bits;
 
-    PEFTK_INLINE Bits round(Vec v) { return (Lanes)v; }
+    PEFTK_INLINE Bits load(const float* from) { return read<Lanes>(from); }
+    PEFTK_INLINE void store(float* to, Bits bits) { write(to, bits); }
     PEFTK_INLINE Vec widen(Bits bits) { return (Vec)bits; }
+    PEFTK_INLINE Bits round(Vec v) { return (Lanes)v; }
     PEFTK_INLINE Lanes lanes(Bits bits) { return bits; }
     PEFTK_INLINE Bits bits(Lanes lanes) { return lanes; }
+};
+
+// In registers a bf16 is the upper half of a 32-bit lane, which makes widening free.
+template <>
+struct Stored<bf16> {
+    static constexpr uint32_t kMagnitude = 0x7fff;
+    typedef Lanes Bits;
+
+    PEFTK_INLINE Bits load(const bf16* from) {
+        return (Lanes)__builtin_convertvector(read<Halves>(from), SignedLanes) << 16;
+    }
+    PEFTK_INLINE void store(bf16* to, Bits bits) {
+        write(to, __builtin_convertvector((SignedLanes)(bits >> 16), Halves));
+    }
+    PEFTK_INLINE Vec widen(Bits bits) { return (Vec)bits; }
+    PEFTK_INLINE Bits round(Vec v) {
+        const Lanes bits = (Lanes)v;
+        const Lanes rounded = bits + 0x7fff + (bits >> 16 & 1);
+        return (v == v ? rounded : bits | 0x400000) & 0xffff0000;
+    }
+    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes)((SignedLanes)bits >> 16); }
+    PEFTK_INLINE Bits bits(Lanes lanes) { return lanes << 16; }
+};
+
+// The copies through arrays are moves between registers to the compiler.
+template <>
+struct Stored<f16> {
+    static constexpr uint32_t kMagnitude = 0x7fff;
+    typedef Halves Bits;
+
+    PEFTK_INLINE Bits load(const f16* from) { return read<Halves>(from); }
+    PEFTK_INLINE void store(f16* to, Bits bits) { write(to, bits); }
+    PEFTK_INLINE Vec widen(Bits bits) {
+        f16 stored[W];
+        write(stored, bits);
+        return PEFTK_LEVEL::load(stored);
+    }
+    PEFTK_INLINE Bits round(Vec v) {
+        f16 stored[W];
+        PEFTK_LEVEL::store(stored, v);
+        return read<Halves>(stored);
+    }
+    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes)__builtin_convertvector(bits, SignedLanes); }
+    PEFTK_INLINE Bits bits(Lanes lanes) { return __builtin_convertvector((SignedLanes)lanes, Halves); }
 };
 
 template <class T>
 PEFTK_INLINE void merge_vector(const T* weight, T* out, int8_t* code, Vec d) {
     using S = Stored<T>;
-    typename S::Bits w;
-    memcpy(&w, weight, sizeof w);
-    const typename S::Bits merged = S::round(S::widen(w) + d);
-    const typename S::Bits back = S::round(S::widen(merged) - d);
-    const Lanes encoded = merge_code::encode<S::kMagnitude>(S::lanes(w), S::lanes(back));
-    const Codes codes = __builtin_convertvector((SignedLanes)encoded, Codes);
-    memcpy(out, &merged, sizeof merged);
-    memcpy(code, &codes, sizeof codes);
+    const auto w = S::load(weight);
+    const auto merged = S::round(S::widen(w) + d);
+    const auto back = S::round(S::widen(merged) - d);
+    S::store(out, merged);
+    write(code, to_codes(merge_code::encode<S::kMagnitude>(S::lanes(w), S::lanes(back))));
 }
 
 template <class T>
 PEFTK_INLINE void unmerge_vector(const T* merged, T* out, const int8_t* code, Vec d) {
     using S = Stored<T>;
-    typename S::Bits w;
-    Codes codes;
-    memcpy(&w, merged, sizeof w);
-    memcpy(&codes, code, sizeof codes);
-    const typename S::Bits back = S::round(S::widen(w) - d);
-    const Lanes stored = (Lanes) __builtin_convertvector(codes, SignedLanes);
-    const typename S::Bits weight = S::bits(merge_code::decode<S::kMagnitude>(S::lanes(back), stored));
-    memcpy(out, &weight, sizeof weight);
+    const auto back = S::round(S::widen(S::load(merged)) - d);
+    const Lanes stored = to_lanes(read<Codes>(code));
+    S::store(out, S::bits(merge_code::decode<S::kMagnitude>(S::lanes(back), stored)));
 }
 
 template <class T, bool kUnmerge>
