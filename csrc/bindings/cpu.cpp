@@ -3,6 +3,7 @@
 
 #include <new>
 
+#include "bindings/cpu_merge.h"
 #include "common/dtype.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
@@ -177,4 +178,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("pool_workers", peftk::pool_workers, "Worker threads that this process has started.");
     peftk::bind_levels(m);
     peftk::bind_lora_linear(m);
+    peftk::bind_merge(m);
 }

@@ -6,6 +6,7 @@ first: x or dy whose rows are not contiguous, and a weight that is contiguous al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -155,6 +156,53 @@ def multi_lora_linear_backward(
         addresses.data_ptr(),
     )
     return dx, grads
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    weight = _rows(weight)
+    merged = torch.empty(weight.shape, dtype=weight.dtype)
+    code = torch.empty(weight.shape, dtype=torch.int8)
+    _merge(_cpu.merge, weight, merged, lora_A, lora_B, scaling, code)
+    return merged, code
+
+
+def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
+    merged = _rows(merged)
+    weight = torch.empty(merged.shape, dtype=merged.dtype)
+    _merge(_cpu.unmerge, merged, weight, lora_A, lora_B, scaling, code.contiguous())
+    return weight
+
+
+def _merge(
+    kernel: Callable[..., None],
+    weight: Tensor,
+    out: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    code: Tensor,
+) -> None:
+    """Calls `_cpu.merge` or `_cpu.unmerge`: W or W' in, W' or W out."""
+    if lora_A.dtype != lora_B.dtype:
+        lora_A, lora_B = lora_A.float(), lora_B.float()  # exact, and the kernels have one dtype for both
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    N, K = weight.shape
+    kernel(
+        weight.data_ptr(),
+        weight.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        lora_A.data_ptr(),
+        lora_B.data_ptr(),
+        code.data_ptr(),
+        N,
+        K,
+        lora_A.shape[0],
+        scaling,
+        _DTYPES[weight.dtype],
+        _DTYPES[lora_A.dtype],
+        torch.get_num_threads(),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
