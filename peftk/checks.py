@@ -156,4 +156,6 @@ def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
     bad = outside | ~taken[torch.where(outside, -1, ids).long()]
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"ids: expected -1 or the number of one of {count} slots that is taken, got {int(ids[row])}")
+        number = int(ids[row])
+        empty = ", an empty slot" if 0 <= number < count else ""
+        raise ValueError(f"ids[{row}]: expected -1 or an adapter's number below {count}, got {number}{empty}")

@@ -21,10 +21,15 @@ def adapter_of(
     scaling: float,
     activation: str,
 ) -> Adapter | None:
-    """The Adapter made of these tensors where they lie; None where there are none."""
+    """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
     return Adapter((lora_A,), (lora_B,), scaling, activation, bias_A, bias_B)
+
+
+def _line(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def lora_linear(
@@ -40,7 +45,7 @@ def lora_linear(
     """x [..., K] → y [..., N], and z [M, R] where asked."""
     rows = x.reshape(-1, x.shape[-1])
     server = _server("lora_linear", rows, weight, adapter, dropout_p, backend)
-    y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    y, z = server.lora_linear(rows, weight, _line(bias), adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
 
@@ -81,7 +86,9 @@ def multi_lora_linear(
     if choice.backend != "cpu" and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
     server = backends.module(choice.backend)
-    y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    y, z = server.multi_lora_linear(
+        rows, weight, _line(bias), table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
 

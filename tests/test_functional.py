@@ -83,9 +83,9 @@ def bank() -> AdapterBank:
         (torch.tensor([0, 1]), ValueError, r"ids: expected shape \[3\] \(per token\), got \[2\]"),
         (torch.tensor([0.0, 1.0, 0.0]), TypeError, "ids: expected dtype int32 or int64"),
         ([0, 1, 0], TypeError, "ids: expected a tensor"),
-        (torch.tensor([0, 4, 0]), ValueError, "ids: .*4"),
-        (torch.tensor([0, -2, 0]), ValueError, "ids: .*-2"),
-        (torch.tensor([0, 3, 0]), ValueError, "ids: .*3"),  # an empty slot
+        (torch.tensor([0, 4, 0]), ValueError, r"ids\[1\]: expected -1 or an adapter's number below 4, got 4"),
+        (torch.tensor([0, -2, 0]), ValueError, r"ids\[1\]: .* got -2"),
+        (torch.tensor([0, 3, 0]), ValueError, r"ids\[1\]: .* got 3, an empty slot"),  # an empty slot
         (torch.tensor([0, 1, 0], device="meta"), ValueError, "ids: expected on cpu like x, got meta"),
     ],
 )
@@ -97,6 +97,26 @@ def test_bad_ids(backend: str | None, ids: torch.Tensor, error: type[Exception],
 def test_bad_bank() -> None:
     with pytest.raises(ValueError, match="bank: expected shape"):
         functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, bank(), torch.tensor([0, 0, 0]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_strided_factors_and_biases(backend: str) -> None:
+    def strided(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+    names = {"x": (5, 12), "weight": (9, 12), "bias": (9,), "lora_A": (3, 12), "lora_B": (9, 3)}
+    names |= {"bias_A": (3,), "bias_B": (9,)}
+    arguments = {name: strided(*shape) for name, shape in names.items()}
+    dense = {name: tensor.contiguous() for name, tensor in arguments.items()}
+    for given in (arguments, dense):
+        given["lora_B"].requires_grad_()
+    y = functional.lora_linear(**arguments, scaling=0.5, activation="silu", backend=backend)
+    expected = functional.lora_linear(**dense, scaling=0.5, activation="silu", backend="reference")
+    torch.testing.assert_close(y, expected)
+    dy = strided(5, 9)
+    (actual,) = torch.autograd.grad(y, arguments["lora_B"], dy)
+    (wanted,) = torch.autograd.grad(expected, dense["lora_B"], dy.contiguous())
+    torch.testing.assert_close(actual, wanted)
 
 
 def test_ids_per_token_and_per_sequence_agree() -> None:
