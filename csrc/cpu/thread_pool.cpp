@@ -9,6 +9,8 @@
 #include <system_error>
 #include <thread>
 
+#include "cpu/floating_point.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -79,6 +81,7 @@ private:
     }
 
     void take_tasks() {
+        const DefaultFloatingPoint mode;
         const Job& job = job_;
         for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
             job.body(job.context, task);
@@ -155,6 +158,7 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void
         pool->run({body, context, tasks, helpers});
         return;
     }
+    const DefaultFloatingPoint mode;
     for (int64_t task = 0; task < tasks; task++) body(context, task);
 }
 

@@ -2,7 +2,8 @@
 //
 // parallel_for(tasks, threads, body, context) runs body(context, task) for every task once, on the caller and at most
 // threads - 1 workers, and returns when all are done. Tasks are handed out in ascending order, dynamically: kernels must
-// compute the same bits whichever thread takes a task.
+// compute the same bits whichever thread takes a task. Bodies run in the default floating-point mode, because threads
+// may differ in theirs (torch.set_flush_denormal changes only the calling one).
 //
 // Only one caller at a time has the workers. A second one, from another thread, runs its tasks by itself meanwhile: its
 // thread is a core's worth of work already, and waiting would be slower. Bodies must not call parallel_for with more

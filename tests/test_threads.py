@@ -1,0 +1,126 @@
+"""The CPU backend's thread pool: forks, other threads, changing thread counts, exit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from peftk import _cpu
+from peftk.backends import cpu
+from peftk.table import Adapter
+
+SHAPE = (64, 256, 512)  # enough work for several threads
+
+
+@pytest.fixture(autouse=True)
+def four_threads():  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, Adapter]:
+    M, N, K = SHAPE
+    generator = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(M, K, generator=generator), torch.randn(N, K, generator=generator)
+    return x, weight, Adapter((torch.ones(8, K),), (torch.ones(N, 8),), 0.5)
+
+
+def run() -> torch.Tensor:
+    x, weight, adapter = inputs()
+    return cpu.lora_linear(x, weight, None, adapter)[0]
+
+
+def test_the_pool_has_the_threads_that_torch_has() -> None:
+    expected = run()
+    assert _cpu.pool_workers() >= 3
+    for count in (1, 3, 2, 4):
+        torch.set_num_threads(count)
+        assert torch.equal(run(), expected)
+
+
+def test_a_forked_child_has_a_pool_of_its_own() -> None:
+    expected = run()
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if _cpu.pool_workers() == 0 and torch.equal(run(), expected) and _cpu.pool_workers() == 3 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(run(), expected)
+
+
+def test_forks_while_other_threads_use_the_pool() -> None:
+    expected, stop, wrong = run(), threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            if not torch.equal(run(), expected):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(run(), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert not wrong
+
+
+class Adapted(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        torch.set_num_threads(2)
+        return run()
+
+
+def test_dataloader_workers() -> None:
+    expected = run()
+    loader = torch.utils.data.DataLoader(Adapted(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    for batch in loader:
+        assert torch.equal(batch[0], expected)
+
+
+def test_python_threads_at_once() -> None:
+    expected, results = run(), []
+
+    def work() -> None:
+        results.extend(torch.equal(run(), expected) for _ in range(20))
+
+    workers = [threading.Thread(target=work) for _ in range(5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert results == [True] * 100
+
+
+def test_the_process_ends_with_the_pool_alive() -> None:
+    script = "import torch; torch.set_num_threads(4); from tests.test_threads import run; run(); print('done')"
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr.decode()
+        assert done.stdout.decode().strip() == "done"
+
+
+def test_small_calls_stay_on_their_thread() -> None:
+    script = (
+        "import torch; torch.set_num_threads(4); from peftk import _cpu; from peftk.backends import cpu;"
+        "cpu.lora_linear(torch.ones(1, 64), torch.ones(64, 64), None, None); print(_cpu.pool_workers())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().strip() == "0"
