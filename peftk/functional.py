@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftk import autograd, checks, compiled, receipts
-from peftk.receipts import MergeReceipt
+from peftk import autograd, checks, compiled, merge
+from peftk.merge import MergeReceipt
 from peftk.table import AdapterTable
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def merge_(
     checks.adapter(weight, lora_A, lora_B, scaling)
     if lora_A is None:
         raise ValueError("lora_A: expected a tensor [R, K], got None")
-    return receipts.merge_(weight, lora_A, lora_B, float(scaling), backend)
+    return merge.merge_(weight, lora_A, lora_B, float(scaling), backend)
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
@@ -211,7 +211,7 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
     """
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
-    receipts.unmerge_(weight, receipt, backend)
+    merge.unmerge_(weight, receipt, backend)
 
 
 def _autocast(x: Tensor) -> Tensor:
