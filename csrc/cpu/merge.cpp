@@ -9,7 +9,7 @@
 namespace peftk {
 namespace {
 
-constexpr int64_t kTaskRows = 16;
+constexpr int64_t kTaskRows = 24;
 // Below this many multiply-adds for a thread, waking it costs more than it brings.
 constexpr int64_t kWorkPerThread = 1 << 18;
 

@@ -127,8 +127,8 @@ template <typename W, typename Adapter, bool kUnmerge>
 __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool aligned) {
     using T = Tile<W>;
     using S = Storage<W>;
-    __shared__ alignas(16) float shared_A[kChunk][T::kAcross];
-    __shared__ alignas(16) float shared_B[kChunk][T::kPitch];
+    __shared__ __align__(16) float shared_A[kChunk][T::kAcross];
+    __shared__ __align__(16) float shared_B[kChunk][T::kPitch];
 
     const auto* A = static_cast<const Adapter*>(args.lora_A);
     const auto* B = static_cast<const Adapter*>(args.lora_B);

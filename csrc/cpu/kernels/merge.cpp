@@ -17,10 +17,10 @@ namespace PEFTK_LEVEL {
 namespace {
 
 // A tile's chains: enough in flight to hide the latency of an fma, few enough for the registers.
-constexpr int kVectors = 4, kColumns = kVectors * W;
-constexpr int kTileRows = W == 16 ? 4 : 2;
+constexpr int kVectors = W == 8 ? 2 : 4, kColumns = kVectors * W;
+constexpr int kTileRows = W == 16 ? 4 : W == 8 ? 6 : 2;
 // A's share of the second-level cache: a panel of column groups that all rows of a task use before the next.
-constexpr int64_t kPanelFloats = 1 << 16;
+constexpr int64_t kPanelFloats = 1 << 13;
 
 typedef uint32_t Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * W)));
@@ -42,7 +42,7 @@ PEFTK_INLINE Codes to_codes(Lanes lanes) {
     return __builtin_convertvector(__builtin_convertvector((SignedLanes)lanes, Halves), Codes);
 }
 PEFTK_INLINE Lanes to_lanes(Codes codes) {
-    return (Lanes)__builtin_convertvector(__builtin_convertvector(codes, Halves), SignedLanes);
+    return (Lanes) __builtin_convertvector(__builtin_convertvector(codes, Halves), SignedLanes);
 }
 
 template <class V>
@@ -56,7 +56,8 @@ PEFTK_INLINE void write(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-// A register of weights, `Bits`: how it is read, written, widened and rounded to, and how it reads as lanes of the code.
+// A register of weights, `Bits`: how it is read, written, widened and rounded to, and how it reads as lanes of the
+// code.
 template <class T>
 struct Stored;
 
@@ -80,7 +81,7 @@ struct Stored<bf16> {
     typedef Lanes Bits;
 
     PEFTK_INLINE Bits load(const bf16* from) {
-        return (Lanes)__builtin_convertvector(read<Halves>(from), SignedLanes) << 16;
+        return (Lanes) __builtin_convertvector(read<Halves>(from), SignedLanes) << 16;
     }
     PEFTK_INLINE void store(bf16* to, Bits bits) {
         write(to, __builtin_convertvector((SignedLanes)(bits >> 16), Halves));
@@ -113,7 +114,7 @@ struct Stored<f16> {
         PEFTK_LEVEL::store(stored, v);
         return read<Halves>(stored);
     }
-    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes)__builtin_convertvector(bits, SignedLanes); }
+    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes) __builtin_convertvector(bits, SignedLanes); }
     PEFTK_INLINE Bits bits(Lanes lanes) { return __builtin_convertvector((SignedLanes)lanes, Halves); }
 };
 
