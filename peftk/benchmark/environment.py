@@ -1,0 +1,56 @@
+"""What a measurement was taken on: figures without it mean nothing."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peftk
+
+_PACKAGES = ("numpy", "peft", "torch", "transformers", "triton")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and which backend serves, as plain JSON values."""
+    serving = {
+        op: {"backend": choice.backend, "kernel": choice.kernel}
+        for op in ("lora_linear", "multi_lora_linear", "merge")
+        for choice in (peftk.explain(op, dtype=torch.bfloat16),)
+    }
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "peftk": peftk.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "serving": serving,
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None where the package is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, or its architecture where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,67 @@
+"""What every step of the demo has at hand: the console, the figures that go into demo.json, the checks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+STEPS = 6
+
+
+@dataclasses.dataclass
+class Stage:
+    console: Console
+    quick: bool
+    has_peft: bool
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+    checks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def step(self, number: int, title: str) -> None:
+        self.console.print()
+        self.console.rule(f"[bold]{number}/{STEPS}  {title}", align="left", style="dim")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)
+
+    @contextlib.contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """A spinner, on terminals that can show one."""
+        with self.console.status(f"[dim]{text}"):
+            yield
+
+    def check(self, name: str, value: float, bound: float) -> None:
+        """Notes and prints whether value ≤ bound."""
+        passed = bool(value <= bound)
+        self.checks.append({"name": name, "value": float(value), "bound": float(bound), "passed": passed})
+        mark = "[green]✓[/]" if passed else "[bold red]✗[/]"
+        self.say(f"{mark} {name}: {value:.2g} [dim](allowed {bound:.2g})[/]")
+
+    @property
+    def passed(self) -> bool:
+        return all(check["passed"] for check in self.checks)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """The one look of the demo's tables: the first column left, figures right."""
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def sparkline(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    steps = "▁▂▃▄▅▆▇█"
+    return "".join(steps[round((value - low) / ((high - low) or 1.0) * (len(steps) - 1))] for value in values)
+
+
+def speedup(theirs: float, ours: float) -> str:
+    """How many times faster ours is; green where it is faster."""
+    ratio = theirs / ours
+    return f"[green]{ratio:.2f}[/]" if ratio > 1 else f"{ratio:.2f}"
