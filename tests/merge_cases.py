@@ -1,0 +1,72 @@
+"""Inputs of merge that leave no corner out: zeros of both signs, denormals, neighbours of overflow, ragged rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@dataclasses.dataclass
+class MergeCase:
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    def with_weight(self, weight: Tensor) -> MergeCase:
+        return dataclasses.replace(self, weight=weight)
+
+    def __str__(self) -> str:
+        return (
+            f"weight {list(self.weight.shape)} {self.weight.dtype} strides {self.weight.stride()}, "
+            f"rank {self.lora_A.shape[0]} {self.lora_A.dtype}, scaling {self.scaling}"
+        )
+
+
+def merge_case(
+    seed: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    *,
+    size: float,
+    padding: int,
+) -> MergeCase:
+    """Weights of size 1 with a share of each corner case; ΔW of about `size`, in places zero, denormal or huge.
+
+    The rows of W lie K + padding elements apart.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def share(shape: torch.Size, part: float) -> Tensor:
+        return torch.rand(shape, generator=generator) < part
+
+    weight = normal(N, K + padding)[:, :K]
+    tiny = torch.finfo(dtype).tiny
+    weight[share(weight.shape, 0.1)] *= tiny  # denormal in the weight's dtype
+    weight[share(weight.shape, 0.05)] *= torch.finfo(dtype).max / 64
+    weight[share(weight.shape, 0.1)] = 0.0
+    weight[share(weight.shape, 0.1)] = -0.0
+    lora_A, lora_B = normal(R, K), normal(N, R) * (size / R**0.5)
+    lora_A[:, share(torch.Size([K]), 0.2)] *= tiny
+    lora_B[share(torch.Size([N]), 0.2)] = 0.0
+    lora_B[share(torch.Size([N]), 0.2)] *= -(2.0**-100)  # with the columns above: a chain that underflows to ±0
+    stored = torch.empty(N, K + padding, dtype=dtype)[:, :K].copy_(weight)
+    return MergeCase(stored, lora_A.to(adapter_dtype), lora_B.to(adapter_dtype), 1.5)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """The same shape, dtype and bits; one NaN is as good as another."""
+    integer = _BITS[a.element_size()]
+    same = a.contiguous().view(integer) == b.contiguous().view(integer)
+    return a.shape == b.shape and a.dtype == b.dtype and bool((same | (a.isnan() & b.isnan())).all())
