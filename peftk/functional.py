@@ -154,7 +154,7 @@ def multi_lora_linear_unchecked(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`multi_lora_linear` for layers, which checked weight and bank when they were made: only x and ids are looked at."""
+    """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
     checks.input(x, weight)
     x = _autocast(x)
     checks.ids(ids, x)
@@ -215,7 +215,7 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under torch.autocast the output has autocast's dtype, as with nn.Linear. W stays: kernels widen it as they read."""
+    """Under torch.autocast the output has its dtype, as with nn.Linear. W stays: kernels widen it as they read."""
     kind = x.device.type
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
