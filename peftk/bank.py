@@ -147,15 +147,12 @@ class AdapterBank:
         return self._table
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts everything that the bank owns. Parameters in place are moved by the module that owns them."""
+        """Moves or converts what the bank owns. Parameters in place are moved by the module that owns them."""
         self.pool.apply(fn)
         for slot, adapter in enumerate(self.slots):
             if adapter is None:
                 continue
-            if self.pages[slot]:
-                pages = self._views(slot, adapter.rank)
-            else:
-                pages = (adapter.pages_A, adapter.pages_B)
+            pages = self._views(slot, adapter.rank) if self.pages[slot] else (adapter.pages_A, adapter.pages_B)
             owned = [b if b is None or b.requires_grad else fn(b) for b in (adapter.bias_A, adapter.bias_B)]
             self.slots[slot] = Adapter(*pages, adapter.scaling, adapter.activation, *owned)
         self._table = None

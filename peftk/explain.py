@@ -49,7 +49,8 @@ def explain(
         Choice: `.backend`, `.reason`, `.rejected`; print it to read it.
 
     Raises:
-        ValueError, TypeError: an unknown operation or layer. BackendError: the forced backend could not serve this call.
+        ValueError, TypeError: an unknown operation or layer.
+        BackendError: the forced backend could not serve this call.
     """
     if isinstance(what, nn.Module):
         call = _of_layer(what, x, M)

@@ -1,4 +1,4 @@
-"""Merging and exact unmerging: what a receipt holds and how it is used. The arithmetic is in `peftk.reference.merge`."""
+"""Merging and exact unmerging: what a receipt holds and how it is used. Arithmetic: `peftk.reference.merge`."""
 
 from __future__ import annotations
 

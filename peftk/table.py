@@ -84,7 +84,7 @@ class AdapterTable:
 
 
 def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:
-    """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when storage moves.
+    """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when they move.
 
     Raises ValueError where a tensor lies in a way that the layout cannot express.
     """

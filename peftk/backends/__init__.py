@@ -2,7 +2,8 @@
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) ·
 `cuda` (CUDA C++, where it wins). A module also has `cannot_serve(call)`, the reason why it cannot or None, and
-`describe(call)`, one line for `peftk.explain` about the kernel that would run. `choose` is a pure function of the call; `explain` says what it chose and why.
+`describe(call)`, one line for `peftk.explain` about the kernel that would run. `choose` is a pure function of the
+call; `explain` says what it chose and why.
 """
 
 from __future__ import annotations

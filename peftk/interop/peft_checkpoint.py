@@ -1,9 +1,9 @@
 """HF PEFT's LoRA checkpoints: the one place that knows the format.
 
 A checkpoint is a folder with `adapter_config.json` (peft_type "LORA", hyper-parameters) and
-`adapter_model.safetensors`, whose keys are `base_model.model.<module>.lora_A.weight` [R, K] and `….lora_B.weight` [N, R].
-The scaling is lora_alpha / r, or lora_alpha / √r with use_rslora, where rank_pattern and alpha_pattern give a module its
-own. Only safetensors are read: a pickle can run code. Format read from peft 0.21's own files (utils/save_and_load.py).
+`adapter_model.safetensors`, with keys `base_model.model.<module>.lora_A.weight` [R, K] and `….lora_B.weight` [N, R].
+The scaling is lora_alpha / r, or lora_alpha / √r with use_rslora, where rank_pattern and alpha_pattern give a module
+its own. Only safetensors are read: a pickle can run code. Source: peft 0.21, utils/save_and_load.py and its files.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, LoadedAdapter]:
         suffix = next((s for s in _FACTORS if key.endswith(s)), None)
         if suffix is None or not key.startswith(_PREFIX):
             raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: expected keys {_PREFIX}<module>.lora_A.weight and …lora_B.weight, got {key!r}"
+                f"{folder / WEIGHTS_FILE}: expected keys {_PREFIX}<module>.lora_{{A,B}}.weight, got {key!r}"
             )
         halves.setdefault(key[len(_PREFIX) : -len(suffix)], {})[suffix] = tensor
     if not halves:

@@ -66,7 +66,7 @@ class LoRALinear(nn.Module):
     ) -> LoRALinear:
         """The layer that replaces `linear`. lora_alpha None means r (s = 1); adapter_dtype None means fp32.
 
-        Raises TypeError or ValueError for what is not an nn.Linear or a bad hyper-parameter; `linear` is unchanged then.
+        Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
