@@ -76,7 +76,9 @@ def _inspect(kernel: Any) -> Compiled:
     name, shared = kernel.metadata.name, kernel.metadata.shared
     if "cubin" not in kernel.asm:
         assembly = kernel.asm["amdgcn"]
-        counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)}
+        counts = {
+            k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)
+        }
         spilled = 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
         return Compiled(name, counts["vgpr_count"], spilled, shared, assembly)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -20,6 +20,7 @@ class Expand(NamedTuple):
     BLOCK_N: int
     BLOCK_K: int
     GROUP_M: int
+    BY_ROW: bool
     num_warps: int
     num_stages: int
 
@@ -39,20 +40,20 @@ def shared_memory(target: int | str) -> int:
 
 
 def expand(M: int, many: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str) -> Expand:
-    """The base tile. With many adapters a second tile of sums lives beside the accumulators: 128 columns, not 256."""
+    """The base tile. `by row` (see `lora_linear`) needs a tile of B for each row: only small tiles have the registers."""
     if target == "interpreter":
-        block = Expand(16, 32, 32, 2, 4, 1)
+        block = Expand(16, 32, 32, 2, True, 4, 1)
     elif x_dtype != weight_dtype or weight_dtype == torch.float32:
         # products without tensor cores, or factors cut into terms: both live in registers
-        block = Expand(16, 64, 64, 8, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, 4, 3)
+        block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
     elif M <= 16:
-        block = Expand(16, 32, 128, 8, 4, 4)
-    elif M <= 64:
-        block = Expand(64, 32, 128, 8, 4, 4)
+        block = Expand(16, 32, 128, 8, True, 4, 4)
+    elif M <= 64 or (many and M <= 256):
+        block = Expand(64, 32, 128, 8, True, 4, 4)
     else:
-        block = Expand(128, 128, 64, 8, 8, 4) if many else Expand(128, 256, 64, 8, 8, 4)
+        block = Expand(128, 128 if many else 256, 64, 8, False, 8, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + block.BLOCK_N * weight_dtype.itemsize)
-    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+    return block._replace(num_stages=_stages(block.num_stages, stage, target), BY_ROW=many and block.BY_ROW)
 
 
 def shrink(M: int, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str) -> Shrink:
