@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+from rich.console import Console
 
-from peftk.extras import MissingExtraError
+from peftk import extras
+
+T = TypeVar("T")
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -16,13 +26,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("peftk-demo"),
-    show_default=True,
-    help="Folder for demo.png and demo.json.",
-)
+@click.option("--out", type=FOLDER, default=Path("peftk-demo"), show_default=True, help="For demo.png and demo.json.")
 @click.option("--quick", is_flag=True, help="Fewer ranks, adapters and steps: well under a minute.")
 def demo(out: Path, quick: bool) -> None:
     """peftk on a real pretrained model, in under three minutes.
@@ -33,11 +37,159 @@ def demo(out: Path, quick: bool) -> None:
     from peftk import demo as demo_package
 
     try:
-        passed = demo_package.run(out, quick=quick)
-    except MissingExtraError as error:
+        passed = demo_package.run(out, _console(), quick=quick)
+    except extras.MissingExtraError as error:
         raise click.ClickException(str(error)) from error
     if not passed:
         raise SystemExit(1)
+
+
+class _List(click.ParamType):  # type: ignore[type-arg]
+    """Words separated by commas, each turned into a value by `parse`."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.parse(word.strip()) for word in value.split(","))
+        except ValueError as error:
+            self.fail(f"expected {self.name}, got {value!r} ({error})", param, ctx)
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError(f"{number} is less than 1")
+    return number
+
+
+def _dims(word: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", word):
+        raise ValueError(f"{word!r} is neither K nor KxN")
+    sides = [_positive(side) for side in word.split("x")]
+    return sides[0], sides[-1]
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(word: str) -> str:
+        if word not in choices:
+            raise ValueError(f"{word!r} is none of {', '.join(choices)}")
+        return word
+
+    return parse
+
+
+INTEGERS = _List("INT,INT…", _positive)
+OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+@main.command()
+@click.option("--op", "ops", type=_List("OP,OP…", _one_of(*OPS)), help=f"{', '.join(OPS)} [default: all but unmerge]")
+@click.option("--ranks", type=INTEGERS, help="LoRA ranks; multi_lora_linear mixes them in one batch.")
+@click.option("--tokens", type=INTEGERS, help="Rows of x.")
+@click.option("--adapters", type=INTEGERS, help="For multi_lora_linear: adapters in the batch.")
+@click.option("--dtype", "dtypes", type=_List("DTYPE,…", _one_of("bf16", "fp16", "fp32")), help="bf16, fp16, fp32.")
+@click.option("--dims", type=_List("K or KxN,…", _dims), help="in_features, or in_features x out_features.")
+@click.option(
+    "--backend",
+    "backends",
+    type=_List("NAME,NAME…", _one_of(*BACKENDS)),
+    help="peftk backends to time [default: every compiled one that can run]",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7]")
+@click.option("--repeats", type=click.IntRange(min=1), help="At most so many repetitions a row [default: 1000]")
+@click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
+@click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
+@click.option("--plot", "plot_file", type=FILE, help="Writes a PNG, SVG or PDF (needs matplotlib).")
+def bench(
+    device: str,
+    threads: int | None,
+    json_file: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    **asked: Any,
+) -> None:
+    """Latency beside nn.Linear (without any adapter) and HF PEFT, checked before it is timed.
+
+    All sides of a row take turns within one run; medians. "×" is how many times faster. Every result is first compared
+    with fp64 arithmetic; a side that is wrong shows FAIL, is not timed, and the exit code is 1. Without options: all
+    ops at a few shapes, in under two minutes. Lists are separated by commas: --ranks 1,2,4,8,16,32,64 --dims 768,4096.
+    """
+    import torch
+
+    from peftk.backends import BackendError
+    from peftk.benchmark import report
+    from peftk.benchmark.environment import environment
+    from peftk.benchmark.run import Options, measure_all
+
+    _need_device(device)
+    if plot_file is not None:
+        try:
+            extras.require("bench", "--plot", ["matplotlib"])
+        except extras.MissingExtraError as error:
+            raise click.ClickException(str(error)) from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = Options(device=device, **{name: value for name, value in asked.items() if value is not None})
+    where = environment()
+    console = _console()
+    try:
+        records = measure_all(console, options, where)
+    except BackendError as error:
+        raise click.ClickException(str(error)) from error
+    written = [file for file in (json_file, csv_file, plot_file) if file is not None]
+    for file in written:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if json_file is not None:
+        report.write_json(json_file, records, where, dataclasses.asdict(options))
+    if csv_file is not None:
+        report.write_csv(csv_file, records)
+    if plot_file is not None:
+        report.write_plot(plot_file, records, where)
+    if written:
+        console.print(f"Written: {', '.join(map(str, written))}", highlight=False)
+    if not all(record.passed for record in records):
+        console.print(
+            "[bold red]FAIL[/]: a side is wrong (its error as a multiple of what is allowed stands beside it)."
+        )
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+def selftest(device: str) -> None:
+    """Every backend that can run on the device against the reference in fp64: error bounds, determinism, exact unmerge.
+
+    Exits with 1 if anything is wrong.
+    """
+
+    from peftk import selftest as sweep
+
+    _need_device(device)
+    if not sweep.run(device, _console()):
+        raise SystemExit(1)
+
+
+def _console() -> Console:
+    """Files and pipes have no width of their own: wide enough there for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
+def _need_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(
+            f"--device cuda: expected a CUDA GPU, torch {torch.__version__} finds none (torch.cuda.is_available())"
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 from peftk import extras
 
 
-def run(out: Path, *, quick: bool = False, console: Console | None = None) -> bool:
+def run(out: Path, console: Console, *, quick: bool = False) -> bool:
     """Runs all steps, writes demo.png and demo.json into `out`; True where every check passed.
 
     Raises extras.MissingExtraError where a package that it needs is not installed.
@@ -25,7 +25,7 @@ def run(out: Path, *, quick: bool = False, console: Console | None = None) -> bo
     from peftk.demo.stage import Stage
 
     started = time.perf_counter()
-    stage = Stage(console or Console(), quick=quick, has_peft=extras.installed("peft"))
+    stage = Stage(console, quick=quick, has_peft=extras.installed("peft"))
     where = environment()
     with stage.busy("loading all-MiniLM-L6-v2"):
         minilm = MiniLM()

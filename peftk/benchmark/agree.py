@@ -1,0 +1,106 @@
+"""Is a side right? Asked before it is timed, in fp64 from the same rounded inputs.
+
+With u the unit roundoff of the result's dtype, a result y of exact value y* passes where, element by element,
+
+    |y − y*| ≤ u·|y*| + c·√k·2⁻²⁴·m + tiny,    c = 2
+
+k is the length of the contraction, m the sum of the absolute values of all terms (`docs/numerics.md`): fp32
+accumulation and one rounding, which is what peftk promises. Other libraries round what lies between as well; they get
+another u for each such part: + 2u·(|base*| + |adapter*|).
+
+A bound that a missing or wrong adapter would pass proves nothing, so `detects` says how many times the bound a typical
+contribution of the adapter is; `common.measure` insists on 4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
+C = 2.0
+
+
+class Expected(NamedTuple):
+    """The exact result (fp64), the sum of its terms' absolute values, and the parts that other libraries round."""
+
+    value: Tensor
+    magnitude: Tensor
+    contraction: int
+    base: Tensor
+    adapter: Tensor
+
+    def allowed(self, dtype: torch.dtype, *, fused: bool) -> Tensor:
+        """The bound on |y − y*|. fused: one rounding; else also of the parts."""
+        accumulated = C * max(self.contraction, 1) ** 0.5 * 2.0**-24 * self.magnitude
+        allowed = UNIT[dtype] * (self.value.abs() + accumulated) + accumulated + TINY[dtype]
+        return allowed if fused else allowed + 2 * UNIT[dtype] * (self.base.abs() + self.adapter.abs())
+
+
+def error(actual: Tensor, expected: Expected, *, fused: bool) -> float:
+    """The largest error as a multiple of what is allowed; ≤ 1 passes. inf: of the wrong shape, or not finite."""
+    if actual.shape != expected.value.shape or not bool(actual.isfinite().all()):
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.detach().double() - expected.value).abs()
+    return float((difference / expected.allowed(actual.dtype, fused=fused)).max())
+
+
+def detects(expected: Expected, dtype: torch.dtype) -> float:
+    """How many times the widest bound in use the adapter's contribution is, in the median."""
+    return float((expected.adapter.abs() / expected.allowed(dtype, fused=False)).median())
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Expected:
+    """y = xWᵀ + bias + s·(xAᵀ)Bᵀ, for one adapter."""
+    base, base_magnitude = linear(x, weight, bias)
+    return with_adapter(x, base, base_magnitude, lora_A, lora_B, scaling)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """xWᵀ + bias and |x||W|ᵀ + |bias| in fp64. Large: kept over the ranks of a shape."""
+    wide_x, wide_W = x.detach().double(), weight.detach().double()
+    value, magnitude = wide_x @ wide_W.T, wide_x.abs() @ wide_W.abs().T
+    if bias is not None:
+        value, magnitude = value + bias.detach().double(), magnitude + bias.detach().double().abs()
+    return value, magnitude
+
+
+def with_adapter(
+    x: Tensor, base: Tensor, base_magnitude: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Expected:
+    wide_x, A, B = x.detach().double(), lora_A.detach().double(), lora_B.detach().double()
+    adapter = scaling * (wide_x @ A.T) @ B.T
+    magnitude = base_magnitude + abs(scaling) * (wide_x.abs() @ A.abs().T) @ B.abs().T
+    return Expected(base + adapter, magnitude, x.shape[-1], base, adapter)
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> dict[str, Expected]:
+    """dx = dY W + s·(dY B) A, dA = s·(dY B)ᵀ x, dB = s·dYᵀ (x Aᵀ)."""
+    M, K, N = x.shape[0], weight.shape[1], weight.shape[0]
+    wide = [t.detach().double() for t in (dy, x, weight, lora_A, lora_B)]
+    exact, size = _gradients(scaling, *wide), _gradients(abs(scaling), *(t.abs() for t in wide))
+    return {
+        "x": Expected(exact[0] + exact[1], size[0] + size[1], N, exact[0], exact[1]),
+        "lora_A": Expected(exact[2], size[2], max(M, N), torch.zeros_like(exact[2]), exact[2]),
+        "lora_B": Expected(exact[3], size[3], max(M, K), torch.zeros_like(exact[3]), exact[3]),
+    }
+
+
+def _gradients(s: float, dy: Tensor, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+    u = s * dy @ B
+    return dy @ W, u @ A, u.T @ x, s * dy.T @ (x @ A.T)
+
+
+def merged(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Expected:
+    """W + s·BA."""
+    W, A, B = (t.detach().double() for t in (weight, lora_A, lora_B))
+    delta = scaling * B @ A
+    magnitude = W.abs() + abs(scaling) * B.abs() @ A.abs()
+    return Expected(W + delta, magnitude, lora_A.shape[0], W, delta)

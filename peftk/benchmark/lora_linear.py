@@ -1,0 +1,69 @@
+"""lora_linear: the forward of one layer with one adapter, beside nn.Linear without any and HF PEFT's LoRA layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peftk import backends, functional
+from peftk.benchmark import agree, peers
+from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, serving
+from peftk.nn import LoRALinear
+
+TOKENS = (1, 16, 256)
+RANKS = (1, 4, 16, 64)
+DIMS = ((768, 768), (4096, 4096))
+
+
+def shapes(dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequence[int]) -> list[Shape]:
+    return [Shape("lora_linear", dtype, M, *dims, rank, 1) for M in tokens for rank in ranks]
+
+
+def case(shape: Shape, device: str, asked: list[str]) -> Case:
+    dtype = shape.torch_dtype
+    x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
+    A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
+    expected = agree.with_adapter(x, base, base_magnitude, A, B, SCALING)
+    alone = agree.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
+    sides = [Side(LINEAR, lambda: linear(x), lambda: agree.error(linear(x), alone, fused=False))]
+    if peers.has_peft():
+        peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
+        sides.append(Side(PEFT, lambda: peft(x), lambda: agree.error(peft(x), expected, fused=False)))
+    for name in serving(["lora_linear"], shape, torch.float32, device, asked):
+        sides.append(_side(name, peftk_layer(linear, A, B, name, shape.M), x, expected))
+    return Case(shape, tuple(sides), agree.detects(expected, dtype))
+
+
+def _side(name: str, module: nn.Module, x: Tensor, expected: agree.Expected) -> Side:
+    return Side(f"peftk {name}", lambda: module(x), lambda: agree.error(module(x), expected, fused=True))
+
+
+def peftk_layer(linear: nn.Linear, A: Tensor, B: Tensor, backend: str, M: int) -> LoRALinear:
+    """The layer that users have, served by `backend`; adapters in fp32, which is its default and PEFT's."""
+    made = LoRALinear if _is_choice(linear, A, backend, M) else _forced(backend)
+    module = made.from_linear(linear, r=A.shape[0], lora_alpha=SCALING * A.shape[0])
+    with torch.no_grad():
+        module.lora_A.copy_(A)
+        module.lora_B.copy_(B)
+    return module.eval()
+
+
+def _is_choice(linear: nn.Linear, A: Tensor, backend: str, M: int) -> bool:
+    weight = linear.weight
+    N, K = weight.shape
+    call = backends.Call("lora_linear", weight.device.type, weight.dtype, weight.dtype, A.dtype, M, K, N, A.shape[0], 1)
+    return backends.choose(call).backend == backend
+
+
+def _forced(backend: str) -> type[LoRALinear]:
+    class Forced(LoRALinear):
+        """LoRALinear.forward, with the backend said."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.lora_linear_unchecked(
+                x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, backend=backend
+            )
+
+    return Forced
