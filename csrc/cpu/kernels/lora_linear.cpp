@@ -114,10 +114,6 @@ void shrink(const Linear& op, const Group& group, int64_t first_page, int64_t la
 
 // ---- the input's prepared forms --------------------------------------------------------------------------------------
 
-int64_t panel_width(const Shape& shape, int64_t panel) {
-    return min64(kPanel, round_up(shape.rows - panel * kPanel, W));
-}
-
 // W rows of the block, from lane `first` on.
 void prepare(const Linear& op, const Shape& shape, int64_t first) {
     const int count = int(min64(W, shape.rows - first));
@@ -126,8 +122,9 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
         rows[i] = at(op.in, op.in_dtype, op.order.token(shape.first_row + first + i) * op.in_row);
     }
     if (shape.form == kLanes) {
-        const int64_t panel = first / kPanel, width = panel_width(shape, panel);
-        float* to = static_cast<float*>(shape.in) + panel * kPanel * shape.steps + first % kPanel;
+        const Panels panels(shape.rows);
+        const int64_t panel = panels.of_lane(first), lane = panels.first(panel), width = panels.width(panel) * W;
+        float* to = static_cast<float*>(shape.in) + lane * shape.steps + (first - lane);
 #ifdef PEFTK_DP
         if (shape.pairs) {
             return transpose_rows(count, shape.steps, to, width, [&](int i, int64_t s, int n, float* out) {
@@ -197,29 +194,41 @@ void copy_weight_rows(const Linear& op, const Shape& shape, const Columns& colum
 template <class T>
 void product_lanes(const Linear& op, const Shape& shape, const Columns& columns, float* acc, int64_t acc_row) {
     constexpr int64_t row = kSteps + kPad;
+    const Panels panels(shape.rows);
     float* weight = scratch_of<float>(kWeightSlot, columns.count * row);
     int64_t first = 0;
     do {
         const int64_t steps = min64(kSteps, shape.steps - first);
         copy_weight_rows(op, shape, columns, first, steps, weight, row);
-        for (int64_t lane = 0; lane < shape.rows; lane += kPanel) {
-            const int64_t width = panel_width(shape, lane / kPanel);
+        // While this part is multiplied, the next panel of the input and the next part of W come into L2.
+        const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
+        for (int64_t p = 0; p < panels.count(); p++) {
+            const int64_t lane = panels.first(p), width = panels.width(p) * W;
+            const int64_t tile = tile_rows(panels.width(p)), tiles = ceil_div(columns.count, tile);
             const T* in = static_cast<const T*>(shape.in) + lane * shape.steps + first * width;
-            outer<T>(columns.count, int(width / W), {reinterpret_cast<const T*>(weight), row, 1}, in, width, steps,
-                     acc + lane, acc_row, first == 0);
+            const char* next_in = reinterpret_cast<const char*>(in + width * shape.steps);
+            const int64_t next_bytes = width * steps * int64_t(sizeof(T));
+            outer<T>(columns.count, panels.width(p), {reinterpret_cast<const T*>(weight), row, 1}, in, width, steps,
+                     acc + lane, acc_row, first == 0, [&](int64_t i) {
+                         const int64_t o = p == 0 ? columns.first + i : 0;
+                         const void* w = at(op.weight, op.weight_dtype, o * op.weight_o + next_c);
+                         return Ahead{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps),
+                                      static_cast<const char*>(w), op.weight_o * size_of(op.weight_dtype)};
+                     });
         }
         first += steps;
     } while (first < shape.steps);
 }
 
-// Steps first … first + steps - 1 of the block's columns of W as panels [steps, kPanel] in fp32 or pairs.
+// Steps first … first + steps - 1 of the block's columns of W as panels [steps, width] in fp32 or pairs.
 void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                          float* to) {
+    const Panels panels(columns.count);
     for (int64_t s = 0; s < steps; s++) {
         const int64_t c = shape.pairs ? 2 * (first + s) : first + s;
-        for (int64_t o = 0; o < columns.padded; o += kPanel) {
-            const int64_t count = min64(kPanel, columns.count - o);
-            float* out = to + o * steps + s * min64(kPanel, columns.padded - o);
+        for (int64_t p = 0; p < panels.count(); p++) {
+            const int64_t o = panels.first(p), width = panels.width(p) * W, count = min64(width, columns.count - o);
+            float* out = to + o * steps + s * width;
             const void* from = at(op.weight, op.weight_dtype, c * op.weight_c + columns.first + o);
 #ifdef PEFTK_DP
             if (shape.pairs) {
@@ -241,14 +250,15 @@ void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& co
 
 template <class T>
 void product_columns(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
+    const Panels panels(columns.count);
     float* weight = scratch_of<float>(kWeightSlot, columns.padded * kSteps);
     int64_t first = 0;
     do {
         const int64_t steps = min64(kSteps, shape.steps - first);
         copy_weight_columns(op, shape, columns, first, steps, weight);
-        for (int64_t o = 0; o < columns.padded; o += kPanel) {
-            const int64_t width = min64(kPanel, columns.padded - o);
-            outer<T>(shape.rows, int(width / W), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
+        for (int64_t p = 0; p < panels.count(); p++) {
+            const int64_t o = panels.first(p), width = panels.width(p) * W;
+            outer<T>(shape.rows, panels.width(p), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
                      reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0);
         }
         first += steps;
@@ -334,9 +344,10 @@ private:
         const int64_t padded = columns_.padded, ranks = op_.rank(adapter_);
         float* to = drops ? delta_ : rows;
         const Operand<float> v{op_.v + position * op_.v_row, op_.v_row, 1};
-        for (int64_t o = 0; o < padded; o += kPanel) {
-            const int vectors = int(min64(kPanel, padded - o) / W);
-            outer<float>(count, vectors, v, panel_ + o, padded, ranks, to + o, padded, drops);
+        const Panels panels(padded);
+        for (int64_t p = 0; p < panels.count(); p++) {
+            const int64_t o = panels.first(p);
+            outer<float>(count, panels.width(p), v, panel_ + o, padded, ranks, to + o, padded, drops);
         }
         if (!drops) return;
         for (int64_t i = 0; i < count; i++) {
@@ -404,12 +415,12 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
     }
 }
 
-// Columns of a task: enough tasks for the threads to even out, few enough to reuse what a task loads.
-int64_t block_columns(const Linear& op, Form form, int threads) {
-    const int64_t unit = form == kDot ? kDotRows : form == kLanes ? kMaxRows : kPanel;
-    const int64_t most = form == kDot ? 64 : form == kLanes ? 48 : 128;
-    const int64_t even = ceil_div(op.O, 8 * int64_t(threads));
-    return min64(round_up(even, unit), round_up(most, unit));
+// Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
+int64_t block_columns(const Linear& op, Form form) {
+    const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
+    int64_t columns = form == kDot ? 64 : form == kLanes ? kBlockRows : 3 * kPanel;
+    while (columns > least && ceil_div(op.O, columns) < 4 * int64_t(op.threads)) columns = round_up(columns / 2, least);
+    return columns;
 }
 
 // The groups of rows that the shrink works on, at most one for each row.
@@ -462,7 +473,7 @@ void run(const Linear& op) {
         };
         parallel_for(preparations + shrinks, op.threads, front);
 
-        const int64_t step = block_columns(op, shape.form, op.threads);
+        const int64_t step = block_columns(op, shape.form);
         auto back = [&](int64_t task) {
             Columns columns;
             columns.first = task * step;

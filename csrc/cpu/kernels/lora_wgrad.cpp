@@ -40,9 +40,10 @@ void contract(const Linear& op, int32_t a, const Source& source, int64_t first, 
             if (source.dropout) drop(*source.dropout, m, source.columns, first, count, to);
             for (int64_t j = 0; j < padded; j += W) store(column_sum + j, add(load(column_sum + j), load(to + j)));
         }
-        for (int64_t j = 0; j < padded; j += kPanel) {
-            const int vectors = int(min64(kPanel, padded - j) / W);
-            outer<float>(op.rank(a), vectors, {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded, rows,
+        const Panels panels(padded);
+        for (int64_t p = 0; p < panels.count(); p++) {
+            const int64_t j = panels.first(p);
+            outer<float>(op.rank(a), panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded, rows,
                          sum + j, padded, row == begin);
         }
         row += rows;

@@ -26,64 +26,132 @@ PEFTK_INLINE Vec accumulate(__m512i b, __m512i l, Vec acc) { return dp(acc, b, l
 PEFTK_INLINE __m512i load_lanes(const Pair* p) { return load_pairs(p); }
 #endif
 
+// Rows of a tile that is `vectors` registers wide, so that accumulators, lanes and one broadcast fit the registers.
+constexpr int tile_rows(int vectors) { return vectors == 3 ? kRowsOfThree : kRowsOfTwo; }
+
+// How a width of some registers is cut into panels: full ones first, and rather two narrower ones than one of width 1.
+struct Panels {
+    int64_t vectors;
+
+    explicit Panels(int64_t lanes) : vectors((lanes + W - 1) / W) {}
+    int64_t narrower() const {
+        const int64_t missing = (kMaxVectors - vectors % kMaxVectors) % kMaxVectors;
+        return missing < vectors ? missing : 0;  // panels that are one register narrower than the others
+    }
+    int64_t count() const { return (vectors + kMaxVectors - 1) / kMaxVectors; }
+    int width(int64_t panel) const {  // registers
+        const int64_t full = count() - narrower();
+        return panel < full ? int(vectors < kMaxVectors ? vectors : kMaxVectors) : kMaxVectors - 1;
+    }
+    int64_t first(int64_t panel) const {  // lane
+        const int64_t full = count() - narrower();
+        return W * (panel * kMaxVectors - (panel > full ? panel - full : 0));
+    }
+    int64_t of_lane(int64_t lane) const {  // lane: a multiple of W
+        const int64_t full = (count() - narrower()) * kMaxVectors, v = lane / W;
+        return v < full || narrower() == 0 ? v / kMaxVectors : full / kMaxVectors + (v - full) / (kMaxVectors - 1);
+    }
+};
+
 template <class T>
 struct Operand {
     const T* data;
     int64_t row, step;
 };
 
+// What the next tiles will want, fetched into L2 a cache line of each at every step: along `lanes`, and kAheadLines
+// lines of each of the `rows`. Wrong addresses do no harm.
+struct Ahead {
+    const char* lanes;
+    int64_t lanes_step;  // bytes
+    const char* rows;
+    int64_t rows_step;
+};
+constexpr int kAheadLines = 16;
+
 template <class T, int kRows, int kVectors>
-static void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row, bool fresh) {
+static void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row, bool fresh,
+                       Ahead ahead) {
     Vec acc[kRows][kVectors];
+    // every loop over the tile must be unrolled: an index that is not a constant would put the tile in memory
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; i++) {
-        for (int v = 0; v < kVectors; v++) acc[i][v] = fresh ? zero() : load(c + i * c_row + v * W);
-    }
-    const T* rows = b.data;
-    for (int64_t s = 0; s < steps; s++, rows += b.step, l += l_step) {
-        decltype(load_lanes(l)) lanes[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) lanes[v] = load_lanes(l + v * W);
+        for (int v = 0; v < kVectors; v++) acc[i][v] = zero();
+    }
+    if (!fresh) {
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
-            const auto value = broadcast(rows + i * b.row);
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) acc[i][v] = accumulate(value, lanes[v], acc[i][v]);
+            for (int v = 0; v < kVectors; v++) acc[i][v] = load(c + i * c_row + v * W);
         }
     }
+    const T* rows = b.data;
+    for (int64_t s = 0; s < steps; ahead.rows += ahead.rows_step) {
+        const char* line = ahead.rows;
+        for (const int64_t stop = s + kAheadLines < steps ? s + kAheadLines : steps; s < stop; s++) {
+            decltype(load_lanes(l)) lanes[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; v++) lanes[v] = load_lanes(l + v * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows; i++) {
+                const auto value = broadcast(rows + i * b.row);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; v++) acc[i][v] = accumulate(value, lanes[v], acc[i][v]);
+            }
+            __builtin_prefetch(line, 0, 2);
+            __builtin_prefetch(ahead.lanes, 0, 2);
+            line += 64;
+            ahead.lanes += ahead.lanes_step;
+            rows += b.step;
+            l += l_step;
+        }
+    }
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; i++) {
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) store(c + i * c_row + v * W, acc[i][v]);
     }
 }
 
 template <class T, int kRows, int kVectors>
 static void outer_rows(int rows, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row,
-                       bool fresh) {
+                       bool fresh, Ahead ahead) {
     if (rows == kRows) {
-        outer_tile<T, kRows, kVectors>(b, l, l_step, steps, c, c_row, fresh);
+        outer_tile<T, kRows, kVectors>(b, l, l_step, steps, c, c_row, fresh, ahead);
     } else if constexpr (kRows > 1) {
-        outer_rows<T, kRows - 1, kVectors>(rows, b, l, l_step, steps, c, c_row, fresh);
+        outer_rows<T, kRows - 1, kVectors>(rows, b, l, l_step, steps, c, c_row, fresh, ahead);
     }
 }
 
 template <class T, int kVectors>
-static void outer_panel(int64_t rows, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row,
-                        bool fresh) {
-    for (; rows >= kMaxRows; rows -= kMaxRows, b.data += kMaxRows * b.row, c += kMaxRows * c_row) {
-        outer_tile<T, kMaxRows, kVectors>(b, l, l_step, steps, c, c_row, fresh);
+static void outer_vectors(int rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
+                          int64_t c_row, bool fresh, Ahead ahead) {
+    if (vectors == kVectors) {
+        outer_rows<T, tile_rows(kVectors), kVectors>(rows, b, l, l_step, steps, c, c_row, fresh, ahead);
+    } else if constexpr (kVectors > 1) {
+        outer_vectors<T, kVectors - 1>(rows, vectors, b, l, l_step, steps, c, c_row, fresh, ahead);
     }
-    if (rows > 0) outer_rows<T, kMaxRows - 1, kVectors>(int(rows), b, l, l_step, steps, c, c_row, fresh);
 }
 
 // rows of b times one panel of `vectors` <= kMaxVectors registers; c [rows, c_row] is started anew if `fresh`.
+// ahead(i) says what to fetch during the tile that starts with row i.
+template <class T, class AheadOf>
+static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
+                  int64_t c_row, bool fresh, AheadOf ahead) {
+    const int most = tile_rows(vectors);
+    for (int64_t i = 0; i < rows; i += most) {
+        const int count = int(rows - i < most ? rows - i : most);
+        outer_vectors<T, kMaxVectors>(count, vectors, {b.data + i * b.row, b.row, b.step}, l, l_step, steps,
+                                      c + i * c_row, c_row, fresh, ahead(i));
+    }
+}
+
 template <class T>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
                   int64_t c_row, bool fresh) {
-    static_assert(kMaxVectors == 2, "one branch for each");
-    if (vectors == 2) {
-        outer_panel<T, 2>(rows, b, l, l_step, steps, c, c_row, fresh);
-    } else {
-        outer_panel<T, 1>(rows, b, l, l_step, steps, c, c_row, fresh);
-    }
+    const char* anywhere = reinterpret_cast<const char*>(c);
+    outer<T>(rows, vectors, b, l, l_step, steps, c, c_row, fresh, [&](int64_t) { return Ahead{anywhere, 0, anywhere, 0}; });
 }
 
 template <class T, class U>
@@ -110,28 +178,33 @@ template <class T, class U, int kTokens, int kRows>
 static void dot_tile(const T* const* x, const U* w, int64_t w_row, int64_t K, float* out, int64_t out_row) {
     typedef DotStep<T, U> Step;
     Vec acc[kTokens][kRows];
+#pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) acc[i][j] = zero();
     }
-    int64_t k = 0;
-    for (; k + Step::kElements <= K; k += Step::kElements) {
-        decltype(Step::first(x[0])) first[kTokens];
+    const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
+        decltype(load_first(x[0])) first[kTokens];
 #pragma GCC unroll 8
-        for (int i = 0; i < kTokens; i++) first[i] = Step::first(x[i] + k);
+        for (int i = 0; i < kTokens; i++) first[i] = load_first(x[i]);
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) {
-            const auto second = Step::second(w + j * w_row + k);
+            const auto second = load_second(w + j * w_row);
 #pragma GCC unroll 8
             for (int i = 0; i < kTokens; i++) acc[i][j] = accumulate(first[i], second, acc[i][j]);
         }
+    };
+    int64_t k = 0;
+    for (; k + Step::kElements <= K; k += Step::kElements) {
+        add_products([&](const T* p) { return Step::first(p + k); }, [&](const U* p) { return Step::second(p + k); });
     }
     if (const int rest = int(K - k)) {
-        for (int j = 0; j < kRows; j++) {
-            const auto second = Step::second_n(w + j * w_row + k, rest);
-            for (int i = 0; i < kTokens; i++) acc[i][j] = accumulate(Step::first_n(x[i] + k, rest), second, acc[i][j]);
-        }
+        add_products([&](const T* p) { return Step::first_n(p + k, rest); },
+                     [&](const U* p) { return Step::second_n(p + k, rest); });
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) out[i * out_row + j] = reduce(acc[i][j]);
     }
 }
