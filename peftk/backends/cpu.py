@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftk import _cpu, table
+from peftk import _cpu
 from peftk.activations import CODES
 from peftk.reference import AdapterGrads
 from peftk.table import Adapter, AdapterTable
@@ -33,6 +33,12 @@ def cannot_serve(call: Call) -> str | None:
         if dtype is not None and dtype not in _DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def describe(call: Call) -> str:
+    """What serves a call, for `peftk.explain`."""
+    kernel = "merge" if call.op in ("merge", "unmerge") else "lora_linear"
+    return f"C++ {kernel} kernels at SIMD level {simd_level()}, up to {torch.get_num_threads()} threads"
 
 
 def simd_level() -> str:
