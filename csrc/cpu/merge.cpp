@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/floating_point.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
 
@@ -21,12 +20,8 @@ void run(const MergeArgs& args, int threads, bool unmerge) {
     threads = int(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
     float* packed = static_cast<float*>(scratch(kFactorSlot, groups * args.R * kMergeGroup * sizeof(float)));
 
-    auto pack = [&](int64_t group) {
-        const DefaultFloatingPoint mode;
-        PEFTK_CALL(level, merge_pack, (args, group, packed));
-    };
+    auto pack = [&](int64_t group) { PEFTK_CALL(level, merge_pack, (args, group, packed)); };
     auto rows_of = [&](int64_t task) {
-        const DefaultFloatingPoint mode;
         const int64_t first = task * kTaskRows, rows = std::min(kTaskRows, args.N - first);
         if (unmerge) {
             PEFTK_CALL(level, unmerge_rows, (args, packed, first, rows));
