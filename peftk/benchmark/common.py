@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftk import backends
 from peftk.backends import BackendError, Call
-from peftk.benchmark import agree
+from peftk.benchmark import agree, peers
 from peftk.benchmark.timing import Run, Times, interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,7 +29,7 @@ DETECTABLE = 4.0
 class Shape(NamedTuple):
     op: str
     dtype: str
-    M: int
+    M: int  # tokens; 0 for merge and unmerge
     K: int
     N: int
     rank: int  # the largest of the batch
@@ -40,8 +40,9 @@ class Shape(NamedTuple):
         return DTYPES[self.dtype]
 
     def __str__(self) -> str:
-        adapters = f" n{self.adapters}" if self.adapters > 1 else ""
-        return f"{self.op} {self.dtype} M{self.M} {self.K}x{self.N} r{self.rank}{adapters}"
+        tokens = f" M{self.M}" if self.M else ""
+        adapters = f" n{self.adapters}" if self.op == "multi_lora_linear" else ""
+        return f"{self.op} {self.dtype}{tokens} {self.K}x{self.N} r{self.rank}{adapters}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,25 +165,43 @@ def factors(K: int, N: int, rank: int, dtype: torch.dtype, device: str, seed: in
     return A.to(dtype).float().to(device), B.to(dtype).float().to(device)
 
 
-def serving(ops: Iterable[str], shape: Shape, adapter_dtype: torch.dtype, device: str, asked: list[str]) -> list[str]:
-    """The peftk backends to time: those asked for, else every compiled one that can serve the call.
+# The calls of peftk's that an op makes.
+_CALLS = {
+    "lora_linear": ("lora_linear",),
+    "multi_lora_linear": ("multi_lora_linear",),
+    "train": ("lora_linear", "lora_linear_backward"),
+    "merge": ("merge",),
+    "unmerge": ("unmerge", "merge"),
+}
+
+
+def serving(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
+    """The peftk backends to time: those asked for, else every compiled one that can serve the shape.
 
     The reference is a specification and Triton's interpreter a debugger: they are timed only where asked for.
 
     Raises BackendError where one that was asked for cannot serve, or none can.
     """
     dtype = shape.torch_dtype
+    adapter_dtype = dtype if shape.op == "multi_lora_linear" else torch.float32  # the layers' defaults
     M = shape.N if shape.op in ("merge", "unmerge") else shape.M
-    calls = [
-        Call(op, device, dtype, dtype, adapter_dtype, M, shape.K, shape.N, shape.rank, shape.adapters) for op in ops
-    ]
-    candidates = asked or (["cpu"] if device == "cpu" else ["cuda", "triton"])
-    why = {name: next(filter(None, (backends.cannot_serve(name, call) for call in calls)), None) for name in candidates}
-    refused = {name: reason for name, reason in why.items() if reason is not None}
-    if refused and (asked or len(refused) == len(why)):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-        raise BackendError(f"{shape}: {reasons} (--backend reference times the specification in plain torch)")
-    return [name for name in why if name not in refused]
+    rest = (device, dtype, dtype, adapter_dtype, M, shape.K, shape.N, shape.rank, shape.adapters)
+    candidates = asked or (("cpu",) if device == "cpu" else ("cuda", "triton"))
+    refused = {}
+    for name in candidates:
+        reasons = [backends.cannot_serve(name, Call(op, *rest)) for op in _CALLS[shape.op]]
+        refused[name] = next(filter(None, reasons), None)
+    able = [name for name, reason in refused.items() if reason is None]
+    if not able or (asked and len(able) < len(refused)):
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
+        raise BackendError(f"{shape}: {why} (--backend reference times the specification in plain torch)")
+    return able
+
+
+def side_names(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
+    """The names of the sides that the shape's case will have, without building it."""
+    first = COPY if shape.op in ("merge", "unmerge") else LINEAR
+    return [first, *([PEFT] if peers.has_peft() else []), *(f"peftk {name}" for name in serving(shape, device, asked))]
 
 
 def to_json(records: list[Record]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def shapes(dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequ
     return [Shape("lora_linear", dtype, M, *dims, rank, 1) for M in tokens for rank in ranks]
 
 
-def case(shape: Shape, device: str, asked: list[str]) -> Case:
+def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
     dtype = shape.torch_dtype
     x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
     A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
@@ -31,7 +31,7 @@ def case(shape: Shape, device: str, asked: list[str]) -> Case:
     if peers.has_peft():
         peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
         sides.append(Side(PEFT, lambda: peft(x), lambda: agree.error(peft(x), expected, fused=False)))
-    for name in serving(["lora_linear"], shape, torch.float32, device, asked):
+    for name in serving(shape, device, asked):
         sides.append(_side(name, peftk_layer(linear, A, B, name, shape.M), x, expected))
     return Case(shape, tuple(sides), agree.detects(expected, dtype))
 

@@ -23,7 +23,7 @@ def shapes(op: str, dtype: str, dims: tuple[int, int], ranks: Sequence[int]) -> 
     return [Shape(op, dtype, 0, *dims, rank, 1) for rank in ranks]
 
 
-def case(shape: Shape, device: str, asked: list[str]) -> Case:
+def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
     dtype = shape.torch_dtype
     weight = plain_linear(shape.K, shape.N, dtype, device).weight.detach()
     A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
@@ -34,7 +34,7 @@ def case(shape: Shape, device: str, asked: list[str]) -> Case:
     make_peft, make_ours = (_peft_merge, _our_merge) if shape.op == "merge" else (_peft_unmerge, _our_unmerge)
     if peers.has_peft():
         sides.append(make_peft(shape, device, weight, A, B, expected))
-    for name in serving([shape.op], shape, torch.float32, device, asked):
+    for name in serving(shape, device, asked):
         sides.append(make_ours(name, weight, A, B, expected))
     return Case(shape, tuple(sides), agree.detects(expected, dtype), inference=False)
 

@@ -25,7 +25,7 @@ def shapes(
     return [Shape("multi_lora_linear", dtype, M, *dims, max(ranks), n) for M in tokens for n in adapters]
 
 
-def case(shape: Shape, device: str, asked: list[str], ranks: Sequence[int] = RANKS) -> Case:
+def case(shape: Shape, device: str, asked: Sequence[str], ranks: Sequence[int] = RANKS) -> Case:
     dtype = shape.torch_dtype
     x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
     mixed = sorted(ranks, reverse=True)
@@ -46,7 +46,7 @@ def case(shape: Shape, device: str, asked: list[str], ranks: Sequence[int] = RAN
             return peft(x, adapter_names=names)
 
         sides.append(Side(PEFT, run_peft, lambda: agree.error(run_peft(), expected, fused=False)))
-    for name in serving(["multi_lora_linear"], shape, dtype, device, asked):
+    for name in serving(shape, device, asked):
         sides.append(_side(name, peftk_layer(linear, adapters, name, shape), x, ids, expected))
     return Case(shape, tuple(sides), agree.detects(expected, dtype))
 

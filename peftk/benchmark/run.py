@@ -39,7 +39,7 @@ class Options:
 
 def rows(options: Options) -> list[tuple[Shape, Callable[[], Case]]]:
     """Every shape to measure, in order, and what builds its case."""
-    device, asked = options.device, list(options.backends)
+    device, asked = options.device, options.backends
     found: list[tuple[Shape, Callable[[], Case]]] = []
     for op in options.ops:
         module = MODULES[op]
@@ -99,7 +99,7 @@ def _shapes(op: str, dtype: str, dims: tuple[int, int], ranks: tuple[int, ...], 
     return lora_linear.shapes(dtype, dims, options.tokens or lora_linear.TOKENS, ranks)
 
 
-def _builder(shape: Shape, device: str, asked: list[str], ranks: tuple[int, ...]) -> Callable[[], Case]:
+def _builder(shape: Shape, device: str, asked: tuple[str, ...], ranks: tuple[int, ...]) -> Callable[[], Case]:
     if shape.op == "multi_lora_linear":
         return lambda: multi_lora_linear.case(shape, device, asked, ranks)
     return lambda: MODULES[shape.op].case(shape, device, asked)

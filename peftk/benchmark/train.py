@@ -23,7 +23,7 @@ def shapes(dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequ
     return [Shape("train", dtype, M, *dims, rank, 1) for M in tokens for rank in ranks]
 
 
-def case(shape: Shape, device: str, asked: list[str]) -> Case:
+def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
     dtype = shape.torch_dtype
     base = layer(shape.M, shape.K, shape.N, dtype, device)
     linear = base.linear
@@ -37,7 +37,7 @@ def case(shape: Shape, device: str, asked: list[str]) -> Case:
         peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
         trained = (peft.lora_A["default"].weight, peft.lora_B["default"].weight)
         sides.append(_side(PEFT, peft, x, dy, trained, expected, fused=False))
-    for name in serving(["lora_linear", "lora_linear_backward"], shape, torch.float32, device, asked):
+    for name in serving(shape, device, asked):
         ours = peftk_layer(linear, A, B, name, shape.M)
         sides.append(_side(f"peftk {name}", ours, x, dy, (ours.lora_A, ours.lora_B), expected, fused=True))
     return Case(shape, tuple(sides), agree.detects(expected["x"], dtype), inference=False)

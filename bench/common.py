@@ -1,0 +1,54 @@
+"""The measurements of `peftk.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one group.
+
+    pytest bench --benchmark-autosave          # and again after a change, then
+    pytest-benchmark compare --group-by=fullname
+
+Here a side runs by itself, so compare a side with itself in another run; for ratios between sides, `peftk bench` lets
+them take turns. Every side is checked against fp64 arithmetic before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from peftk.benchmark.common import Case, Shape, side_names
+from peftk.benchmark.run import MODULES, Options, rows
+
+SECONDS = 0.3
+ROUNDS = (3, 200)
+
+
+def sides(op: str) -> list[Any]:
+    """pytest parameters (shape, name of a side) for the default rows of an op."""
+    return [
+        pytest.param(shape, side, id=f"{shape} {side}".replace(" ", "-"))
+        for shape, _ in rows(Options(ops=(op,)))
+        for side in side_names(shape, "cpu", ())
+    ]
+
+
+def bench(benchmark: Any, shape: Shape, name: str) -> None:
+    case = _case(shape)
+    side = next(side for side in case.sides if side.name == name)
+    benchmark.group = str(shape)
+    benchmark.name = f"{shape} {name}"
+    with torch.inference_mode(case.inference):
+        assert side.error() <= 1.0, "wrong result: not timed"
+        side.reset()
+        started = time.perf_counter()
+        side.run()
+        rounds = int(SECONDS / max(time.perf_counter() - started, 1e-6))
+        side.reset()
+        # one run a round, so that what the run changed can be put back before the next
+        benchmark.pedantic(side.run, teardown=side.reset, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
+
+
+@functools.lru_cache(maxsize=1)
+def _case(shape: Shape) -> Case:
+    """Kept while the sides of a shape follow one another."""
+    return MODULES[shape.op].case(shape, "cpu", ())

@@ -1,0 +1,9 @@
+"""See peftk/benchmark/train.py."""
+
+import common
+import pytest
+
+
+@pytest.mark.parametrize(("shape", "side"), common.sides("train"))
+def test_bench_train(benchmark, shape, side):
+    common.bench(benchmark, shape, side)
