@@ -125,6 +125,17 @@ def test_factors_of_two_dtypes_and_any_strides() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(level: str, dtype: torch.dtype) -> None:
+    """The kernels may write over what they read."""
+    case = merge_case(11, 50, 150, 12, dtype, torch.float32, size=1.0, padding=0)
+    expected, expected_code = merged_by(reference, case)
+    weight, code = case.weight.contiguous().clone(), torch.empty(50, 150, dtype=torch.int8)
+    cpu._merge(_cpu.merge, weight, weight, case.lora_A, case.lora_B, case.scaling, code)
+    assert same_bits(weight, expected)
+    assert torch.equal(code, expected_code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_with_any_number_of_threads(threads: None, dtype: torch.dtype) -> None:
     case = merge_case(5, 190, 700, 33, dtype, torch.float32, size=1.0, padding=0)
     torch.set_num_threads(1)
