@@ -32,7 +32,7 @@ def lora_linear(
     backend: str | None,
 ) -> Tensor:
     if torch.is_grad_enabled() and _wants_grad(x, bias, lora_A, lora_B, bias_A, bias_B):
-        return _LoraLinear.apply(  # type: ignore[no-untyped-call, no-any-return]
+        return _LoraLinear.apply(
             x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, scaling, activation, dropout_p, backend
         )
     adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
@@ -52,9 +52,7 @@ def multi_lora_linear(
     if torch.is_grad_enabled():
         tensors = flat_tensors(table.adapters)
         if _wants_grad(x, bias, *tensors):
-            return _MultiLoraLinear.apply(  # type: ignore[no-untyped-call, no-any-return]
-                x, weight, bias, ids, seed, table, dropout_p, backend, *tensors
-            )
+            return _MultiLoraLinear.apply(x, weight, bias, ids, seed, table, dropout_p, backend, *tensors)
     return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, False)[0]
 
 

@@ -5,6 +5,8 @@ Both the eager autograd Functions and the ops registered for torch.compile come 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def multi_lora_linear_backward(
 
 def _server(
     op: str, rows: Tensor, weight: Tensor, adapter: Adapter | None, dropout_p: float, backend: str | None
-):  # -> the backend's module
+) -> ModuleType:
     dtype = None
     rank = 0
     if adapter is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def checksum(weight: Tensor) -> int:
     return total
 
 
-def _server(op: str, weight: Tensor, lora_A: Tensor, backend: str | None):  # type: ignore[no-untyped-def]
+def _server(op: str, weight: Tensor, lora_A: Tensor, backend: str | None) -> ModuleType:
     N, K = weight.shape
     call = backends.Call(op, weight.device.type, weight.dtype, weight.dtype, lora_A.dtype, N, K, N, lora_A.shape[0], 1)
     return backends.module(backends.choose(call, backend).backend)

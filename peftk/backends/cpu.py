@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftk import _cpu
+import peftk._cpu as _cpu
 from peftk.activations import CODES
 from peftk.reference import AdapterGrads
 from peftk.table import Adapter, AdapterTable
