@@ -64,7 +64,7 @@ def compiling(target: int | str, module: Any, kernels: tuple[str, ...]) -> Itera
     name: int | str = "hip" if isinstance(target, str) else target
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(gpu_target(target))))
-        stack.enter_context(mock.patch.object(module, "target", lambda device: name))
+        stack.enter_context(mock.patch.object(module, "target", return_value=name))
         for kernel in kernels:
             replacement = mock.MagicMock()
             replacement.__getitem__.return_value = compile_only(getattr(module, kernel))

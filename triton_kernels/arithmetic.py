@@ -14,11 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def dot(a, b, acc):
     """acc + a·b in fp32, each product exact: directly for equal dtypes (fp32 in ieee, never TF32), else `dot_terms`."""
-    if a.dtype == b.dtype:
-        acc = _mma(a, b, acc)
-    else:
-        acc = dot_terms(a, b, acc)
-    return acc
+    return _mma(a, b, acc) if a.dtype == b.dtype else dot_terms(a, b, acc)
 
 
 @triton.jit
@@ -86,9 +82,11 @@ def round_to(t, dtype: tl.constexpr):
     """fp32 t rounded once to dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = t.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        t = tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
-    return t.to(dtype)
+        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(t == t, nearest, bits | 0x400000) >> 16
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return t.to(dtype)
 
 
 @triton.jit

@@ -40,14 +40,15 @@ def shared_memory(target: int | str) -> int:
 
 
 def expand(M: int, many: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str) -> Expand:
-    """The base tile. `by row` (see `lora_linear`) needs a tile of B for each row: only small tiles have the registers."""
+    """The base tile. `by row` (see `lora_linear`) reads a tile of B for its rows: only small tiles have the registers."""
     if target == "interpreter":
         block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif x_dtype != weight_dtype or weight_dtype == torch.float32:
-        # products without tensor cores, or factors cut into terms: both live in registers
+    elif x_dtype != weight_dtype:
+        block = Expand(64, 64, 32, 8, True, 8, 3)  # factors cut into terms live in registers
+    elif weight_dtype == torch.float32:
         block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
     elif M <= 16:
-        block = Expand(16, 32, 128, 8, True, 4, 4)
+        block = Expand(16, 64, 128, 8, True, 4, 4)
     elif M <= 64 or (many and M <= 256):
         block = Expand(64, 32, 128, 8, True, 4, 4)
     else:
@@ -75,6 +76,6 @@ def splits(M: int, K: int, z_width: int, block: Shrink) -> int:
 
 
 def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:
-    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner holds one stage in registers."""
+    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner keeps one in registers."""
     fit = (shared_memory(target) - 8 * 1024) // bytes_per_stage
     return max(min(wanted, 2 if target == "hip" else wanted, fit), 1)

@@ -80,11 +80,7 @@ _VARYING += ["one_bias_B", "one_rank", "one_activation", "one_scaling", "thresho
 def _rows(position, order, M, MANY: tl.constexpr):
     """The original rows (int64) at sorted positions; positions from M on get a row that exists."""
     place = tl.minimum(position, M - 1)
-    if MANY:
-        row = tl.load(order + place)
-    else:
-        row = place.to(tl.int64)
-    return row
+    return tl.load(order + place) if MANY else place.to(tl.int64)
 
 
 @triton.jit
@@ -178,7 +174,9 @@ def _shrink_segment(
         part *= keep_scale
     if split == 0:
         ranks = tl.where(bias != 0, rank, 0)
-        part += tl.load(bias.to(tl.pointer_type(DTYPE)) + r, mask=r < ranks, other=0.0).to(tl.float32)[None, :]
+        part += tl.load(bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r, mask=r < ranks, other=0.0).to(tl.float32)[
+            None, :
+        ]
     return part
 
 
@@ -190,7 +188,7 @@ def _shrink_by_row(
 ):  # fmt: skip
     """[BLOCK_M, PAGE]: x̃A_iᵀ + a_i over one page, where each row reads its own adapter: no dots."""
     # as wide as the registers allow: 4 loads of 16 bytes a thread, or half as many elements without such loads
-    NARROW: tl.constexpr = DTYPE == tl.float32 or x.dtype.element_ty == tl.float32 or not ALIGNED
+    NARROW: tl.constexpr = not ALIGNED or x.dtype.element_ty == tl.float32 or DTYPE == tl.float32
     STEP: tl.constexpr = (256 if NARROW else 512) // BLOCK_M
     r = page * PAGE + tl.arange(0, PAGE)
     rank = tl.load(rows + id * 4 + 1, mask=id >= 0, other=0)
@@ -263,7 +261,7 @@ def expand_kernel(
     if MANY:
         at = tl.maximum(block_from, tl.load(ends))
         if BY_ROW:
-            # by segment: a dot for each page of each segment; by row: a product for each rank. A dot counts as two ranks
+            # by segment: a dot for each page of each segment; by row: a product for each rank. A dot costs two ranks
             id = tl.load(ids + position, mask=position < M, other=-1)
             rank = tl.load(rows + id * 4 + 1, mask=id >= 0, other=0)
             heads = _segment_heads(position, id, ids, BLOCK_M)
@@ -292,7 +290,7 @@ def expand_kernel(
             B_tile = _load_B(address, one_stride_Bn, one_stride_Br, one_rank - page * PAGE, n, N, DTYPE)
             acc = _dot_v(v * one_scaling, B_tile, acc, IEEE)
         columns = tl.where(one_bias_B != 0, N, 0)
-        acc += tl.sum(_load_columns(one_bias_B.to(tl.pointer_type(DTYPE)), n, columns), axis=0)[None, :]
+        acc += tl.sum(_load_columns(one_bias_B.to(tl.int64).to(tl.pointer_type(DTYPE)), n, columns), axis=0)[None, :]
 
     y_tile = y + row[:, None] * N + n[None, :]
     tl.store(y_tile, round_to(acc, y.dtype.element_ty), mask=(position < M)[:, None] & (n < N)[None, :])
@@ -349,11 +347,7 @@ def _expand_by_row(
 @triton.jit
 def _dot_v(v, B_tile, acc, IEEE: tl.constexpr):
     """acc + v·B by the kind of products that made acc, so that it stays in its registers as it is."""
-    if IEEE:
-        acc = dot(v, B_tile.to(tl.float32), acc)
-    else:
-        acc = dot_terms(v, B_tile, acc)
-    return acc
+    return dot(v, B_tile.to(tl.float32), acc) if IEEE else dot_terms(v, B_tile, acc)
 
 
 @triton.jit

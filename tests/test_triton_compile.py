@@ -1,0 +1,117 @@
+"""Every Triton configuration that ships, compiled for GPUs that are not there: what ptxas and LLVM made of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
+
+from peftk.triton_kernels import config
+from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels.segments import Segments
+from tests.triton_aot import Compiled, compiling
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Mix = tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, W and the adapters
+MIXES: list[Mix] = [(BF16, BF16, BF16), (F16, F16, F16), (F32, F32, F32)]
+MORE_MIXES: list[Mix] = [(x, w, a) for x in (F32, BF16, F16) for w in (F32, BF16, F16) for a in (F32, BF16, F16)]
+TARGETS: list[int | str] = [80, 90, 100, 120]
+MORE_TARGETS: list[int | str] = [86, 89, "gfx942"]
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma", 120: "mma.sync"}
+WIDE_COPY = {"gfx942": "dwordx4"}
+
+
+def compile_forward(
+    target: int | str,
+    M: int,
+    mix: Mix,
+    *,
+    many: bool,
+    dropout_p: float = 0.0,
+    aligned: bool = True,
+    K: int = 4096,
+    N: int = 4096,
+) -> list[Compiled]:
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
+    source: kernels.One | kernels.Many = kernels.One(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
+    segments = None
+    if many:
+        i32, i64 = torch.int32, torch.int64
+        source = kernels.Many(
+            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64)
+        )
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32))
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    with compiling(target, kernels, ("shrink_kernel", "expand_kernel")) as compiled:
+        adapters = kernels.Adapters(source, mix[2], 16, aligned)
+        kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed)
+    return compiled
+
+
+def fits(compiled: list[Compiled], target: int | str) -> None:
+    for c in compiled:
+        assert c.spilled == 0, f"{c.kernel}: {c.spilled} bytes of registers spilled, {c.registers} registers"
+        assert c.registers <= (512 if isinstance(target, str) else 255), f"{c.kernel}: {c.registers} registers"
+        limit = config.shared_memory("hip" if isinstance(target, str) else target)
+        assert c.shared <= limit, f"{c.kernel}: {c.shared} bytes of shared memory, {limit} at most"
+
+
+def uses_the_hardware(compiled: list[Compiled], target: int | str, M: int) -> None:
+    """Tensor cores of the target's own generation (16 rows are too few for it), loads of 16 bytes."""
+    for c in compiled:
+        if isinstance(target, str):
+            assert "v_mfma" in c.assembly
+            assert "dwordx4" in c.assembly
+            continue
+        tall = M >= 64 and c.kernel == "expand_kernel"
+        assert (TENSOR_CORES[target] if tall else "mma") in c.assembly, f"{c.kernel}: no tensor cores"
+        copies = c.assembly.count("cp.async.cg.shared.global")
+        assert copies >= 8, f"{c.kernel}: {copies} copies of 16 bytes"
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("M", [16, 4096])
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:
+    compiled = compile_forward(target, M, mix, many=many)
+    assert [c.kernel for c in compiled] == ["shrink_kernel", "expand_kernel"]
+    fits(compiled, target)
+    if mix[0] != F32:
+        uses_the_hardware(compiled, target, M)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("M", [16, 64, 128, 4096])
+@pytest.mark.parametrize("mix", MORE_MIXES, ids=str)
+@pytest.mark.parametrize("target", TARGETS + MORE_TARGETS)
+def test_compiles_every_mix(target: int | str, mix: Mix, M: int, many: bool) -> None:
+    fits(compile_forward(target, M, mix, many=many), target)
+
+
+@pytest.mark.parametrize("target", [90, *(pytest.param(t, marks=pytest.mark.full) for t in (80, 100, 120, "gfx942"))])
+@pytest.mark.parametrize("K", [4096, 4095])
+def test_compiles_with_dropout_unaligned_rows_and_odd_widths(target: int | str, K: int) -> None:
+    for many in (False, True):
+        fits(compile_forward(target, 4096, MIXES[0], many=many, dropout_p=0.1, aligned=K % 8 == 0, K=K, N=K), target)
+
+
+def test_a_rank_is_not_compiled_for() -> None:
+    """One variant serves rank 1 and rank 512, one row and many, every adapter's place and strides."""
+    with compiling(90, kernels, ("shrink_kernel", "expand_kernel")) as compiled:
+        for rank, width, address, stride in ((1, 16, 1 << 40, 1), (512, 512, (1 << 40) + 2, 37), (16, 16, 4096, 16)):
+            one = kernels.One(address, 4096, address, stride, 1, 0, address, rank, 0, 1.0)
+            x = torch.empty(1 if rank == 1 else 16, 4096, dtype=BF16, device="meta")
+            weight = torch.empty(4096, 4096, dtype=BF16, device="meta")
+            kernels.forward(x, weight, None, kernels.Adapters(one, BF16, width, True), None)
+    assert len(compiled) == 6
+    assert len({id(c.assembly) for c in compiled}) == 2
