@@ -24,7 +24,7 @@ struct Group {
 };
 
 constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
-constexpr int64_t kMaxDotRows = 16;          // from here on the lanes form is faster
+constexpr int64_t kMaxDotRows = kDotMostTokens;  // from here on the lanes form is faster
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
 constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
 constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts

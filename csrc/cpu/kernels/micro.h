@@ -174,14 +174,30 @@ struct DotStep<bf16, bf16> {
 };
 #endif
 
+// A part of the contraction: its accumulators come from the part before and go to the next one, or out as sums.
+struct Part {
+    int64_t first, last;  // elements
+    bool starts, ends;
+};
+constexpr int64_t kDotPart = 4096;      // bytes of a row of w
+constexpr int64_t kDotMostTokens = 16;  // of a call that has more than one tile of them
+
 template <class T, class U, int kTokens, int kRows>
-static void dot_tile(const T* const* x, const U* w, int64_t w_row, int64_t K, float* out, int64_t out_row) {
+static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* kept, float* out,
+                     int64_t out_row, const U* ahead) {
     typedef DotStep<T, U> Step;
     Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) acc[i][j] = zero();
+    }
+    if (!part.starts) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kRows; j++) acc[i][j] = kept[i * kRows + j];
+        }
     }
     const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
         decltype(load_first(x[0])) first[kTokens];
@@ -194,13 +210,30 @@ static void dot_tile(const T* const* x, const U* w, int64_t w_row, int64_t K, fl
             for (int i = 0; i < kTokens; i++) acc[i][j] = accumulate(first[i], second, acc[i][j]);
         }
     };
-    int64_t k = 0;
-    for (; k + Step::kElements <= K; k += Step::kElements) {
+    int64_t k = part.first;
+    const auto add_step = [&]() __attribute__((always_inline)) {
         add_products([&](const T* p) { return Step::first(p + k); }, [&](const U* p) { return Step::second(p + k); });
+        k += Step::kElements;
+    };
+    constexpr int kLine = 64 / sizeof(U);
+    while (k + kLine <= part.last) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * w_row + k, 0, 2);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLine / Step::kElements; i++) add_step();
     }
-    if (const int rest = int(K - k)) {
+    while (k + Step::kElements <= part.last) add_step();
+    if (const int rest = int(part.last - k)) {
         add_products([&](const T* p) { return Step::first_n(p + k, rest); },
                      [&](const U* p) { return Step::second_n(p + k, rest); });
+    }
+    if (!part.ends) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kRows; j++) kept[i * kRows + j] = acc[i][j];
+        }
+        return;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) {
@@ -209,23 +242,45 @@ static void dot_tile(const T* const* x, const U* w, int64_t w_row, int64_t K, fl
     }
 }
 
+// `ahead` are rows that will be wanted next; the first tile fetches them, the others only touch what is there.
 template <class T, class U, int kTokens, int kRows>
-static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
-                       int64_t out_row) {
-    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens, out += kTokens * out_row) {
-        dot_tile<T, U, kTokens, kRows>(x, w, w_row, K, out, out_row);
+static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* kept,
+                       float* out, int64_t out_row, const U* ahead) {
+    for (; tokens >= kTokens; tokens -= kTokens) {
+        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, kept, out, out_row, ahead);
+        x += kTokens;
+        kept += kTokens * kRows;
+        out += kTokens * out_row;
+        ahead = w;
     }
-    if constexpr (kTokens > 1) dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, K, out, out_row);
+    if constexpr (kTokens > 1) {
+        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, kept, out, out_row, ahead);
+    }
 }
 
-// out [tokens, out_row] = rows x[i] times `rows` rows of w.
+template <class T, class U, int kRows>
+static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
+                     int64_t out_row) {
+    Vec kept[kDotMostTokens * kRows];
+    // Tiles of tokens share the rows of w, which must then stay in L1.
+    const int64_t length = tokens <= kDotTokens ? K : kDotPart / int64_t(sizeof(U));
+    int64_t first = 0;
+    do {
+        const bool ends = first + length >= K;
+        const Part part{first, ends ? K : first + length, first == 0, ends};
+        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, kept, out, out_row, w + kRows * w_row);
+        first += length;
+    } while (first < K);
+}
+
+// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kDotMostTokens tokens.
 template <class T, class U>
 static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out,
                 int64_t out_row) {
     for (; rows >= kDotRows; rows -= kDotRows, w += kDotRows * w_row, out += kDotRows) {
-        dot_tokens<T, U, kDotTokens, kDotRows>(tokens, x, w, w_row, K, out, out_row);
+        dot_rows<T, U, kDotRows>(tokens, x, w, w_row, K, out, out_row);
     }
-    for (; rows > 0; rows--, w += w_row, out++) dot_tokens<T, U, kDotTokens, 1>(tokens, x, w, w_row, K, out, out_row);
+    for (; rows > 0; rows--, w += w_row, out++) dot_rows<T, U, 1>(tokens, x, w, w_row, K, out, out_row);
 }
 
 }  // namespace PEFTK_LEVEL
