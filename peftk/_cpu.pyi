@@ -1,4 +1,4 @@
-# The C++ module: addresses, sizes, strides and dtype codes in (csrc/bindings/cpu.cpp), called by peftk.backends.cpu only.
+# The C++ module: addresses, sizes, strides and dtype codes in. Only peftk.backends.cpu calls it.
 from typing import Any
 
 def simd_level() -> str: ...

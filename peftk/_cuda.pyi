@@ -1,4 +1,4 @@
-# The CUDA module: addresses, sizes, strides and a stream in (csrc/bindings/cuda.cpp), called by peftk.backends.cuda only.
+# The CUDA module: addresses, sizes, strides and a stream in. Only peftk.backends.cuda calls it.
 from typing import Any
 
 def __getattr__(name: str) -> Any: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,11 +47,12 @@ def merge_(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backe
         lora_A, lora_B = lora_A.detach().clone(), lora_B.detach().clone()
         server = _server("merge", weight, lora_A, backend)
         merged, code = server.merge(weight.detach(), lora_A, lora_B, scaling)
-        if not bool(torch.isfinite(merged).all()):
+        checksum, finite = server.inspect(merged)
+        if not finite:
             raise ValueError("weight: expected W + s·BA to be finite in every element, got inf or NaN; W is unchanged")
-        raw_index = (code == RAW).flatten().nonzero().flatten()
+        raw_index = _places(code == RAW)
         receipt = MergeReceipt(
-            lora_A, lora_B, scaling, code, raw_index, weight.flatten()[raw_index], weight.dtype, checksum(merged)
+            lora_A, lora_B, scaling, code, raw_index, weight.flatten()[raw_index], weight.dtype, checksum
         )
         weight.copy_(merged)
     return receipt
@@ -64,31 +66,22 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, backend: str | None) -> None
         raise ValueError(f"weight: expected dtype {receipt.dtype} of the merge, got {weight.dtype}")
     if weight.device != receipt.code.device:
         raise ValueError(f"weight: expected on {receipt.code.device} like the receipt, got {weight.device}")
-    if checksum(weight) != receipt.checksum:
+    server = _server("unmerge", weight, receipt.lora_A, backend)
+    if server.inspect(weight.detach())[0] != receipt.checksum:
         raise ValueError(
             "weight: expected the bits that the merge left, got others; it was changed since, or is another"
         )
     with torch.no_grad():
-        server = _server("unmerge", weight, receipt.lora_A, backend)
         back = server.unmerge(weight.detach(), receipt.lora_A, receipt.lora_B, receipt.scaling, receipt.code)
         back.view(-1)[receipt.raw_index] = receipt.raw_values
         weight.copy_(back)
 
 
-def checksum(weight: Tensor) -> int:
-    """A number that changes when any bit of W [N, K] does, or when rows or columns change places.
-
-    Sums of the bits along rows and along columns, each weighted by an odd multiplier of its place, modulo 2⁶⁴.
-    """
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    bits = weight.detach().contiguous().view(integer)
-    total = 0
-    for dim, multiplier in ((0, 0x9E3779B97F4A7C15), (1, 0xC2B2AE3D27D4EB4F)):
-        sums = bits.sum(dim, dtype=torch.int64)
-        place = torch.arange(1, sums.numel() + 1, device=sums.device, dtype=torch.int64)
-        mixed = (place * (multiplier - 2**64 if multiplier >= 2**63 else multiplier)) | 1
-        total = (total * 31 + int((sums * mixed).sum())) & (2**64 - 1)
-    return total
+def _places(mask: Tensor) -> Tensor:
+    """Where the flattened mask is True, int64."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast as torch's nonzero
+    return mask.flatten().nonzero().flatten()
 
 
 def _server(op: str, weight: Tensor, lora_A: Tensor, backend: str | None) -> ModuleType:

@@ -282,3 +282,17 @@ def test_bits_of_the_reference_on_a_gpu(dtype: torch.dtype, adapter_dtype: torch
         back = cuda.unmerge(merged, on_gpu.lora_A, on_gpu.lora_B, case.scaling, code)
         keep = code.cpu() != RAW
         assert same_bits(back.cpu()[keep], case.weight[keep]), f"{case}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inspect_is_the_references(level: str, dtype: torch.dtype) -> None:
+    for N, K in ((1, 1), (3, 5), (33, 40), (67, 129)):
+        weight = torch.randn(N, K + 3).to(dtype)[:, :K]
+        assert cpu.inspect(weight) == reference.inspect(weight)
+        changed = weight.clone()
+        changed[N // 2, K - 1] = -changed[N // 2, K - 1]
+        assert cpu.inspect(changed)[0] != cpu.inspect(weight)[0]
+        for poison in (float("inf"), float("-inf"), float("nan")):
+            changed[0, K // 2] = poison
+            assert cpu.inspect(changed) == reference.inspect(changed)
+            assert not cpu.inspect(changed)[1]

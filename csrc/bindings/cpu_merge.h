@@ -1,9 +1,10 @@
-// merge and unmerge of peftk._cpu.
+// merge and unmerge of peftk._cpu, and the inspection of what they left.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include "bindings/merge_args.h"
+#include "cpu/checksum.h"
 #include "cpu/merge.h"
 
 namespace peftk {
@@ -28,6 +29,19 @@ void bind_merge(pybind11::module_& module, const char* name) {
 inline void bind_merge(pybind11::module_& module) {
     bind_merge<merge>(module, "merge");
     bind_merge<unmerge>(module, "unmerge");
+    module.def(
+        "inspect",
+        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, int threads) {
+            const Dtype type = dtype_of("dtype", dtype);
+            Inspection result;
+            {
+                const pybind11::gil_scoped_release release;
+                result = inspect(reinterpret_cast<const void*>(weight), stride, N, K, type, threads);
+            }
+            return pybind11::make_tuple(result.checksum, result.finite);
+        },
+        pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("N"), pybind11::arg("K"),
+        pybind11::arg("dtype"), pybind11::arg("threads"));
 }
 
 }  // namespace peftk

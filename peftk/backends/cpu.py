@@ -179,6 +179,13 @@ def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code
     return weight
 
 
+def inspect(weight: Tensor) -> tuple[int, bool]:
+    weight = _rows(weight)
+    return _cpu.inspect(
+        weight.data_ptr(), weight.stride(0), *weight.shape, _DTYPES[weight.dtype], torch.get_num_threads()
+    )
+
+
 def _merge(
     kernel: Callable[..., None],
     weight: Tensor,

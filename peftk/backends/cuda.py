@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 import peftk._cuda as _cuda
+from peftk.reference import inspect
 
 if TYPE_CHECKING:
     from peftk.backends import Call
+
+__all__ = ["cannot_serve", "describe", "inspect", "merge", "unmerge"]
 
 # as in csrc/common/dtype.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

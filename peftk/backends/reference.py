@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftk.reference import (
+    inspect,
     lora_linear,
     lora_linear_backward,
     merge,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "cannot_serve",
     "describe",
+    "inspect",
     "lora_linear",
     "lora_linear_backward",
     "merge",

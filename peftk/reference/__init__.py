@@ -7,10 +7,11 @@ from peftk.reference.lora_linear import (
     multi_lora_linear,
     multi_lora_linear_backward,
 )
-from peftk.reference.merge import merge, unmerge
+from peftk.reference.merge import inspect, merge, unmerge
 
 __all__ = [
     "AdapterGrads",
+    "inspect",
     "lora_linear",
     "lora_linear_backward",
     "merge",

@@ -32,6 +32,29 @@ def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code
     return _decode(_subtract(merged, _delta(merged, lora_A, lora_B, scaling)), code)
 
 
+def inspect(weight: Tensor) -> tuple[int, bool]:
+    """A checksum of the bits of W [N, K], and whether every value is finite.
+
+        Σ_n ((n · 0x9E3779B97F4A7C15) | 1) · Σ_j ((j · 0x9E3779B1 mod 2³²) | 1) · bits[n, j]        modulo 2⁶⁴
+
+    The multipliers are odd, so a change of one element always shows, and rows or columns that change places show too.
+    fp64 counts as twice as many columns of 32 bits.
+    """
+    bits = weight.detach().contiguous()
+    bits = bits.view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    unsigned = 2 ** (8 * bits.element_size()) - 1
+    places = ((torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B1) & 0xFFFFFFFF) | 1
+    total = 0
+    for first in range(0, bits.shape[0], _INSPECT_ROWS):  # in pieces: the products take 8 bytes each
+        rows = ((bits[first : first + _INSPECT_ROWS].to(torch.int64) & unsigned) * places).sum(1)
+        for n, row in enumerate(rows.tolist(), start=first):
+            total += row * ((n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) | 1)
+    return total & 0xFFFFFFFFFFFFFFFF, bool(torch.isfinite(weight).all())
+
+
+_INSPECT_ROWS = 512
+
+
 def _subtract(merged: Tensor, delta: Tensor) -> Tensor:
     return (merged.to(delta.dtype) - delta).to(merged.dtype)
 
