@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.segments import Segments
+
 from tests.triton_aot import Compiled, compiling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

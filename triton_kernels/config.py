@@ -12,6 +12,8 @@ import torch
 
 # Shared memory a block may have, in bytes. Other members of a family are served by its smallest.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+# wgmma and tcgen05 read their factors from shared memory, so that wide tiles leave registers for the epilogue.
+_FACTORS_IN_SHARED = (90, 100, 103, 110)
 _PROCESSORS = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
 
 
@@ -39,31 +41,43 @@ def shared_memory(target: int | str) -> int:
     return _SHARED.get(target, 64 if target < 80 else 99) * 1024
 
 
-def expand(M: int, many: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str) -> Expand:
-    """The base tile. `by row` (see `lora_linear`) reads a tile of B for its rows: only small tiles have the registers."""
+def expand(
+    M: int, many: bool, wide: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str
+) -> Expand:
+    """The base tile. wide: x and W can be loaded 16 bytes at a time, and so go around the registers.
+
+    `by row` (see `lora_linear`) reads a tile of B for the rows of the block: only small tiles have the registers.
+    """
     if target == "interpreter":
         block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif x_dtype != weight_dtype:
-        block = Expand(64, 64, 32, 8, True, 8, 3)  # factors cut into terms live in registers
+    elif x_dtype != weight_dtype or not wide:
+        block = Expand(64, 64, 32, 8, True, 8, 3)  # factors cut into terms, or single loads, live in registers
     elif weight_dtype == torch.float32:
         block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
     elif M <= 16:
         block = Expand(16, 64, 128, 8, True, 4, 4)
     elif M <= 64 or (many and M <= 256):
         block = Expand(64, 32, 128, 8, True, 4, 4)
+    elif many and target in _FACTORS_IN_SHARED:
+        block = Expand(128, 128, 64, 8, False, 8, 4)
+    elif target in _FACTORS_IN_SHARED or (not many and shared_memory(target) > 100 * 1024):
+        block = Expand(128, 256, 64, 8, False, 8, 4)
     else:
-        block = Expand(128, 128 if many else 256, 64, 8, False, 8, 4)
+        block = Expand(64, 128, 64, 8, False, 4, 3)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + block.BLOCK_N * weight_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target), BY_ROW=many and block.BY_ROW)
 
 
-def shrink(M: int, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str) -> Shrink:
-    """The tile of x that meets one page of 16 ranks."""
+def shrink(
+    M: int, wide: bool, dropout: bool, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str
+) -> Shrink:
+    """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time."""
     if target == "interpreter":
         return Shrink(16, 32, 4, 1)
-    block = Shrink(16, 128, 4, 4) if M <= 1024 else Shrink(64, 64, 4, 4)
-    if torch.float32 in (x_dtype, adapter_dtype):
-        block = block._replace(BLOCK_K=block.BLOCK_K // 2)
+    block_k = 64 if torch.float32 in (x_dtype, adapter_dtype) else 128
+    if dropout or not wide:
+        block_k = 32  # a generator's state for each element, or single loads, live in registers
+    block = Shrink(16 if M <= 1024 else 32, block_k, 4, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 

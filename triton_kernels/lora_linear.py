@@ -187,9 +187,9 @@ def _shrink_by_row(
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, PAGE]: x̃A_iᵀ + a_i over one page, where each row reads its own adapter: no dots."""
-    # as wide as the registers allow: 4 loads of 16 bytes a thread, or half as many elements without such loads
-    NARROW: tl.constexpr = not ALIGNED or x.dtype.element_ty == tl.float32 or DTYPE == tl.float32
-    STEP: tl.constexpr = (256 if NARROW else 512) // BLOCK_M
+    # [rows, 16 ranks, STEP] in registers: as wide as these allow, half of it where loads are not of 8 halves at a time
+    NARROW: tl.constexpr = not ALIGNED or x.dtype.element_ty == tl.float32 or DTYPE.primitive_bitwidth == 32
+    STEP: tl.constexpr = (8 if BLOCK_M > 16 else 32) // (2 if NARROW else 1)
     r = page * PAGE + tl.arange(0, PAGE)
     rank = tl.load(rows + id * 4 + 1, mask=id >= 0, other=0)
     some = rank > page * PAGE
@@ -421,7 +421,8 @@ def forward(
     N = weight.shape[0]
     z_width = adapters.z_width
     where = target(x.device)
-    shrink = config.shrink(M, x.dtype, adapters.dtype, where)
+    wide = K % 16 == 0 and _wide(x)
+    shrink = config.shrink(M, wide, dropout_p > 0.0, x.dtype, adapters.dtype, where)
     splits = config.splits(M, K, z_width, shrink) if M and z_width else 1
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     z = torch.empty(splits, M, z_width, dtype=torch.float32, device=x.device)
@@ -430,11 +431,17 @@ def forward(
             if z_width:
                 _launch_shrink(x, z, adapters, segments, dropout_p, seed, shrink)
             if N:
-                expand = config.expand(M, segments is not None, x.dtype, weight.dtype, where)
+                expand = config.expand(M, segments is not None, wide and _wide(weight), x.dtype, weight.dtype, where)
                 _launch_expand(x, weight, bias, y, z, adapters, segments, expand)
     if not save_z:
         return y, None
     return y, z[0] if splits == 1 else z.sum(0)
+
+
+def _wide(t: Tensor) -> bool:
+    """Whether the compiler can see that t's rows (or columns) are contiguous and start on 16 bytes."""
+    along, across = sorted(t.stride())
+    return along == 1 and across % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _launch_shrink(

@@ -6,6 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from peftk.triton_kernels import config
+from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
+from peftk.triton_kernels.philox import keep
 from torch import Tensor
 
 from peftk import reference, table
@@ -13,9 +16,6 @@ from peftk.activations import CODES
 from peftk.backends import triton as backend
 from peftk.reference import philox
 from peftk.table import Adapter
-from peftk.triton_kernels import config
-from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
-from peftk.triton_kernels.philox import keep
 from tests import numerics
 from tests.cases import Case, double, expected, random_case
 
@@ -157,7 +157,7 @@ def test_shapes(M: int, N: int, K: int, mix: tuple[torch.dtype, torch.dtype, tor
 
 
 def test_shrink_is_split_where_it_would_run_alone() -> None:
-    block = config.shrink(5, F32, F32, "interpreter")
+    block = config.shrink(5, False, False, F32, F32, "interpreter")
     assert config.splits(5, 300, 16, block) == 2  # test_shapes has this case
 
 
