@@ -33,9 +33,18 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "serving": serving,
     }
+
+
+def busy(where: dict[str, Any]) -> str | None:
+    """A warning where other programs want the same cores: libraries suffer from that by very different amounts."""
+    load, cores = where["load"], where["cores"]
+    if load is None or load <= 1.25 * cores:
+        return None
+    return f"This machine is busy (load {load:g} on {cores} cores): timings, and ratios too, are unreliable."
 
 
 def version(package: str) -> str | None:

@@ -105,18 +105,19 @@ def write_plot(file: Path, records: list[Record], environment: dict[str, Any]) -
     across = min(len(panels), 4)
     down = -(-len(panels) // across)
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(3.3 * across, 2.6 * down + 0.6), layout="constrained")
+        figure = Figure(figsize=(max(3.3 * across, 6.6), 2.7 * down + 0.6), layout="constrained")
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for axis, ((op, dtype, M, K, N), members) in zip(axes, panels.items(), strict=False):
             _panel(axis, members, "adapters" if op == "multi_lora_linear" else "rank")
-            axis.set_title(f"{op} {dtype}  {K}→{N}" + (f", {M} tokens" if M else ""))
+            axis.set_title(f"{op} {dtype}\n{K}→{N}" + (f", M = {M}" if M else ""))
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         drawn: dict[str, Any] = {}
         for axis in axes[: len(panels)]:
             handles, labels = axis.get_legend_handles_labels()
             drawn |= dict(zip(labels, handles, strict=True))
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), frameon=False)
+        if drawn:
+            figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn), frameon=False)
         machine = f"{environment['gpu'] or environment['cpu']}, {environment['threads']} threads"
         figure.suptitle(
             f"peftk {environment['peftk']} · {machine} · torch {environment['torch']} · nn.Linear has no adapter",
@@ -129,6 +130,13 @@ def _panel(axis: Any, records: list[Record], field: str) -> None:
     sides = list(dict.fromkeys(record.side for record in records))
     colours = {**_COLOURS, **dict(zip((s for s in sides if s not in _COLOURS), _PEFTK_COLOURS, strict=False))}
     places = sorted({getattr(record, field) for record in records})
+    if len(places) == 1:
+        heights = [0.0 if r.median_us is None else r.median_us for r in records]
+        bars = axis.bar(sides, heights, 0.6, color=[colours[side] for side in sides])
+        axis.bar_label(bars, labels=[_us(height) for height in heights])
+        axis.set(ylabel="µs", xlabel=f"{field} {places[0]}")
+        axis.tick_params(axis="x", labelsize=7)
+        return
     for side in sides:
         points = [r for r in records if r.side == side and r.median_us is not None]
         axis.plot(

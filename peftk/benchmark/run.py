@@ -11,6 +11,7 @@ from rich.console import Console
 
 from peftk.benchmark import lora_linear, merge, multi_lora_linear, report, train
 from peftk.benchmark.common import Case, Record, Shape, measure
+from peftk.benchmark.environment import busy
 
 MODULES = {
     "lora_linear": lora_linear,
@@ -67,6 +68,8 @@ def measure_all(console: Console, options: Options, where: dict[str, Any]) -> li
         "×: how many times faster.[/]\n",
         highlight=False,
     )
+    if warning := busy(where):
+        console.print(f"[yellow]{warning}[/]\n", highlight=False)
     planned = rows(options)
     records: list[Record] = []
     table: list[list[Record]] = []

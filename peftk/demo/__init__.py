@@ -19,7 +19,7 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
 
     extras.require("demo", "peftk demo", MODULES)
 
-    from peftk.benchmark.environment import environment
+    from peftk.benchmark.environment import busy, environment
     from peftk.demo import latency, merging, mixed_batch, report, serves, training
     from peftk.demo.sentences import SENTENCES
     from peftk.demo.stage import Stage
@@ -40,6 +40,8 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
             else "[/]\n[yellow]peft is not installed: no HF PEFT column[/]"
         )
     )
+    if warning := busy(where):
+        stage.say(f"[yellow]{warning}[/]")
     batch = minilm.tokenize(texts[:: len(texts) // 16][:16])
     serves.what_serves(stage, batch["input_ids"].numel())
     serves.unchanged(stage, minilm, batch)

@@ -90,7 +90,7 @@ def _throughput(
             # HF PEFT's own name for rows without an adapter
             peft_owners = ["__base__" if name == BASE else name for name in owners]
             sides["peft"] = lambda: embed(peft_model, batch, adapter_names=peft_owners)
-        times = interleave(sides, seconds=0.5 if stage.quick else 5.0)
+        times = interleave(sides, seconds=0.5 if stage.quick else 4.0)
     return {"dtype": dtype, **{name: len(owners) / side.median_us * 1e6 for name, side in times.items()}}
 
 

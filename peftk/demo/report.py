@@ -59,12 +59,14 @@ def _plot(stage: Stage, file: Path, report: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(13, 3.9), layout="constrained")
+        figure = Figure(figsize=(13, 4.1), layout="constrained")
         axes = figure.subplots(1, 4, width_ratios=[1, 1, 1.15, 0.9])
         for axis, dtype in zip(axes[:2], ("fp32", "bf16"), strict=True):
             _latency(axis, [row for row in stage.figures["latency"]["rows"] if row["dtype"] == dtype], dtype, stage)
         _mixed(axes[2], stage.figures["mixed_batch"], stage)
         _losses(axes[3], stage.figures["training"])
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False)
         environment = report["environment"]
         figure.suptitle(
             f"peftk {environment['peftk']} on all-MiniLM-L6-v2, every linear adapted · {environment['cpu']}, "
@@ -85,7 +87,6 @@ def _latency(axis: Any, rows: list[dict[str, Any]], dtype: str, stage: Stage) ->
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set(title=f"latency per rank, {dtype}", xlabel="rank", ylabel="ms per batch")
-    axis.legend(frameon=False)
 
 
 def _mixed(axis: Any, figures: dict[str, Any], stage: Stage) -> None:
