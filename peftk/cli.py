@@ -35,10 +35,11 @@ def demo(out: Path, quick: bool) -> None:
     many ranks in one batch; trains one; merges and unmerges exactly. Exits with 1 if any check fails.
     """
     from peftk import demo as demo_package
+    from peftk.backends import BackendError
 
     try:
         passed = demo_package.run(out, _console(), quick=quick)
-    except extras.MissingExtraError as error:
+    except (extras.MissingExtraError, BackendError) as error:
         raise click.ClickException(str(error)) from error
     if not passed:
         raise SystemExit(1)
@@ -138,9 +139,9 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     options = Options(device=device, **{name: value for name, value in asked.items() if value is not None})
-    where = environment()
     console = _console()
     try:
+        where = environment(device)
         records = measure_all(console, options, where)
     except BackendError as error:
         raise click.ClickException(str(error)) from error

@@ -16,12 +16,15 @@ import peftk
 _PACKAGES = ("numpy", "peft", "torch", "transformers", "triton")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, processor, threads and which backend serves, as plain JSON values."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Versions, processor, threads and which backend serves on the device, as plain JSON values.
+
+    Raises BackendError where PEFTK_BACKEND names a backend that cannot serve there.
+    """
     serving = {
         op: {"backend": choice.backend, "kernel": choice.kernel}
         for op in ("lora_linear", "multi_lora_linear", "merge")
-        for choice in (peftk.explain(op, dtype=torch.bfloat16),)
+        for choice in (peftk.explain(op, dtype=torch.bfloat16, device=device),)
     }
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -34,7 +37,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "serving": serving,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from peftk.demo.stage import Stage, table
@@ -20,8 +21,8 @@ def summary(stage: Stage) -> None:
     per = {dtype: [row for row in latency if row["dtype"] == dtype] for dtype in ("fp32", "bf16")}
     others = {"plain": "the plain model", **({"peft": "HF PEFT"} if stage.has_peft else {})}
     for side, text in others.items():
-        cells = [_range([row[f"{side}_ms"] / row["peftk_ms"] for row in per[dtype]]) for dtype in per]
-        shown.add_row(f"one adapter: × {text}", *cells)
+        ratios = [median(row[f"{side}_ms"] / row["peftk_ms"] for row in per[dtype]) for dtype in per]
+        shown.add_row(f"one adapter, median over ranks: × {text}", *(f"{ratio:.2f}" for ratio in ratios))
     for side, text in {**others, "separate": "adapter after adapter"}.items():
         shown.add_row(
             f"{len(stage.figures['mixed_batch']['ranks'])} adapters, one batch: × {text}",
@@ -47,11 +48,6 @@ def write(stage: Stage, out: Path, report: dict[str, Any]) -> list[Path]:
     (out / "demo.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _plot(stage, out / "demo.png", report)
     return [out / "demo.png", out / "demo.json"]
-
-
-def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return low if low == high else f"{low} – {high}"
 
 
 def _plot(stage: Stage, file: Path, report: dict[str, Any]) -> None:
