@@ -47,9 +47,10 @@ def run(device: str, console: Console) -> bool:
     absent: list[str] = []
     with console.status("") as status:
         for backend in backends.NAMES:
-            reason = backends.cannot_serve(backend, _call("lora_linear", device))
-            if reason is not None and backends.cannot_serve(backend, _call("merge", device)) is not None:
-                absent.append(f"[dim]{backend} does not run here: {reason}[/]")
+            reasons = {op: backends.cannot_serve(backend, _call(op, device)) for op in ("lora_linear", "merge")}
+            if None not in reasons.values():
+                why = "; ".join(f"{op}: {reason}" for op, reason in reasons.items())
+                absent.append(f"[dim]{backend} does not run here: {why}[/]")
                 continue
             status.update(f"[dim]{backend}")
             for op, outcomes in _by_op(backend, device).items():
