@@ -24,9 +24,9 @@ struct Group {
 };
 
 constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
-constexpr int64_t kMaxDotRows = kDotMostTokens;  // from here on the lanes form is faster
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
 constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
+constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
 constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts
 
 enum Form { kDot, kLanes, kColumns };
@@ -157,7 +157,7 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
 
 void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
-    const void* rows[kMaxDotRows];
+    const void* rows[kMostDotTokens];
 #ifdef PEFTK_DP
     if (shape.pairs) {
         for (int64_t i = 0; i < shape.rows; i++) {
@@ -251,15 +251,25 @@ void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& co
 template <class T>
 void product_columns(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
     const Panels panels(columns.count);
-    float* weight = scratch_of<float>(kWeightSlot, columns.padded * kSteps);
+    float* weight = scratch_of<float>(kWeightSlot, columns.padded * kColumnSteps);
     int64_t first = 0;
     do {
-        const int64_t steps = min64(kSteps, shape.steps - first);
+        const int64_t steps = min64(kColumnSteps, shape.steps - first);
         copy_weight_columns(op, shape, columns, first, steps, weight);
+        // While these rows of W are multiplied, the next ones come into L2, a few during each tile.
+        const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps);
+        const char* next = static_cast<const char*>(
+            at(op.weight, op.weight_dtype, min64(next_c, op.C - 1) * op.weight_c + columns.first));
+        const int64_t row_bytes = op.weight_c * size_of(op.weight_dtype);
         for (int64_t p = 0; p < panels.count(); p++) {
-            const int64_t o = panels.first(p), width = panels.width(p) * W;
+            const int64_t o = panels.first(p), width = panels.width(p) * W, tile_height = tile_rows(panels.width(p));
+            const int64_t tiles = ceil_div(shape.rows, tile_height);
             outer<T>(shape.rows, panels.width(p), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
-                     reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0);
+                     reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0,
+                     [&](int64_t i) {
+                         const int64_t row = (p * tiles + i / tile_height) * (steps / kAheadLines);
+                         return Ahead{next, 0, next + row * row_bytes, row_bytes};
+                     });
         }
         first += steps;
     } while (first < shape.steps);
@@ -302,9 +312,30 @@ public:
     }
 
 private:
+    // Asks for the part of the next adapter in order that load_adapter will read, a small piece of its own somewhere.
+    void fetch_next_adapter() {
+        int next = adapter_ + 1;
+        while (next < op_.adapters.count && op_.order.begin(next) == op_.order.end(next)) next++;
+        if (next == op_.adapters.count) return;
+        const int dtype = op_.adapters.dtype;
+        for (int64_t page = 0; 16 * page < op_.rank(next); page++) {
+            const Factor factor = op_.expand_factor(next, page);
+            const bool ranks_inside = factor.along != 1;
+            const int64_t runs = ranks_inside ? columns_.count : op_.page_ranks(next, page);
+            const int64_t run_stride = ranks_inside ? factor.along : factor.rank;
+            const int64_t run_bytes = (ranks_inside ? 16 : columns_.count) * size_of(dtype);
+            const void* from = at(factor.data, dtype, columns_.first * factor.along);
+            for (int64_t i = 0; i < runs; i++) {
+                const char* run = static_cast<const char*>(at(from, dtype, i * run_stride));
+                for (int64_t byte = 0; byte < run_bytes; byte += 64) __builtin_prefetch(run + byte, 0, 2);
+            }
+        }
+    }
+
     // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded], and the sum of both biases.
     void load_adapter() {
         loaded_ = true;
+        fetch_next_adapter();
         const void* beta = op_.backward ? nullptr : op_.output_bias(adapter_);
         has_beta_ = beta != nullptr;
         if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
@@ -327,6 +358,10 @@ private:
         } else if (factor.rank == 1) {
             for (int64_t o = 0; o < columns_.count; o += W) {
                 const T* rows = from + o * factor.along;
+                if (columns_.count - o >= W && ranks % W == 0) {
+                    for (int r = 0; r < ranks; r += W) transpose(rows + r, factor.along, to + r * padded + o, padded);
+                    continue;
+                }
                 transpose_rows(int(min64(W, columns_.count - o)), ranks, to + o, padded,
                                [&](int i, int64_t s, int n, float* out) { widen(rows + i * factor.along + s, n, out); });
             }
@@ -418,7 +453,10 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
 int64_t block_columns(const Linear& op, Form form) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
-    int64_t columns = form == kDot ? 64 : form == kLanes ? kBlockRows : 3 * kPanel;
+    // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
+    int64_t columns = form == kDot     ? 16 * kDotRows
+                      : form == kLanes ? kBlockRows
+                                       : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (columns > least && ceil_div(op.O, columns) < 4 * int64_t(op.threads)) columns = round_up(columns / 2, least);
     return columns;
 }
@@ -441,7 +479,7 @@ void run(const Linear& op) {
     if (op.M == 0) return;
     Shape shape;
     shape.pairs = kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16;
-    shape.form = op.weight_c != 1 ? kColumns : op.M <= kMaxDotRows ? kDot : kLanes;
+    shape.form = op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes;
     shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
     shape.in_row = round_up(shape.steps, W) + kPad;
 

@@ -179,8 +179,7 @@ struct Part {
     int64_t first, last;  // elements
     bool starts, ends;
 };
-constexpr int64_t kDotPart = 4096;      // bytes of a row of w
-constexpr int64_t kDotMostTokens = 16;  // of a call that has more than one tile of them
+constexpr int64_t kDotPart = 4096;  // bytes of a row of w
 
 template <class T, class U, int kTokens, int kRows>
 static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* kept, float* out,
@@ -261,7 +260,7 @@ static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_
 template <class T, class U, int kRows>
 static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
                      int64_t out_row) {
-    Vec kept[kDotMostTokens * kRows];
+    Vec kept[kMostDotTokens * kRows];
     // Tiles of tokens share the rows of w, which must then stay in L1.
     const int64_t length = tokens <= kDotTokens ? K : kDotPart / int64_t(sizeof(U));
     int64_t first = 0;
@@ -273,12 +272,16 @@ static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_ro
     } while (first < K);
 }
 
-// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kDotMostTokens tokens.
+// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kMostDotTokens tokens.
 template <class T, class U>
 static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out,
                 int64_t out_row) {
     for (; rows >= kDotRows; rows -= kDotRows, w += kDotRows * w_row, out += kDotRows) {
         dot_rows<T, U, kDotRows>(tokens, x, w, w_row, K, out, out_row);
+    }
+    constexpr int64_t kHalf = kDotRows / 2;
+    for (; rows >= kHalf; rows -= kHalf, w += kHalf * w_row, out += kHalf) {
+        dot_rows<T, U, kHalf>(tokens, x, w, w_row, K, out, out_row);
     }
     for (; rows > 0; rows--, w += w_row, out++) dot_rows<T, U, 1>(tokens, x, w, w_row, K, out, out_row);
 }

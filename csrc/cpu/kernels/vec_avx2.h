@@ -10,7 +10,7 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 8;
 typedef __m256 Vec;
-constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 3, kDotRows = 4;
+constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 3, kDotRows = 4, kMostDotTokens = 8;
 
 PEFTK_INLINE Vec zero() { return _mm256_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
@@ -61,9 +61,10 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     memcpy(p, full, n * sizeof(T));
 }
 
-PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
     __m256 a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 8; i++) a[i] = load(from + i * from_stride);
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);

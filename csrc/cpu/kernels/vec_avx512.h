@@ -16,7 +16,7 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 16;
 typedef __m512 Vec;
-constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6;
+constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6, kMostDotTokens = 16;
 
 PEFTK_INLINE Vec zero() { return _mm512_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -63,9 +63,10 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrow(v, T{}));
 }
 
-PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
     __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 16; i++) a[i] = load(from + i * from_stride);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);

@@ -9,7 +9,7 @@ namespace PEFTK_LEVEL {
 constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(16)));
 // Registers for accumulators: rows x vectors of the outer-product kernel, tokens x rows of the dot-product kernel.
-constexpr int kRowsOfTwo = 4, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 64, kDotTokens = 2, kDotRows = 2;
+constexpr int kRowsOfTwo = 4, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 64, kDotTokens = 2, kDotRows = 2, kMostDotTokens = 8;
 
 PEFTK_INLINE Vec zero() { return Vec{}; }
 PEFTK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
@@ -45,9 +45,10 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     for (int i = 0; i < n; i++) from_float(v[i], p + i);
 }
 
-PEFTK_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
     for (int i = 0; i < W; i++) {
-        for (int j = 0; j < W; j++) memcpy(to + j * to_stride + i, from + i * from_stride + j, 4);
+        for (int j = 0; j < W; j++) to[j * to_stride + i] = to_float(from[i * from_stride + j]);
     }
 }
 
