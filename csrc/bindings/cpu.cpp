@@ -15,7 +15,8 @@ namespace peftk {
 
 namespace {
 
-// ---- SIMD levels ------------------------------------------------------------------------------------------------------
+// ---- SIMD levels
+// ------------------------------------------------------------------------------------------------------
 
 py::list simd_levels() {
     py::list names;
@@ -31,7 +32,8 @@ void bind_levels(py::module_& m) {
     m.def("use_simd_level", use_level, "Chooses a SIMD level for the whole process.");
 }
 
-// ---- lora_linear ------------------------------------------------------------------------------------------------------
+// ---- lora_linear
+// ------------------------------------------------------------------------------------------------------
 
 template <class T>
 T* address(uintptr_t value) {
@@ -49,7 +51,8 @@ void without_gil(double work, Body body) {
 }
 
 LinearArgs linear_args(int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
-                       int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed, int threads) {
+                       int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed,
+                       int threads) {
     LinearArgs args{};
     args.M = M, args.N = N, args.K = K;
     args.x = address<void>(x), args.x_stride = x_stride, args.x_dtype = x_dtype;
@@ -64,8 +67,12 @@ LinearArgs linear_args(int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_s
 }
 
 Adapters table_of(uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, int count, int dtype) {
-    return {address<int64_t>(pages),  address<int32_t>(rows), address<float>(scaling),
-            address<int64_t>(biases), count,                  dtype};
+    return {address<int64_t>(pages),
+            address<int32_t>(rows),
+            address<float>(scaling),
+            address<int64_t>(biases),
+            count,
+            dtype};
 }
 
 // The table of one dense adapter, in this thread's scratch: a call for one adapter makes no tensors. (A few bytes more
@@ -92,8 +99,8 @@ Adapters table_of_one(uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, i
     return {page, head->row, &head->scaling, head->biases, 1, dtype};
 }
 
-void call_forward(LinearArgs& args, const Adapters& adapters, uintptr_t ids, uintptr_t bias, int bias_dtype, uintptr_t y,
-                  int64_t y_stride, uintptr_t z, int64_t z_stride) {
+void call_forward(LinearArgs& args, const Adapters& adapters, uintptr_t ids, uintptr_t bias, int bias_dtype,
+                  uintptr_t y, int64_t y_stride, uintptr_t z, int64_t z_stride) {
     args.adapters = adapters, args.ids = address<int32_t>(ids);
     args.bias = address<void>(bias), args.bias_dtype = bias_dtype;
     args.y = address<void>(y), args.y_stride = y_stride;
@@ -123,50 +130,50 @@ void call_backward(const LinearArgs& forward, const Adapters& adapters, uintptr_
 
 void bind_lora_linear(py::module_& m) {
     // One adapter, given by its tensors; rank 0 without biases is the base layer alone.
-    m.def("lora_linear", [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
-                            int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed,
-                            int threads, uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, int64_t B_r, int rank,
-                            int activation, float scaling, uintptr_t bias_A, uintptr_t bias_B, int dtype, uintptr_t bias,
-                            int bias_dtype, uintptr_t y, int64_t y_stride, uintptr_t z, int64_t z_stride) {
-        LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, dropout_p,
-                                      seed, threads);
-        call_forward(args, table_of_one(A, A_stride, B, B_n, B_r, rank, activation, scaling, bias_A, bias_B, dtype), 0,
-                     bias, bias_dtype, y, y_stride, z, z_stride);
-    });
-    m.def("multi_lora_linear", [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype,
-                                  uintptr_t weight, int64_t weight_n, int64_t weight_k, int weight_dtype,
-                                  double dropout_p, uint64_t seed, int threads, uintptr_t pages, uintptr_t rows,
-                                  uintptr_t scaling, uintptr_t biases, int count, int dtype, uintptr_t ids,
-                                  uintptr_t bias, int bias_dtype, uintptr_t y, int64_t y_stride, uintptr_t z,
-                                  int64_t z_stride) {
-        LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, dropout_p,
-                                      seed, threads);
-        call_forward(args, table_of(pages, rows, scaling, biases, count, dtype), ids, bias, bias_dtype, y, y_stride, z,
-                     z_stride);
-    });
-    m.def("lora_linear_backward",
+    m.def(
+        "lora_linear", [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
+                          int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed,
+                          int threads, uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, int64_t B_r, int rank,
+                          int activation, float scaling, uintptr_t bias_A, uintptr_t bias_B, int dtype, uintptr_t bias,
+                          int bias_dtype, uintptr_t y, int64_t y_stride, uintptr_t z, int64_t z_stride) {
+            LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype,
+                                          dropout_p, seed, threads);
+            call_forward(args, table_of_one(A, A_stride, B, B_n, B_r, rank, activation, scaling, bias_A, bias_B, dtype),
+                         0, bias, bias_dtype, y, y_stride, z, z_stride);
+        });
+    m.def("multi_lora_linear",
           [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
              int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed, int threads,
-             uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, int64_t B_r, int rank, int activation, float scaling,
-             uintptr_t bias_A, uintptr_t bias_B, int dtype, uintptr_t dy, int64_t dy_stride, int dy_dtype, uintptr_t dx,
-             int64_t dx_stride, uintptr_t z, int64_t z_stride, int64_t dA, int64_t dB, int64_t da, int64_t dbeta) {
-              const LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype,
-                                                  dropout_p, seed, threads);
-              const int64_t grads[4] = {dA, dB, da, dbeta};
-              call_backward(args,
-                            table_of_one(A, A_stride, B, B_n, B_r, rank, activation, scaling, bias_A, bias_B, dtype), 0,
-                            dy, dy_stride, dy_dtype, dx, dx_stride, z, z_stride, grads);
+             uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, int count, int dtype, uintptr_t ids,
+             uintptr_t bias, int bias_dtype, uintptr_t y, int64_t y_stride, uintptr_t z, int64_t z_stride) {
+              LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype,
+                                            dropout_p, seed, threads);
+              call_forward(args, table_of(pages, rows, scaling, biases, count, dtype), ids, bias, bias_dtype, y,
+                           y_stride, z, z_stride);
           });
+    m.def("lora_linear_backward", [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype,
+                                     uintptr_t weight, int64_t weight_n, int64_t weight_k, int weight_dtype,
+                                     double dropout_p, uint64_t seed, int threads, uintptr_t A, int64_t A_stride,
+                                     uintptr_t B, int64_t B_n, int64_t B_r, int rank, int activation, float scaling,
+                                     uintptr_t bias_A, uintptr_t bias_B, int dtype, uintptr_t dy, int64_t dy_stride,
+                                     int dy_dtype, uintptr_t dx, int64_t dx_stride, uintptr_t z, int64_t z_stride,
+                                     int64_t dA, int64_t dB, int64_t da, int64_t dbeta) {
+        const LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype,
+                                            dropout_p, seed, threads);
+        const int64_t grads[4] = {dA, dB, da, dbeta};
+        call_backward(args, table_of_one(A, A_stride, B, B_n, B_r, rank, activation, scaling, bias_A, bias_B, dtype), 0,
+                      dy, dy_stride, dy_dtype, dx, dx_stride, z, z_stride, grads);
+    });
     m.def("multi_lora_linear_backward",
           [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
              int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed, int threads,
              uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, int count, int dtype, uintptr_t ids,
              uintptr_t dy, int64_t dy_stride, int dy_dtype, uintptr_t dx, int64_t dx_stride, uintptr_t z,
              int64_t z_stride, uintptr_t grads) {
-              const LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype,
-                                                  dropout_p, seed, threads);
-              call_backward(args, table_of(pages, rows, scaling, biases, count, dtype), ids, dy, dy_stride, dy_dtype, dx,
-                            dx_stride, z, z_stride, address<int64_t>(grads));
+              const LinearArgs args = linear_args(M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k,
+                                                  weight_dtype, dropout_p, seed, threads);
+              call_backward(args, table_of(pages, rows, scaling, biases, count, dtype), ids, dy, dy_stride, dy_dtype,
+                            dx, dx_stride, z, z_stride, address<int64_t>(grads));
           });
 }
 

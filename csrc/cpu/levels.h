@@ -47,20 +47,21 @@ void use_level(const char* name);
     namespace level {                             \
     type name args;                               \
     }
-#define PEFTK_DECLARE(type, name, args)                                \
-    PEFTK_IF_PORTABLE(PEFTK_DECLARE_IN(portable, type, name, args))    \
-    PEFTK_IF_AVX2(PEFTK_DECLARE_IN(avx2, type, name, args))            \
-    PEFTK_IF_AVX512(PEFTK_DECLARE_IN(avx512, type, name, args))        \
+#define PEFTK_DECLARE(type, name, args)                                   \
+    PEFTK_IF_PORTABLE(PEFTK_DECLARE_IN(portable, type, name, args))       \
+    PEFTK_IF_AVX2(PEFTK_DECLARE_IN(avx2, type, name, args))               \
+    PEFTK_IF_AVX512(PEFTK_DECLARE_IN(avx512, type, name, args))           \
     PEFTK_IF_AVX512_BF16(PEFTK_DECLARE_IN(avx512_bf16, type, name, args)) \
     PEFTK_IF_NEON(PEFTK_DECLARE_IN(neon, type, name, args))
 
-// Inside namespace peftk: calls the level's `name` with the arguments, as in PEFTK_CALL(level_in_use(), lora_linear, (args));
-#define PEFTK_CALL(level, name, args)                            \
-    switch (level) {                                             \
-        PEFTK_IF_PORTABLE(case kPortable: portable::name args; break;)       \
-        PEFTK_IF_AVX2(case kAvx2: avx2::name args; break;)       \
-        PEFTK_IF_AVX512(case kAvx512: avx512::name args; break;) \
-        PEFTK_IF_AVX512_BF16(case kAvx512Bf16: avx512_bf16::name args; break;) \
-        PEFTK_IF_NEON(case kNeon: neon::name args; break;)       \
-        default: break;                                          \
+// Inside namespace peftk: calls the level's `name` with the arguments, as in PEFTK_CALL(level_in_use(), lora_linear,
+// (args));
+#define PEFTK_CALL(level, name, args)                                           \
+    switch (level) {                                                            \
+        PEFTK_IF_PORTABLE(case kPortable : portable::name args; break;)         \
+        PEFTK_IF_AVX2(case kAvx2 : avx2::name args; break;)                     \
+        PEFTK_IF_AVX512(case kAvx512 : avx512::name args; break;)               \
+        PEFTK_IF_AVX512_BF16(case kAvx512Bf16 : avx512_bf16::name args; break;) \
+        PEFTK_IF_NEON(case kNeon : neon::name args; break;)                     \
+        default: break;                                                         \
     }

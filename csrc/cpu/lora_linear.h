@@ -9,16 +9,16 @@ namespace peftk {
 
 // The adapters of a batch: the layout is documented in peftk/table.py.
 struct Adapters {
-    const int64_t* pages;    // [P, 5]
-    const int32_t* rows;     // [count, 4]
-    const float* scaling;    // [count]
-    const int64_t* biases;   // [count, 2]
+    const int64_t* pages;   // [P, 5]
+    const int32_t* rows;    // [count, 4]
+    const float* scaling;   // [count]
+    const int64_t* biases;  // [count, 2]
     int32_t count = 0;
     int dtype = 0;
 };
 
-// Rows of x sorted by adapter. Position i holds row token(i); adapter a has positions starts[a + 1] … starts[a + 2] - 1,
-// and a = -1 is the base layer.
+// Rows of x sorted by adapter. Position i holds row token(i); adapter a has positions starts[a + 1] … starts[a + 2] -
+// 1, and a = -1 is the base layer.
 struct Order {
     const int32_t* tokens;  // null: position i is row i
     const int64_t* starts;  // [count + 2]

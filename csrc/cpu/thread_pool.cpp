@@ -70,7 +70,8 @@ private:
         if (now >= wanted) return;
         sigset_t all, before;
         sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);  // workers inherit it: signals are the program's own threads' affair
+        pthread_sigmask(SIG_SETMASK, &all,
+                        &before);  // workers inherit it: signals are the program's own threads' affair
         try {
             for (; now < wanted; now++) std::thread(&Pool::work, this).detach();
         } catch (const std::system_error&) {

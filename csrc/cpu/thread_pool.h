@@ -1,9 +1,9 @@
 // One pool of threads for all kernels.
 //
 // parallel_for(tasks, threads, body, context) runs body(context, task) for every task once, on the caller and at most
-// threads - 1 workers, and returns when all are done. Tasks are handed out in ascending order, dynamically: kernels must
-// compute the same bits whichever thread takes a task. Bodies run in the default floating-point mode, because threads
-// may differ in theirs (torch.set_flush_denormal changes only the calling one).
+// threads - 1 workers, and returns when all are done. Tasks are handed out in ascending order, dynamically: kernels
+// must compute the same bits whichever thread takes a task. Bodies run in the default floating-point mode, because
+// threads may differ in theirs (torch.set_flush_denormal changes only the calling one).
 //
 // Only one caller at a time has the workers. A second one, from another thread, runs its tasks by itself meanwhile: its
 // thread is a core's worth of work already, and waiting would be slower. Bodies must not call parallel_for with more
@@ -21,8 +21,7 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_
 // The same for a callable object, always as a function of internal linkage in the caller's translation unit.
 template <class Body>
 static inline void parallel_for(int64_t tasks, int threads, Body& body) {
-    parallel_for(
-        tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
+    parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
 }
 
 int pool_workers();  // how many workers this process has now

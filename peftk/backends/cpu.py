@@ -245,8 +245,6 @@ def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) ->
     if dropout_p and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
     n_stride, k_stride = weight.stride()
-    if k_stride != 1 and n_stride != 1:
-        raise AssertionError("weight is contiguous along one dimension")
     return (
         x.shape[0],
         weight.shape[0],
@@ -303,7 +301,7 @@ def _bias(bias: Tensor | None) -> tuple[int, int]:
 
 
 def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor) -> AdapterGrads:
-    """Room for an adapter's gradients in their dense shapes; `table.Adapter`s of a bank are gathered by the kernel."""
+    """Room for an adapter's gradients, in the shapes of its dense tensors."""
     dtype = adapter.tensors()[0].dtype if adapter.tensors() else x.dtype
     N, K, R = weight.shape[0], weight.shape[1], adapter.rank
     return AdapterGrads(

@@ -50,8 +50,8 @@ constexpr bool kHavePairs = false;
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
 // in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row].
-void project(const Linear& op, const Group& group, const void* const* rows, bool widened, const Factor& factor, int ranks,
-             float* out, int64_t out_row) {
+void project(const Linear& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
+             int ranks, float* out, int64_t out_row) {
     if (widened) {
         with_type(op.adapters.dtype, [&](auto type) {
             typedef decltype(type) T;
@@ -112,7 +112,8 @@ void shrink(const Linear& op, const Group& group, int64_t first_page, int64_t la
     }
 }
 
-// ---- the input's prepared forms --------------------------------------------------------------------------------------
+// ---- the input's prepared forms
+// --------------------------------------------------------------------------------------
 
 // W rows of the block, from lane `first` on.
 void prepare(const Linear& op, const Shape& shape, int64_t first) {
@@ -153,7 +154,8 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
     }
 }
 
-// ---- the product with W, form by form; each leaves tile [rows, tile_row] or hands over W rows at a time ---------------
+// ---- the product with W, form by form; each leaves tile [rows, tile_row] or hands over W rows at a time
+// ---------------
 
 void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
@@ -183,7 +185,8 @@ void copy_weight_rows(const Linear& op, const Shape& shape, const Columns& colum
         const void* from = at(op.weight, op.weight_dtype, (columns.first + o) * op.weight_o + c);
 #ifdef PEFTK_DP
         if (shape.pairs) {
-            copy_pairs(static_cast<const bf16*>(from), min64(2 * steps, op.C - c), reinterpret_cast<Pair*>(to + o * row));
+            copy_pairs(static_cast<const bf16*>(from), min64(2 * steps, op.C - c),
+                       reinterpret_cast<Pair*>(to + o * row));
             continue;
         }
 #endif
@@ -275,7 +278,8 @@ void product_columns(const Linear& op, const Shape& shape, const Columns& column
     } while (first < shape.steps);
 }
 
-// ---- the epilogue -----------------------------------------------------------------------------------------------------
+// ---- the epilogue
+// -----------------------------------------------------------------------------------------------------
 
 // Adds adapters and biases to `count` rows of fp32 results, rounds once and stores. `tile` is [count, padded].
 class Epilogue {
@@ -344,8 +348,8 @@ private:
             const int ranks = op_.page_ranks(adapter_, page);
             float* to = panel_ + 16 * page * columns_.padded;
             with_type(op_.adapters.dtype, [&](auto type) {
-                load_page(static_cast<const decltype(type)*>(factor.data) + columns_.first * factor.along, factor, ranks,
-                          to);
+                load_page(static_cast<const decltype(type)*>(factor.data) + columns_.first * factor.along, factor,
+                          ranks, to);
             });
         }
     }
@@ -362,8 +366,9 @@ private:
                     for (int r = 0; r < ranks; r += W) transpose(rows + r, factor.along, to + r * padded + o, padded);
                     continue;
                 }
-                transpose_rows(int(min64(W, columns_.count - o)), ranks, to + o, padded,
-                               [&](int i, int64_t s, int n, float* out) { widen(rows + i * factor.along + s, n, out); });
+                transpose_rows(
+                    int(min64(W, columns_.count - o)), ranks, to + o, padded,
+                    [&](int i, int64_t s, int n, float* out) { widen(rows + i * factor.along + s, n, out); });
             }
         } else {
             for (int r = 0; r < ranks; r++) {

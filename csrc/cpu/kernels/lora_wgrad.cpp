@@ -24,7 +24,8 @@ struct Source {  // x̃ or dY
     const float* factor;     // s·u or s·v, [M, v_row] by position
 };
 
-// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the adapter's rows, and column_sum[j] = Σ_i source[i][first + j].
+// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the adapter's rows, and column_sum[j] = Σ_i source[i][first +
+// j].
 void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum,
               float* column_sum) {
     const int64_t padded = round_up(count, W), begin = op.order.begin(a), end = op.order.end(a);
@@ -43,8 +44,8 @@ void contract(const Linear& op, int32_t a, const Source& source, int64_t first, 
         const Panels panels(padded);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t j = panels.first(p);
-            outer<float>(op.rank(a), panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded, rows,
-                         sum + j, padded, row == begin);
+            outer<float>(op.rank(a), panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded,
+                         rows, sum + j, padded, row == begin);
         }
         row += rows;
     } while (row < end);
@@ -85,8 +86,8 @@ void grad_rank_bias(const Linear& op, int32_t a, void* to) {
 
 void adapter_grads(const Linear& op, const LinearBackwardArgs& args) {
     const LinearArgs& forward = args.forward;
-    const Source x{forward.x, forward.x_stride, forward.K, forward.x_dtype,
-                   forward.dropout.on ? &forward.dropout : nullptr, op.v};
+    const Source x{
+        forward.x, forward.x_stride, forward.K, forward.x_dtype, forward.dropout.on ? &forward.dropout : nullptr, op.v};
     const Source dy{args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w};
     const int64_t blocks_A = ceil_div(forward.K, kColumnBlock), blocks_B = ceil_div(forward.N, kColumnBlock);
     const int64_t each = blocks_A + blocks_B + 1;

@@ -151,7 +151,8 @@ template <class T>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
                   int64_t c_row, bool fresh) {
     const char* anywhere = reinterpret_cast<const char*>(c);
-    outer<T>(rows, vectors, b, l, l_step, steps, c, c_row, fresh, [&](int64_t) { return Ahead{anywhere, 0, anywhere, 0}; });
+    outer<T>(rows, vectors, b, l, l_step, steps, c, c_row, fresh,
+             [&](int64_t) { return Ahead{anywhere, 0, anywhere, 0}; });
 }
 
 template <class T, class U>

@@ -16,12 +16,9 @@ static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b
 template <class F>
 static inline void with_type(int dtype, F f) {
     switch (dtype) {
-        case kFloat32:
-            return f(float{});
-        case kBFloat16:
-            return f(bf16{});
-        default:
-            return f(f16{});
+        case kFloat32: return f(float{});
+        case kBFloat16: return f(bf16{});
+        default: return f(f16{});
     }
 }
 

@@ -10,7 +10,8 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 8;
 typedef __m256 Vec;
-constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 3, kDotRows = 4, kMostDotTokens = 8;
+constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 3, kDotRows = 4,
+              kMostDotTokens = 8;
 
 PEFTK_INLINE Vec zero() { return _mm256_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }

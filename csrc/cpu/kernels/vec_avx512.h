@@ -16,7 +16,8 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 16;
 typedef __m512 Vec;
-constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6, kMostDotTokens = 16;
+constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6,
+              kMostDotTokens = 16;
 
 PEFTK_INLINE Vec zero() { return _mm512_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -78,7 +79,8 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64
         a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
     for (int j = 0; j < 4; j++) {  // a 4 x 4 transpose of lanes
-        const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x44), high01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xee);
+        const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x44),
+                     high01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xee);
         const __m512 low23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44),
                      high23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xee);
         _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));

@@ -1,0 +1,72 @@
+// AArch64 Advanced SIMD: four floats, thirty-two registers.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "common/dtype.h"
+
+namespace peftk {
+namespace PEFTK_LEVEL {
+
+constexpr int W = 4;
+typedef float32x4_t Vec;
+constexpr int kRowsOfTwo = 10, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 80;
+constexpr int kDotTokens = 4, kDotRows = 4, kMostDotTokens = 8;
+
+PEFTK_INLINE Vec zero() { return vdupq_n_f32(0); }
+PEFTK_INLINE Vec set1(float x) { return vdupq_n_f32(x); }
+PEFTK_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+PEFTK_INLINE Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+PEFTK_INLINE Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+PEFTK_INLINE float reduce(Vec a) { return vaddvq_f32(a); }
+
+PEFTK_INLINE Vec load(const float* p) { return vld1q_f32(p); }
+PEFTK_INLINE Vec load(const bf16* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)), 16));
+}
+PEFTK_INLINE Vec load(const f16* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+}
+
+PEFTK_INLINE uint16x4_t narrow(Vec v, bf16) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+    const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    return vshrn_n_u32(vbslq_u32(vceqq_f32(v, v), rounded, quiet), 16);
+}
+PEFTK_INLINE uint16x4_t narrow(Vec v, f16) { return vreinterpret_u16_f16(vcvt_f16_f32(v)); }
+
+PEFTK_INLINE void store(float* p, Vec v) { vst1q_f32(p, v); }
+template <class T>
+PEFTK_INLINE void store(T* p, Vec v) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p), narrow(v, T{}));
+}
+
+template <class T>
+PEFTK_INLINE Vec load_n(const T* p, int n) {
+    T full[W] = {};
+    memcpy(full, p, n * sizeof(T));
+    return load(full);
+}
+template <class T>
+PEFTK_INLINE void store_n(T* p, Vec v, int n) {
+    T full[W];
+    store(full, v);
+    memcpy(p, full, n * sizeof(T));
+}
+
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const Vec r0 = load(from), r1 = load(from + from_stride);
+    const Vec r2 = load(from + 2 * from_stride), r3 = load(from + 3 * from_stride);
+    const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), b = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
+    const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3)), d = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
+    store(to, vreinterpretq_f32_f64(vtrn1q_f64(a, c)));
+    store(to + to_stride, vreinterpretq_f32_f64(vtrn1q_f64(b, d)));
+    store(to + 2 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(a, c)));
+    store(to + 3 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(b, d)));
+}
+
+}  // namespace PEFTK_LEVEL
+}  // namespace peftk
