@@ -41,6 +41,15 @@ def shared_memory(target: int | str) -> int:
     return _SHARED.get(target, 64 if target < 80 else 99) * 1024
 
 
+def options(target: int | str) -> dict[str, int | bool]:
+    """What every launch tells the compiler."""
+    if target == "interpreter":
+        return {}
+    fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
+    # Left alone, ptxas spills a few registers in order to fit one more block on a processor.
+    return fused if target == "hip" else {**fused, "maxnreg": 255}
+
+
 def expand(
     M: int, many: bool, wide: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str
 ) -> Expand:
@@ -50,10 +59,12 @@ def expand(
     """
     if target == "interpreter":
         block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif x_dtype != weight_dtype or not wide:
-        block = Expand(64, 64, 32, 8, True, 8, 3)  # factors cut into terms, or single loads, live in registers
-    elif weight_dtype == torch.float32:
+    elif x_dtype == weight_dtype == torch.float32:
         block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
+    elif not wide:
+        block = Expand(64, 32, 32, 8, True, 8, 3)  # single loads, and an address for each, live in registers
+    elif x_dtype != weight_dtype:
+        block = Expand(64, 64, 32, 8, True, 8, 3)  # so do factors cut into terms
     elif M <= 16:
         block = Expand(16, 64, 128, 8, True, 4, 4)
     elif M <= 64 or (many and M <= 256):
@@ -74,10 +85,10 @@ def shrink(
     """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time."""
     if target == "interpreter":
         return Shrink(16, 32, 4, 1)
-    block_k = 64 if torch.float32 in (x_dtype, adapter_dtype) else 128
-    if dropout or not wide:
-        block_k = 32  # a generator's state for each element, or single loads, live in registers
-    block = Shrink(16 if M <= 1024 else 32, block_k, 4, 4)
+    # single loads, fp32 products, factors cut into terms and the generator's words live in registers
+    simple = wide and x_dtype == adapter_dtype
+    direct = simple and not dropout and x_dtype != torch.float32
+    block = Shrink(32 if simple and M > 1024 else 16, 128 if direct else 32, 4, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 

@@ -429,10 +429,10 @@ def forward(
     if M:
         with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             if z_width:
-                _launch_shrink(x, z, adapters, segments, dropout_p, seed, shrink)
+                _launch_shrink(x, z, adapters, segments, dropout_p, seed, shrink, config.options(where))
             if N:
                 expand = config.expand(M, segments is not None, wide and _wide(weight), x.dtype, weight.dtype, where)
-                _launch_expand(x, weight, bias, y, z, adapters, segments, expand)
+                _launch_expand(x, weight, bias, y, z, adapters, segments, expand, config.options(where))
     if not save_z:
         return y, None
     return y, z[0] if splits == 1 else z.sum(0)
@@ -452,6 +452,7 @@ def _launch_shrink(
     dropout_p: float,
     seed: Tensor | None,
     block: config.Shrink,
+    options: dict[str, int | bool],
 ) -> None:
     splits, M, z_width = z.shape
     K = x.shape[1]
@@ -463,7 +464,7 @@ def _launch_shrink(
         M, K, x.stride(0), x.stride(1), z_width, splits,
         threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
         DTYPE=DTYPES[adapters.dtype], MANY=many is not None, ALIGNED=adapters.aligned, DROPOUT=dropout_p > 0.0,
-        QUADS=K % 4 == 0, **block._asdict(),
+        QUADS=K % 4 == 0, **block._asdict(), **options,
     )  # fmt: skip
 
 
@@ -476,6 +477,7 @@ def _launch_expand(
     adapters: Adapters,
     segments: Segments | None,
     block: config.Expand,
+    options: dict[str, int | bool],
 ) -> None:
     splits, M, z_width = z.shape
     N, K = weight.shape
@@ -485,7 +487,7 @@ def _launch_expand(
         many and many.pages, many and many.rows, many and many.scaling, many and many.biases,
         one.B, one.stride_Bn, one.stride_Br, one.bias_B, one.rank, one.activation, one.scaling,
         M, N, K, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), z_width, splits,
-        DTYPE=DTYPES[adapters.dtype], MANY=many is not None, **block._asdict(),
+        DTYPE=DTYPES[adapters.dtype], MANY=many is not None, **block._asdict(), **options,
     )  # fmt: skip
 
 
