@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -29,7 +28,6 @@ __all__ = [
 
 _SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
 _DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -40,12 +38,6 @@ def cannot_serve(call: Call) -> str | None:
     for dtype in (call.x_dtype, call.weight_dtype, call.adapter_dtype):
         if dtype is not None and dtype not in kernels.DTYPES:
             return f"expected float32, bfloat16 or float16, got {dtype}"
-    if call.weight_dtype != call.x_dtype and (call.x_dtype, call.weight_dtype) not in [
-        (torch.float32, h) for h in _HALVES
-    ]:
-        return (
-            f"expected a weight of x's dtype, or of 16 bits with x in float32; got {call.weight_dtype}, {call.x_dtype}"
-        )
     return None
 
 
