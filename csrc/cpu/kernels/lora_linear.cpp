@@ -49,25 +49,25 @@ constexpr bool kHavePairs = false;
 
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
-// in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row].
+// in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row]. `after`: the factor that comes next.
 void project(const Linear& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
-             int ranks, float* out, int64_t out_row) {
+             int ranks, const void* after, float* out, int64_t out_row) {
     if (widened) {
         with_type(op.adapters.dtype, [&](auto type) {
             typedef decltype(type) T;
             dot(group.count, reinterpret_cast<const float* const*>(rows), ranks, static_cast<const T*>(factor.data),
-                factor.rank, op.C, out, out_row);
+                factor.rank, op.C, out, out_row, static_cast<const T*>(after));
         });
     } else {
 #ifdef PEFTK_DP
         dot(group.count, reinterpret_cast<const bf16* const*>(rows), ranks, static_cast<const bf16*>(factor.data),
-            factor.rank, op.C, out, out_row);
+            factor.rank, op.C, out, out_row, static_cast<const bf16*>(after));
 #endif
     }
 }
 
-// z, v and u of a group of rows for the ranks of pages first … last - 1.
-void shrink(const Linear& op, const Group& group, int64_t first_page, int64_t last_page) {
+// z, v and u of a group of rows for the ranks of pages first … last - 1. `after`: the group that comes next.
+void shrink(const Linear& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
     const bool drops = op.dropout.on && !op.backward;
     const bool pairs = kHavePairs && op.in_dtype == kBFloat16 && op.adapters.dtype == kBFloat16 && !drops;
     const bool copies = drops || (op.in_dtype != kFloat32 && !pairs);
@@ -91,7 +91,9 @@ void shrink(const Linear& op, const Group& group, int64_t first_page, int64_t la
     for (int64_t page = first_page; page < last_page; page++) {
         const int ranks = op.page_ranks(a, page);
         float out[kDotTokens * 16];
-        project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, out, 16);
+        const bool more = page + 1 < ceil_div(op.rank(a), 16);
+        const Factor next = more ? op.shrink_factor(a, page + 1) : op.shrink_factor(after.adapter, 0);
+        project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, next.data, out, 16);
         for (int i = 0; i < group.count; i++) {
             const int64_t position = group.first + i, m = op.order.token(position);
             float* z = op.z ? op.z + m * op.z_row + 16 * page : nullptr;
@@ -159,6 +161,7 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
 
 void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
+    const void* after = at(weight, op.weight_dtype, columns.count * op.weight_o);
     const void* rows[kMostDotTokens];
 #ifdef PEFTK_DP
     if (shape.pairs) {
@@ -166,14 +169,15 @@ void product_dot(const Linear& op, const Shape& shape, const Columns& columns, f
             rows[i] = at(op.in, op.in_dtype, op.order.token(shape.first_row + i) * op.in_row);
         }
         return dot(shape.rows, reinterpret_cast<const bf16* const*>(rows), columns.count,
-                   static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded);
+                   static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded,
+                   static_cast<const bf16*>(after));
     }
 #endif
     for (int64_t i = 0; i < shape.rows; i++) rows[i] = static_cast<const float*>(shape.in) + i * shape.in_row;
     with_type(op.weight_dtype, [&](auto type) {
         typedef decltype(type) T;
         dot(shape.rows, reinterpret_cast<const float* const*>(rows), columns.count, static_cast<const T*>(weight),
-            op.weight_o, op.C, tile, columns.padded);
+            op.weight_o, op.C, tile, columns.padded, static_cast<const T*>(after));
     });
 }
 
@@ -215,7 +219,7 @@ void product_lanes(const Linear& op, const Shape& shape, const Columns& columns,
                      acc + lane, acc_row, first == 0, [&](int64_t i) {
                          const int64_t o = p == 0 ? columns.first + i : 0;
                          const void* w = at(op.weight, op.weight_dtype, o * op.weight_o + next_c);
-                         return Ahead{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps),
+                         return Ahead{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps + 1),
                                       static_cast<const char*>(w), op.weight_o * size_of(op.weight_dtype)};
                      });
         }
@@ -260,9 +264,9 @@ void product_columns(const Linear& op, const Shape& shape, const Columns& column
         const int64_t steps = min64(kColumnSteps, shape.steps - first);
         copy_weight_columns(op, shape, columns, first, steps, weight);
         // While these rows of W are multiplied, the next ones come into L2, a few during each tile.
-        const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps);
-        const char* next = static_cast<const char*>(
-            at(op.weight, op.weight_dtype, min64(next_c, op.C - 1) * op.weight_c + columns.first));
+        const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
+        const char* next =
+            static_cast<const char*>(at(op.weight, op.weight_dtype, next_c * op.weight_c + columns.first));
         const int64_t row_bytes = op.weight_c * size_of(op.weight_dtype);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t o = panels.first(p), width = panels.width(p) * W, tile_height = tile_rows(panels.width(p));
@@ -306,8 +310,14 @@ public:
             }
             const int64_t segment = min64(count - i, op_.order.end(adapter_) - position - i);
             float* rows = tile + i * columns_.padded;
-            if (adapter_ >= 0 && !loaded_) load_adapter();
-            if (adapter_ >= 0 && op_.rank(adapter_) > 0) expand(position + i, segment, rows);
+            if (adapter_ >= 0) {
+                if (!loaded_) load_adapter();
+                if (single_) {
+                    expand_single(position + i, rows);
+                } else if (op_.rank(adapter_) > 0) {
+                    expand(position + i, segment, rows);
+                }
+            }
             for (int64_t j = 0; j < segment; j++) {
                 write(op_.order.token(position + i + j), rows + j * columns_.padded);
             }
@@ -316,59 +326,63 @@ public:
     }
 
 private:
-    // Asks for the part of the next adapter in order that load_adapter will read, a small piece of its own somewhere.
-    void fetch_next_adapter() {
-        int next = adapter_ + 1;
-        while (next < op_.adapters.count && op_.order.begin(next) == op_.order.end(next)) next++;
-        if (next == op_.adapters.count) return;
-        const int dtype = op_.adapters.dtype;
-        for (int64_t page = 0; 16 * page < op_.rank(next); page++) {
-            const Factor factor = op_.expand_factor(next, page);
-            const bool ranks_inside = factor.along != 1;
-            const int64_t runs = ranks_inside ? columns_.count : op_.page_ranks(next, page);
-            const int64_t run_stride = ranks_inside ? factor.along : factor.rank;
-            const int64_t run_bytes = (ranks_inside ? 16 : columns_.count) * size_of(dtype);
-            const void* from = at(factor.data, dtype, columns_.first * factor.along);
-            for (int64_t i = 0; i < runs; i++) {
-                const char* run = static_cast<const char*>(at(from, dtype, i * run_stride));
-                for (int64_t byte = 0; byte < run_bytes; byte += 64) __builtin_prefetch(run + byte, 0, 2);
-            }
-        }
-    }
-
     // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded], and the sum of both biases.
     void load_adapter() {
         loaded_ = true;
-        fetch_next_adapter();
         const void* beta = op_.backward ? nullptr : op_.output_bias(adapter_);
         has_beta_ = beta != nullptr;
         if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
-        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
+        next_ = adapter_ + 1;
+        while (next_ < op_.adapters.count && op_.order.begin(next_) == op_.order.end(next_)) next_++;
+        // One row has no use for a panel: it takes the ranks as they come out of the transposition.
+        single_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !op_.backward && op_.rank(adapter_) > 0 &&
+                  op_.expand_factor(adapter_, 0).rank == 1;
+        for (int64_t page = 0; !single_ && 16 * page < op_.rank(adapter_); page++) {
             const Factor factor = op_.expand_factor(adapter_, page);
             const int ranks = op_.page_ranks(adapter_, page);
             float* to = panel_ + 16 * page * columns_.padded;
-            with_type(op_.adapters.dtype, [&](auto type) {
-                load_page(static_cast<const decltype(type)*>(factor.data) + columns_.first * factor.along, factor,
-                          ranks, to);
-            });
+            with_type(op_.adapters.dtype,
+                      [&](auto type) { load_page<decltype(type)>(factor, next_factor(page), ranks, to); });
         }
     }
 
+    // The same page of the next adapter, or of this one again.
+    Factor next_factor(int64_t page) const {
+        const bool exists = next_ < op_.adapters.count && 16 * page < op_.rank(next_);
+        return op_.expand_factor(exists ? next_ : adapter_, page);
+    }
+
+    // Asks for the lines of W rows of `ahead`; many more at once would wait for each other.
     template <class T>
-    void load_page(const T* from, const Factor& factor, int ranks, float* to) {
+    static void fetch_rows(const T* ahead, int64_t along) {
+        const int64_t stride = along * int64_t(sizeof(T)), line = stride > 0 && stride < 64 ? 64 / stride : 1;
+        for (int64_t i = 0; i < W; i += line) __builtin_prefetch(ahead + i * along, 0, 2);
+    }
+
+    template <class T>
+    void load_page(const Factor& factor, const Factor& next, int ranks, float* to) {
+        const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
+        const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
         const int64_t padded = columns_.padded;
         if (factor.along == 1) {
-            for (int r = 0; r < ranks; r++) widen(from + r * factor.rank, columns_.count, to + r * padded);
+            for (int r = 0; r < ranks; r++) {
+                for (int64_t o = 0; o < columns_.count; o += 64 / int64_t(sizeof(T))) {
+                    __builtin_prefetch(ahead + r * next.rank + o * next.along, 0, 2);
+                }
+                widen(from + r * factor.rank, columns_.count, to + r * padded);
+            }
         } else if (factor.rank == 1) {
             for (int64_t o = 0; o < columns_.count; o += W) {
+                fetch_rows(ahead + o * next.along, next.along);
                 const T* rows = from + o * factor.along;
                 if (columns_.count - o >= W && ranks % W == 0) {
                     for (int r = 0; r < ranks; r += W) transpose(rows + r, factor.along, to + r * padded + o, padded);
                     continue;
                 }
-                transpose_rows(
-                    int(min64(W, columns_.count - o)), ranks, to + o, padded,
-                    [&](int i, int64_t s, int n, float* out) { widen(rows + i * factor.along + s, n, out); });
+                const auto copy = [&](int i, int64_t s, int n, float* out) {
+                    widen(rows + i * factor.along + s, n, out);
+                };
+                transpose_rows(int(min64(W, columns_.count - o)), ranks, to + o, padded, copy);
             }
         } else {
             for (int r = 0; r < ranks; r++) {
@@ -376,6 +390,42 @@ private:
                     to[r * padded + o] = to_float(from[r * factor.rank + o * factor.along]);
                 }
             }
+        }
+    }
+
+    // The sum of `expand` for one row, in the same order, from pages whose ranks are contiguous.
+    void expand_single(int64_t position, float* row) {
+        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
+            const float* v = op_.v + position * op_.v_row + 16 * page;
+            const Factor factor = op_.expand_factor(adapter_, page), next = next_factor(page);
+            const int ranks = op_.page_ranks(adapter_, page);
+            with_type(op_.adapters.dtype, [&](auto type) {
+                typedef decltype(type) T;
+                const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
+                const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
+                for (int64_t o = 0; o < columns_.count; o += W) {
+                    fetch_rows(ahead + o * next.along, next.along);
+                    const T* rows = from + o * factor.along;
+                    Vec sum = load(row + o);
+                    for (int r = 0; r < ranks; r += W) {
+                        if (columns_.count - o >= W && ranks - r >= W) {
+                            Vec turned[W];
+                            transpose(rows + r, factor.along, turned);
+#pragma GCC unroll 16
+                            for (int j = 0; j < W; j++) sum = fma(set1(v[r + j]), turned[j], sum);
+                            continue;
+                        }
+                        alignas(64) float turned[W * W];
+                        const int64_t rest = min64(W, ranks - r);
+                        const auto copy = [&](int i, int64_t s, int n, float* out) {
+                            widen(rows + i * factor.along + r + s, n, out);
+                        };
+                        transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
+                        for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
+                    }
+                    store(row + o, sum);
+                }
+            });
         }
     }
 
@@ -414,8 +464,8 @@ private:
 
     const Linear& op_;
     const Columns columns_;
-    int adapter_ = -1;
-    bool loaded_ = false, has_beta_ = false;
+    int adapter_ = -1, next_ = 0;
+    bool loaded_ = false, single_ = false, has_beta_ = false;
     float *bias_, *beta_, *delta_, *panel_;
 };
 
@@ -510,9 +560,10 @@ void run(const Linear& op) {
             if (task < preparations) return prepare(op, shape, task * W);
             task -= preparations;
             const Group& group = groups[task / page_runs];
+            const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
             const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
-            if (page_runs == 1) return shrink(op, group, 0, pages);
-            if (run < pages) shrink(op, group, run, run + 1);
+            if (page_runs == 1) return shrink(op, group, after, 0, pages);
+            if (run < pages) shrink(op, group, after, run, run + 1);
         };
         parallel_for(preparations + shrinks, op.threads, front);
 

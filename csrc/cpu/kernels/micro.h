@@ -260,7 +260,7 @@ static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_
 
 template <class T, class U, int kRows>
 static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
-                     int64_t out_row) {
+                     int64_t out_row, const U* ahead) {
     Vec kept[kMostDotTokens * kRows];
     // Tiles of tokens share the rows of w, which must then stay in L1.
     const int64_t length = tokens <= kDotTokens ? K : kDotPart / int64_t(sizeof(U));
@@ -268,23 +268,28 @@ static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_ro
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, kept, out, out_row, w + kRows * w_row);
+        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, kept, out, out_row, ahead);
         first += length;
     } while (first < K);
 }
 
-// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kMostDotTokens tokens.
+// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kMostDotTokens tokens. `after`: the rows that the
+// next call will want.
 template <class T, class U>
 static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out,
-                int64_t out_row) {
+                int64_t out_row, const U* after) {
+    constexpr int64_t kRest = kDotRows < 4 ? kDotRows : 4;  // a page of 16 ranks is 6 + 6 + 4
     for (; rows >= kDotRows; rows -= kDotRows, w += kDotRows * w_row, out += kDotRows) {
-        dot_rows<T, U, kDotRows>(tokens, x, w, w_row, K, out, out_row);
+        const U* ahead = rows > kDotRows ? w + kDotRows * w_row : after;
+        dot_rows<T, U, kDotRows>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
-    constexpr int64_t kHalf = kDotRows / 2;
-    for (; rows >= kHalf; rows -= kHalf, w += kHalf * w_row, out += kHalf) {
-        dot_rows<T, U, kHalf>(tokens, x, w, w_row, K, out, out_row);
+    for (; rows >= kRest; rows -= kRest, w += kRest * w_row, out += kRest) {
+        const U* ahead = rows > kRest ? w + kRest * w_row : after;
+        dot_rows<T, U, kRest>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
-    for (; rows > 0; rows--, w += w_row, out++) dot_rows<T, U, 1>(tokens, x, w, w_row, K, out, out_row);
+    for (; rows > 0; rows--, w += w_row, out++) {
+        dot_rows<T, U, 1>(tokens, x, w, w_row, K, out, out_row, rows > 1 ? w + w_row : after);
+    }
 }
 
 }  // namespace PEFTK_LEVEL

@@ -67,6 +67,15 @@ static void drop(const Dropout& dropout, int64_t m, int64_t columns, int64_t fir
     }
 }
 
+// The same to memory.
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Vec turned[W];
+    transpose(from, from_stride, turned);
+#pragma GCC unroll 16
+    for (int j = 0; j < W; j++) store(to + j * to_stride, turned[j]);
+}
+
 // `lanes` rows (at most W) of n 32-bit elements, row i at from(i), to [n, to_step]: element s of row i goes to
 // to[s * to_step + i]. Missing rows become zeros. `copy(i, s, count, buffer)` writes a row's elements s … s + count - 1
 // and zeros after them to a buffer of W.

@@ -63,7 +63,7 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     __m256 a[8], b[8];
     for (int i = 0; i < 8; i++) a[i] = load(from + i * from_stride);
     for (int i = 0; i < 8; i += 2) {
@@ -77,8 +77,8 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64
         a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
     }
     for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+        to[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        to[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
     }
 }
 

@@ -65,7 +65,7 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     __m512 a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = load(from + i * from_stride);
     for (int i = 0; i < 16; i += 2) {
@@ -83,10 +83,10 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64
                      high01 = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xee);
         const __m512 low23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x44),
                      high23 = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xee);
-        _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
-        _mm512_storeu_ps(to + (j + 4) * to_stride, _mm512_shuffle_f32x4(low01, low23, 0xdd));
-        _mm512_storeu_ps(to + (j + 8) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
-        _mm512_storeu_ps(to + (j + 12) * to_stride, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+        to[j] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+        to[j + 4] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+        to[j + 8] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+        to[j + 12] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
     }
 }
 

@@ -57,15 +57,15 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     const Vec r0 = load(from), r1 = load(from + from_stride);
     const Vec r2 = load(from + 2 * from_stride), r3 = load(from + 3 * from_stride);
     const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(r0, r1)), b = vreinterpretq_f64_f32(vtrn2q_f32(r0, r1));
     const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(r2, r3)), d = vreinterpretq_f64_f32(vtrn2q_f32(r2, r3));
-    store(to, vreinterpretq_f32_f64(vtrn1q_f64(a, c)));
-    store(to + to_stride, vreinterpretq_f32_f64(vtrn1q_f64(b, d)));
-    store(to + 2 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(a, c)));
-    store(to + 3 * to_stride, vreinterpretq_f32_f64(vtrn2q_f64(b, d)));
+    to[0] = vreinterpretq_f32_f64(vtrn1q_f64(a, c));
+    to[1] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+    to[2] = vreinterpretq_f32_f64(vtrn2q_f64(a, c));
+    to[3] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
 }
 
 }  // namespace PEFTK_LEVEL

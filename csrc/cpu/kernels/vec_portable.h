@@ -47,10 +47,9 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
 }
 
 template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
-    for (int i = 0; i < W; i++) {
-        for (int j = 0; j < W; j++) to[j * to_stride + i] = to_float(from[i * from_stride + j]);
-    }
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
+    const T *r0 = from, *r1 = r0 + from_stride, *r2 = r1 + from_stride, *r3 = r2 + from_stride;
+    for (int j = 0; j < W; j++) to[j] = Vec{to_float(r0[j]), to_float(r1[j]), to_float(r2[j]), to_float(r3[j])};
 }
 
 }  // namespace PEFTK_LEVEL
