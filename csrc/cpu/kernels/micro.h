@@ -59,7 +59,7 @@ struct Operand {
     int64_t row, step;
 };
 
-// What the next tiles will want, fetched into L2 a cache line of each at every step: along `lanes`, and kAheadLines
+// What the next tiles will want, a cache line of each at every step: along `lanes` into L1, and into L2 kAheadLines
 // lines of each of the `rows`. Wrong addresses do no harm.
 struct Ahead {
     const char* lanes;
@@ -100,7 +100,7 @@ static void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t steps, 
                 for (int v = 0; v < kVectors; v++) acc[i][v] = accumulate(value, lanes[v], acc[i][v]);
             }
             __builtin_prefetch(line, 0, 2);
-            __builtin_prefetch(ahead.lanes, 0, 2);
+            __builtin_prefetch(ahead.lanes, 0, 3);
             line += 64;
             ahead.lanes += ahead.lanes_step;
             rows += b.step;
