@@ -565,7 +565,8 @@ void run(const Linear& op) {
             if (page_runs == 1) return shrink(op, group, after, 0, pages);
             if (run < pages) shrink(op, group, after, run, run + 1);
         };
-        parallel_for(preparations + shrinks, op.threads, front);
+        const double front_work = double(shape.rows) * double(op.C) * double(op.max_rank + 8);
+        parallel_for(preparations + shrinks, front_work < 2 * kParallelWork ? 1 : op.threads, front);
 
         const int64_t step = block_columns(op, shape.form);
         auto back = [&](int64_t task) {
