@@ -49,16 +49,23 @@ Level level_by_name(const char* name) {
 }
 
 // __builtin_cpu_supports looks at XCR0 too: it says no to registers that the operating system does not save.
+#if defined(__x86_64__)
+[[maybe_unused]] static bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] static bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+[[maybe_unused]] static bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 bool level_runs_here(Level level) {
     switch (level) {
         PEFTK_IF_PORTABLE(case kPortable : return true;)
-        PEFTK_IF_AVX2(case kAvx2 : return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");)
-        PEFTK_IF_AVX512(case kAvx512 : return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");)
-        PEFTK_IF_AVX512_BF16(case kAvx512Bf16 : return level_runs_here(kAvx512) &&
-                                 __builtin_cpu_supports("avx512bf16");)
+        PEFTK_IF_AVX2(case kAvx2 : return has_avx2();)
+        PEFTK_IF_AVX512(case kAvx512 : return has_avx512();)
+        PEFTK_IF_AVX512_BF16(case kAvx512Bf16 : return has_avx512_bf16();)
         PEFTK_IF_NEON(case kNeon : return true;)
         default: return false;
     }
