@@ -4,11 +4,16 @@ A page holds 16 ranks: A's part [16, K] and B's part, transposed, [16, N]. Adapt
 nothing is padded to the largest rank, loading and evicting touch only an adapter's own pages, and free pages never
 fragment. The pool grows by chunks and never moves what it holds. Trained adapters stay separate Parameters, where they
 lie (an optimizer step on a pool would move adapters that were not in the batch).
+
+An adapter's pages return to the pool when nothing refers to the adapter any more: not its slot, no table, no call that
+is still running, no graph that waits for its backward. So removing and loading adapters never disturbs a batch.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,22 +40,25 @@ class PagePool:
             A = torch.zeros(_CHUNK_PAGES, PAGE, self.in_features, dtype=self.dtype, device=self.device)
             B = torch.zeros(_CHUNK_PAGES, PAGE, self.out_features, dtype=self.dtype, device=self.device)
             self.chunks.append((A, B))
-            self.free += range(first + _CHUNK_PAGES - 1, first - 1, -1)
+            self.free.extend(range(first + _CHUNK_PAGES - 1, first - 1, -1))
         return [self.free.pop() for _ in range(count)]
 
     def give(self, pages: list[int]) -> None:
-        self.free += reversed(pages)
+        self.free.extend(reversed(pages))
 
     def page(self, number: int, ranks: int) -> tuple[Tensor, Tensor]:
-        """The first `ranks` ranks of a page: A's [ranks, K] and B's [N, ranks]."""
+        """The first `ranks` ranks of a page: A's [ranks, K] and B's [N, ranks].
+
+        Through .data, so that writing another page of the chunk does not count as a change of this one for autograd.
+        """
         A, B = self.chunks[number // _CHUNK_PAGES]
-        return A[number % _CHUNK_PAGES, :ranks], B[number % _CHUNK_PAGES, :ranks].t()
+        return A.data[number % _CHUNK_PAGES, :ranks], B.data[number % _CHUNK_PAGES, :ranks].t()
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts the storage (nn.Module.to and its kin)."""
         self.chunks = [(fn(A), fn(B)) for A, B in self.chunks]
-        if self.chunks:
-            self.dtype, self.device = self.chunks[0][0].dtype, self.chunks[0][0].device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype, self.device = probe.dtype, probe.device
 
 
 class AdapterBank:
@@ -62,24 +70,32 @@ class AdapterBank:
     def __init__(
         self, in_features: int, out_features: int, max_adapters: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        if max_adapters < 1:
-            raise ValueError(f"max_adapters: expected 1 or more, got {max_adapters}")
+        if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
+            raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
+        checks.adapter_dtype(dtype)
         self.pool = PagePool(in_features, out_features, dtype, device)
-        self.slots: list[Adapter | None] = [None] * max_adapters
-        self.pages: list[list[int]] = [[] for _ in range(max_adapters)]
+        self.slots: list[Adapter | Callable[[], Adapter] | None] = [None] * max_adapters
         self.names: dict[str, int] = {}
-        self._table: AdapterTable | None = None
-        self._addresses: list[int] = []
+        self._pages: dict[int, list[int]] = {}
+        self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
+        self._version = 0  # of the slots: counts what was added, removed, moved
+        self._made: tuple[int, list[tuple[int, torch.dtype]], AdapterTable] | None = None
 
-    def free_slot(self, name: str) -> int:
-        """The slot that a new adapter `name` would take. Raises ValueError for a name in use or a full bank."""
+    def free_slot(self, name: str, slot: int | None = None) -> int:
+        """The slot that a new adapter `name` takes. Raises ValueError for a name in use, a full bank, a taken slot."""
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty string, got {name!r}")
         if name in self.names:
             raise ValueError(f"name: expected a new one, got {name!r}, which the bank holds; remove it first")
         if None not in self.slots:
             raise ValueError(f"bank: expected a free slot, got {len(self.slots)} of {len(self.slots)} taken")
-        return self.slots.index(None)
+        if slot is None:
+            return self.slots.index(None)
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self.slots):
+            raise ValueError(f"slot: expected a number below {len(self.slots)}, got {slot!r}")
+        if self.slots[slot] is not None:
+            raise ValueError(f"slot: expected a free one, got {slot}, which is taken")
+        return slot
 
     def add(
         self,
@@ -91,36 +107,53 @@ class AdapterBank:
         activation: str = "identity",
         bias_A: Tensor | None = None,
         bias_B: Tensor | None = None,
-        in_place: bool = False,
         slot: int | None = None,
     ) -> int:
-        """Adds an adapter and returns its number. Its tensors are copied into pages, or with `in_place` stay where
-        they are (trained Parameters). Raises ValueError or TypeError for bad arguments; the bank is unchanged then."""
-        free = self.free_slot(name)
-        slot = free if slot is None else slot
-        if self.slots[slot] is not None:
-            raise ValueError(f"slot: expected a free one, got {slot}, which is taken")
+        """Copies an adapter into pages, in the bank's dtype, and returns its number.
+
+        Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
+        """
+        slot = self.free_slot(name, slot)
         pool = self.pool
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-        if in_place:
-            pages_A = () if lora_A is None else (lora_A,)
-            pages_B = () if lora_B is None else (lora_B,)
-            adapter = Adapter(pages_A, pages_B, float(scaling), activation, bias_A, bias_B)
-            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
-        else:
-            adapter = self._copy_in(slot, lora_A, lora_B, float(scaling), activation, bias_A, bias_B)
+        biases = [
+            None if b is None else b.detach().to(pool.device, pool.dtype, copy=True).contiguous()
+            for b in (bias_A, bias_B)
+        ]
+        rank = 0 if lora_A is None else lora_A.shape[0]
+        pages = pool.take(-(-rank // PAGE))
+        adapter = Adapter(*self._views(pages, rank), float(scaling), activation, *biases)
+        if lora_A is not None and lora_B is not None:
+            with torch.no_grad():
+                for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
+                    ranks = slice(number * PAGE, number * PAGE + page_A.shape[0])
+                    page_A.copy_(lora_A[ranks])
+                    page_B.copy_(lora_B[:, ranks])
+        self._own(slot, adapter, pages)
+        self.names[name] = slot
+        self._version += 1
+        return slot
+
+    def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
+        """Adds an adapter whose tensors stay where they are (trained Parameters); `adapter()` gives it as it is now.
+
+        Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
+        """
+        slot = self.free_slot(name, slot)
+        self._check_lent(adapter())
         self.slots[slot] = adapter
         self.names[name] = slot
-        self._table = None
+        self._version += 1
         return slot
 
     def remove(self, name: str) -> None:
-        """Frees the adapter's slot and pages. Raises ValueError for an unknown name."""
+        """Frees the adapter's slot. Raises ValueError for an unknown name."""
         slot = self.number(name)
-        self.pool.give(self.pages[slot])
-        self.pages[slot], self.slots[slot] = [], None
+        self.slots[slot] = None
+        self._version += 1
+        self._pages.pop(slot, None)
+        self._owners.pop(slot, None)
         del self.names[name]
-        self._table = None
 
     def number(self, name: str) -> int:
         """The adapter's number for `ids`. Raises ValueError for an unknown name."""
@@ -132,61 +165,72 @@ class AdapterBank:
     @property
     def adapters(self) -> tuple[Adapter | None, ...]:
         """The adapters by number; None for a free slot."""
-        return tuple(self.slots)
+        return tuple(slot if slot is None or isinstance(slot, Adapter) else slot() for slot in self.slots)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pool.dtype
 
     @property
     def device(self) -> torch.device:
         return self.pool.device
 
     def table(self) -> AdapterTable:
-        """What the kernels read; rebuilt when adapters came or went, or a trained adapter's storage moved."""
-        addresses = [t.data_ptr() for slot in self.slots if slot is not None for t in slot.tensors() if t.requires_grad]
-        if self._table is None or addresses != self._addresses:
-            self._table = table.build(self.adapters, dtype=self.pool.dtype, device=self.pool.device)
-            self._addresses = addresses
-        return self._table
+        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved."""
+        version = self._version  # looked at first: what another thread adds or removes meanwhile makes the table stale
+        lent = [slot() for slot in self.slots if slot is not None and not isinstance(slot, Adapter)]
+        where = [(t.data_ptr(), t.dtype) for adapter in lent for t in adapter.tensors()]
+        made = self._made
+        if made is None or made[:2] != (version, where):
+            for adapter in lent:
+                self._check_lent(adapter)
+            made = (version, where, table.build(self.adapters, dtype=self.dtype, device=self.device))
+            self._made = made
+        return made[2]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts what the bank owns. Parameters in place are moved by the module that owns them."""
+        """Moves or converts what the bank owns. Lent tensors are moved by the module that owns them."""
         self.pool.apply(fn)
         for slot, adapter in enumerate(self.slots):
-            if adapter is None:
-                continue
-            pages = self._views(slot, adapter.rank) if self.pages[slot] else (adapter.pages_A, adapter.pages_B)
-            owned = [b if b is None or b.requires_grad else fn(b) for b in (adapter.bias_A, adapter.bias_B)]
-            self.slots[slot] = Adapter(*pages, adapter.scaling, adapter.activation, *owned)
-        self._table = None
+            if isinstance(adapter, Adapter):
+                biases = [None if b is None else fn(b) for b in (adapter.bias_A, adapter.bias_B)]
+                pages = self._pages[slot]
+                views = self._views(pages, adapter.rank)
+                self._owners.pop(slot).detach()
+                self._own(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
+        self._version += 1
 
-    def __getstate__(self) -> dict[str, object]:
-        # a table holds addresses, which a copy of the bank does not share
-        return {**self.__dict__, "_table": None}
+    def _own(self, slot: int, adapter: Adapter, pages: list[int]) -> None:
+        """Puts the adapter in its slot; its pages are free again when it is gone for everybody."""
+        self.slots[slot] = adapter
+        self._pages[slot] = pages
+        self._owners[slot] = weakref.finalize(adapter, self.pool.give, pages)
+        self._owners[slot].atexit = False
 
-    def _copy_in(
-        self,
-        slot: int,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        scaling: float,
-        activation: str,
-        bias_A: Tensor | None,
-        bias_B: Tensor | None,
-    ) -> Adapter:
-        biases = [
-            None if b is None else b.detach().to(self.pool.device, self.pool.dtype, copy=True).contiguous()
-            for b in (bias_A, bias_B)
-        ]
-        if lora_A is None or lora_B is None:
-            return Adapter((), (), scaling, activation, *biases)
-        rank = lora_A.shape[0]
-        self.pages[slot] = self.pool.take(-(-rank // PAGE))
-        pages_A, pages_B = self._views(slot, rank)
-        with torch.no_grad():
-            for number, (page_A, page_B) in enumerate(zip(pages_A, pages_B, strict=True)):
-                ranks = slice(number * PAGE, number * PAGE + page_A.shape[0])
-                page_A.copy_(lora_A[ranks])
-                page_B.copy_(lora_B[:, ranks])
-        return Adapter(pages_A, pages_B, scaling, activation, *biases)
+    def _check_lent(self, adapter: Adapter) -> None:
+        pool = self.pool
+        lora_A, lora_B = adapter.lora_A, adapter.lora_B
+        rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
+        checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
+        table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
 
-    def _views(self, slot: int, rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(self.pages[slot])]
+    def _views(self, pages: list[int], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(pages)]
         return tuple(A for A, _ in views), tuple(B for _, B in views)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a table holds addresses, and ownership of pages is this bank's alone; pages are views of the pool, which a
+        # copy makes anew
+        slots = [
+            (slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B) if isinstance(slot, Adapter) else slot
+            for slot in self.slots
+        ]
+        return {**self.__dict__, "_made": None, "_owners": {}, "slots": slots}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for slot, kept in enumerate(state["slots"]):
+            if isinstance(kept, tuple):
+                rank, *rest = kept
+                pages = self._pages[slot]
+                self._own(slot, Adapter(*self._views(pages, rank), *rest), pages)

@@ -5,15 +5,15 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
 from torch import Tensor
 
 from peftk import activations
-from peftk.table import AdapterTable
+from peftk.table import Adapter, AdapterTable
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,6 +22,21 @@ def floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
+    """fp32, bf16 and fp16 mix with one another; fp64 with nothing."""
+    if (dtype == torch.float64) != (other_dtype == torch.float64):
+        raise TypeError(f"{name}: expected a dtype that mixes with {other}'s {other_dtype}, got {dtype}")
+
+
+def adapter_dtype(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> None:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
+        raise TypeError(f"adapter_dtype: expected torch.float32, bfloat16, float16 or float64, got {dtype!r}")
+    if weight_dtype is not None:
+        mixes("adapter_dtype", dtype, "weight", weight_dtype)
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -45,16 +60,18 @@ def base(weight: Tensor, bias: Tensor | None) -> None:
         floating("bias", bias)
         shape("bias", bias, (weight.shape[0],), "[N]")
         same_device("bias", bias, weight.device)
+        mixes("bias", bias.dtype, "weight", weight.dtype)
 
 
 def input(x: Tensor, weight: Tensor) -> None:
-    """x [..., K] beside weight [N, K]. Only the two may differ in dtype, and fp64 mixes with nothing."""
+    """x [..., K] beside a frozen weight [N, K]."""
     floating("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
     same_device("x", x, weight.device)
-    if (x.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(f"x: expected a dtype that mixes with weight's {weight.dtype}, got {x.dtype}")
+    mixes("x", x.dtype, "weight", weight.dtype)
+    if weight.requires_grad:
+        raise ValueError("weight: expected a frozen weight (requires_grad=False), got one that requires a gradient")
 
 
 def adapter_shapes(
@@ -73,9 +90,9 @@ def adapter_shapes(
         raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
-    if activation not in activations.CODES:
+    if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
+        raise ValueError(f"scaling: expected a finite number (in float32), got {scaling}")
+    if not isinstance(activation, str) or activation not in activations.CODES:
         raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {activation!r}")
     for name, tensor in _named(lora_A, lora_B, bias_A, bias_B):
         floating(name, tensor)
@@ -110,8 +127,7 @@ def adapter(
         dtype = dtype or tensor.dtype
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the adapter's other tensors, got {tensor.dtype}")
-        if (dtype == torch.float64) != (weight.dtype == torch.float64):
-            raise TypeError(f"{name}: expected a dtype that mixes with weight's {weight.dtype}, got {dtype}")
+        mixes(name, tensor.dtype, "weight", weight.dtype)
 
 
 def _named(
@@ -121,10 +137,42 @@ def _named(
     return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
+def fits(name: str, adapter: Adapter, weight: Tensor) -> None:
+    """The tensors that a kernel will read by address have the shapes that it expects. Asked at every call."""
+    N, K = weight.shape
+    if len(adapter.pages_A) != len(adapter.pages_B):
+        raise ValueError(
+            f"{name}: expected as many pages of A as of B, got {len(adapter.pages_A)}, {len(adapter.pages_B)}"
+        )
+    for A, B in zip(adapter.pages_A, adapter.pages_B, strict=True):
+        if A.shape[-1] != K or B.shape[0] != N or A.shape[0] != B.shape[-1] or A.dtype != B.dtype:
+            raise ValueError(
+                f"{name}: expected lora_A [R, {K}] and lora_B [{N}, R] of one dtype, "
+                f"got {list(A.shape)} {A.dtype} and {list(B.shape)} {B.dtype}"
+            )
+    for what, bias, length in (("bias_A", adapter.bias_A, adapter.rank), ("bias_B", adapter.bias_B, N)):
+        if bias is not None and bias.shape != (length,):
+            raise ValueError(f"{name}: expected {what} of shape [{length}], got {list(bias.shape)}")
+    dtypes = {tensor.dtype for tensor in adapter.tensors()}
+    if len(dtypes) > 1:
+        raise TypeError(f"{name}: expected tensors of one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+
+
+def writable(name: str, tensor: Tensor) -> None:
+    """Every element has a place of its own."""
+    reach = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1 and stride < reach:
+            raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensor.stride()}")
+        reach = stride * (size - 1) + reach if size > 1 else reach
+
+
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 ≤ p < 1, got {p}")
+    if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 ≤ p < 1, got {p!r}")
     if seed is not None:
+        if not isinstance(seed, Tensor):
+            raise TypeError(f"seed: expected an int64 tensor of one element, got {type(seed).__name__}")
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
         same_device("seed", seed, device)

@@ -40,7 +40,7 @@ def lora_linear(
     """Returns y [..., N] and z [M, R]."""
     adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
     y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, True)
-    return y, x.new_empty(0) if z is None else z
+    return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @lora_linear.register_fake
@@ -163,7 +163,7 @@ def multi_lora_linear(
     """Returns y [..., N] and z [M, table.z_width]."""
     adapters = _table(weight, tensors, layout, scalings)
     y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
-    return y, x.new_empty(0) if z is None else z
+    return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @multi_lora_linear.register_fake

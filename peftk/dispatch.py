@@ -45,6 +45,10 @@ def lora_linear(
     save_z: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K] → y [..., N], and z [M, R] where asked."""
+    if adapter is not None:
+        checks.fits("adapter", adapter, weight)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1])
     server = _server("lora_linear", rows, weight, adapter, dropout_p, backend)
     y, z = server.lora_linear(rows, weight, _line(bias), adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)

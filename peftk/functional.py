@@ -134,11 +134,11 @@ def multi_lora_linear(
     Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
     """
     checks.base(weight, bias)
-    N, K = weight.shape
-    for adapter in bank.adapters:
-        if adapter is not None and adapter.pages_A:
-            checks.shape("bank", adapter.pages_A[0], (adapter.pages_A[0].shape[0], K), "[R, K]")
-            checks.shape("bank", adapter.pages_B[0], (N, adapter.pages_B[0].shape[1]), "[N, R]")
+    if not hasattr(bank, "adapters"):
+        raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+    for number, adapter in enumerate(bank.adapters):
+        if adapter is not None:
+            checks.fits(f"bank[{number}]", adapter, weight)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -171,7 +171,9 @@ def multi_lora_linear_unchecked(
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
-    """int32 [M], one id a row of x flattened to [M, K]."""
+    """int32 [M], one id a row of x flattened to [M, K]. What int32 cannot hold stays outside of every bank."""
+    if ids.dtype == torch.int64:
+        ids = ids.clamp(-2, 2**31 - 1)
     if ids.shape != x.shape[:-1]:
         ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     return ids.reshape(-1).to(torch.int32)
@@ -186,7 +188,7 @@ def merge_(
     (`peftk.reference.merge`); every backend gives the same bits, so a merge made on one can be undone on another.
 
     Args:
-        weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), any strides.
+        weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), any strides that give each element its own place.
         lora_A: A [R, K]; lora_B: B [N, R]; copied into the receipt. scaling: s, dimensionless.
 
     Returns:
@@ -199,6 +201,7 @@ def merge_(
     checks.adapter(weight, lora_A, lora_B, scaling)
     if lora_A is None:
         raise ValueError("lora_A: expected a tensor [R, K], got None")
+    checks.writable("weight", weight)
     return merge.merge_(weight, lora_A, lora_B, float(scaling), backend)
 
 
@@ -211,6 +214,9 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
     """
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    checks.writable("weight", weight)
     merge.unmerge_(weight, receipt, backend)
 
 

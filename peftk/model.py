@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from peftk import checks
 from peftk.interop import peft_checkpoint
 from peftk.interop.peft_checkpoint import CheckpointError
 from peftk.nn import LoRALinear
+from peftk.nn.replace import replaceable
 
 ALL_LINEAR = "all-linear"
 
@@ -39,6 +39,9 @@ class LoraConfig:
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(pattern, Mapping):
+                raise TypeError(f"{name}: expected a mapping of module patterns, got {type(pattern).__name__}")
         for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more, got {r!r}")
@@ -48,12 +51,23 @@ class LoraConfig:
         ]:
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ValueError(f"{name}: expected a finite number, got {alpha!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected 0 ≤ p < 1, got {self.lora_dropout}")
-        if not self.target_modules or not all(isinstance(t, str) for t in self.target_modules):
-            raise ValueError(
-                f"target_modules: expected names, a regular expression or {ALL_LINEAR!r}, got {self.target_modules!r}"
-            )
+        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: expected 0 ≤ p < 1, got {self.lora_dropout!r}")
+        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern:
+                _regex(f"{name}[{key!r}]", key)
+        targets = self.target_modules
+        if isinstance(targets, str) and targets:
+            _regex("target_modules", targets)
+        elif not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
+            raise ValueError(f"target_modules: expected names, a regular expression or {ALL_LINEAR!r}, got {targets!r}")
+
+
+def _regex(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: expected a regular expression, got {pattern!r} ({error})") from error
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -62,25 +76,31 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     Returns the names of the replaced modules.
 
     Raises:
-        ValueError: nothing matches, or what matches cannot be replaced; the model is unchanged then.
+        ValueError, TypeError: nothing matches, or what matches cannot be replaced; the model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     targets = _targets(model, config)
     layers: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
-    for name, linear in targets.items():
-        r = peft_checkpoint.pattern_value(config.rank_pattern, name, config.r)
-        layers.setdefault(
-            id(linear),
-            LoRALinear.from_linear(
-                linear,
-                r=r,
-                lora_alpha=peft_checkpoint.pattern_value(config.alpha_pattern, name, config.lora_alpha),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                adapter_dtype=config.adapter_dtype,
-            ),
-        )
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for name, linear in targets.items():
+            r = peft_checkpoint.pattern_value(config.rank_pattern, name, config.r)
+            layers.setdefault(
+                id(linear),
+                LoRALinear.from_linear(
+                    linear,
+                    r=r,
+                    lora_alpha=peft_checkpoint.pattern_value(config.alpha_pattern, name, config.lora_alpha),
+                    lora_dropout=config.lora_dropout,
+                    use_rslora=config.use_rslora,
+                    adapter_dtype=config.adapter_dtype,
+                ),
+            )
+    except BaseException:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        raise
     freeze(model)
     for name, linear in targets.items():
         replace_module(model, name, layers[id(linear)])
@@ -145,7 +165,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "use_rslora": use_rslora,
-        "target_modules": sorted(layers),
+        "target_modules": _target_modules(model, layers),
         "rank_pattern": {f"^{re.escape(n)}": layer.r for n, layer in layers.items() if layer.r != first.r},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
         "bias": "none",
@@ -156,10 +176,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     peft_checkpoint.save(path, {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}, config)
 
 
+def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[str] | str:
+    """The layers' names for a PEFT config; a regular expression where a name alone would match other modules too."""
+    others = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in layers]
+    if any(other.endswith(f".{name}") for other in others for name in layers):
+        return "|".join(re.escape(name) for name in sorted(layers))
+    return sorted(layers)
+
+
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Loads a checkpoint into the LoRALinear layers of an injected model: factors, lora_alpha and use_rslora.
 
-    Raises CheckpointError where it does not fit the model layer by layer; the model is unchanged then.
+    Raises CheckpointError where it does not fit the model layer by layer, ValueError where a layer is merged; the model
+    is unchanged then.
     """
     loaded = peft_checkpoint.load(path)
     layers = dict(lora_layers(model))
@@ -191,6 +220,12 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     if isinstance(parent, nn.TransformerEncoderLayer):
         # its inference fast path reads linear1.weight itself and would pass the adapter by
         parent.activation_relu_or_gelu = 0
+    steps = parent_name.split(".")
+    for depth in range(len(steps)):
+        above = model.get_submodule(".".join(steps[:depth]))
+        if isinstance(above, nn.TransformerEncoder):
+            # only that fast path takes the nested tensors that it makes of padded batches
+            above.use_nested_tensor = False
     setattr(parent, child, layer)
 
 
@@ -204,7 +239,7 @@ def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     wanted = config.target_modules
     if wanted == ALL_LINEAR:
         head = _output_embedding(model)
-        found = {n: m for n, m in linears.items() if m is not head and not _bypassed(m)}
+        found = {n: m for n, m in linears.items() if m is not head and not bypassed(m)}
     elif isinstance(wanted, str):
         found = {n: m for n, m in linears.items() if re.fullmatch(wanted, n)}
     else:
@@ -215,8 +250,8 @@ def _targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     if "" in found:
         raise ValueError("model: expected a module that contains linears, got an nn.Linear; use LoRALinear.from_linear")
     for name, linear in found.items():
-        checks.base(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-        if _bypassed(linear):
+        replaceable(linear)
+        if bypassed(linear):
             raise ValueError(
                 f"target_modules: expected linears that are called, got {name}, whose weight MHA reads itself"
             )
@@ -233,6 +268,6 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _bypassed(linear: nn.Linear) -> bool:
+def bypassed(linear: nn.Module) -> bool:
     """nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing."""
     return isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear)

@@ -1,15 +1,21 @@
 """Which adapter serves which sequence of the batch at hand: the state behind `MultiAdapter.route`.
 
-A context variable holds it, so threads and asyncio tasks that serve different batches do not see each other's.
+A context variable holds it, so threads and asyncio tasks that serve different batches do not see each other's. (A
+thread that is started inside of a route begins without one, as with every context variable.)
+
+Activation checkpointing runs layers again during the backward, when the `with` may have ended or another batch may be
+routed. So a forward leaves its route with the checkpoints that it runs in, and the recomputation finds it there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 
@@ -21,14 +27,14 @@ class Route:
         self._expanded: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def rows(self, x: Tensor) -> Tensor:
-        """int32 ids of shape x.shape[:-1].
+        """ids of shape x.shape[:-1].
 
         A batch that is a multiple of ours (generate() expands beams, models flatten [B, T] to [B·T]) repeats each id.
         """
         key = (x.shape[:-1], x.device)
         found = self._expanded.get(key)
         if found is None:
-            found = self._expanded[key] = self._expand(x).to(x.device, torch.int32)
+            found = self._expanded[key] = self._expand(x).to(x.device)
         return found
 
     def _expand(self, x: Tensor) -> Tensor:
@@ -52,18 +58,50 @@ class Route:
 
 
 _current: contextvars.ContextVar[Route | None] = contextvars.ContextVar("peftk_route", default=None)
+_LEFT = "_peftk_route"
 
 
-def current() -> Route | None:
-    """The route of the enclosing `with`, or None outside of one."""
-    return _current.get()
+def current(*, trains: bool) -> Route | None:
+    """The route of the enclosing `with`, or None outside of one; within a recomputation, that of the forward.
+
+    trains: whether a backward may follow, so that checkpoints on the way must remember the route.
+    """
+    if torch.compiler.is_compiling():
+        return _current.get()
+    route = _current.get()
+    recomputes = torch._C._current_graph_task_id() != -1
+    if not (trains or recomputes):
+        return route
+    checkpoints = list(_checkpoints())
+    if recomputes:
+        route = next((getattr(c, _LEFT) for c in checkpoints if hasattr(c, _LEFT)), route)
+    for checkpoint in checkpoints:
+        setattr(checkpoint, _LEFT, route)
+    return route
+
+
+def _checkpoints() -> Iterator[object]:
+    """The checkpoints that the caller runs in, innermost first: objects that torch keeps from forward to backward.
+
+    torch offers no way to hang state of one's own on a checkpoint, so they are looked up on the stack.
+    """
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        code = frame.f_code
+        if code.co_filename != torch.utils.checkpoint.__file__:
+            continue
+        if code.co_name in ("forward", "backward"):  # of CheckpointFunction, use_reentrant=True
+            yield frame.f_locals["ctx"]
+        elif code.co_name == "unpack_hook" and "frame" in frame.f_locals:  # use_reentrant=False, recomputing
+            yield frame.f_locals["frame"]
+        elif code.co_name == "checkpoint" and "gen" in frame.f_locals:  # use_reentrant=False, running forward
+            yield frame.f_locals["gen"].gi_frame.f_locals["new_frame"]
 
 
 @contextlib.contextmanager
-def routed(ids: Tensor) -> Iterator[Route]:
-    route = Route(ids)
-    token = _current.set(route)
+def routed(ids: Tensor) -> Iterator[None]:
+    token = _current.set(Route(ids))
     try:
-        yield route
+        yield
     finally:
         _current.reset(token)

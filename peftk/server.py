@@ -14,8 +14,9 @@ from peftk import checks
 from peftk import route as routes
 from peftk.interop import peft_checkpoint
 from peftk.interop.peft_checkpoint import CheckpointError, LoadedAdapter
-from peftk.model import replace_module
+from peftk.model import bypassed, replace_module
 from peftk.nn import MultiLoRALinear
+from peftk.nn.replace import replaceable
 
 
 class MultiAdapter:
@@ -33,8 +34,10 @@ class MultiAdapter:
     def __init__(self, model: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if not isinstance(max_adapters, int) or max_adapters < 1:
+        if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
+        if adapter_dtype is not None:
+            checks.adapter_dtype(adapter_dtype)
         self.model = model
         self.max_adapters = max_adapters
         self.adapter_dtype = adapter_dtype
@@ -93,8 +96,8 @@ class MultiAdapter:
 
     def ids(self, names: Sequence[str | None]) -> Tensor:
         """int32 [B]: the numbers that stand for these names; None is -1. Raises ValueError for an unknown name."""
-        if isinstance(names, str):
-            raise TypeError(f"names: expected one name or None per sequence, got the string {names!r}")
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"names: expected one name or None per sequence, got {names!r}")
         return torch.tensor([-1 if name is None else self._slot(name) for name in names], dtype=torch.int32)
 
     @contextlib.contextmanager
@@ -115,7 +118,7 @@ class MultiAdapter:
             yield
 
     def _slot(self, name: str) -> int:
-        if name not in self._slots:
+        if not isinstance(name, str) or name not in self._slots:
             raise ValueError(f"name: expected a loaded adapter ({', '.join(self._slots) or 'none'}), got {name!r}")
         return self._slots[name]
 
@@ -127,21 +130,30 @@ class MultiAdapter:
             raise CheckpointError(f"{path}: expected modules that the model has, got {module!r}") from error
         if isinstance(found, MultiLoRALinear) and self._layers.get(module) is not found:
             raise CheckpointError(f"{path}: {module}: expected a linear of this server's, got another server's layer")
-        if not isinstance(found, (nn.Linear, MultiLoRALinear)):
-            raise CheckpointError(f"{path}: {module}: expected an nn.Linear in the model, got {type(found).__name__}")
-        checks.base(found.weight.detach(), None)
-        N, K = found.weight.shape
+        if not isinstance(found, MultiLoRALinear):
+            try:
+                replaceable(found)
+            except TypeError as error:
+                raise CheckpointError(f"{path}: {module}: {error}") from error
+        if bypassed(found):
+            raise CheckpointError(f"{path}: {module}: expected a linear that is called, got one that MHA reads itself")
+        N, K = cast(Tensor, found.weight).shape
         if adapter.lora_A.shape[1] != K or adapter.lora_B.shape[0] != N:
             raise CheckpointError(
                 f"{path}: {module}: expected lora_A [R, {K}] and lora_B [{N}, R], "
                 f"got {list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
             )
+        dtype = self.adapter_dtype or cast(Tensor, found.weight).dtype
+        if not all(bool(factor.to(dtype).isfinite().all()) for factor in (adapter.lora_A, adapter.lora_B)):
+            raise CheckpointError(f"{path}: {module}: expected factors that {dtype} holds, got larger ones")
 
     def _layer(self, module: str) -> MultiLoRALinear:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""
         if module in self._layers:
             return self._layers[module]
         linear = self.model.get_submodule(module)
-        return MultiLoRALinear.from_linear(
+        layer = MultiLoRALinear.from_linear(
             cast(nn.Linear, linear), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
+        layer.served = True
+        return layer

@@ -50,8 +50,16 @@ BAD = [
     ({"lora_B": torch.zeros(6, 2, dtype=torch.float16)}, TypeError, "lora_B: expected torch.float32 like"),
     ({"lora_A": torch.zeros(2, 8, device="meta")}, ValueError, "lora_A: expected on cpu"),
     ({"lora_A": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "lora_A: expected dtype"),
-    ({"scaling": float("nan")}, ValueError, "scaling: expected a finite number, got nan"),
-    ({"scaling": float("inf")}, ValueError, "scaling: expected a finite number, got inf"),
+    ({"scaling": float("nan")}, ValueError, r"scaling: expected a finite number \(in float32\), got nan"),
+    ({"scaling": float("inf")}, ValueError, r"scaling: expected a finite number \(in float32\), got inf"),
+    ({"scaling": 1e39}, ValueError, "scaling: expected a finite number"),
+    ({"scaling": 10**400}, ValueError, "scaling: expected a finite number"),
+    ({"activation": ["relu"]}, ValueError, "activation: expected one of"),
+    ({"dropout_p": "a"}, ValueError, "dropout_p: expected 0 ≤ p < 1"),
+    ({"dropout_p": 0.1, "seed": 3}, TypeError, "seed: expected an int64 tensor of one element, got int"),
+    ({"bias": torch.zeros(6, dtype=torch.float64)}, TypeError, "bias: expected a dtype that mixes"),
+    ({"x": torch.zeros(3, 8).to_sparse()}, TypeError, "x: expected a dense"),
+    ({"weight": torch.zeros(6, 8).to_sparse()}, TypeError, "weight: expected a dense"),
     ({"scaling": "2"}, TypeError, "scaling: expected a number, got str"),
     ({"activation": "tanh"}, ValueError, "activation: expected one of identity, relu"),
     ({"bias_A": torch.zeros(3)}, ValueError, r"bias_A: expected shape \[R\] = \[2\]"),
@@ -83,6 +91,9 @@ def bank() -> AdapterBank:
         (torch.tensor([0, 1]), ValueError, r"ids: expected shape \[3\] \(per token\), got \[2\]"),
         (torch.tensor([0.0, 1.0, 0.0]), TypeError, "ids: expected dtype int32 or int64"),
         ([0, 1, 0], TypeError, "ids: expected a tensor"),
+        (torch.tensor([0, 2**32, 0]), ValueError, r"ids\[1\]: expected -1 or an adapter's number below 4"),
+        (torch.tensor([0, 2**32 - 1, 0]), ValueError, r"ids\[1\]: expected -1"),
+        (torch.tensor([0, -(2**32), 0]), ValueError, r"ids\[1\]: expected -1"),
         (torch.tensor([0, 4, 0]), ValueError, r"ids\[1\]: expected -1 or an adapter's number below 4, got 4"),
         (torch.tensor([0, -2, 0]), ValueError, r"ids\[1\]: .* got -2"),
         (torch.tensor([0, 3, 0]), ValueError, r"ids\[1\]: .* got 3, an empty slot"),  # an empty slot
@@ -95,8 +106,15 @@ def test_bad_ids(backend: str | None, ids: torch.Tensor, error: type[Exception],
 
 
 def test_bad_bank() -> None:
-    with pytest.raises(ValueError, match="bank: expected shape"):
-        functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, bank(), torch.tensor([0, 0, 0]))
+    ids = torch.tensor([0, 0, 0])
+    with pytest.raises(ValueError, match=r"bank\[0\]: expected lora_A \[R, 9\] and lora_B \[6, R\]"):
+        functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, bank(), ids)
+    with pytest.raises(TypeError, match="bank: expected an AdapterBank or an AdapterTable, got NoneType"):
+        functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, None, ids)
+    bias_only = AdapterBank(3, 1, 2, torch.float32, torch.device("cpu"))
+    bias_only.add("a", None, None, 1.0, bias_B=torch.randn(1))
+    with pytest.raises(ValueError, match=r"bank\[0\]: expected bias_B of shape \[2000\], got \[1\]"):
+        functional.multi_lora_linear(torch.zeros(3, 3), torch.randn(2000, 3), None, bias_only, ids)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

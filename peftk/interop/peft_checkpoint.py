@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
+
+from peftk import checks
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -50,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, LoadedAdapter]:
     Raises CheckpointError for a missing, truncated or corrupt file, a method other than LoRA, a LoRA variant that is
     more than `s·BA` (DoRA, trained biases, further trained modules), or factors that do not belong together.
     """
-    folder = Path(path)
+    folder = _folder(path)
     config = _read_config(folder)
     tensors = _read_weights(folder)
     halves: dict[str, dict[str, Tensor]] = {}
@@ -72,7 +75,9 @@ def save(path: str | os.PathLike[str], adapters: Mapping[str, tuple[Tensor, Tens
     Both files are written beside their places and then moved there, the weights first: a failure leaves an earlier
     checkpoint as it was.
     """
-    folder = Path(path)
+    folder = _folder(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"path: expected a folder, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, factors in adapters.items():
@@ -84,6 +89,12 @@ def save(path: str | os.PathLike[str], adapters: Mapping[str, tuple[Tensor, Tens
         text.write_text(json.dumps({"peft_type": "LORA", **config}, indent=2, sort_keys=True) + "\n")
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(text, folder / CONFIG_FILE)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected the path of a folder, got {path!r}")
+    return Path(path)
 
 
 def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -105,7 +116,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: expected a folder with {CONFIG_FILE}, got none there")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected JSON, got an error: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -114,15 +125,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = config.get(field)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
-    unsupported = [
-        field for field in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(field)
-    ]
-    if config.get("bias", "none") != "none":
-        unsupported.append("bias")
+    unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
-        found = ", ".join(f"{field}={config[field]!r}" for field in unsupported)
+        found = ", ".join(f"{field}={value!r}" for field, value in sorted(unsupported.items()))
         raise CheckpointError(f"{file}: expected a LoRA that is s·BA alone, got {found}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        try:
+            numbers = [float(value) for key, value in pattern.items() if re.compile(key)]
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(f"{file}: expected {field} to map patterns to numbers, got {pattern!r}") from error
+        if not all(math.isfinite(number) for number in numbers):
+            raise CheckpointError(f"{file}: expected finite numbers in {field}, got {pattern!r}")
     return config
+
+
+# What a field of the config may hold without changing what s·BA computes. Fields that are not here must be empty.
+_PLAIN_FIELDS = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+}
+# These change the base model's weights too, when PEFT loads the adapter.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _is_plain(field: str, value: Any) -> bool:
+    if field == "bias":
+        return bool(value == "none")
+    if field == "init_lora_weights":
+        return not (isinstance(value, str) and value.lower().startswith(_CHANGES_BASE))
+    return field in _PLAIN_FIELDS
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -150,12 +185,20 @@ def _adapter(folder: Path, name: str, pair: dict[str, Tensor], config: dict[str,
             f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
         )
     for suffix, tensor in pair.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{folder / WEIGHTS_FILE}: {name}{suffix}: expected finite floating-point values")
+        if tensor.dtype not in checks.FLOATS or not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: {name}{suffix}: expected finite values in fp32, bf16 or fp16, "
+                f"got {tensor.dtype}"
+            )
     rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
     if rank != lora_A.shape[0]:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE}: {name}: expected rank {rank} of {CONFIG_FILE}, got factors of {lora_A.shape[0]}"
         )
     lora_alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-    return LoadedAdapter(lora_A, lora_B, float(lora_alpha), bool(config.get("use_rslora")))
+    adapter = LoadedAdapter(lora_A, lora_B, float(lora_alpha), bool(config.get("use_rslora")))
+    if not abs(adapter.scaling) <= torch.finfo(torch.float32).max:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: {name}: expected a scaling that fp32 holds, got {adapter.scaling}"
+        )
+    return adapter

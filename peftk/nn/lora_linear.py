@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftk import checks, functional
 from peftk.functional import MergeReceipt
+from peftk.nn.replace import replaceable, take_place
 
 
 class LoRALinear(nn.Module):
@@ -44,12 +46,16 @@ class LoRALinear(nn.Module):
         if adapter_dtype is None:
             # as HF PEFT: adapters of a 16-bit model train in fp32
             adapter_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        checks.adapter_dtype(adapter_dtype, weight.dtype)
+        lora_A = torch.empty(r, weight.shape[1], dtype=adapter_dtype, device=weight.device)
+        lora_B = torch.empty(weight.shape[0], r, dtype=adapter_dtype, device=weight.device)
+        # nothing can fail from here on: now the linear's own parameters are touched
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, dtype=adapter_dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=adapter_dtype, device=weight.device))
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
         self.receipt: MergeReceipt | None = None
         self.reset_parameters()
 
@@ -68,8 +74,7 @@ class LoRALinear(nn.Module):
 
         Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        replaceable(linear)
         layer = cls(
             linear.weight,
             linear.bias,
@@ -79,7 +84,7 @@ class LoRALinear(nn.Module):
             use_rslora=use_rslora,
             adapter_dtype=adapter_dtype,
         )
-        return layer.train(linear.training)
+        return take_place(layer, linear)
 
     def reset_parameters(self) -> None:
         """A kaiming-uniform (as nn.Linear's own weight), B zero: the identity."""
@@ -125,6 +130,16 @@ class LoRALinear(nn.Module):
         if self.receipt is not None:
             functional.unmerge_(self.weight.detach(), self.receipt.to(self.weight.device))
             self.receipt = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            # W would become another, and the receipt and with it the adapter's place would be lost
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(
+                f"{prefix.removesuffix('.') or 'LoRALinear'}: expected an unmerged layer, got a merged one"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

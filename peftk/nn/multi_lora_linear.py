@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftk import checks, functional, route
 from peftk.bank import AdapterBank
+from peftk.nn.replace import replaceable, take_place
+from peftk.table import Adapter
 
 
 class MultiLoRALinear(nn.Module):
@@ -31,13 +32,14 @@ class MultiLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         checks.base(weight.detach(), None if bias is None else bias.detach())
+        dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+        checks.adapter_dtype(dtype, weight.dtype)
         self.out_features, self.in_features = weight.shape
-        dtype = adapter_dtype or weight.dtype
         self.bank = AdapterBank(self.in_features, self.out_features, max_adapters, dtype, weight.device)
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
         self.trained = nn.ModuleDict()
-        self._checkpointed_ids: Tensor | None = None
+        self.served = False  # by a MultiAdapter, whose routes count where no ids are given
 
     @classmethod
     def from_linear(
@@ -47,10 +49,9 @@ class MultiLoRALinear(nn.Module):
 
         Raises TypeError or ValueError for what is not an nn.Linear or a bad number; `linear` is unchanged then.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        replaceable(linear)
         layer = cls(linear.weight, linear.bias, max_adapters=max_adapters, adapter_dtype=adapter_dtype)
-        return layer.train(linear.training)
+        return take_place(layer, linear)
 
     def add_adapter(
         self,
@@ -76,27 +77,18 @@ class MultiLoRALinear(nn.Module):
         Raises:
             ValueError, TypeError: a name in use, a full bank, or tensors that do not fit; nothing has changed then.
         """
-        bank = self.bank
-        tensors = {"lora_A": lora_A, "lora_B": lora_B, "bias_A": bias_A, "bias_B": bias}
-        kwargs: dict[str, Any] = {"activation": activation, "slot": slot, "in_place": trainable}
-        parameters = None
-        if trainable:
-            bank.free_slot(name)
-            checks.adapter(self.weight, lora_A, lora_B, scaling, activation, bias_A, bias)
-            parameters = _AdapterParameters(tensors, bank.pool.dtype, bank.pool.device)
-            tensors = {key: getattr(parameters, key) for key in tensors}
-        number = bank.add(
-            name,
-            tensors["lora_A"],
-            tensors["lora_B"],
-            scaling,
-            **kwargs,
-            bias_A=tensors["bias_A"],
-            bias_B=tensors["bias_B"],
-        )
-        if parameters is not None:
-            self.trained[_module_name(number)] = parameters
-        return number
+        if not trainable:
+            return self.bank.add(
+                name, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias, slot=slot
+            )
+        slot = self.bank.free_slot(name, slot)
+        checks.adapter_shapes(self.out_features, self.in_features, lora_A, lora_B, scaling, activation, bias_A, bias)
+        parameters = _TrainedAdapter(scaling, activation)
+        for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias)):
+            parameters.register_parameter(key, _parameter(tensor, self.bank.dtype, self.bank.device))
+        self.bank.lend(name, parameters.adapter, slot)
+        self.trained[_module_name(slot)] = parameters
+        return slot
 
     def remove_adapter(self, name: str) -> None:
         """Forgets an adapter and frees its slot and pages. Raises ValueError for an unknown name."""
@@ -114,23 +106,12 @@ class MultiLoRALinear(nn.Module):
 
         Without ids, those of the enclosing `MultiAdapter.route`; outside of one, the base layer alone.
         """
-        if ids is None:
-            ids = self._routed_ids(x)
+        if ids is None and self.served:
+            current = route.current(trains=torch.is_grad_enabled() or self.training)
+            ids = None if current is None else current.rows(x)
         if ids is None:
             return functional.lora_linear_unchecked(x, self.weight, self.bias, None, None, 1.0)
         return functional.multi_lora_linear_unchecked(x, self.weight, self.bias, self.bank, ids)
-
-    def _routed_ids(self, x: Tensor) -> Tensor | None:
-        current = route.current()
-        if current is not None:
-            ids = current.rows(x)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self._checkpointed_ids = ids
-            return ids
-        # activation checkpointing runs the layer again during the backward, where the `with` may have ended
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self._checkpointed_ids
-        return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
@@ -144,19 +125,31 @@ class MultiLoRALinear(nn.Module):
         )
 
 
-class _AdapterParameters(nn.Module):
-    """The trainable tensors of one adapter."""
+class _TrainedAdapter(nn.Module):
+    """The Parameters of one adapter, and the adapter that they make."""
 
-    def __init__(self, tensors: dict[str, Tensor | None], dtype: torch.dtype, device: torch.device) -> None:
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    bias_A: nn.Parameter | None
+    bias_B: nn.Parameter | None
+
+    def __init__(self, scaling: float, activation: str) -> None:
         super().__init__()
-        for name, tensor in tensors.items():
-            if tensor is None:
-                parameter = None
-            elif isinstance(tensor, nn.Parameter) and tensor.dtype == dtype and tensor.device == device:
-                parameter = tensor
-            else:
-                parameter = nn.Parameter(tensor.detach().to(device, dtype, copy=True).contiguous())
-            self.register_parameter(name, parameter)
+        self.scaling, self.activation = float(scaling), activation
+
+    def adapter(self) -> Adapter:
+        pages_A = () if self.lora_A is None else (self.lora_A,)
+        pages_B = () if self.lora_B is None else (self.lora_B,)
+        return Adapter(pages_A, pages_B, self.scaling, self.activation, self.bias_A, self.bias_B)
+
+
+def _parameter(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
+    """The Parameter itself where it serves as it is, else a new one with its values."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype and tensor.device == device:
+        return tensor
+    return nn.Parameter(tensor.detach().to(device, dtype, copy=True).contiguous())
 
 
 def _module_name(number: int) -> str:
