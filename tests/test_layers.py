@@ -243,3 +243,93 @@ def test_state_dict_round_trip() -> None:
     x = torch.randn(2, 8)
     assert torch.equal(layer(x), other(x))
     assert sorted(layer.state_dict()) == ["bias", "lora_A", "lora_B", "weight"]
+
+
+def test_tensors_that_no_longer_fit_are_refused() -> None:
+    layer, x = trained(nn.Linear(8, 8)), torch.randn(2, 8)
+    for name, wrong in [
+        ("lora_B", torch.ones(3, 4)),
+        ("lora_A", torch.ones(4, 7)),
+        ("lora_A", torch.ones(4, 8).half()),
+        ("bias", torch.ones(5)),
+    ]:
+        good = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(wrong, requires_grad=False))
+        with pytest.raises(ValueError, match="expected"):
+            layer(x)
+        setattr(layer, name, good)
+    layer.requires_grad_(True)
+    with pytest.raises(ValueError, match="weight: expected a frozen weight"):
+        layer(x)
+
+
+def test_trained_adapters_are_read_where_they_are_now() -> None:
+    layer, x, ids = mixed_layer(8, 8), torch.randn(2, 8), torch.tensor([1, 1])
+    base = layer(x, torch.tensor([-1, -1]))
+    state = {key: torch.zeros_like(value) if "trained" in key else value for key, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    torch.testing.assert_close(layer(x, ids), base)
+    trained_adapter = layer.trained.slot1.requires_grad_(False)
+    trained_adapter.lora_A.data, trained_adapter.lora_B.data = torch.ones(40, 8), torch.ones(8, 40)
+    torch.testing.assert_close(layer(x, ids), base + 0.5 * 40 * x.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_conversion_before_and_after_adapters_come(dtype: torch.dtype) -> None:
+    for before in (True, False):
+        layer = MultiLoRALinear.from_linear(nn.Linear(8, 8), max_adapters=3)
+        if before:
+            layer.to(dtype)
+        layer.add_adapter("a", torch.ones(2, 8), torch.ones(8, 2), trainable=True)
+        layer.add_adapter("b", torch.ones(2, 8), torch.ones(8, 2))
+        layer.to(dtype)
+        x = torch.ones(3, 8, dtype=dtype)
+        y = layer(x, torch.tensor([0, 1, -1]))
+        torch.testing.assert_close(y[0] - y[2], torch.full((8,), 16.0, dtype=dtype), atol=0.05, rtol=0.01)
+        torch.testing.assert_close(y[1], y[0])
+    meta = MultiLoRALinear.from_linear(nn.Linear(8, 8)).to("meta")
+    assert meta.bank.device.type == "meta"
+
+
+@pytest.mark.parametrize("slot", [-1, 99, True, "x"])
+def test_bad_slots(slot: object) -> None:
+    with pytest.raises(ValueError, match="slot: expected a number below 5"):
+        mixed_layer(8, 8).add_adapter("x", torch.ones(2, 8), torch.ones(8, 2), slot=slot)
+
+
+def test_a_bad_adapter_dtype_leaves_the_linear_as_it_was() -> None:
+    linear = nn.Linear(4, 4)
+    for cls in (LoRALinear, MultiLoRALinear):
+        for dtype in (torch.int8, torch.float64, "float32"):
+            with pytest.raises(TypeError, match="adapter_dtype: expected"):
+                cls.from_linear(linear, adapter_dtype=dtype)
+    assert linear.weight.requires_grad
+
+
+def test_a_merged_layer_refuses_another_state() -> None:
+    layer, other = trained(nn.Linear(8, 8)), trained(nn.Linear(8, 8))
+    before = layer.weight.clone()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="expected an unmerged layer, got a merged one"):
+        layer.load_state_dict(other.state_dict())
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_overlapping_weights_are_not_merged() -> None:
+    A, B = torch.ones(1, 4), torch.ones(4, 1)
+    for weight in (torch.ones(1, 4).expand(4, 4), torch.ones(7).as_strided((4, 4), (1, 1))):
+        before = weight.clone()
+        with pytest.raises(ValueError, match="weight: expected elements that do not overlap"):
+            peftk.functional.merge_(weight, A, B)
+        assert torch.equal(weight, before)
+    transposed = torch.randn(5, 4).t()
+    before = transposed.clone()
+    peftk.functional.unmerge_(transposed, peftk.functional.merge_(transposed, torch.ones(1, 5), B))
+    assert torch.equal(transposed, before)
+
+
+def test_compile_without_ids_is_the_base_layer() -> None:
+    torch._dynamo.reset()
+    layer, x = mixed_layer(8, 8), torch.randn(2, 8)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))

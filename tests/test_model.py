@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+import threading
+import time
 
 import pytest
 import torch
@@ -87,6 +90,10 @@ def test_no_match_changes_nothing() -> None:
         ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
         ({"lora_dropout": 1.0}, "lora_dropout: expected"),
         ({"target_modules": []}, "target_modules: expected"),
+        ({"target_modules": 123}, "target_modules: expected names, a regular expression"),
+        ({"target_modules": "["}, "target_modules: expected a regular expression"),
+        ({"rank_pattern": {"[": 3}}, r"rank_pattern\['\['\]: expected a regular expression"),
+        ({"lora_dropout": "a"}, "lora_dropout: expected"),
     ],
 )
 def test_bad_configs(fields: dict, message: str) -> None:  # type: ignore[type-arg]
@@ -181,21 +188,152 @@ def test_routes_expand_beams_and_reject_other_batches(tmp_path: pathlib.Path) ->
         server.ids("a")
 
 
-def test_activation_checkpointing_remembers_the_route(tmp_path: pathlib.Path) -> None:
-    model = small_model()
-    peftk.inject(model, LoraConfig(r=2, target_modules=["query"]))
-    with_random_B(model)
-    peftk.save_adapter(model, tmp_path)
+def two_adapters(tmp_path: pathlib.Path) -> tuple[nn.Module, MultiAdapter]:
     base = small_model()
     server = MultiAdapter(base)
-    server.load("a", tmp_path)
-    x = torch.randn(3, 16, requires_grad=True)
-    with server.route(["a", None, "a"]):
-        plain = base(x)
-        saved = torch.utils.checkpoint.checkpoint(base, x, use_reentrant=False)
-    (expected,) = torch.autograd.grad(plain.square().sum(), x)
-    (actual,) = torch.autograd.grad(saved.square().sum(), x)
-    torch.testing.assert_close(actual, expected)
+    for number, name in enumerate(("alice", "bob")):
+        model = small_model()
+        peftk.inject(model, LoraConfig(r=2 + number, target_modules=["query", "dense"]))
+        with_random_B(model, number)
+        peftk.save_adapter(model, tmp_path / name)
+        server.load(name, tmp_path / name)
+    return base, server
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_activation_checkpointing_remembers_each_forwards_route(
+    tmp_path: pathlib.Path, use_reentrant: bool, mode: str
+) -> None:
+    base, server = two_adapters(tmp_path)
+    base.train(mode == "train")
+    if use_reentrant and mode == "eval":
+        pytest.skip("a reentrant checkpoint runs forward without gradients, as inference does; it is for training")
+
+    def run(x: torch.Tensor, checkpointed: bool) -> torch.Tensor:
+        if not checkpointed:
+            return base(x).square().sum()
+        return torch.utils.checkpoint.checkpoint(base, x, use_reentrant=use_reentrant).square().sum()
+
+    def grads(checkpointed: bool, others: list[str | None] | None) -> list[torch.Tensor]:
+        inputs = [torch.full((3, 16), 0.1 * n, requires_grad=True) for n in range(1, 4)]
+        losses = []
+        for x, names in zip(inputs, (["alice"] * 3, ["bob", None, "alice"]), strict=False):
+            with server.route(names):
+                losses.append(run(x, checkpointed))
+        losses.append(run(inputs[2], checkpointed))  # outside of any route
+        # a backward may run outside of a route, or while another batch is routed
+        with server.route(others) if others is not None else contextlib.nullcontext():
+            sum(losses).backward()
+        return [x.grad for x in inputs]
+
+    expected = grads(False, None)
+    for others in (None, ["bob", "bob", "bob"]):
+        for actual, wanted in zip(grads(True, others), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_nested_checkpoints_remember_the_route(tmp_path: pathlib.Path) -> None:
+    base, server = two_adapters(tmp_path)
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(base, x, use_reentrant=False)
+
+    x, y = torch.ones(2, 16, requires_grad=True), torch.ones(2, 16, requires_grad=True)
+    with server.route(["bob", "alice"]):
+        plain, nested = base(x).square().sum(), checkpoint(inner, y, use_reentrant=False).square().sum()
+    plain.backward()
+    with server.route([None, None]):
+        nested.backward()
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+def test_loading_and_unloading_do_not_disturb_a_graph_or_a_table_in_use(tmp_path: pathlib.Path) -> None:
+    base, server = two_adapters(tmp_path)
+    x = torch.randn(2, 16, requires_grad=True)
+    with server.route(["alice", "bob"]):
+        loss = base(x).square().sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    server.load("carol", tmp_path / "bob")
+    server.unload("alice")
+    server.load("dave", tmp_path / "bob")  # would take alice's pages, if nobody held them
+    (actual,) = torch.autograd.grad(loss, x)
+    assert torch.equal(actual, expected)
+
+
+def test_serving_threads_never_see_half_an_adapter(tmp_path: pathlib.Path) -> None:
+    paths = {}
+    for name, value in (("one", 1.0), ("thousand", 1000.0)):
+        model = nn.ModuleDict({"fc": nn.Linear(64, 64, bias=False)})
+        peftk.inject(model, LoraConfig(r=16, lora_alpha=16, target_modules=["fc"]))
+        nn.init.constant_(model["fc"].lora_A, 1 / 1024)
+        nn.init.constant_(model["fc"].lora_B, value)
+        paths[name] = tmp_path / name
+        peftk.save_adapter(model, paths[name])
+    base = nn.ModuleDict({"fc": nn.Linear(64, 64, bias=False)})
+    nn.init.zeros_(base["fc"].weight)
+    server = MultiAdapter(base, max_adapters=2)
+    server.load("tenant", paths["one"])
+    seen: set[float] = set()
+    stop = threading.Event()
+
+    def serve() -> None:
+        x = torch.ones(256, 64)
+        ids = torch.zeros(256, dtype=torch.int32)
+        while not stop.is_set():
+            try:
+                seen.update(base["fc"](x, ids).flatten().tolist())
+            except ValueError:  # between unload and load the slot is empty
+                continue
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for turn in range(150):
+        server.unload("tenant")
+        server.load("tenant", paths["thousand" if turn % 2 == 0 else "one"])
+        time.sleep(0.003)
+    stop.set()
+    thread.join()
+    assert seen == {1.0, 1000.0}
+
+
+def test_a_padded_batch_through_torchs_encoder() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.inference_mode():
+        expected = encoder(x, src_key_padding_mask=mask)
+        peftk.inject(encoder, LoraConfig(r=2))
+        actual = encoder(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1, :3], expected[1, :3])
+
+
+def test_what_is_no_plain_linear_is_refused_and_nothing_changes() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "odd": Doubled(4, 4)})
+    with pytest.raises(TypeError, match=r"linear: expected nn.Linear's own forward, got Doubled"):
+        peftk.inject(model, LoraConfig(r=2, target_modules=["fc", "odd"]))
+    with pytest.raises(TypeError, match="adapter_dtype: expected"):
+        peftk.inject(model, LoraConfig(r=2, target_modules=["fc"], adapter_dtype=torch.int8))
+    normed = nn.ModuleDict({"fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    with pytest.raises(TypeError, match="linear: expected a weight that is a Parameter"):
+        peftk.inject(normed, LoraConfig(r=2))
+    for module in (model, normed):
+        assert all(p.requires_grad for p in module.parameters())
+        assert not any(isinstance(m, LoRALinear) for m in module.modules())
+
+
+def test_hooks_stay() -> None:
+    model, called = small_model(), []
+    model["head"].register_forward_hook(lambda *_: called.append("head"))
+    peftk.inject(model, LoraConfig(r=2, target_modules=["head"]))
+    model(torch.randn(1, 16))
+    assert called == ["head"]
 
 
 def spoil(folder: pathlib.Path, how: str) -> None:
@@ -214,6 +352,13 @@ def spoil(folder: pathlib.Path, how: str) -> None:
         config.unlink()
     elif how == "bad json":
         config.write_text("{")
+    elif how in ("pissa", "alora", "bad pattern"):
+        changes = {
+            "pissa": {"init_lora_weights": "pissa_niter_4"},
+            "alora": {"alora_invocation_tokens": [1, 2]},
+            "bad pattern": {"alpha_pattern": {"query": "much"}},
+        }
+        config.write_text(json.dumps({**fields, **changes[how]}))
     else:
         fields.update({"other method": {"peft_type": "IA3"}, "dora": {"use_dora": True}, "rank": {"r": 9}}[how])
         fields["rank_pattern"] = {}
@@ -231,6 +376,9 @@ def spoil(folder: pathlib.Path, how: str) -> None:
         ("bad json", "expected JSON"),
         ("other method", "expected peft_type 'LORA', got 'IA3'"),
         ("dora", "expected a LoRA that is s·BA alone, got use_dora=True"),
+        ("pissa", "expected a LoRA that is s·BA alone, got init_lora_weights='pissa_niter_4'"),
+        ("alora", "expected a LoRA that is s·BA alone, got alora_invocation_tokens="),
+        ("bad pattern", "expected alpha_pattern to map patterns to numbers"),
         ("rank", "expected rank 9 of adapter_config.json, got factors of 2"),
     ],
 )
