@@ -4,7 +4,7 @@
 
 Every backend accumulates in fp32 and rounds once, to x's dtype; with u the unit roundoff of that dtype
 
-    |y − y*| ≤ u·|y*| + c·√K·2⁻²⁴·(|x||W|ᵀ + |s||v||B|ᵀ + |bias|),   c = 2       (docs/numerics.md)
+    |y − y*| ≤ u·|y*| + c·√(K + R)·2⁻²⁴·(|x||W|ᵀ + |s||v||B|ᵀ + |bias| + |β|),   c = 2       (docs/numerics.md)
 
 fp64 inputs are served by the reference, in fp64.
 """
