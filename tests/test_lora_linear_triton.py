@@ -45,4 +45,6 @@ def test_cpu_tensors_are_refused_where_nothing_interprets() -> None:
     assert reason is not None
     assert "merge" in reason
     assert backends.cannot_serve("triton", call._replace(device="cuda")) is None
-    assert "float64" in str(backends.cannot_serve("triton", call._replace(device="cuda", x_dtype=torch.float64)))
+    for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
+        mix = call._replace(device="cuda", x_dtype=x, weight_dtype=weight)
+        assert word in str(backends.cannot_serve("triton", mix))

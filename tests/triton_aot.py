@@ -27,6 +27,7 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int  # bytes of stack: registers that did not fit
     shared: int
+    tensor_memory: int  # columns; Triton compiles a trap where they are more than there are
     assembly: str  # PTX, or AMD's assembly
 
 
@@ -74,17 +75,19 @@ def compiling(target: int | str, module: Any, kernels: tuple[str, ...]) -> Itera
 
 def _inspect(kernel: Any) -> Compiled:
     name, shared = kernel.metadata.name, kernel.metadata.shared
+    tensor_memory = getattr(kernel.metadata, "tmem_size", 0)  # AMD has none
     if "cubin" not in kernel.asm:
         assembly = kernel.asm["amdgcn"]
         counts = {
             k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)
         }
         spilled = 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
-        return Compiled(name, counts["vgpr_count"], spilled, shared, assembly)
+        return Compiled(name, counts["vgpr_count"], spilled, shared, tensor_memory, assembly)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         command = [_CUOBJDUMP, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return Compiled(name, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), shared, kernel.asm["ptx"])
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    return Compiled(name, int(found["REG"]), spilled, shared, tensor_memory, kernel.asm["ptx"])

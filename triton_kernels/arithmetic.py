@@ -1,8 +1,8 @@
 """Products, activations and roundings that say exactly what they round.
 
-Under TRITON_INTERPRET=1 two things
-are emulated, so that tests see the rounding points of the compiled kernels: operands widen before `tl.dot` (the
-interpreter's 16-bit dots are wrong), and fp32 → bf16 rounds to nearest even (the interpreter truncates).
+Under TRITON_INTERPRET=1 two things are emulated, so that tests see the rounding points of the compiled kernels:
+operands widen before `tl.dot` (the interpreter's 16-bit dots are wrong), and fp32 → bf16 rounds to nearest even (the
+interpreter truncates).
 """
 
 import triton
@@ -22,38 +22,30 @@ def dot_terms(a, b, acc):
     """acc + a·b on the bf16 tensor cores for factors of any dtype, each product exact.
 
     A factor is cut into bf16 terms that add up to it exactly: 3 for fp32 (24 = 3 · 8 significant bits), 2 for fp16
-    (11 = 8 + 3). Every pair of terms is multiplied, small ones first. 3 products (fp32 · bf16) to 9 (fp32 · fp32) of a
-    kind that runs about 15 times as fast as fp32 products without tensor cores.
+    (11 = 8 + 3). Every pair of terms is multiplied: 3 products (fp32 · bf16) to 9 (fp32 · fp32) of a kind that runs
+    about 15 times as fast as fp32 products without tensor cores.
     """
     if a.dtype == tl.bfloat16:
-        acc = _dot_bf16(a, b, acc)
+        acc = _dot_term(a, b, acc)
     else:
-        wide = a.to(tl.float32)
-        high = _leading(wide)
-        rest = _remainder(wide, high)
-        if a.dtype == tl.float32:
-            middle = _leading(rest)
-            acc = _dot_bf16((rest - middle).to(tl.bfloat16), b, acc)
-            rest = middle
-        acc = _dot_bf16(rest.to(tl.bfloat16), b, acc)
-        acc = _dot_bf16(high.to(tl.bfloat16), b, acc)
+        rest = a.to(tl.float32)
+        for _ in tl.static_range(3 if a.dtype == tl.float32 else 2):
+            term = leading(rest)
+            acc = _dot_term(term.to(tl.bfloat16), b, acc)
+            rest = remainder(rest, term)
     return acc
 
 
 @triton.jit
-def _dot_bf16(a, b, acc):
+def _dot_term(a, b, acc):
     if b.dtype == tl.bfloat16:
         acc = _mma(a, b, acc)
     else:
-        wide = b.to(tl.float32)
-        high = _leading(wide)
-        rest = _remainder(wide, high)
-        if b.dtype == tl.float32:
-            middle = _leading(rest)
-            acc = _mma(a, (rest - middle).to(tl.bfloat16), acc)
-            rest = middle
-        acc = _mma(a, rest.to(tl.bfloat16), acc)
-        acc = _mma(a, high.to(tl.bfloat16), acc)
+        rest = b.to(tl.float32)
+        for _ in tl.static_range(3 if b.dtype == tl.float32 else 2):
+            term = leading(rest)
+            acc = _mma(a, term.to(tl.bfloat16), acc)
+            rest = remainder(rest, term)
     return acc
 
 
@@ -66,13 +58,13 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def _leading(t):
+def leading(t):
     """The first 8 significant bits of fp32 t: a bf16 value, cut and not rounded, so that it cannot overflow."""
     return (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _remainder(t, high):
+def remainder(t, high):
     """t - high, exact; 0 for an infinite t, whose first term carries it."""
     return tl.where(t == high, 0.0, t - high)
 

@@ -38,7 +38,7 @@ def shared_memory(target: int | str) -> int:
     """Bytes of shared memory that one block may use."""
     if isinstance(target, str):
         return 64 * 1024  # CDNA's LDS; the interpreter has no limit
-    return _SHARED.get(target, 64 if target < 80 else 99) * 1024
+    return _SHARED.get(target, 99) * 1024
 
 
 def options(target: int | str) -> dict[str, int | bool]:
@@ -46,8 +46,8 @@ def options(target: int | str) -> dict[str, int | bool]:
     if target == "interpreter":
         return {}
     fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
-    # Left alone, ptxas spills a few registers in order to fit one more block on a processor.
-    return fused if target == "hip" else {**fused, "maxnreg": 255}
+    # Left alone, ptxas spills in order to fit one more block on a processor; told 255, it spills where it needs 184.
+    return fused if target == "hip" else {**fused, "maxnreg": 248}
 
 
 def expand(
@@ -69,26 +69,26 @@ def expand(
         block = Expand(16, 64, 128, 8, True, 4, 4)
     elif M <= 64 or (many and M <= 256):
         block = Expand(64, 32, 128, 8, True, 4, 4)
-    elif many and target in _FACTORS_IN_SHARED:
-        block = Expand(128, 128, 64, 8, False, 8, 4)
-    elif target in _FACTORS_IN_SHARED or (not many and shared_memory(target) > 100 * 1024):
+    elif target in _FACTORS_IN_SHARED and not many:
         block = Expand(128, 256, 64, 8, False, 8, 4)
     else:
-        block = Expand(64, 128, 64, 8, False, 4, 3)
+        block = Expand(128, 128, 64 if shared_memory(target) > 100 * 1024 else 32, 8, False, 8, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + block.BLOCK_N * weight_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target), BY_ROW=many and block.BY_ROW)
 
 
 def shrink(
-    M: int, wide: bool, dropout: bool, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str
+    M: int, many: bool, wide: bool, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str
 ) -> Shrink:
-    """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time."""
+    """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time.
+
+    many: by row, 8 warps have half of the values each.
+    """
     if target == "interpreter":
         return Shrink(16, 32, 4, 1)
-    # single loads, fp32 products, factors cut into terms and the generator's words live in registers
-    simple = wide and x_dtype == adapter_dtype
-    direct = simple and not dropout and x_dtype != torch.float32
-    block = Shrink(32 if simple and M > 1024 else 16, 128 if direct else 32, 4, 4)
+    # single loads, fp32 products and factors cut into terms live in registers
+    direct = wide and x_dtype == adapter_dtype and x_dtype != torch.float32
+    block = Shrink(32 if direct and M > 1024 else 16, 128 if direct else 64 if wide else 32, 8 if many else 4, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 

@@ -3,7 +3,13 @@
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from peftk import table
+
+PAGE = tl.constexpr(table.PAGE)
 
 
 class Segments(NamedTuple):
@@ -20,3 +26,17 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     sorted_ids, order = torch.sort(ids.to(torch.int32).masked_fill(outside, -1), stable=True)
     every = torch.arange(-1, adapters, dtype=torch.int32, device=ids.device)
     return Segments(order, sorted_ids, torch.searchsorted(sorted_ids, every, right=True, out_int32=True))
+
+
+@triton.jit
+def rows_at(position, order, M, MANY: tl.constexpr):
+    """The original rows (int64) at sorted positions; positions from M on get a row that exists."""
+    place = tl.minimum(position, M - 1)
+    return tl.load(order + place) if MANY else place.to(tl.int64)
+
+
+@triton.jit
+def segment_heads(position, id, ids, BLOCK_M: tl.constexpr):
+    """True at the first row of each segment of a block, base rows excepted."""
+    before = tl.load(ids + position - 1, mask=(tl.arange(0, BLOCK_M) > 0) & (id >= 0), other=-1)
+    return (id >= 0) & (id != before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -35,9 +36,14 @@ def cannot_serve(call: Call) -> str | None:
         return f"no Triton kernel for {call.op}"
     if call.device != _DEVICE:
         return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
-    for dtype in (call.x_dtype, call.weight_dtype, call.adapter_dtype):
-        if dtype is not None and dtype not in kernels.DTYPES:
+    dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None}
+    for dtype in dtypes:
+        if dtype not in kernels.DTYPES:
             return f"expected float32, bfloat16 or float16, got {dtype}"
+    if {torch.bfloat16, torch.float16} <= dtypes:
+        return "no kernel for bfloat16 and float16 in one call: x, weight and adapters may mix float32 with one of them"
+    if _DEVICE == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
     return None
 
 
