@@ -141,10 +141,11 @@ def test_activations(level: str, activation: str) -> None:
     check_gradients(case, 0.0)
 
 
-def check_gradients(case: Case, dropout_p: float) -> None:
+def check_gradients(case: Case, dropout_p: float, dy: Tensor | None = None) -> None:
     seed = torch.tensor([0x1234_5678_9ABC_DEF0]) if dropout_p else None
     kwargs = {"dropout_p": dropout_p, "seed": seed}
-    dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+    if dy is None:
+        dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
     _, z = forward(case, save_z=True, **kwargs)
     dx, grads = backward(case, dy, z, **kwargs)
     dx64, grads64, dx_magnitude, magnitudes, terms = expected_grads(case, dy, **kwargs)
@@ -156,6 +157,50 @@ def check_gradients(case: Case, dropout_p: float) -> None:
             assert (grad is None) == (getattr(wanted, name) is None), name
             if grad is not None:
                 numerics.check(grad, getattr(wanted, name), getattr(magnitude, name), terms)
+
+
+# Rounding errors of terms that are alike, or all of one sign, don't cancel.
+def filled(kind: str, *shape: int, value: float = 0.7) -> Tensor:
+    if kind == "constant":
+        return torch.full(shape, value)
+    if kind == "rows of one":
+        return torch.rand(1, shape[1]).expand(shape)  # stride 0
+    if kind == "columns of one":
+        return torch.rand(shape[0], 1).expand(shape)
+    return torch.rand(shape)  # positive
+
+
+KINDS = ("constant", "rows of one", "columns of one", "positive")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("K", [64, 128, 256, 1024, 4096, 16384])
+def test_long_sums_of_like_terms(level: str, kind: str, K: int) -> None:
+    weight, bias = filled(kind, 35, K), torch.ones(35)
+    for M in (2, 8, 64):
+        x = filled(kind, M, K, value=0.3)
+        for w in (weight, weight.t().contiguous().t()):
+            check(Case(x, w, bias, (None,), None))
+            check(Case(x, w, bias, (Adapter((filled(kind, 3, K),), (filled(kind, 35, 3),), 0.7),), None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_ranks_of_like_terms(level: str, kind: str) -> None:
+    one = Adapter((filled(kind, 512, 16, value=0.3).contiguous(),), (filled(kind, 35, 512),), 1.0)
+    for M in (1, 2, 40):
+        x, weight = filled(kind, M, 16, value=1.1), torch.zeros(35, 16)
+        check(Case(x, weight, None, (one,), None))
+        check(Case(x, weight, None, (one,), torch.zeros(M, dtype=torch.int32)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("M", "N"), [(4096, 24), (300, 24), (20, 4096), (2, 1024), (70_000, 3)])
+def test_gradients_of_like_terms(level: str, kind: str, M: int, N: int) -> None:
+    K = 40 if M < 10_000 else 2
+    x, weight, dy = filled(kind, M, K, value=0.3), filled(kind, N, K), filled(kind, M, N, value=1.1)
+    one = Adapter((filled(kind, 5, K),), (filled(kind, N, 5),), 0.7, "identity", torch.ones(5), torch.ones(N))
+    check_gradients(Case(x, weight, None, (one,), None), 0.0, dy)
+    check_gradients(Case(x, weight, None, (one,), None), 0.0, torch.ones(M, N))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,3 +127,58 @@ def test_small_calls_stay_on_their_thread() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
     assert done.stdout.decode().strip() == "0"
+
+
+OUT_OF_MEMORY = """
+import resource, torch
+from peftk.backends import cpu
+from peftk.table import Adapter
+from tests.test_threads import run
+torch.set_num_threads(4)
+expected = run()
+x, weight, rank = torch.ones(64, 32), torch.ones(4096, 32), 60_000
+adapter = Adapter((torch.ones(1, 32).expand(rank, 32),), (torch.ones(1, 1).expand(4096, rank),), 1.0)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for spare in (4, 20):  # MiB: too little for v, for a block of any thread
+    resource.setrlimit(resource.RLIMIT_AS, (used + (spare << 20), resource.RLIM_INFINITY))
+    try:
+        cpu.lora_linear(x, weight, None, adapter)
+        print("served")
+    except MemoryError:
+        print("MemoryError", torch.equal(run(), expected))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(torch.equal(run(), expected))
+"""
+
+
+def test_memory_that_a_worker_lacks_is_a_memory_error() -> None:
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["MemoryError True"] * 2 + ["True"]
+
+
+def compiled(folder: Path, *flags: str) -> Path:
+    """tests/cpp/thread_pool.cpp as a program. Skips where the compiler is missing or can't do `flags`."""
+    cxx = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(cxx[0]) is None:
+        pytest.skip(f"no C++ compiler: {cxx[0]}")
+    command = [*cxx, "-std=c++17", "-O1", "-g", "-pthread", *flags, "-o"]
+    empty = folder / "empty"
+    probe = subprocess.run([*command, empty, "-x", "c++", "-"], input="int main() {}", capture_output=True, text=True)
+    if probe.returncode or subprocess.run([empty], capture_output=True).returncode:
+        pytest.skip(f"{cxx[0]} {' '.join(flags)}: no program that runs here")
+    root = Path(__file__).parent.parent
+    sources = [root / "tests/cpp/thread_pool.cpp", root / "csrc/cpu/thread_pool.cpp", root / "csrc/cpu/scratch.cpp"]
+    program = folder / "thread_pool"
+    subprocess.run([*command, program, f"-I{root / 'csrc'}", *sources], check=True)
+    return program
+
+
+@pytest.mark.parametrize("flags", [(), ("-fsanitize=thread",)])
+def test_the_pool_by_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    options = {"TSAN_OPTIONS": "die_after_fork=0 allocator_may_return_null=1"}
+    done = subprocess.run(
+        [compiled(tmp_path, *flags), "2000"], env=os.environ | options, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr

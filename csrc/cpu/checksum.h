@@ -1,4 +1,5 @@
-// A checksum of a matrix's bits, and whether all its values are finite: one pass. Specification: peftk/reference/merge.py.
+// A checksum of a matrix's bits, and whether all its values are finite: one pass. Specification:
+// peftk/reference/merge.py.
 #pragma once
 
 #include <cstdint>

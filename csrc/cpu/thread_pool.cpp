@@ -5,9 +5,10 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "cpu/floating_point.h"
 
@@ -58,6 +59,10 @@ public:
         for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; spins++) {
             spins < kSpins ? pause() : std::this_thread::yield();
         }
+        if (failed_.load(std::memory_order_relaxed)) {
+            failed_.store(false, std::memory_order_relaxed);
+            std::rethrow_exception(std::exchange(failure_, nullptr));
+        }
     }
 
     int workers() const { return workers_.load(std::memory_order_relaxed); }
@@ -70,12 +75,12 @@ private:
         if (now >= wanted) return;
         sigset_t all, before;
         sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all,
-                        &before);  // workers inherit it: signals are the program's own threads' affair
+        // Workers inherit the mask: signals are the program's own threads' affair.
+        pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
             for (; now < wanted; now++) std::thread(&Pool::work, this).detach();
-        } catch (const std::system_error&) {
-            // The system gives no more threads: the caller and those that exist do the work.
+        } catch (const std::exception&) {
+            // The system gives no more threads, or no memory for them: the caller and those that exist do the work.
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         workers_.store(now, std::memory_order_relaxed);
@@ -84,8 +89,14 @@ private:
     void take_tasks() {
         const DefaultFloatingPoint mode;
         const Job& job = job_;
-        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
-            job.body(job.context, task);
+        try {
+            for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
+                job.body(job.context, task);
+            }
+        } catch (...) {
+            // The first failure goes to the caller; tasks that nobody has begun are left alone.
+            next_.store(job.tasks, std::memory_order_relaxed);
+            if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
         }
     }
 
@@ -129,6 +140,8 @@ private:
     Job job_{};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> state_{0};  // job number · 2^32, kOpen, workers inside
+    std::atomic<bool> failed_{false};
+    std::exception_ptr failure_;  // written by who set failed_, read by the caller when nobody is inside
     std::atomic<int> workers_{0}, sleepers_{0};
     std::mutex mutex_;
     std::condition_variable wake_;

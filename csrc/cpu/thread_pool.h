@@ -7,7 +7,8 @@
 //
 // Only one caller at a time has the workers. A second one, from another thread, runs its tasks by itself meanwhile: its
 // thread is a core's worth of work already, and waiting would be slower. Bodies must not call parallel_for with more
-// than one thread and must not throw.
+// than one thread. Where a body throws, tasks that nobody has begun are left out, and parallel_for throws the first
+// exception once all others have ended.
 //
 // The pool survives fork: the child starts without workers and makes its own when it needs them.
 #pragma once

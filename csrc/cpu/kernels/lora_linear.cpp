@@ -114,8 +114,7 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
     }
 }
 
-// ---- the input's prepared forms
-// --------------------------------------------------------------------------------------
+// ---- the input's prepared forms -----------------------------------------------------------------------------------
 
 // W rows of the block, from lane `first` on.
 void prepare(const Linear& op, const Shape& shape, int64_t first) {
@@ -156,8 +155,7 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
     }
 }
 
-// ---- the product with W, form by form; each leaves tile [rows, tile_row] or hands over W rows at a time
-// ---------------
+// ---- the product with W, form by form; the result is a tile [rows, columns], in the lanes form its transpose -------
 
 void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
@@ -282,8 +280,7 @@ void product_columns(const Linear& op, const Shape& shape, const Columns& column
     } while (first < shape.steps);
 }
 
-// ---- the epilogue
-// -----------------------------------------------------------------------------------------------------
+// ---- the epilogue -------------------------------------------------------------------------------------------------
 
 // Adds adapters and biases to `count` rows of fp32 results, rounds once and stores. `tile` is [count, padded].
 class Epilogue {
@@ -393,7 +390,7 @@ private:
         }
     }
 
-    // The sum of `expand` for one row, in the same order, from pages whose ranks are contiguous.
+    // `expand` for one row, from pages whose ranks are contiguous: a page is a part of the sum.
     void expand_single(int64_t position, float* row) {
         for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
             const float* v = op_.v + position * op_.v_row + 16 * page;
@@ -406,7 +403,7 @@ private:
                 for (int64_t o = 0; o < columns_.count; o += W) {
                     fetch_rows(ahead + o * next.along, next.along);
                     const T* rows = from + o * factor.along;
-                    Vec sum = load(row + o);
+                    Vec sum = zero();
                     for (int r = 0; r < ranks; r += W) {
                         if (columns_.count - o >= W && ranks - r >= W) {
                             Vec turned[W];
@@ -423,7 +420,7 @@ private:
                         transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
                         for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
                     }
-                    store(row + o, sum);
+                    store(row + o, add(load(row + o), sum));
                 }
             });
         }

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kPanel = kMaxVectors * W;
 constexpr int64_t kColumnBlock = 2 * kPanel;
 constexpr int64_t kRowChunk = 128;  // rows of x̃ or dY that are widened at a time
+constexpr int64_t kRowPart = 32;    // rows whose sum starts anew, as in `outer`
+constexpr int64_t kRowSpan = 8192;  // and a third level, for batches of any length
 
 struct Source {  // x̃ or dY
     const void* data;
@@ -24,12 +26,25 @@ struct Source {  // x̃ or dY
     const float* factor;     // s·u or s·v, [M, v_row] by position
 };
 
-// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the adapter's rows, and column_sum[j] = Σ_i source[i][first +
-// j].
-void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum,
-              float* column_sum) {
-    const int64_t padded = round_up(count, W), begin = op.order.begin(a), end = op.order.end(a);
+// sum[j] += Σ_i rows[i][j], in parts.
+void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, float* sum) {
+    for (int64_t first = 0; first < count; first += kRowPart) {
+        const int64_t last = min64(first + kRowPart, count);
+        for (int64_t j = 0; j < columns; j += W) {
+            Vec part = zero();
+            for (int64_t i = first; i < last; i++) part = add(part, load(rows + i * row + j));
+            store(sum + j, add(load(sum + j), part));
+        }
+    }
+}
+
+// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1, and below those
+// op.rank(a) rows another one, of Σ_i source[i][first + j].
+void contract_span(const Linear& op, int32_t a, const Source& source, int64_t begin, int64_t end, int64_t first,
+                   int64_t count, float* sum) {
+    const int64_t padded = round_up(count, W);
     float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
+    float* column_sum = sum + op.rank(a) * padded;
     for (int64_t j = 0; j < padded; j += W) store(column_sum + j, zero());
     int64_t row = begin;
     do {
@@ -39,8 +54,8 @@ void contract(const Linear& op, int32_t a, const Source& source, int64_t first, 
             float* to = chunk + i * padded;
             widen(at(source.data, source.dtype, m * source.row + first), source.dtype, count, to);
             if (source.dropout) drop(*source.dropout, m, source.columns, first, count, to);
-            for (int64_t j = 0; j < padded; j += W) store(column_sum + j, add(load(column_sum + j), load(to + j)));
         }
+        add_rows(chunk, padded, rows, padded, column_sum);
         const Panels panels(padded);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t j = panels.first(p);
@@ -51,10 +66,21 @@ void contract(const Linear& op, int32_t a, const Source& source, int64_t first, 
     } while (row < end);
 }
 
+// The same over all of the adapter's rows.
+void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
+    const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (op.rank(a) + 1) * round_up(count, W);
+    contract_span(op, a, source, begin, min64(begin + kRowSpan, end), first, count, sum);
+    for (int64_t row = begin + kRowSpan; row < end; row += kRowSpan) {
+        float* span = scratch_of<float>(kWeightSlot, size);
+        contract_span(op, a, source, row, min64(row + kRowSpan, end), first, count, span);
+        for (int64_t i = 0; i < size; i += W) store(sum + i, add(load(sum + i), load(span + i)));
+    }
+}
+
 void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
     const int64_t padded = round_up(count, W), rank = op.rank(a);
     float* sum = scratch_of<float>(kTileSlot, (rank + 1) * padded);
-    contract(op, a, x, first, count, sum, sum + rank * padded);
+    contract(op, a, x, first, count, sum);
     const int dtype = op.adapters.dtype;
     for (int64_t r = 0; r < rank; r++) narrow(sum + r * padded, count, at(to, dtype, r * x.columns + first), dtype);
 }
@@ -62,10 +88,9 @@ void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t firs
 void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bias, int64_t first, int64_t count) {
     const int64_t padded = round_up(count, W), rank = op.rank(a), ranks = round_up(rank, W);
     float* sum = scratch_of<float>(kTileSlot, (ranks + 1) * padded);
-    float* column_sum = sum + ranks * padded;
-    contract(op, a, dy, first, count, sum, column_sum);
+    contract(op, a, dy, first, count, sum);
     const int dtype = op.adapters.dtype;
-    if (to_bias) narrow(column_sum, count, at(to_bias, dtype, first), dtype);
+    if (to_bias) narrow(sum + rank * padded, count, at(to_bias, dtype, first), dtype);
     if (!to) return;
     float* turned = scratch_of<float>(kAccumulatorSlot, padded * ranks);
     for (int64_t r = 0; r < ranks; r += W) {
@@ -75,11 +100,14 @@ void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bi
 }
 
 void grad_rank_bias(const Linear& op, int32_t a, void* to) {
-    const int64_t rank = op.rank(a);
-    float* sum = scratch_of<float>(kTileSlot, round_up(rank, W));
-    for (int64_t r = 0; r < rank; r++) sum[r] = 0;
-    for (int64_t i = op.order.begin(a); i < op.order.end(a); i++) {
-        for (int64_t r = 0; r < rank; r++) sum[r] += op.v[i * op.v_row + r];
+    const int64_t rank = op.rank(a), padded = round_up(rank, W), end = op.order.end(a);
+    float* sum = scratch_of<float>(kTileSlot, 2 * padded);
+    float* span = sum + padded;
+    for (int64_t r = 0; r < padded; r += W) store(sum + r, zero());
+    for (int64_t row = op.order.begin(a); row < end; row += kRowSpan) {
+        for (int64_t r = 0; r < padded; r += W) store(span + r, zero());
+        add_rows(op.v + row * op.v_row, op.v_row, min64(kRowSpan, end - row), padded, span);
+        for (int64_t r = 0; r < padded; r += W) store(sum + r, add(load(sum + r), load(span + r)));
     }
     narrow(sum, rank, to, op.adapters.dtype);
 }

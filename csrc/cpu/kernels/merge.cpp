@@ -6,9 +6,6 @@
 
 #include "cpu/merge.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "cpu/kernels/vec.h"
 #include "cpu/scratch.h"
 
@@ -22,6 +19,9 @@ constexpr int kTileRows = W == 16 ? 4 : W == 8 ? 6 : 2;
 // A's share of the second-level cache: a panel of column groups that all rows of a task use before the next.
 constexpr int64_t kPanelFloats = 1 << 13;
 
+PEFTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PEFTK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 typedef uint32_t Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * W)));
 typedef int16_t Halves __attribute__((vector_size(2 * W)));
@@ -30,7 +30,7 @@ typedef int8_t Codes __attribute__((vector_size(W)));
 // fl(b * a + t), which the baseline of an architecture may have in software only.
 PEFTK_INLINE Vec exact_fma(Vec b, Vec a, Vec t) {
 #if PEFTK_LEVEL_NUMBER == 0
-    for (int i = 0; i < W; i++) t[i] = std::fma(b[i], a[i], t[i]);
+    for (int i = 0; i < W; i++) t[i] = __builtin_fmaf(b[i], a[i], t[i]);
     return t;
 #else
     return fma(b, a, t);
@@ -204,9 +204,9 @@ static void row_of_tiles(const MergeArgs& args, const float* packed, const float
 template <class T, bool kUnmerge>
 static void rows_of(const MergeArgs& args, const float* packed, int64_t first_row, int64_t rows, const float* b) {
     const int64_t groups = (args.K + kMergeGroup - 1) / kMergeGroup;
-    const int64_t panel = std::max<int64_t>(1, kPanelFloats / (args.R * kMergeGroup));
+    const int64_t panel = larger(1, kPanelFloats / (args.R * kMergeGroup));
     for (int64_t first = 0; first < groups; first += panel) {
-        const int64_t last = std::min(first + panel, groups);
+        const int64_t last = smaller(first + panel, groups);
         int64_t i = 0;
         for (; i + kTileRows <= rows; i += kTileRows) {
             row_of_tiles<T, kUnmerge, kTileRows>(args, packed, b + i * args.R, first_row + i, first, last);
@@ -247,11 +247,11 @@ static void rows_of(const MergeArgs& args, const float* packed, int64_t first_ro
 }  // namespace
 
 void merge_pack(const MergeArgs& args, int64_t group, float* packed) {
-    const int64_t column = group * kMergeGroup, columns = std::min(kMergeGroup, args.K - column);
+    const int64_t column = group * kMergeGroup, columns = smaller(kMergeGroup, args.K - column);
     for (int64_t r = 0; r < args.R; r++) {
         float* to = packed + (group * args.R + r) * kMergeGroup;
         widen(args.lora_A, args.adapter_dtype, r * args.K + column, to, columns);
-        std::fill(to + columns, to + kMergeGroup, 0.0f);
+        for (int64_t j = columns; j < kMergeGroup; j++) to[j] = 0;
     }
 }
 

@@ -3,8 +3,9 @@
 // outer: lanes are `vectors` registers of one operand, the other is broadcast: c[i][lane] += Σ_s b[i][s] l[s][lane].
 // dot:   lanes run along the contraction: out[i][j] = Σ_k x[i][k] w[j][k].
 //
-// Every output is one chain of fma in ascending order (dot: one chain a lane, then the sum of the lanes), whatever the
-// tile it falls into: results don't depend on how the work is cut.
+// Sums have two levels: a part of the contraction is one chain of fma from zero in ascending order, and is then added
+// to the total. A single chain over thousands of terms would drift: where all terms are alike, roundings are too. Parts
+// begin at fixed places whatever the tile that an output falls into: results don't depend on how the work is cut.
 #pragma once
 
 #include "cpu/kernels/vec.h"
@@ -69,49 +70,69 @@ struct Ahead {
 };
 constexpr int kAheadLines = 16;
 
+// Steps of a part. A chain of n like terms may err by n / 3 units in the last place; docs/numerics.md allows 2 √n.
+// Results of pairs are rounded to bf16, which outweighs any of it: there a part is as long as the caller's loop.
+template <class T>
+struct OuterPart {
+    static constexpr int64_t kSteps = 32;
+};
+template <>
+struct OuterPart<Pair> {
+    static constexpr int64_t kSteps = 256;
+};
+
 template <class T, int kRows, int kVectors>
 static void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row, bool fresh,
                        Ahead ahead) {
     Vec acc[kRows][kVectors];
-    // every loop over the tile must be unrolled: an index that is not a constant would put the tile in memory
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) acc[i][v] = zero();
-    }
-    if (!fresh) {
+    const T* rows = b.data;
+    int64_t s = 0;
+    do {
+        // every loop over the tile must be unrolled: an index that is not a constant would put the tile in memory
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) acc[i][v] = load(c + i * c_row + v * W);
+            for (int v = 0; v < kVectors; v++) acc[i][v] = zero();
         }
-    }
-    const T* rows = b.data;
-    for (int64_t s = 0; s < steps; ahead.rows += ahead.rows_step) {
-        const char* line = ahead.rows;
-        for (const int64_t stop = s + kAheadLines < steps ? s + kAheadLines : steps; s < stop; s++) {
-            decltype(load_lanes(l)) lanes[kVectors];
+        const int64_t end = s + OuterPart<T>::kSteps < steps ? s + OuterPart<T>::kSteps : steps;
+        for (; s < end; ahead.rows += ahead.rows_step) {
+            const char* line = ahead.rows;
+            for (const int64_t stop = s + kAheadLines < end ? s + kAheadLines : end; s < stop; s++) {
+                decltype(load_lanes(l)) lanes[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; v++) lanes[v] = load_lanes(l + v * W);
+                for (int v = 0; v < kVectors; v++) lanes[v] = load_lanes(l + v * W);
+#pragma GCC unroll 16
+                for (int i = 0; i < kRows; i++) {
+                    const auto value = broadcast(rows + i * b.row);
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; v++) acc[i][v] = accumulate(value, lanes[v], acc[i][v]);
+                }
+                __builtin_prefetch(line, 0, 2);
+                __builtin_prefetch(ahead.lanes, 0, 3);
+                line += 64;
+                ahead.lanes += ahead.lanes_step;
+                rows += b.step;
+                l += l_step;
+            }
+        }
+        if (fresh) {
 #pragma GCC unroll 16
             for (int i = 0; i < kRows; i++) {
-                const auto value = broadcast(rows + i * b.row);
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; v++) acc[i][v] = accumulate(value, lanes[v], acc[i][v]);
+                for (int v = 0; v < kVectors; v++) store(c + i * c_row + v * W, acc[i][v]);
             }
-            __builtin_prefetch(line, 0, 2);
-            __builtin_prefetch(ahead.lanes, 0, 3);
-            line += 64;
-            ahead.lanes += ahead.lanes_step;
-            rows += b.step;
-            l += l_step;
-        }
-    }
+        } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
+            for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; v++) store(c + i * c_row + v * W, acc[i][v]);
-    }
+                for (int v = 0; v < kVectors; v++) {
+                    float* total = c + i * c_row + v * W;
+                    store(total, add(load(total), acc[i][v]));
+                }
+            }
+        }
+        fresh = false;
+    } while (s < steps);
 }
 
 template <class T, int kRows, int kVectors>
@@ -175,15 +196,16 @@ struct DotStep<bf16, bf16> {
 };
 #endif
 
-// A part of the contraction: its accumulators come from the part before and go to the next one, or out as sums.
+// A part of the contraction: its sums are added to the lanes' totals, or out they go.
 struct Part {
     int64_t first, last;  // elements
     bool starts, ends;
 };
-constexpr int64_t kDotPart = 4096;  // bytes of a row of w
+constexpr int64_t kDotPart = 64;       // steps: the rows of w stay in L1 while the other tiles of tokens take them
+constexpr int64_t kLongPart = 32 * W;  // for one tile: as many as W chains side by side allow, for n = W * kLongPart
 
 template <class T, class U, int kTokens, int kRows>
-static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* kept, float* out,
+static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total, float* out,
                      int64_t out_row, const U* ahead) {
     typedef DotStep<T, U> Step;
     Vec acc[kTokens][kRows];
@@ -191,13 +213,6 @@ static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& p
     for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) acc[i][j] = zero();
-    }
-    if (!part.starts) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kTokens; i++) {
-#pragma GCC unroll 8
-            for (int j = 0; j < kRows; j++) acc[i][j] = kept[i * kRows + j];
-        }
     }
     const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
         decltype(load_first(x[0])) first[kTokens];
@@ -227,11 +242,18 @@ static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& p
         add_products([&](const T* p) { return Step::first_n(p + k, rest); },
                      [&](const U* p) { return Step::second_n(p + k, rest); });
     }
+    if (!part.starts) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
+            for (int j = 0; j < kRows; j++) acc[i][j] = add(total[i * kRows + j], acc[i][j]);
+        }
+    }
     if (!part.ends) {
 #pragma GCC unroll 8
         for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 8
-            for (int j = 0; j < kRows; j++) kept[i * kRows + j] = acc[i][j];
+            for (int j = 0; j < kRows; j++) total[i * kRows + j] = acc[i][j];
         }
         return;
     }
@@ -244,31 +266,30 @@ static void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& p
 
 // `ahead` are rows that will be wanted next; the first tile fetches them, the others only touch what is there.
 template <class T, class U, int kTokens, int kRows>
-static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* kept,
+static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total,
                        float* out, int64_t out_row, const U* ahead) {
     for (; tokens >= kTokens; tokens -= kTokens) {
-        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, kept, out, out_row, ahead);
+        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead);
         x += kTokens;
-        kept += kTokens * kRows;
+        total += kTokens * kRows;
         out += kTokens * out_row;
         ahead = w;
     }
     if constexpr (kTokens > 1) {
-        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, kept, out, out_row, ahead);
+        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
     }
 }
 
 template <class T, class U, int kRows>
 static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
                      int64_t out_row, const U* ahead) {
-    Vec kept[kMostDotTokens * kRows];
-    // Tiles of tokens share the rows of w, which must then stay in L1.
-    const int64_t length = tokens <= kDotTokens ? K : kDotPart / int64_t(sizeof(U));
+    Vec total[kMostDotTokens * kRows];
+    const int64_t length = (tokens <= kDotTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
     int64_t first = 0;
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, kept, out, out_row, ahead);
+        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
         first += length;
     } while (first < K);
 }
