@@ -296,6 +296,18 @@ def test_cannot_serve_names_the_reason() -> None:
     assert "not on cuda" in str(cpu.cannot_serve(call._replace(device="cuda")))
 
 
+def test_describe_says_which_form_serves(level: str, threads: None) -> None:
+    torch.set_num_threads(2)
+    half = torch.bfloat16
+    call = Call("lora_linear", "cpu", half, half, half, 4, 1024, 1024, 16, 1)
+    simd = f"{level} (bf16 pairs)" if level == "avx512_bf16" else level
+    assert cpu.describe(call) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
+    assert "lanes form" in cpu.describe(call._replace(M=64))
+    assert "columns form" in cpu.describe(call._replace(op="multi_lora_linear_backward"))
+    assert f"dot form, {level}, 1 thread" in cpu.describe(call._replace(x_dtype=torch.float32, M=1, K=64))
+    assert "merge" in cpu.describe(call._replace(op="merge"))
+
+
 def test_simd_level_is_chosen_by_environment() -> None:
     script = "from peftk import _cpu; print(_cpu.simd_level())"
     for name in LEVELS:

@@ -15,8 +15,7 @@ namespace peftk {
 
 namespace {
 
-// ---- SIMD levels
-// ------------------------------------------------------------------------------------------------------
+// ---- SIMD levels --------------------------------------------------------------------------------------------------
 
 py::list simd_levels() {
     py::list names;
@@ -32,8 +31,7 @@ void bind_levels(py::module_& m) {
     m.def("use_simd_level", use_level, "Chooses a SIMD level for the whole process.");
 }
 
-// ---- lora_linear
-// ------------------------------------------------------------------------------------------------------
+// ---- lora_linear --------------------------------------------------------------------------------------------------
 
 template <class T>
 T* address(uintptr_t value) {
@@ -129,6 +127,17 @@ void call_backward(const LinearArgs& forward, const Adapters& adapters, uintptr_
 }
 
 void bind_lora_linear(py::module_& m) {
+    m.def(
+        "plan",
+        [](int64_t M, int64_t N, int64_t K, int x_dtype, int64_t weight_n, int64_t weight_k, int weight_dtype,
+           int threads, bool backward) {
+            const LinearArgs args =
+                linear_args(M, N, K, 0, K, x_dtype, 0, weight_n, weight_k, weight_dtype, 0, 0, threads);
+            Plan plan{};
+            PEFTK_CALL(level_in_use(), lora_linear_plan, (args, backward, &plan));
+            return py::make_tuple(plan.form, plan.pairs, plan.threads);
+        },
+        "Form of the product, whether it takes pairs of bf16, threads.");
     // One adapter, given by its tensors; rank 0 without biases is the base layer alone.
     m.def(
         "lora_linear", [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,

@@ -71,6 +71,14 @@ struct LinearBackwardArgs {
     const int64_t* grads;  // [count, 4]: dA [R, K], dB [N, R], da [R], dβ [N]
 };
 
+// How a call is served, for those who ask: nothing but shapes, dtypes and strides of `args` is looked at.
+struct Plan {
+    const char* form;  // dot, lanes or columns
+    bool pairs;        // of bf16, by the processor's instruction for them
+    int threads;       // at most
+};
+
+PEFTK_DECLARE(void, lora_linear_plan, (const LinearArgs& args, bool backward, Plan* plan))
 PEFTK_DECLARE(void, lora_linear, (const LinearArgs& args, const Order& order))
 PEFTK_DECLARE(void, lora_linear_backward, (const LinearBackwardArgs& args, const Order& order))
 

@@ -36,9 +36,19 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    """What serves a call, for `peftk.explain`."""
-    kernel = "merge" if call.op in ("merge", "unmerge") else "lora_linear"
-    return f"C++ {kernel} kernels at SIMD level {simd_level()}, up to {torch.get_num_threads()} threads"
+    """What serves a call, for `peftk.explain`. The weight is taken to be row-major."""
+    threads = torch.get_num_threads()
+    if call.op in ("merge", "unmerge"):
+        return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
+    x_dtype, weight_dtype = _DTYPES[call.x_dtype], _DTYPES[call.weight_dtype]
+    backward = call.op.endswith("_backward")
+    form, pairs, threads = _cpu.plan(call.M, call.N, call.K, x_dtype, call.K, 1, weight_dtype, threads, backward)
+    level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
+    return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
+
+
+def _count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def simd_level() -> str:

@@ -502,6 +502,10 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
     }
 }
 
+bool takes_pairs(const Linear& op) { return kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16; }
+
+Form form_of(const Linear& op) { return op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes; }
+
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
 int64_t block_columns(const Linear& op, Form form) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
@@ -530,8 +534,8 @@ int64_t make_groups(const Linear& op, Group* groups) {
 void run(const Linear& op) {
     if (op.M == 0) return;
     Shape shape;
-    shape.pairs = kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16;
-    shape.form = op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes;
+    shape.pairs = takes_pairs(op);
+    shape.form = form_of(op);
     shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
     shape.in_row = round_up(shape.steps, W) + kPad;
 
@@ -578,6 +582,17 @@ void run(const Linear& op) {
 }
 
 void lora_linear(const LinearArgs& args, const Order& order) { run(forward_op(args, order)); }
+
+void lora_linear_plan(const LinearArgs& args, bool backward, Plan* plan) {
+    Linear op{};
+    op.M = args.M, op.O = backward ? args.K : args.N;
+    op.in_dtype = args.x_dtype, op.weight_dtype = args.weight_dtype;
+    op.weight_c = backward ? args.weight_n : args.weight_k;
+    op.threads = useful_threads(args);
+    const char* names[] = {"dot", "lanes", "columns"};
+    const Form form = form_of(op);
+    *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form))))};
+}
 
 }  // namespace PEFTK_LEVEL
 }  // namespace peftk

@@ -70,7 +70,7 @@ struct Ahead {
 };
 constexpr int kAheadLines = 16;
 
-// Steps of a part. A chain of n like terms may err by n / 3 units in the last place; docs/numerics.md allows 2 √n.
+// Steps of a part. A chain of n like terms errs by up to n / 4 units in the last place; docs/numerics.md allows 2 √n.
 // Results of pairs are rounded to bf16, which outweighs any of it: there a part is as long as the caller's loop.
 template <class T>
 struct OuterPart {
