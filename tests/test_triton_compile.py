@@ -21,7 +21,6 @@ from tests.triton_aot import Compiled, compiling
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Mix = tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, W and the adapters
 MIXES: list[Mix] = [(BF16, BF16, BF16), (F16, F16, F16), (F32, F32, F32)]
-USUAL_MIXES: list[Mix] = [*MIXES, (BF16, BF16, F32), (F16, F16, F32)]  # PEFT's adapters are fp32
 EVERY_MIX: list[Mix] = [
     *((x, w, a) for x in (F32, BF16) for w in (F32, BF16) for a in (F32, BF16)),
     *((x, w, a) for x in (F32, F16) for w in (F32, F16) for a in (F32, F16) if F16 in (x, w, a)),
@@ -114,7 +113,7 @@ def test_compiles_between_decode_and_prefill(target: int | str, mix: Mix, M: int
 @pytest.mark.full
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
 @pytest.mark.parametrize("M", [16, 64, 4096])
-@pytest.mark.parametrize("mix", USUAL_MIXES, ids=str)
+@pytest.mark.parametrize("mix", EVERY_MIX, ids=str)
 @pytest.mark.parametrize("target", MORE_TARGETS)
 def test_compiles_for_more_targets(target: int | str, mix: Mix, M: int, many: bool) -> None:
     compiled = compile_forward(target, M, mix, many=many)

@@ -59,10 +59,10 @@ def expand(
     """
     if target == "interpreter":
         block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif x_dtype == weight_dtype == torch.float32:
-        block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
     elif not wide:
         block = Expand(64, 32, 32, 8, True, 8, 3)  # single loads, and an address for each, live in registers
+    elif x_dtype == weight_dtype == torch.float32:
+        block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
     elif x_dtype != weight_dtype:
         block = Expand(64, 64, 32, 8, True, 8, 3)  # so do factors cut into terms
     elif M <= 16:
@@ -82,13 +82,14 @@ def shrink(
 ) -> Shrink:
     """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time.
 
-    many: by row, 8 warps have half of the values each.
+    many: by row, 256 threads have 16 products each.
     """
     if target == "interpreter":
         return Shrink(16, 32, 4, 1)
     # single loads, fp32 products and factors cut into terms live in registers
     direct = wide and x_dtype == adapter_dtype and x_dtype != torch.float32
-    block = Shrink(32 if direct and M > 1024 else 16, 128 if direct else 64 if wide else 32, 8 if many else 4, 4)
+    warps = 8 if many and target != "hip" else 4  # AMD's have 64 threads
+    block = Shrink(32 if direct and M > 1024 else 16, 128 if direct else 64 if wide else 32, warps, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 
