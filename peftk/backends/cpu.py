@@ -229,7 +229,7 @@ def _merge(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride()[1] == 1 else x.contiguous()
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _ids(ids: Tensor) -> Tensor:
 
 def _one_page(adapter: Adapter | None) -> Adapter | None:
     """The same adapter with A and B as one tensor each, A's rows contiguous. Copies only what is in several pages."""
-    if adapter is None or (len(adapter.pages_A) == 1 and adapter.pages_A[0].stride(1) == 1) or not adapter.pages_A:
+    if adapter is None or (len(adapter.pages_A) == 1 and adapter.pages_A[0].stride()[1] == 1) or not adapter.pages_A:
         return adapter
     A, B = torch.cat(adapter.pages_A), torch.cat(adapter.pages_B, dim=1)
     return Adapter((A,), (B,), adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
@@ -254,13 +254,14 @@ def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) ->
     """M, N, K; x; weight; dropout; threads."""
     if dropout_p and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
+    M, K = x.shape
     n_stride, k_stride = weight.stride()
     return (
-        x.shape[0],
+        M,
         weight.shape[0],
-        x.shape[1],
+        K,
         x.data_ptr(),
-        x.stride(0),
+        x.stride()[0],
         _DTYPES[x.dtype],
         weight.data_ptr(),
         n_stride,
@@ -283,10 +284,9 @@ def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
     A, B = adapter.pages_A[0], adapter.pages_B[0]
     return (
         A.data_ptr(),
-        A.stride(0),
+        A.stride()[0],
         B.data_ptr(),
-        B.stride(0),
-        B.stride(1),
+        *B.stride(),
         A.shape[0],
         CODES[adapter.activation],
         adapter.scaling,

@@ -332,8 +332,7 @@ private:
         next_ = adapter_ + 1;
         while (next_ < op_.adapters.count && op_.order.begin(next_) == op_.order.end(next_)) next_++;
         // One row has no use for a panel: it takes the ranks as they come out of the transposition.
-        single_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !op_.backward && op_.rank(adapter_) > 0 &&
-                  op_.expand_factor(adapter_, 0).rank == 1;
+        single_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !drops() && has_dense_pages();
         for (int64_t page = 0; !single_ && 16 * page < op_.rank(adapter_); page++) {
             const Factor factor = op_.expand_factor(adapter_, page);
             const int ranks = op_.page_ranks(adapter_, page);
@@ -341,6 +340,19 @@ private:
             with_type(op_.adapters.dtype,
                       [&](auto type) { load_page<decltype(type)>(factor, next_factor(page), ranks, to); });
         }
+    }
+
+    // The backward's mask is the adapter's alone: its rows can't be added to the base layer's right away.
+    bool drops() const { return op_.dropout.on && op_.backward; }
+
+    // Ranks, and every page contiguous along its ranks or along the columns.
+    bool has_dense_pages() const {
+        bool dense = op_.rank(adapter_) > 0;
+        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
+            const Factor factor = op_.expand_factor(adapter_, page);
+            dense = dense && (factor.rank == 1 || factor.along == 1);
+        }
+        return dense;
     }
 
     // The same page of the next adapter, or of this one again.
@@ -390,7 +402,7 @@ private:
         }
     }
 
-    // `expand` for one row, from pages whose ranks are contiguous: a page is a part of the sum.
+    // `expand` for one row: every page is a part of the sum.
     void expand_single(int64_t position, float* row) {
         for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
             const float* v = op_.v + position * op_.v_row + 16 * page;
@@ -398,45 +410,74 @@ private:
             const int ranks = op_.page_ranks(adapter_, page);
             with_type(op_.adapters.dtype, [&](auto type) {
                 typedef decltype(type) T;
-                const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
-                const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
-                for (int64_t o = 0; o < columns_.count; o += W) {
-                    fetch_rows(ahead + o * next.along, next.along);
-                    const T* rows = from + o * factor.along;
-                    Vec sum = zero();
-                    for (int r = 0; r < ranks; r += W) {
-                        if (columns_.count - o >= W && ranks - r >= W) {
-                            Vec turned[W];
-                            transpose(rows + r, factor.along, turned);
-#pragma GCC unroll 16
-                            for (int j = 0; j < W; j++) sum = fma(set1(v[r + j]), turned[j], sum);
-                            continue;
-                        }
-                        alignas(64) float turned[W * W];
-                        const int64_t rest = min64(W, ranks - r);
-                        const auto copy = [&](int i, int64_t s, int n, float* out) {
-                            widen(rows + i * factor.along + r + s, n, out);
-                        };
-                        transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
-                        for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
-                    }
-                    store(row + o, add(load(row + o), sum));
+                if (factor.along == 1) {
+                    add_page_of_columns<T>(v, factor, next, ranks, row);
+                } else {
+                    add_page_of_ranks<T>(v, factor, next, ranks, row);
                 }
             });
         }
     }
 
+    // A page whose columns are contiguous, as a bank has them.
+    template <class T>
+    void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks, float* row) {
+        const T* from = static_cast<const T*>(factor.data) + columns_.first;
+        const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
+        for (int64_t o = 0; o < columns_.count; o += W) {
+            if (o % (64 / int64_t(sizeof(T))) == 0) {
+                for (int r = 0; r < ranks; r++) __builtin_prefetch(ahead + r * next.rank + o * next.along, 0, 2);
+            }
+            Vec sum = zero();
+            if (columns_.count - o >= W) {
+                for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load(from + r * factor.rank + o), sum);
+            } else {
+                const int n = int(columns_.count - o);
+                for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load_n(from + r * factor.rank + o, n), sum);
+            }
+            store(row + o, add(load(row + o), sum));
+        }
+    }
+
+    // A page whose ranks are contiguous: it is transposed on the way.
+    template <class T>
+    void add_page_of_ranks(const float* v, const Factor& factor, const Factor& next, int ranks, float* row) {
+        const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
+        const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
+        for (int64_t o = 0; o < columns_.count; o += W) {
+            fetch_rows(ahead + o * next.along, next.along);
+            const T* rows = from + o * factor.along;
+            Vec sum = zero();
+            for (int r = 0; r < ranks; r += W) {
+                if (columns_.count - o >= W && ranks - r >= W) {
+                    Vec turned[W];
+                    transpose(rows + r, factor.along, turned);
+#pragma GCC unroll 16
+                    for (int j = 0; j < W; j++) sum = fma(set1(v[r + j]), turned[j], sum);
+                    continue;
+                }
+                alignas(64) float turned[W * W];
+                const int64_t rest = min64(W, ranks - r);
+                const auto copy = [&](int i, int64_t s, int n, float* out) {
+                    widen(rows + i * factor.along + r + s, n, out);
+                };
+                transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
+                for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
+            }
+            store(row + o, add(load(row + o), sum));
+        }
+    }
+
     void expand(int64_t position, int64_t count, float* rows) {
-        const bool drops = op_.dropout.on && op_.backward;  // the mask is the adapter's alone
         const int64_t padded = columns_.padded, ranks = op_.rank(adapter_);
-        float* to = drops ? delta_ : rows;
+        float* to = drops() ? delta_ : rows;
         const Operand<float> v{op_.v + position * op_.v_row, op_.v_row, 1};
         const Panels panels(padded);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t o = panels.first(p);
-            outer<float>(count, panels.width(p), v, panel_ + o, padded, ranks, to + o, padded, drops);
+            outer<float>(count, panels.width(p), v, panel_ + o, padded, ranks, to + o, padded, drops());
         }
-        if (!drops) return;
+        if (!drops()) return;
         for (int64_t i = 0; i < count; i++) {
             float* delta = delta_ + i * padded;
             drop(op_.dropout, op_.order.token(position + i), op_.O, columns_.first, columns_.count, delta);
