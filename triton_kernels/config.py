@@ -59,12 +59,11 @@ def expand(
     """
     if target == "interpreter":
         block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif not wide:
-        block = Expand(64, 32, 32, 8, True, 8, 3)  # single loads, and an address for each, live in registers
+    elif not wide or x_dtype != weight_dtype:
+        # single loads, an address for each, and factors cut into terms live in registers
+        block = Expand(64, 32, 32, 8, True, 8, 3)
     elif x_dtype == weight_dtype == torch.float32:
         block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
-    elif x_dtype != weight_dtype:
-        block = Expand(64, 64, 32, 8, True, 8, 3)  # so do factors cut into terms
     elif M <= 16:
         block = Expand(16, 64, 128, 8, True, 4, 4)
     elif M <= 64 or (many and M <= 256):

@@ -42,6 +42,8 @@ def cannot_serve(call: Call) -> str | None:
             return f"expected float32, bfloat16 or float16, got {dtype}"
     if {torch.bfloat16, torch.float16} <= dtypes:
         return "no kernel for bfloat16 and float16 in one call: x, weight and adapters may mix float32 with one of them"
+    if torch.version.hip and (call.x_dtype != call.weight_dtype or not dtypes <= {call.x_dtype, torch.float32}):
+        return "on AMD, needs x and weight of one dtype, and adapters of that dtype or float32"
     if _DEVICE == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or later"
     return None
