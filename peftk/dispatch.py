@@ -34,6 +34,12 @@ def _line(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
+def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    return _line(bias)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -47,11 +53,9 @@ def lora_linear(
     """x [..., K] → y [..., N], and z [M, R] where asked."""
     if adapter is not None:
         checks.fits("adapter", adapter, weight)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    rows = x.reshape(-1, x.shape[-1])
+    rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
     server = _server("lora_linear", rows, weight, adapter, dropout_p, backend)
-    y, z = server.lora_linear(rows, weight, _line(bias), adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
 
@@ -86,15 +90,13 @@ def multi_lora_linear(
     save_z: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] where asked."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
     choice = backends.choose(_multi_call("multi_lora_linear", rows, weight, table, dropout_p), backend)
     # the cpu backend looks at ids itself, on its way
     if choice.backend != "cpu" and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
     server = backends.module(choice.backend)
-    y, z = server.multi_lora_linear(
-        rows, weight, _line(bias), table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z
-    )
+    y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
 

@@ -261,6 +261,11 @@ def test_tensors_that_no_longer_fit_are_refused() -> None:
     layer.requires_grad_(True)
     with pytest.raises(ValueError, match="weight: expected a frozen weight"):
         layer(x)
+    multi = mixed_layer(8, 8)
+    multi.bias = nn.Parameter(torch.ones(5), requires_grad=False)
+    for ids in (None, torch.tensor([0, -1])):
+        with pytest.raises(ValueError, match=r"bias: expected shape \[8\], got \[5\]"):
+            multi(x, ids)
 
 
 def test_trained_adapters_are_read_where_they_are_now() -> None:
