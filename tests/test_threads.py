@@ -40,20 +40,32 @@ def run() -> torch.Tensor:
     return cpu.lora_linear(x, weight, None, adapter)[0]
 
 
-def test_the_pool_has_the_threads_that_torch_has() -> None:
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     expected = run()
-    assert _cpu.pool_workers() >= 3
     for count in (1, 3, 2, 4):
         torch.set_num_threads(count)
         assert torch.equal(run(), expected)
+
+
+def test_torchs_threads_are_borrowed_where_torch_has_openmp() -> None:
+    run()
+    assert _cpu.borrows_openmp() == torch.backends.openmp.is_available()
+    assert _cpu.pool_workers() == (0 if _cpu.borrows_openmp() else 3)
 
 
 def test_a_forked_child_has_a_pool_of_its_own() -> None:
     expected = run()
     for _ in range(3):
         child = os.fork()
-        if child == 0:
-            os._exit(0 if _cpu.pool_workers() == 0 and torch.equal(run(), expected) and _cpu.pool_workers() == 3 else 1)
+        if child == 0:  # libgomp's threads are not in the child, and waiting for them would hang
+            os._exit(
+                0
+                if not _cpu.borrows_openmp()
+                and _cpu.pool_workers() == 0
+                and torch.equal(run(), expected)
+                and _cpu.pool_workers() == 3
+                else 1
+            )
         assert os.waitpid(child, 0)[1] == 0
         assert torch.equal(run(), expected)
 
@@ -120,13 +132,25 @@ def test_the_process_ends_with_the_pool_alive() -> None:
         assert done.stdout.decode().strip() == "done"
 
 
+SMALL_CALLS = """
+import os, torch
+from tests.test_threads import run
+from peftk.backends import cpu
+torch.set_num_threads(4)
+x, weight = torch.ones(1, 64), torch.ones(64, 64)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+cpu.lora_linear(x, weight, None, None)
+small = threads()
+run()
+print(small - before, threads() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_small_calls_stay_on_their_thread() -> None:
-    script = (
-        "import torch; torch.set_num_threads(4); from peftk import _cpu; from peftk.backends import cpu;"
-        "cpu.lora_linear(torch.ones(1, 64), torch.ones(64, 64), None, None); print(_cpu.pool_workers())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
-    assert done.stdout.decode().strip() == "0"
+    done = subprocess.run([sys.executable, "-c", SMALL_CALLS], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["0", "3"]
 
 
 OUT_OF_MEMORY = """
@@ -168,7 +192,10 @@ def compiled(folder: Path, *flags: str) -> Path:
     if probe.returncode or subprocess.run([empty], capture_output=True).returncode:
         pytest.skip(f"{cxx[0]} {' '.join(flags)}: no program that runs here")
     root = Path(__file__).parent.parent
-    sources = [root / "tests/cpp/thread_pool.cpp", root / "csrc/cpu/thread_pool.cpp", root / "csrc/cpu/scratch.cpp"]
+    sources = [
+        root / "tests/cpp/thread_pool.cpp",
+        *(root / f"csrc/cpu/{n}.cpp" for n in ("thread_pool", "openmp", "scratch")),
+    ]
     program = folder / "thread_pool"
     subprocess.run([*command, program, f"-I{root / 'csrc'}", *sources], check=True)
     return program

@@ -191,6 +191,7 @@ void bind_lora_linear(py::module_& m) {
 }  // namespace peftk
 
 PYBIND11_MODULE(_cpu, m) {
+    m.def("borrows_openmp", peftk::borrows_openmp, "Whether jobs run on torch's OpenMP threads, not on our own.");
     m.def("pool_workers", peftk::pool_workers, "Worker threads that this process has started.");
     peftk::bind_levels(m);
     peftk::bind_lora_linear(m);

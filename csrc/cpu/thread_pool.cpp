@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cpu/floating_point.h"
+#include "cpu/openmp.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -147,34 +148,69 @@ private:
     std::condition_variable wake_;
 };
 
+// The same on torch's OpenMP threads. Between two of torch's own operations these wait by spinning, for milliseconds; a
+// pool beside them would have to share the cores with that.
+class Team {
+public:
+    Team(const Job& job, OpenMpParallel parallel) : job_(job) {
+        parallel([](void* team) { static_cast<Team*>(team)->take_tasks(); }, this, unsigned(job.helpers) + 1, 0);
+        if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(failure_);
+    }
+
+private:
+    void take_tasks() {
+        const DefaultFloatingPoint mode;
+        try {
+            for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job_.tasks;) {
+                job_.body(job_.context, task);
+            }
+        } catch (...) {
+            next_.store(job_.tasks, std::memory_order_relaxed);
+            if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+        }
+    }
+
+    const Job job_;
+    alignas(64) std::atomic<int64_t> next_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr failure_;
+};
+
 // The pool is never destroyed: at exit its workers sleep, or end with the process.
 Pool* pool = nullptr;
 std::mutex owner;  // held by the caller who has the workers
+bool forked = false;
 
 void before_fork() { owner.lock(); }
 void in_parent() { owner.unlock(); }
 void in_child() {
     pool = nullptr;  // its workers exist in the parent only
+    forked = true;   // and so do OpenMP's: libgomp would wait for them for ever
     owner.unlock();
 }
+
+// From the start: a fork may come before our first job, and after torch's.
+const int registered = pthread_atfork(before_fork, in_parent, in_child);
 
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
-    const int helpers = int(tasks < threads ? tasks : threads) - 1;
-    if (helpers > 0 && owner.try_lock()) {
+    if (tasks > 1 && threads > 1 && owner.try_lock()) {
         std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
-        if (!pool) {
-            static const int registered = pthread_atfork(before_fork, in_parent, in_child);
-            (void)registered;
-            pool = new Pool;
+        if (borrows_openmp()) {
+            // as many threads as torch has: a team that changes its size at every job is slow to start
+            Team({body, context, tasks, threads - 1}, openmp_parallel());
+            return;
         }
-        pool->run({body, context, tasks, helpers});
+        if (!pool) pool = new Pool;
+        pool->run({body, context, tasks, int(tasks < threads ? tasks : threads) - 1});
         return;
     }
     const DefaultFloatingPoint mode;
     for (int64_t task = 0; task < tasks; task++) body(context, task);
 }
+
+bool borrows_openmp() { return !forked && openmp_parallel() != nullptr; }
 
 int pool_workers() {
     std::lock_guard<std::mutex> lock(owner);

@@ -10,7 +10,10 @@
 // than one thread. Where a body throws, tasks that nobody has begun are left out, and parallel_for throws the first
 // exception once all others have ended.
 //
-// The pool survives fork: the child starts without workers and makes its own when it needs them.
+// The workers are torch's own OpenMP threads where torch has them: they spin between torch's operations, and a pool of
+// ours would have to share the cores with that spinning (docs/cpu.md). Everywhere else, and in a forked child, where
+// libgomp's threads are gone and waiting for them would hang, they are threads of ours: the child starts without
+// workers and makes its own when it needs them.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +28,7 @@ static inline void parallel_for(int64_t tasks, int threads, Body& body) {
     parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
 }
 
-int pool_workers();  // how many workers this process has now
+int pool_workers();     // how many workers of our own this process has now
+bool borrows_openmp();  // whether jobs run on torch's OpenMP threads instead
 
 }  // namespace peftk
