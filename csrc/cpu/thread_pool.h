@@ -16,6 +16,8 @@
 // workers and makes its own when it needs them.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 
 namespace peftk {
@@ -26,6 +28,36 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_
 template <class Body>
 static inline void parallel_for(int64_t tasks, int threads, Body& body) {
     parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
+}
+
+// Lets a core's other thread run, and after a while another thread on this core.
+static inline void wait_a_little(int64_t turn) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+    if (turn > 4096) sched_yield();
+}
+
+// Two loops in one job: no task of `second` begins before all of `first` have ended. Starting a job costs far more than
+// this meeting. It can't hang: tasks are handed out in ascending order, so whoever waits knows that all tasks of
+// `first` are in the hands of threads that run; one that throws counts as ended.
+template <class First, class Second>
+static inline void parallel_for(int64_t firsts, First& first, int64_t seconds, Second& second, int threads) {
+    int64_t ended = 0;
+    auto body = [&](int64_t task) {
+        if (task < firsts) {
+            struct AtEnd {
+                int64_t* ended;
+                ~AtEnd() { __atomic_fetch_add(ended, 1, __ATOMIC_RELEASE); }
+            } at_end{&ended};
+            return first(task);
+        }
+        for (int64_t turn = 0; __atomic_load_n(&ended, __ATOMIC_ACQUIRE) < firsts; turn++) wait_a_little(turn);
+        second(task - firsts);
+    };
+    parallel_for(firsts + seconds, threads, body);
 }
 
 int pool_workers();     // how many workers of our own this process has now

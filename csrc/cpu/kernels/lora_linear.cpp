@@ -607,9 +607,6 @@ void run(const Linear& op) {
             if (page_runs == 1) return shrink(op, group, after, 0, pages);
             if (run < pages) shrink(op, group, after, run, run + 1);
         };
-        const double front_work = double(shape.rows) * double(op.C) * double(op.max_rank + 8);
-        parallel_for(preparations + shrinks, front_work < 2 * kParallelWork ? 1 : op.threads, front);
-
         const int64_t step = block_columns(op, shape.form);
         auto back = [&](int64_t task) {
             Columns columns;
@@ -618,7 +615,7 @@ void run(const Linear& op) {
             columns.padded = round_up(columns.count, W);
             block(op, shape, columns);
         };
-        parallel_for(ceil_div(op.O, step), op.threads, back);
+        parallel_for(preparations + shrinks, front, ceil_div(op.O, step), back, op.threads);
     }
 }
 
