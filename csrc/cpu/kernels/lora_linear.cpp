@@ -25,6 +25,8 @@ struct Group {
 
 constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
+constexpr int64_t kRowsOfOwn = 128;          // for each thread, to walk through all of W by itself
+constexpr int64_t kWeightForEach = 1 << 22;  // bytes of W that each may walk through
 constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
 constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
 constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts
@@ -558,64 +560,80 @@ int64_t block_columns(const Linear& op, Form form) {
     return columns;
 }
 
-// The groups of rows that the shrink works on, at most one for each row.
-int64_t make_groups(const Linear& op, Group* groups) {
+// The groups of rows that the shrink works on among `rows` rows from `first` on, at most one for each row.
+int64_t make_groups(const Linear& op, int64_t first, int64_t rows, Group* groups) {
     int64_t count = 0;
     for (int32_t a = 0; a < op.adapters.count; a++) {
         if (op.rank(a) == 0) continue;
-        for (int64_t i = op.order.begin(a); i < op.order.end(a); i += kDotTokens) {
-            groups[count++] = {a, int32_t(min64(kDotTokens, op.order.end(a) - i)), i};
+        const int64_t end = min64(op.order.end(a), first + rows);
+        for (int64_t i = max64(op.order.begin(a), first); i < end; i += kDotTokens) {
+            groups[count++] = {a, int32_t(min64(kDotTokens, end - i)), i};
         }
     }
     return count;
+}
+
+// All of the operation for some rows that share a pass over W.
+void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
+    Shape shape;
+    shape.pairs = takes_pairs(op);
+    shape.form = form_of(op);
+    shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
+    shape.in_row = round_up(shape.steps, W) + kPad;
+    shape.first_row = first;
+    shape.rows = rows;
+
+    Group* groups = nullptr;
+    int64_t group_count = 0, page_runs = 1;
+    if (op.max_rank > 0) {
+        groups = scratch_of<Group>(kGroupsSlot, rows);
+        group_count = make_groups(op, first, rows, groups);
+        // Ranks of one group may go to several threads, unless each would draw the group's dropout mask again.
+        if (!op.dropout.on) page_runs = ceil_div(op.max_rank, 16);
+    }
+    const bool in_place = shape.form == kDot && shape.pairs;
+    const int64_t preparations = in_place ? 0 : ceil_div(rows, W);
+    if (!in_place) {
+        const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
+        shape.in = scratch_of<float>(kInputSlot, round_up(rows, W) * row);
+    }
+    auto front = [&](int64_t task) {
+        if (task < preparations) return prepare(op, shape, task * W);
+        task -= preparations;
+        const Group& group = groups[task / page_runs];
+        const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
+        const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
+        if (page_runs == 1) return shrink(op, group, after, 0, pages);
+        if (run < pages) shrink(op, group, after, run, run + 1);
+    };
+    const int64_t step = block_columns(op, shape.form);
+    auto back = [&](int64_t task) {
+        Columns columns;
+        columns.first = task * step;
+        columns.count = min64(step, op.O - columns.first);
+        columns.padded = round_up(columns.count, W);
+        block(op, shape, columns);
+    };
+    parallel_for(preparations + group_count * page_runs, front, ceil_div(op.O, step), back, threads);
 }
 
 }  // namespace
 
 void run(const Linear& op) {
     if (op.M == 0) return;
-    Shape shape;
-    shape.pairs = takes_pairs(op);
-    shape.form = form_of(op);
-    shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
-    shape.in_row = round_up(shape.steps, W) + kPad;
-
-    Group* groups = nullptr;
-    int64_t group_count = 0, page_runs = 1;
-    if (op.max_rank > 0) {
-        groups = scratch_of<Group>(kGroupsSlot, op.M);
-        group_count = make_groups(op, groups);
-        // Ranks of one group may go to several threads, unless each would draw the group's dropout mask again.
-        if (!op.dropout.on) page_runs = ceil_div(op.max_rank, 16);
+    const int64_t share = round_up(ceil_div(op.M, op.threads), W);
+    if (op.threads > 1 && share >= kRowsOfOwn && op.O * op.C * size_of(op.weight_dtype) <= kWeightForEach) {
+        // Every thread has rows enough of its own: it prepares only what it needs itself, and none of it crosses from
+        // one core's cache to another's. W does, but is only read.
+        auto own = [&](int64_t task) {
+            for (int64_t first = task * share; first < min64(op.M, (task + 1) * share); first += kRowBlock) {
+                run_rows(op, first, min64(kRowBlock, min64(op.M, (task + 1) * share) - first), 1);
+            }
+        };
+        return parallel_for(ceil_div(op.M, share), op.threads, own);
     }
-    const bool in_place = shape.form == kDot && shape.pairs;
     for (int64_t first = 0; first < op.M; first += kRowBlock) {
-        shape.first_row = first;
-        shape.rows = min64(kRowBlock, op.M - first);
-        const int64_t preparations = in_place ? 0 : ceil_div(shape.rows, W);
-        if (!in_place) {
-            const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
-            shape.in = scratch_of<float>(kInputSlot, round_up(shape.rows, W) * row);
-        }
-        const int64_t shrinks = first == 0 ? group_count * page_runs : 0;
-        auto front = [&](int64_t task) {
-            if (task < preparations) return prepare(op, shape, task * W);
-            task -= preparations;
-            const Group& group = groups[task / page_runs];
-            const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
-            const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
-            if (page_runs == 1) return shrink(op, group, after, 0, pages);
-            if (run < pages) shrink(op, group, after, run, run + 1);
-        };
-        const int64_t step = block_columns(op, shape.form);
-        auto back = [&](int64_t task) {
-            Columns columns;
-            columns.first = task * step;
-            columns.count = min64(step, op.O - columns.first);
-            columns.padded = round_up(columns.count, W);
-            block(op, shape, columns);
-        };
-        parallel_for(preparations + shrinks, front, ceil_div(op.O, step), back, op.threads);
+        run_rows(op, first, min64(kRowBlock, op.M - first), op.threads);
     }
 }
 
