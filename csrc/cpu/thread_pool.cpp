@@ -13,21 +13,9 @@
 #include "cpu/floating_point.h"
 #include "cpu/openmp.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace peftk {
 
 namespace {
-
-void pause() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 // How long a worker looks for the next job before it sleeps: about 50 µs, which covers the gap between a job's two
 // parallel loops, and between one layer and the next.
@@ -40,12 +28,44 @@ struct Job {
     int helpers;  // workers that may join
 };
 
+// Hands a job's tasks out, in ascending order, to all threads that take; and keeps the first exception for the caller.
+class Tasks {
+public:
+    void start() { next_.store(0, std::memory_order_relaxed); }
+
+    void take(const Job& job) {
+        const DefaultFloatingPoint mode;
+        try {
+            for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
+                job.body(job.context, task);
+            }
+        } catch (...) {
+            // The first failure goes to the caller; tasks that nobody has begun are left alone.
+            next_.store(job.tasks, std::memory_order_relaxed);
+            if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
+        }
+    }
+
+    // By the caller, when nobody takes any more.
+    void rethrow() {
+        if (failed_.load(std::memory_order_relaxed)) {
+            failed_.store(false, std::memory_order_relaxed);
+            std::rethrow_exception(std::exchange(failure_, nullptr));
+        }
+    }
+
+private:
+    alignas(64) std::atomic<int64_t> next_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr failure_;  // written by who set failed_
+};
+
 class Pool {
 public:
     void run(const Job& job) {
         grow(job.helpers);
         job_ = job;
-        next_.store(0, std::memory_order_relaxed);
+        tasks_.start();
         // Opens the job: its number in the upper half, nobody inside yet.
         const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
         state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
@@ -54,16 +74,13 @@ public:
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
         }
-        take_tasks();
+        tasks_.take(job_);
         // Closes it: who has not joined by now finds nothing to do, and is not waited for.
         state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
         for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; spins++) {
-            spins < kSpins ? pause() : std::this_thread::yield();
+            wait_a_little(spins);
         }
-        if (failed_.load(std::memory_order_relaxed)) {
-            failed_.store(false, std::memory_order_relaxed);
-            std::rethrow_exception(std::exchange(failure_, nullptr));
-        }
+        tasks_.rethrow();
     }
 
     int workers() const { return workers_.load(std::memory_order_relaxed); }
@@ -87,26 +104,12 @@ private:
         workers_.store(now, std::memory_order_relaxed);
     }
 
-    void take_tasks() {
-        const DefaultFloatingPoint mode;
-        const Job& job = job_;
-        try {
-            for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
-                job.body(job.context, task);
-            }
-        } catch (...) {
-            // The first failure goes to the caller; tasks that nobody has begun are left alone.
-            next_.store(job.tasks, std::memory_order_relaxed);
-            if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
-        }
-    }
-
     // Enters the open job unless it has its helpers already. job_ stays as it is while somebody is inside.
     bool join(uint64_t state) {
         while (state & kOpen) {
             if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
                 const bool wanted = int(state & kInside) < job_.helpers;
-                if (wanted) take_tasks();
+                if (wanted) tasks_.take(job_);
                 state_.fetch_sub(1, std::memory_order_acq_rel);
                 return wanted;
             }
@@ -128,7 +131,7 @@ private:
         for (int spin = 0; spin < kSpins; spin++) {
             const uint64_t state = state_.load(std::memory_order_acquire);
             if (state >> 32 != seen) return state;
-            pause();
+            wait_a_little(spin);
         }
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -139,10 +142,8 @@ private:
     }
 
     Job job_{};
-    alignas(64) std::atomic<int64_t> next_{0};
+    Tasks tasks_;
     alignas(64) std::atomic<uint64_t> state_{0};  // job number · 2^32, kOpen, workers inside
-    std::atomic<bool> failed_{false};
-    std::exception_ptr failure_;  // written by who set failed_, read by the caller when nobody is inside
     std::atomic<int> workers_{0}, sleepers_{0};
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -150,31 +151,18 @@ private:
 
 // The same on torch's OpenMP threads. Between two of torch's own operations these wait by spinning, for milliseconds; a
 // pool beside them would have to share the cores with that.
-class Team {
-public:
-    Team(const Job& job, OpenMpParallel parallel) : job_(job) {
-        parallel([](void* team) { static_cast<Team*>(team)->take_tasks(); }, this, unsigned(job.helpers) + 1, 0);
-        if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(failure_);
-    }
-
-private:
-    void take_tasks() {
-        const DefaultFloatingPoint mode;
-        try {
-            for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job_.tasks;) {
-                job_.body(job_.context, task);
-            }
-        } catch (...) {
-            next_.store(job_.tasks, std::memory_order_relaxed);
-            if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
-        }
-    }
-
-    const Job job_;
-    alignas(64) std::atomic<int64_t> next_{0};
-    std::atomic<bool> failed_{false};
-    std::exception_ptr failure_;
-};
+void run_on_openmp(const Job& job, OpenMpParallel parallel) {
+    struct Team {
+        const Job& job;
+        Tasks tasks;
+    } team{job, {}};
+    const auto take = [](void* context) {
+        Team& its = *static_cast<Team*>(context);
+        its.tasks.take(its.job);
+    };
+    parallel(take, &team, unsigned(job.helpers) + 1, 0);
+    team.tasks.rethrow();
+}
 
 // The pool is never destroyed: at exit its workers sleep, or end with the process.
 Pool* pool = nullptr;
@@ -199,7 +187,7 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void
         std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
         if (borrows_openmp()) {
             // as many threads as torch has: a team that changes its size at every job is slow to start
-            Team({body, context, tasks, threads - 1}, openmp_parallel());
+            run_on_openmp({body, context, tasks, threads - 1}, openmp_parallel());
             return;
         }
         if (!pool) pool = new Pool;

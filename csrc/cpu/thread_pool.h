@@ -37,7 +37,7 @@ static inline void wait_a_little(int64_t turn) {
 #elif defined(__aarch64__)
     asm volatile("yield");
 #endif
-    if (turn > 4096) sched_yield();
+    if (turn > 2000) sched_yield();
 }
 
 // Two loops in one job: no task of `second` begins before all of `first` have ended. Starting a job costs far more than
