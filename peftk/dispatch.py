@@ -5,8 +5,6 @@ Both the eager autograd Functions and the ops registered for torch.compile come 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,7 @@ def lora_linear(
     if adapter is not None:
         checks.fits("adapter", adapter, weight)
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    server = _server("lora_linear", rows, weight, adapter, dropout_p, backend)
+    server = backends.module(_choose("lora_linear", rows, weight, adapter, dropout_p, backend))
     y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
@@ -71,7 +69,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, AdapterGrads]:
     """dy [..., N] → dx [..., K] and the adapter's gradients."""
     rows = x.reshape(-1, x.shape[-1])
-    server = _server("lora_linear_backward", rows, weight, adapter, dropout_p, backend)
+    server = backends.module(_choose("lora_linear_backward", rows, weight, adapter, dropout_p, backend))
     dx, grads = server.lora_linear_backward(
         dy.reshape(-1, dy.shape[-1]), rows, weight, adapter, z, dropout_p=dropout_p, seed=seed
     )
@@ -91,11 +89,11 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] where asked."""
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    choice = backends.choose(_multi_call("multi_lora_linear", rows, weight, table, dropout_p), backend)
+    name = _choose("multi_lora_linear", rows, weight, table, dropout_p, backend)
     # the cpu backend looks at ids itself, on its way
-    if choice.backend != "cpu" and checks.look_at_ids(x.device):
+    if name != "cpu" and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
-    server = backends.module(choice.backend)
+    server = backends.module(name)
     y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], weight.shape[0]), z
 
@@ -113,51 +111,32 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor, list[AdapterGrads | None]]:
     """dy [..., N] → dx [..., K] and the gradients of every adapter of the table."""
     rows = x.reshape(-1, x.shape[-1])
-    choice = backends.choose(_multi_call("multi_lora_linear_backward", rows, weight, table, dropout_p), backend)
-    dx, grads = backends.module(choice.backend).multi_lora_linear_backward(
+    server = backends.module(_choose("multi_lora_linear_backward", rows, weight, table, dropout_p, backend))
+    dx, grads = server.multi_lora_linear_backward(
         dy.reshape(-1, dy.shape[-1]), rows, weight, table, ids, z, dropout_p=dropout_p, seed=seed
     )
     return dx.reshape(x.shape), grads
 
 
-def _server(
-    op: str, rows: Tensor, weight: Tensor, adapter: Adapter | None, dropout_p: float, backend: str | None
-) -> ModuleType:
-    dtype = None
-    rank = 0
-    if adapter is not None:
-        dtype = (adapter.pages_A[0] if adapter.pages_A else adapter.bias_B).dtype  # type: ignore[union-attr]
-        rank = adapter.rank
-    call = backends.Call(
-        op,
-        rows.device.type,
-        rows.dtype,
-        weight.dtype,
-        dtype,
-        rows.shape[0],
-        rows.shape[1],
-        weight.shape[0],
-        rank,
-        0 if adapter is None else 1,
-        dropout_p > 0.0,
-    )
-    return backends.module(backends.choose(call, backend).backend)
-
-
-def _multi_call(op: str, rows: Tensor, weight: Tensor, table: AdapterTable, dropout_p: float) -> backends.Call:
-    return backends.Call(
-        op,
-        rows.device.type,
-        rows.dtype,
-        weight.dtype,
-        table.dtype,
-        rows.shape[0],
-        rows.shape[1],
-        weight.shape[0],
-        table.max_rank,
-        len(table.adapters),
-        dropout_p > 0.0,
-    )
+def _choose(
+    op: str,
+    rows: Tensor,
+    weight: Tensor,
+    adapters: Adapter | AdapterTable | None,
+    dropout_p: float,
+    backend: str | None,
+) -> str:
+    """The name of the backend that serves one adapter, a table of them, or the base layer alone."""
+    if adapters is None:
+        dtype, rank, count = None, 0, 0
+    elif isinstance(adapters, Adapter):
+        dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
+    else:
+        dtype, rank, count = adapters.dtype, adapters.max_rank, len(adapters.adapters)
+    M, K = rows.shape
+    kind, N = rows.device.type, weight.shape[0]
+    call = backends.Call(op, kind, rows.dtype, weight.dtype, dtype, M, K, N, rank, count, dropout_p > 0.0)
+    return backends.choose(call, backend).backend
 
 
 def bias_grad(dy: Tensor, bias: Tensor) -> Tensor:

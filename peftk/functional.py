@@ -87,11 +87,7 @@ def lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
-    checks.input(x, weight)
-    x = _autocast(x)
-    if dropout_p != 0.0 or seed is not None:
-        checks.dropout(dropout_p, seed, x.device)
-        seed = _seed(seed, x.device) if dropout_p > 0.0 else None
+    x, seed = _prepared(x, weight, dropout_p, seed)
     if torch.compiler.is_compiling():
         y, _ = compiled.lora_linear(
             x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
@@ -136,9 +132,11 @@ def multi_lora_linear(
     checks.base(weight, bias)
     if not hasattr(bank, "adapters"):
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
-    for number, adapter in enumerate(bank.adapters):
-        if adapter is not None:
-            checks.fits(f"bank[{number}]", adapter, weight)
+    # a bank has checked its adapters against its own N and K, so those of many adapters are not looked at in every call
+    if isinstance(bank, AdapterTable) or (bank.pool.out_features, bank.pool.in_features) != weight.shape:
+        for number, adapter in enumerate(bank.adapters):
+            if adapter is not None:
+                checks.fits(f"bank[{number}]", adapter, weight)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -155,12 +153,8 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
-    checks.input(x, weight)
-    x = _autocast(x)
+    x, seed = _prepared(x, weight, dropout_p, seed)
     checks.ids(ids, x)
-    if dropout_p != 0.0 or seed is not None:
-        checks.dropout(dropout_p, seed, x.device)
-        seed = _seed(seed, x.device) if dropout_p > 0.0 else None
     ids = flat_ids(ids, x)
     if torch.compiler.is_compiling():
         tensors, layout, scalings = compiled.pack(bank.adapters)
@@ -220,15 +214,21 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
     merge.unmerge_(weight, receipt, backend)
 
 
+def _prepared(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x checked, in autocast's dtype where that is on; and the seed that dropout needs, drawn where none was given."""
+    checks.input(x, weight)
+    x = _autocast(x)
+    if dropout_p == 0.0 and seed is None:
+        return x, None
+    checks.dropout(dropout_p, seed, x.device)
+    if dropout_p == 0.0:
+        return x, None
+    return x, torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device) if seed is None else seed
+
+
 def _autocast(x: Tensor) -> Tensor:
     """Under torch.autocast the output has its dtype, as with nn.Linear. W stays: kernels widen it as they read."""
     kind = x.device.type
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
-
-
-def _seed(seed: Tensor | None, device: torch.device) -> Tensor:
-    if seed is not None:
-        return seed
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

@@ -1,4 +1,7 @@
-"""The one place that knows error bounds. `docs/numerics.md` argues them.
+"""What a result may differ by, in tests. `docs/numerics.md` argues it.
+
+The bound per element is the one that `peftk bench` and `peftk selftest` hold users' machines to: it ships, and this
+uses it, so that there is one.
 
 Against an fp64 reference computed from the same rounded inputs, per element, with u the unit roundoff of the output:
 
@@ -13,17 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+from peftk.benchmark.agree import bound
+
 NORM = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 1e-6}
-TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 NORM_FROM = 65_536
-C = 2.0
-
-
-def bound(expected: Tensor, magnitude: Tensor, contraction: int, dtype: torch.dtype) -> Tensor:
-    """The allowed |y − y*|. expected: y* fp64; magnitude: the sum of the absolute values of all terms, fp64."""
-    accumulated = C * max(contraction, 1) ** 0.5 * 2.0**-24 * magnitude
-    return UNIT[dtype] * (expected.abs() + accumulated) + accumulated + TINY[dtype]
 
 
 def check(

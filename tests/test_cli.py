@@ -195,6 +195,11 @@ def test_bound_is_that_of_the_tests():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         same = numerics.bound(expected.value, expected.magnitude, 7, dtype)
         assert torch.equal(expected.allowed(dtype, fused=True), same)
+        # and it is the one that docs/numerics.md states, whoever edits the function
+        u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}[dtype]
+        accumulated = 2.0 * 7**0.5 * 2.0**-24 * expected.magnitude
+        stated = u * expected.value.abs() + (1 + u) * accumulated
+        torch.testing.assert_close(same, stated, rtol=1e-9, atol=2.0**-24)  # atol: the smallest fp16
 
 
 def test_interleave_takes_turns_and_resets_untimed():

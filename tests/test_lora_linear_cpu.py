@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,21 +18,6 @@ from tests import numerics
 from tests.cases import DTYPES, Case, expected, expected_grads, random_case
 
 LEVELS = _cpu.simd_levels()
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.simd_level()
-    _cpu.use_simd_level(request.param)
-    yield request.param
-    _cpu.use_simd_level(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def forward(case: Case, **kwargs: object) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,6 @@ import ctypes
 import ctypes.util
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,21 +21,6 @@ from tests.merge_cases import DTYPES, MergeCase, merge_case, same_bits
 LEVELS = _cpu.simd_levels()
 # N, K, R: single elements, ragged edges of every tile, ranks of every kind
 SHAPES = [(1, 1, 1), (2, 3, 2), (7, 63, 5), (24, 64, 16), (25, 129, 17), (50, 200, 8), (13, 70, 300)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _cpu.simd_level()
-    _cpu.use_simd_level(request.param)
-    yield request.param
-    _cpu.use_simd_level(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def merged_by(backend: object, case: MergeCase) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,12 @@ from torch import Tensor
 
 import peftk._cpu as _cpu
 from peftk.activations import CODES
+from peftk.backends.merge_args import DTYPES, factors, merge_args, rows
 from peftk.reference import AdapterGrads
 from peftk.table import Adapter, AdapterTable
 
 if TYPE_CHECKING:
     from peftk.backends import Call
-
-# as in csrc/common/dtype.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 
@@ -30,7 +28,7 @@ def cannot_serve(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -40,7 +38,7 @@ def describe(call: Call) -> str:
     threads = torch.get_num_threads()
     if call.op in ("merge", "unmerge"):
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
-    x_dtype, weight_dtype = _DTYPES[call.x_dtype], _DTYPES[call.weight_dtype]
+    x_dtype, weight_dtype = DTYPES[call.x_dtype], DTYPES[call.weight_dtype]
     backward = call.op.endswith("_backward")
     form, pairs, threads = _cpu.plan(call.M, call.N, call.K, x_dtype, call.K, 1, weight_dtype, threads, backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
@@ -71,7 +69,7 @@ def lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    x, weight, adapter = _rows(x), _dense(weight), _one_page(adapter)
+    x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
     M, N = x.shape[0], weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype)
     z = torch.empty(M, adapter.rank) if save_z and adapter is not None and adapter.rank else None
@@ -98,7 +96,7 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    x, weight, ids = _rows(x), _dense(weight), _ids(ids)
+    x, weight, ids = rows(x), _dense(weight), _ids(ids)
     M, N = x.shape[0], weight.shape[0]
     y = torch.empty(M, N, dtype=x.dtype)
     z = torch.zeros(M, table.z_width) if save_z else None  # rows of smaller rank leave the rest alone
@@ -125,7 +123,7 @@ def lora_linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, AdapterGrads]:
-    dy, x, weight, adapter = _rows(dy), _rows(x), _dense(weight), _one_page(adapter)
+    dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
     dx = torch.empty(x.shape, dtype=x.dtype)
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x)
     _cpu.lora_linear_backward(
@@ -133,7 +131,7 @@ def lora_linear_backward(
         *_adapter(adapter),
         dy.data_ptr(),
         dy.stride(0),
-        _DTYPES[dy.dtype],
+        DTYPES[dy.dtype],
         dx.data_ptr(),
         dx.shape[1],
         0 if z is None else z.data_ptr(),
@@ -154,7 +152,7 @@ def multi_lora_linear_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, list[AdapterGrads | None]]:
-    dy, x, weight, ids, z = _rows(dy), _rows(x), _dense(weight), _ids(ids), _rows(z)
+    dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
     dx = torch.empty(x.shape, dtype=x.dtype)
     grads = [None if a is None else _empty_grads(a, weight, x) for a in table.adapters]
     addresses = torch.tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
@@ -164,7 +162,7 @@ def multi_lora_linear_backward(
         ids.data_ptr(),
         dy.data_ptr(),
         dy.stride(0),
-        _DTYPES[dy.dtype],
+        DTYPES[dy.dtype],
         dx.data_ptr(),
         dx.shape[1],
         z.data_ptr(),
@@ -175,7 +173,7 @@ def multi_lora_linear_backward(
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    weight = _rows(weight)
+    weight = rows(weight)
     merged = torch.empty(weight.shape, dtype=weight.dtype)
     code = torch.empty(weight.shape, dtype=torch.int8)
     _merge(_cpu.merge, weight, merged, lora_A, lora_B, scaling, code)
@@ -183,16 +181,16 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tup
 
 
 def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
-    merged = _rows(merged)
+    merged = rows(merged)
     weight = torch.empty(merged.shape, dtype=merged.dtype)
     _merge(_cpu.unmerge, merged, weight, lora_A, lora_B, scaling, code.contiguous())
     return weight
 
 
 def inspect(weight: Tensor) -> tuple[int, bool]:
-    weight = _rows(weight)
+    weight = rows(weight)
     return _cpu.inspect(
-        weight.data_ptr(), weight.stride(0), *weight.shape, _DTYPES[weight.dtype], torch.get_num_threads()
+        weight.data_ptr(), weight.stride(0), *weight.shape, DTYPES[weight.dtype], torch.get_num_threads()
     )
 
 
@@ -206,30 +204,8 @@ def _merge(
     code: Tensor,
 ) -> None:
     """Calls `_cpu.merge` or `_cpu.unmerge`: W or W' in, W' or W out."""
-    if lora_A.dtype != lora_B.dtype:
-        lora_A, lora_B = lora_A.float(), lora_B.float()  # exact, and the kernels have one dtype for both
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    N, K = weight.shape
-    kernel(
-        weight.data_ptr(),
-        weight.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        code.data_ptr(),
-        N,
-        K,
-        lora_A.shape[0],
-        scaling,
-        _DTYPES[weight.dtype],
-        _DTYPES[lora_A.dtype],
-        torch.get_num_threads(),
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride()[1] == 1 else x.contiguous()
+    lora_A, lora_B = factors(lora_A, lora_B)
+    kernel(*merge_args(weight, out, lora_A, lora_B, scaling, code), torch.get_num_threads())
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -262,11 +238,11 @@ def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) ->
         K,
         x.data_ptr(),
         x.stride()[0],
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         weight.data_ptr(),
         n_stride,
         k_stride,
-        _DTYPES[weight.dtype],
+        DTYPES[weight.dtype],
         dropout_p,
         0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
@@ -280,7 +256,7 @@ def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
     bias_A, bias_B = adapter.bias_A, adapter.bias_B
     biases = (0 if bias_A is None else bias_A.data_ptr(), 0 if bias_B is None else bias_B.data_ptr())
     if not adapter.pages_A:
-        return (0, 0, 0, 0, 0, 0, 0, 0.0, *biases, 0 if bias_B is None else _DTYPES[bias_B.dtype])
+        return (0, 0, 0, 0, 0, 0, 0, 0.0, *biases, 0 if bias_B is None else DTYPES[bias_B.dtype])
     A, B = adapter.pages_A[0], adapter.pages_B[0]
     return (
         A.data_ptr(),
@@ -291,7 +267,7 @@ def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
         CODES[adapter.activation],
         adapter.scaling,
         *biases,
-        _DTYPES[A.dtype],
+        DTYPES[A.dtype],
     )
 
 
@@ -302,12 +278,12 @@ def _table(table: AdapterTable) -> tuple[int, ...]:
         table.scaling.data_ptr(),
         table.biases.data_ptr(),
         len(table.adapters),
-        _DTYPES[table.dtype],
+        DTYPES[table.dtype],
     )
 
 
 def _bias(bias: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if bias is None else (bias.data_ptr(), _DTYPES[bias.dtype])
+    return (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
 
 
 def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor) -> AdapterGrads:

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 import peftk._cuda as _cuda
+from peftk.backends.merge_args import DTYPES, factors, merge_args, rows
 from peftk.reference import inspect
 
 if TYPE_CHECKING:
     from peftk.backends import Call
 
 __all__ = ["cannot_serve", "describe", "inspect", "merge", "unmerge"]
-
-# as in csrc/common/dtype.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -30,7 +28,7 @@ def cannot_serve(call: Call) -> str | None:
     if call.device != "cuda":
         return f"runs on cuda tensors, not on {call.device}"
     for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -41,7 +39,7 @@ def describe(call: Call) -> str:
 
 
 def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    weight = _rows(weight)
+    weight = rows(weight)
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     code = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     _launch(_cuda.merge, weight, merged, lora_A, lora_B, scaling, code)
@@ -49,7 +47,7 @@ def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tup
 
 
 def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
-    merged = _rows(merged)
+    merged = rows(merged)
     weight = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
     _launch(_cuda.unmerge, merged, weight, lora_A, lora_B, scaling, code.contiguous())
     return weight
@@ -65,28 +63,7 @@ def _launch(
     code: Tensor,
 ) -> None:
     """Calls `_cuda.merge` or `_cuda.unmerge`: W or W' in, W' or W out. Raises RuntimeError where the launch fails."""
-    if lora_A.dtype != lora_B.dtype:
-        lora_A, lora_B = lora_A.float(), lora_B.float()  # exact, and the kernels have one dtype for both
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    N, K = weight.shape
+    lora_A, lora_B = factors(lora_A, lora_B)
+    stream = torch.cuda.current_stream(weight.device).cuda_stream
     with torch.cuda.device(weight.device):
-        kernel(
-            weight.data_ptr(),
-            weight.stride(0),
-            out.data_ptr(),
-            out.stride(0),
-            lora_A.data_ptr(),
-            lora_B.data_ptr(),
-            code.data_ptr(),
-            N,
-            K,
-            lora_A.shape[0],
-            scaling,
-            _DTYPES[weight.dtype],
-            _DTYPES[lora_A.dtype],
-            torch.cuda.current_stream(weight.device).cuda_stream,
-        )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+        kernel(*merge_args(weight, out, lora_A, lora_B, scaling, code), stream)

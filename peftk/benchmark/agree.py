@@ -24,6 +24,12 @@ TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**
 C = 2.0
 
 
+def bound(expected: Tensor, magnitude: Tensor, contraction: int, dtype: torch.dtype) -> Tensor:
+    """The allowed |y − y*|. expected: y* fp64; magnitude: the sum of the absolute values of all terms, fp64."""
+    accumulated = C * max(contraction, 1) ** 0.5 * 2.0**-24 * magnitude
+    return UNIT[dtype] * (expected.abs() + accumulated) + accumulated + TINY[dtype]
+
+
 class Expected(NamedTuple):
     """The exact result (fp64), the sum of its terms' absolute values, and the parts that other libraries round."""
 
@@ -35,8 +41,7 @@ class Expected(NamedTuple):
 
     def allowed(self, dtype: torch.dtype, *, fused: bool) -> Tensor:
         """The bound on |y − y*|. fused: one rounding; else also of the parts."""
-        accumulated = C * max(self.contraction, 1) ** 0.5 * 2.0**-24 * self.magnitude
-        allowed = UNIT[dtype] * (self.value.abs() + accumulated) + accumulated + TINY[dtype]
+        allowed = bound(self.value, self.magnitude, self.contraction, dtype)
         return allowed if fused else allowed + 2 * UNIT[dtype] * (self.base.abs() + self.adapter.abs())
 
 

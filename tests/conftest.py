@@ -1,0 +1,27 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from peftk import _cpu
+
+
+@pytest.fixture(params=_cpu.simd_levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every SIMD level that this build and machine have, in turn."""
+    before = _cpu.simd_level()
+    _cpu.use_simd_level(request.param)
+    yield request.param
+    _cpu.use_simd_level(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
