@@ -409,6 +409,42 @@ def test_damaged_checkpoints_are_refused_and_the_rest_goes_on(tmp_path: pathlib.
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("loaded_before", [False, True])
+def test_memory_that_runs_out_during_a_load_leaves_every_layer_as_it_was(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, loaded_before: bool
+) -> None:
+    if loaded_before:
+        base, server = two_adapters(tmp_path)
+    else:
+        base = small_model()
+        server = MultiAdapter(base)
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=2, target_modules=["query", "dense", "head"]))
+    with_random_B(model)
+    peftk.save_adapter(model, tmp_path / "carol")
+    layers = [m for m in base.modules() if isinstance(m, MultiLoRALinear)]
+    names = [dict(layer.bank.names) for layer in layers]
+    add_adapter, calls = MultiLoRALinear.add_adapter, []
+
+    def add_until_memory_ends(self: MultiLoRALinear, *args: object, **kwargs: object) -> int:
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError
+        return add_adapter(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiLoRALinear, "add_adapter", add_until_memory_ends)
+    with pytest.raises(MemoryError):
+        server.load("carol", tmp_path / "carol")
+    monkeypatch.undo()
+    assert "carol" not in server.names
+    assert [m for m in base.modules() if isinstance(m, MultiLoRALinear)] == layers
+    assert [dict(layer.bank.names) for layer in layers] == names
+    server.load("carol", tmp_path / "carol")
+    x = torch.randn(1, 16)
+    with server.route(["carol"]):
+        torch.testing.assert_close(base(x), model(x))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
     other = nn.ModuleDict({"block": nn.ModuleDict({"query": nn.Linear(16, 17)}), "tail": nn.Linear(3, 3)})
     peftk.inject(other, LoraConfig(r=2, target_modules=["query"]))
