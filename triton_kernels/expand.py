@@ -187,7 +187,8 @@ def _load_v(pointer, mask, z_split, splits, code):
 def _load_B(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr):
     """One page of Bᵀ, [PAGE, BLOCK_N], zeros beyond its ranks."""
     lane = tl.arange(0, PAGE)
-    pointer = address.to(tl.pointer_type(DTYPE)) + lane[:, None].to(tl.int64) * stride_r
+    # an address that is an argument arrives as int32 where it is small
+    pointer = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + lane[:, None].to(tl.int64) * stride_r
     return tl.load(
         pointer + n[None, :].to(tl.int64) * stride_n, mask=(lane < ranks)[:, None] & (n < N)[None, :], other=0.0
     )

@@ -78,7 +78,8 @@ def _shrink_segment(
 ):  # fmt: skip
     """[BLOCK_M, PAGE]: x̃Aᵀ + a over one page of one adapter, for the rows that are its own."""
     x_row = x + row * stride_xm
-    A_row = address.to(tl.pointer_type(DTYPE)) + tl.arange(0, PAGE).to(tl.int64) * stride
+    # an address that is an argument arrives as int32 where it is small
+    A_row = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + tl.arange(0, PAGE).to(tl.int64) * stride
     if ALIGNED:
         A_row = tl.multiple_of(A_row, 16)  # bytes; an address from memory carries no such fact
     part = tl.zeros((BLOCK_M, PAGE), tl.float32)

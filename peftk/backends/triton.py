@@ -44,7 +44,12 @@ def cannot_serve(call: Call) -> str | None:
         return "no kernel for bfloat16 and float16 in one call: x, weight and adapters may mix float32 with one of them"
     if torch.version.hip and (call.x_dtype != call.weight_dtype or not dtypes <= {call.x_dtype, torch.float32}):
         return "on AMD, needs x and weight of one dtype, and adapters of that dtype or float32"
-    if _DEVICE == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() < (8, 0):
+    if (
+        _DEVICE == "cuda"
+        and torch.version.cuda
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() < (8, 0)
+    ):
         return "needs a GPU of compute capability 8.0 or later"
     return None
 
