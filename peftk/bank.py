@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,19 @@ class PagePool:
         self.dtype, self.device = probe.dtype, probe.device
 
 
+class _Made(NamedTuple):
+    """A table, and what it was made of: it serves as long as neither the slots nor the lent tensors' places change."""
+
+    version: int
+    lent: list[Callable[[], Adapter]]
+    where: list[tuple[int, torch.dtype]]
+    table: AdapterTable
+
+
+def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[int, torch.dtype]]:
+    return [(t.data_ptr(), t.dtype) for adapter in lent for t in adapter().tensors()]
+
+
 class AdapterBank:
     """Up to `max_adapters` named adapters for a layer W [N, K], and the table that the kernels read.
 
@@ -79,7 +92,7 @@ class AdapterBank:
         self._pages: dict[int, list[int]] = {}
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
         self._version = 0  # of the slots: counts what was added, removed, moved
-        self._made: tuple[int, list[tuple[int, torch.dtype]], AdapterTable] | None = None
+        self._made: _Made | None = None
 
     def free_slot(self, name: str, slot: int | None = None) -> int:
         """The slot that a new adapter `name` takes. Raises ValueError for a name in use, a full bank, a taken slot."""
@@ -177,16 +190,17 @@ class AdapterBank:
 
     def table(self) -> AdapterTable:
         """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved."""
-        version = self._version  # looked at first: what another thread adds or removes meanwhile makes the table stale
-        lent = [slot() for slot in self.slots if slot is not None and not isinstance(slot, Adapter)]
-        where = [(t.data_ptr(), t.dtype) for adapter in lent for t in adapter.tensors()]
         made = self._made
-        if made is None or made[:2] != (version, where):
-            for adapter in lent:
-                self._check_lent(adapter)
-            made = (version, where, table.build(self.adapters, dtype=self.dtype, device=self.device))
-            self._made = made
-        return made[2]
+        if made is not None and made.version == self._version and made.where == _where(made.lent):
+            return made.table
+        version = self._version  # looked at first: what another thread adds or removes meanwhile makes the table stale
+        lent = [slot for slot in self.slots if slot is not None and not isinstance(slot, Adapter)]
+        where = _where(lent)
+        for adapter in lent:
+            self._check_lent(adapter())
+        made = _Made(version, lent, where, table.build(self.adapters, dtype=self.dtype, device=self.device))
+        self._made = made
+        return made.table
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts what the bank owns. Lent tensors are moved by the module that owns them."""

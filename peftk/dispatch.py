@@ -5,6 +5,9 @@ Both the eager autograd Functions and the ops registered for torch.compile come 
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,37 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     return _line(bias)
+
+
+def small_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+) -> Tensor | None:
+    """y of a small call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
+
+    Nothing has been checked: what doesn't fit gets None too, and its error from the other way.
+    """
+    server = _cpu()
+    if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    return server.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling, backends.SMALL)
+
+
+def small_multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
+) -> Tensor | None:
+    """The same for many adapters. Raises ValueError for an id that is no adapter's."""
+    server = _cpu()
+    if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    return server.small_multi_lora_linear(x, weight, bias, table, ids, backends.SMALL)
+
+
+@functools.cache
+def _cpu() -> ModuleType | None:
+    try:
+        return backends.module("cpu")
+    except backends.BackendError:
+        return None
 
 
 def lora_linear(

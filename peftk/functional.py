@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peftk import autograd, checks, compiled, merge
+from peftk import autograd, checks, compiled, dispatch, merge
 from peftk.merge import MergeReceipt
 from peftk.table import AdapterTable
 
@@ -87,6 +87,11 @@ def lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
+    plain = activation == "identity" and bias_A is None and bias_B is None and dropout_p == 0.0 and backend is None
+    if plain and not torch.compiler.is_compiling():
+        small = dispatch.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+        if small is not None:
+            return small
     x, seed = _prepared(x, weight, dropout_p, seed)
     if torch.compiler.is_compiling():
         y, _ = compiled.lora_linear(
@@ -153,14 +158,19 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
+    compiling = torch.compiler.is_compiling()
+    table = None if compiling else bank if isinstance(bank, AdapterTable) else bank.table()
+    if table is not None and dropout_p == 0.0 and backend is None:
+        small = dispatch.small_multi_lora_linear(x, weight, bias, table, ids)
+        if small is not None:
+            return small
     x, seed = _prepared(x, weight, dropout_p, seed)
     checks.ids(ids, x)
     ids = flat_ids(ids, x)
-    if torch.compiler.is_compiling():
+    if table is None:
         tensors, layout, scalings = compiled.pack(bank.adapters)
         y, _ = compiled.multi_lora_linear(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend)
         return y
-    table = bank if isinstance(bank, AdapterTable) else bank.table()
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
 
 

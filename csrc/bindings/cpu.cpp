@@ -1,9 +1,10 @@
 // The module peftk._cpu: addresses, sizes and codes in, nothing else. peftk/backends/cpu.py checks what it passes.
 #include <pybind11/pybind11.h>
 
-#include <new>
-
+#include "bindings/adapters.h"
 #include "bindings/cpu_merge.h"
+#include "bindings/gil.h"
+#include "bindings/small_calls.h"
 #include "common/dtype.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
@@ -33,21 +34,6 @@ void bind_levels(py::module_& m) {
 
 // ---- lora_linear --------------------------------------------------------------------------------------------------
 
-template <class T>
-T* address(uintptr_t value) {
-    return reinterpret_cast<T*>(value);
-}
-
-// From here on, releasing the GIL (two atomic operations and perhaps a wait to have it back) costs nothing measurable.
-constexpr double kReleaseWork = 1 << 18;
-
-template <class Body>
-void without_gil(double work, Body body) {
-    if (work < kReleaseWork) return body();
-    py::gil_scoped_release release;
-    body();
-}
-
 LinearArgs linear_args(int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
                        int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed,
                        int threads) {
@@ -62,39 +48,6 @@ LinearArgs linear_args(int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_s
     args.dropout.seed = seed;
     args.threads = threads;
     return args;
-}
-
-Adapters table_of(uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, int count, int dtype) {
-    return {address<int64_t>(pages),
-            address<int32_t>(rows),
-            address<float>(scaling),
-            address<int64_t>(biases),
-            count,
-            dtype};
-}
-
-// The table of one dense adapter, in this thread's scratch: a call for one adapter makes no tensors. (A few bytes more
-// than peftk/table.py's layout would be, in the same form.)
-Adapters table_of_one(uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, int64_t B_r, int rank, int activation,
-                      float scaling, uintptr_t bias_A, uintptr_t bias_B, int dtype) {
-    struct Head {
-        int32_t row[4];
-        int64_t biases[2];
-        float scaling;
-    };
-    const int pages = (rank + 15) / 16;
-    char* memory = static_cast<char*>(scratch(kTableSlot, sizeof(Head) + 5 * sizeof(int64_t) * size_t(pages)));
-    Head* head = new (memory) Head{{0, rank, activation, 1}, {int64_t(bias_A), int64_t(bias_B)}, scaling};
-    int64_t* page = reinterpret_cast<int64_t*>(memory + sizeof(Head));
-    const int64_t size = size_of(dtype);
-    for (int64_t p = 0; p < pages; p++) {
-        page[5 * p] = int64_t(A) + 16 * p * A_stride * size;
-        page[5 * p + 1] = A_stride;
-        page[5 * p + 2] = int64_t(B) + 16 * p * B_r * size;
-        page[5 * p + 3] = B_n;
-        page[5 * p + 4] = B_r;
-    }
-    return {page, head->row, &head->scaling, head->biases, 1, dtype};
 }
 
 void call_forward(LinearArgs& args, const Adapters& adapters, uintptr_t ids, uintptr_t bias, int bias_dtype,
@@ -196,4 +149,5 @@ PYBIND11_MODULE(_cpu, m) {
     peftk::bind_levels(m);
     peftk::bind_lora_linear(m);
     peftk::bind_merge(m);
+    peftk::bind_small_calls(m.ptr());
 }

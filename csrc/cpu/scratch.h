@@ -21,6 +21,7 @@ enum ScratchSlot : int {
     kTransposedSlot,
     kTableSlot,
     kPagesSlot,
+    kIdsSlot,
     kScratchSlots
 };
 

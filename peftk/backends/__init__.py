@@ -25,6 +25,10 @@ _PREFERENCE = {
 }
 
 
+# Calls of up to so many multiply-adds (M·N·K) on a CPU are about overhead: no measurement is asked, `cpu` serves them.
+SMALL = 1 << 22
+
+
 class Call(NamedTuple):
     """What a choice depends on: nothing about a call's values, everything about its form."""
 

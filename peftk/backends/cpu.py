@@ -21,6 +21,8 @@ from peftk.table import Adapter, AdapterTable
 if TYPE_CHECKING:
     from peftk.backends import Call
 
+_cpu.plain_tensors(torch.Tensor, torch.nn.Parameter)
+
 _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 
 
@@ -83,6 +85,27 @@ def lora_linear(
         0 if z is None else z.shape[1],
     )
     return y, z
+
+
+def small_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    limit: int,
+) -> Tensor | None:
+    """y where x is a plain tensor and M·N·K ≤ limit, in a fraction of `lora_linear`'s overhead; None elsewhere."""
+    return _cpu.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling, limit, torch.get_num_threads())
+
+
+def small_multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
+) -> Tensor | None:
+    """`small_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
+    threads = torch.get_num_threads()
+    return _cpu.small_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
 
 
 def multi_lora_linear(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftk import checks, functional
 from peftk.functional import MergeReceipt
+from peftk.nn.parameters import own
 from peftk.nn.replace import replaceable, take_place
 
 
@@ -93,17 +94,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
+        weight, bias = own(self, "weight"), own(self, "bias")
         if self.receipt is not None:
-            return functional.lora_linear_unchecked(x, self.weight, self.bias, None, None, 1.0)
-        return functional.lora_linear_unchecked(
-            x,
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-        )
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        lora_A, lora_B = own(self, "lora_A"), own(self, "lora_B")
+        p = self.lora_dropout if self.training else 0.0
+        return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p=p)
 
     @property
     def scaling(self) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, route
 from peftk.bank import AdapterBank
+from peftk.nn.parameters import own
 from peftk.nn.replace import replaceable, take_place
 from peftk.table import Adapter
 
@@ -109,9 +110,10 @@ class MultiLoRALinear(nn.Module):
         if ids is None and self.served:
             current = route.current(trains=torch.is_grad_enabled() or self.training)
             ids = None if current is None else current.rows(x)
+        weight, bias = own(self, "weight"), own(self, "bias")
         if ids is None:
-            return functional.lora_linear_unchecked(x, self.weight, self.bias, None, None, 1.0)
-        return functional.multi_lora_linear_unchecked(x, self.weight, self.bias, self.bank, ids)
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        return functional.multi_lora_linear_unchecked(x, weight, bias, self.bank, ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)

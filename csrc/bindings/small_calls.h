@@ -1,0 +1,202 @@
+// Calls with little arithmetic, where the time goes into reaching the kernel: tensors are read here, checked here and
+// handed on, without gradients, dropout or copies. `None` is the answer to everything else, errors included: the way
+// through peftk/functional.py then serves the call or says what is wrong with it.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdlib>
+#include <limits>
+#include <new>
+#include <stdexcept>
+
+#include "bindings/adapters.h"
+#include "bindings/gil.h"
+#include "bindings/tensor.h"
+#include "cpu/lora_linear.h"
+#include "cpu/scratch.h"
+
+namespace peftk {
+
+// x [..., K] whose rows have one stride, W [N, K] contiguous along either side, bias [N]; M·N·K up to `limit`.
+static inline bool linear_of(PyObject* x_object, PyObject* weight_object, PyObject* bias_object, double limit,
+                             LinearArgs* args) {
+    View x, weight, bias;
+    if (!view_of(x_object, &x) || !view_of(weight_object, &weight)) return false;
+    if (x.ndim < 1 || weight.ndim != 2 || x.size(x.ndim - 1) != weight.size(1) || x.stride(x.ndim - 1) != 1)
+        return false;
+    int64_t M = 1, row = -1;
+    for (int64_t dim = x.ndim - 2; dim >= 0; dim--) {
+        if (x.size(dim) == 1) continue;
+        if (row < 0) row = x.strides[dim];
+        if (x.strides[dim] != M * row) return false;
+        M *= x.size(dim);
+    }
+    if (row < 0) row = weight.size(1);
+    args->M = M, args->N = weight.size(0), args->K = weight.size(1);
+    const double work = double(M) * double(args->N) * double(args->K);
+    if (work == 0 || work > limit) return false;
+    args->x = x.data, args->x_stride = row, args->x_dtype = float_dtype(x);
+    args->weight = weight.data, args->weight_dtype = float_dtype(weight);
+    args->weight_n = weight.stride(0), args->weight_k = weight.stride(1);
+    if (args->x_dtype < 0 || args->weight_dtype < 0 || (args->weight_n != 1 && args->weight_k != 1)) return false;
+    if (bias_object == Py_None) return true;
+    if (!view_of(bias_object, &bias)) return false;
+    args->bias = bias.data, args->bias_dtype = float_dtype(bias);
+    return bias.ndim == 1 && bias.size(0) == args->N && bias.stride(0) == 1 && args->bias_dtype >= 0;
+}
+
+// A [R, K] with contiguous rows and B [N, R], or neither.
+static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scaling, const LinearArgs& linear,
+                              Adapters* adapters) {
+    View A, B;
+    if (A_object == Py_None && B_object == Py_None) return true;
+    if (!view_of(A_object, &A) || !view_of(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
+    const int64_t R = A.size(0), N = linear.N, K = linear.K;
+    const int dtype = float_dtype(A);
+    if (R < 1 || R > std::numeric_limits<int>::max() || A.size(1) != K || A.stride(1) != 1) return false;
+    if (B.size(0) != N || B.size(1) != R || dtype < 0 || float_dtype(B) != dtype) return false;
+    const auto address = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data); };
+    *adapters = table_of_one(address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], int(R), 0,
+                             scaling, 0, 0, dtype);
+    return true;
+}
+
+// ids int32 or int64, one for a row of x or, where x has three dimensions or more, one for a sequence.
+static inline bool ids_of(PyObject* x_object, PyObject* ids_object, int64_t M, const int32_t** out) {
+    View x, ids;
+    if (!view_of(x_object, &x) || !view_of(ids_object, &ids)) return false;
+    if (ids.type != kInt32Type && ids.type != kInt64Type) return false;
+    const bool each_row = ids.ndim == x.ndim - 1, each_sequence = ids.ndim == 1 && x.ndim > 2;
+    if (!each_row && !each_sequence) return false;
+    int64_t count = 1;
+    for (int64_t dim = ids.ndim - 1; dim >= 0; dim--) {
+        if (ids.size(dim) != x.size(dim) || (ids.size(dim) != 1 && ids.strides[dim] != count)) return false;
+        count *= ids.size(dim);
+    }
+    int32_t* rows = static_cast<int32_t*>(scratch(kIdsSlot, size_t(M) * sizeof(int32_t)));
+    const int64_t repeats = M / count;
+    for (int64_t m = 0; m < M; m++) {
+        const int64_t i = m / repeats;
+        int64_t id = ids.type == kInt32Type ? reinterpret_cast<const int32_t*>(ids.data)[i]
+                                            : reinterpret_cast<const int64_t*>(ids.data)[i];
+        constexpr int64_t most = std::numeric_limits<int32_t>::max();
+        rows[m] = int32_t(id < -2 ? -2 : id > most ? most : id);  // outside of every bank stays outside
+    }
+    *out = rows;
+    return true;
+}
+
+// x.new_empty([*x.shape[:-1], N]), and its address.
+static inline PyObject* new_output(PyObject* x_object, int64_t N, void** address) {
+    static PyObject* const name = PyUnicode_InternFromString("new_empty");
+    View x, y;
+    if (!view_of(x_object, &x)) return nullptr;
+    PyObject* shape = PyTuple_New(x.ndim);
+    if (!shape) return nullptr;
+    for (int64_t dim = 0; dim < x.ndim; dim++) {
+        PyTuple_SET_ITEM(shape, dim, PyLong_FromLongLong(dim + 1 < x.ndim ? x.size(dim) : N));
+    }
+    PyObject* const args[] = {x_object, shape};
+    PyObject* result = PyObject_VectorcallMethod(name, args, 2, nullptr);
+    Py_DECREF(shape);
+    if (result && !view_of(result, &y)) Py_CLEAR(result);
+    if (result) *address = y.data;
+    return result;
+}
+
+// Runs the kernel for a call that has passed, and gives y back.
+static inline PyObject* served(PyObject* x, LinearArgs& args) {
+    PyObject* y = new_output(x, args.N, &args.y);
+    if (!y) return nullptr;
+    args.y_stride = args.N;
+    try {
+        const Level level = level_in_use();
+        without_gil(double(args.M) * double(args.N) * double(args.K), [&] {
+            const Order order = order_by_adapter(args.ids, args.M, args.adapters);
+            PEFTK_CALL(level, lora_linear, (args, order));
+        });
+    } catch (...) {
+        Py_DECREF(y);
+        throw;
+    }
+    return y;
+}
+
+static inline bool backend_is_forced() {
+    const char* name = std::getenv("PEFTK_BACKEND");
+    return name && *name;
+}
+
+// Exceptions as Python has them.
+template <class Body>
+static inline PyObject* guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+// (x, weight, bias, lora_A, lora_B, scaling, limit, threads) → y or None
+static PyObject* small_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
+    if (count != 8) return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", count);
+    return guarded([&]() -> PyObject* {
+        LinearArgs args{};
+        const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[6]);
+        args.threads = int(PyLong_AsLong(in[7]));
+        if (PyErr_Occurred()) return nullptr;
+        if (backend_is_forced() || !linear_of(in[0], in[1], in[2], limit, &args) ||
+            !adapter_of(in[3], in[4], float(scaling), args, &args.adapters)) {
+            Py_RETURN_NONE;
+        }
+        return served(in[0], args);
+    });
+}
+
+// (x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype) → y or None
+static PyObject* small_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
+    if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
+    return guarded([&]() -> PyObject* {
+        LinearArgs args{};
+        const double limit = PyFloat_AsDouble(in[4]);
+        args.threads = int(PyLong_AsLong(in[5]));
+        uintptr_t addresses[4];
+        for (int i = 0; i < 4; i++) addresses[i] = PyLong_AsSize_t(in[6 + i]);
+        const int adapters = int(PyLong_AsLong(in[10])), dtype = int(PyLong_AsLong(in[11]));
+        if (PyErr_Occurred()) return nullptr;
+        if (backend_is_forced() || !linear_of(in[0], in[1], in[2], limit, &args) ||
+            !ids_of(in[0], in[3], args.M, &args.ids)) {
+            Py_RETURN_NONE;
+        }
+        args.adapters = table_of(addresses[0], addresses[1], addresses[2], addresses[3], adapters, dtype);
+        return served(in[0], args);
+    });
+}
+
+// (torch.Tensor, torch.nn.Parameter)
+static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count) {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
+    use_tensor_types(in[0], in[1]);
+    Py_RETURN_NONE;
+}
+
+static inline void bind_small_calls(PyObject* module) {
+    const auto method = [](auto function) {
+        return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+    };
+    static PyMethodDef methods[] = {
+        {"plain_tensors", method(plain_tensors), METH_FASTCALL, nullptr},
+        {"small_lora_linear", method(small_lora_linear), METH_FASTCALL, nullptr},
+        {"small_multi_lora_linear", method(small_multi_lora_linear), METH_FASTCALL, nullptr},
+        {nullptr, nullptr, 0, nullptr},
+    };
+    if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("small calls can't be added");
+}
+
+}  // namespace peftk
