@@ -6,6 +6,7 @@ W is frozen, so it has no gradient; the backward of the backward is not defined.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftk import dispatch
-from peftk.reference import AdapterGrads
+from peftk.reference import AdapterGrads, Wanted
 from peftk.table import Adapter, AdapterTable
 
 
@@ -89,8 +90,11 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z = ctx.saved_tensors
         scaling, activation, dropout_p, backend = ctx.rest
         adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-        dx, grads = dispatch.lora_linear_backward(dy, x, weight, adapter, z, dropout_p, seed, backend)
-        dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+        needs = ctx.needs_input_grad
+        dx, grads = dispatch.lora_linear_backward(
+            dy, x, weight, adapter, z, dropout_p, seed, backend, needs[0], Wanted(*needs[3:7])
+        )
+        dbias = dispatch.bias_grad(dy, bias) if needs[2] else None
         return dx, None, dbias, *grads, None, None, None, None, None
 
 
@@ -119,8 +123,12 @@ class _MultiLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, ids, seed, z = ctx.saved_tensors[:6]
         table, dropout_p, backend = ctx.rest
-        dx, grads = dispatch.multi_lora_linear_backward(dy, x, weight, table, ids, z, dropout_p, seed, backend)
-        dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+        needs = ctx.needs_input_grad
+        wanted = flat_wanted(table.adapters, needs[8:])
+        dx, grads = dispatch.multi_lora_linear_backward(
+            dy, x, weight, table, ids, z, dropout_p, seed, backend, needs[0], wanted
+        )
+        dbias = dispatch.bias_grad(dy, bias) if needs[2] else None
         return dx, None, dbias, None, None, None, None, None, *flat_grads(table.adapters, grads)
 
 
@@ -129,15 +137,30 @@ def flat_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
     return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
 
 
-def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | None]) -> list[Tensor]:
+def flat_wanted(adapters: tuple[Adapter | None, ...], needs: Sequence[bool]) -> list[Wanted]:
+    """Which gradients each adapter's tensors need, from one answer for each of `flat_tensors`."""
+    remaining, wanted = list(needs), []
+
+    def take(count: int) -> bool:
+        taken, remaining[:count] = any(remaining[:count]), []
+        return taken
+
+    for a in adapters:
+        pages = 0 if a is None else len(a.pages_A)
+        has_A, has_B = a is not None and a.bias_A is not None, a is not None and a.bias_B is not None
+        wanted.append(Wanted(take(pages), take(pages), take(has_A), take(has_B)))
+    return wanted
+
+
+def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | None]) -> list[Tensor | None]:
     """The gradients in the order of `flat_tensors`, those of A and B cut into the adapter's pages."""
-    flat: list[Tensor] = []
+    flat: list[Tensor | None] = []
     for adapter, grad in zip(adapters, grads, strict=True):
         if adapter is None or grad is None:
             continue
         sizes = [page.shape[0] for page in adapter.pages_A]
-        if grad.lora_A is not None and grad.lora_B is not None:
-            flat += grad.lora_A.split(sizes, dim=0)
-            flat += grad.lora_B.split(sizes, dim=1)
-        flat += [g for g in (grad.bias_A, grad.bias_B) if g is not None]
+        for whole, dim in ((grad.lora_A, 0), (grad.lora_B, 1)):
+            flat += [None] * len(sizes) if whole is None else whole.split(sizes, dim=dim)
+        flat += [grad.bias_A] if adapter.bias_A is not None else []
+        flat += [grad.bias_B] if adapter.bias_B is not None else []
     return flat

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftk import activations, autograd, dispatch, table
+from peftk.reference import Wanted
 from peftk.reference.lora_linear import accumulate_dtype
 from peftk.table import Adapter, AdapterTable
 
@@ -67,20 +68,25 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B."""
+    """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B: those that `needs` names, in this order."""
     adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+    z_saved = None if lora_A is None else z
     dx, grads = dispatch.lora_linear_backward(
-        dy, x, weight, adapter, None if lora_A is None else z, dropout_p, seed, backend
+        dy, x, weight, adapter, z_saved, dropout_p, seed, backend, needs[0], Wanted(*needs[1:])
     )
-    dA, dB, da, db = (x.new_empty(0) if g is None else g for g in grads)
+    dx, dA, dB, da, db = (x.new_empty(0) if g is None else g for g in (dx, *grads))
     return dx, dA, dB, da, db
 
 
 @lora_linear_backward.register_fake
-def _(dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    grads = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (lora_A, lora_B, bias_A, bias_B))
-    return x.new_empty(x.shape), *grads
+def _(dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
+    tensors = (x, lora_A, lora_B, bias_A, bias_B)
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -92,10 +98,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z = ctx.saved_tensors
     scaling, activation, dropout_p, backend = ctx.rest
-    dx, *grads = lora_linear_backward(
-        dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
+    grads = lora_linear_backward(
+        dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs
     )
-    dA, dB, da, db = (None if t is None else g for t, g in zip((lora_A, lora_B, bias_A, bias_B), grads, strict=True))
+    dx, dA, dB, da, db = (g if need else None for g, need in zip(grads, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
     return dx, None, dbias, dA, dB, da, db, None, None, None, None, None
 
@@ -188,17 +195,25 @@ def multi_lora_linear_backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
+    needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Returns the gradient of x, then those of `tensors`."""
+    """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
     adapters = _table(weight, tensors, layout, scalings)
-    dx, grads = dispatch.multi_lora_linear_backward(dy, x, weight, adapters, ids, z, dropout_p, seed, backend)
+    wanted = autograd.flat_wanted(adapters.adapters, needs[1:])
+    dx, grads = dispatch.multi_lora_linear_backward(
+        dy, x, weight, adapters, ids, z, dropout_p, seed, backend, needs[0], wanted
+    )
+    flat = [dx, *autograd.flat_grads(adapters.adapters, grads)]
     # outputs of a custom op may not be views of one another
-    return [dx, *(g.contiguous().clone() if g._is_view() else g for g in autograd.flat_grads(adapters.adapters, grads))]
+    return [
+        x.new_empty(0) if g is None or not need else g.contiguous().clone() if g._is_view() else g
+        for g, need in zip(flat, needs, strict=True)
+    ]
 
 
 @multi_lora_linear_backward.register_fake
-def _(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in tensors)]
+def _(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
+    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip((x, *tensors), needs, strict=True)]
 
 
 def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -210,7 +225,12 @@ def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, ids, seed, z, *tensors = ctx.saved_tensors
     layout, scalings, dropout_p, backend = ctx.rest
-    dx, *grads = multi_lora_linear_backward(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend)
+    # needs_input_grad has one answer for the list of tensors
+    needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
+    found = multi_lora_linear_backward(
+        dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend, needs
+    )
+    dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
     return dx, None, dbias, None, grads, None, None, None, None, None
 

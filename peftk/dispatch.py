@@ -6,13 +6,14 @@ Both the eager autograd Functions and the ops registered for torch.compile come 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from peftk import backends, checks
-from peftk.reference import AdapterGrads
+from peftk.reference import AdapterGrads, Wanted
 from peftk.table import Adapter, AdapterTable
 
 
@@ -100,14 +101,24 @@ def lora_linear_backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, AdapterGrads]:
-    """dy [..., N] → dx [..., K] and the adapter's gradients."""
+    need_dx: bool,
+    wanted: Wanted,
+) -> tuple[Tensor | None, AdapterGrads]:
+    """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted."""
     rows = x.reshape(-1, x.shape[-1])
     server = backends.module(_choose("lora_linear_backward", rows, weight, adapter, dropout_p, backend))
     dx, grads = server.lora_linear_backward(
-        dy.reshape(-1, dy.shape[-1]), rows, weight, adapter, z, dropout_p=dropout_p, seed=seed
+        dy.reshape(-1, dy.shape[-1]),
+        rows,
+        weight,
+        adapter,
+        z,
+        dropout_p=dropout_p,
+        seed=seed,
+        need_dx=need_dx,
+        wanted=wanted,
     )
-    return dx.reshape(x.shape), grads
+    return None if dx is None else dx.reshape(x.shape), grads
 
 
 def multi_lora_linear(
@@ -142,14 +153,25 @@ def multi_lora_linear_backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, list[AdapterGrads | None]]:
-    """dy [..., N] → dx [..., K] and the gradients of every adapter of the table."""
+    need_dx: bool,
+    wanted: Sequence[Wanted],
+) -> tuple[Tensor | None, list[AdapterGrads | None]]:
+    """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted."""
     rows = x.reshape(-1, x.shape[-1])
     server = backends.module(_choose("multi_lora_linear_backward", rows, weight, table, dropout_p, backend))
     dx, grads = server.multi_lora_linear_backward(
-        dy.reshape(-1, dy.shape[-1]), rows, weight, table, ids, z, dropout_p=dropout_p, seed=seed
+        dy.reshape(-1, dy.shape[-1]),
+        rows,
+        weight,
+        table,
+        ids,
+        z,
+        dropout_p=dropout_p,
+        seed=seed,
+        need_dx=need_dx,
+        wanted=wanted,
     )
-    return dx.reshape(x.shape), grads
+    return None if dx is None else dx.reshape(x.shape), grads
 
 
 def _choose(

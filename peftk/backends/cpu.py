@@ -6,7 +6,7 @@ first: x or dy whose rows are not contiguous, and a weight that is contiguous al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.activations import CODES
 from peftk.backends.merge_args import DTYPES, factors, merge_args, rows
-from peftk.reference import AdapterGrads
+from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import Adapter, AdapterTable
 
 if TYPE_CHECKING:
@@ -145,18 +145,20 @@ def lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, AdapterGrads]:
+    need_dx: bool = True,
+    wanted: Wanted = ALL,
+) -> tuple[Tensor | None, AdapterGrads]:
     dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x)
+    dx = torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x, wanted)
     _cpu.lora_linear_backward(
         *_linear(x, weight, dropout_p, seed),
         *_adapter(adapter),
         dy.data_ptr(),
         dy.stride(0),
         DTYPES[dy.dtype],
-        dx.data_ptr(),
-        dx.shape[1],
+        0 if dx is None else dx.data_ptr(),
+        x.shape[1],
         0 if z is None else z.data_ptr(),
         0 if z is None else z.stride(0),
         *_addresses(grads),
@@ -174,10 +176,13 @@ def multi_lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, list[AdapterGrads | None]]:
+    need_dx: bool = True,
+    wanted: Sequence[Wanted] | None = None,
+) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    grads = [None if a is None else _empty_grads(a, weight, x) for a in table.adapters]
+    dx = torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    each = [ALL] * len(table.adapters) if wanted is None else wanted
+    grads = [None if a is None else _empty_grads(a, weight, x, w) for a, w in zip(table.adapters, each, strict=True)]
     addresses = torch.tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
         *_linear(x, weight, dropout_p, seed),
@@ -186,8 +191,8 @@ def multi_lora_linear_backward(
         dy.data_ptr(),
         dy.stride(0),
         DTYPES[dy.dtype],
-        dx.data_ptr(),
-        dx.shape[1],
+        0 if dx is None else dx.data_ptr(),
+        x.shape[1],
         z.data_ptr(),
         z.stride(0),
         addresses.data_ptr(),
@@ -309,15 +314,19 @@ def _bias(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
 
 
-def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor) -> AdapterGrads:
-    """Room for an adapter's gradients, in the shapes of its dense tensors."""
+def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor, wanted: Wanted) -> AdapterGrads:
+    """Room for the gradients that are wanted, in the shapes of the adapter's dense tensors."""
     dtype = adapter.tensors()[0].dtype if adapter.tensors() else x.dtype
     N, K, R = weight.shape[0], weight.shape[1], adapter.rank
+
+    def room(exists: bool, wants: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype) if exists and wants else None
+
     return AdapterGrads(
-        torch.empty(R, K, dtype=dtype) if adapter.pages_A else None,
-        torch.empty(N, R, dtype=dtype) if adapter.pages_A else None,
-        None if adapter.bias_A is None else torch.empty(R, dtype=dtype),
-        None if adapter.bias_B is None else torch.empty(N, dtype=dtype),
+        room(bool(adapter.pages_A), wanted.lora_A, R, K),
+        room(bool(adapter.pages_B), wanted.lora_B, N, R),
+        room(adapter.bias_A is not None, wanted.bias_A, R),
+        room(adapter.bias_B is not None, wanted.bias_B, N),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peftk import reference
 from peftk.activations import CODES
-from peftk.reference import AdapterGrads
+from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.segments import segments
@@ -110,9 +111,13 @@ def lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, AdapterGrads]:
+    need_dx: bool = True,
+    wanted: Wanted = ALL,
+) -> tuple[Tensor | None, AdapterGrads]:
     """The reference's torch products on the device, at this stage: no Triton kernel yet."""
-    return reference.lora_linear_backward(dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed)
+    return reference.lora_linear_backward(
+        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    )
 
 
 def multi_lora_linear_backward(
@@ -125,9 +130,13 @@ def multi_lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, list[AdapterGrads | None]]:
+    need_dx: bool = True,
+    wanted: Sequence[Wanted] | None = None,
+) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """The reference's torch products on the device, at this stage: no Triton kernel yet, and it waits for the ids."""
-    return reference.multi_lora_linear_backward(dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed)
+    return reference.multi_lora_linear_backward(
+        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    )
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.

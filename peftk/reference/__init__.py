@@ -1,7 +1,9 @@
 """Every operation in plain torch: the specification that kernels, tests and benchmarks are held against."""
 
 from peftk.reference.lora_linear import (
+    ALL,
     AdapterGrads,
+    Wanted,
     lora_linear,
     lora_linear_backward,
     multi_lora_linear,
@@ -10,7 +12,9 @@ from peftk.reference.lora_linear import (
 from peftk.reference.merge import inspect, merge, unmerge
 
 __all__ = [
+    "ALL",
     "AdapterGrads",
+    "Wanted",
     "inspect",
     "lora_linear",
     "lora_linear_backward",

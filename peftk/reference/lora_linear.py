@@ -12,6 +12,7 @@ being readable over being fast: a Python loop over the adapters, a mask for each
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,12 +24,24 @@ from peftk.table import Adapter, AdapterTable
 
 
 class AdapterGrads(NamedTuple):
-    """Gradients of one adapter, in the shapes and dtypes of its (dense) tensors; None where there is no tensor."""
+    """Gradients of one adapter, in the shapes and dtypes of its (dense) tensors; None for no tensor or none wanted."""
 
     lora_A: Tensor | None
     lora_B: Tensor | None
     bias_A: Tensor | None
     bias_B: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of one adapter a backward computes."""
+
+    lora_A: bool = True
+    lora_B: bool = True
+    bias_A: bool = True
+    bias_B: bool = True
+
+
+ALL = Wanted()
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -92,20 +105,22 @@ def lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, AdapterGrads]:
+    need_dx: bool = True,
+    wanted: Wanted = ALL,
+) -> tuple[Tensor | None, AdapterGrads]:
     """Gradients for x and for the adapter; W is frozen. dy [M, N] → dx [M, K] in x's dtype.
 
     u = (dY B) ⊙ act'(z);  dX = dY W + mask/(1-p) ⊙ (s·u A);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
     """
     acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
-    dx = dy.to(acc) @ weight.to(acc)
+    dx = dy.to(acc) @ weight.to(acc) if need_dx else None
     grads = AdapterGrads(None, None, None, None)
     if adapter is not None:
         factor = _dropout_factor(x, dropout_p, seed, acc)
-        dx_adapter, grads = _adapter_backward(dy.to(acc), _times(x.to(acc), factor), adapter, z, acc)
-        if dx_adapter is not None:
+        dx_adapter, grads = _adapter_backward(dy.to(acc), _times(x.to(acc), factor), adapter, z, acc, wanted)
+        if dx is not None and dx_adapter is not None:
             dx = dx + _times(dx_adapter, factor)
-    return dx.to(x.dtype), grads
+    return None if dx is None else dx.to(x.dtype), grads
 
 
 def multi_lora_linear_backward(
@@ -118,10 +133,15 @@ def multi_lora_linear_backward(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, list[AdapterGrads | None]]:
-    """`lora_linear_backward` per adapter over its own rows; an entry is None for an empty slot."""
+    need_dx: bool = True,
+    wanted: Sequence[Wanted] | None = None,
+) -> tuple[Tensor | None, list[AdapterGrads | None]]:
+    """`lora_linear_backward` per adapter over its own rows; an entry is None for an empty slot.
+
+    wanted: by id; None wants everything.
+    """
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
-    dx = dy.to(acc) @ weight.to(acc)
+    dx = dy.to(acc) @ weight.to(acc) if need_dx else None
     factor = _dropout_factor(x, dropout_p, seed, acc)
     dropped = _times(x.to(acc), factor)
     grads: list[AdapterGrads | None] = []
@@ -130,12 +150,12 @@ def multi_lora_linear_backward(
             grads.append(None)
             continue
         rows = (ids == index).nonzero().flatten()
-        z_rows = z[rows, : adapter.rank]
-        dx_adapter, adapter_grads = _adapter_backward(dy[rows].to(acc), dropped[rows], adapter, z_rows, acc)
-        if dx_adapter is not None:
+        z_rows, wants = z[rows, : adapter.rank], ALL if wanted is None else wanted[index]
+        dx_adapter, adapter_grads = _adapter_backward(dy[rows].to(acc), dropped[rows], adapter, z_rows, acc, wants)
+        if dx is not None and dx_adapter is not None:
             dx[rows] += dx_adapter if factor is None else dx_adapter * factor[rows]
         grads.append(adapter_grads)
-    return dx.to(x.dtype), grads
+    return None if dx is None else dx.to(x.dtype), grads
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
@@ -172,18 +192,21 @@ def _adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[
 
 
 def _adapter_backward(
-    dy: Tensor, dropped: Tensor, adapter: Adapter, z: Tensor | None, acc: torch.dtype
+    dy: Tensor, dropped: Tensor, adapter: Adapter, z: Tensor | None, acc: torch.dtype, wanted: Wanted
 ) -> tuple[Tensor | None, AdapterGrads]:
-    d_bias_B = None if adapter.bias_B is None else dy.sum(0).to(adapter.bias_B.dtype)
+    """The adapter's part of dX, and the gradients of its tensors that are wanted."""
+
+    def grad(tensor: Tensor | None, wants: bool, compute: Callable[[], Tensor]) -> Tensor | None:
+        return None if tensor is None or not wants else compute().to(tensor.dtype)
+
+    d_bias_B = grad(adapter.bias_B, wanted.bias_B, lambda: dy.sum(0))
     if adapter.lora_A is None or adapter.lora_B is None or z is None:
         return None, AdapterGrads(None, None, None, d_bias_B)
-    z = z.to(acc)
-    s = adapter.scaling
+    z, s = z.to(acc), adapter.scaling
     u = (dy @ adapter.lora_B.to(acc)) * activations.derivative(adapter.activation, z)
-    v = activations.apply(adapter.activation, z)
     return s * (u @ adapter.lora_A.to(acc)), AdapterGrads(
-        lora_A=(s * (u.t() @ dropped)).to(adapter.lora_A.dtype),
-        lora_B=(s * (dy.t() @ v)).to(adapter.lora_B.dtype),
-        bias_A=None if adapter.bias_A is None else (s * u.sum(0)).to(adapter.bias_A.dtype),
+        lora_A=grad(adapter.lora_A, wanted.lora_A, lambda: s * (u.t() @ dropped)),
+        lora_B=grad(adapter.lora_B, wanted.lora_B, lambda: s * (dy.t() @ activations.apply(adapter.activation, z))),
+        bias_A=grad(adapter.bias_A, wanted.bias_A, lambda: s * u.sum(0)),
         bias_B=d_bias_B,
     )
