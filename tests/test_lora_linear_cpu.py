@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from tests import numerics
 from tests.cases import DTYPES, Case, expected, expected_grads, random_case
 
 LEVELS = _cpu.simd_levels()
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def forward(case: Case, **kwargs: object) -> tuple[Tensor, Tensor | None]:
@@ -195,6 +199,127 @@ def test_random_gradients(level: str, dropout_p: float) -> None:
             check_gradients(case, dropout_p)
         except AssertionError as error:
             raise AssertionError(f"case {seed}: {case}: {error}") from error
+
+
+NO_WEIGHT = (0, 0, 0, -1)
+
+
+def without_base(case: Case) -> Case:
+    """The adapters' part alone, as the reference computes it."""
+    return dataclasses.replace(case, weight=torch.zeros_like(case.weight), bias=None)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def call_over_base(case: Case, y: Tensor) -> None:
+    """Adds the adapters' part to y, in place."""
+    linear = cpu._linear(case.x, case.weight, 0.0, None)
+    linear = (*linear[:6], *NO_WEIGHT, *linear[10:])
+    out = (0, 0, y.data_ptr(), y.stride(0), 0, 0)
+    if case.ids is None:
+        _cpu.lora_linear(*linear, *cpu._adapter(cpu._one_page(case.adapters[0])), *out)
+    else:
+        built = case.table()
+        _cpu.multi_lora_linear(*linear, *cpu._table(built), case.ids.data_ptr(), *out)
+
+
+def call_backward(
+    case: Case,
+    dy: Tensor,
+    z: Tensor | None,
+    dx: Tensor | None,
+    grads: list[AdapterGrads | None],
+    *,
+    over_base: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """The backward into given tensors; whatever is None isn't wanted."""
+    linear = cpu._linear(case.x, case.weight, dropout_p, seed)
+    linear = (*linear[:6], *NO_WEIGHT, *linear[10:]) if over_base else linear
+    addresses = torch.tensor([[0] * 4 if g is None else [address(t) for t in g] for g in grads])
+    out = (dy.data_ptr(), dy.stride(0), DTYPE_CODES[dy.dtype], address(dx), case.weight.shape[1], address(z))
+    z_row = 0 if z is None else z.stride(0)
+    if case.ids is None:
+        adapter = cpu._adapter(cpu._one_page(case.adapters[0]))
+        _cpu.lora_linear_backward(*linear, *adapter, *out, z_row, *addresses[0].tolist())
+    else:
+        built = case.table()
+        _cpu.multi_lora_linear_backward(
+            *linear, *cpu._table(built), case.ids.data_ptr(), *out, z_row, addresses.data_ptr()
+        )
+
+
+def over_base_cases() -> Iterator[tuple[str, Case]]:
+    for seed in range(40_000, 40_060):
+        case = random_case(seed, max_rows=150)
+        yield f"case {seed}: {case}", dataclasses.replace(case, x=case.x.contiguous())
+    for M, dtype in ((40, torch.bfloat16), (300, torch.float32), (600, torch.bfloat16)):
+        x, weight, _ = base(M, 700, 64, dtype, dtype)
+        adapters = tuple(adapter(700, 64, r, dtype) for r in (4, 16, 37))
+        yield f"{M} rows", Case(x, weight, None, adapters, torch.randint(-1, 3, (M,), dtype=torch.int32))
+
+
+def test_adapters_over_a_base_that_is_there(level: str) -> None:
+    for name, case in over_base_cases():
+        whole = torch.randn(case.x.shape[0], case.weight.shape[0] + 3).to(case.x.dtype)
+        held, beside = whole[:, :-3].clone(), whole[:, -3:].clone()
+        y = whole[:, :-3]
+        call_over_base(case, y)
+        delta, magnitude, terms = expected(without_base(case))
+        try:
+            numerics.check(y, held.double() + delta, held.double().abs() + magnitude, terms)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        assert torch.equal(whole[:, -3:], beside), name
+        if case.ids is not None:
+            assert torch.equal(y[case.ids == -1], held[case.ids == -1]), name
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_input_gradients_over_a_base_that_is_there(level: str, dropout_p: float) -> None:
+    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    for name, case in over_base_cases():
+        dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+        _, z = forward(case, save_z=True, **kwargs)
+        _, grads = backward(case, dy, z, **kwargs)
+        held = torch.randn(case.x.shape).to(case.x.dtype)
+        over, over_grads = held.clone(), [g and empty_like(g) for g in grads]
+        call_backward(case, dy, z, over, over_grads, over_base=True, **kwargs)
+        delta, _, magnitude, _, terms = expected_grads(without_base(case), dy, **kwargs)
+        try:
+            numerics.check(over, held.double() + delta, held.double().abs() + magnitude, terms)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        assert_same_grads(over_grads, grads, name)
+
+
+def empty_like(grads: AdapterGrads) -> AdapterGrads:
+    return AdapterGrads(*(None if t is None else torch.full_like(t, torch.nan) for t in grads))
+
+
+def assert_same_grads(actual: list[AdapterGrads | None], wanted: list[AdapterGrads | None], name: str) -> None:
+    for one, other in zip(actual, wanted, strict=True):
+        for a, b in zip(one or (), other or (), strict=True):
+            assert a is None or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: float) -> None:
+    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    rng = random.Random(5)
+    for name, case in over_base_cases():
+        dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+        _, z = forward(case, save_z=True, **kwargs)
+        dx, grads = backward(case, dy, z, **kwargs)
+        for wants_dx in (False, False, True):
+            some_dx = torch.full_like(dx, torch.nan) if wants_dx else None
+            some = [g and AdapterGrads(*(t if rng.random() < 0.5 else None for t in empty_like(g))) for g in grads]
+            call_backward(case, dy, z, some_dx, some, **kwargs)
+            assert some_dx is None or torch.equal(some_dx, dx), name
+            assert_same_grads(some, grads, name)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

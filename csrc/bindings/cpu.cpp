@@ -34,11 +34,13 @@ void bind_levels(py::module_& m) {
 
 // ---- lora_linear --------------------------------------------------------------------------------------------------
 
+// weight_dtype -1: y, or dx, holds the base layer's part already.
 LinearArgs linear_args(int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
                        int64_t weight_n, int64_t weight_k, int weight_dtype, double dropout_p, uint64_t seed,
                        int threads) {
     LinearArgs args{};
     args.M = M, args.N = N, args.K = K;
+    args.over_base = weight_dtype < 0;
     args.x = address<void>(x), args.x_stride = x_stride, args.x_dtype = x_dtype;
     args.weight = address<void>(weight), args.weight_n = weight_n, args.weight_k = weight_k;
     args.weight_dtype = weight_dtype;
@@ -57,7 +59,7 @@ void call_forward(LinearArgs& args, const Adapters& adapters, uintptr_t ids, uin
     args.y = address<void>(y), args.y_stride = y_stride;
     args.z = address<float>(z), args.z_stride = z_stride;
     const Level level = level_in_use();
-    without_gil(double(args.M) * args.N * args.K, [&] {
+    without_gil(work_of(args, !args.over_base), [&] {
         const Order order = order_by_adapter(args.ids, args.M, args.adapters);
         PEFTK_CALL(level, lora_linear, (args, order));
     });
@@ -73,7 +75,7 @@ void call_backward(const LinearArgs& forward, const Adapters& adapters, uintptr_
     args.dx = address<void>(dx), args.dx_stride = dx_stride;
     args.grads = grads;
     const Level level = level_in_use();
-    without_gil(double(forward.M) * forward.N * forward.K, [&] {
+    without_gil(work_of(args.forward, args.dx && !forward.over_base), [&] {
         const Order order = order_by_adapter(args.forward.ids, forward.M, adapters);
         PEFTK_CALL(level, lora_linear_backward, (args, order));
     });

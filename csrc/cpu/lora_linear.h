@@ -42,6 +42,8 @@ struct Dropout {
 // y[m] = x[m] Wᵀ + bias + s act(x̃[m] Aᵀ + a) Bᵀ + β. Strides in elements; W has unit stride along K or along N.
 struct LinearArgs {
     int64_t M, N, K;
+    bool over_base;  // y holds x[m] Wᵀ + bias already: the adapters' part is added in place, W and bias are not looked
+                     // at
     const void* x;
     int64_t x_stride;
     int x_dtype;
@@ -62,14 +64,28 @@ struct LinearArgs {
 
 // dX, and the gradients of every adapter, dense, in the adapters' dtype; addresses as int64, 0: not wanted.
 struct LinearBackwardArgs {
-    LinearArgs forward;  // y unused; z as the forward left it
+    LinearArgs forward;  // y unused; z as the forward left it; over_base: dx holds dY · W already
     const void* dy;
     int64_t dy_stride;
     int dy_dtype;
-    void* dx;  // [M, K], x's dtype
+    void* dx;  // [M, K], x's dtype; null: not wanted
     int64_t dx_stride;
     const int64_t* grads;  // [count, 4]: dA [R, K], dB [N, R], da [R], dβ [N]
 };
+
+// Multiply-adds of the adapters' part.
+static inline double adapters_work(const LinearArgs& args) {
+    int32_t rank = 0;
+    for (int32_t a = 0; a < args.adapters.count; a++) {
+        if (args.adapters.rows[4 * a + 1] > rank) rank = args.adapters.rows[4 * a + 1];
+    }
+    return double(args.M) * rank * double(args.K + args.N);
+}
+
+// Multiply-adds of the product with W, or of the adapters' part where that is all of it.
+static inline double work_of(const LinearArgs& args, bool product) {
+    return product ? double(args.M) * double(args.N) * double(args.K) : adapters_work(args);
+}
 
 // How a call is served, for those who ask: nothing but shapes, dtypes and strides of `args` is looked at.
 struct Plan {

@@ -40,7 +40,8 @@ struct Linear {
     int weight_dtype;
     const void* bias;
     int bias_dtype;
-    void* out;
+    bool over_base;  // out holds the base layer's part already
+    void* out;       // null: only v and w are wanted
     int64_t out_row;
     int out_dtype;
     float* z;  // [M, z_row]: written by the forward, read by the backward
@@ -55,6 +56,7 @@ struct Linear {
     float* w;          // backward: s·v
     int64_t v_row;
     const Factor* turned;  // backward: the pages of B, contiguous along N; by page number
+    const int64_t* grads;  // backward: [count, 4], as LinearBackwardArgs has them
 
     int64_t rank(int32_t a) const { return adapters.rows[4 * a + 1]; }
     int activation(int32_t a) const { return adapters.rows[4 * a + 2]; }
@@ -62,6 +64,10 @@ struct Linear {
     int page_ranks(int32_t a, int64_t p) const { return int(min64(16, rank(a) - 16 * p)); }
     const void* rank_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a]); }
     const void* output_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a + 1]); }
+
+    // The shrink's results that someone wants: v forward and s·u backward; s·v backward.
+    bool wants_v(int32_t a) const { return !backward || out || grads[4 * a] || grads[4 * a + 2]; }
+    bool wants_w(int32_t a) const { return backward && grads[4 * a + 1]; }
 
     Factor factor_A(int32_t a, int64_t p) const {
         const int64_t* entry = page(a, p);
@@ -80,8 +86,8 @@ struct Linear {
 // Below this many multiply-adds, waking another thread costs more than it saves.
 constexpr double kParallelWork = 1 << 20;
 
-static inline int useful_threads(const LinearArgs& args) {
-    return double(args.M) * double(args.N) * double(args.K) < kParallelWork ? 1 : args.threads;
+static inline int useful_threads(const LinearArgs& args, bool product) {
+    return work_of(args, product) < kParallelWork ? 1 : args.threads;
 }
 
 static inline int64_t max_rank(const Adapters& adapters, const Order& order) {
@@ -98,11 +104,12 @@ static inline Linear forward_op(const LinearArgs& args, const Order& order) {
     op.in = args.x, op.in_row = args.x_stride, op.in_dtype = args.x_dtype;
     op.weight = args.weight, op.weight_o = args.weight_n, op.weight_c = args.weight_k;
     op.weight_dtype = args.weight_dtype;
-    op.bias = args.bias, op.bias_dtype = args.bias_dtype;
+    op.over_base = args.over_base;
+    op.bias = args.over_base ? nullptr : args.bias, op.bias_dtype = args.bias_dtype;
     op.out = args.y, op.out_row = args.y_stride, op.out_dtype = args.x_dtype;
     op.z = args.z, op.z_row = args.z_stride;
     op.adapters = args.adapters, op.order = order, op.dropout = args.dropout;
-    op.threads = useful_threads(args);
+    op.threads = useful_threads(args, !args.over_base);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);
     op.v = scratch_of<float>(kVSlot, op.M * op.v_row);

@@ -9,6 +9,8 @@
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
 //   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
 //
+// or none, where `out` holds the base layer's part already and the adapters' is added to it.
+//
 // The form follows from shape, dtypes and strides alone, so the number of threads never changes a bit of the result.
 #include "cpu/kernels/linear.h"
 
@@ -31,7 +33,9 @@ constexpr int64_t kSteps = 256;              // of the contraction: a panel of t
 constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
 constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts
 
-enum Form { kDot, kLanes, kColumns };
+constexpr int64_t kBaseColumns = 512;  // columns of `out` that the adapters' part is added to at a time
+
+enum Form { kDot, kLanes, kColumns, kOverBase };
 
 struct Shape {
     Form form;
@@ -72,7 +76,8 @@ void project(const Linear& op, const Group& group, const void* const* rows, bool
 void shrink(const Linear& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
     const bool drops = op.dropout.on && !op.backward;
     const bool pairs = kHavePairs && op.in_dtype == kBFloat16 && op.adapters.dtype == kBFloat16 && !drops;
-    const bool copies = drops || (op.in_dtype != kFloat32 && !pairs);
+    const bool wants_v = op.wants_v(group.adapter), wants_w = op.wants_w(group.adapter);
+    const bool copies = wants_v && (drops || (op.in_dtype != kFloat32 && !pairs));
     const int64_t copy_row = round_up(op.C, W) + kPad;
     float* copy = copies ? scratch_of<float>(kRowsSlot, group.count * copy_row) : nullptr;
     const void* rows[kDotTokens];
@@ -94,19 +99,21 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
         const int ranks = op.page_ranks(a, page);
         float out[kDotTokens * 16];
         const bool more = page + 1 < ceil_div(op.rank(a), 16);
-        const Factor next = more ? op.shrink_factor(a, page + 1) : op.shrink_factor(after.adapter, 0);
-        project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, next.data, out, 16);
+        if (wants_v) {
+            const Factor next = more ? op.shrink_factor(a, page + 1) : op.shrink_factor(after.adapter, 0);
+            project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, next.data, out, 16);
+        }
         for (int i = 0; i < group.count; i++) {
             const int64_t position = group.first + i, m = op.order.token(position);
             float* z = op.z ? op.z + m * op.z_row + 16 * page : nullptr;
             float* v = op.v + position * op.v_row + 16 * page;
             float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
             for (int r = 0; r < ranks; r++) {
-                float value = out[i * 16 + r];
                 if (op.backward) {
-                    v[r] = s * (value * activate_derivative(code, z[r]));
-                    w[r] = s * activate(code, z[r]);
+                    if (wants_v) v[r] = s * (out[i * 16 + r] * activate_derivative(code, z[r]));
+                    if (wants_w) w[r] = s * activate(code, z[r]);
                 } else {
+                    float value = out[i * 16 + r];
                     if (bias) value += element(bias, op.adapters.dtype, 16 * page + r);
                     if (z) z[r] = value;
                     v[r] = s * activate(code, value);
@@ -509,8 +516,24 @@ private:
     float *bias_, *beta_, *delta_, *panel_;
 };
 
+// One block of output columns, from what they hold to the stored result; the base layer's rows are left as they are.
+void add_to_base(const Linear& op, const Shape& shape, const Columns& columns) {
+    Epilogue epilogue(op, columns);
+    float* tile = scratch_of<float>(kTileSlot, W * columns.padded);
+    const int64_t end = shape.first_row + shape.rows;
+    for (int64_t i = max64(shape.first_row, op.order.end(-1)); i < end; i += W) {
+        const int64_t count = min64(W, end - i);
+        for (int64_t j = 0; j < count; j++) {
+            const void* held = at(op.out, op.out_dtype, op.order.token(i + j) * op.out_row + columns.first);
+            widen(held, op.out_dtype, columns.count, tile + j * columns.padded);
+        }
+        epilogue.finish(i, count, tile);
+    }
+}
+
 // One block of output columns, from W to the stored result.
 void block(const Linear& op, const Shape& shape, const Columns& columns) {
+    if (shape.form == kOverBase) return add_to_base(op, shape, columns);
     const int64_t padded = columns.padded;
     Epilogue epilogue(op, columns);
     if (shape.form == kLanes) {
@@ -547,15 +570,19 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
 
 bool takes_pairs(const Linear& op) { return kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16; }
 
-Form form_of(const Linear& op) { return op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes; }
+Form form_of(const Linear& op) {
+    if (op.over_base) return kOverBase;
+    return op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes;
+}
 
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
 int64_t block_columns(const Linear& op, Form form) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
     // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
-    int64_t columns = form == kDot     ? 16 * kDotRows
-                      : form == kLanes ? kBlockRows
-                                       : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
+    int64_t columns = form == kDot        ? 16 * kDotRows
+                      : form == kLanes    ? kBlockRows
+                      : form == kOverBase ? kBaseColumns
+                                          : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (columns > least && ceil_div(op.O, columns) < 4 * int64_t(op.threads)) columns = round_up(columns / 2, least);
     return columns;
 }
@@ -564,7 +591,7 @@ int64_t block_columns(const Linear& op, Form form) {
 int64_t make_groups(const Linear& op, int64_t first, int64_t rows, Group* groups) {
     int64_t count = 0;
     for (int32_t a = 0; a < op.adapters.count; a++) {
-        if (op.rank(a) == 0) continue;
+        if (op.rank(a) == 0 || (!op.wants_v(a) && !op.wants_w(a))) continue;
         const int64_t end = min64(op.order.end(a), first + rows);
         for (int64_t i = max64(op.order.begin(a), first); i < end; i += kDotTokens) {
             groups[count++] = {a, int32_t(min64(kDotTokens, end - i)), i};
@@ -591,7 +618,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
         // Ranks of one group may go to several threads, unless each would draw the group's dropout mask again.
         if (!op.dropout.on) page_runs = ceil_div(op.max_rank, 16);
     }
-    const bool in_place = shape.form == kDot && shape.pairs;
+    const bool in_place = !op.out || shape.form == kOverBase || (shape.form == kDot && shape.pairs);
     const int64_t preparations = in_place ? 0 : ceil_div(rows, W);
     if (!in_place) {
         const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
@@ -614,7 +641,8 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
         columns.padded = round_up(columns.count, W);
         block(op, shape, columns);
     };
-    parallel_for(preparations + group_count * page_runs, front, ceil_div(op.O, step), back, threads);
+    const int64_t blocks = op.out ? ceil_div(op.O, step) : 0;
+    parallel_for(preparations + group_count * page_runs, front, blocks, back, threads);
 }
 
 }  // namespace
@@ -622,7 +650,8 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
 void run(const Linear& op) {
     if (op.M == 0) return;
     const int64_t share = round_up(ceil_div(op.M, op.threads), W);
-    if (op.threads > 1 && share >= kRowsOfOwn && op.O * op.C * size_of(op.weight_dtype) <= kWeightForEach) {
+    const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * size_of(op.weight_dtype) : 0;
+    if (op.threads > 1 && share >= kRowsOfOwn && shared_bytes <= kWeightForEach) {
         // Every thread has rows enough of its own: it prepares only what it needs itself, and none of it crosses from
         // one core's cache to another's. W does, but is only read.
         auto own = [&](int64_t task) {
@@ -644,7 +673,7 @@ void lora_linear_plan(const LinearArgs& args, bool backward, Plan* plan) {
     op.M = args.M, op.O = backward ? args.K : args.N;
     op.in_dtype = args.x_dtype, op.weight_dtype = args.weight_dtype;
     op.weight_c = backward ? args.weight_n : args.weight_k;
-    op.threads = useful_threads(args);
+    op.threads = useful_threads(args, true);
     const char* names[] = {"dot", "lanes", "columns"};
     const Form form = form_of(op);
     *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form))))};

@@ -24,6 +24,7 @@ struct Source {  // x̃ or dY
     int dtype;
     const Dropout* dropout;  // null: none
     const float* factor;     // s·u or s·v, [M, v_row] by position
+    int64_t ranks;           // of it, 0: only sums of columns are wanted
 };
 
 // sum[j] += Σ_i rows[i][j], in parts.
@@ -39,12 +40,12 @@ void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, fl
 }
 
 // sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1, and below those
-// op.rank(a) rows another one, of Σ_i source[i][first + j].
-void contract_span(const Linear& op, int32_t a, const Source& source, int64_t begin, int64_t end, int64_t first,
-                   int64_t count, float* sum) {
+// source.ranks rows another one, of Σ_i source[i][first + j].
+void contract_span(const Linear& op, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t count,
+                   float* sum) {
     const int64_t padded = round_up(count, W);
     float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
-    float* column_sum = sum + op.rank(a) * padded;
+    float* column_sum = sum + source.ranks * padded;
     for (int64_t j = 0; j < padded; j += W) store(column_sum + j, zero());
     int64_t row = begin;
     do {
@@ -59,8 +60,8 @@ void contract_span(const Linear& op, int32_t a, const Source& source, int64_t be
         const Panels panels(padded);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t j = panels.first(p);
-            outer<float>(op.rank(a), panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j, padded,
-                         rows, sum + j, padded, row == begin);
+            outer<float>(source.ranks, panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j,
+                         padded, rows, sum + j, padded, row == begin);
         }
         row += rows;
     } while (row < end);
@@ -68,17 +69,17 @@ void contract_span(const Linear& op, int32_t a, const Source& source, int64_t be
 
 // The same over all of the adapter's rows.
 void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
-    const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (op.rank(a) + 1) * round_up(count, W);
-    contract_span(op, a, source, begin, min64(begin + kRowSpan, end), first, count, sum);
+    const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (source.ranks + 1) * round_up(count, W);
+    contract_span(op, source, begin, min64(begin + kRowSpan, end), first, count, sum);
     for (int64_t row = begin + kRowSpan; row < end; row += kRowSpan) {
         float* span = scratch_of<float>(kWeightSlot, size);
-        contract_span(op, a, source, row, min64(row + kRowSpan, end), first, count, span);
+        contract_span(op, source, row, min64(row + kRowSpan, end), first, count, span);
         for (int64_t i = 0; i < size; i += W) store(sum + i, add(load(sum + i), load(span + i)));
     }
 }
 
 void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
-    const int64_t padded = round_up(count, W), rank = op.rank(a);
+    const int64_t padded = round_up(count, W), rank = x.ranks;
     float* sum = scratch_of<float>(kTileSlot, (rank + 1) * padded);
     contract(op, a, x, first, count, sum);
     const int dtype = op.adapters.dtype;
@@ -86,7 +87,7 @@ void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t firs
 }
 
 void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bias, int64_t first, int64_t count) {
-    const int64_t padded = round_up(count, W), rank = op.rank(a), ranks = round_up(rank, W);
+    const int64_t padded = round_up(count, W), rank = dy.ranks, ranks = round_up(rank, W);
     float* sum = scratch_of<float>(kTileSlot, (ranks + 1) * padded);
     contract(op, a, dy, first, count, sum);
     const int dtype = op.adapters.dtype;
@@ -114,14 +115,15 @@ void grad_rank_bias(const Linear& op, int32_t a, void* to) {
 
 void adapter_grads(const Linear& op, const LinearBackwardArgs& args) {
     const LinearArgs& forward = args.forward;
-    const Source x{
-        forward.x, forward.x_stride, forward.K, forward.x_dtype, forward.dropout.on ? &forward.dropout : nullptr, op.v};
-    const Source dy{args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w};
+    const Dropout* dropout = forward.dropout.on ? &forward.dropout : nullptr;
     const int64_t blocks_A = ceil_div(forward.K, kColumnBlock), blocks_B = ceil_div(forward.N, kColumnBlock);
     const int64_t each = blocks_A + blocks_B + 1;
     auto body = [&](int64_t task) {
         const int32_t a = int32_t(task / each);
         const int64_t block = task % each;
+        const Source x{forward.x, forward.x_stride, forward.K, forward.x_dtype, dropout, op.v, op.rank(a)};
+        const Source dy{
+            args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w, op.wants_w(a) ? op.rank(a) : 0};
         auto grad = [&](int which) { return reinterpret_cast<void*>(args.grads[4 * a + which]); };
         if (block < blocks_A) {
             const int64_t first = block * kColumnBlock;
@@ -149,13 +151,14 @@ void turn_pages(Linear* op, int64_t page_count) {
             for (int64_t p = 0; 16 * p < op->rank(a); p++) visit(a, p);
         }
     };
-    each_page([&](int32_t a, int64_t p) { copies += op->factor_B(a, p).along != 1; });
+    auto is_copied = [&](int32_t a, int64_t p) { return op->factor_B(a, p).along != 1 && op->wants_v(a); };
+    each_page([&](int32_t a, int64_t p) { copies += is_copied(a, p); });
     char* memory = scratch_of<char>(kTransposedSlot, copies * page_bytes);
     each_page([&](int32_t a, int64_t p) {
         const Factor factor = op->factor_B(a, p);
         Factor& result = turned[op->adapters.rows[4 * a] + p];
         result = factor;
-        if (factor.along == 1) return;
+        if (!is_copied(a, p)) return;
         with_type(op->adapters.dtype, [&](auto type) {
             typedef decltype(type) T;
             const T* from = static_cast<const T*>(factor.data);
@@ -177,6 +180,8 @@ void lora_linear_backward(const LinearBackwardArgs& args, const Order& order) {
     const LinearArgs& forward = args.forward;
     Linear op = forward_op(forward, order);
     op.backward = true;
+    op.threads = useful_threads(forward, args.dx && !forward.over_base);
+    op.grads = args.grads;
     op.C = forward.N, op.O = forward.K;
     op.in = args.dy, op.in_row = args.dy_stride, op.in_dtype = args.dy_dtype;
     op.weight_o = forward.weight_k, op.weight_c = forward.weight_n;
