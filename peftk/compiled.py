@@ -4,6 +4,9 @@ Eager calls do not come here: the dispatcher's layers cost more than a small lin
 only, so an absent z or gradient is an empty tensor; and takes flat lists, so a table of adapters is packed into one
 list of tensors, one of integers (per adapter: pages or -1 for an empty slot, activation, has bias_A, has bias_B) and
 one of scalings.
+
+torch keeps compiled backwards on disk under a key that knows the forward alone. So whoever changes the arguments of a
+backward op gives its forward another name too; else a user's next start calls the new one with the old arguments.
 """
 
 from __future__ import annotations

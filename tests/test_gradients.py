@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftk import activations, autograd, compiled, functional, table
+import peftk
+from peftk import activations, autograd, compiled, functional, reference, table
+from peftk.backends import cpu
 from peftk.nn import MultiLoRALinear
 from peftk.table import Adapter
 from tests import numerics
@@ -149,3 +151,61 @@ def test_packing_keeps_every_adapter() -> None:
     assert unpacked[1].activation == "relu"
     assert unpacked[1].scaling == 2.0
     assert table.build(unpacked, dtype=torch.float32, device=torch.device("cpu"))
+
+
+SUBSETS = [("x",), ("lora_A",), ("lora_B",), ("lora_A", "lora_B"), ("bias_A", "bias_B"), ("x", "bias_B"), ("bias",)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_only_the_gradients_that_are_needed(backend: str, needed: tuple[str, ...], dropout_p: float) -> None:
+    """Each is the one that a backward for everything gives, and the others are not computed."""
+    torch.manual_seed(0)
+    M, K, N, r = 20, 24, 18, 5
+    shapes = {"x": (M, K), "bias": (N,), "lora_A": (r, K), "lora_B": (N, r), "bias_A": (r,), "bias_B": (N,)}
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weight, dy, seed = torch.randn(N, K), torch.randn(M, N), torch.tensor([5])
+
+    def gradients(names: tuple[str, ...]) -> list[torch.Tensor | None]:
+        leaves = {name: value.clone().requires_grad_(name in names) for name, value in values.items()}
+        y = peftk.functional.lora_linear(
+            weight=weight, activation="silu", scaling=0.5, dropout_p=dropout_p, seed=seed, backend=backend, **leaves
+        )
+        y.backward(dy)
+        assert all(leaf.grad is None for name, leaf in leaves.items() if name not in names)
+        return [leaves[name].grad for name in needed]
+
+    for got, wanted in zip(gradients(needed), gradients(tuple(shapes)), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_first_layer_computes_no_gradient_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    backward = cpu.lora_linear_backward
+
+    def spy(*args: object, **kwargs: object) -> object:
+        asked.append((kwargs["need_dx"], kwargs["wanted"]))
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(cpu, "lora_linear_backward", spy)
+    layer = peftk.LoRALinear.from_linear(torch.nn.Linear(8, 8), r=2)
+    layer.lora_A.requires_grad_(False)
+    layer(torch.randn(3, 8)).sum().backward()
+    assert asked == [(False, reference.Wanted(False, True, False, False))]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_batch_with_served_and_trained_adapters_needs_the_trained_ones(compiles: bool) -> None:
+    torch._dynamo.reset()
+    layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(12, 10), max_adapters=3)
+    layer.add_adapter("served", torch.randn(4, 12), torch.randn(10, 4))
+    layer.add_adapter("trained", torch.randn(20, 12), torch.randn(10, 20), trainable=True, bias=torch.randn(10))
+    ids, x, dy = torch.tensor([0, 1, -1, 1]), torch.randn(4, 12), torch.randn(4, 10)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiles else layer
+    run(x, ids).backward(dy)
+    A, B, beta = layer.trained.slot1.lora_A, layer.trained.slot1.lora_B, layer.trained.slot1.bias_B
+    rows = ids == 1
+    torch.testing.assert_close(A.grad, (dy[rows] @ B.detach()).t() @ x[rows])
+    torch.testing.assert_close(B.grad, dy[rows].t() @ (x[rows] @ A.detach().t()))
+    torch.testing.assert_close(beta.grad, dy[rows].sum(0))
