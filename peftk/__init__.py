@@ -13,6 +13,7 @@ from peftk.interop.peft_checkpoint import CheckpointError
 from peftk.model import LoraConfig, count_parameters, freeze, inject, load_adapter, save_adapter
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.server import MultiAdapter
+from peftk.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -32,4 +33,5 @@ __all__ = [
     "inject",
     "load_adapter",
     "save_adapter",
+    "tune",
 ]

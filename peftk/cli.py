@@ -1,4 +1,4 @@
-"""The command line: peftk demo, bench, selftest. Heavy imports wait until a command needs them."""
+"""The command line: peftk demo, bench, tune, selftest. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 INTEGERS = _List("INT,INT…", _positive)
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
 @main.command()
@@ -176,6 +176,43 @@ def selftest(device: str) -> None:
     _need_device(device)
     if not sweep.run(device, _console()):
         raise SystemExit(1)
+
+
+@main.command()
+@click.option("--forget", is_flag=True, help="Deletes what was measured on this machine.")
+def tune(forget: bool) -> None:
+    """Measures where torch's matrix product is faster than our kernels on this CPU, for the choice in later processes.
+
+    Takes seconds. Kept in $PEFTK_CACHE_DIR/choice.json (else below $XDG_CACHE_HOME or ~/.cache/peftk), by processor.
+    """
+    from rich.table import Table
+
+    from peftk import tuning
+
+    console = _console()
+    if forget:
+        console.print("Forgotten." if tuning.forget() else "Nothing was measured on this machine.")
+        return
+    try:
+        with console.status("") as status:
+            measured = tuning.tune(lambda what: status.update(f"[dim]{what}"))
+    except OSError as error:
+        raise click.ClickException(f"{tuning.cache_file()} cannot be written: {error}") from error
+    console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
+    console.print("[bold]Bold[/]: `gemm` serves such calls from now on; all others are served by `cpu`.")
+    table = Table("operation", "K = N", *(f"M = {M}" for M in tuning.TOKENS))
+    for key, points in measured.items():
+        margin = tuning.margin(key)
+        for dim in tuning.DIMS:
+            gains = {point.M: point.gain for point in points if point.dim == dim}
+            cells = (f"{gains[M]:.2f}" if M in gains else "small" for M in tuning.TOKENS)
+            bold = (
+                f"[bold]{c}[/]" if gains.get(M, 0) >= margin else c for M, c in zip(tuning.TOKENS, cells, strict=True)
+            )
+            table.add_row(key, str(dim), *bold)
+        table.add_section()
+    console.print(table)
+    console.print(f"Written: {tuning.cache_file()}", highlight=False)
 
 
 def _console() -> Console:

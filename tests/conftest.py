@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from peftk import _cpu
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_measured_choice(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The choice of backend is the default, whatever `peftk tune` has found on this machine."""
+    os.environ["PEFTK_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=_cpu.simd_levels())

@@ -1,9 +1,11 @@
 """The one place that decides which backend runs. Every backend module has the reference's functions and signatures.
 
-`reference` (plain torch, any device) · `cpu` (C++ SIMD) · `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) ·
-`cuda` (CUDA C++, where it wins). A module also has `cannot_serve(call)`, the reason why it cannot or None, and
-`describe(call)`, one line for `peftk.explain` about the kernel that would run. `choose` is a pure function of the
-call; `explain` says what it chose and why.
+`reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
+`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it wins). A module also has
+`cannot_serve(call)`, the reason why it cannot or None, and `describe(call)`, one line for `peftk.explain` about the
+kernel that would run. `choose` is a pure function of the call, of what `peftk tune` has measured on this machine
+(`peftk.tuning`), and of torch's switch for deterministic algorithms, which keeps to our own kernels; `explain` says
+what it chose and why.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = ("reference", "cpu", "gemm", "triton", "cuda")
 
 # First that can serve wins. The reference can serve everything, so a choice always exists.
 _PREFERENCE = {
@@ -75,23 +77,44 @@ def module(name: str) -> ModuleType:
 
 def choose(call: Call, forced: str | None = None) -> Choice:
     """The backend that serves `call`. `forced` (else PEFTK_BACKEND) names one; it serves or BackendError is raised."""
-    return _choose(call, forced or os.environ.get("PEFTK_BACKEND") or None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _choose(call, forced or os.environ.get("PEFTK_BACKEND") or None, deterministic)
+
+
+def forget() -> None:
+    """Chooses anew from here on: something was measured."""
+    _choose.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(call: Call, forced: str | None) -> Choice:
+def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
     if forced is not None:
         reason = cannot_serve(forced, call)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was forced and cannot serve {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
-    for name in _PREFERENCE.get(call.device, ("triton", "reference")):
+    order, why = _preference(call, deterministic)
+    for name in order:
         reason = cannot_serve(name, call)
         if reason is None:
-            return Choice(name, f"first in preference on {call.device} that serves this call", tuple(rejected))
+            return Choice(
+                name, why.get(name, f"first in preference on {call.device} that serves this call"), tuple(rejected)
+            )
         rejected.append((name, reason))
     raise BackendError(f"no backend serves {call}: {rejected}")
+
+
+def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The backends to ask, in order, and reasons for some of them."""
+    if call.device != "cpu" or not call.op.removeprefix("multi_").startswith("lora_linear"):
+        return _PREFERENCE.get(call.device, ("triton", "reference")), {}
+    if deterministic:
+        return _PREFERENCE["cpu"], {"cpu": "torch.use_deterministic_algorithms keeps to our own kernels"}
+    from peftk import tuning  # which measures backends
+
+    gemm, reason = tuning.verdict(call)
+    return (("gemm", *_PREFERENCE["cpu"]) if gemm else _PREFERENCE["cpu"]), {"gemm" if gemm else "cpu": reason}
 
 
 def cannot_serve(name: str, call: Call) -> str | None:

@@ -70,13 +70,15 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     save_z: bool = False,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
     M, N = x.shape[0], weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = torch.empty(M, N, dtype=x.dtype) if base is None else base
     z = torch.empty(M, adapter.rank) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
-        *_linear(x, weight, dropout_p, seed),
+        *_linear(x, weight, dropout_p, seed, base is not None),
         *_adapter(adapter),
         *_bias(bias),
         y.data_ptr(),
@@ -118,13 +120,15 @@ def multi_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     save_z: bool = False,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
     M, N = x.shape[0], weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = torch.empty(M, N, dtype=x.dtype) if base is None else base
     z = torch.zeros(M, table.z_width) if save_z else None  # rows of smaller rank leave the rest alone
     _cpu.multi_lora_linear(
-        *_linear(x, weight, dropout_p, seed),
+        *_linear(x, weight, dropout_p, seed, base is not None),
         *_table(table),
         ids.data_ptr(),
         *_bias(bias),
@@ -147,12 +151,14 @@ def lora_linear_backward(
     seed: Tensor | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
+    base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
+    """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
     dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
-    dx = torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    dx = base if base is not None else torch.empty(x.shape, dtype=x.dtype) if need_dx else None
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x, wanted)
     _cpu.lora_linear_backward(
-        *_linear(x, weight, dropout_p, seed),
+        *_linear(x, weight, dropout_p, seed, base is not None),
         *_adapter(adapter),
         dy.data_ptr(),
         dy.stride(0),
@@ -178,14 +184,16 @@ def multi_lora_linear_backward(
     seed: Tensor | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
+    """base: as in `lora_linear_backward`."""
     dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
-    dx = torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    dx = base if base is not None else torch.empty(x.shape, dtype=x.dtype) if need_dx else None
     each = [ALL] * len(table.adapters) if wanted is None else wanted
     grads = [None if a is None else _empty_grads(a, weight, x, w) for a, w in zip(table.adapters, each, strict=True)]
     addresses = torch.tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
-        *_linear(x, weight, dropout_p, seed),
+        *_linear(x, weight, dropout_p, seed, base is not None),
         *_table(table),
         ids.data_ptr(),
         dy.data_ptr(),
@@ -254,8 +262,10 @@ def _one_page(adapter: Adapter | None) -> Adapter | None:
     return Adapter((A,), (B,), adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
 
 
-def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[int | float, ...]:
-    """M, N, K; x; weight; dropout; threads."""
+def _linear(
+    x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, over_base: bool = False
+) -> tuple[int | float, ...]:
+    """M, N, K; x; weight, of dtype -1 where its part is there already; dropout; threads."""
     if dropout_p and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
     M, K = x.shape
@@ -270,7 +280,7 @@ def _linear(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) ->
         weight.data_ptr(),
         n_stride,
         k_stride,
-        DTYPES[weight.dtype],
+        -1 if over_base else DTYPES[weight.dtype],
         dropout_p,
         0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),

@@ -1,0 +1,194 @@
+"""What `peftk tune` measures, keeps and changes: the choice between our kernels and torch's matrix product."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import peftk
+from peftk import backends, cli, tuning
+from peftk.backends import Call
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path / "cache"))
+    tuning.forget_loaded()
+    yield tmp_path / "cache" / "choice.json"
+    monkeypatch.undo()
+    tuning.forget_loaded()
+
+
+def call(M: int = 256, dim: int = 4096, dtype: torch.dtype = F32, op: str = "lora_linear") -> Call:
+    return Call(op, "cpu", dtype, dtype, dtype, M, dim, dim, 16, 1)
+
+
+def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
+    tuning._save({key: [tuning.Point(*point) for point in each] for key, each in points.items()})
+    tuning.forget_loaded()
+
+
+def test_without_a_measurement_our_kernels_are_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    choice = backends.choose(call())
+    assert choice.backend == "cpu"
+    assert choice.reason == "not measured on this machine (peftk tune); our kernels are the default"
+    assert not cache.exists()
+
+
+def test_without_a_measurement_amx_tiles_are_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert backends.choose(call(dtype=BF16)).backend == "gemm"
+    assert "AMX" in backends.choose(call(dtype=BF16)).reason
+    assert backends.choose(call(dtype=BF16, M=16)).backend == "cpu"
+    assert backends.choose(call(dtype=F32)).backend == "cpu"
+
+
+def test_the_nearest_shape_decides(cache: Path) -> None:
+    write({"lora_linear float32": [(16, 1024, 2.0), (16, 4096, 0.5), (256, 1024, 0.5), (256, 4096, 2.0)]})
+    assert backends.choose(call(M=300, dim=5000)).backend == "gemm"
+    assert backends.choose(call(M=20, dim=5000)).backend == "cpu"
+    assert backends.choose(call(M=300, dim=900)).backend == "cpu"
+    assert backends.choose(call(M=20, dim=900)).backend == "gemm"
+    choice = peftk.explain("lora_linear", M=300, K=4096, N=8192)
+    assert "measured at M=256, K=N=4096: torch's GEMM is 2.00 times as fast, wanted 1.05 or more" in choice.reason
+    assert "torch's GEMM for the base layer" in choice.kernel
+    assert backends.choose(call(op="multi_lora_linear")).backend == "gemm"
+    # nothing was measured for these
+    assert backends.choose(call(op="lora_linear_backward")).backend == "cpu"
+    assert backends.choose(call(dtype=BF16)).backend == "cpu"
+
+
+def test_a_second_rounding_must_be_worth_it(cache: Path) -> None:
+    write({f"lora_linear {dtype}": [(256, 4096, 1.1)] for dtype in ("float32", "bfloat16")})
+    assert backends.choose(call()).backend == "gemm"
+    assert backends.choose(call(dtype=BF16)).backend == "cpu"
+
+
+def test_what_no_measurement_changes(cache: Path) -> None:
+    write({f"{op} {dtype}": [(256, 4096, 9.0)] for op in tuning.OPS for dtype in tuning.DTYPES})
+    assert backends.choose(call()).backend == "gemm"
+    assert backends.choose(call(M=1, dim=64)).backend == "cpu"
+    assert backends.choose(call()._replace(weight_dtype=BF16)).backend == "cpu"
+    assert backends.choose(call(), "cpu").backend == "cpu"
+    assert backends.choose(call()._replace(op="merge")).backend == "cpu"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert backends.choose(call()).backend == "cpu"
+        assert "deterministic" in backends.choose(call()).reason
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_layers_run_what_was_chosen(cache: Path) -> None:
+    layer = peftk.LoRALinear.from_linear(torch.nn.Linear(256, 256), r=4).eval()
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(128, 256)
+    with torch.no_grad():
+        before = layer(x)
+        write({"lora_linear float32": [(128, 256, 3.0)], "lora_linear_backward float32": [(128, 256, 3.0)]})
+        assert peftk.explain(layer, x).backend == "gemm"
+        torch.testing.assert_close(layer(x), before)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_a_process_keeps_its_choice(cache: Path) -> None:
+    assert backends.choose(call()).backend == "cpu"
+    tuning._save({"lora_linear float32": [tuning.Point(256, 4096, 9.0)]})
+    assert backends.choose(call()).backend == "cpu"
+    assert backends.choose(call(M=257)).backend == "cpu"
+    tuning.forget_loaded()
+    assert backends.choose(call()).backend == "gemm"
+
+
+def test_other_versions_measure_again(cache: Path) -> None:
+    write({"lora_linear float32": [(256, 4096, 9.0)]})
+    entries = json.loads(cache.read_text())
+    entries[tuning._machine()]["made_with"]["torch"] = "1.0"
+    cache.write_text(json.dumps(entries))
+    tuning.forget_loaded()
+    choice = backends.choose(call())
+    assert choice.backend == "cpu"
+    assert "peftk tune again" in choice.reason
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}', '{"%s": {"made_with": {}, "gain": 1}}'])
+def test_a_broken_cache_is_ignored_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(tuning, "_made_with", dict)
+    cache.parent.mkdir()
+    cache.write_text(text.replace("%s", tuning._machine()))
+    with pytest.warns(UserWarning, match=r"choice.json: expected what `peftk tune` writes"):
+        choice = backends.choose(call())
+    assert choice.backend == "cpu"
+    assert "cannot be read" in choice.reason
+
+
+def test_machines_share_a_file(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"another machine": {"kept": True}}))
+    write({"lora_linear float32": [(256, 4096, 9.0)]})
+    assert set(json.loads(cache.read_text())) == {"another machine", tuning._machine()}
+    assert tuning.forget()
+    assert not tuning.forget()
+    assert json.loads(cache.read_text()) == {"another machine": {"kept": True}}
+    assert backends.choose(call()).backend == "cpu"
+
+
+def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TOKENS", (8, 32))
+    monkeypatch.setattr(tuning, "DIMS", (512, 1024))
+    told = []
+    measured = peftk.tune(told.append, seconds=0.001)
+    assert len(told) == len(measured) == 6
+    for points in measured.values():
+        # the smallest shape goes to our kernels unasked
+        assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
+        assert all(0 < p.gain < 1e4 for p in points)
+    assert json.loads(cache.read_text())[tuning._machine()]["threads"] == torch.get_num_threads()
+    assert "measured at M=32" in backends.choose(call()).reason
+
+
+def test_a_hopeless_library_is_not_asked_for_larger_shapes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def gain(op: str, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
+        asked.append((M, dim))
+        return 0.2 if dim >= 1024 else 0.9
+
+    monkeypatch.setattr(tuning, "_gain", gain)
+    points = list(tuning._measure("lora_linear", F32, 0.001))
+    assert (64, 512) in asked
+    assert (64, 1024) in asked
+    assert (64, 2048) not in asked
+    assert {p.dim for p in points} == set(tuning.DIMS)
+
+
+def test_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TOKENS", (16,))
+    monkeypatch.setattr(tuning, "DIMS", (1024,))
+    monkeypatch.setattr(tuning, "_gain", lambda op, dtype, *_: 2.0 if dtype == F32 else 0.5)
+    done = CliRunner().invoke(cli.main, ["tune"])
+    assert done.exit_code == 0, done.output
+    assert "lora_linear float32" in done.output
+    assert str(cache) in done.output.replace("\n", "")
+    assert backends.choose(call()).backend == "gemm"
+    assert "Forgotten" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert "Nothing was measured" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert backends.choose(call()).backend == "cpu"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    monkeypatch.setattr(tuning, "_gain", lambda *_: 2.0)
+    done = CliRunner().invoke(cli.main, ["tune"])
+    assert done.exit_code == 1
+    assert "cannot be written" in done.output
+    assert backends.choose(call()).backend == "cpu"
