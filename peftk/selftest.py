@@ -106,7 +106,9 @@ def _forward(backend: str, device: str, dtype: torch.dtype) -> Iterator[Outcome]
     for name, (x, weight, bias, A, B, _) in _inputs(device, dtype):
         one, two = (functional.lora_linear(x, weight, bias, A, B, SCALING, backend=backend) for _ in range(2))
         expected = agree.forward(x, weight, bias, A, B, SCALING)
-        yield Outcome("lora_linear", name, agree.error(one, expected, fused=True), _repeats(one, two))
+        yield Outcome(
+            "lora_linear", name, agree.error(one, expected, fused=backends.rounds_once(backend)), _repeats(one, two)
+        )
 
 
 def _backward(backend: str, device: str, dtype: torch.dtype) -> Iterator[Outcome]:
@@ -124,7 +126,7 @@ def _backward(backend: str, device: str, dtype: torch.dtype) -> Iterator[Outcome
 
         one, two = gradients(), gradients()
         expected = agree.backward(dy, x, weight, A, B, SCALING).values()
-        error = max(agree.error(g, e, fused=True) for g, e in zip(one, expected, strict=True))
+        error = max(agree.error(g, e, fused=backends.rounds_once(backend)) for g, e in zip(one, expected, strict=True))
         problems = [_repeats(first, second) for first, second in zip(one, two, strict=True)]
         yield Outcome("backward", name, error, next(filter(None, problems), None))
 
@@ -150,7 +152,7 @@ def _mixed(backend: str, device: str, dtype: torch.dtype) -> Iterator[Outcome]:
             rows = (ids == index).nonzero().flatten()
             A, B = adapters[index] if index >= 0 else nothing
             expected = agree.forward(x[rows], weight, bias, A, B, SCALING)
-            error = max(error, agree.error(one[rows], expected, fused=True))
+            error = max(error, agree.error(one[rows], expected, fused=backends.rounds_once(backend)))
         name = f"{str(dtype).removeprefix('torch.')} M={M} K={K} N={N}"
         yield Outcome("multi_lora_linear", name, error, _repeats(one, two))
 

@@ -117,6 +117,11 @@ def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[
     return (("gemm", *_PREFERENCE["cpu"]) if gemm else _PREFERENCE["cpu"]), {"gemm" if gemm else "cpu": reason}
 
 
+def rounds_once(name: str) -> bool:
+    """Whether a backend's results are rounded to their dtype once; if not, also the base layer's part of them."""
+    return name != "gemm"
+
+
 def cannot_serve(name: str, call: Call) -> str | None:
     """Why backend `name` cannot serve `call`, or None where it can."""
     try:
