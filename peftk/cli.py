@@ -113,7 +113,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7; the suite 1.0]"
+    "--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7; the suite 1.5]"
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="At most so many repetitions a row [default: 1000]")
 @click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")

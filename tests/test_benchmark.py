@@ -151,7 +151,7 @@ def test_model_row():
 @pytest.mark.full
 def test_compile_row():
     """More shapes than Dynamo compiles of one function before it gives up: each must really be compiled."""
-    outcome = run(*(Target("", small("compile", M=M, dtype="fp32"), COMPILE, 1e-6) for M in range(1, 12)))
+    outcome = run(*(Target("", small("compile", M=M, dtype="fp32"), COMPILE, 1e-6) for M in range(1, 10)))
     assert outcome.right
     assert {r.mark for r in outcome.results} == {PASS}
 

@@ -24,7 +24,6 @@ from peftk.benchmark.suite_cases import Row
 from peftk.benchmark.targets import COMPILED, FMA_PEAK, TARGETS, Target
 
 PASS, SHORT, WRONG, NOT_MEASURED = "pass", "short", "WRONG", "not measured"
-BEYOND = "beyond limit"
 _COLOURS = {PASS: "green", SHORT: "yellow", WRONG: "bold red", NOT_MEASURED: "dim"}
 
 
@@ -66,7 +65,7 @@ class Options:
     ranks: tuple[int, ...] | None = None
     adapters: tuple[int, ...] | None = None
     compile: bool = True
-    seconds: float = 1.0
+    seconds: float = 1.5
     repeats: int = 1000
 
     def asks_for(self, target: Target) -> bool:
@@ -126,7 +125,8 @@ def _introduce(console: Console, where: dict[str, Any], roofline: Roofline) -> N
         "[dim]Every side is checked against fp64 arithmetic first; then all sides of a row take turns, medians.\n"
         "peftk has its adapters; nn.Linear, torch.compile and the plain model have none.\n"
         "≥: how many times faster than the peer; ≤: how many times its time. limit: the best ratio that this\n"
-        "machine's multiply-adds and reading, measured in the same row, leave room for.[/]\n",
+        "machine's multiply-adds and reading, measured in the same row, leave room for (short: limit: the target lies "
+        "beyond).[/]\n",
         highlight=False,
     )
     if warning := busy(where):
@@ -239,7 +239,7 @@ def _target(result: Result) -> Target:
 
 
 def _mark(result: Result) -> str:
-    return f"{SHORT}: {BEYOND}" if result.mark == SHORT and result.beyond_limit else result.mark
+    return f"{SHORT}: limit" if result.mark == SHORT and result.beyond_limit else result.mark
 
 
 def _number(value: float | None, digits: int) -> str:
