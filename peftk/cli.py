@@ -86,11 +86,18 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 
 INTEGERS = _List("INT,INT…", _positive)
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
+SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model")
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
 @main.command()
-@click.option("--op", "ops", type=_List("OP,OP…", _one_of(*OPS)), help=f"{', '.join(OPS)} [default: all but unmerge]")
+@click.option("--suite", type=click.Choice(["cpu"]), help="Every target of a backend, with pass or short.")
+@click.option(
+    "--op",
+    "ops",
+    type=_List("OP,OP…", _one_of(*dict.fromkeys(OPS + SUITE_OPS))),
+    help=f"{', '.join(OPS)} [default: all but unmerge]; of the suite: {', '.join(SUITE_OPS)} [default: all]",
+)
 @click.option("--ranks", type=INTEGERS, help="LoRA ranks; multi_lora_linear mixes them in one batch.")
 @click.option("--tokens", type=INTEGERS, help="Rows of x.")
 @click.option("--adapters", type=INTEGERS, help="For multi_lora_linear: adapters in the batch.")
@@ -102,19 +109,22 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
     type=_List("NAME,NAME…", _one_of(*BACKENDS)),
     help="peftk backends to time [default: every compiled one that can run]",
 )
+@click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds a row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7]")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7; the suite 1.5]"
+)
 @click.option("--repeats", type=click.IntRange(min=1), help="At most so many repetitions a row [default: 1000]")
 @click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
 @click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
 @click.option("--plot", "plot_file", type=FILE, help="Writes a PNG, SVG or PDF (needs matplotlib).")
+@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite: writes its tables.")
 def bench(
+    suite: str | None,
+    no_compile: bool,
     device: str,
     threads: int | None,
-    json_file: Path | None,
-    csv_file: Path | None,
-    plot_file: Path | None,
     **asked: Any,
 ) -> None:
     """Latency beside nn.Linear (without any adapter) and HF PEFT, checked before it is timed.
@@ -122,45 +132,109 @@ def bench(
     All sides of a row take turns within one run; medians. "×" is how many times faster. Every result is first compared
     with fp64 arithmetic; a side that is wrong shows FAIL, is not timed, and the exit code is 1. Without options: all
     ops at a few shapes, in under two minutes. Lists are separated by commas: --ranks 1,2,4,8,16,32,64 --dims 768,4096.
+
+    --suite cpu measures the targets of the CPU backend instead, each with its ratio, the target and the limit that this
+    machine sets; the other options then choose among its rows. A target that is missed is no error.
     """
     import torch
 
     from peftk.backends import BackendError
-    from peftk.benchmark import report
-    from peftk.benchmark.environment import environment
-    from peftk.benchmark.run import Options, measure_all
 
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
+    _fits_suite(suite, device, no_compile, chosen, files)
     _need_device(device)
-    if plot_file is not None:
-        try:
-            extras.require("bench", "--plot", ["matplotlib"])
-        except extras.MissingExtraError as error:
-            raise click.ClickException(str(error)) from error
     if threads is not None:
         torch.set_num_threads(threads)
-    options = Options(device=device, **{name: value for name, value in asked.items() if value is not None})
     console = _console()
     try:
-        where = environment(device)
-        records = measure_all(console, options, where)
-    except BackendError as error:
+        if suite is not None:
+            right = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
+        else:
+            right = _bench_ops(console, {**chosen, "device": device}, files)
+    except (BackendError, extras.MissingExtraError) as error:
         raise click.ClickException(str(error)) from error
-    written = [file for file in (json_file, csv_file, plot_file) if file is not None]
-    for file in written:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    if json_file is not None:
-        report.write_json(json_file, records, where, dataclasses.asdict(options))
-    if csv_file is not None:
-        report.write_csv(csv_file, records)
-    if plot_file is not None:
-        report.write_plot(plot_file, records, where)
+    written = [str(file) for file in files.values() if file is not None]
     if written:
-        console.print(f"Written: {', '.join(map(str, written))}", highlight=False)
-    if not all(record.passed for record in records):
+        console.print(f"Written: {', '.join(written)}", highlight=False)
+    if not right:
         console.print(
             "[bold red]FAIL[/]: a side is wrong (its error as a multiple of what is allowed stands beside it)."
         )
         raise SystemExit(1)
+
+
+def _fits_suite(
+    suite: str | None, device: str, no_compile: bool, chosen: dict[str, Any], files: dict[str, Path | None]
+) -> None:
+    """Raises UsageError for an option that means nothing with, or without, --suite."""
+    ops = chosen.get("ops", ())
+    if suite is None:
+        wrong = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": set(ops) - set(OPS)}
+        rule = "only with --suite"
+    else:
+        wrong = {
+            "--device cuda": device != "cpu",
+            "--backend": "backends" in chosen,
+            "--plot": files["plot"],
+            "--op": set(ops) - set(SUITE_OPS),
+        }
+        rule = f"not with --suite {suite}"
+    for option, given in wrong.items():
+        if given:
+            what = f"{option} {','.join(sorted(given))}" if isinstance(given, set) else option
+            raise click.UsageError(f"{what}: {rule}")
+
+
+def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
+    from peftk.benchmark import report
+    from peftk.benchmark.common import Record
+    from peftk.benchmark.environment import environment
+    from peftk.benchmark.run import Options, measure_all
+
+    if files["plot"] is not None:
+        extras.require("bench", "--plot", ["matplotlib"])
+    options = Options(**asked)
+    where = environment(options.device)
+    records = measure_all(console, options, where)
+    _make_folders(files)
+    if files["json"] is not None:
+        report.write_json(files["json"], records, where, dataclasses.asdict(options))
+    if files["csv"] is not None:
+        report.write_csv(files["csv"], Record, records)
+    if files["plot"] is not None:
+        report.write_plot(files["plot"], records, where)
+    return all(record.passed for record in records)
+
+
+def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
+    from peftk.benchmark import report, suite
+    from peftk.benchmark.environment import environment
+
+    options = suite.Options(**asked)
+    where = environment()
+    outcome = suite.run(console, options, where)
+    _make_folders(files)
+    if files["json"] is not None:
+        report.write_json(
+            files["json"],
+            outcome.records,
+            where,
+            dataclasses.asdict(options),
+            roofline=outcome.roofline._asdict(),
+            targets=[dataclasses.asdict(result) for result in outcome.results],
+        )
+    if files["csv"] is not None:
+        report.write_csv(files["csv"], suite.Result, outcome.results)
+    if files["markdown"] is not None:
+        files["markdown"].write_text(suite.markdown(outcome, where), encoding="utf-8")
+    return outcome.right
+
+
+def _make_folders(files: dict[str, Path | None]) -> None:
+    for file in files.values():
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
 
 
 @main.command()

@@ -5,6 +5,7 @@
 #include "bindings/cpu_merge.h"
 #include "bindings/gil.h"
 #include "bindings/small_calls.h"
+#include "bindings/cpu_peak.h"
 #include "common/dtype.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
@@ -152,4 +153,5 @@ PYBIND11_MODULE(_cpu, m) {
     peftk::bind_lora_linear(m);
     peftk::bind_merge(m);
     peftk::bind_small_calls(m.ptr());
+    peftk::bind_peak(m);
 }

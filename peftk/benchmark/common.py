@@ -29,7 +29,7 @@ DETECTABLE = 4.0
 class Shape(NamedTuple):
     op: str
     dtype: str
-    M: int  # tokens; 0 for merge and unmerge
+    M: int  # tokens; 0 for merge, unmerge and a whole model
     K: int
     N: int
     rank: int  # the largest of the batch
@@ -204,5 +204,6 @@ def side_names(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
     return [first, *([PEFT] if peers.has_peft() else []), *(f"peftk {name}" for name in serving(shape, device, asked))]
 
 
-def to_json(records: list[Record]) -> list[dict[str, Any]]:
+def to_json(records: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of dataclasses."""
     return [dataclasses.asdict(record) for record in records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,17 @@ def _us(value: float) -> str:
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def write_json(file: Path, records: list[Record], environment: dict[str, Any], options: dict[str, Any]) -> None:
-    report = {"environment": environment, "options": options, "records": to_json(records)}
+def write_json(
+    file: Path, records: list[Record], environment: dict[str, Any], options: dict[str, Any], **more: Any
+) -> None:
+    report = {"environment": environment, "options": options, **more, "records": to_json(records)}
     file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_csv(file: Path, records: list[Record]) -> None:
+def write_csv(file: Path, kind: type[Any], records: Sequence[Any]) -> None:
+    """kind: the dataclass that the records are of, whose fields head the columns."""
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in dataclasses.fields(Record)])
+        writer = csv.DictWriter(stream, [field.name for field in dataclasses.fields(kind)])
         writer.writeheader()
         writer.writerows(to_json(records))
 
