@@ -3,9 +3,9 @@
 
 #include "bindings/adapters.h"
 #include "bindings/cpu_merge.h"
+#include "bindings/cpu_peak.h"
 #include "bindings/gil.h"
 #include "bindings/small_calls.h"
-#include "bindings/cpu_peak.h"
 #include "common/dtype.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"

@@ -125,8 +125,8 @@ def _introduce(console: Console, where: dict[str, Any], roofline: Roofline) -> N
         "[dim]Every side is checked against fp64 arithmetic first; then all sides of a row take turns, medians.\n"
         "peftk has its adapters; nn.Linear, torch.compile and the plain model have none.\n"
         "≥: how many times faster than the peer; ≤: how many times its time. limit: the best ratio that this\n"
-        "machine's multiply-adds and reading, measured in the same row, leave room for (short: limit: the target lies "
-        "beyond).[/]\n",
+        "machine's multiply-adds and reading, measured in the same row, leave room for. “short: limit”: the target\n"
+        "lies beyond it.[/]\n",
         highlight=False,
     )
     if warning := busy(where):
