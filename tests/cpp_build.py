@@ -36,11 +36,6 @@ def load_setup(machine: str = platform.machine(), cxx: Sequence[str] = ()) -> Mo
     return module
 
 
-def cpu_objects(setup: ModuleType) -> list:
-    """All that peftk._cpu consists of, but for its bindings."""
-    return [item for item in setup.cpu_objects() if item.folder != "bindings"]
-
-
 def runs_here(setup: ModuleType, flags: Sequence[str]) -> bool:
     """Whether a program compiled with `flags` runs here: sanitizers need libraries and a kernel that suits them."""
     empty = ROOT / setup.BUILD / "empty"
@@ -62,13 +57,16 @@ def programs(
     if levels:
         (all_levels,) = setup.LEVELS.values()
         setup.LEVELS = {platform.machine(): {level: all_levels[level] for level in levels if level in all_levels}}
-    shared = cpu_objects(setup)
+    shared = [item for item in setup.cpu_objects() if item.folder != "bindings"]
     built = next(item.flags for item in shared if item.folder == "cpu")
     mains = [setup.Object("cxx", Path(f"tests/cpp/{name}.cpp"), built, "tests") for name in names]
+    build(setup, shared + mains, [item.path for item in shared + mains])
+    return [link(setup, [*shared, main], flags) for main in mains]
+
+
+def build(setup: ModuleType, objects: list, targets: Sequence[Path]) -> None:
     with setup.build_lock():
-        objects = [str(item.path) for item in shared + mains]
-        assert setup.run_ninja({"cpu": shared + mains}, None, *objects) == 0, "does not compile, see above"
-        return [link(setup, [*shared, main], flags) for main in mains]
+        assert setup.run_ninja({"cpu": objects}, None, *map(str, targets)) == 0, "does not compile, see above"
 
 
 def link(setup: ModuleType, objects: list, flags: Sequence[str]) -> Path:

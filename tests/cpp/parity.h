@@ -2,6 +2,7 @@
 // kernel's expected result is computed in double by plain loops; nothing of csrc helps with that.
 #pragma once
 
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -191,7 +192,8 @@ struct Expected {
     }
 };
 
-inline int wrong = 0;  // results of this program
+inline int wrong = 0;                  // results of this program
+inline char at_work[200] = "no case";  // for who has to explain a crash
 
 inline void report(const std::string& where, const char* what) {
     if (wrong++ < 20) fprintf(stderr, "%s: %s\n", where.c_str(), what);
@@ -240,9 +242,22 @@ inline void check_norm(const std::string& where, const char* name, const Matrix&
 
 // ---- main ---------------------------------------------------------------------------------------------------------
 
+// A fence was touched, or worse.
+inline void explain_crash(int signal) {
+    const auto say = [](const char* text) { return write(STDERR_FILENO, text, strlen(text)); };
+    if (say("\ncrashed in ") < 0 || say(at_work) < 0 || say("\n") < 0) abort();
+    raise(signal);  // the handler is gone: this ends the program
+}
+
 // PROGRAM FIRST COUNT [LEVEL ...]: cases of the seeds FIRST … FIRST + COUNT - 1 at these levels, else at all that run
 // here. Says how many, for the caller to see that they did run.
 inline int run(int argc, char** argv, void (*run_case)(uint64_t seed, const std::vector<Level>& levels)) {
+#ifndef __SANITIZE_ADDRESS__
+    struct sigaction action{};
+    action.sa_handler = explain_crash;
+    action.sa_flags = int(SA_RESETHAND | SA_NODEFER);
+    sigaction(SIGSEGV, &action, nullptr);
+#endif
     const int first = argc > 1 ? atoi(argv[1]) : 0, count = argc > 2 ? atoi(argv[2]) : 100;
     std::vector<Level> levels;
     std::string names;

@@ -377,6 +377,7 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
     Outputs outputs(random, c);
     for (const Level level : levels) {
         const std::string where = describe(seed, c) + " " + level_name(level);
+        snprintf(at_work, sizeof at_work, "%s", where.c_str());
         std::vector<std::vector<char>> of_one_thread;
         for (const int threads : {1, 3}) {
             outputs.each([](const char*, Matrix& matrix) { matrix.memory.wipe(); });

@@ -72,6 +72,7 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
             const std::string where = "seed " + std::to_string(seed) + " (" + std::to_string(c.N) + " x " +
                                       std::to_string(c.K) + ", rank " + std::to_string(c.R) + ") " + level_name(level) +
                                       ", " + std::to_string(threads) + " threads";
+            snprintf(at_work, sizeof at_work, "%s", where.c_str());
             merged.memory.wipe(), back.memory.wipe(), code.wipe();
             args.weight = c.weight.data(), args.weight_stride = c.weight.row;
             args.out = merged.data(), args.out_stride = merged.row;
