@@ -15,6 +15,7 @@ and CUDA_HOME name the tools; MAX_JOBS limits the parallel compilations.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -22,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +178,22 @@ def write_ninja(modules: dict[str, list[Object]], nvcc: str | None) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def build_lock() -> Iterator[None]:
+    """Two builds in one checkout take turns."""
+    (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run_ninja(modules: dict[str, list[Object]], nvcc: str | None, *targets: str) -> int:
+    """Brings the targets, or everything, up to date; returns ninja's exit code."""
+    jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+    command = [sys.executable, "-m", "ninja", "-f", str(write_ninja(modules, nvcc)), *jobs, *targets]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
 class NinjaBuild(build_ext):
     """Compiles all extension modules in one ninja run, then copies them to where setuptools wants them."""
 
@@ -186,12 +204,8 @@ class NinjaBuild(build_ext):
             )
         nvcc = find_nvcc()
         modules = {"cpu": cpu_objects()} | ({"cuda": cuda_objects(nvcc)} if nvcc else {})
-        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
-        (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
-        with open(ROOT / BUILD / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
-            command = [sys.executable, "-m", "ninja", "-f", str(write_ninja(modules, nvcc)), *jobs]
-            if subprocess.run(command, cwd=ROOT).returncode:
+        with build_lock():
+            if run_ninja(modules, nvcc):
                 hint = " Where only nvcc fails, PEFTK_BUILD_CUDA=0 builds without CUDA." if nvcc else ""
                 raise SystemExit(f"peftk: compilation failed, see the compiler's messages above.{hint}")
             for name in modules:

@@ -146,7 +146,9 @@ void bind_lora_linear(py::module_& m) {
 
 }  // namespace peftk
 
-PYBIND11_MODULE(_cpu, m) {
+// Without a GIL too: calls share nothing but the level in use, which is atomic, and the threads, which have a lock;
+// scratch memory is each thread's own.
+PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     m.def("borrows_openmp", peftk::borrows_openmp, "Whether jobs run on torch's OpenMP threads, not on our own.");
     m.def("pool_workers", peftk::pool_workers, "Worker threads that this process has started.");
     peftk::bind_levels(m);

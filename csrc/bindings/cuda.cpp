@@ -28,7 +28,8 @@ void define(py::module_& module, const char* name) {
 }  // namespace
 }  // namespace peftk
 
-PYBIND11_MODULE(_cuda, module) {
+// Without a GIL too: nothing is kept between calls.
+PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() = "peftk's CUDA kernels: device pointers, sizes and a stream in, nothing else.";
     peftk::define<peftk::cuda::merge>(module, "merge");
     peftk::define<peftk::cuda::unmerge>(module, "unmerge");

@@ -3,6 +3,12 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+
+#include <cstring>
+#endif
+
 namespace peftk {
 
 namespace {
@@ -31,6 +37,13 @@ void* scratch(ScratchSlot slot, size_t bytes) {
         if (!mine.memory[slot]) throw std::bad_alloc();
         mine.size[slot] = rounded;
     }
+#ifdef __SANITIZE_ADDRESS__
+    // What was not asked for can't be touched, and what has not been written since is NaN.
+    char* memory = static_cast<char*>(mine.memory[slot]);
+    __asan_unpoison_memory_region(memory, mine.size[slot]);
+    __asan_poison_memory_region(memory + bytes, mine.size[slot] - bytes);
+    if (bytes > 0) memset(memory, 0xff, bytes);
+#endif
     return mine.memory[slot];
 }
 

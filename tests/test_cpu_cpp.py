@@ -1,0 +1,85 @@
+"""The C++ tests of the CPU kernels, without Python in them: as they are, under sanitizers, and for AArch64.
+
+Their cases run at every SIMD level that the machine has; `full` runs more of them, and the sanitizers at every level.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftk import _cpu
+from tests import cpp_build
+
+PARITY = ("parity_linear", "parity_merge")
+CROSS_CXX, QEMU, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
+
+full = pytest.mark.full
+
+
+def check_parity(programs: list[Path], count: int, levels: list[str], **kwargs: object) -> None:
+    for program in programs:
+        assert cpp_build.run(program, 0, count, **kwargs) == f"{count} cases at levels {' '.join(levels)}: 0 wrong\n"
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=full)])
+def test_parity(count: int) -> None:
+    check_parity(cpp_build.programs(*PARITY), count, _cpu.simd_levels())
+
+
+# The widest level has the most masked tails; the others come from the same source.
+@pytest.mark.parametrize("level", [pytest.param(name, marks=full) for name in _cpu.simd_levels()[:-1]] + ["widest"])
+def test_parity_under_address_and_undefined_behaviour_sanitizer(level: str) -> None:
+    level = _cpu.simd_levels()[-1] if level == "widest" else level
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined"]
+    check_parity(sanitized(f"asan-{level}", flags, level), 48, [level])
+
+
+def test_parity_under_thread_sanitizer() -> None:
+    # Who reads and writes what is the same at every level.
+    check_parity(sanitized("tsan", ["-O1", "-g1", "-fsanitize=thread"], "portable"), 24, ["portable"])
+
+
+def sanitized(variant: str, flags: list[str], level: str) -> list[Path]:
+    setup = cpp_build.load_setup()
+    if not cpp_build.runs_here(setup, flags):
+        pytest.skip(f"{setup.CXX[0]} {' '.join(flags)}: no program that runs here")
+    return cpp_build.programs(*PARITY, variant=variant, flags=flags, levels=[level], setup=setup)
+
+
+@pytest.mark.skipif(
+    platform.machine() == "aarch64" or not (shutil.which(CROSS_CXX) and shutil.which(QEMU)),
+    reason=f"needs {CROSS_CXX} and {QEMU} on another machine: apt-get install g++-aarch64-linux-gnu qemu-user",
+)
+@pytest.mark.parametrize("count", [36, pytest.param(600, marks=full)])
+def test_parity_on_aarch64_under_qemu(count: int) -> None:
+    setup = cpp_build.load_setup("aarch64", [CROSS_CXX])
+    programs = cpp_build.programs(*PARITY, variant="aarch64", setup=setup)
+    check_parity(programs, count, ["portable", "neon"], runner=[QEMU, "-L", SYSROOT])
+
+
+@full
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_clang_compiles_every_level(machine: str) -> None:
+    """Without a warning; what it compiles for this machine passes the tests."""
+    native = machine == platform.machine()
+    if importlib.util.find_spec("ziglang"):
+        # zig's own default is to trap on undefined behaviour
+        clang = [sys.executable, "-m", "ziglang", "c++", "-fno-sanitize=undefined"]
+        clang += [f"--target={machine}-linux-{'gnu' if native else 'musl'}"]
+    elif shutil.which("clang++"):
+        clang = ["clang++", f"--target={machine}-linux-gnu"]
+    else:
+        pytest.skip("needs clang++, or zig's: pip install ziglang")
+    setup = cpp_build.load_setup(machine, clang)
+    programs = cpp_build.programs(*PARITY, variant=f"clang-{machine}", flags=["-Werror"], setup=setup)
+    if native:
+        check_parity(programs, 300, _cpu.simd_levels())
+    elif shutil.which(f"qemu-{machine}"):
+        runner = [f"qemu-{machine}", *([] if importlib.util.find_spec("ziglang") else ["-L", f"/usr/{machine}-linux-gnu"])]
+        check_parity(programs, 36, list(setup.LEVELS[platform.machine()]), runner=runner)
