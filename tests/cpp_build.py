@@ -46,7 +46,11 @@ def runs_here(setup: ModuleType, flags: Sequence[str]) -> bool:
 
 
 def programs(
-    *names: str, variant: str = "", flags: Sequence[str] = (), levels: Sequence[str] = (), setup: ModuleType | None = None
+    *names: str,
+    variant: str = "",
+    flags: Sequence[str] = (),
+    levels: Sequence[str] = (),
+    setup: ModuleType | None = None,
 ) -> list[Path]:
     """tests/cpp/<name>.cpp of every name, linked with csrc/cpu and its kernels of these levels, or of all. With
     `flags` on top of setup.py's, the build is a `variant` of its own."""

@@ -168,6 +168,8 @@ def test_tiles_stay_in_registers(
             narrow = [i for i in products if f"%{register}" not in i.operands]
             assert not narrow, f"{name}: {narrow[0]}"
             spilled = [i for i in loop if f"%{register}" in i.operands and re.search(function.stack(), i.operands)]
-            assert not spilled, f"{name}: {len(spilled)} accesses to the stack among {len(products)} products: {spilled[0]}"
+            assert not spilled, (
+                f"{name}: {len(spilled)} accesses to the stack among {len(products)} products: {spilled[0]}"
+            )
         pairs = [function.name for function, loop in loops if any(i.name == "vdpbf16ps" for i in loop)]
         assert bool(pairs) == (level == "avx512_bf16"), f"{path}: {tile} with vdpbf16ps: {pairs}"

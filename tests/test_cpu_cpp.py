@@ -81,5 +81,8 @@ def test_clang_compiles_every_level(machine: str) -> None:
     if native:
         check_parity(programs, 300, _cpu.simd_levels())
     elif shutil.which(f"qemu-{machine}"):
-        runner = [f"qemu-{machine}", *([] if importlib.util.find_spec("ziglang") else ["-L", f"/usr/{machine}-linux-gnu"])]
+        runner = [
+            f"qemu-{machine}",
+            *([] if importlib.util.find_spec("ziglang") else ["-L", f"/usr/{machine}-linux-gnu"]),
+        ]
         check_parity(programs, 36, list(setup.LEVELS[platform.machine()]), runner=runner)

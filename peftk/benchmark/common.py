@@ -176,26 +176,36 @@ _CALLS = {
 
 
 def serving(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
-    """The peftk backends to time: those asked for, else every compiled one that can serve the shape.
+    """The peftk backends to time: those asked for, else on a CPU the one that is chosen, on a GPU every compiled one.
 
     The reference is a specification and Triton's interpreter a debugger: they are timed only where asked for.
 
     Raises BackendError where one that was asked for cannot serve, or none can.
     """
-    dtype = shape.torch_dtype
-    adapter_dtype = dtype if shape.op == "multi_lora_linear" else torch.float32  # the layers' defaults
-    M = shape.N if shape.op in ("merge", "unmerge") else shape.M
-    rest = (device, dtype, dtype, adapter_dtype, M, shape.K, shape.N, shape.rank, shape.adapters)
-    candidates = asked or (("cpu",) if device == "cpu" else ("cuda", "triton"))
+    calls = _calls(shape, device)
+    candidates = asked or ((backends.choose(calls[0]).backend,) if device == "cpu" else ("cuda", "triton"))
     refused = {}
     for name in candidates:
-        reasons = [backends.cannot_serve(name, Call(op, *rest)) for op in _CALLS[shape.op]]
+        reasons = [backends.cannot_serve(name, call) for call in calls]
         refused[name] = next(filter(None, reasons), None)
     able = [name for name, reason in refused.items() if reason is None]
     if not able or (asked and len(able) < len(refused)):
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
         raise BackendError(f"{shape}: {why} (--backend reference times the specification in plain torch)")
     return able
+
+
+def rounds_once(shape: Shape, device: str, name: str) -> bool:
+    """Whether peftk's side `name` is held to one rounding; where `gemm` serves one of its calls, it is not."""
+    return all(map(backends.rounds_once, {name, *(backends.choose(call).backend for call in _calls(shape, device))}))
+
+
+def _calls(shape: Shape, device: str) -> list[Call]:
+    dtype = shape.torch_dtype
+    adapter_dtype = dtype if shape.op == "multi_lora_linear" else torch.float32  # the layers' defaults
+    M = shape.N if shape.op in ("merge", "unmerge") else shape.M
+    rest = (device, dtype, dtype, adapter_dtype, M, shape.K, shape.N, shape.rank, shape.adapters)
+    return [Call(op, *rest) for op in _CALLS[shape.op]]
 
 
 def side_names(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftk import backends, functional
 from peftk.benchmark import agree, peers
-from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, serving
+from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
 from peftk.nn import LoRALinear
 
 TOKENS = (1, 16, 256)
@@ -32,12 +32,14 @@ def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
         peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
         sides.append(Side(PEFT, lambda: peft(x), lambda: agree.error(peft(x), expected, fused=False)))
     for name in serving(shape, device, asked):
-        sides.append(_side(name, peftk_layer(linear, A, B, name, shape.M), x, expected))
+        sides.append(
+            _side(name, peftk_layer(linear, A, B, name, shape.M), x, expected, rounds_once(shape, device, name))
+        )
     return Case(shape, tuple(sides), agree.detects(expected, dtype))
 
 
-def _side(name: str, module: nn.Module, x: Tensor, expected: agree.Expected) -> Side:
-    return Side(f"peftk {name}", lambda: module(x), lambda: agree.error(module(x), expected, fused=True))
+def _side(name: str, module: nn.Module, x: Tensor, expected: agree.Expected, fused: bool) -> Side:
+    return Side(f"peftk {name}", lambda: module(x), lambda: agree.error(module(x), expected, fused=fused))
 
 
 def peftk_layer(linear: nn.Linear, A: Tensor, B: Tensor, backend: str, M: int) -> LoRALinear:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftk import backends, functional
 from peftk.benchmark import agree, peers
-from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, serving
+from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
 from peftk.nn import MultiLoRALinear
 
 TOKENS = (64,)
@@ -47,12 +47,14 @@ def case(shape: Shape, device: str, asked: Sequence[str], ranks: Sequence[int] =
 
         sides.append(Side(PEFT, run_peft, lambda: agree.error(run_peft(), expected, fused=False)))
     for name in serving(shape, device, asked):
-        sides.append(_side(name, peftk_layer(linear, adapters, name, shape), x, ids, expected))
+        sides.append(
+            _side(name, peftk_layer(linear, adapters, name, shape), x, ids, expected, rounds_once(shape, device, name))
+        )
     return Case(shape, tuple(sides), agree.detects(expected, dtype))
 
 
-def _side(name: str, module: nn.Module, x: Tensor, ids: Tensor, expected: agree.Expected) -> Side:
-    return Side(f"peftk {name}", lambda: module(x, ids), lambda: agree.error(module(x, ids), expected, fused=True))
+def _side(name: str, module: nn.Module, x: Tensor, ids: Tensor, expected: agree.Expected, fused: bool) -> Side:
+    return Side(f"peftk {name}", lambda: module(x, ids), lambda: agree.error(module(x, ids), expected, fused=fused))
 
 
 def _expected(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftk import extras
 from peftk.benchmark import agree, lora_linear, merge, multi_lora_linear, peers, train
-from peftk.benchmark.common import LINEAR, PEFT, Case, Shape, Side, layer
+from peftk.benchmark.common import LINEAR, PEFT, Case, Shape, Side, layer, rounds_once
 from peftk.benchmark.roofline import Bound, Work, adapter_work, add, linear_work, probes
 from peftk.benchmark.targets import BASE, COMPILE, ONE_ADAPTER
 from peftk.nn import MultiLoRALinear
@@ -77,7 +77,8 @@ def _adapter_cost(shape: Shape) -> Row:
     if shape.adapters == 1:
         plain = MultiLoRALinear.from_linear(base.linear, max_adapters=1).eval()  # without ids: the base layer alone
         alone = agree.Expected(base.base, base.base_magnitude, shape.K, base.base, torch.zeros_like(base.base))
-        peer = Side(BASE, lambda: plain(base.x), lambda: agree.error(plain(base.x), alone, fused=True))
+        fused = rounds_once(shape._replace(op="lora_linear"), DEVICE, "cpu")
+        peer = Side(BASE, lambda: plain(base.x), lambda: agree.error(plain(base.x), alone, fused=fused))
         case = _only(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()))
         extra = adapter_work(*shape[2:], torch.float32)
     else:

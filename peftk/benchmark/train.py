@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftk.benchmark import agree, peers
-from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, serving
+from peftk.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
 from peftk.benchmark.lora_linear import peftk_layer
 
 TOKENS = (256,)
@@ -39,7 +39,8 @@ def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
         sides.append(_side(PEFT, peft, x, dy, trained, expected, fused=False))
     for name in serving(shape, device, asked):
         ours = peftk_layer(linear, A, B, name, shape.M)
-        sides.append(_side(f"peftk {name}", ours, x, dy, (ours.lora_A, ours.lora_B), expected, fused=True))
+        fused = rounds_once(shape, device, name)
+        sides.append(_side(f"peftk {name}", ours, x, dy, (ours.lora_A, ours.lora_B), expected, fused=fused))
     return Case(shape, tuple(sides), agree.detects(expected["x"], dtype), inference=False)
 
 
