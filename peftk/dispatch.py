@@ -42,27 +42,27 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
     return _line(bias)
 
 
-def small_lora_linear(
+def direct_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
 ) -> Tensor | None:
-    """y of a small call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
+    """y of a call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
 
     Nothing has been checked: what doesn't fit gets None too, and its error from the other way.
     """
     server = _cpu()
     if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    return server.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling, backends.SMALL)
+    return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, backends.direct_up_to(weight.dtype))
 
 
-def small_multi_lora_linear(
+def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
     server = _cpu()
     if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    return server.small_multi_lora_linear(x, weight, bias, table, ids, backends.SMALL)
+    return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
 
 
 @functools.cache

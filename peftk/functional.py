@@ -89,9 +89,9 @@ def lora_linear_unchecked(
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
     plain = activation == "identity" and bias_A is None and bias_B is None and dropout_p == 0.0 and backend is None
     if plain and not torch.compiler.is_compiling():
-        small = dispatch.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling)
-        if small is not None:
-            return small
+        direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+        if direct is not None:
+            return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
     if torch.compiler.is_compiling():
         y, _ = compiled.lora_linear(
@@ -161,9 +161,9 @@ def multi_lora_linear_unchecked(
     compiling = torch.compiler.is_compiling()
     table = None if compiling else bank if isinstance(bank, AdapterTable) else bank.table()
     if table is not None and dropout_p == 0.0 and backend is None:
-        small = dispatch.small_multi_lora_linear(x, weight, bias, table, ids)
-        if small is not None:
-            return small
+        direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
+        if direct is not None:
+            return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
     checks.ids(ids, x)
     ids = flat_ids(ids, x)

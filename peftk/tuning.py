@@ -71,11 +71,23 @@ def margin(key: str) -> float:
     return 1.05 if key.endswith("float32") else 1.15
 
 
+def may_prefer_gemm(op: str, dtype: torch.dtype) -> bool:
+    """Whether there is a shape for which `verdict` prefers it."""
+    key = _key(op, dtype)
+    points = _measured()[0].get(key)
+    if not points:
+        return _has_tiles(dtype)
+    return any(point.gain >= margin(key) for point in points)
+
+
 def _default(call: Call, problem: str) -> tuple[bool, str]:
-    tiles = call.x_dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    if tiles and call.M >= _AMX_TOKENS:
+    if _has_tiles(call.x_dtype) and call.M >= _AMX_TOKENS:
         return True, f"{problem}; by default many bf16 tokens go to AMX tiles, which torch's GEMM uses"
     return False, f"{problem}; our kernels are the default"
+
+
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0.03) -> dict[str, list[Point]]:

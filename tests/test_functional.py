@@ -67,7 +67,7 @@ BAD = [
     ({"dropout_p": 1.0}, ValueError, "dropout_p: expected 0 ≤ p < 1, got 1.0"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected 0 ≤ p < 1"),
     ({"dropout_p": 0.1, "seed": torch.zeros(1)}, TypeError, "seed: expected an int64 tensor"),
-    ({"backend": "nonesuch"}, ValueError, "backend: expected one of reference, cpu, triton, cuda"),
+    ({"backend": "nonesuch"}, ValueError, "backend: expected one of reference, cpu, gemm, triton, cuda"),
 ]
 
 

@@ -148,7 +148,7 @@ print(small - before, threads() - before)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-def test_small_calls_stay_on_their_thread() -> None:
+def test_direct_calls_stay_on_their_thread() -> None:
     done = subprocess.run([sys.executable, "-c", SMALL_CALLS], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["0", "3"]
 

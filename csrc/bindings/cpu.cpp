@@ -5,7 +5,7 @@
 #include "bindings/cpu_merge.h"
 #include "bindings/cpu_peak.h"
 #include "bindings/gil.h"
-#include "bindings/small_calls.h"
+#include "bindings/direct_calls.h"
 #include "common/dtype.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
@@ -154,6 +154,6 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
     peftk::bind_levels(m);
     peftk::bind_lora_linear(m);
     peftk::bind_merge(m);
-    peftk::bind_small_calls(m.ptr());
+    peftk::bind_direct_calls(m.ptr());
     peftk::bind_peak(m);
 }

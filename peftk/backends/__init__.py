@@ -81,9 +81,18 @@ def choose(call: Call, forced: str | None = None) -> Choice:
     return _choose(call, forced or os.environ.get("PEFTK_BACKEND") or None, deterministic)
 
 
+@functools.cache
+def direct_up_to(dtype: torch.dtype) -> int:
+    """Up to how many multiply-adds (M·K·N) a forward in `dtype` on a CPU is `cpu`'s whatever its shape."""
+    from peftk import tuning  # which measures backends
+
+    return SMALL if tuning.may_prefer_gemm("lora_linear", dtype) else 1 << 62
+
+
 def forget() -> None:
     """Chooses anew from here on: something was measured."""
     _choose.cache_clear()
+    direct_up_to.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)

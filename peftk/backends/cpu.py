@@ -89,7 +89,7 @@ def lora_linear(
     return y, z
 
 
-def small_lora_linear(
+def direct_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -99,15 +99,15 @@ def small_lora_linear(
     limit: int,
 ) -> Tensor | None:
     """y where x is a plain tensor and M·N·K ≤ limit, in a fraction of `lora_linear`'s overhead; None elsewhere."""
-    return _cpu.small_lora_linear(x, weight, bias, lora_A, lora_B, scaling, limit, torch.get_num_threads())
+    return _cpu.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, limit, torch.get_num_threads())
 
 
-def small_multi_lora_linear(
+def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
 ) -> Tensor | None:
-    """`small_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
+    """`direct_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
     threads = torch.get_num_threads()
-    return _cpu.small_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
+    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
 
 
 def multi_lora_linear(

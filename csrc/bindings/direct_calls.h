@@ -1,6 +1,6 @@
-// Calls with little arithmetic, where the time goes into reaching the kernel: tensors are read here, checked here and
-// handed on, without gradients, dropout or copies. `None` is the answer to everything else, errors included: the way
-// through peftk/functional.py then serves the call or says what is wrong with it.
+// The shortest way from a layer to the kernel: tensors are read here, checked here and handed on, without gradients,
+// dropout or copies. `None` is the answer to everything else, errors included: the way through peftk/functional.py then
+// serves the call or says what is wrong with it.
 #pragma once
 
 #include <Python.h>
@@ -144,7 +144,7 @@ static inline PyObject* guarded(Body body) {
 }
 
 // (x, weight, bias, lora_A, lora_B, scaling, limit, threads) → y or None
-static PyObject* small_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
+static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 8) return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", count);
     return guarded([&]() -> PyObject* {
         LinearArgs args{};
@@ -160,7 +160,7 @@ static PyObject* small_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t co
 }
 
 // (x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype) → y or None
-static PyObject* small_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
+static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
     return guarded([&]() -> PyObject* {
         LinearArgs args{};
@@ -186,17 +186,17 @@ static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count)
     Py_RETURN_NONE;
 }
 
-static inline void bind_small_calls(PyObject* module) {
+static inline void bind_direct_calls(PyObject* module) {
     const auto method = [](auto function) {
         return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
     };
     static PyMethodDef methods[] = {
         {"plain_tensors", method(plain_tensors), METH_FASTCALL, nullptr},
-        {"small_lora_linear", method(small_lora_linear), METH_FASTCALL, nullptr},
-        {"small_multi_lora_linear", method(small_multi_lora_linear), METH_FASTCALL, nullptr},
+        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL, nullptr},
+        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL, nullptr},
         {nullptr, nullptr, 0, nullptr},
     };
-    if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("small calls can't be added");
+    if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("direct calls can't be added");
 }
 
 }  // namespace peftk

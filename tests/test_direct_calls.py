@@ -1,4 +1,4 @@
-"""The short way of small calls to the CPU kernels: the same bits as the ordinary way, and None for what isn't plain."""
+"""The short way to the CPU kernels: the same bits as the ordinary way, and None for what isn't plain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import backends, dispatch, functional
+from peftk import backends, dispatch, functional, tuning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K, R = 37, 29, 5
@@ -59,7 +59,7 @@ def test_same_bits_as_the_ordinary_way(dtype, adapter_dtype):
     weight, bias, A, B = layer(dtype, adapter_dtype)
     for name, x in inputs(dtype).items():
         for b, a in ((bias, (A, B)), (None, (A, B)), (bias, (None, None)), (bias, (A, B.t().contiguous().t()))):
-            y = dispatch.small_lora_linear(x, weight, b, *a, 0.7)
+            y = dispatch.direct_lora_linear(x, weight, b, *a, 0.7)
             assert y is not None, name
             expected = functional.lora_linear_unchecked(x, weight, b, *a, 0.7, backend="cpu")
             assert y.dtype == dtype
@@ -71,14 +71,14 @@ def test_weights_that_lie_transposed_or_apart():
     x = tensor(4, K)
     expected = functional.lora_linear_unchecked(x, weight, bias, A, B, 0.7, backend="cpu")
     apart = torch.zeros(N, K + 3)[:, :K].copy_(weight)
-    torch.testing.assert_close(dispatch.small_lora_linear(x, weight.t().contiguous().t(), bias, A, B, 0.7), expected)
-    assert torch.equal(dispatch.small_lora_linear(x, apart, bias, A, B, 0.7), expected)
+    torch.testing.assert_close(dispatch.direct_lora_linear(x, weight.t().contiguous().t(), bias, A, B, 0.7), expected)
+    assert torch.equal(dispatch.direct_lora_linear(x, apart, bias, A, B, 0.7), expected)
 
 
 def test_sizes_of_one():
     for n, k, r in itertools.product((1, 3), (1, 3), (1, 2)):
         x, weight, A, B = tensor(2, k), tensor(n, k), tensor(r, k), tensor(n, r)
-        y = dispatch.small_lora_linear(x, weight, None, A, B, 2.0)
+        y = dispatch.direct_lora_linear(x, weight, None, A, B, 2.0)
         torch.testing.assert_close(y, x @ weight.t() + 2 * (x @ A.t()) @ B.t())
 
 
@@ -118,31 +118,36 @@ def not_plain() -> dict[str, list]:
 
 @pytest.mark.parametrize("what", not_plain())
 def test_what_is_not_plain_goes_the_ordinary_way(what):
-    assert dispatch.small_lora_linear(*not_plain()[what], 0.7) is None
+    assert dispatch.direct_lora_linear(*not_plain()[what], 0.7) is None
 
 
-def test_larger_calls_gradients_autocast_and_a_forced_backend_go_the_ordinary_way(monkeypatch):
+def test_gradients_autocast_a_measured_choice_and_a_forced_backend_go_the_ordinary_way(monkeypatch):
     weight, bias, A, B = layer()
     call = (tensor(4, K), weight, bias, A, B, 0.7)
-    assert dispatch.small_lora_linear(*call) is not None
+    assert dispatch.direct_lora_linear(*call) is not None
+    assert dispatch.direct_lora_linear(tensor(10_000, K), *call[1:]) is not None
+    monkeypatch.setattr(tuning, "may_prefer_gemm", lambda op, dtype: True)
+    backends.forget()
     most = backends.SMALL // (N * K)
-    assert dispatch.small_lora_linear(tensor(most, K), *call[1:]) is not None
-    assert dispatch.small_lora_linear(tensor(most + 1, K), *call[1:]) is None
+    assert dispatch.direct_lora_linear(tensor(most, K), *call[1:]) is not None
+    assert dispatch.direct_lora_linear(tensor(most + 1, K), *call[1:]) is None
+    monkeypatch.undo()
+    backends.forget()
     with torch.enable_grad():
-        assert dispatch.small_lora_linear(*call) is None
+        assert dispatch.direct_lora_linear(*call) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert dispatch.small_lora_linear(*call) is None
+        assert dispatch.direct_lora_linear(*call) is None
     monkeypatch.setenv("PEFTK_BACKEND", "reference")
-    assert dispatch.small_lora_linear(*call) is None
+    assert dispatch.direct_lora_linear(*call) is None
     monkeypatch.setenv("PEFTK_BACKEND", "")
-    assert dispatch.small_lora_linear(*call) is not None
+    assert dispatch.direct_lora_linear(*call) is not None
 
 
 def test_vmapped_tensors_are_not_plain():
     weight, bias, A, B = layer()
 
     def one(x: Tensor) -> Tensor:
-        assert dispatch.small_lora_linear(x, weight, bias, A, B, 0.7) is None
+        assert dispatch.direct_lora_linear(x, weight, bias, A, B, 0.7) is None
         return x
 
     torch.func.vmap(one)(tensor(4, K))
@@ -151,7 +156,7 @@ def test_vmapped_tensors_are_not_plain():
 def test_output_of_inference_mode_and_its_threads():
     weight, bias, A, B = layer()
     with torch.inference_mode():
-        y = dispatch.small_lora_linear(tensor(4, K), weight, bias, A, B, 0.7)
+        y = dispatch.direct_lora_linear(tensor(4, K), weight, bias, A, B, 0.7)
         assert y.is_inference()
 
 
@@ -176,7 +181,7 @@ def test_many_adapters_same_bits_as_the_ordinary_way(dtype, ids_dtype):
     ]
     for x, numbers in cases:
         ids = torch.tensor(numbers, dtype=ids_dtype)
-        y = dispatch.small_multi_lora_linear(x, weight, bias, table, ids)
+        y = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         assert y is not None
         assert torch.equal(y, functional.multi_lora_linear_unchecked(x, weight, bias, table, ids, backend="cpu"))
 
@@ -192,16 +197,16 @@ def test_ids_that_are_not_plain_go_the_ordinary_way():
         torch.zeros(6, dtype=torch.int16),
         [0] * 6,
     ):
-        assert dispatch.small_multi_lora_linear(x, weight, bias, table, ids) is None
+        assert dispatch.direct_multi_lora_linear(x, weight, bias, table, ids) is None
     # one id a sequence needs sequences
-    assert dispatch.small_multi_lora_linear(x, weight, bias, table, torch.zeros(1, dtype=torch.int64)) is None
+    assert dispatch.direct_multi_lora_linear(x, weight, bias, table, torch.zeros(1, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize("number", [3, 4, -2, 2**31, -(2**40), 2**62])
 def test_ids_outside_the_bank_are_an_error(number):
     weight, bias = layer()[:2]
     with pytest.raises(ValueError, match=r"ids\[1\]: expected -1 or an adapter's number below 4"):
-        dispatch.small_multi_lora_linear(tensor(2, K), weight, bias, bank().table(), torch.tensor([0, number]))
+        dispatch.direct_multi_lora_linear(tensor(2, K), weight, bias, bank().table(), torch.tensor([0, number]))
 
 
 def test_layers_take_the_short_way(monkeypatch):
