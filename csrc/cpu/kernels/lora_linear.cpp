@@ -27,7 +27,7 @@ struct Group {
 
 constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
-constexpr int64_t kRowsOfOwn = 128;          // for each thread, to walk through all of W by itself
+constexpr int64_t kRowsOfOwn = 4 * W;        // for each thread, to walk through all of W by itself
 constexpr int64_t kWeightForEach = 1 << 22;  // bytes of W that each may walk through
 constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
 constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
@@ -576,14 +576,15 @@ Form form_of(const Linear& op) {
 }
 
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
-int64_t block_columns(const Linear& op, Form form) {
+int64_t block_columns(const Linear& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
     // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
     int64_t columns = form == kDot        ? 16 * kDotRows
                       : form == kLanes    ? kBlockRows
                       : form == kOverBase ? kBaseColumns
                                           : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
-    while (columns > least && ceil_div(op.O, columns) < 4 * int64_t(op.threads)) columns = round_up(columns / 2, least);
+    while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
+        columns = round_up(columns / 2, least);
     return columns;
 }
 
@@ -633,7 +634,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
         if (page_runs == 1) return shrink(op, group, after, 0, pages);
         if (run < pages) shrink(op, group, after, run, run + 1);
     };
-    const int64_t step = block_columns(op, shape.form);
+    const int64_t step = block_columns(op, shape.form, threads);
     auto back = [&](int64_t task) {
         Columns columns;
         columns.first = task * step;
@@ -676,7 +677,7 @@ void lora_linear_plan(const LinearArgs& args, bool backward, Plan* plan) {
     op.threads = useful_threads(args, true);
     const char* names[] = {"dot", "lanes", "columns"};
     const Form form = form_of(op);
-    *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form))))};
+    *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form, op.threads))))};
 }
 
 }  // namespace PEFTK_LEVEL
