@@ -159,6 +159,11 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
                 continue;
             }
 #endif
+            if (shape.form == kDot && op.weight_dtype == kBFloat16) {
+                with_type(op.in_dtype,
+                          [&](auto type) { split_even_odd(static_cast<const decltype(type)*>(rows[i]), op.C, to); });
+                continue;
+            }
             widen(rows[i], op.in_dtype, op.C, to);
         }
     }
@@ -181,6 +186,11 @@ void product_dot(const Linear& op, const Shape& shape, const Columns& columns, f
     }
 #endif
     for (int64_t i = 0; i < shape.rows; i++) rows[i] = static_cast<const float*>(shape.in) + i * shape.in_row;
+    if (op.weight_dtype == kBFloat16) {
+        return dot(shape.rows, reinterpret_cast<const EvenOdd* const*>(rows), columns.count,
+                   static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded,
+                   static_cast<const bf16*>(after));
+    }
     with_type(op.weight_dtype, [&](auto type) {
         typedef decltype(type) T;
         dot(shape.rows, reinterpret_cast<const float* const*>(rows), columns.count, static_cast<const T*>(weight),
@@ -607,7 +617,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
     shape.pairs = takes_pairs(op);
     shape.form = form_of(op);
     shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
-    shape.in_row = round_up(shape.steps, W) + kPad;
+    shape.in_row = round_up(shape.steps, 2 * W) + kPad;
     shape.first_row = first;
     shape.rows = rows;
 
