@@ -27,7 +27,7 @@ struct Group {
 
 constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
-constexpr int64_t kRowsOfOwn = 128;          // for each thread, to walk through all of W by itself
+constexpr int64_t kRowsOfOwn = 4 * W;        // for each thread, to walk through all of W by itself
 constexpr int64_t kWeightForEach = 1 << 22;  // bytes of W that each may walk through
 constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
 constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
@@ -159,6 +159,11 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
                 continue;
             }
 #endif
+            if (shape.form == kDot && op.weight_dtype == kBFloat16) {
+                with_type(op.in_dtype,
+                          [&](auto type) { split_even_odd(static_cast<const decltype(type)*>(rows[i]), op.C, to); });
+                continue;
+            }
             widen(rows[i], op.in_dtype, op.C, to);
         }
     }
@@ -181,6 +186,11 @@ void product_dot(const Linear& op, const Shape& shape, const Columns& columns, f
     }
 #endif
     for (int64_t i = 0; i < shape.rows; i++) rows[i] = static_cast<const float*>(shape.in) + i * shape.in_row;
+    if (op.weight_dtype == kBFloat16) {
+        return dot(shape.rows, reinterpret_cast<const EvenOdd* const*>(rows), columns.count,
+                   static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded,
+                   static_cast<const bf16*>(after));
+    }
     with_type(op.weight_dtype, [&](auto type) {
         typedef decltype(type) T;
         dot(shape.rows, reinterpret_cast<const float* const*>(rows), columns.count, static_cast<const T*>(weight),
@@ -576,14 +586,15 @@ Form form_of(const Linear& op) {
 }
 
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
-int64_t block_columns(const Linear& op, Form form) {
+int64_t block_columns(const Linear& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
     // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
     int64_t columns = form == kDot        ? 16 * kDotRows
                       : form == kLanes    ? kBlockRows
                       : form == kOverBase ? kBaseColumns
                                           : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
-    while (columns > least && ceil_div(op.O, columns) < 4 * int64_t(op.threads)) columns = round_up(columns / 2, least);
+    while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
+        columns = round_up(columns / 2, least);
     return columns;
 }
 
@@ -606,7 +617,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
     shape.pairs = takes_pairs(op);
     shape.form = form_of(op);
     shape.steps = shape.pairs ? ceil_div(op.C, 2) : op.C;
-    shape.in_row = round_up(shape.steps, W) + kPad;
+    shape.in_row = round_up(shape.steps, 2 * W) + kPad;
     shape.first_row = first;
     shape.rows = rows;
 
@@ -633,7 +644,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
         if (page_runs == 1) return shrink(op, group, after, 0, pages);
         if (run < pages) shrink(op, group, after, run, run + 1);
     };
-    const int64_t step = block_columns(op, shape.form);
+    const int64_t step = block_columns(op, shape.form, threads);
     auto back = [&](int64_t task) {
         Columns columns;
         columns.first = task * step;
@@ -676,7 +687,7 @@ void lora_linear_plan(const LinearArgs& args, bool backward, Plan* plan) {
     op.threads = useful_threads(args, true);
     const char* names[] = {"dot", "lanes", "columns"};
     const Form form = form_of(op);
-    *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form))))};
+    *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form, op.threads))))};
 }
 
 }  // namespace PEFTK_LEVEL

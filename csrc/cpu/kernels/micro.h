@@ -179,23 +179,43 @@ static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l
              [&](int64_t) { return Ahead{anywhere, 0, anywhere, 0}; });
 }
 
+// A row in fp32 whose blocks of 2W elements lie as W even ones and W odd ones, with zeros after the last: the order
+// in which bf16 widen without a shuffle.
+struct __attribute__((packed, may_alias)) EvenOdd {
+    float value;
+};
+
+// kElements of both rows, in kRegisters registers each.
 template <class T, class U>
 struct DotStep {
-    static constexpr int kElements = W;
-    PEFTK_INLINE Vec first(const T* p) { return load(p); }
-    PEFTK_INLINE Vec first_n(const T* p, int n) { return load_n(p, n); }
-    PEFTK_INLINE Vec second(const U* p) { return load(p); }
-    PEFTK_INLINE Vec second_n(const U* p, int n) { return load_n(p, n); }
+    static constexpr int kElements = W, kRegisters = 1;
+    PEFTK_INLINE Vec first(const T* p, int) { return load(p); }
+    PEFTK_INLINE Vec first_n(const T* p, int, int n) { return load_n(p, n); }
+    PEFTK_INLINE Vec second(const U* p, int) { return load(p); }
+    PEFTK_INLINE Vec second_n(const U* p, int, int n) { return load_n(p, n); }
+};
+
+template <>
+struct DotStep<EvenOdd, bf16> {
+    static constexpr int kElements = 2 * W, kRegisters = 2;
+    PEFTK_INLINE Vec first(const EvenOdd* p, int odd) { return load(&p->value + odd * W); }
+    PEFTK_INLINE Vec first_n(const EvenOdd* p, int odd, int) { return first(p, odd); }
+    PEFTK_INLINE Vec second(const bf16* p, int odd) { return odd ? load_odd(p) : load_even(p); }
+    PEFTK_INLINE Vec second_n(const bf16* p, int odd, int n) {
+        bf16 full[2 * W] = {};
+        memcpy(full, p, n * sizeof(bf16));
+        return second(full, odd);
+    }
 };
 
 #ifdef PEFTK_DP
 template <>
 struct DotStep<bf16, bf16> {
-    static constexpr int kElements = 2 * W;
-    PEFTK_INLINE __m512i first(const bf16* p) { return load_pairs(p); }
-    PEFTK_INLINE __m512i first_n(const bf16* p, int n) { return load_pairs_n(p, n); }
-    PEFTK_INLINE __m512i second(const bf16* p) { return load_pairs(p); }
-    PEFTK_INLINE __m512i second_n(const bf16* p, int n) { return load_pairs_n(p, n); }
+    static constexpr int kElements = 2 * W, kRegisters = 1;
+    PEFTK_INLINE __m512i first(const bf16* p, int) { return load_pairs(p); }
+    PEFTK_INLINE __m512i first_n(const bf16* p, int, int n) { return load_pairs_n(p, n); }
+    PEFTK_INLINE __m512i second(const bf16* p, int) { return load_pairs(p); }
+    PEFTK_INLINE __m512i second_n(const bf16* p, int, int n) { return load_pairs_n(p, n); }
 };
 #endif
 
@@ -218,19 +238,39 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
         for (int j = 0; j < kRows; j++) acc[i][j] = zero();
     }
     const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
-        decltype(load_first(x[0])) first[kTokens];
+#pragma GCC unroll 2
+        for (int r = 0; r < Step::kRegisters; r++) {
+            // Read again for the second register: kept from the first time, they would not leave room for the tile.
+            const U* rows = w;
+            if constexpr (Step::kRegisters > 1) asm volatile("" : "+r"(rows));
+            // the fewer operands stay in registers while the others pass by
+            if constexpr (kTokens <= kRows) {
+                decltype(load_first(x[0], r)) first[kTokens];
 #pragma GCC unroll 8
-        for (int i = 0; i < kTokens; i++) first[i] = load_first(x[i]);
+                for (int i = 0; i < kTokens; i++) first[i] = load_first(x[i], r);
 #pragma GCC unroll 8
-        for (int j = 0; j < kRows; j++) {
-            const auto second = load_second(w + j * w_row);
+                for (int j = 0; j < kRows; j++) {
+                    const auto second = load_second(rows + j * w_row, r);
 #pragma GCC unroll 8
-            for (int i = 0; i < kTokens; i++) acc[i][j] = accumulate(first[i], second, acc[i][j]);
+                    for (int i = 0; i < kTokens; i++) acc[i][j] = accumulate(first[i], second, acc[i][j]);
+                }
+            } else {
+                decltype(load_second(rows, r)) second[kRows];
+#pragma GCC unroll 8
+                for (int j = 0; j < kRows; j++) second[j] = load_second(rows + j * w_row, r);
+#pragma GCC unroll 8
+                for (int i = 0; i < kTokens; i++) {
+                    const auto first = load_first(x[i], r);
+#pragma GCC unroll 8
+                    for (int j = 0; j < kRows; j++) acc[i][j] = accumulate(first, second[j], acc[i][j]);
+                }
+            }
         }
     };
     int64_t k = part.first;
     const auto add_step = [&]() __attribute__((always_inline)) {
-        add_products([&](const T* p) { return Step::first(p + k); }, [&](const U* p) { return Step::second(p + k); });
+        add_products([&](const T* p, int r) { return Step::first(p + k, r); },
+                     [&](const U* p, int r) { return Step::second(p + k, r); });
         k += Step::kElements;
     };
     constexpr int kLine = 64 / sizeof(U);
@@ -242,8 +282,8 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     }
     while (k + Step::kElements <= part.last) add_step();
     if (const int rest = int(part.last - k)) {
-        add_products([&](const T* p) { return Step::first_n(p + k, rest); },
-                     [&](const U* p) { return Step::second_n(p + k, rest); });
+        add_products([&](const T* p, int r) { return Step::first_n(p + k, r, rest); },
+                     [&](const U* p, int r) { return Step::second_n(p + k, r, rest); });
     }
     if (!part.starts) {
 #pragma GCC unroll 8

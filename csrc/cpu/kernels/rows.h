@@ -43,6 +43,24 @@ static inline void widen(const void* from, int dtype, int64_t n, float* to) {
     with_type(dtype, [&](auto type) { widen(static_cast<const decltype(type)*>(from), n, to); });
 }
 
+// n contiguous elements as EvenOdd: whole blocks are written.
+template <class T>
+static void split_even_odd(const T* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; i += 2 * W) {
+        float block[2 * W];
+        for (int half = 0; half < 2 * W; half += W) {
+            const int64_t left = n - i - half;
+            store(block + half, left >= W  ? load(from + i + half)
+                                : left > 0 ? load_n(from + i + half, int(left))
+                                           : zero());
+        }
+        for (int j = 0; j < W; j++) {
+            to[i + j] = block[2 * j];
+            to[i + W + j] = block[2 * j + 1];
+        }
+    }
+}
+
 // fp32 to n contiguous elements.
 static inline void narrow(const float* from, int64_t n, void* to, int dtype) {
     with_type(dtype, [&](auto type) {

@@ -2,6 +2,7 @@
 //
 //   W, Vec; zero, set1, load, store, add, mul, fma, reduce (the sum of the lanes)
 //   load of bf16 and f16 with exact widening, store with rounding to nearest even (NaN stays NaN, subnormals are kept)
+//   load_even, load_odd: every second one of 2W bf16, at the price of one instruction beside the load
 //   load_n, store_n: the first n < W elements; the others read as 0, and stay as they are in memory
 //   transpose: a W x W block to W registers of fp32 (of fp32: a block of any 32-bit lanes)
 //   Dp levels (PEFTK_DP): dp(acc, a, b), acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1] for bf16 pairs in 32-bit lanes

@@ -10,8 +10,8 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 8;
 typedef __m256 Vec;
-constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 3, kDotRows = 4,
-              kMostDotTokens = 8;
+constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 4, kDotRows = 3,
+              kMostDotTokens = 16;
 
 PEFTK_INLINE Vec zero() { return _mm256_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }
@@ -31,6 +31,13 @@ PEFTK_INLINE Vec widen(__m128i bits, bf16) {
 PEFTK_INLINE Vec widen(__m128i bits, f16) { return _mm256_cvtph_ps(bits); }
 PEFTK_INLINE Vec load(const bf16* p) { return widen(_mm_loadu_si128((const __m128i*)p), bf16{}); }
 PEFTK_INLINE Vec load(const f16* p) { return widen(_mm_loadu_si128((const __m128i*)p), f16{}); }
+
+PEFTK_INLINE Vec load_even(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)p), 16));
+}
+PEFTK_INLINE Vec load_odd(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(-65536)));
+}
 
 PEFTK_INLINE __m128i narrow(Vec v, bf16) {
     const __m256i bits = _mm256_castps_si256(v);

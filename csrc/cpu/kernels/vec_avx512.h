@@ -42,6 +42,11 @@ PEFTK_INLINE Vec load_n(const T* p, int n) {
     return widen(_mm256_maskz_loadu_epi16((1u << n) - 1, p), T{});
 }
 
+PEFTK_INLINE Vec load_even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+PEFTK_INLINE Vec load_odd(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));
+}
+
 // In integers: vcvtneps2bf16 would flush subnormals.
 PEFTK_INLINE __m256i narrow(Vec v, bf16) {
     const __m512i bits = _mm512_castps_si512(v);

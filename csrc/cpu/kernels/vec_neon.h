@@ -28,6 +28,15 @@ PEFTK_INLINE Vec load(const f16* p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
 }
 
+PEFTK_INLINE Vec load_even(const bf16* p) {
+    return vreinterpretq_f32_u32(
+        vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p))), 16));
+}
+PEFTK_INLINE Vec load_odd(const bf16* p) {
+    const uint32x4_t bits = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const uint16_t*>(p)));
+    return vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xffff0000)));
+}
+
 PEFTK_INLINE uint16x4_t narrow(Vec v, bf16) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

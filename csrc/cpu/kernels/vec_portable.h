@@ -30,6 +30,11 @@ template <class T>
 PEFTK_INLINE Vec load(const T* p) {
     return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 }
+PEFTK_INLINE Vec load_even(const bf16* p) {
+    return Vec{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])};
+}
+PEFTK_INLINE Vec load_odd(const bf16* p) { return Vec{to_float(p[1]), to_float(p[3]), to_float(p[5]), to_float(p[7])}; }
+
 template <class T>
 PEFTK_INLINE void store(T* p, Vec v) {
     for (int i = 0; i < W; i++) from_float(v[i], p + i);
