@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from peftk import _cpu, cli, extras
+from peftk import _cpu, backends, cli, extras, tuning
 from peftk.benchmark import lora_linear, suite, suite_cases
 from peftk.benchmark.common import COPY, LINEAR, PEFT, Shape
 from peftk.benchmark.roofline import READ, Bound, Work
@@ -139,6 +139,32 @@ def test_every_kind_of_row_runs_and_is_right():
     assert outcome.results[1].beyond_limit
     assert "7 of 8 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
     assert outcome.roofline.fp32_gflops > 0
+
+
+def test_the_choice_is_what_is_measured(monkeypatch):
+    """After `peftk tune`, torch's product may serve; its results round twice in 16 bits, and are held to that."""
+    monkeypatch.setattr(tuning, "verdict", lambda call: (True, "as if measured"))
+    backends.forget()
+    try:
+        shape = small("lora_linear", M=64)
+        outcome = run(
+            Target("", shape, LINEAR, 1e-6),
+            Target("", shape._replace(op="train"), PEFT, 1e-6),
+            Target("", shape._replace(op="adapter_cost"), BASE, 1e6, at_most=True),
+            Target("", shape._replace(op="adapter_cost", adapters=4), ONE_ADAPTER, 1e6, at_most=True),
+        )
+    finally:
+        monkeypatch.undo()
+        backends.forget()
+    assert outcome.right
+    assert [(r.side, r.mark) for r in outcome.results] == [("peftk gemm", PASS)] * 4
+
+
+def test_bench_times_gemm_where_asked_for():
+    result = invoke("--op", "lora_linear,multi_lora_linear,train", "--dims", "288", "--tokens", "64", "--ranks", "16",
+                    "--backend", "gemm", "--repeats", "1")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "peftk gemm" in result.output
 
 
 def test_model_row():
