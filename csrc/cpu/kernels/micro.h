@@ -229,7 +229,7 @@ constexpr int64_t kLongPart = 32 * W;  // for one tile: as many as W chains side
 
 template <class T, class U, int kTokens, int kRows>
 PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total, float* out,
-                         int64_t out_row, const U* ahead) {
+                         int64_t out_row, const U* ahead, int64_t ahead_row) {
     typedef DotStep<T, U> Step;
     Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
@@ -276,7 +276,7 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     constexpr int kLine = 64 / sizeof(U);
     while (k + kLine <= part.last) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * w_row + k, 0, 2);
+        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * ahead_row + k, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < kLine / Step::kElements; i++) add_step();
     }
@@ -307,19 +307,19 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     }
 }
 
-// `ahead` are rows that will be wanted next; the first tile fetches them, the others only touch what is there.
+// `ahead` are rows that will be wanted next, of which each of the tiles fetches its share.
 template <class T, class U, int kTokens, int kRows>
 static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total,
-                       float* out, int64_t out_row, const U* ahead) {
+                       float* out, int64_t out_row, const U* ahead, int64_t ahead_row) {
     for (; tokens >= kTokens; tokens -= kTokens) {
-        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead);
+        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead, ahead_row);
         x += kTokens;
         total += kTokens * kRows;
         out += kTokens * out_row;
-        ahead = w;
+        ahead += w_row;
     }
     if constexpr (kTokens > 1) {
-        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
+        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, ahead_row);
     }
 }
 
@@ -328,11 +328,12 @@ static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_ro
                      int64_t out_row, const U* ahead) {
     Vec total[kMostDotTokens * kRows];
     const int64_t length = (tokens <= kDotTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
+    const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
     int64_t first = 0;
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
+        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
         first += length;
     } while (first < K);
 }
