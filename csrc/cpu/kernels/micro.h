@@ -163,9 +163,11 @@ static void outer_vectors(int rows, int vectors, Operand<T> b, const T* l, int64
 template <class T, class AheadOf>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
                   int64_t c_row, bool fresh, AheadOf ahead) {
-    const int most = tile_rows(vectors);
-    for (int64_t i = 0; i < rows; i += most) {
-        const int count = int(rows - i < most ? rows - i : most);
+    if (rows == 0) return;
+    // tiles of about the same height: a low one has too few sums to hide the latency of fma
+    const int64_t tiles = (rows + tile_rows(vectors) - 1) / tile_rows(vectors), height = (rows + tiles - 1) / tiles;
+    for (int64_t i = 0; i < rows; i += height) {
+        const int count = int(rows - i < height ? rows - i : height);
         outer_vectors<T, kMaxVectors>(count, vectors, {b.data + i * b.row, b.row, b.step}, l, l_step, steps,
                                       c + i * c_row, c_row, fresh, ahead(i));
     }
