@@ -108,16 +108,25 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
             float* z = op.z ? op.z + m * op.z_row + 16 * page : nullptr;
             float* v = op.v + position * op.v_row + 16 * page;
             float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
-            for (int r = 0; r < ranks; r++) {
-                if (op.backward) {
-                    if (wants_v) v[r] = s * (out[i * 16 + r] * activate_derivative(code, z[r]));
-                    if (wants_w) w[r] = s * activate(code, z[r]);
-                } else {
-                    float value = out[i * 16 + r];
-                    if (bias) value += element(bias, op.adapters.dtype, 16 * page + r);
-                    if (z) z[r] = value;
-                    v[r] = s * activate(code, value);
+            const float* sums = out + i * 16;
+            // The code as a constant: without a choice for each element the loops are vectors.
+            const auto finish = [&](int code) __attribute__((always_inline)) {
+                for (int r = 0; r < ranks && op.backward && wants_v; r++) {
+                    v[r] = s * (sums[r] * activate_derivative(code, z[r]));
                 }
+                for (int r = 0; r < ranks && op.backward && wants_w; r++) w[r] = s * activate(code, z[r]);
+                for (int r = 0; r < ranks && !op.backward; r++) v[r] = s * activate(code, sums[r]);
+            };
+            if (!op.backward) {
+                for (int r = 0; r < ranks && bias; r++) {
+                    out[i * 16 + r] += element(bias, op.adapters.dtype, 16 * page + r);
+                }
+                if (z) memcpy(z, sums, ranks * sizeof(float));
+            }
+            if (code == kIdentity) {
+                finish(kIdentity);
+            } else {
+                finish(code);
             }
         }
     }
@@ -507,16 +516,20 @@ private:
         }
     }
 
-    void write(int64_t m, float* row) {
+    void write(int64_t m, const float* row) {
         const bool beta = adapter_ >= 0 && has_beta_;
-        for (int64_t o = 0; o < columns_.count && (op_.bias || beta); o += W) {
+        const auto sum = [&](int64_t o) __attribute__((always_inline)) {
             Vec sum = load(row + o);
             if (op_.bias) sum = add(sum, load(bias_ + o));
             if (beta) sum = add(sum, load(beta_ + o));
-            store(row + o, sum);
-        }
-        void* out = at(op_.out, op_.out_dtype, m * op_.out_row + columns_.first);
-        narrow(row, columns_.count, out, op_.out_dtype);
+            return sum;
+        };
+        with_type(op_.out_dtype, [&](auto type) {
+            auto* out = static_cast<decltype(type)*>(op_.out) + m * op_.out_row + columns_.first;
+            int64_t o = 0;
+            for (; o + W <= columns_.count; o += W) store(out + o, sum(o));
+            if (o < columns_.count) store_n(out + o, sum(o), int(columns_.count - o));
+        });
     }
 
     const Linear& op_;
@@ -626,8 +639,9 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
     if (op.max_rank > 0) {
         groups = scratch_of<Group>(kGroupsSlot, rows);
         group_count = make_groups(op, first, rows, groups);
-        // Ranks of one group may go to several threads, unless each would draw the group's dropout mask again.
-        if (!op.dropout.on) page_runs = ceil_div(op.max_rank, 16);
+        // Where groups are few, the ranks of one may go to several threads: each widens the group's rows for itself,
+        // but must not draw their dropout mask again.
+        if (!op.dropout.on && group_count < 4 * int64_t(threads) && threads > 1) page_runs = ceil_div(op.max_rank, 16);
     }
     const bool in_place = !op.out || shape.form == kOverBase || (shape.form == kDot && shape.pairs);
     const int64_t preparations = in_place ? 0 : ceil_div(rows, W);

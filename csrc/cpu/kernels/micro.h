@@ -163,9 +163,11 @@ static void outer_vectors(int rows, int vectors, Operand<T> b, const T* l, int64
 template <class T, class AheadOf>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
                   int64_t c_row, bool fresh, AheadOf ahead) {
-    const int most = tile_rows(vectors);
-    for (int64_t i = 0; i < rows; i += most) {
-        const int count = int(rows - i < most ? rows - i : most);
+    if (rows == 0) return;
+    // tiles of about the same height: a low one has too few sums to hide the latency of fma
+    const int64_t tiles = (rows + tile_rows(vectors) - 1) / tile_rows(vectors), height = (rows + tiles - 1) / tiles;
+    for (int64_t i = 0; i < rows; i += height) {
+        const int count = int(rows - i < height ? rows - i : height);
         outer_vectors<T, kMaxVectors>(count, vectors, {b.data + i * b.row, b.row, b.step}, l, l_step, steps,
                                       c + i * c_row, c_row, fresh, ahead(i));
     }
@@ -229,7 +231,7 @@ constexpr int64_t kLongPart = 32 * W;  // for one tile: as many as W chains side
 
 template <class T, class U, int kTokens, int kRows>
 PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total, float* out,
-                         int64_t out_row, const U* ahead) {
+                         int64_t out_row, const U* ahead, int64_t ahead_row) {
     typedef DotStep<T, U> Step;
     Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
@@ -276,7 +278,7 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     constexpr int kLine = 64 / sizeof(U);
     while (k + kLine <= part.last) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * w_row + k, 0, 2);
+        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * ahead_row + k, 0, 2);
 #pragma GCC unroll 8
         for (int i = 0; i < kLine / Step::kElements; i++) add_step();
     }
@@ -307,19 +309,19 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     }
 }
 
-// `ahead` are rows that will be wanted next; the first tile fetches them, the others only touch what is there.
+// `ahead` are rows that will be wanted next, of which each of the tiles fetches its share.
 template <class T, class U, int kTokens, int kRows>
 static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total,
-                       float* out, int64_t out_row, const U* ahead) {
+                       float* out, int64_t out_row, const U* ahead, int64_t ahead_row) {
     for (; tokens >= kTokens; tokens -= kTokens) {
-        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead);
+        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead, ahead_row);
         x += kTokens;
         total += kTokens * kRows;
         out += kTokens * out_row;
-        ahead = w;
+        ahead += w_row;
     }
     if constexpr (kTokens > 1) {
-        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
+        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, ahead_row);
     }
 }
 
@@ -328,11 +330,12 @@ static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_ro
                      int64_t out_row, const U* ahead) {
     Vec total[kMostDotTokens * kRows];
     const int64_t length = (tokens <= kDotTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
+    const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
     int64_t first = 0;
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead);
+        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
         first += length;
     } while (first < K);
 }
