@@ -11,19 +11,21 @@ fp64 inputs are served by the reference, in fp64.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from peftk import autograd, checks, compiled, dispatch, merge
-from peftk.merge import MergeReceipt
+from peftk.receipt import MergeReceipt
+from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
 
 if TYPE_CHECKING:
     from peftk.bank import AdapterBank
 
-__all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "unmerge_"]
+__all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "remerge_", "unmerge_"]
 
 
 def lora_linear(
@@ -184,16 +186,23 @@ def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
 
 
 def merge_(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0, *, backend: str | None = None
+    weight: Tensor,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    scaling: float | Sequence[float] = 1.0,
+    *,
+    backend: str | None = None,
 ) -> MergeReceipt:
-    """W ← round(W + s·BA), in place, and a receipt from which `unmerge_` gives back every bit of W.
+    """W ← round(W + Σ s·BA), in place, and a receipt from which `unmerge_` gives back every bit of W.
 
-    The product is a chain of fp32 fma over ascending rank, then one product with s and one sum, each rounded once
-    (`peftk.reference.merge`); every backend gives the same bits, so a merge made on one can be undone on another.
+    Each product is a chain of fp32 fma over ascending rank, then one product with s; those of several adapters are
+    added in order, and one sum with W follows, each rounded once (`peftk.reference.merge`). Every backend gives the
+    same bits, so a merge made on one can be undone on another.
 
     Args:
         weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), any strides that give each element its own place.
         lora_A: A [R, K]; lora_B: B [N, R]; copied into the receipt. scaling: s, dimensionless.
+            Or sequences of one length, for several adapters of any ranks in one pass; one s may serve them all.
 
     Returns:
         MergeReceipt: about one byte a weight, besides A and B.
@@ -201,12 +210,8 @@ def merge_(
     Raises:
         TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
     """
-    checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
-    checks.adapter(weight, lora_A, lora_B, scaling)
-    if lora_A is None:
-        raise ValueError("lora_A: expected a tensor [R, K], got None")
-    checks.writable("weight", weight)
-    return merge.merge_(weight, lora_A, lora_B, float(scaling), backend)
+    factors = _factors(weight, lora_A, lora_B, scaling)
+    return merge.merge_(weight, factors, backend)
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
@@ -216,12 +221,69 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
         TypeError: receipt is not a MergeReceipt.
         ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
     """
-    if not isinstance(receipt, MergeReceipt):
-        raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
+    _receipt(receipt)
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
     checks.writable("weight", weight)
     merge.unmerge_(weight, receipt, backend)
+
+
+def remerge_(
+    weight: Tensor,
+    receipt: MergeReceipt,
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    scaling: float | Sequence[float] = 1.0,
+    *,
+    backend: str | None = None,
+) -> MergeReceipt:
+    """From one merge to another: `unmerge_(weight, receipt)` and `merge_(weight, lora_A, lora_B, scaling)`, to the bit.
+
+    On a CPU it is one pass over W, in place, and no forward in between sees the base layer.
+
+    Args: as in both.
+
+    Returns:
+        MergeReceipt: of the new merge; it goes back to the base layer, not to the merge before.
+
+    Raises:
+        TypeError, ValueError: as both. W is unchanged then: still merged, and `receipt` still undoes it.
+    """
+    _receipt(receipt)
+    factors = _factors(weight, lora_A, lora_B, scaling)
+    return merge.remerge_(weight, receipt, factors, backend)
+
+
+def _receipt(receipt: MergeReceipt) -> None:
+    if not isinstance(receipt, MergeReceipt):
+        raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
+
+
+def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
+    """The adapters of a merge, one or several, checked and copied side by side."""
+    checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
+    checks.writable("weight", weight)
+    if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
+        if lora_A is None:
+            raise ValueError("lora_A: expected a tensor [R, K], got None")
+        checks.adapter(weight, lora_A, lora_B, scaling)
+        return factors((lora_A,), (lora_B,), (float(scaling),))
+    count = len(lora_A) if isinstance(lora_A, (list, tuple)) else len(lora_B)
+    if isinstance(scaling, (int, float)):
+        scaling = [scaling] * count
+    for name, values in (("lora_A", lora_A), ("lora_B", lora_B), ("scaling", scaling)):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}: expected a list or tuple, one for each adapter, got {type(values).__name__}")
+        if len(values) != count or count == 0:
+            raise ValueError(f"{name}: expected {count or '1 or more'}, one for each adapter, got {len(values)}")
+    for number, (A, B, s) in enumerate(zip(lora_A, lora_B, scaling, strict=True)):
+        if A is None:
+            raise ValueError(f"adapter {number}: lora_A: expected a tensor [R, K], got None")
+        try:
+            checks.adapter(weight, A, B, s)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapter {number}: {error}") from None
+    return factors(lora_A, lora_B, [float(s) for s in scaling])
 
 
 def _prepared(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:

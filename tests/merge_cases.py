@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from peftk.reference.merge import Factors, factors
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -17,6 +19,10 @@ class MergeCase:
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
+
+    @property
+    def factors(self) -> Factors:
+        return factors((self.lora_A,), (self.lora_B,), (self.scaling,))
 
     def with_weight(self, weight: Tensor) -> MergeCase:
         return dataclasses.replace(self, weight=weight)
@@ -63,6 +69,16 @@ def merge_case(
     lora_B[share(torch.Size([N]), 0.2)] *= -(2.0**-100)  # with the columns above: a chain that underflows to ±0
     stored = torch.empty(N, K + padding, dtype=dtype)[:, :K].copy_(weight)
     return MergeCase(stored, lora_A.to(adapter_dtype), lora_B.to(adapter_dtype), 1.5)
+
+
+def several(seed: int, weight: Tensor, ranks: tuple[int, ...], size: float, dtype: torch.dtype) -> Factors:
+    """Adapters of these ranks for one weight, their scalings of both signs."""
+    cases = [
+        merge_case(seed + t, *weight.shape, rank, weight.dtype, dtype, size=size, padding=0)
+        for t, rank in enumerate(ranks)
+    ]
+    A, B = [case.lora_A for case in cases], [case.lora_B for case in cases]
+    return factors(A, B, [(-1) ** t * (0.7 + t) for t in range(len(ranks))])
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -143,13 +143,13 @@ def test_instructions(cubins: dict[tuple[str, str], list[Kernel]]) -> None:
 
 @pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump, of the CUDA toolkit or the triton wheel")
 def test_merge_rounds_what_it_must_round(cubins: dict[tuple[str, str], list[Kernel]]) -> None:
-    """s·t, W + d and W' - d are roundings of their own: for each of a thread's 32 outputs one FMUL and two FADD in
-    merge, one of each in unmerge. Fewer would mean a contraction."""
+    """s·t, the sum of d over adapters, W + d and W' - d are roundings of their own: for each of a thread's 32 outputs
+    one FMUL and three FADD in merge, two FADD in unmerge. Fewer would mean a contraction."""
     for (stem, arch), kernels in cubins.items():
         for kernel in kernels if stem == "merge" else []:
-            sums = 1 if readable(kernel.name).startswith("unmerge") else 2
+            sums = 2 if readable(kernel.name).startswith("unmerge") else 3
             where = f"{readable(kernel.name)}, sm_{arch}"
-            assert operations("FMUL", kernel.sass) == 32, where
+            assert operations("FMUL", kernel.sass) >= 32, where  # more where the first adapter has code of its own
             assert operations("FADD", kernel.sass) == 32 * sums, where
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from peftk import reference
-from tests.merge_cases import DTYPES, MergeCase, merge_case, same_bits
+from peftk.reference.merge import Factors
+from tests.merge_cases import DTYPES, merge_case, same_bits, several
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc/cuda/merge.cu"
@@ -54,19 +55,22 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def run(program: Path, calls: list[tuple[MergeCase, Tensor | None]], *, seed: int = 0, shift: int = 0) -> list[tuple]:
-    """Merges each case, or with a code unmerges it (weight is W' then). Returns (out [N, K], code [N, K]) for each."""
+Call = tuple[Tensor, Factors, Tensor | None]
+
+
+def run(program: Path, calls: list[Call], *, seed: int = 0, shift: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Merges each W, or with a code unmerges it (it is W' then). Returns (out [N, K], code [N, K]) for each."""
     request, sizes = b"", []
-    for case, code in calls:
-        N, K = case.weight.shape
-        R, stride = case.lora_A.shape[0], case.weight.stride(0)
+    for weight, (A, B, ends, scaling), code in calls:
+        (N, K), stride = weight.shape, weight.stride(0)
         # from the first row to the end of the last: what lies between the rows comes along
-        span = torch.as_strided(case.weight, ((N - 1) * stride + K,), (1,))
-        header = (code is not None, N, K, R, stride, CODES[case.weight.dtype], CODES[case.lora_A.dtype], seed, shift)
-        request += struct.pack("9qd", *map(int, header), case.scaling)
-        request += raw(span) + raw(case.lora_A) + raw(case.lora_B)
+        span = torch.as_strided(weight, ((N - 1) * stride + K,), (1,))
+        dtypes = CODES[weight.dtype], CODES[A.dtype]
+        header = (code is not None, N, K, A.shape[0], len(ends), stride, *dtypes, seed, shift)
+        request += struct.pack("10q", *map(int, header)) + raw(span) + raw(A) + raw(B)
         request += raw(torch.zeros(N, K, dtype=torch.int8) if code is None else code)
-        sizes.append((N, K, stride, case.weight.dtype, len(raw(span))))
+        request += raw(torch.tensor(ends, dtype=torch.int64)) + raw(torch.tensor(scaling))
+        sizes.append((N, K, stride, weight.dtype, len(raw(span))))
     answer = subprocess.run([str(program)], input=request, capture_output=True)
     if answer.returncode:
         raise HostError(answer.stderr.decode())
@@ -86,34 +90,43 @@ SHAPES = [(1, 1, 1), (3, 5, 2), (64, 128, 16), (65, 131, 17), (130, 72, 40), (40
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
 def test_bits_of_the_reference(program: Path, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-    cases = [
-        merge_case(seed, *shape, dtype, adapter_dtype, size=size, padding=padding)
-        for seed, (shape, size, padding) in enumerate(itertools.product(SHAPES, (0.01, 3.0), (0, 8)))
-    ]
+    calls: list[Call] = []
+    for seed, (shape, size, padding) in enumerate(itertools.product(SHAPES, (0.01, 3.0), (0, 8))):
+        case = merge_case(seed, *shape, dtype, adapter_dtype, size=size, padding=padding)
+        calls.append((case.weight, case.factors, None))
+        calls.append((case.weight, several(seed, case.weight, (1, shape[2], 16), size, adapter_dtype), None))
+    expected = [reference.merge(weight, factors) for weight, factors, _ in calls]
     for shift in (0, 1):  # vector accesses, then scalar ones
-        merged = run(program, [(case, None) for case in cases], seed=shift, shift=shift)
-        expected = [reference.merge(case.weight, case.lora_A, case.lora_B, case.scaling) for case in cases]
-        for case, (out, code), (expected_out, expected_code) in zip(cases, merged, expected, strict=True):
-            assert same_bits(out, expected_out), f"{case}"
-            assert torch.equal(code, expected_code), f"{case}"
-        again = [(case.with_weight(out), code) for case, (out, code) in zip(cases, merged, strict=True)]
-        for (case, code), (weight, _) in zip(again, run(program, again, seed=shift + 2, shift=shift), strict=True):
-            assert same_bits(weight, reference.unmerge(case.weight, case.lora_A, case.lora_B, case.scaling, code))
+        merged = run(program, calls, seed=shift, shift=shift)
+        for (weight, _, _), (out, code), (expected_out, expected_code) in zip(calls, merged, expected, strict=True):
+            assert same_bits(out, expected_out), f"{weight.shape}"
+            assert torch.equal(code, expected_code), f"{weight.shape}"
+        again: list[Call] = [(out, call[1], code) for call, (out, code) in zip(calls, merged, strict=True)]
+        for call, (weight, _) in zip(again, run(program, again, seed=shift + 2, shift=shift), strict=True):
+            assert same_bits(weight, reference.unmerge(*call))
 
 
 BARRIERS = {
     "no barrier before the chunk is read": (
-        "            __syncthreads();\n            for (int r",
-        "            for (int r",
+        "                __syncthreads();\n                for (int r",
+        "                for (int r",
     ),
-    "no barrier before the chunk is overwritten": ("            __syncthreads();\n        }\n", "        }\n"),
+    "no barrier before the chunk is overwritten": (
+        "                __syncthreads();\n                rank",
+        "                rank",
+    ),
 }
 MUTANTS = {
     "ranks rounded up to a chunk": ("for (int r = 0; r < ranks; ++r)", "for (int r = 0; r < kChunk; ++r)"),
-    "flushed denormals": ("S::round(__fadd_rn(widen(w), d))", "S::round(flush(__fadd_rn(widen(w), d)))"),
+    "flushed denormals": ("S::round(__fadd_rn(widen(w), delta))", "S::round(flush(__fadd_rn(widen(w), delta)))"),
+    "the first adapter added to zero": ("adapter == 0 ? share :", "adapter == 0 ? 0.0f + share :"),
+    "a chain that runs on": (
+        "            float chain[T::kRows][T::kColumns] = {};\n            for (const",
+        "            for (const",
+    ),
     "one rounding fewer": (
-        "__fadd_rn(widen(w), d)",
-        "__fmaf_rn(args.scaling, chain[first + n][c], widen(w))",
+        "adapter == 0 ? share : __fadd_rn(d[n][c], share)",
+        "adapter == 0 ? share : __fmaf_rn(scaling, chain[n][c], d[n][c])",
     ),
 }
 
@@ -126,15 +139,15 @@ def caught(folder: Path, before: str, after: str) -> str | None:
     program = compile_host(
         folder, source.replace(before, after).replace("namespace {\n", f"namespace {{\n{flush}\n", 1)
     )
-    cases = [
-        merge_case(seed, 65, 131, rank, dtype, torch.float32, size=1.0, padding=0)
-        for seed, (rank, dtype) in enumerate(itertools.product((3, 40), (torch.float32, torch.bfloat16)))
-    ]
+    calls: list[Call] = []
+    for seed, (ranks, dtype) in enumerate(itertools.product(((3,), (40, 3)), (torch.float32, torch.bfloat16))):
+        weight = merge_case(seed, 65, 131, 1, dtype, torch.float32, size=1.0, padding=0).weight
+        calls.append((weight, several(seed, weight, ranks, 1.0, torch.float32), None))
     try:
-        merged = run(program, [(case, None) for case in cases])
+        merged = run(program, calls)
     except HostError as error:
         return str(error)
-    expected = [reference.merge(case.weight, case.lora_A, case.lora_B, case.scaling) for case in cases]
+    expected = [reference.merge(weight, factors) for weight, factors, _ in calls]
     right = all(same_bits(out, want) for (out, _), (want, _) in zip(merged, expected, strict=True))
     return None if right else "wrong bits"
 
@@ -159,7 +172,7 @@ def test_an_access_outside_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_barrier_in_a_branch_is_reported(tmp_path: Path) -> None:
-    before = "            __syncthreads();\n        }\n"
-    report = caught(tmp_path, before, "            if (thread % 32) __syncthreads();\n        }\n")
+    before = "                __syncthreads();\n                rank"
+    report = caught(tmp_path, before, before.replace("__sync", "if (thread % 32) __sync"))
     assert report is not None
     assert "wait at" in report

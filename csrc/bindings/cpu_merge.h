@@ -1,7 +1,13 @@
-// merge and unmerge of peftk._cpu, and the inspection of what they left.
+// merge, unmerge and both at once of peftk._cpu, and the checksum of what they leave.
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "bindings/merge_args.h"
 #include "cpu/checksum.h"
@@ -9,39 +15,72 @@
 
 namespace peftk {
 
-// A kernel as a Python function: merge_args' parameters, then the number of threads.
-template <void (*kernel)(const MergeArgs&, int)>
-void bind_merge(pybind11::module_& module, const char* name) {
-    namespace py = pybind11;
-    module.def(
-        name,
-        [](uintptr_t weight, int64_t weight_stride, uintptr_t out, int64_t out_stride, uintptr_t lora_A,
-           uintptr_t lora_B, uintptr_t code, int64_t N, int64_t K, int64_t R, float scaling, int weight_dtype,
-           int adapter_dtype, int threads) {
-            const MergeArgs args = merge_args(weight, weight_stride, out, out_stride, lora_A, lora_B, code, N, K, R,
-                                              scaling, weight_dtype, adapter_dtype);
-            const py::gil_scoped_release release;
-            kernel(args, threads);
-        },
-        PEFTK_MERGE_ARGS, py::arg("threads"));
+// lora_A, lora_B, the end of each adapter's ranks, their scalings, their dtype, the code
+using MergeSideArgs = std::tuple<uintptr_t, uintptr_t, std::vector<int64_t>, std::vector<float>, int, uintptr_t>;
+
+// Points into `args`.
+inline MergeSide merge_side(const std::optional<MergeSideArgs>& args) {
+    if (!args) return {};
+    const auto& [lora_A, lora_B, ends, scaling, dtype, code] = *args;
+    if (ends.empty() || ends.size() != scaling.size()) {
+        throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
+                                    std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
+    }
+    return {merge_factors(lora_A, lora_B, ends.data(), scaling.data(), int64_t(ends.size()), ends.back(), dtype),
+            reinterpret_cast<int8_t*>(code), nullptr};
+}
+
+inline std::vector<RawWeight> raw_weights(uintptr_t index, uintptr_t bits, int64_t count, Dtype dtype) {
+    std::vector<RawWeight> raws(count);
+    for (int64_t i = 0; i < count; i++) {
+        raws[i].index = reinterpret_cast<const int64_t*>(index)[i];
+        raws[i].bits = dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(bits)[i]
+                                         : reinterpret_cast<const uint16_t*>(bits)[i];
+    }
+    return raws;
+}
+
+template <class Bits>
+pybind11::array bits_of(const std::vector<RawWeight>& raws) {
+    pybind11::array_t<Bits> bits(pybind11::ssize_t(raws.size()));
+    Bits* to = bits.mutable_data();
+    for (const RawWeight& raw : raws) *to++ = Bits(raw.bits);
+    return bits;
 }
 
 inline void bind_merge(pybind11::module_& module) {
-    bind_merge<merge>(module, "merge");
-    bind_merge<unmerge>(module, "unmerge");
+    namespace py = pybind11;
     module.def(
-        "inspect",
+        "remerge",
+        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype,
+           const std::optional<MergeSideArgs>& from, uintptr_t raw_index, uintptr_t raw_bits, int64_t raws,
+           const std::optional<MergeSideArgs>& to, int threads) {
+            MergePass pass{};
+            pass.weight = reinterpret_cast<void*>(weight);
+            pass.stride = stride, pass.N = N, pass.K = K, pass.dtype = dtype_of("dtype", dtype);
+            pass.from = merge_side(from), pass.to = merge_side(to);
+            MergeResult result;
+            {
+                const py::gil_scoped_release release;
+                result = remerge(pass, raw_weights(raw_index, raw_bits, raws, pass.dtype), threads);
+            }
+            py::array_t<int64_t> index(py::ssize_t(result.raws.size()));
+            int64_t* at = index.mutable_data();
+            for (const RawWeight& raw : result.raws) *at++ = raw.index;
+            return py::make_tuple(result.finite, result.checksum, index,
+                                  pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws)
+                                                         : bits_of<int16_t>(result.raws));
+        },
+        py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("from_side"),
+        py::arg("raw_index"), py::arg("raw_bits"), py::arg("raws"), py::arg("to_side"), py::arg("threads"));
+    module.def(
+        "checksum",
         [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, int threads) {
             const Dtype type = dtype_of("dtype", dtype);
-            Inspection result;
-            {
-                const pybind11::gil_scoped_release release;
-                result = inspect(reinterpret_cast<const void*>(weight), stride, N, K, type, threads);
-            }
-            return pybind11::make_tuple(result.checksum, result.finite);
+            const py::gil_scoped_release release;
+            return checksum(reinterpret_cast<const void*>(weight), stride, N, K, type, threads);
         },
-        pybind11::arg("weight"), pybind11::arg("stride"), pybind11::arg("N"), pybind11::arg("K"),
-        pybind11::arg("dtype"), pybind11::arg("threads"));
+        py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("threads"));
 }
 
 }  // namespace peftk

@@ -12,27 +12,28 @@ constexpr int64_t kTaskRows = 32;
 constexpr int64_t kElementsPerThread = 1 << 18;
 }  // namespace
 
-Inspection inspect(const void* weight, int64_t stride, int64_t N, int64_t K, Dtype dtype, int threads) {
+uint64_t checksum_of_rows(Level level, const void* weight, int64_t stride, int64_t first, int64_t rows, int64_t K,
+                          Dtype dtype) {
+    uint64_t share = 0;
+    for (int64_t n = first; n < first + rows; n++) {
+        uint32_t sum = 0;
+        const char* row = static_cast<const char*>(weight) + n * stride * size_of(dtype);
+        PEFTK_CALL(level, row_checksum, (row, K, dtype, &sum));
+        share += sum * ((uint64_t(n) * 0x9E3779B97F4A7C15u) | 1);
+    }
+    return share;
+}
+
+uint64_t checksum(const void* weight, int64_t stride, int64_t N, int64_t K, Dtype dtype, int threads) {
     const Level level = level_in_use();
-    const int64_t row_bytes = stride * (dtype == kFloat32 ? 4 : 2);
-    // sums modulo 2⁶⁴ are the same in any order
-    std::atomic<uint64_t> checksum{0};
-    std::atomic<bool> finite{true};
-    auto rows = [&](int64_t task) {
-        uint64_t sum = 0;
-        bool all = true;
-        for (int64_t n = task * kTaskRows; n < std::min(N, (task + 1) * kTaskRows); n++) {
-            Inspection row{0, true};
-            PEFTK_CALL(level, inspect_row, (static_cast<const char*>(weight) + n * row_bytes, K, dtype, &row));
-            sum += row.checksum * ((uint64_t(n) * 0x9E3779B97F4A7C15u) | 1);
-            all = all && row.finite;
-        }
-        checksum += sum;
-        if (!all) finite = false;
+    std::atomic<uint64_t> total{0};
+    auto rows_of = [&](int64_t task) {
+        const int64_t first = task * kTaskRows;
+        total += checksum_of_rows(level, weight, stride, first, std::min(kTaskRows, N - first), K, dtype);
     };
     threads = int(std::clamp<int64_t>(N * K / kElementsPerThread, 1, threads));
-    parallel_for((N + kTaskRows - 1) / kTaskRows, threads, rows);
-    return {checksum, finite};
+    parallel_for((N + kTaskRows - 1) / kTaskRows, threads, rows_of);
+    return total;
 }
 
 }  // namespace peftk

@@ -1,5 +1,4 @@
-// A checksum of a matrix's bits, and whether all its values are finite: one pass. Specification:
-// peftk/reference/merge.py.
+// A checksum of a matrix's bits. Specification: peftk/reference/merge.py.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +8,14 @@
 
 namespace peftk {
 
-struct Inspection {
-    uint64_t checksum;
-    bool finite;
-};
+// One row at one level: Σ_j bits[j] · (2j + 1) modulo 2³²; 16-bit factors are signed.
+PEFTK_DECLARE(void, row_checksum, (const void* row, int64_t K, Dtype dtype, uint32_t* sum))
 
-// One row at one level: Σ_j bits[j] · ((j · 0x9E3779B1 mod 2³²) | 1), modulo 2⁶⁴.
-PEFTK_DECLARE(void, inspect_row, (const void* row, int64_t K, Dtype dtype, Inspection* result))
+// The share of rows first … first + rows - 1: Σ_n row(n) · ((n · 0x9E3779B97F4A7C15) | 1) modulo 2⁶⁴.
+uint64_t checksum_of_rows(Level level, const void* weight, int64_t stride, int64_t first, int64_t rows, int64_t K,
+                          Dtype dtype);
 
-// Σ_n row(n) · ((n · 0x9E3779B97F4A7C15) | 1), modulo 2⁶⁴.
-Inspection inspect(const void* weight, int64_t stride, int64_t N, int64_t K, Dtype dtype, int threads);
+// Of all rows.
+uint64_t checksum(const void* weight, int64_t stride, int64_t N, int64_t K, Dtype dtype, int threads);
 
 }  // namespace peftk

@@ -1,8 +1,8 @@
-// W' = round(fl(W + d)) and back, with d = fl(s * BA) in one fixed chain of roundings (docs/merge.md): one pass over W.
+// W' = round(fl(W + d)) and back, with d in one fixed chain of roundings (docs/merge.md): one pass over W.
 //
-// A block owns a tile of W. The rank goes by in chunks: a chunk of A and of B is widened to fp32 into shared memory,
-// and every thread extends the chains of its kRows x kColumns outputs, which stay in registers. The columns of a
-// thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing is left for the compiler to
+// A block owns a tile of W. The ranks of each adapter go by in chunks: a chunk of A and of B is widened to fp32 into
+// shared memory, and every thread extends the chains of its kRows x kColumns outputs, which stay in registers. The
+// columns of a thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing is left for the compiler to
 // contract, and none of them flushes denormals.
 
 #include "cuda/merge.h"
@@ -21,7 +21,7 @@ constexpr int kThreadsAcross = 16;                       // threads along the co
 constexpr int kThreadsDown = kThreads / kThreadsAcross;  // and along its rows
 constexpr int kOutputs = 32;                             // a thread: chains in registers
 constexpr int kChunk = 16;                               // ranks in shared memory at a time
-constexpr int kBatch = 4;                                // rows of a thread whose loads are in flight together
+constexpr int kBatch = 2;                                // rows of a thread whose loads are in flight together
 
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -130,8 +130,9 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool
     __shared__ __align__(16) float shared_A[kChunk][T::kAcross];
     __shared__ __align__(16) float shared_B[kChunk][T::kPitch];
 
-    const auto* A = static_cast<const Adapter*>(args.lora_A);
-    const auto* B = static_cast<const Adapter*>(args.lora_B);
+    const MergeFactors& factors = args.factors;
+    const auto* A = static_cast<const Adapter*>(factors.lora_A);
+    const auto* B = static_cast<const Adapter*>(factors.lora_B);
     const int thread = threadIdx.x;
     const int across = thread % kThreadsAcross, down = thread / kThreadsAcross;
     const int64_t first_column = int64_t(blockIdx.x) * T::kAcross;
@@ -143,44 +144,57 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool
         const int64_t first_row = tile * T::kDown;
         const int64_t row = first_row + down * T::kRows;
 
-        float chain[T::kRows][T::kColumns] = {};
-        for (int64_t first_rank = 0; first_rank < args.R; first_rank += kChunk) {
-            const int ranks = int(min(int64_t(kChunk), args.R - first_rank));
-            // Threads walk A along its columns and B along its ranks, as both lie in memory. Outside W anything will
-            // do; outside R the chain must end, since adding even a zero turns -0 into +0.
+        float d[T::kRows][T::kColumns];
+        int64_t rank = 0;
+        for (int64_t adapter = 0; adapter < factors.adapters; ++adapter) {
+            float chain[T::kRows][T::kColumns] = {};
+            for (const int64_t end = factors.ends[adapter]; rank < end;) {
+                const int ranks = int(min(int64_t(kChunk), end - rank));
+                // Threads walk A along its columns and B along its ranks, as both lie in memory. Outside W anything
+                // will do; outside the adapter the chain must end, since adding even a zero turns -0 into +0.
 #pragma unroll 2
-            for (int i = thread; i < kChunk * T::kAcross; i += kThreads) {
-                const int r = i / T::kAcross, c = i % T::kAcross;
-                const bool inside = r < ranks && first_column + c < args.K;
-                shared_A[r][shared_column<W>(c)] =
-                    inside ? widen(A[(first_rank + r) * args.K + first_column + c]) : 0.0f;
-            }
+                for (int i = thread; i < kChunk * T::kAcross; i += kThreads) {
+                    const int r = i / T::kAcross, c = i % T::kAcross;
+                    const bool inside = r < ranks && first_column + c < args.K;
+                    shared_A[r][shared_column<W>(c)] =
+                        inside ? widen(A[(rank + r) * args.K + first_column + c]) : 0.0f;
+                }
 #pragma unroll 2
-            for (int i = thread; i < kChunk * T::kDown; i += kThreads) {
-                const int n = i / kChunk, r = i % kChunk;
-                const bool inside = r < ranks && first_row + n < args.N;
-                shared_B[r][n] = inside ? widen(B[(first_row + n) * args.R + first_rank + r]) : 0.0f;
-            }
-            __syncthreads();
-            for (int r = 0; r < ranks; ++r) {
-                float a[T::kColumns], b[T::kRows];
-#pragma unroll
-                for (int c = 0; c < T::kColumns; c += 4) {
-                    const int place = c * kThreadsAcross + across * 4;
-                    const float4 v = *reinterpret_cast<const float4*>(&shared_A[r][place]);
-                    a[c] = v.x, a[c + 1] = v.y, a[c + 2] = v.z, a[c + 3] = v.w;
+                for (int i = thread; i < kChunk * T::kDown; i += kThreads) {
+                    const int n = i / kChunk, r = i % kChunk;
+                    const bool inside = r < ranks && first_row + n < args.N;
+                    shared_B[r][n] = inside ? widen(B[(first_row + n) * factors.R + rank + r]) : 0.0f;
                 }
+                __syncthreads();
+                for (int r = 0; r < ranks; ++r) {
+                    float a[T::kColumns], b[T::kRows];
 #pragma unroll
-                for (int n = 0; n < T::kRows; n += 4) {
-                    const float4 v = *reinterpret_cast<const float4*>(&shared_B[r][down * T::kRows + n]);
-                    b[n] = v.x, b[n + 1] = v.y, b[n + 2] = v.z, b[n + 3] = v.w;
+                    for (int c = 0; c < T::kColumns; c += 4) {
+                        const int place = c * kThreadsAcross + across * 4;
+                        const float4 v = *reinterpret_cast<const float4*>(&shared_A[r][place]);
+                        a[c] = v.x, a[c + 1] = v.y, a[c + 2] = v.z, a[c + 3] = v.w;
+                    }
+#pragma unroll
+                    for (int n = 0; n < T::kRows; n += 4) {
+                        const float4 v = *reinterpret_cast<const float4*>(&shared_B[r][down * T::kRows + n]);
+                        b[n] = v.x, b[n + 1] = v.y, b[n + 2] = v.z, b[n + 3] = v.w;
+                    }
+#pragma unroll
+                    for (int n = 0; n < T::kRows; ++n)
+#pragma unroll
+                        for (int c = 0; c < T::kColumns; ++c) chain[n][c] = __fmaf_rn(b[n], a[c], chain[n][c]);
                 }
-#pragma unroll
-                for (int n = 0; n < T::kRows; ++n)
-#pragma unroll
-                    for (int c = 0; c < T::kColumns; ++c) chain[n][c] = __fmaf_rn(b[n], a[c], chain[n][c]);
+                __syncthreads();
+                rank += ranks;
             }
-            __syncthreads();
+            const float scaling = factors.scaling[adapter];
+#pragma unroll
+            for (int n = 0; n < T::kRows; ++n)
+#pragma unroll
+                for (int c = 0; c < T::kColumns; ++c) {
+                    const float share = __fmul_rn(scaling, chain[n][c]);
+                    d[n][c] = adapter == 0 ? share : __fadd_rn(d[n][c], share);
+                }
         }
 
         const int valid = int(min(int64_t(T::kColumns), args.K - column));
@@ -208,16 +222,16 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool
                 if (first + n >= rows) break;
 #pragma unroll
                 for (int c = 0; c < T::kColumns; ++c) {
-                    const float d = __fmul_rn(args.scaling, chain[first + n][c]);
+                    const float delta = d[first + n][c];
                     const W w = in[n].lane[c];
                     if constexpr (kUnmerge) {
-                        const W back = S::round(__fsub_rn(widen(w), d));
+                        const W back = S::round(__fsub_rn(widen(w), delta));
                         const uint32_t stored = uint32_t(int32_t(codes[n].lane[c]));
-                        out.lane[c] = S::from_bits(merge_code::decode<S::kMagnitude>(S::bits(back), stored));
+                        out.lane[c] = S::from_bits(merge_code::decode<uint32_t, S::kMagnitude>(S::bits(back), stored));
                     } else {
-                        out.lane[c] = S::round(__fadd_rn(widen(w), d));
-                        const W back = S::round(__fsub_rn(widen(out.lane[c]), d));
-                        codes[n].lane[c] = int8_t(merge_code::encode<S::kMagnitude>(S::bits(w), S::bits(back)));
+                        out.lane[c] = S::round(__fadd_rn(widen(w), delta));
+                        const W back = S::round(__fsub_rn(widen(out.lane[c]), delta));
+                        codes[n].lane[c] = int8_t(merge_code::encode<uint32_t, S::kMagnitude>(S::bits(w), S::bits(back)));
                     }
                 }
                 store(to + (first + n) * args.out_stride, out, whole, valid);
@@ -249,7 +263,7 @@ cudaError_t launch(const MergeArgs& args, cudaStream_t stream) {
 
 template <typename W, bool kUnmerge>
 cudaError_t for_adapter(const MergeArgs& args, cudaStream_t stream) {
-    switch (args.adapter_dtype) {
+    switch (args.factors.dtype) {
         case Dtype::kFloat32: return launch<W, float, kUnmerge>(args, stream);
         case Dtype::kBFloat16: return launch<W, __nv_bfloat16, kUnmerge>(args, stream);
         case Dtype::kFloat16: return launch<W, __half, kUnmerge>(args, stream);

@@ -6,16 +6,19 @@ first: x or dy whose rows are not contiguous, and a weight that is contiguous al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import peftk._cpu as _cpu
 from peftk.activations import CODES
-from peftk.backends.merge_args import DTYPES, factors, merge_args, rows
+from peftk.backends.merge_args import DTYPES, NotFiniteError, rows
+from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
+from peftk.reference.merge import Factors
 from peftk.table import Adapter, AdapterTable
 
 if TYPE_CHECKING:
@@ -208,40 +211,62 @@ def multi_lora_linear_backward(
     return dx, grads
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    weight = rows(weight)
-    merged = torch.empty(weight.shape, dtype=weight.dtype)
+def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
+    return _remerged(weight, None, factors)
+
+
+def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
+    with _in_rows(weight) as W:
+        _cpu.remerge(*_weight(W), *_from(receipt), None, torch.get_num_threads())
+
+
+def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
+    return _remerged(weight, receipt, factors)
+
+
+def checksum(weight: Tensor) -> int:
+    return _cpu.checksum(*_weight(rows(weight)), torch.get_num_threads())
+
+
+def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
+    """From W, or from W' with other adapters, to W' with these: one pass, in place."""
     code = torch.empty(weight.shape, dtype=torch.int8)
-    _merge(_cpu.merge, weight, merged, lora_A, lora_B, scaling, code)
-    return merged, code
+    with _in_rows(weight) as W:
+        finite, total, index, bits = _cpu.remerge(
+            *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
+        )
+        if not finite:
+            raise NotFiniteError
+    return MergeReceipt(factors, code, torch.from_numpy(index), torch.from_numpy(bits).view(weight.dtype), total)
 
 
-def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
-    merged = rows(merged)
-    weight = torch.empty(merged.shape, dtype=merged.dtype)
-    _merge(_cpu.unmerge, merged, weight, lora_A, lora_B, scaling, code.contiguous())
-    return weight
+@contextlib.contextmanager
+def _in_rows(weight: Tensor) -> Iterator[Tensor]:
+    """W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
+    W = rows(weight)
+    yield W
+    if W is not weight:
+        weight.copy_(W)
+    elif not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
 
 
-def inspect(weight: Tensor) -> tuple[int, bool]:
-    weight = rows(weight)
-    return _cpu.inspect(
-        weight.data_ptr(), weight.stride(0), *weight.shape, DTYPES[weight.dtype], torch.get_num_threads()
-    )
+def _weight(weight: Tensor) -> tuple[int, ...]:
+    return (weight.data_ptr(), weight.stride(0), *weight.shape, DTYPES[weight.dtype])
 
 
-def _merge(
-    kernel: Callable[..., None],
-    weight: Tensor,
-    out: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    code: Tensor,
-) -> None:
-    """Calls `_cpu.merge` or `_cpu.unmerge`: W or W' in, W' or W out."""
-    lora_A, lora_B = factors(lora_A, lora_B)
-    kernel(*merge_args(weight, out, lora_A, lora_B, scaling, code), torch.get_num_threads())
+def _side(factors: Factors, code: Tensor) -> tuple[Any, ...]:
+    """Adapters and their code. Addresses: the caller keeps the tensors alive."""
+    A, B, ends, scaling = factors
+    return A.data_ptr(), B.data_ptr(), ends, scaling, DTYPES[A.dtype], code.data_ptr()
+
+
+def _from(receipt: MergeReceipt | None) -> tuple[Any, ...]:
+    """What W holds before the call, and its raw weights. A receipt's tensors are contiguous: made here, or by `to`."""
+    if receipt is None:
+        return None, 0, 0, 0
+    index, values = receipt.raw_index, receipt.raw_values
+    return _side(receipt.factors, receipt.code), index.data_ptr(), values.data_ptr(), len(index)
 
 
 def _dense(weight: Tensor) -> Tensor:

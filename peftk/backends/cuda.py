@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import peftk._cuda as _cuda
-from peftk.backends.merge_args import DTYPES, factors, merge_args, rows
-from peftk.reference import inspect
+from peftk.backends.merge_args import DTYPES, OutOfPlace, rows
+from peftk.reference import checksum
+from peftk.reference.merge import Factors
 
 if TYPE_CHECKING:
     from peftk.backends import Call
 
-__all__ = ["cannot_serve", "describe", "inspect", "merge", "unmerge"]
+__all__ = ["cannot_serve", "checksum", "describe", "merge", "merge_", "remerge_", "unmerge", "unmerge_"]
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -38,32 +39,46 @@ def describe(call: Call) -> str:
     return "1 launch: merge_kernel, one pass over W"
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     weight = rows(weight)
     merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     code = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    _launch(_cuda.merge, weight, merged, lora_A, lora_B, scaling, code)
+    _launch(_cuda.merge, weight, merged, factors, code)
     return merged, code
 
 
-def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
+def unmerge(merged: Tensor, factors: Factors, code: Tensor) -> Tensor:
     merged = rows(merged)
     weight = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
-    _launch(_cuda.unmerge, merged, weight, lora_A, lora_B, scaling, code.contiguous())
+    _launch(_cuda.unmerge, merged, weight, factors, code)
     return weight
 
 
-def _launch(
-    kernel: Callable[..., None],
-    weight: Tensor,
-    out: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    code: Tensor,
-) -> None:
+_in_place = OutOfPlace(merge, unmerge, checksum)
+merge_, unmerge_, remerge_ = _in_place.merge_, _in_place.unmerge_, _in_place.remerge_
+
+
+def _launch(kernel: Callable[..., None], weight: Tensor, out: Tensor, factors: Factors, code: Tensor) -> None:
     """Calls `_cuda.merge` or `_cuda.unmerge`: W or W' in, W' or W out. Raises RuntimeError where the launch fails."""
-    lora_A, lora_B = factors(lora_A, lora_B)
+    A, B = factors.lora_A, factors.lora_B
+    ends = torch.tensor(factors.ends, dtype=torch.int64, device=weight.device)
+    scaling = torch.tensor(factors.scaling, dtype=torch.float32, device=weight.device)
     stream = torch.cuda.current_stream(weight.device).cuda_stream
     with torch.cuda.device(weight.device):
-        kernel(*merge_args(weight, out, lora_A, lora_B, scaling, code), stream)
+        kernel(
+            weight.data_ptr(),
+            weight.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            *weight.shape,
+            DTYPES[weight.dtype],
+            A.data_ptr(),
+            B.data_ptr(),
+            ends.data_ptr(),
+            scaling.data_ptr(),
+            len(ends),
+            A.shape[0],
+            DTYPES[A.dtype],
+            code.data_ptr(),
+            stream,
+        )

@@ -1,12 +1,25 @@
-"""What `_cpu.merge` and `_cuda.merge` take alike, as in csrc/bindings/merge_args.h."""
+"""What the merges of the backends share."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peftk.receipt import MergeReceipt
+from peftk.reference.merge import RAW, Factors
+
 # as in csrc/common/dtype.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class NotFiniteError(ValueError):
+    """W + ΔW would not be finite; W is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__("weight: expected W + s·BA to be finite in every element, got inf or NaN; W is unchanged")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -14,30 +27,32 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride()[1] == 1 else x.contiguous()
 
 
-def factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B contiguous and of one dtype, as the kernels take them; widening is exact."""
-    if lora_A.dtype != lora_B.dtype:
-        lora_A, lora_B = lora_A.float(), lora_B.float()
-    return lora_A.contiguous(), lora_B.contiguous()
+class OutOfPlace(NamedTuple):
+    """merge_, unmerge_ and remerge_ of a backend that computes into new tensors: W is written last."""
 
+    merge: Callable[[Tensor, Factors], tuple[Tensor, Tensor]]
+    unmerge: Callable[[Tensor, Factors, Tensor], Tensor]
+    checksum: Callable[[Tensor], int]
 
-def merge_args(
-    weight: Tensor, out: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor
-) -> tuple[int | float, ...]:
-    """All arguments but the last one (threads or stream). They are addresses: the caller keeps the tensors alive."""
-    N, K = weight.shape
-    return (
-        weight.data_ptr(),
-        weight.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        lora_A.data_ptr(),
-        lora_B.data_ptr(),
-        code.data_ptr(),
-        N,
-        K,
-        lora_A.shape[0],
-        scaling,
-        DTYPES[weight.dtype],
-        DTYPES[lora_A.dtype],
-    )
+    def merge_(self, weight: Tensor, factors: Factors) -> MergeReceipt:
+        return self._merge_from(weight, weight, factors)
+
+    def unmerge_(self, weight: Tensor, receipt: MergeReceipt) -> None:
+        weight.copy_(self._base(weight, receipt))
+
+    def remerge_(self, weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
+        return self._merge_from(weight, self._base(weight, receipt), factors)
+
+    def _base(self, weight: Tensor, receipt: MergeReceipt) -> Tensor:
+        base = self.unmerge(weight, receipt.factors, receipt.code)
+        base.view(-1)[receipt.raw_index] = receipt.raw_values
+        return base
+
+    def _merge_from(self, weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
+        new, code = self.merge(base, factors)
+        if not bool(new.isfinite().all()):
+            raise NotFiniteError
+        raw_index = (code == RAW).flatten().nonzero().flatten()
+        receipt = MergeReceipt(factors, code, raw_index, base.flatten()[raw_index], self.checksum(new))
+        weight.copy_(new)
+        return receipt

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from peftk.backends.merge_args import OutOfPlace
 from peftk.reference import (
-    inspect,
+    checksum,
     lora_linear,
     lora_linear_backward,
     merge,
@@ -19,15 +20,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cannot_serve",
+    "checksum",
     "describe",
-    "inspect",
     "lora_linear",
     "lora_linear_backward",
     "merge",
+    "merge_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "remerge_",
     "unmerge",
+    "unmerge_",
 ]
+
+_in_place = OutOfPlace(merge, unmerge, checksum)
+merge_, unmerge_, remerge_ = _in_place.merge_, _in_place.unmerge_, _in_place.remerge_
 
 
 def cannot_serve(call: Call) -> str | None:

@@ -9,13 +9,13 @@ from peftk.reference.lora_linear import (
     multi_lora_linear,
     multi_lora_linear_backward,
 )
-from peftk.reference.merge import inspect, merge, unmerge
+from peftk.reference.merge import checksum, merge, unmerge
 
 __all__ = [
     "ALL",
     "AdapterGrads",
     "Wanted",
-    "inspect",
+    "checksum",
     "lora_linear",
     "lora_linear_backward",
     "merge",

@@ -1,8 +1,10 @@
 """The specification of merge and unmerge, in plain torch: the same bits as every kernel.
 
-    t ← +0;  for k = 0 … R-1:  t ← fma(B[n, k], A[k, j], t)          fp32, ascending rank, one rounding a step
-    d = fl(s · t);   W' = round(fl(W + d))                           round: to W's dtype, to nearest even
-    unmerge:         W″ = round(fl(W' - d)),  then the code brings W back from W″
+    for each adapter, in order:
+        t ← +0;  for k = 0 … R-1:  t ← fma(B[n, k], A[k, j], t)      fp32, ascending rank, one rounding a step
+        d ← fl(s · t) for the first one,  d ← fl(d + fl(s · t)) for the others
+    merge:    W' = round(fl(W + d))                                  round: to W's dtype, to nearest even
+    unmerge:  W″ = round(fl(W' - d)),  then the code brings W back from W″
 
 The code is one byte a weight: the distance from W″ to W, counted in representable values of W's dtype in
 sign-magnitude order (so -0 and +0 are neighbours, not equal). Two codes are special: `RAW` where the distance does not
@@ -13,6 +15,9 @@ fp64 weights are computed in fp64 with a rounded product in place of the fma; on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,54 +25,85 @@ RAW = 127
 ZERO = -128
 
 
-def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+class Factors(NamedTuple):
+    """The adapters of one merge, side by side: adapter t has the ranks from ends[t - 1] (0 for the first) to ends[t].
+
+    lora_A [R, K] and lora_B [N, R], R the sum of all ranks: contiguous, of one dtype.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    ends: tuple[int, ...]
+    scaling: tuple[float, ...]
+
+
+def factors(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> Factors:
+    """Copies of the adapters, side by side. Where their dtypes differ they are widened to fp32, which is exact."""
+    tensors = [tensor.detach() for tensor in (*lora_A, *lora_B)]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.float() for tensor in tensors]
+    ends, rank = [], 0
+    for A in lora_A:
+        rank += A.shape[0]
+        ends.append(rank)
+    A, B = torch.cat(tensors[: len(lora_A)]), torch.cat(tensors[len(lora_A) :], dim=1)
+    return Factors(A.contiguous(), B.contiguous(), tuple(ends), tuple(scaling))
+
+
+def merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """Returns W' [N, K] in W's dtype and the code int8 [N, K]. W is left alone; nothing is checked for being finite."""
-    delta = _delta(weight, lora_A, lora_B, scaling)
+    delta = _delta(weight, factors)
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
     return merged, _encode(weight, _subtract(merged, delta))
 
 
-def unmerge(merged: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, code: Tensor) -> Tensor:
+def unmerge(merged: Tensor, factors: Factors, code: Tensor) -> Tensor:
     """Returns W [N, K] from W' and the code; where the code is RAW the value is W″, to be replaced by the caller."""
-    return _decode(_subtract(merged, _delta(merged, lora_A, lora_B, scaling)), code)
+    return _decode(_subtract(merged, _delta(merged, factors)), code)
 
 
-def inspect(weight: Tensor) -> tuple[int, bool]:
-    """A checksum of the bits of W [N, K], and whether every value is finite.
+def checksum(weight: Tensor) -> int:
+    """A checksum of the bits of W [N, K], 64 bits.
 
-        Σ_n ((n · 0x9E3779B97F4A7C15) | 1) · Σ_j ((j · 0x9E3779B1 mod 2³²) | 1) · bits[n, j]        modulo 2⁶⁴
+        Σ_n ((n · 0x9E3779B97F4A7C15) | 1) · (Σ_j (2j + 1) · bits[n, j]  modulo 2³²)        modulo 2⁶⁴
 
-    The multipliers are odd, so a change of one element always shows, and rows or columns that change places show too.
-    fp64 counts as twice as many columns of 32 bits.
+    16-bit values are signed, and so is their 2j + 1, of 16 bits too: one instruction multiplies a register of them. All
+    multipliers are odd, so that a change of one element always shows. fp64 counts as twice as many columns of 32 bits.
     """
     bits = weight.detach().contiguous()
     bits = bits.view(torch.int16 if weight.element_size() == 2 else torch.int32)
-    unsigned = 2 ** (8 * bits.element_size()) - 1
-    places = ((torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B1) & 0xFFFFFFFF) | 1
+    places = (2 * torch.arange(bits.shape[1], device=bits.device) + 1).to(bits.dtype).to(torch.int64)
     total = 0
-    for first in range(0, bits.shape[0], _INSPECT_ROWS):  # in pieces: the products take 8 bytes each
-        rows = ((bits[first : first + _INSPECT_ROWS].to(torch.int64) & unsigned) * places).sum(1)
+    for first in range(0, bits.shape[0], _CHECKSUM_ROWS):  # in pieces: the products take 8 bytes each
+        rows = (bits[first : first + _CHECKSUM_ROWS].to(torch.int64) * places).sum(1) & 0xFFFFFFFF
         for n, row in enumerate(rows.tolist(), start=first):
             total += row * ((n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) | 1)
-    return total & 0xFFFFFFFFFFFFFFFF, bool(torch.isfinite(weight).all())
+    return total & 0xFFFFFFFFFFFFFFFF
 
 
-_INSPECT_ROWS = 512
+_CHECKSUM_ROWS = 512
 
 
 def _subtract(merged: Tensor, delta: Tensor) -> Tensor:
     return (merged.to(delta.dtype) - delta).to(merged.dtype)
 
 
-def _delta(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _delta(weight: Tensor, factors: Factors) -> Tensor:
     """d [N, K], fp32 (fp64 for fp64 weights)."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = lora_A.to(torch.float64), lora_B.to(torch.float64)
-    t = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-    for k in range(A.shape[0]):
-        product = B[:, k, None] * A[k]  # exact in fp64: 24 + 24 bits
-        t = t + product if wide == torch.float64 else _round_sum(t.to(torch.float64), product)
-    return t * torch.tensor(scaling, dtype=wide, device=weight.device)
+    A, B = factors.lora_A.to(torch.float64), factors.lora_B.to(torch.float64)
+    shares, start = [], 0
+    for end, scaling in zip(factors.ends, factors.scaling, strict=True):
+        t = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        for k in range(start, end):
+            product = B[:, k, None] * A[k]  # exact in fp64: 24 + 24 bits
+            t = t + product if wide == torch.float64 else _round_sum(t.to(torch.float64), product)
+        shares.append(t * torch.tensor(scaling, dtype=wide, device=weight.device))
+        start = end
+    delta = shares[0]
+    for share in shares[1:]:
+        delta = delta + share
+    return delta
 
 
 def _round_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -5,9 +5,8 @@
 namespace {
 
 struct Header {
-    int64_t unmerge, N, K, R, weight_stride, weight_dtype, adapter_dtype, seed;
+    int64_t unmerge, N, K, R, adapters, weight_stride, weight_dtype, adapter_dtype, seed;
     int64_t shift;  // elements by which W, out and code start after a 16-byte boundary
-    double scaling;
 };
 
 // `bytes` from stdin, `shift` bytes after an aligned start.
@@ -29,22 +28,20 @@ void run(const Header& h) {
     const int64_t weight_elements = (h.N - 1) * h.weight_stride + h.K;
     Buffer weight(weight_elements * weight_size, h.shift * weight_size), out(weight.size(), weight.shift);
     Buffer lora_A(h.R * h.K * adapter_size, 0), lora_B(h.N * h.R * adapter_size, 0), code(h.N * h.K, h.shift);
-    for (Buffer* buffer : {&weight, &lora_A, &lora_B, &code}) buffer->read();
+    Buffer ends(h.adapters * sizeof(int64_t), 0), scaling(h.adapters * sizeof(float), 0);
+    for (Buffer* buffer : {&weight, &lora_A, &lora_B, &code, &ends, &scaling}) buffer->read();
 
     cuda_on_host::order.seed(unsigned(h.seed));
-    const MergeArgs args = {weight.data(),
-                            h.weight_stride,
-                            out.data(),
-                            h.weight_stride,
-                            lora_A.data(),
-                            lora_B.data(),
-                            reinterpret_cast<int8_t*>(code.data()),
-                            h.N,
-                            h.K,
-                            h.R,
-                            float(h.scaling),
-                            Dtype(h.weight_dtype),
-                            Dtype(h.adapter_dtype)};
+    const cuda::MergeArgs args{weight.data(),
+                               h.weight_stride,
+                               out.data(),
+                               h.weight_stride,
+                               {lora_A.data(), lora_B.data(), reinterpret_cast<int64_t*>(ends.data()),
+                                reinterpret_cast<float*>(scaling.data()), h.adapters, h.R, Dtype(h.adapter_dtype)},
+                               reinterpret_cast<int8_t*>(code.data()),
+                               h.N,
+                               h.K,
+                               Dtype(h.weight_dtype)};
     if ((h.unmerge ? cuda::unmerge : cuda::merge)(args, nullptr) != cudaSuccess) cuda_on_host::fail("launch failed");
     out.write();
     code.write();

@@ -1,8 +1,9 @@
-// W' = round(fl(W + d)) and back, with d = fl(s * BA) in one fixed chain of roundings (docs/merge.md): one pass over W.
+// W' = round(fl(W + d)) and back, with d in one fixed chain of roundings (docs/merge.md): one pass over W, in place.
 //
-// A register tile holds the chains of a few rows and kColumns columns; when the rank has gone by, d, W', W″ and the
-// code follow without leaving the registers. Every multiply-add below is an explicit fma and, under
-// -ffp-contract=off, nothing else becomes one.
+// Rows of a task go by in blocks of one register tile's height and a panel's width. A block is copied into first-level
+// cache, where the arithmetic (chains of fma in registers, then W' and W″) and the code (integers only, on vectors of
+// W's own width) follow one another, and is copied back when all of it is known to be finite. Every multiply-add below
+// is an explicit fma and, under -ffp-contract=off, nothing else becomes one.
 
 #include "cpu/merge.h"
 
@@ -16,8 +17,9 @@ namespace {
 // A tile's chains: enough in flight to hide the latency of an fma, few enough for the registers.
 constexpr int kVectors = W == 8 ? 2 : 4, kColumns = kVectors * W;
 constexpr int kTileRows = W == 16 ? 4 : W == 8 ? 6 : 2;
-// A's share of the second-level cache: a panel of column groups that all rows of a task use before the next.
-constexpr int64_t kPanelFloats = 1 << 13;
+// A panel: its share of A stays in the first-level cache while all rows of a task go by.
+constexpr int64_t kPanelFloats = 1 << 13, kPanelColumns = 512;
+static_assert(kMergeTaskRows % kTileRows == 0 && kMergeGroup % kColumns == 0 && kPanelColumns % kMergeGroup == 0);
 
 PEFTK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PEFTK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -26,6 +28,10 @@ typedef uint32_t Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * W)));
 typedef int16_t Halves __attribute__((vector_size(2 * W)));
 typedef int8_t Codes __attribute__((vector_size(W)));
+// The same register as lanes of 16 bits
+typedef uint16_t Lanes16 __attribute__((vector_size(4 * W)));
+typedef int16_t SignedLanes16 __attribute__((vector_size(4 * W)));
+typedef int8_t Codes16 __attribute__((vector_size(2 * W)));
 
 // fl(b * a + t), which the baseline of an architecture may have in software only.
 PEFTK_INLINE Vec exact_fma(Vec b, Vec a, Vec t) {
@@ -35,14 +41,6 @@ PEFTK_INLINE Vec exact_fma(Vec b, Vec a, Vec t) {
 #else
     return fma(b, a, t);
 #endif
-}
-
-// Between lanes of 32 bits and of 8 by way of 16, which compilers know how to do in registers.
-PEFTK_INLINE Codes to_codes(Lanes lanes) {
-    return __builtin_convertvector(__builtin_convertvector((SignedLanes)lanes, Halves), Codes);
-}
-PEFTK_INLINE Lanes to_lanes(Codes codes) {
-    return (Lanes) __builtin_convertvector(__builtin_convertvector(codes, Halves), SignedLanes);
 }
 
 template <class V>
@@ -56,163 +54,272 @@ PEFTK_INLINE void write(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-// A register of weights, `Bits`: how it is read, written, widened and rounded to, and how it reads as lanes of the
-// code.
+// A few hundred bytes. gcc makes such a loop a memcpy and that "rep movs", which starts too slowly; not where memory
+// might change in between.
+PEFTK_INLINE void copy(void* to, const void* from, int64_t bytes) {
+    char* const t = static_cast<char*>(to);
+    const char* const f = static_cast<const char*>(from);
+    int64_t i = 0;
+    for (; i + int64_t(sizeof(Lanes)) <= bytes; i += sizeof(Lanes)) {
+        write(t + i, read<Lanes>(f + i));
+        asm volatile("" ::: "memory");
+    }
+    for (; i < bytes; i++) t[i] = f[i];
+}
+
+// How a storage type is widened and rounded to, and how its bits read as lanes of the code. `round_to` writes a
+// register's worth of rounded values and returns them widened again; it is for finite results, which kLimit tells:
+// the bits of the smallest magnitude that would round to infinity.
 template <class T>
 struct Stored;
 
 template <>
 struct Stored<float> {
+    static constexpr int32_t kLimit = 0x7f800000;
     static constexpr uint32_t kMagnitude = 0x7fffffff;
+    typedef uint32_t Lane;
     typedef Lanes Bits;
+    typedef Codes Code;
 
-    PEFTK_INLINE Bits load(const float* from) { return read<Lanes>(from); }
-    PEFTK_INLINE void store(float* to, Bits bits) { write(to, bits); }
-    PEFTK_INLINE Vec widen(Bits bits) { return (Vec)bits; }
-    PEFTK_INLINE Bits round(Vec v) { return (Lanes)v; }
-    PEFTK_INLINE Lanes lanes(Bits bits) { return bits; }
-    PEFTK_INLINE Bits bits(Lanes lanes) { return lanes; }
+    PEFTK_INLINE Vec round_to(float* to, Vec v) {
+        store(to, v);
+        return v;
+    }
+    // between 32 bits and 8 by way of 16, which compilers know how to do in registers
+    PEFTK_INLINE Codes narrow(Lanes lanes) {
+        return __builtin_convertvector(__builtin_convertvector((SignedLanes)lanes, Halves), Codes);
+    }
+    PEFTK_INLINE Lanes widen(Codes codes) {
+        return (Lanes) __builtin_convertvector(__builtin_convertvector(codes, Halves), SignedLanes);
+    }
 };
 
-// In registers a bf16 is the upper half of a 32-bit lane, which makes widening free.
+struct Stored16 {
+    static constexpr uint16_t kMagnitude = 0x7fff;
+    typedef uint16_t Lane;
+    typedef Lanes16 Bits;
+    typedef Codes16 Code;
+
+    PEFTK_INLINE Codes16 narrow(Lanes16 lanes) { return __builtin_convertvector((SignedLanes16)lanes, Codes16); }
+    PEFTK_INLINE Lanes16 widen(Codes16 codes) { return (Lanes16) __builtin_convertvector(codes, SignedLanes16); }
+};
+
 template <>
-struct Stored<bf16> {
-    static constexpr uint32_t kMagnitude = 0x7fff;
-    typedef Lanes Bits;
+struct Stored<bf16> : Stored16 {
+    static constexpr int32_t kLimit = 0x7f7f8000;
 
-    PEFTK_INLINE Bits load(const bf16* from) {
-        return (Lanes) __builtin_convertvector(read<Halves>(from), SignedLanes) << 16;
+    PEFTK_INLINE Vec round_to(bf16* to, Vec v) {
+        const Lanes bits = (Lanes)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+        write(to, __builtin_convertvector((SignedLanes)(rounded >> 16), Halves));
+        return (Vec)(rounded & 0xffff0000);
     }
-    PEFTK_INLINE void store(bf16* to, Bits bits) {
-        write(to, __builtin_convertvector((SignedLanes)(bits >> 16), Halves));
-    }
-    PEFTK_INLINE Vec widen(Bits bits) { return (Vec)bits; }
-    PEFTK_INLINE Bits round(Vec v) {
-        const Lanes bits = (Lanes)v;
-        const Lanes rounded = bits + 0x7fff + (bits >> 16 & 1);
-        return (v == v ? rounded : bits | 0x400000) & 0xffff0000;
-    }
-    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes)((SignedLanes)bits >> 16); }
-    PEFTK_INLINE Bits bits(Lanes lanes) { return lanes << 16; }
 };
 
-// The copies through arrays are moves between registers to the compiler.
 template <>
-struct Stored<f16> {
-    static constexpr uint32_t kMagnitude = 0x7fff;
-    typedef Halves Bits;
+struct Stored<f16> : Stored16 {
+    static constexpr int32_t kLimit = 0x477ff000;
 
-    PEFTK_INLINE Bits load(const f16* from) { return read<Halves>(from); }
-    PEFTK_INLINE void store(f16* to, Bits bits) { write(to, bits); }
-    PEFTK_INLINE Vec widen(Bits bits) {
+    // the copy through memory is a move between registers to the compiler
+    PEFTK_INLINE Vec round_to(f16* to, Vec v) {
         f16 stored[W];
-        write(stored, bits);
-        return PEFTK_LEVEL::load(stored);
+        store(stored, v);
+        memcpy(to, stored, sizeof stored);
+        return load(stored);
     }
-    PEFTK_INLINE Bits round(Vec v) {
-        f16 stored[W];
-        PEFTK_LEVEL::store(stored, v);
-        return read<Halves>(stored);
-    }
-    PEFTK_INLINE Lanes lanes(Bits bits) { return (Lanes) __builtin_convertvector(bits, SignedLanes); }
-    PEFTK_INLINE Bits bits(Lanes lanes) { return __builtin_convertvector((SignedLanes)lanes, Halves); }
 };
 
+// What a block needs: W or W' of it, what becomes of it, W″, and the codes. Padded to whole tiles.
 template <class T>
-PEFTK_INLINE void merge_vector(const T* weight, T* out, int8_t* code, Vec d) {
-    using S = Stored<T>;
-    const auto w = S::load(weight);
-    const auto merged = S::round(S::widen(w) + d);
-    const auto back = S::round(S::widen(merged) - d);
-    S::store(out, merged);
-    write(code, to_codes(merge_code::encode<S::kMagnitude>(S::lanes(w), S::lanes(back))));
-}
+struct Block {
+    alignas(64) T weight[kTileRows][kPanelColumns];
+    alignas(64) T merged[kTileRows][kPanelColumns];
+    alignas(64) T back[kTileRows][kPanelColumns];
+    alignas(64) int8_t code[kTileRows][kPanelColumns];
+};
 
-template <class T>
-PEFTK_INLINE void unmerge_vector(const T* merged, T* out, const int8_t* code, Vec d) {
-    using S = Stored<T>;
-    const auto back = S::round(S::widen(S::load(merged)) - d);
-    const Lanes stored = to_lanes(read<Codes>(code));
-    S::store(out, S::bits(merge_code::decode<S::kMagnitude>(S::lanes(back), stored)));
-}
-
-template <class T, bool kUnmerge>
-PEFTK_INLINE void finish(const T* weight, T* out, int8_t* code, Vec d) {
-    if constexpr (kUnmerge) {
-        unmerge_vector(weight, out, code, d);
-    } else {
-        merge_vector(weight, out, code, d);
-    }
-}
-
-// The same for the first n < W columns, through copies of whole vectors.
-template <class T, bool kUnmerge>
-static void finish_n(const T* weight, T* out, int8_t* code, Vec d, int n) {
-    T weights[W] = {};
-    int8_t codes[W] = {};
-    memcpy(weights, weight, n * sizeof(T));
-    if (kUnmerge) memcpy(codes, code, n);
-    finish<T, kUnmerge>(weights, weights, codes, d);
-    memcpy(out, weights, n * sizeof(T));
-    if (!kUnmerge) memcpy(code, codes, n);
-}
-
-// kRows rows and kColumns columns; `a` is packed A [R][kMergeGroup] from the tile's first column, `b` the rows of B
-// [kRows][R] in fp32.
-template <class T, bool kUnmerge, int kRows>
-PEFTK_INLINE void tile(const MergeArgs& args, const float* a, const float* b, int64_t row, int64_t column) {
-    Vec chain[kRows][kVectors];
+// kRows rows and kColumns columns of one adapter's chains, from rank r up to `end`. `a` is packed A from the tile's
+// first column, `b` the rows of B [kRows][R] in fp32.
+template <int kRows>
+PEFTK_INLINE void chains(const float* a, const float* b, int64_t R, int64_t r, int64_t end, Vec (*chain)[kVectors]) {
     for (int i = 0; i < kRows; i++) {
         for (int v = 0; v < kVectors; v++) chain[i][v] = zero();
     }
-    for (int64_t r = 0; r < args.R; r++) {
+    for (; r < end; r++) {
         Vec panel[kVectors];
         for (int v = 0; v < kVectors; v++) panel[v] = load(a + r * kMergeGroup + v * W);
         for (int i = 0; i < kRows; i++) {
-            const Vec factor = set1(b[i * args.R + r]);
+            const Vec factor = set1(b[i * R + r]);
             for (int v = 0; v < kVectors; v++) chain[i][v] = exact_fma(factor, panel[v], chain[i][v]);
         }
     }
-    const Vec scaling = set1(args.scaling);
+}
+
+// d of a tile: the scaled chains of all adapters, added in order.
+template <int kRows>
+PEFTK_INLINE void differences(const MergeFactors& factors, const float* a, const float* b, Vec (*d)[kVectors]) {
+    chains<kRows>(a, b, factors.R, 0, factors.ends[0], d);
+    const Vec scaling = set1(factors.scaling[0]);
     for (int i = 0; i < kRows; i++) {
-        const T* weight = static_cast<const T*>(args.weight) + (row + i) * args.weight_stride + column;
-        T* out = static_cast<T*>(args.out) + (row + i) * args.out_stride + column;
-        int8_t* code = args.code + (row + i) * args.K + column;
-        for (int v = 0; v < kVectors; v++) {
-            const Vec d = mul(scaling, chain[i][v]);
-            const int64_t left = args.K - column - v * W;
-            if (left >= W) {
-                finish<T, kUnmerge>(weight + v * W, out + v * W, code + v * W, d);
-            } else if (left > 0) {
-                finish_n<T, kUnmerge>(weight + v * W, out + v * W, code + v * W, d, int(left));
+        for (int v = 0; v < kVectors; v++) d[i][v] = mul(scaling, d[i][v]);
+    }
+    for (int64_t t = 1; t < factors.adapters; t++) {
+        Vec chain[kRows][kVectors];
+        chains<kRows>(a, b, factors.R, factors.ends[t - 1], factors.ends[t], chain);
+        const Vec scaling = set1(factors.scaling[t]);
+        for (int i = 0; i < kRows; i++) {
+            for (int v = 0; v < kVectors; v++) d[i][v] = add(d[i][v], mul(scaling, chain[i][v]));
+        }
+    }
+}
+
+// W' and W″ of a block from W, or W″ from W' (kUnmerge). Whether all W' are finite. `ahead` is the next block of W in
+// memory: rows this far apart, the processor's own prefetching doesn't see it coming.
+template <class T, bool kUnmerge, int kRows>
+static bool round_block(const MergeSide& side, const float* b, int64_t column, int64_t columns, Block<T>& block,
+                        const T* ahead, int64_t stride) {
+    typedef Stored<T> S;
+    SignedLanes largest{};
+    for (int64_t c = 0; c < columns; c += kColumns) {
+        const int64_t at = column + c;
+        const float* a = side.packed + (at / kMergeGroup * side.factors.R) * kMergeGroup + at % kMergeGroup;
+        Vec d[kRows][kVectors];
+        differences<kRows>(side.factors, a, b, d);
+        for (int i = 0; i < kRows; i++) {
+            for (size_t byte = 0; byte < kColumns * sizeof(T); byte += 64) {
+                __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * stride + c) + byte);
+            }
+            for (int v = 0; v < kVectors; v++) {
+                const int64_t j = c + v * W;
+                Vec merged = load(&block.weight[i][j]);
+                if (!kUnmerge) {
+                    const Vec sum = merged + d[i][v];
+                    const SignedLanes magnitude = (SignedLanes)sum & 0x7fffffff;
+                    largest = magnitude > largest ? magnitude : largest;
+                    merged = S::round_to(&block.merged[i][j], sum);
+                }
+                S::round_to(&block.back[i][j], merged - d[i][v]);
             }
         }
     }
+    int32_t most = 0;
+    for (int l = 0; l < W; l++) most = most > largest[l] ? most : largest[l];
+    return most < S::kLimit;
 }
 
-template <class T, bool kUnmerge, int kRows>
-static void row_of_tiles(const MergeArgs& args, const float* packed, const float* b, int64_t row, int64_t first_group,
-                         int64_t last_group) {
-    for (int64_t g = first_group; g < last_group; g++) {
-        const float* group = packed + g * args.R * kMergeGroup;
-        for (int64_t c = 0; c < kMergeGroup && g * kMergeGroup + c < args.K; c += kColumns) {
-            tile<T, kUnmerge, kRows>(args, group + c, b, row, g * kMergeGroup + c);
+// The codes of a block from W and W″. Whether any of them is raw.
+template <class T, int kRows>
+static bool encode_block(int64_t columns, Block<T>& block) {
+    typedef Stored<T> S;
+    typename S::Code raw{};
+    for (int i = 0; i < kRows; i++) {
+        for (int64_t j = 0; j < columns; j += sizeof(typename S::Code)) {
+            const auto weight = read<typename S::Bits>(&block.weight[i][j]);
+            const auto back = read<typename S::Bits>(&block.back[i][j]);
+            const auto code = S::narrow(merge_code::encode<typename S::Lane, S::kMagnitude>(weight, back));
+            raw |= code == int8_t(merge_code::kRaw);
+            write(&block.code[i][j], code);
+        }
+    }
+    const typename S::Code none{};
+    return memcmp(&raw, &none, sizeof raw) != 0;
+}
+
+// W of a block from W″ and the codes.
+template <class T, int kRows>
+static void decode_block(int64_t columns, Block<T>& block) {
+    typedef Stored<T> S;
+    for (int i = 0; i < kRows; i++) {
+        for (int64_t j = 0; j < columns; j += sizeof(typename S::Code)) {
+            const auto back = read<typename S::Bits>(&block.back[i][j]);
+            const auto code = S::widen(read<typename S::Code>(&block.code[i][j]));
+            write(&block.weight[i][j], merge_code::decode<typename S::Lane, S::kMagnitude>(back, code));
         }
     }
 }
 
-template <class T, bool kUnmerge>
-static void rows_of(const MergeArgs& args, const float* packed, int64_t first_row, int64_t rows, const float* b) {
-    const int64_t groups = (args.K + kMergeGroup - 1) / kMergeGroup;
-    const int64_t panel = larger(1, kPanelFloats / (args.R * kMergeGroup));
-    for (int64_t first = 0; first < groups; first += panel) {
-        const int64_t last = smaller(first + panel, groups);
-        int64_t i = 0;
-        for (; i + kTileRows <= rows; i += kTileRows) {
-            row_of_tiles<T, kUnmerge, kTileRows>(args, packed, b + i * args.R, first_row + i, first, last);
+PEFTK_INLINE void set_bits(float* to, uint32_t bits) { *to = bits_to_float(bits); }
+PEFTK_INLINE void set_bits(bf16* to, uint32_t bits) { to->bits = uint16_t(bits); }
+PEFTK_INLINE void set_bits(f16* to, uint32_t bits) { to->bits = uint16_t(bits); }
+PEFTK_INLINE uint32_t bits_of(float value) { return float_to_bits(value); }
+PEFTK_INLINE uint32_t bits_of(bf16 value) { return value.bits; }
+PEFTK_INLINE uint32_t bits_of(f16 value) { return value.bits; }
+
+// What a task's blocks share: widened rows of B, and where each row's next raw weight of `from` is.
+struct Rows {
+    const float* b_from;
+    const float* b_to;
+    const RawWeight* next[kMergeTaskRows];
+};
+
+// One block: rows i … i + kRows - 1 of the task. False where it would not be finite; W is as it was then.
+template <class T, int kRows>
+static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t i, int64_t column, int64_t columns) {
+    const int64_t first = task.first_row + i, padded = (columns + kMergeGroup - 1) / kMergeGroup * kMergeGroup;
+    T* const weight = static_cast<T*>(pass.weight) + first * pass.stride + column;
+    const T* const ahead = i + kRows < task.rows ? weight + kRows * pass.stride : weight - i * pass.stride + columns;
+    const size_t bytes = columns * sizeof(T);
+    Block<T> block;
+    for (int n = 0; n < kRows && pass.to.factors.adapters; n++) {
+        for (int64_t j = 0; j < columns; j += 64) __builtin_prefetch(&pass.to.code[(first + n) * pass.K + column + j], 1);
+    }
+    for (int n = 0; n < kRows; n++) {
+        copy(block.weight[n], weight + n * pass.stride, bytes);
+        for (int64_t j = columns; j < padded; j++) block.weight[n][j] = T{};
+    }
+    if (pass.from.factors.adapters) {
+        for (int n = 0; n < kRows; n++) {
+            copy(block.code[n], pass.from.code + (first + n) * pass.K + column, columns);
+            for (int64_t j = columns; j < padded; j++) block.code[n][j] = 0;
         }
-        for (; i < rows; i++) {
-            row_of_tiles<T, kUnmerge, 1>(args, packed, b + i * args.R, first_row + i, first, last);
+        round_block<T, true, kRows>(pass.from, rows.b_from + i * pass.from.factors.R, column, padded, block, ahead, pass.stride);
+        decode_block<T, kRows>(padded, block);
+        for (int n = 0; n < kRows; n++) {
+            const int64_t start = (first + n) * pass.K + column;
+            const RawWeight*& raw = rows.next[i + n];
+            for (; raw < task.raws_from_end && raw->index < start + columns; raw++) {
+                set_bits(&block.weight[n][raw->index - start], raw->bits);
+            }
+        }
+    }
+    if (pass.to.factors.adapters) {
+        if (!round_block<T, false, kRows>(pass.to, rows.b_to + i * pass.to.factors.R, column, padded, block, ahead, pass.stride)) return false;
+        const bool raws = encode_block<T, kRows>(padded, block);
+        for (int n = 0; n < kRows && raws && !pass.undoing; n++) {
+            const int8_t *code = block.code[n], *end = code + columns;
+            for (; (code = static_cast<const int8_t*>(memchr(code, merge_code::kRaw, end - code))); code++) {
+                const int64_t j = code - block.code[n];
+                keep_raw(task, (first + n) * pass.K + column + j, bits_of(block.weight[n][j]));
+            }
+        }
+    }
+    for (int n = 0; n < kRows; n++) {
+        if (pass.to.factors.adapters) {
+            copy(pass.to.code + (first + n) * pass.K + column, block.code[n], columns);
+            copy(weight + n * pass.stride, block.merged[n], bytes);
+        } else {
+            copy(weight + n * pass.stride, block.weight[n], bytes);
+        }
+    }
+    task.blocks++;
+    return true;
+}
+
+template <class T>
+static void rows_of(const MergePass& pass, MergeTask& task, Rows& rows) {
+    const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
+    const int64_t fitting = kPanelFloats / ranks / kMergeGroup * kMergeGroup;
+    const int64_t panel = smaller(larger(fitting, kMergeGroup), kPanelColumns);
+    for (int64_t column = 0; column < pass.K; column += panel) {
+        const int64_t columns = smaller(panel, pass.K - column);
+        for (int64_t i = 0; i < task.rows;) {
+            if (task.blocks == task.most_blocks || __atomic_load_n(pass.stop, __ATOMIC_RELAXED)) return;
+            const bool tall = i + kTileRows <= task.rows;
+            if (!(tall ? do_block<T, kTileRows>(pass, task, rows, i, column, columns)
+                       : do_block<T, 1>(pass, task, rows, i, column, columns))) {
+                __atomic_store_n(pass.stop, 1, __ATOMIC_RELAXED);
+                return;
+            }
+            i += tall ? kTileRows : 1;
         }
     }
 }
@@ -233,34 +340,32 @@ static void widen(const void* adapter, Dtype dtype, int64_t offset, float* to, i
     }
 }
 
-template <bool kUnmerge>
-static void rows_of(const MergeArgs& args, const float* packed, int64_t first_row, int64_t rows) {
-    float* b = static_cast<float*>(scratch(kRowsSlot, rows * args.R * sizeof(float)));
-    widen(args.lora_B, args.adapter_dtype, first_row * args.R, b, rows * args.R);
-    switch (args.weight_dtype) {
-        case kFloat32: rows_of<float, kUnmerge>(args, packed, first_row, rows, b); break;
-        case kBFloat16: rows_of<bf16, kUnmerge>(args, packed, first_row, rows, b); break;
-        case kFloat16: rows_of<f16, kUnmerge>(args, packed, first_row, rows, b); break;
-    }
-}
-
 }  // namespace
 
-void merge_pack(const MergeArgs& args, int64_t group, float* packed) {
-    const int64_t column = group * kMergeGroup, columns = smaller(kMergeGroup, args.K - column);
-    for (int64_t r = 0; r < args.R; r++) {
-        float* to = packed + (group * args.R + r) * kMergeGroup;
-        widen(args.lora_A, args.adapter_dtype, r * args.K + column, to, columns);
+void merge_pack(const MergeFactors& factors, int64_t K, int64_t group, float* packed) {
+    const int64_t column = group * kMergeGroup, columns = smaller(kMergeGroup, K - column);
+    for (int64_t r = 0; r < factors.R; r++) {
+        float* to = packed + (group * factors.R + r) * kMergeGroup;
+        widen(factors.lora_A, factors.dtype, r * K + column, to, columns);
         for (int64_t j = columns; j < kMergeGroup; j++) to[j] = 0;
     }
 }
 
-void merge_rows(const MergeArgs& args, const float* packed, int64_t first_row, int64_t rows) {
-    rows_of<false>(args, packed, first_row, rows);
-}
-
-void unmerge_rows(const MergeArgs& args, const float* packed, int64_t first_row, int64_t rows) {
-    rows_of<true>(args, packed, first_row, rows);
+void merge_rows(const MergePass& pass, MergeTask& task) {
+    const MergeFactors &from = pass.from.factors, &to = pass.to.factors;
+    float* b = static_cast<float*>(scratch(kRowsSlot, task.rows * (from.R + to.R) * sizeof(float)));
+    widen(from.lora_B, from.dtype, task.first_row * from.R, b, task.rows * from.R);
+    widen(to.lora_B, to.dtype, task.first_row * to.R, b + task.rows * from.R, task.rows * to.R);
+    Rows rows{b, b + task.rows * from.R, {}};
+    task.blocks = 0;
+    for (int64_t i = 0; i < task.rows; i++) {
+        rows.next[i] = first_raw(task.raws_from, task.raws_from_end, (task.first_row + i) * pass.K);
+    }
+    switch (pass.dtype) {
+        case kFloat32: rows_of<float>(pass, task, rows); break;
+        case kBFloat16: rows_of<bf16>(pass, task, rows); break;
+        case kFloat16: rows_of<f16>(pass, task, rows); break;
+    }
 }
 
 }  // namespace PEFTK_LEVEL
