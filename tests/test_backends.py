@@ -47,6 +47,9 @@ def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
         functional.lora_linear(x, weight, backend=backend)
 
 
+IN_PLACE = {"merge": ("merge_", "remerge_"), "unmerge": ("unmerge_",)}
+
+
 def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
     for name in backends.NAMES:
         try:
@@ -57,5 +60,6 @@ def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
             for device in ("cpu", "cuda"):
                 call = backends.Call(op, device, *(torch.bfloat16,) * 3, 4, 64, 64, 8, 1)
                 if module.cannot_serve(call) is None:
-                    assert callable(getattr(module, op))
+                    for function in IN_PLACE.get(op, (op,)):
+                        assert callable(getattr(module, function))
                     assert module.describe(call)

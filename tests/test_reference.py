@@ -10,7 +10,7 @@ import torch
 
 from peftk import activations, reference
 from peftk.reference import philox
-from peftk.reference.merge import _delta
+from peftk.reference.merge import _delta, factors
 from peftk.table import Adapter
 
 
@@ -57,7 +57,7 @@ def test_merge_chain_is_libm_fma() -> None:
     torch.manual_seed(0)
     # scales apart, so that the sums round at every step and some are denormal
     A, B = torch.randn(7, 12) * 10.0 ** torch.randint(-22, 3, (7, 12)), torch.randn(9, 7) * 1e-20
-    d = _delta(torch.zeros(9, 12), A, B, 1.0)
+    d = _delta(torch.zeros(9, 12), factors([A], [B], [1.0]))
     for n in range(9):
         for j in range(12):
             t = 0.0

@@ -225,7 +225,8 @@ def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeRe
 
 
 def checksum(weight: Tensor) -> int:
-    return _cpu.checksum(*_weight(rows(weight)), torch.get_num_threads())
+    weight = rows(weight)  # held until the call is over
+    return _cpu.checksum(*_weight(weight), torch.get_num_threads())
 
 
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
