@@ -34,8 +34,8 @@ inline std::vector<RawWeight> raw_weights(uintptr_t index, uintptr_t bits, int64
     std::vector<RawWeight> raws(count);
     for (int64_t i = 0; i < count; i++) {
         raws[i].index = reinterpret_cast<const int64_t*>(index)[i];
-        raws[i].bits = dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(bits)[i]
-                                         : reinterpret_cast<const uint16_t*>(bits)[i];
+        raws[i].bits =
+            dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(bits)[i] : reinterpret_cast<const uint16_t*>(bits)[i];
     }
     return raws;
 }
@@ -52,9 +52,8 @@ inline void bind_merge(pybind11::module_& module) {
     namespace py = pybind11;
     module.def(
         "remerge",
-        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype,
-           const std::optional<MergeSideArgs>& from, uintptr_t raw_index, uintptr_t raw_bits, int64_t raws,
-           const std::optional<MergeSideArgs>& to, int threads) {
+        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, const std::optional<MergeSideArgs>& from,
+           uintptr_t raw_index, uintptr_t raw_bits, int64_t raws, const std::optional<MergeSideArgs>& to, int threads) {
             MergePass pass{};
             pass.weight = reinterpret_cast<void*>(weight);
             pass.stride = stride, pass.N = N, pass.K = K, pass.dtype = dtype_of("dtype", dtype);
@@ -67,9 +66,9 @@ inline void bind_merge(pybind11::module_& module) {
             py::array_t<int64_t> index(py::ssize_t(result.raws.size()));
             int64_t* at = index.mutable_data();
             for (const RawWeight& raw : result.raws) *at++ = raw.index;
-            return py::make_tuple(result.finite, result.checksum, index,
-                                  pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws)
-                                                         : bits_of<int16_t>(result.raws));
+            return py::make_tuple(
+                result.finite, result.checksum, index,
+                pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
         },
         py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("from_side"),
         py::arg("raw_index"), py::arg("raw_bits"), py::arg("raws"), py::arg("to_side"), py::arg("threads"));

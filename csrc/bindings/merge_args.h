@@ -20,12 +20,7 @@ inline Dtype dtype_of(const char* name, int code) {
 
 inline MergeFactors merge_factors(uintptr_t lora_A, uintptr_t lora_B, const int64_t* ends, const float* scaling,
                                   int64_t adapters, int64_t R, int dtype) {
-    return {reinterpret_cast<const void*>(lora_A),
-            reinterpret_cast<const void*>(lora_B),
-            ends,
-            scaling,
-            adapters,
-            R,
+    return {reinterpret_cast<const void*>(lora_A), reinterpret_cast<const void*>(lora_B), ends, scaling, adapters, R,
             dtype_of("adapter_dtype", dtype)};
 }
 

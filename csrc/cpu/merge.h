@@ -34,8 +34,8 @@ struct MergePass {
 // be right, so W holds `to` in the first `blocks` of them and `from` in the rest, whenever the task ends.
 struct MergeTask {
     int64_t first_row, rows;
-    int64_t most_blocks;  // how many to do
-    int64_t blocks;       // how many are done
+    int64_t most_blocks;                         // how many to do
+    int64_t blocks;                              // how many are done
     const RawWeight *raws_from, *raws_from_end;  // ascending
     std::vector<RawWeight> raws;                 // of `to`
     uint64_t checksum;                           // this task's share

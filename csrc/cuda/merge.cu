@@ -2,8 +2,8 @@
 //
 // A block owns a tile of W. The ranks of each adapter go by in chunks: a chunk of A and of B is widened to fp32 into
 // shared memory, and every thread extends the chains of its kRows x kColumns outputs, which stay in registers. The
-// columns of a thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing is left for the compiler to
-// contract, and none of them flushes denormals.
+// columns of a thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing is left for the
+// compiler to contract, and none of them flushes denormals.
 
 #include "cuda/merge.h"
 
@@ -156,8 +156,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool
                 for (int i = thread; i < kChunk * T::kAcross; i += kThreads) {
                     const int r = i / T::kAcross, c = i % T::kAcross;
                     const bool inside = r < ranks && first_column + c < args.K;
-                    shared_A[r][shared_column<W>(c)] =
-                        inside ? widen(A[(rank + r) * args.K + first_column + c]) : 0.0f;
+                    shared_A[r][shared_column<W>(c)] = inside ? widen(A[(rank + r) * args.K + first_column + c]) : 0.0f;
                 }
 #pragma unroll 2
                 for (int i = thread; i < kChunk * T::kDown; i += kThreads) {
@@ -231,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool
                     } else {
                         out.lane[c] = S::round(__fadd_rn(widen(w), delta));
                         const W back = S::round(__fsub_rn(widen(out.lane[c]), delta));
-                        codes[n].lane[c] = int8_t(merge_code::encode<uint32_t, S::kMagnitude>(S::bits(w), S::bits(back)));
+                        codes[n].lane[c] =
+                            int8_t(merge_code::encode<uint32_t, S::kMagnitude>(S::bits(w), S::bits(back)));
                     }
                 }
                 store(to + (first + n) * args.out_stride, out, whole, valid);

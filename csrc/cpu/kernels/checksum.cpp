@@ -22,8 +22,8 @@ uint32_t sum_of(const uint32_t* bits, int64_t K) {
 }  // namespace
 
 void row_checksum(const void* row, int64_t K, Dtype dtype, uint32_t* sum) {
-    *sum = dtype == kFloat32 ? sum_of(static_cast<const uint32_t*>(row), K)
-                             : sum_of(static_cast<const int16_t*>(row), K);
+    *sum =
+        dtype == kFloat32 ? sum_of(static_cast<const uint32_t*>(row), K) : sum_of(static_cast<const int16_t*>(row), K);
 }
 
 }  // namespace PEFTK_LEVEL

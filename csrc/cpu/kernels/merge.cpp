@@ -271,7 +271,8 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
     const size_t bytes = columns * sizeof(T);
     Block<T> block;
     for (int n = 0; n < kRows && pass.to.factors.adapters; n++) {
-        for (int64_t j = 0; j < columns; j += 64) __builtin_prefetch(&pass.to.code[(first + n) * pass.K + column + j], 1);
+        for (int64_t j = 0; j < columns; j += 64)
+            __builtin_prefetch(&pass.to.code[(first + n) * pass.K + column + j], 1);
     }
     for (int n = 0; n < kRows; n++) {
         copy(block.weight[n], weight + n * pass.stride, bytes);
@@ -282,7 +283,8 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
             copy(block.code[n], pass.from.code + (first + n) * pass.K + column, columns);
             for (int64_t j = columns; j < padded; j++) block.code[n][j] = 0;
         }
-        round_block<T, true, kRows>(pass.from, rows.b_from + i * pass.from.factors.R, column, padded, block, ahead, pass.stride);
+        round_block<T, true, kRows>(pass.from, rows.b_from + i * pass.from.factors.R, column, padded, block, ahead,
+                                    pass.stride);
         decode_block<T, kRows>(padded, block);
         for (int n = 0; n < kRows; n++) {
             const int64_t start = (first + n) * pass.K + column;
@@ -293,7 +295,9 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
         }
     }
     if (pass.to.factors.adapters) {
-        if (!round_block<T, false, kRows>(pass.to, rows.b_to + i * pass.to.factors.R, column, padded, block, ahead, pass.stride)) return false;
+        if (!round_block<T, false, kRows>(pass.to, rows.b_to + i * pass.to.factors.R, column, padded, block, ahead,
+                                          pass.stride))
+            return false;
         const bool raws = encode_block<T, kRows>(padded, block);
         for (int n = 0; n < kRows && raws && !pass.undoing; n++) {
             const int8_t *code = block.code[n], *end = code + columns;
