@@ -149,7 +149,7 @@ def test_the_module_has_no_such_instructions_from_elsewhere(built: Built, code: 
 def test_tiles_stay_in_registers(
     built: Built, code: dict[Path, list[Function]], level: str, register: str, tiles: list[str]
 ) -> None:
-    """The loops that all the arithmetic is in: whole registers multiply, and none of them goes to the stack and back."""
+    """The loops that all the arithmetic is in: whole registers multiply, none of them goes to the stack and back."""
     if level not in built.levels:
         pytest.skip(f"the compiler does not know {level}")
     (path,) = (path for path in built.levels[level] if path.stem == "lora_linear")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from peftk import _cpu
+from peftk import LoRALinear, _cpu
 from peftk.backends import cpu
 from peftk.table import Adapter
+from tests import cases
 
 SHAPE = (64, 256, 512)  # enough work for several threads
 
@@ -103,11 +106,34 @@ class Adapted(torch.utils.data.Dataset):
         return run()
 
 
-def test_dataloader_workers() -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_dataloader_workers(method: str) -> None:
     expected = run()
-    loader = torch.utils.data.DataLoader(Adapted(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(Adapted(), num_workers=2, multiprocessing_context=method, timeout=60)
     for batch in loader:
         assert torch.equal(batch[0], expected)
+        assert torch.equal(run(), expected)  # the parent goes on meanwhile
+
+
+def check_in_process(method: str, expected: list[list[float]], nested: str | None = None) -> None:
+    """run() in a process of its own gives what is expected; and then in one that this one starts."""
+    process = torch.multiprocessing.get_context(method).Process(target=check_here, args=(expected, nested))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 0
+
+
+def check_here(expected: list[list[float]], nested: str | None) -> None:
+    torch.set_num_threads(3)
+    assert run().tolist() == expected
+    if nested:
+        check_in_process(nested, expected)
+        assert run().tolist() == expected
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("fork", "fork"), ("spawn", "fork")])
+def test_processes_in_processes(outer: str, inner: str) -> None:
+    check_in_process(outer, run().tolist(), inner)
 
 
 def test_python_threads_at_once() -> None:
@@ -122,6 +148,69 @@ def test_python_threads_at_once() -> None:
     for worker in workers:
         worker.join(timeout=60)
     assert results == [True] * 100
+
+
+def step(seed: int) -> list[torch.Tensor]:
+    """Forward and backward of the seed's own case: shape, dtypes, adapters, ids, and whether in inference mode."""
+    case = cases.random_case(seed, many=True, max_rows=100, max_width=400)
+    table, ids = case.table(), case.ids
+    assert ids is not None
+    with torch.inference_mode(seed % 2 == 0):
+        y, z = cpu.multi_lora_linear(case.x, case.weight, case.bias, table, ids, save_z=True)
+        assert z is not None
+        dx, grads = cpu.multi_lora_linear_backward(y, case.x, case.weight, table, ids, z)
+        return [y, dx, *(t for g in grads if g is not None for t in g if t is not None)]
+
+
+def test_python_threads_at_once_with_unlike_calls() -> None:
+    """Nor does it matter how many threads a call may have, or that this changes from call to call."""
+    seeds = range(24)
+    expected = {seed: step(seed) for seed in seeds}
+    wrong = []
+
+    def work(number: int) -> None:
+        for seed in random.Random(number).sample(seeds, len(seeds)):
+            torch.set_num_threads(1 + (seed + number) % 4)
+            results = step(seed)
+            if not all(map(torch.equal, results, expected[seed])):
+                wrong.append((number, seed))
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+        assert not worker.is_alive()
+    assert not wrong
+
+
+def test_layers_under_inference_mode_in_threads() -> None:
+    """A layer that threads share, each with batches of its own size, gives what it gives to one."""
+    torch.manual_seed(0)
+    layer = LoRALinear.from_linear(torch.nn.Linear(256, 384), r=8)
+    torch.nn.init.normal_(layer.lora_B)
+    batches = [torch.randn(rows, 256) for rows in (1, 3, 17, 64, 130)]
+    with torch.inference_mode():
+        expected = [layer(x) for x in batches]
+    right = []
+
+    def work(x: torch.Tensor, y: torch.Tensor) -> None:
+        with torch.inference_mode():  # a thread's own
+            right.extend(torch.equal(layer(x), y) for _ in range(20))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(batches, expected, strict=True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert right == [True] * 100
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="needs a free-threaded Python")
+def test_the_gil_stays_off() -> None:
+    script = "import peftk, peftk._cpu, sys; print(sys._is_gil_enabled())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_process_ends_with_the_pool_alive() -> None:

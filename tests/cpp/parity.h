@@ -153,6 +153,11 @@ struct Matrix {
             for (int64_t j = 0; j < columns; j++) values[i * columns + j] = decode(dtype, at(i, j));
         }
     }
+    void copy(const Matrix& from) {
+        for (int64_t i = 0; i < rows; i++) {
+            for (int64_t j = 0; j < columns; j++) encode(from(i, j), dtype, at(i, j));
+        }
+    }
     // Whether all but the elements holds kSentinel.
     bool gaps_untouched() const {
         std::vector<char> all = memory.all();
