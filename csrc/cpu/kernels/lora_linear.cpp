@@ -294,14 +294,19 @@ void product_columns(const Linear& op, const Shape& shape, const Columns& column
         const char* next =
             static_cast<const char*>(at(op.weight, op.weight_dtype, next_c * op.weight_c + columns.first));
         const int64_t row_bytes = op.weight_c * size_of(op.weight_dtype);
+        const int64_t each = max64(steps / kAheadLines, 1);  // rows that a tile has steps to fetch
+        const int64_t fetches = ceil_div((shape.pairs ? 2 : 1) * steps, each);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t o = panels.first(p), width = panels.width(p) * W, tile_height = tile_rows(panels.width(p));
             const int64_t tiles = ceil_div(shape.rows, tile_height);
             outer<T>(shape.rows, panels.width(p), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
                      reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0,
                      [&](int64_t i) {
-                         const int64_t row = (p * tiles + i / tile_height) * (steps / kAheadLines);
-                         return Ahead{next, 0, next + row * row_bytes, row_bytes};
+                         // evenly among the tiles, and no more: rows further on would drive out what is in use
+                         const int64_t tile = p * tiles + i / tile_height, all = panels.count() * tiles;
+                         const int64_t fetch = tile * fetches / all;
+                         if (fetch == (tile - 1) * fetches / all && tile > 0) return Ahead{next, 0, next, 0};
+                         return Ahead{next, 0, next + fetch * each * row_bytes, row_bytes};
                      });
         }
         first += steps;

@@ -140,6 +140,25 @@ void adapter_grads(const Linear& op, const LinearBackwardArgs& args) {
     parallel_for(op.adapters.count * each, op.threads, body);
 }
 
+// to[r][c] = element (r, c) of a page. A block of registers turns in them: values of T survive fp32.
+template <class T>
+void turn_page(const T* from, const Factor& factor, int ranks, int64_t C, T* to) {
+    for (int64_t c = 0; c < C; c += W) {
+        for (int r = 0; r < ranks; r += W) {
+            if (factor.rank == 1 && C - c >= W && ranks - r >= W) {
+                Vec turned[W];
+                transpose(from + c * factor.along + r, factor.along, turned);
+#pragma GCC unroll 16
+                for (int j = 0; j < W; j++) store(to + (r + j) * C + c, turned[j]);
+                continue;
+            }
+            for (int64_t i = c; i < min64(c + W, C); i++) {
+                for (int j = r; j < min64(r + W, ranks); j++) to[j * C + i] = from[i * factor.along + j * factor.rank];
+            }
+        }
+    }
+}
+
 // The shrink of dX contracts over B's rows: pages whose ranks are not contiguous along N are copied so that they are.
 void turn_pages(Linear* op, int64_t page_count) {
     auto* turned = scratch_of<Factor>(kPagesSlot, page_count);
@@ -163,10 +182,7 @@ void turn_pages(Linear* op, int64_t page_count) {
             typedef decltype(type) T;
             const T* from = static_cast<const T*>(factor.data);
             T* to = reinterpret_cast<T*>(memory);
-            const int ranks = op->page_ranks(a, p);
-            for (int64_t c = 0; c < op->C; c++) {
-                for (int r = 0; r < ranks; r++) to[r * op->C + c] = from[c * factor.along + r * factor.rank];
-            }
+            turn_page(from, factor, op->page_ranks(a, p), op->C, to);
         });
         result = {memory, op->C, 1};
         memory += page_bytes;
