@@ -1,5 +1,6 @@
-// merge and unmerge at every SIMD level that runs here: W' and the W that comes back, bit by bit, as docs/merge.md
-// says, on fenced memory, with one thread and with three.
+// Merges in place at every SIMD level that runs here, from W to one set of adapters, on to another and back: every W'
+// and the W that comes back, bit by bit, as docs/merge.md says, on fenced memory, with one thread and with three; and
+// a merge that is refused.
 #include "common/merge.h"
 #include "cpu/merge.h"
 #include "parity.h"
@@ -30,17 +31,20 @@ Case random_case(uint64_t seed) {
     return c;
 }
 
-// round(fl(W + fl(s·t))), t the chain of fma over ascending ranks, as the bits of W's dtype.
-std::vector<char> reference(const Case& c) {
+// round(fl(W + d)) as the bits of W's dtype: the t of each adapter the chain of fma over its ascending ranks.
+std::vector<char> reference(const Case& c, const std::vector<int64_t>& ends) {
     const int64_t size = bytes_of(c.weight.dtype);
     std::vector<char> bits(c.N * c.K * size);
     for (int64_t n = 0; n < c.N; n++) {
         for (int64_t k = 0; k < c.K; k++) {
-            float t = 0;
-            for (int64_t r = 0; r < c.R; r++) t = std::fma(float(c.B(n, r)), float(c.A(r, k)), t);
-            const float d = c.scaling * t, sum = float(c.weight(n, k)) + d;
-            char* to = bits.data() + (n * c.K + k) * size;
-            encode(sum, c.weight.dtype, to);
+            float d = 0;
+            int64_t r = 0;
+            for (size_t a = 0; a < ends.size(); a++) {
+                float t = 0;
+                for (; r < ends[a]; r++) t = std::fma(float(c.B(n, r)), float(c.A(r, k)), t);
+                d = a ? d + c.scaling * t : c.scaling * t;
+            }
+            encode(float(c.weight(n, k)) + d, c.weight.dtype, bits.data() + (n * c.K + k) * size);
         }
     }
     return bits;
@@ -56,16 +60,25 @@ std::vector<char> elements(const Matrix& matrix) {
 
 void run_case(uint64_t seed, const std::vector<Level>& levels) {
     const Case c = random_case(seed);
-    const std::vector<char> expected = reference(c), base = elements(c.weight);
-    const int64_t size = bytes_of(c.weight.dtype);
+    const std::vector<int64_t> one = {c.R}, two = {(c.R + 1) / 2, c.R};
+    const std::vector<float> scaling(2, c.scaling);
+    const std::vector<char> base = elements(c.weight), first = reference(c, one), second = reference(c, two);
+    const int64_t row_bytes = c.K * bytes_of(c.weight.dtype);
     Random random(~seed);
-    Matrix merged = row_major(random, c.weight.dtype, c.N, c.K, true);
-    Matrix back = row_major(random, c.weight.dtype, c.N, c.K, random.chance(0.5));
-    Fenced code(c.N * c.K, random.chance(0.7));
-    MergeArgs args{};
-    args.lora_A = c.A.data(), args.lora_B = c.B.data(), args.code = reinterpret_cast<int8_t*>(code.data());
-    args.N = c.N, args.K = c.K, args.R = c.R, args.scaling = c.scaling;
-    args.weight_dtype = Dtype(c.weight.dtype), args.adapter_dtype = Dtype(c.A.dtype);
+    Matrix weight = row_major(random, c.weight.dtype, c.N, c.K, true);
+    Matrix infinite = row_major(random, c.B.dtype, c.N, c.R, false);  // in its last row: what went before is undone
+    memcpy(infinite.data(), c.B.data(), c.N * c.R * bytes_of(c.B.dtype));
+    const uint32_t bits = c.B.dtype == kFloat32 ? 0x7f800000 : c.B.dtype == kBFloat16 ? 0x7f80 : 0x7c00;
+    memcpy(infinite.at(c.N - 1, 0), &bits, bytes_of(c.B.dtype));
+    Fenced code(c.N * c.K, random.chance(0.7)), other_code(c.N * c.K, random.chance(0.7));
+    const auto side = [&](const std::vector<int64_t>& ends, Fenced& its_code) {
+        const MergeFactors factors{c.A.data(),           c.B.data(), ends.data(),     scaling.data(),
+                                   int64_t(ends.size()), c.R,        Dtype(c.A.dtype)};
+        return MergeSide{factors, reinterpret_cast<int8_t*>(its_code.data()), nullptr};
+    };
+    MergePass pass{};
+    pass.weight = weight.data(), pass.stride = weight.row, pass.N = c.N, pass.K = c.K;
+    pass.dtype = Dtype(c.weight.dtype);
     for (const Level level : levels) {
         use_level(level_name(level));
         for (const int threads : {1, 3}) {
@@ -73,23 +86,25 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
                                       std::to_string(c.K) + ", rank " + std::to_string(c.R) + ") " + level_name(level) +
                                       ", " + std::to_string(threads) + " threads";
             snprintf(at_work, sizeof at_work, "%s", where.c_str());
-            merged.memory.wipe(), back.memory.wipe(), code.wipe();
-            args.weight = c.weight.data(), args.weight_stride = c.weight.row;
-            args.out = merged.data(), args.out_stride = merged.row;
-            merge(args, threads);
-            if (elements(merged) != expected) report(where, "W' has other bits");
-            args.weight = merged.data(), args.weight_stride = merged.row;
-            args.out = back.data(), args.out_stride = back.row;
-            unmerge(args, threads);
-            const std::vector<char> came_back = elements(back);
-            for (int64_t i = 0; i < c.N * c.K; i++) {
-                const bool raw = uint8_t(code.data()[i]) == merge_code::kRaw;  // its bits are the caller's to keep
-                if (!raw && memcmp(&came_back[i * size], &base[i * size], size)) {
-                    report(where, "unmerge gives other bits");
-                    break;
-                }
-            }
-            if (!merged.gaps_untouched() || !back.gaps_untouched()) report(where, "bytes around a matrix were written");
+            weight.memory.wipe(), code.wipe(), other_code.wipe();
+            for (int64_t n = 0; n < c.N; n++) memcpy(weight.at(n, 0), c.weight.at(n, 0), row_bytes);
+
+            pass.from = {}, pass.to = side(one, code);
+            MergeResult result = remerge(pass, {}, threads);
+            if (!result.finite || elements(weight) != first) report(where, "W' has other bits");
+
+            pass.from = pass.to, pass.to = side(two, other_code);
+            result = remerge(pass, result.raws, threads);
+            if (!result.finite || elements(weight) != second) report(where, "the second W' has other bits");
+
+            pass.from = pass.to, pass.to = side(one, code), pass.to.factors.lora_B = infinite.data();
+            if (remerge(pass, result.raws, threads).finite) report(where, "infinity was not refused");
+            if (elements(weight) != second) report(where, "a refused merge left other bits");
+
+            pass.to = {};
+            remerge(pass, result.raws, threads);
+            if (elements(weight) != base) report(where, "unmerge gives other bits");
+            if (!weight.gaps_untouched()) report(where, "bytes around a matrix were written");
         }
     }
 }

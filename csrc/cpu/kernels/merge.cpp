@@ -67,9 +67,9 @@ PEFTK_INLINE void copy(void* to, const void* from, int64_t bytes) {
     for (; i < bytes; i++) t[i] = f[i];
 }
 
-// How a storage type is rounded to, and how its bits read as lanes of the code. `round_to` writes two registers of
-// values rounded, and leaves them widened again; it is for finite results, which kLimit tells: the bits of the smallest
-// magnitude that would round to infinity.
+// How a storage type is widened and rounded to, and how its bits read as lanes of the code. `round_to` writes a
+// register's worth of rounded values and returns them widened again; it is for finite results, which kLimit tells:
+// the bits of the smallest magnitude that would round to infinity.
 template <class T>
 struct Stored;
 
@@ -81,9 +81,9 @@ struct Stored<float> {
     typedef Lanes Bits;
     typedef Codes Code;
 
-    PEFTK_INLINE void round_to(float* to, Vec v[2]) {
-        store(to, v[0]);
-        store(to + W, v[1]);
+    PEFTK_INLINE Vec round_to(float* to, Vec v) {
+        store(to, v);
+        return v;
     }
     // between 32 bits and 8 by way of 16, which compilers know how to do in registers
     PEFTK_INLINE Codes narrow(Lanes lanes) {
@@ -108,16 +108,10 @@ template <>
 struct Stored<bf16> : Stored16 {
     static constexpr int32_t kLimit = 0x7f7f8000;
 
-    PEFTK_INLINE Lanes round(Vec v) {
-        const Lanes bits = (Lanes)v;
-        return bits + 0x7fff + (bits >> 16 & 1);
-    }
-    PEFTK_INLINE void round_to(bf16* to, Vec v[2]) {
-        const Lanes low = round(v[0]), high = round(v[1]);
-        Lanes16 upper_halves;
-        for (int i = 0; i < 2 * W; i++) upper_halves[i] = 2 * i + 1;
-        write(to, __builtin_shuffle((Lanes16)low, (Lanes16)high, upper_halves));
-        v[0] = (Vec)(low & 0xffff0000), v[1] = (Vec)(high & 0xffff0000);
+    PEFTK_INLINE Vec round_to(bf16* to, Vec v) {
+        const Lanes bits = (Lanes)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+        write(to, __builtin_convertvector((SignedLanes)(rounded >> 16), Halves));
+        return (Vec)(rounded & 0xffff0000);
     }
 };
 
@@ -126,13 +120,11 @@ struct Stored<f16> : Stored16 {
     static constexpr int32_t kLimit = 0x477ff000;
 
     // the copy through memory is a move between registers to the compiler
-    PEFTK_INLINE void round_to(f16* to, Vec v[2]) {
-        for (int i = 0; i < 2; i++) {
-            f16 stored[W];
-            store(stored, v[i]);
-            memcpy(to + i * W, stored, sizeof stored);
-            v[i] = load(stored);
-        }
+    PEFTK_INLINE Vec round_to(f16* to, Vec v) {
+        f16 stored[W];
+        store(stored, v);
+        memcpy(to, stored, sizeof stored);
+        return load(stored);
     }
 };
 
@@ -196,19 +188,16 @@ static bool round_block(const MergeSide& side, const float* b, int64_t column, i
             for (size_t byte = 0; byte < kColumns * sizeof(T); byte += 64) {
                 __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * stride + c) + byte);
             }
-            for (int v = 0; v < kVectors; v += 2) {
+            for (int v = 0; v < kVectors; v++) {
                 const int64_t j = c + v * W;
-                Vec values[2] = {load(&block.weight[i][j]), load(&block.weight[i][j + W])};
+                Vec merged = load(&block.weight[i][j]);
                 if (!kUnmerge) {
-                    for (int k = 0; k < 2; k++) {
-                        values[k] = add(values[k], d[i][v + k]);
-                        const SignedLanes magnitude = (SignedLanes)values[k] & 0x7fffffff;
-                        largest = magnitude > largest ? magnitude : largest;
-                    }
-                    S::round_to(&block.merged[i][j], values);
+                    const Vec sum = merged + d[i][v];
+                    const SignedLanes magnitude = (SignedLanes)sum & 0x7fffffff;
+                    largest = magnitude > largest ? magnitude : largest;
+                    merged = S::round_to(&block.merged[i][j], sum);
                 }
-                for (int k = 0; k < 2; k++) values[k] = values[k] - d[i][v + k];
-                S::round_to(&block.back[i][j], values);
+                S::round_to(&block.back[i][j], merged - d[i][v]);
             }
         }
     }
