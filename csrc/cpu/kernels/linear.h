@@ -112,7 +112,7 @@ static inline Linear forward_op(const LinearArgs& args, const Order& order) {
     op.threads = useful_threads(args, !args.over_base);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);
-    op.v = scratch_of<float>(kVSlot, op.M * op.v_row);
+    op.v = scratch_of<float>(kVSlot, round_up(op.M, W) * op.v_row);  // whole registers of rows are read
     return op;
 }
 

@@ -332,6 +332,34 @@ public:
         }
     }
 
+    // Lanes form: adds adapters where all W rows of a register are one adapter's, as the product with W does it: lanes
+    // are rows, B is broadcast. `finish` leaves those out then. The sums are the same ones, bit for bit.
+    void expand_lanes(int64_t first, int64_t rows, float* acc, int64_t acc_row) {
+        const int64_t v_row = round_up(rows, W), end = first + rows;
+        float* v = scratch_of<float>(kRowsSlot, op_.v_row * v_row);
+        for (int64_t i = 0; i < rows; i += W) {
+            for (int64_t r = 0; r < op_.v_row; r += W) {
+                transpose(op_.v + (first + i) * op_.v_row + r, op_.v_row, v + r * v_row + i, v_row);
+            }
+        }
+        for (adapter_ = 0; adapter_ < op_.adapters.count; adapter_++) {
+            const int64_t from = max64(op_.order.begin(adapter_), first), to = min64(op_.order.end(adapter_), end);
+            if (from >= to || !fills_registers()) continue;
+            // the last register may have room for more rows than there are
+            const int64_t last = to == end ? v_row : (to - first) / W * W;
+            int64_t lane = round_up(from - first, W);
+            if (lane >= last) continue;
+            load_adapter();
+            load_pages();
+            for (int vectors; lane < last; lane += vectors * W) {
+                vectors = int(min64(kMaxVectors, (last - lane) / W));
+                outer<float>(columns_.count, vectors, {panel_, 1, columns_.padded}, v + lane, v_row, op_.rank(adapter_),
+                             acc + lane, acc_row, false);
+            }
+        }
+        adapter_ = -1, loaded_ = false, lanes_done_ = true;
+    }
+
     void finish(int64_t position, int64_t count, float* tile) {
         for (int64_t i = 0; i < count;) {
             while (position + i >= op_.order.end(adapter_)) {
@@ -344,7 +372,8 @@ public:
                 if (!loaded_) load_adapter();
                 if (single_) {
                     expand_single(position + i, rows);
-                } else if (op_.rank(adapter_) > 0) {
+                } else if (op_.rank(adapter_) > 0 && !(lanes_done_ && segment == count && fills_registers())) {
+                    if (!pages_loaded_) load_pages();
                     expand(position + i, segment, rows);
                 }
             }
@@ -356,9 +385,8 @@ public:
     }
 
 private:
-    // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded], and the sum of both biases.
     void load_adapter() {
-        loaded_ = true;
+        loaded_ = true, pages_loaded_ = false;
         const void* beta = op_.backward ? nullptr : op_.output_bias(adapter_);
         has_beta_ = beta != nullptr;
         if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
@@ -366,7 +394,12 @@ private:
         while (next_ < op_.adapters.count && op_.order.begin(next_) == op_.order.end(next_)) next_++;
         // One row has no use for a panel: it takes the ranks as they come out of the transposition.
         single_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !drops() && has_dense_pages();
-        for (int64_t page = 0; !single_ && 16 * page < op_.rank(adapter_); page++) {
+    }
+
+    // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded].
+    void load_pages() {
+        pages_loaded_ = true;
+        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
             const Factor factor = op_.expand_factor(adapter_, page);
             const int ranks = op_.page_ranks(adapter_, page);
             float* to = panel_ + 16 * page * columns_.padded;
@@ -377,6 +410,11 @@ private:
 
     // The backward's mask is the adapter's alone: its rows can't be added to the base layer's right away.
     bool drops() const { return op_.dropout.on && op_.backward; }
+
+    // Whether `expand_lanes` takes this adapter's registers, where its rows fill some.
+    bool fills_registers() const {
+        return op_.rank(adapter_) > 0 && !drops() && op_.order.end(adapter_) - op_.order.begin(adapter_) > 1;
+    }
 
     // Ranks, and every page contiguous along its ranks or along the columns.
     bool has_dense_pages() const {
@@ -540,7 +578,7 @@ private:
     const Linear& op_;
     const Columns columns_;
     int adapter_ = -1, next_ = 0;
-    bool loaded_ = false, single_ = false, has_beta_ = false;
+    bool loaded_ = false, pages_loaded_ = false, single_ = false, has_beta_ = false, lanes_done_ = false;
     float *bias_, *beta_, *delta_, *panel_;
 };
 
@@ -574,6 +612,7 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
         } else {
             product_lanes<float>(op, shape, columns, acc, acc_row);
         }
+        if (op.max_rank > 0) epilogue.expand_lanes(shape.first_row, shape.rows, acc, acc_row);
         float* tile = scratch_of<float>(kTileSlot, W * padded);
         for (int64_t i = 0; i < shape.rows; i += W) {
             for (int64_t o = 0; o < padded; o += W) transpose(acc + o * acc_row + i, acc_row, tile + o, padded);
