@@ -56,7 +56,7 @@ def sanitized(variant: str, flags: list[str], level: str) -> list[Path]:
     platform.machine() == "aarch64" or not (shutil.which(CROSS_CXX) and shutil.which(QEMU)),
     reason=f"needs {CROSS_CXX} and {QEMU} on another machine: apt-get install g++-aarch64-linux-gnu qemu-user",
 )
-@pytest.mark.parametrize("count", [36, pytest.param(600, marks=full)])
+@pytest.mark.parametrize("count", [36, pytest.param(240, marks=full)])
 def test_parity_on_aarch64_under_qemu(count: int) -> None:
     setup = cpp_build.load_setup("aarch64", [CROSS_CXX])
     programs = cpp_build.programs(*PARITY, variant="aarch64", setup=setup)
@@ -66,23 +66,18 @@ def test_parity_on_aarch64_under_qemu(count: int) -> None:
 @full
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_clang_compiles_every_level(machine: str) -> None:
-    """Without a warning; what it compiles for this machine passes the tests."""
-    native = machine == platform.machine()
+    """Without a warning."""
     if importlib.util.find_spec("ziglang"):
-        # zig's own default is to trap on undefined behaviour
-        clang = [sys.executable, "-m", "ziglang", "c++", "-fno-sanitize=undefined"]
-        clang += [f"--target={machine}-linux-{'gnu' if native else 'musl'}"]
+        # zig's own defaults are to trap on undefined behaviour, and no 512-bit registers
+        clang = [sys.executable, "-m", "ziglang", "c++", "-fno-sanitize=undefined", f"--target={machine}-linux-musl"]
+        clang += ["-mevex512"] if machine == "x86_64" else []
     elif shutil.which("clang++"):
         clang = ["clang++", f"--target={machine}-linux-gnu"]
     else:
         pytest.skip("needs clang++, or zig's: pip install ziglang")
     setup = cpp_build.load_setup(machine, clang)
-    programs = cpp_build.programs(*PARITY, variant=f"clang-{machine}", flags=["-Werror"], setup=setup)
-    if native:
-        check_parity(programs, 300, _cpu.simd_levels())
-    elif shutil.which(f"qemu-{machine}"):
-        runner = [
-            f"qemu-{machine}",
-            *([] if importlib.util.find_spec("ziglang") else ["-L", f"/usr/{machine}-linux-gnu"]),
-        ]
-        check_parity(programs, 36, list(setup.LEVELS[platform.machine()]), runner=runner)
+    setup.compiler_accepts = lambda flags: True  # zig can't be asked about /dev/null
+    setup.BUILD = Path(f"build/tests-clang-{machine}")
+    setup.CXX_FLAGS.append("-Werror")
+    objects = [item for item in setup.cpu_objects() if item.folder != "bindings"]
+    cpp_build.build(setup, objects, [item.path for item in objects])

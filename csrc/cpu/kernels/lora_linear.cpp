@@ -25,7 +25,6 @@ struct Group {
     int64_t first;
 };
 
-constexpr int64_t kPanel = kMaxVectors * W;  // lanes of a full panel
 constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
 constexpr int64_t kRowsOfOwn = 4 * W;        // for each thread, to walk through all of W by itself
 constexpr int64_t kWeightForEach = 1 << 22;  // bytes of W that each may walk through

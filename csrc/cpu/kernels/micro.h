@@ -200,7 +200,7 @@ struct DotStep {
 template <>
 struct DotStep<EvenOdd, bf16> {
     static constexpr int kElements = 2 * W, kRegisters = 2;
-    PEFTK_INLINE Vec first(const EvenOdd* p, int odd) { return load(&p->value + odd * W); }
+    PEFTK_INLINE Vec first(const EvenOdd* p, int odd) { return load(reinterpret_cast<const float*>(p) + odd * W); }
     PEFTK_INLINE Vec first_n(const EvenOdd* p, int odd, int) { return first(p, odd); }
     PEFTK_INLINE Vec second(const bf16* p, int odd) { return odd ? load_odd(p) : load_even(p); }
     PEFTK_INLINE Vec second_n(const bf16* p, int odd, int n) {
