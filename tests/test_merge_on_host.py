@@ -120,10 +120,7 @@ MUTANTS = {
     "ranks rounded up to a chunk": ("for (int r = 0; r < ranks; ++r)", "for (int r = 0; r < kChunk; ++r)"),
     "flushed denormals": ("S::round(__fadd_rn(widen(w), delta))", "S::round(flush(__fadd_rn(widen(w), delta)))"),
     "the first adapter added to zero": ("adapter == 0 ? share :", "adapter == 0 ? 0.0f + share :"),
-    "a chain that runs on": (
-        "            float chain[T::kRows][T::kColumns] = {};\n            for (const",
-        "            for (const",
-    ),
+    "a chunk that runs into the next adapter": ("int64_t(kChunk), end - rank", "int64_t(kChunk), factors.R - rank"),
     "one rounding fewer": (
         "adapter == 0 ? share : __fadd_rn(d[n][c], share)",
         "adapter == 0 ? share : __fmaf_rn(scaling, chain[n][c], d[n][c])",
