@@ -83,11 +83,12 @@ struct Linear {
     Factor expand_factor(int32_t a, int64_t p) const { return backward ? factor_A(a, p) : factor_B(a, p); }
 };
 
-// Below this many multiply-adds, waking another thread costs more than it saves.
-constexpr double kParallelWork = 1 << 20;
+// Below so many multiply-adds for a thread, waking it costs more than it brings.
+constexpr double kWorkPerThread = 1 << 16;
 
 static inline int useful_threads(const LinearArgs& args, bool product) {
-    return work_of(args, product) < kParallelWork ? 1 : args.threads;
+    const double threads = work_of(args, product) / kWorkPerThread;
+    return threads < 2 ? 1 : threads < args.threads ? int(threads) : args.threads;
 }
 
 static inline int64_t max_rank(const Adapters& adapters, const Order& order) {
