@@ -42,8 +42,8 @@ void fma_chains(int64_t multiply_adds, [[maybe_unused]] bool pairs, float* sum) 
     *sum = chains((multiply_adds + step - 1) / step, set1(*sum));
 }
 
-// Eight streams at once, which the prefetchers follow. Zen 5, two threads, AVX-512, 32 / 64 MiB: one stream read 72 / 66
-// GB/s and these 147 / 96; six or twelve were slower than either, and prefetching in software gained nothing.
+// Eight streams at once, which the prefetchers follow. Zen 5, two threads, AVX-512, 32 / 64 MiB: one stream read 72 /
+// 66 GB/s and these 147 / 96; six or twelve were slower than either, and prefetching in software gained nothing.
 void read_lines(const void* from, int64_t bytes, uint64_t* sum) {
     typedef uint64_t Words __attribute__((vector_size(4 * W), aligned(8), may_alias));
     constexpr int64_t kStreams = 8, kSums = 8, kLine = 64, kSize = sizeof(Words);

@@ -17,7 +17,7 @@ namespace PEFTK_LEVEL {
 constexpr int W = 16;
 typedef __m512 Vec;
 constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6,
-              kMostDotTokens = 16;
+              kMostDotTokens = 16, kStreams = 8;
 
 PEFTK_INLINE Vec zero() { return _mm512_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }

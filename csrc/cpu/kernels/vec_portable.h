@@ -10,7 +10,7 @@ constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(16)));
 // Registers for accumulators: rows x vectors of the outer-product kernel, tokens x rows of the dot-product kernel.
 constexpr int kRowsOfTwo = 4, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 64, kDotTokens = 2, kDotRows = 2,
-              kMostDotTokens = 8;
+              kMostDotTokens = 8, kStreams = 1;
 
 PEFTK_INLINE Vec zero() { return Vec{}; }
 PEFTK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
