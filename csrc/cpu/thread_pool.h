@@ -40,25 +40,32 @@ static inline void wait_a_little(int64_t turn) {
     if (turn > 2000) sched_yield();
 }
 
-// Two loops in one job: no task of `second` begins before all of `first` have ended. Starting a job costs far more than
-// this meeting. It can't hang: tasks are handed out in ascending order, so whoever waits knows that all tasks of
-// `first` are in the hands of threads that run; one that throws counts as ended.
-template <class First, class Second>
-static inline void parallel_for(int64_t firsts, First& first, int64_t seconds, Second& second, int threads) {
-    int64_t ended = 0;
-    auto body = [&](int64_t task) {
-        if (task < firsts) {
-            struct AtEnd {
-                int64_t* ended;
-                ~AtEnd() { __atomic_fetch_add(ended, 1, __ATOMIC_RELEASE); }
-            } at_end{&ended};
-            return first(task);
-        }
-        for (int64_t turn = 0; __atomic_load_n(&ended, __ATOMIC_ACQUIRE) < firsts; turn++) wait_a_little(turn);
-        second(task - firsts);
+// Where tasks of a job wait for `tasks` other ones, which have lower numbers. Starting a job costs far more than this.
+// It can't hang: tasks are handed out in ascending order, so whoever waits knows that all those tasks are in the hands
+// of threads that run; one that throws counts as ended.
+class Meeting {
+public:
+    explicit Meeting(int64_t tasks) : tasks_(tasks) {}
+
+    // One of the tasks, as long as this object lives.
+    class Part {
+    public:
+        explicit Part(Meeting& meeting) : meeting_(meeting) {}
+        ~Part() { __atomic_fetch_add(&meeting_.ended_, 1, __ATOMIC_RELEASE); }
+        Part(const Part&) = delete;
+
+    private:
+        Meeting& meeting_;
     };
-    parallel_for(firsts + seconds, threads, body);
-}
+
+    void wait() const {
+        for (int64_t turn = 0; __atomic_load_n(&ended_, __ATOMIC_ACQUIRE) < tasks_; turn++) wait_a_little(turn);
+    }
+
+private:
+    const int64_t tasks_;
+    int64_t ended_ = 0;
+};
 
 int pool_workers();     // how many workers of our own this process has now
 bool borrows_openmp();  // whether jobs run on torch's OpenMP threads instead

@@ -1,9 +1,10 @@
 // The fused linear layer: forward, and dX, which is the forward with the roles of K and N exchanged.
 //
 // Both compute out[m] = in[m] · Wᵀ + bias + expand(v[m]) + β, where v comes from in[m] by a contraction as long as W's
-// (the shrink). Rows are worked on in the order of their adapters. Two parallel loops: the first shrinks and brings the
-// input into the form that the second wants, the second walks blocks of output columns, each from W to the stored
-// result. The product takes one of three forms:
+// (the shrink). Rows are worked on in the order of their adapters. One job of three kinds of tasks: some bring the input
+// into the form that the product wants, some shrink, and some walk blocks of output columns, each from W to the stored
+// result; these wait for the first kind, and between product and epilogue for the second. The product takes one of three
+// forms:
 //
 //   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
@@ -582,8 +583,9 @@ private:
 };
 
 // One block of output columns, from what they hold to the stored result; the base layer's rows are left as they are.
-void add_to_base(const Linear& op, const Shape& shape, const Columns& columns) {
+void add_to_base(const Linear& op, const Shape& shape, const Columns& columns, const Meeting& shrunk) {
     Epilogue epilogue(op, columns);
+    shrunk.wait();
     float* tile = scratch_of<float>(kTileSlot, W * columns.padded);
     const int64_t end = shape.first_row + shape.rows;
     for (int64_t i = max64(shape.first_row, op.order.end(-1)); i < end; i += W) {
@@ -596,11 +598,14 @@ void add_to_base(const Linear& op, const Shape& shape, const Columns& columns) {
     }
 }
 
-// One block of output columns, from W to the stored result.
-void block(const Linear& op, const Shape& shape, const Columns& columns) {
-    if (shape.form == kOverBase) return add_to_base(op, shape, columns);
+// One block of output columns, from W to the stored result. Its product waits for the input's prepared form, v is
+// wanted only after that.
+void block(const Linear& op, const Shape& shape, const Columns& columns, const Meeting& prepared,
+           const Meeting& shrunk) {
+    if (shape.form == kOverBase) return add_to_base(op, shape, columns, shrunk);
     const int64_t padded = columns.padded;
     Epilogue epilogue(op, columns);
+    prepared.wait();
     if (shape.form == kLanes) {
         const int64_t acc_row = round_up(shape.rows, W) + kPad;
         float* acc = scratch_of<float>(kAccumulatorSlot, padded * acc_row);
@@ -611,6 +616,7 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
         } else {
             product_lanes<float>(op, shape, columns, acc, acc_row);
         }
+        shrunk.wait();
         if (op.max_rank > 0) epilogue.expand_lanes(shape.first_row, shape.rows, acc, acc_row);
         float* tile = scratch_of<float>(kTileSlot, W * padded);
         for (int64_t i = 0; i < shape.rows; i += W) {
@@ -629,6 +635,7 @@ void block(const Linear& op, const Shape& shape, const Columns& columns) {
     } else {
         product_columns<float>(op, shape, columns, tile);
     }
+    shrunk.wait();
     for (int64_t i = 0; i < shape.rows; i += W) {
         epilogue.finish(shape.first_row + i, min64(W, shape.rows - i), tile + i * padded);
     }
@@ -692,25 +699,31 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
         const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
         shape.in = scratch_of<float>(kInputSlot, round_up(rows, W) * row);
     }
-    auto front = [&](int64_t task) {
-        if (task < preparations) return prepare(op, shape, task * W);
+    const int64_t shrinks = group_count * page_runs, step = block_columns(op, shape.form, threads);
+    const int64_t blocks = op.out ? ceil_div(op.O, step) : 0;
+    Meeting prepared(preparations), shrunk(shrinks);
+    auto body = [&](int64_t task) {
+        if (task < preparations) {
+            const Meeting::Part part(prepared);
+            return prepare(op, shape, task * W);
+        }
         task -= preparations;
-        const Group& group = groups[task / page_runs];
-        const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
-        const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
-        if (page_runs == 1) return shrink(op, group, after, 0, pages);
-        if (run < pages) shrink(op, group, after, run, run + 1);
-    };
-    const int64_t step = block_columns(op, shape.form, threads);
-    auto back = [&](int64_t task) {
+        if (task < shrinks) {
+            const Meeting::Part part(shrunk);
+            const Group& group = groups[task / page_runs];
+            const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
+            const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
+            if (page_runs == 1) return shrink(op, group, after, 0, pages);
+            if (run < pages) shrink(op, group, after, run, run + 1);
+            return;
+        }
         Columns columns;
-        columns.first = task * step;
+        columns.first = (task - shrinks) * step;
         columns.count = min64(step, op.O - columns.first);
         columns.padded = round_up(columns.count, W);
-        block(op, shape, columns);
+        block(op, shape, columns, prepared, shrunk);
     };
-    const int64_t blocks = op.out ? ceil_div(op.O, step) : 0;
-    parallel_for(preparations + group_count * page_runs, front, blocks, back, threads);
+    parallel_for(preparations + shrinks + blocks, threads, body);
 }
 
 }  // namespace

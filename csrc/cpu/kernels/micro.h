@@ -325,17 +325,18 @@ static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_
     }
 }
 
-template <class T, class U, int kRows>
+// kTokens: of the tallest tile.
+template <class T, class U, int kTokens, int kRows>
 static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
                      int64_t out_row, const U* ahead) {
     Vec total[kMostDotTokens * kRows];
-    const int64_t length = (tokens <= kDotTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
-    const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
+    const int64_t length = (tokens <= kTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
+    const int64_t tiles = (tokens + kTokens - 1) / kTokens;
     int64_t first = 0;
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kDotTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
+        dot_tokens<T, U, kTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
         first += length;
     } while (first < K);
 }
@@ -348,7 +349,7 @@ static void dot_streams(const T* const* x, int64_t rows, const U* w, int64_t w_r
     for (int64_t i = 0; i < apart; i++) {
         float sums[kStreams];
         const U* first = w + i * w_row;
-        dot_rows<T, U, kStreams>(1, x, first, apart * w_row, K, sums, kStreams, first);
+        dot_rows<T, U, 1, kStreams>(1, x, first, apart * w_row, K, sums, kStreams, first);
         for (int s = 0; s < kStreams; s++) out[i + s * apart] = sums[s];
     }
 }
@@ -368,14 +369,14 @@ static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int
     }
     for (; rows >= kDotRows; rows -= kDotRows, w += kDotRows * w_row, out += kDotRows) {
         const U* ahead = rows > kDotRows ? w + kDotRows * w_row : after;
-        dot_rows<T, U, kDotRows>(tokens, x, w, w_row, K, out, out_row, ahead);
+        dot_rows<T, U, kDotTokens, kDotRows>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
     for (; rows >= kRest; rows -= kRest, w += kRest * w_row, out += kRest) {
         const U* ahead = rows > kRest ? w + kRest * w_row : after;
-        dot_rows<T, U, kRest>(tokens, x, w, w_row, K, out, out_row, ahead);
+        dot_rows<T, U, kDotTokens, kRest>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
     for (; rows > 0; rows--, w += w_row, out++) {
-        dot_rows<T, U, 1>(tokens, x, w, w_row, K, out, out_row, rows > 1 ? w + w_row : after);
+        dot_rows<T, U, kDotTokens, 1>(tokens, x, w, w_row, K, out, out_row, rows > 1 ? w + w_row : after);
     }
 }
 
