@@ -264,14 +264,14 @@ def tune(forget: bool) -> None:
     from peftk import tuning
 
     console = _console()
-    if forget:
-        console.print("Forgotten." if tuning.forget() else "Nothing was measured on this machine.")
-        return
     try:
+        if forget:
+            console.print("Forgotten." if tuning.forget() else "Nothing was measured on this machine.")
+            return
         with console.status("") as status:
             measured = tuning.tune(lambda what: status.update(f"[dim]{what}"))
     except OSError as error:
-        raise click.ClickException(f"{tuning.cache_file()} cannot be written: {error}") from error
+        raise click.ClickException(f"the cache cannot be written: {error}") from error
     console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
     console.print("[bold]Bold[/]: `gemm` serves such calls from now on; all others are served by `cpu`.")
     table = Table("operation", "K = N", *(f"M = {M}" for M in tuning.TOKENS))

@@ -222,8 +222,9 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
         ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
     """
     _receipt(receipt)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a tensor, got {type(weight).__name__}")
+    checks.floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
     merge.unmerge_(weight, receipt, backend)
 

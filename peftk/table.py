@@ -125,10 +125,10 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
         dtype=dtype,
         device=device,
         max_rank=max((a.rank for a in adapters if a is not None), default=0),
-        pages=torch.tensor(pages, dtype=torch.int64).reshape(-1, 5).to(device),
-        rows=torch.tensor(rows, dtype=torch.int32).reshape(-1, 4).to(device),
-        scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32).to(device),
-        biases=torch.tensor(biases, dtype=torch.int64).reshape(-1, 2).to(device),
+        pages=torch.tensor(pages, dtype=torch.int64, device=device).reshape(-1, 5),
+        rows=torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 4),
+        scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32, device=device),
+        biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
     )
 
 

@@ -109,10 +109,14 @@ def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0
 
 
 def cache_file() -> Path:
+    """Raises OSError where no folder is named and the user has no home."""
     folder = os.environ.get("PEFTK_CACHE_DIR")
     if folder:
         return Path(folder, "choice.json")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peftk", "choice.json")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peftk", "choice.json")
+    except RuntimeError as error:
+        raise OSError("expected a home directory or PEFTK_CACHE_DIR, got neither") from error
 
 
 def forget_loaded() -> None:
@@ -122,11 +126,16 @@ def forget_loaded() -> None:
 
 
 def forget() -> bool:
-    """Deletes what was measured on this machine; whether there was something."""
-    found = _read(cache_file())
-    existed = found.pop(_machine(), None) is not None
-    if existed:
-        _write(cache_file(), found)
+    """Deletes what was measured on this machine, and a file that cannot be read; whether there was something."""
+    path = cache_file()
+    try:
+        found = _read(path)
+        existed = found.pop(_machine(), None) is not None
+        if existed:
+            _write(path, found)
+    except ValueError:
+        path.unlink()
+        existed = True
     forget_loaded()
     return existed
 
@@ -135,15 +144,25 @@ def forget() -> bool:
 def _measured() -> tuple[dict[str, list[Point]], str]:
     """The grids of this machine by op and dtype; or none, and why."""
     try:
-        entry = _read(cache_file()).get(_machine())
+        path = cache_file()
+    except OSError as error:
+        return {}, f"not measured on this machine ({error})"
+    try:
+        entry = _read(path).get(_machine())
         if entry is None:
             return {}, "not measured on this machine (peftk tune)"
         if entry["made_with"] != _made_with():
             return {}, f"measured with {entry['made_with']}, this is {_made_with()} (peftk tune again)"
-        return {key: [Point(*point) for point in points] for key, points in entry["gain"].items()}, ""
+        return {key: [_point(*point) for point in points] for key, points in entry["gain"].items()}, ""
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"{cache_file()}: expected what `peftk tune` writes, got {error!r}; ignored", stacklevel=2)
-        return {}, f"{cache_file()} cannot be read (peftk tune writes a new one)"
+        warnings.warn(f"{path}: expected what `peftk tune` writes, got {error!r}; ignored", stacklevel=2)
+        return {}, f"{path} cannot be read (peftk tune writes a new one)"
+
+
+def _point(M: int, dim: int, gain: float) -> Point:
+    if not (0 < M < math.inf and 0 < dim < math.inf and gain >= 0):
+        raise ValueError(f"expected M, K=N > 0 and a gain, got {M}, {dim} and {gain}")
+    return Point(M, dim, gain)
 
 
 def _machine() -> str:
@@ -176,7 +195,10 @@ def _save(measured: dict[str, list[Point]]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
+    return entries
 
 
 def _write(path: Path, entries: dict[str, Any]) -> None:

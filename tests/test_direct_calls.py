@@ -220,3 +220,16 @@ def test_layers_take_the_short_way(monkeypatch):
     monkeypatch.setattr(functional, "_prepared", None)
     got = single(x), multi(x, torch.tensor([0, -1])), multi(x)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_an_output_that_is_not_plain_is_left_to_the_ordinary_way():
+    """A mode of torch may make something else of new_empty."""
+
+    class Elsewhere(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return result.to("meta") if function is Tensor.new_empty else result
+
+    weight, bias, A, B = layer()
+    with Elsewhere():
+        assert dispatch.direct_lora_linear(tensor(2, K), weight, bias, A, B, 1.0) is None

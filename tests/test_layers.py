@@ -270,6 +270,49 @@ def test_tensors_that_no_longer_fit_are_refused() -> None:
             multi(x, ids)
 
 
+def test_a_weight_of_another_shape_than_the_adapters_is_refused() -> None:
+    layer = MultiLoRALinear.from_linear(nn.Linear(30, 20, bias=False))
+    layer.add_adapter("a", torch.randn(2, 30), torch.randn(20, 2))
+    layer.weight.data = torch.randn(160, 30)
+    ids = torch.zeros(3, dtype=torch.int64)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"weight: expected \[20, 30\]"):
+            layer(torch.randn(3, 30), ids)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_defaults_of_torch_do_not_matter(device: str, dtype: torch.dtype) -> None:
+    """torch.set_default_device and set_default_dtype: kernels write by address."""
+    single = LoRALinear.from_linear(nn.Linear(30, 20), r=20)
+    several = MultiLoRALinear.from_linear(nn.Linear(30, 20))
+    several.add_adapter("a", torch.randn(20, 30), torch.randn(20, 20), trainable=True)
+    nn.init.normal_(single.lora_B)
+    x, ids = torch.randn(40, 30), torch.zeros(40, dtype=torch.int64)
+    base = single.weight.clone()
+
+    def results() -> list[torch.Tensor]:
+        several.bank._made = None  # the table, too, is made anew
+        own = x.clone().requires_grad_()
+        outputs = [single(own), several(own, ids)]
+        trained = [own, *(p for layer in (single, several) for p in layer.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(outputs, trained, [torch.ones_like(y) for y in outputs])
+        single.merge()
+        merged = single.weight.clone()
+        single.unmerge()
+        return [y.detach() for y in outputs] + [*gradients, merged]
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert torch.equal(single.weight, base)
+
+
 def test_trained_adapters_are_read_where_they_are_now() -> None:
     layer, x, ids = mixed_layer(8, 8), torch.randn(2, 8), torch.tensor([1, 1])
     base = layer(x, torch.tensor([-1, -1]))

@@ -421,11 +421,13 @@ def test_unmerge_refuses_what_the_merge_did_not_leave() -> None:
     changed = merged.clone()
     changed[7, 5] = changed[7, 5].nextafter(torch.tensor(torch.inf))
     swapped = merged[torch.tensor([1, 0, *range(2, 20)])].contiguous()
-    for wrong in (changed, swapped, merged[:10].clone(), merged.bfloat16(), case.weight.clone()):
+    for wrong in (changed, swapped, merged[:10].clone(), merged[0].clone(), merged.bfloat16(), case.weight.clone()):
         before = wrong.clone()
         with pytest.raises(ValueError, match="weight"):
             functional.unmerge_(wrong, receipt)
         assert same_bits(wrong, before)
+    with pytest.raises(TypeError, match="weight: expected a dense"):
+        functional.unmerge_(weight.to_sparse(), receipt)
     with pytest.raises(TypeError, match="receipt"):
         functional.unmerge_(weight, "receipt")  # type: ignore[arg-type]
     functional.unmerge_(weight, receipt)

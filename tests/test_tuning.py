@@ -192,3 +192,45 @@ def test_a_cache_that_cannot_be_written_is_an_error(cache: Path, monkeypatch: py
     assert done.exit_code == 1
     assert "cannot be written" in done.output
     assert backends.choose(call()).backend == "cpu"
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "\xff"])
+def test_a_file_that_is_no_cache_is_written_anew_or_deleted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(tuning, "_gain", lambda *_: 2.0)
+    assert CliRunner().invoke(cli.main, ["tune"]).exit_code == 0
+    assert backends.choose(call()).backend == "gemm"
+    cache.write_text(text, encoding="latin-1")
+    assert "Forgotten" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
+def test_points_that_no_measurement_gives_are_not_believed(cache: Path, point: tuple[object, ...]) -> None:
+    cache.parent.mkdir()
+    entry = {"made_with": tuning._made_with(), "gain": {"lora_linear float32": [point]}}
+    cache.write_text(json.dumps({tuning._machine(): entry}))
+    tuning.forget_loaded()
+    with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
+        choice = backends.choose(call())
+    assert choice.backend == "cpu"
+    assert "cannot be read" in choice.reason
+
+
+def test_without_a_home_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PEFTK_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    tuning.forget_loaded()
+    try:
+        assert "expected a home directory or PEFTK_CACHE_DIR" in backends.choose(call()).reason
+        assert "cannot be written" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    finally:
+        monkeypatch.undo()
+        tuning.forget_loaded()

@@ -87,7 +87,8 @@ static inline bool ids_of(PyObject* x_object, PyObject* ids_object, int64_t M, c
     return true;
 }
 
-// x.new_empty([*x.shape[:-1], N]), and its address.
+// x.new_empty([*x.shape[:-1], N]), and its address. Without an exception nullptr is no plain tensor, but what a mode of
+// torch (FakeTensorMode, say) made in its place.
 static inline PyObject* new_output(PyObject* x_object, int64_t N, void** address) {
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
     View x, y;
@@ -108,7 +109,10 @@ static inline PyObject* new_output(PyObject* x_object, int64_t N, void** address
 // Runs the kernel for a call that has passed, and gives y back.
 static inline PyObject* served(PyObject* x, LinearArgs& args) {
     PyObject* y = new_output(x, args.N, &args.y);
-    if (!y) return nullptr;
+    if (!y) {
+        if (PyErr_Occurred()) return nullptr;
+        Py_RETURN_NONE;
+    }
     args.y_stride = args.N;
     try {
         const Level level = level_in_use();

@@ -1,7 +1,8 @@
 """The C++ SIMD kernels of `peftk._cpu`: what runs on a CPU by default. Docs: `docs/cpu.md`.
 
 The functions have the reference's signatures. Tensors are read where they lie, with two exceptions that are copied
-first: x or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension.
+first: x or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension. What a kernel
+writes to is made by `x.new_empty`: torch's default device and dtype are the user's to set.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def lora_linear(
     """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
     M, N = x.shape[0], weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype) if base is None else base
-    z = torch.empty(M, adapter.rank) if save_z and adapter is not None and adapter.rank else None
+    y = x.new_empty(M, N) if base is None else base
+    z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
         *_linear(x, weight, dropout_p, seed, base is not None),
         *_adapter(adapter),
@@ -128,8 +129,9 @@ def multi_lora_linear(
     """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
     M, N = x.shape[0], weight.shape[0]
-    y = torch.empty(M, N, dtype=x.dtype) if base is None else base
-    z = torch.zeros(M, table.z_width) if save_z else None  # rows of smaller rank leave the rest alone
+    y = x.new_empty(M, N) if base is None else base
+    # rows of smaller rank leave the rest alone
+    z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
     _cpu.multi_lora_linear(
         *_linear(x, weight, dropout_p, seed, base is not None),
         *_table(table),
@@ -158,7 +160,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, AdapterGrads]:
     """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
     dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
-    dx = base if base is not None else torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x, wanted)
     _cpu.lora_linear_backward(
         *_linear(x, weight, dropout_p, seed, base is not None),
@@ -191,10 +193,10 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """base: as in `lora_linear_backward`."""
     dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
-    dx = base if base is not None else torch.empty(x.shape, dtype=x.dtype) if need_dx else None
+    dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
     each = [ALL] * len(table.adapters) if wanted is None else wanted
     grads = [None if a is None else _empty_grads(a, weight, x, w) for a, w in zip(table.adapters, each, strict=True)]
-    addresses = torch.tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
+    addresses = x.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
         *_linear(x, weight, dropout_p, seed, base is not None),
         *_table(table),
@@ -231,7 +233,7 @@ def checksum(weight: Tensor) -> int:
 
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
     """From W, or from W' with other adapters, to W' with these: one pass, in place."""
-    code = torch.empty(weight.shape, dtype=torch.int8)
+    code = weight.new_empty(weight.shape, dtype=torch.int8)
     with _in_rows(weight) as W:
         finite, total, index, bits = _cpu.remerge(
             *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
@@ -356,7 +358,7 @@ def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor, wanted: Wanted) ->
     N, K, R = weight.shape[0], weight.shape[1], adapter.rank
 
     def room(exists: bool, wants: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype) if exists and wants else None
+        return x.new_empty(shape, dtype=dtype) if exists and wants else None
 
     return AdapterGrads(
         room(bool(adapter.pages_A), wanted.lora_A, R, K),

@@ -113,6 +113,11 @@ class MultiLoRALinear(nn.Module):
         weight, bias = own(self, "weight"), own(self, "bias")
         if ids is None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        if weight.shape != (self.out_features, self.in_features):  # it can be replaced; the adapters' pages stay
+            raise ValueError(
+                f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
+                f"got {list(weight.shape)}"
+            )
         return functional.multi_lora_linear_unchecked(x, weight, bias, self.bank, ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
