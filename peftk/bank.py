@@ -62,16 +62,20 @@ class PagePool:
 
 
 class _Made(NamedTuple):
-    """A table, and what it was made of: it serves as long as neither the slots nor the lent tensors' places change."""
+    """A table, and what it was made of: it serves as long as neither the slots nor what is lent changes."""
 
     version: int
     lent: list[Callable[[], Adapter]]
-    where: list[tuple[int, torch.dtype]]
+    where: list[tuple[Any, ...]]
     table: AdapterTable
 
 
-def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[int, torch.dtype]]:
-    return [(t.data_ptr(), t.dtype) for adapter in lent for t in adapter().tensors()]
+def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[Any, ...]]:
+    """What a table says of the lent adapters, all but the tensors' values."""
+    return [
+        (a.scaling, a.activation, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in a.tensors()))
+        for a in (adapter() for adapter in lent)
+    ]
 
 
 class AdapterBank:

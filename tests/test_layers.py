@@ -313,6 +313,19 @@ def test_defaults_of_torch_do_not_matter(device: str, dtype: torch.dtype) -> Non
     assert torch.equal(single.weight, base)
 
 
+def test_a_trained_adapter_that_changes_in_place_is_seen() -> None:
+    """Fewer ranks at the same address, another scaling."""
+    layer = MultiLoRALinear.from_linear(nn.Linear(30, 20, bias=False))
+    layer.add_adapter("a", torch.randn(20, 30), torch.randn(20, 20), trainable=True)
+    adapter, x, ids = layer.trained["slot0"], torch.randn(3, 30), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        layer(x, ids)
+        adapter.lora_A.data, adapter.lora_B.data = adapter.lora_A[:5], adapter.lora_B[:, :5]
+        for adapter.scaling in (1.0, 0.5):
+            expected = nn.functional.linear(x, layer.weight + adapter.scaling * adapter.lora_B @ adapter.lora_A)
+            torch.testing.assert_close(layer(x, ids), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_trained_adapters_are_read_where_they_are_now() -> None:
     layer, x, ids = mixed_layer(8, 8), torch.randn(2, 8), torch.tensor([1, 1])
     base = layer(x, torch.tensor([-1, -1]))
