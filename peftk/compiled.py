@@ -1,4 +1,4 @@
-"""The same operations as registered custom ops: what torch.compile and torch.export see, without a graph break.
+"""The same operations as registered custom ops: what torch.compile, torch.export and other recorders of ops see.
 
 Eager calls do not come here: the dispatcher's layers cost more than a small linear layer. A custom op returns tensors
 only, so an absent z or gradient is an empty tensor; and takes flat lists, so a table of adapters is packed into one

@@ -57,6 +57,9 @@ def explain(
     else:
         if what not in OPS:
             raise ValueError(f"what: expected a layer or one of {', '.join(OPS)}, got {what!r}")
+        for name, size, least in (("M", M, 0), ("K", K, 1), ("N", N, 1), ("rank", rank, 0), ("adapters", adapters, 0)):
+            if size < least:
+                raise ValueError(f"{name}: expected {least} or more, got {size}")
         call = Call(
             what,
             torch.device(device).type,

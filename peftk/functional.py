@@ -90,12 +90,13 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
     plain = activation == "identity" and bias_A is None and bias_B is None and dropout_p == 0.0 and backend is None
-    if plain and not torch.compiler.is_compiling():
+    recorded = _recorded()
+    if plain and not recorded:
         direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling)
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
-    if torch.compiler.is_compiling():
+    if recorded:
         y, _ = compiled.lora_linear(
             x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
         )
@@ -160,8 +161,7 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
-    compiling = torch.compiler.is_compiling()
-    table = None if compiling else bank if isinstance(bank, AdapterTable) else bank.table()
+    table = None if _recorded() else bank if isinstance(bank, AdapterTable) else bank.table()
     if table is not None and dropout_p == 0.0 and backend is None:
         direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         if direct is not None:
@@ -174,6 +174,15 @@ def multi_lora_linear_unchecked(
         y, _ = compiled.multi_lora_linear(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend)
         return y
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
+
+
+def _recorded() -> bool:
+    """Whether somebody follows which ops run, and must see ours: torch.compile, torch.jit.trace, make_fx, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:

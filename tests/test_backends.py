@@ -28,6 +28,8 @@ def test_explain_of_layers() -> None:
         peftk.explain(linear)
     with pytest.raises(ValueError, match="what: expected a layer or one of lora_linear"):
         peftk.explain("matmul")
+    with pytest.raises(ValueError, match="M: expected 0 or more, got -1"):
+        peftk.explain("lora_linear", M=-1)
 
 
 def test_forcing_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._inductor.config
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftk
 from peftk import LoRALinear, MultiLoRALinear
@@ -396,3 +398,15 @@ def test_compile_without_ids_is_the_base_layer() -> None:
     torch._dynamo.reset()
     layer, x = mixed_layer(8, 8), torch.randn(2, 8)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "record", [lambda f, *a: torch.jit.trace(f, a, check_trace=False), lambda f, *a: make_fx(f)(*a)]
+)
+def test_recorders_of_ops_see_ours(record) -> None:  # type: ignore[no-untyped-def]
+    lora, multi = trained(nn.Linear(16, 24)).eval(), mixed_layer(16, 24)
+    x, other, ids = torch.randn(4, 16), torch.randn(4, 16), torch.tensor([0, -1, 2, 1])
+    with torch.no_grad():
+        assert torch.equal(record(lora, x)(other), lora(other))
+        assert torch.equal(record(multi, x, ids)(other, ids), multi(other, ids))

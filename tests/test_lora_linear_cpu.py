@@ -450,3 +450,20 @@ def test_a_table_built_from_strided_pages(level: str) -> None:
     ids = torch.zeros(9, dtype=torch.int32)
     y, _ = cpu.multi_lora_linear(x, weight, bias, built, ids)
     numerics.check(y, *expected(Case(x, weight, bias, (one,), ids)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapters_only_row_has_the_bits_of_one_among_many(level: str, dtype: torch.dtype) -> None:
+    """Such rows take the factors in another way, page by page; so do pages of a bank, which lie along N."""
+    for R in (5, 16, 17, 33, 64, 100):
+        for N, K, M in ((50, 40, 3), (130, 64, 40)):
+            x, weight, _ = base(M, N, K, dtype, dtype)
+            one = adapter(N, K, R, dtype)
+            turned = dataclasses.replace(one, pages_B=(one.pages_B[0].t().contiguous().t(),))
+            ids = torch.ones(M, dtype=torch.int32)
+            ids[M // 2] = 0
+            for a in (one, turned):
+                both = table.build((a, a), dtype=dtype, device=x.device)
+                mixed, _ = cpu.multi_lora_linear(x, weight, None, both, ids)
+                same, _ = cpu.multi_lora_linear(x, weight, None, both, torch.ones_like(ids))
+                assert torch.equal(mixed, same), (R, N, K, M)

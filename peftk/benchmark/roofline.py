@@ -18,7 +18,7 @@ from peftk.benchmark.targets import FMA_PEAK
 from peftk.benchmark.timing import interleave
 
 READ = "read of W"
-_SERIAL = 1 << 20  # multiply-adds: below it a job costs more than it saves, as in peftk's own kernels
+_SERIAL = 1 << 17  # multiply-adds: below it a second thread costs more than it saves, as in our kernels
 
 
 class Work(NamedTuple):

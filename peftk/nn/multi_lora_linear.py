@@ -145,9 +145,9 @@ class _TrainedAdapter(nn.Module):
         self.scaling, self.activation = float(scaling), activation
 
     def adapter(self) -> Adapter:
-        pages_A = () if self.lora_A is None else (self.lora_A,)
-        pages_B = () if self.lora_B is None else (self.lora_B,)
-        return Adapter(pages_A, pages_B, self.scaling, self.activation, self.bias_A, self.bias_B)
+        lora_A, lora_B, bias_A, bias_B = (own(self, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
+        pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
+        return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
 
 
 def _parameter(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:

@@ -88,7 +88,7 @@ constexpr double kWorkPerThread = 1 << 16;
 
 static inline int useful_threads(const LinearArgs& args, bool product) {
     const double threads = work_of(args, product) / kWorkPerThread;
-    return threads < 2 ? 1 : threads < args.threads ? int(threads) : args.threads;
+    return threads < 2 || args.threads < 1 ? 1 : threads < args.threads ? int(threads) : args.threads;
 }
 
 static inline int64_t max_rank(const Adapters& adapters, const Order& order) {

@@ -1,10 +1,10 @@
 // The fused linear layer: forward, and dX, which is the forward with the roles of K and N exchanged.
 //
 // Both compute out[m] = in[m] · Wᵀ + bias + expand(v[m]) + β, where v comes from in[m] by a contraction as long as W's
-// (the shrink). Rows are worked on in the order of their adapters. One job of three kinds of tasks: some bring the input
-// into the form that the product wants, some shrink, and some walk blocks of output columns, each from W to the stored
-// result; these wait for the first kind, and between product and epilogue for the second. The product takes one of three
-// forms:
+// (the shrink). Rows are worked on in the order of their adapters. One job of three kinds of tasks: some bring the
+// input into the form that the product wants, some shrink, and some walk blocks of output columns, each from W to the
+// stored result; these wait for the first kind, and between product and epilogue for the second. The product takes one
+// of three forms:
 //
 //   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
@@ -473,18 +473,38 @@ private:
         }
     }
 
-    // `expand` for one row: every page is a part of the sum.
+    // One row's part of the sum, page by page; delta_ carries it on where the ranks of a part go over several pages: a
+    // row gets the bits that it gets among others of its adapter, which have their ranks in one panel.
+    struct Carried {
+        float *row, *part;
+        bool starts, ends;
+
+        Vec begin(int64_t o) const { return starts ? zero() : load(part + o); }
+        void end(int64_t o, Vec sum) const {
+            if (ends) {
+                store(row + o, add(load(row + o), sum));
+            } else {
+                store(part + o, sum);
+            }
+        }
+    };
+
+    // `expand` for one row.
     void expand_single(int64_t position, float* row) {
-        for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
+        constexpr int64_t part_pages = OuterPart<float>::kSteps / 16;
+        const int64_t pages = ceil_div(op_.rank(adapter_), 16);
+        for (int64_t page = 0; page < pages; page++) {
             const float* v = op_.v + position * op_.v_row + 16 * page;
             const Factor factor = op_.expand_factor(adapter_, page), next = next_factor(page);
             const int ranks = op_.page_ranks(adapter_, page);
+            const bool ends = (page + 1) % part_pages == 0 || page + 1 == pages;
+            const Carried sums{row, delta_, page % part_pages == 0, ends};
             with_type(op_.adapters.dtype, [&](auto type) {
                 typedef decltype(type) T;
                 if (factor.along == 1) {
-                    add_page_of_columns<T>(v, factor, next, ranks, row);
+                    add_page_of_columns<T>(v, factor, next, ranks, sums);
                 } else {
-                    add_page_of_ranks<T>(v, factor, next, ranks, row);
+                    add_page_of_ranks<T>(v, factor, next, ranks, sums);
                 }
             });
         }
@@ -492,33 +512,33 @@ private:
 
     // A page whose columns are contiguous, as a bank has them.
     template <class T>
-    void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks, float* row) {
+    void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks, const Carried& sums) {
         const T* from = static_cast<const T*>(factor.data) + columns_.first;
         const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
         for (int64_t o = 0; o < columns_.count; o += W) {
             if (o % (64 / int64_t(sizeof(T))) == 0) {
                 for (int r = 0; r < ranks; r++) __builtin_prefetch(ahead + r * next.rank + o * next.along, 0, 2);
             }
-            Vec sum = zero();
+            Vec sum = sums.begin(o);
             if (columns_.count - o >= W) {
                 for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load(from + r * factor.rank + o), sum);
             } else {
                 const int n = int(columns_.count - o);
                 for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load_n(from + r * factor.rank + o, n), sum);
             }
-            store(row + o, add(load(row + o), sum));
+            sums.end(o, sum);
         }
     }
 
     // A page whose ranks are contiguous: it is transposed on the way.
     template <class T>
-    void add_page_of_ranks(const float* v, const Factor& factor, const Factor& next, int ranks, float* row) {
+    void add_page_of_ranks(const float* v, const Factor& factor, const Factor& next, int ranks, const Carried& sums) {
         const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
         const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
         for (int64_t o = 0; o < columns_.count; o += W) {
             fetch_rows(ahead + o * next.along, next.along);
             const T* rows = from + o * factor.along;
-            Vec sum = zero();
+            Vec sum = sums.begin(o);
             for (int r = 0; r < ranks; r += W) {
                 if (columns_.count - o >= W && ranks - r >= W) {
                     Vec turned[W];
@@ -535,7 +555,7 @@ private:
                 transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
                 for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
             }
-            store(row + o, add(load(row + o), sum));
+            sums.end(o, sum);
         }
     }
 
