@@ -262,6 +262,7 @@ def tune(forget: bool) -> None:
     from rich.table import Table
 
     from peftk import tuning
+    from peftk.backends import measured
 
     console = _console()
     try:
@@ -269,14 +270,14 @@ def tune(forget: bool) -> None:
             console.print("Forgotten." if tuning.forget() else "Nothing was measured on this machine.")
             return
         with console.status("") as status:
-            measured = tuning.tune(lambda what: status.update(f"[dim]{what}"))
+            found = tuning.tune(lambda what: status.update(f"[dim]{what}"))
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
     console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
     console.print("[bold]Bold[/]: `gemm` serves such calls from now on; all others are served by `cpu`.")
     table = Table("operation", "K = N", *(f"M = {M}" for M in tuning.TOKENS))
-    for key, points in measured.items():
-        margin = tuning.margin(key)
+    for key, points in found.items():
+        margin = measured.margin(key)
         for dim in tuning.DIMS:
             gains = {point.M: point.gain for point in points if point.dim == dim}
             cells = (f"{gains[M]:.2f}" if M in gains else "small" for M in tuning.TOKENS)
@@ -286,7 +287,7 @@ def tune(forget: bool) -> None:
             table.add_row(key, str(dim), *bold)
         table.add_section()
     console.print(table)
-    console.print(f"Written: {tuning.cache_file()}", highlight=False)
+    console.print(f"Written: {measured.cache_file()}", highlight=False)
 
 
 def _console() -> Console:

@@ -49,8 +49,8 @@ def direct_lora_linear(
 
     Nothing has been checked: what doesn't fit gets None too, and its error from the other way.
     """
-    server = _cpu()
-    if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    server = _direct_server()
+    if server is None:
         return None
     return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, backends.direct_up_to(weight.dtype))
 
@@ -59,10 +59,15 @@ def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
-    server = _cpu()
-    if server is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    server = _direct_server()
+    if server is None:
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
+
+
+def _direct_server() -> ModuleType | None:
+    """The cpu backend, where a call may go to it directly."""
+    return None if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") else _cpu()
 
 
 @functools.cache

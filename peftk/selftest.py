@@ -19,7 +19,7 @@ from peftk import backends, functional
 from peftk.backends import Call
 from peftk.bank import AdapterBank
 from peftk.benchmark import agree
-from peftk.benchmark.environment import cpu_name
+from peftk.processor import cpu_name
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 48), (5, 33, 17), (16, 128, 256), (70, 96, 200))

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from peftk import _cpu, backends, cli, extras, tuning
+from peftk import _cpu, backends, cli, extras
 from peftk.benchmark import lora_linear, suite, suite_cases
 from peftk.benchmark.common import COPY, LINEAR, PEFT, Shape
 from peftk.benchmark.roofline import READ, Bound, Work
@@ -143,7 +143,7 @@ def test_every_kind_of_row_runs_and_is_right():
 
 def test_the_choice_is_what_is_measured(monkeypatch):
     """After `peftk tune`, torch's product may serve; its results round twice in 16 bits, and are held to that."""
-    monkeypatch.setattr(tuning, "verdict", lambda call: (True, "as if measured"))
+    monkeypatch.setattr(backends.measured, "verdict", lambda call: (True, "as if measured"))
     backends.forget()
     try:
         shape = small("lora_linear", M=64)

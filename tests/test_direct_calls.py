@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import backends, dispatch, functional, tuning
+from peftk import backends, dispatch, functional
+from peftk.backends import measured
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K, R = 37, 29, 5
@@ -126,7 +127,7 @@ def test_gradients_autocast_a_measured_choice_and_a_forced_backend_go_the_ordina
     call = (tensor(4, K), weight, bias, A, B, 0.7)
     assert dispatch.direct_lora_linear(*call) is not None
     assert dispatch.direct_lora_linear(tensor(10_000, K), *call[1:]) is not None
-    monkeypatch.setattr(tuning, "may_prefer_gemm", lambda op, dtype: True)
+    monkeypatch.setattr(measured, "may_prefer_gemm", lambda op, dtype: True)
     backends.forget()
     most = backends.SMALL // (N * K)
     assert dispatch.direct_lora_linear(tensor(most, K), *call[1:]) is not None

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import peftk
 from peftk import backends, cli, tuning
-from peftk.backends import Call
+from peftk.backends import Call, measured
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -20,10 +20,10 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path / "cache"))
-    tuning.forget_loaded()
+    backends.forget()
     yield tmp_path / "cache" / "choice.json"
     monkeypatch.undo()
-    tuning.forget_loaded()
+    backends.forget()
 
 
 def call(M: int = 256, dim: int = 4096, dtype: torch.dtype = F32, op: str = "lora_linear") -> Call:
@@ -31,8 +31,8 @@ def call(M: int = 256, dim: int = 4096, dtype: torch.dtype = F32, op: str = "lor
 
 
 def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
-    tuning._save({key: [tuning.Point(*point) for point in each] for key, each in points.items()})
-    tuning.forget_loaded()
+    measured.save({key: [measured.Point(*point) for point in each] for key, each in points.items()})
+    backends.forget()
 
 
 def test_without_a_measurement_our_kernels_are_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,19 +102,19 @@ def test_layers_run_what_was_chosen(cache: Path) -> None:
 
 def test_a_process_keeps_its_choice(cache: Path) -> None:
     assert backends.choose(call()).backend == "cpu"
-    tuning._save({"lora_linear float32": [tuning.Point(256, 4096, 9.0)]})
+    measured.save({"lora_linear float32": [measured.Point(256, 4096, 9.0)]})
     assert backends.choose(call()).backend == "cpu"
     assert backends.choose(call(M=257)).backend == "cpu"
-    tuning.forget_loaded()
+    backends.forget()
     assert backends.choose(call()).backend == "gemm"
 
 
 def test_other_versions_measure_again(cache: Path) -> None:
     write({"lora_linear float32": [(256, 4096, 9.0)]})
     entries = json.loads(cache.read_text())
-    entries[tuning._machine()]["made_with"]["torch"] = "1.0"
+    entries[measured._machine()]["made_with"]["torch"] = "1.0"
     cache.write_text(json.dumps(entries))
-    tuning.forget_loaded()
+    backends.forget()
     choice = backends.choose(call())
     assert choice.backend == "cpu"
     assert "peftk tune again" in choice.reason
@@ -122,9 +122,9 @@ def test_other_versions_measure_again(cache: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}', '{"%s": {"made_with": {}, "gain": 1}}'])
 def test_a_broken_cache_is_ignored_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(tuning, "_made_with", dict)
+    monkeypatch.setattr(measured, "_made_with", dict)
     cache.parent.mkdir()
-    cache.write_text(text.replace("%s", tuning._machine()))
+    cache.write_text(text.replace("%s", measured._machine()))
     with pytest.warns(UserWarning, match=r"choice.json: expected what `peftk tune` writes"):
         choice = backends.choose(call())
     assert choice.backend == "cpu"
@@ -135,7 +135,7 @@ def test_machines_share_a_file(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(json.dumps({"another machine": {"kept": True}}))
     write({"lora_linear float32": [(256, 4096, 9.0)]})
-    assert set(json.loads(cache.read_text())) == {"another machine", tuning._machine()}
+    assert set(json.loads(cache.read_text())) == {"another machine", measured._machine()}
     assert tuning.forget()
     assert not tuning.forget()
     assert json.loads(cache.read_text()) == {"another machine": {"kept": True}}
@@ -146,13 +146,13 @@ def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.
     monkeypatch.setattr(tuning, "TOKENS", (8, 32))
     monkeypatch.setattr(tuning, "DIMS", (512, 1024))
     told = []
-    measured = peftk.tune(told.append, seconds=0.001)
-    assert len(told) == len(measured) == 6
-    for points in measured.values():
+    found = peftk.tune(told.append, seconds=0.001)
+    assert len(told) == len(found) == 6
+    for points in found.values():
         # the smallest shape goes to our kernels unasked
         assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
         assert all(0 < p.gain < 1e4 for p in points)
-    assert json.loads(cache.read_text())[tuning._machine()]["threads"] == torch.get_num_threads()
+    assert json.loads(cache.read_text())[measured._machine()]["threads"] == torch.get_num_threads()
     assert "measured at M=32" in backends.choose(call()).reason
 
 
@@ -211,9 +211,9 @@ def test_a_file_that_is_no_cache_is_written_anew_or_deleted(
 @pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
 def test_points_that_no_measurement_gives_are_not_believed(cache: Path, point: tuple[object, ...]) -> None:
     cache.parent.mkdir()
-    entry = {"made_with": tuning._made_with(), "gain": {"lora_linear float32": [point]}}
-    cache.write_text(json.dumps({tuning._machine(): entry}))
-    tuning.forget_loaded()
+    entry = {"made_with": measured._made_with(), "gain": {"lora_linear float32": [point]}}
+    cache.write_text(json.dumps({measured._machine(): entry}))
+    backends.forget()
     with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
         choice = backends.choose(call())
     assert choice.backend == "cpu"
@@ -227,10 +227,10 @@ def test_without_a_home_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("PEFTK_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    tuning.forget_loaded()
+    backends.forget()
     try:
         assert "expected a home directory or PEFTK_CACHE_DIR" in backends.choose(call()).reason
         assert "cannot be written" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
     finally:
         monkeypatch.undo()
-        tuning.forget_loaded()
+        backends.forget()

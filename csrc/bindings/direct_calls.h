@@ -19,10 +19,10 @@
 namespace peftk {
 
 // x [..., K] whose rows have one stride, W [N, K] contiguous along either side, bias [N]; M·N·K up to `limit`.
-static inline bool linear_of(PyObject* x_object, PyObject* weight_object, PyObject* bias_object, double limit,
+static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
                              LinearArgs* args) {
-    View x, weight, bias;
-    if (!view_of(x_object, &x) || !view_of(weight_object, &weight)) return false;
+    View weight, bias;
+    if (!view_of(weight_object, &weight)) return false;
     if (x.ndim < 1 || weight.ndim != 2 || x.size(x.ndim - 1) != weight.size(1) || x.stride(x.ndim - 1) != 1)
         return false;
     int64_t M = 1, row = -1;
@@ -34,7 +34,7 @@ static inline bool linear_of(PyObject* x_object, PyObject* weight_object, PyObje
     }
     if (row < 0) row = weight.size(1);
     args->M = M, args->N = weight.size(0), args->K = weight.size(1);
-    const double work = double(M) * double(args->N) * double(args->K);
+    const double work = work_of(*args, true);
     if (work == 0 || work > limit) return false;
     args->x = x.data, args->x_stride = row, args->x_dtype = float_dtype(x);
     args->weight = weight.data, args->weight_dtype = float_dtype(weight);
@@ -63,9 +63,9 @@ static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scal
 }
 
 // ids int32 or int64, one for a row of x or, where x has three dimensions or more, one for a sequence.
-static inline bool ids_of(PyObject* x_object, PyObject* ids_object, int64_t M, const int32_t** out) {
-    View x, ids;
-    if (!view_of(x_object, &x) || !view_of(ids_object, &ids)) return false;
+static inline bool ids_of(const View& x, PyObject* ids_object, int64_t M, const int32_t** out) {
+    View ids;
+    if (!view_of(ids_object, &ids)) return false;
     if (ids.type != kInt32Type && ids.type != kInt64Type) return false;
     const bool each_row = ids.ndim == x.ndim - 1, each_sequence = ids.ndim == 1 && x.ndim > 2;
     if (!each_row && !each_sequence) return false;
@@ -89,10 +89,9 @@ static inline bool ids_of(PyObject* x_object, PyObject* ids_object, int64_t M, c
 
 // x.new_empty([*x.shape[:-1], N]), and its address. Without an exception nullptr is no plain tensor, but what a mode of
 // torch (FakeTensorMode, say) made in its place.
-static inline PyObject* new_output(PyObject* x_object, int64_t N, void** address) {
+static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N, void** address) {
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
-    View x, y;
-    if (!view_of(x_object, &x)) return nullptr;
+    View y;
     PyObject* shape = PyTuple_New(x.ndim);
     if (!shape) return nullptr;
     for (int64_t dim = 0; dim < x.ndim; dim++) {
@@ -107,8 +106,8 @@ static inline PyObject* new_output(PyObject* x_object, int64_t N, void** address
 }
 
 // Runs the kernel for a call that has passed, and gives y back.
-static inline PyObject* served(PyObject* x, LinearArgs& args) {
-    PyObject* y = new_output(x, args.N, &args.y);
+static inline PyObject* served(PyObject* x_object, const View& x, LinearArgs& args) {
+    PyObject* y = new_output(x_object, x, args.N, &args.y);
     if (!y) {
         if (PyErr_Occurred()) return nullptr;
         Py_RETURN_NONE;
@@ -116,7 +115,7 @@ static inline PyObject* served(PyObject* x, LinearArgs& args) {
     args.y_stride = args.N;
     try {
         const Level level = level_in_use();
-        without_gil(double(args.M) * double(args.N) * double(args.K), [&] {
+        without_gil(work_of(args, true), [&] {
             const Order order = order_by_adapter(args.ids, args.M, args.adapters);
             PEFTK_CALL(level, lora_linear, (args, order));
         });
@@ -151,15 +150,16 @@ static inline PyObject* guarded(Body body) {
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 8) return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", count);
     return guarded([&]() -> PyObject* {
+        View x;
         LinearArgs args{};
         const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[6]);
         args.threads = int(PyLong_AsLong(in[7]));
         if (PyErr_Occurred()) return nullptr;
-        if (backend_is_forced() || !linear_of(in[0], in[1], in[2], limit, &args) ||
+        if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
             !adapter_of(in[3], in[4], float(scaling), args, &args.adapters)) {
             Py_RETURN_NONE;
         }
-        return served(in[0], args);
+        return served(in[0], x, args);
     });
 }
 
@@ -167,6 +167,7 @@ static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t c
 static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
     return guarded([&]() -> PyObject* {
+        View x;
         LinearArgs args{};
         const double limit = PyFloat_AsDouble(in[4]);
         args.threads = int(PyLong_AsLong(in[5]));
@@ -174,12 +175,12 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
         for (int i = 0; i < 4; i++) addresses[i] = PyLong_AsSize_t(in[6 + i]);
         const int adapters = int(PyLong_AsLong(in[10])), dtype = int(PyLong_AsLong(in[11]));
         if (PyErr_Occurred()) return nullptr;
-        if (backend_is_forced() || !linear_of(in[0], in[1], in[2], limit, &args) ||
-            !ids_of(in[0], in[3], args.M, &args.ids)) {
+        if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
+            !ids_of(x, in[3], args.M, &args.ids)) {
             Py_RETURN_NONE;
         }
         args.adapters = table_of(addresses[0], addresses[1], addresses[2], addresses[3], adapters, dtype);
-        return served(in[0], args);
+        return served(in[0], x, args);
     });
 }
 

@@ -4,8 +4,8 @@
 `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it wins). A module also has
 `cannot_serve(call)`, the reason why it cannot or None, and `describe(call)`, one line for `peftk.explain` about the
 kernel that would run. `choose` is a pure function of the call, of what `peftk tune` has measured on this machine
-(`peftk.tuning`), and of torch's switch for deterministic algorithms, which keeps to our own kernels; `explain` says
-what it chose and why.
+(`peftk.backends.measured`), and of torch's switch for deterministic algorithms, which keeps to our own kernels;
+`explain` says what it chose and why.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from peftk.backends import measured
 
 NAMES = ("reference", "cpu", "gemm", "triton", "cuda")
 
@@ -84,13 +86,12 @@ def choose(call: Call, forced: str | None = None) -> Choice:
 @functools.cache
 def direct_up_to(dtype: torch.dtype) -> int:
     """Up to how many multiply-adds (M·K·N) a forward in `dtype` on a CPU is `cpu`'s whatever its shape."""
-    from peftk import tuning  # which measures backends
-
-    return SMALL if tuning.may_prefer_gemm("lora_linear", dtype) else 1 << 62
+    return SMALL if measured.may_prefer_gemm("lora_linear", dtype) else 1 << 62
 
 
 def forget() -> None:
     """Chooses anew from here on: something was measured."""
+    measured.forget_loaded()
     _choose.cache_clear()
     direct_up_to.cache_clear()
 
@@ -120,9 +121,11 @@ def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[
         return _PREFERENCE.get(call.device, ("triton", "reference")), {}
     if deterministic:
         return _PREFERENCE["cpu"], {"cpu": "torch.use_deterministic_algorithms keeps to our own kernels"}
-    from peftk import tuning  # which measures backends
-
-    gemm, reason = tuning.verdict(call)
+    if call.x_dtype != call.weight_dtype:
+        return _PREFERENCE["cpu"], {"cpu": "of mixed dtypes only our kernels make a product without a copy"}
+    if call.M * call.K * call.N <= SMALL:
+        return _PREFERENCE["cpu"], {"cpu": "a small call goes straight to our kernels"}
+    gemm, reason = measured.verdict(call)
     return (("gemm", *_PREFERENCE["cpu"]) if gemm else _PREFERENCE["cpu"]), {"gemm" if gemm else "cpu": reason}
 
 
