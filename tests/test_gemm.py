@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import backends, functional
+from peftk import backends, functional, table
 from peftk.backends import gemm
+from peftk.table import Adapter
 from tests import numerics
 from tests.cases import Case, expected, expected_grads, random_case
 from tests.test_random_cases import run
@@ -117,3 +118,15 @@ def test_rows_apart_are_read_where_they_lie() -> None:
     ids = None if case.ids is None else torch.full((6,), -1, dtype=torch.int32)
     apart = dataclasses.replace(case, x=x, ids=ids)
     numerics.check(run(apart, "gemm"), *expected(apart), rounded=base_of(apart))
+
+
+def test_input_gradients_take_torchs_product() -> None:
+    """Where the adapter adds nothing they are its bits, and not another sum's."""
+    weight, dy, x = torch.randn(500, 300), torch.randn(40, 500), torch.randn(40, 300)
+    adapter = Adapter((torch.randn(4, 300),), (torch.zeros(500, 4),), 1.0, "identity", None, None)
+    dx, _ = gemm.lora_linear_backward(dy, x, weight, adapter, torch.zeros(40, 4))
+    assert torch.equal(dx, torch.mm(dy, weight))
+    built = table.build((adapter,), dtype=torch.float32, device=x.device)
+    ids = torch.full((40,), -1, dtype=torch.int32)
+    dx, _ = gemm.multi_lora_linear_backward(dy, x, weight, built, ids, torch.zeros(40, 16))
+    assert torch.equal(dx, torch.mm(dy, weight))
