@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     shrink_splits: int = 1
     expand_splits: int = 1
     once: bool = True  # one launch; False: shrink, then expand
+    descriptors: bool = False  # x and W by tensor descriptors (TMA)
     per_processor: int = 0  # blocks that stay on each processor and draw tile after tile; 0: a block for every tile
 
     def compiled(self) -> dict[str, int | bool]:
@@ -105,10 +106,12 @@ def _tiles(form: Form, target: int | str) -> Plan:
     if M <= 64 or (many and M <= 256):
         return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
     shrink_m = 32 if direct and M > 1024 else 16
+    tma = isinstance(target, int) and target >= 90
     if target in _FACTORS_IN_SHARED and not many and not form.own_sums:
-        return Plan(128, 256, 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4)
+        return Plan(128, 256, 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
     narrow = shared_memory(target) <= 100 * 1024
-    return Plan(128, 128, 32 if narrow else 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4)
+    block_n = 64 if many and form.own_sums else 128
+    return Plan(128, block_n, 32 if narrow else 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
 
 
 def _splits(tiles: int, K: int, block_k: int, at_most: int) -> int:

@@ -20,11 +20,12 @@ def expand_tile(
     one_up, one_up_n, one_up_r, one_bias, one_rank, one_code, one_scaling,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, splits, ready, ready_rows, threshold, keep_scale,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, TICKETS: tl.constexpr,
-    IEEE: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    IEEE: tl.constexpr, W_TILES: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, or one split of it: the whole base product first, then the adapters of its rows.
 
+    x_tiles, and weight where W_TILES says so, are tensor descriptors: tiles of x, of W ("nk") or of Wᵀ ("kn").
     ready: shrink tiles that must be complete for every `ready_rows` rows of a row block.
     """
     split = tile % splits
@@ -55,17 +56,17 @@ def expand_tile(
             k_to = tl.minimum(k_from + per_split, K)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         w_row = 0
-        if not TMA:
+        if W_TILES == "":
             w_row = weight + tl.minimum(n, N - 1).to(tl.int64) * stride_wn
         for k_start in range(k_from, k_to, BLOCK_K):
             k = k_start + tl.arange(0, BLOCK_K)
-            if TMA and not MANY:
+            if x_tiles is not None:
                 x_tile = x_tiles.load([block_from, k_start])
             else:
                 x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=(k < K)[None, :], other=0.0)
-            if TMA and BACKWARD:
+            if W_TILES == "kn":
                 w_tile = weight.load([k_start, block_n * BLOCK_N])
-            elif TMA:
+            elif W_TILES == "nk":
                 w_tile = tl.trans(weight.load([block_n * BLOCK_N, k_start]))
             else:
                 w_tile = tl.load(w_row[None, :] + k[:, None].to(tl.int64) * stride_wk, mask=(k < K)[:, None], other=0.0)

@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.reference.philox import threshold as dropout_threshold
 
@@ -57,9 +58,9 @@ def lora_linear_kernel(
     expand_splits: tl.int32, dense: tl.int32, threshold: tl.int32, keep_scale: tl.float32,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ONCE: tl.constexpr,
     DOWN: tl.constexpr, IEEE: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr,
-    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    W_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BY_ROW: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
-    SHRINK_STEP: tl.constexpr,
+    SHRINK_STEP: tl.constexpr, STAY: tl.constexpr,
 ):  # fmt: skip
     """Shrink tiles 0 … shrink_tiles - 1, then expand tiles; z is written by the ones and read by the others.
 
@@ -92,10 +93,10 @@ def lora_linear_kernel(
                 one_stride_A if BACKWARD else one_stride_Br, one_bias_B, one_rank, one_activation, one_scaling,
                 M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, expand_splits, rank_blocks, SHRINK_M,
                 threshold, keep_scale,
-                DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, TMA, SPLIT, DROPOUT, QUADS,
+                DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, W_TILES, SPLIT, DROPOUT, QUADS,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BY_ROW,
             )  # fmt: skip
-        tile = draw(counters) if ONCE else shrink_tiles + expand_tiles
+        tile = draw(counters) if STAY else shrink_tiles + expand_tiles
     if ONCE:
         leave(counters, row_blocks)
 
@@ -243,7 +244,7 @@ def _launch(
     partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
     counters = workspace.counters(device, count)
     threshold = dropout_threshold(dropout_p)
-    x_tiles, w_tiles = None, weight
+    x_tiles, w_tiles, kind = _tiles(x, weight, plan, many is not None)
 
     def launch(shrink: int, expand: int, grid: int) -> None:
         lora_linear_kernel[(grid,)](
@@ -258,7 +259,7 @@ def _launch(
             DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slices is not None),
             BACKWARD=backward, ONCE=plan.once, DOWN=adapters.B if backward else adapters.A,
             IEEE=x.dtype == weight_dtype == torch.float32, DROPOUT=dropout_p > 0.0,
-            QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1, TMA=False, **plan.compiled(),
+            QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1, W_TILES=kind, **plan.compiled(), STAY=plan.once and plan.per_processor > 0,
             **config.options(where),
         )  # fmt: skip
 
@@ -276,6 +277,18 @@ def _launch(
 @functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _tiles(
+    x: Tensor, weight: Tensor | None, plan: config.Plan, many: bool
+) -> tuple[TensorDescriptor | None, Tensor | TensorDescriptor | None, str]:
+    """Descriptors of x (where its rows stand in their order) and W, for the copy engine of sm_90 and later."""
+    if not plan.descriptors or weight is None:
+        return None, weight, ""
+    x_tiles = None if many or x.stride(1) != 1 else TensorDescriptor.from_tensor(x, [plan.BLOCK_M, plan.BLOCK_K])
+    if weight.stride(1) == 1:
+        return x_tiles, TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
+    return x_tiles, TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
 
 
 _NONE: tuple[Any, ...] = (None,) * 5
