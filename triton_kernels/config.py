@@ -107,7 +107,7 @@ def _tiles(form: Form, target: int | str) -> Plan:
         return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
     shrink_m = 32 if direct and M > 1024 else 16
     tma = isinstance(target, int) and target >= 90
-    if target in _FACTORS_IN_SHARED and not many and not form.own_sums:
+    if target in _FACTORS_IN_SHARED and direct and not many and not form.own_sums:
         return Plan(128, 256, 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
     narrow = shared_memory(target) <= 100 * 1024
     block_n = 64 if many and form.own_sums else 128

@@ -76,8 +76,6 @@ def expand_tile(
     if SPLIT:
         acc, complete = sum_of_splits(acc, partials, tile, split, splits, arrivals)
     if complete:
-        if bias is not None:
-            acc += tl.sum(_load_columns(bias, n, N), axis=0)[None, :]
         if TICKETS:
             if z_pages > 0:
                 wait_for(counters, block_m, ready * tl.cdiv(block_to - block_from, ready_rows))
@@ -124,6 +122,9 @@ def expand_tile(
             acc += tl.where(kept, delta * keep_scale, 0.0)
         else:
             acc = delta
+        # after the products: on Blackwell the sums then leave their memory once
+        if bias is not None:
+            acc += tl.sum(_load_columns(bias, n, N), axis=0)[None, :]
         y_tile = y + row[:, None] * N + n[None, :]
         tl.store(y_tile, round_to(acc, y.dtype.element_ty), mask=(position < M)[:, None] & (n < N)[None, :])
 

@@ -43,8 +43,8 @@ from .tickets import READY, draw, leave, publish
 
 # Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
 _VARYING = ["one_A", "one_stride_A", "one_B", "one_stride_Bn", "one_stride_Br", "one_bias_A", "one_bias_B"]
-_VARYING += ["one_rank", "one_activation", "one_scaling", "slice_count", "adapters", "M", "z_pages", "shrink_tiles"]
-_VARYING += ["expand_tiles", "shrink_splits", "expand_splits", "dense", "threshold", "keep_scale"]
+_VARYING += ["one_rank", "one_activation", "one_scaling", "slice_count", "adapters", "M", "stride_pre", "z_pages"]
+_VARYING += ["shrink_tiles", "expand_tiles", "shrink_splits", "expand_splits", "dense", "threshold", "keep_scale"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -54,7 +54,7 @@ def lora_linear_kernel(
     one_A: tl.int64, one_stride_A: tl.int64, one_B: tl.int64, one_stride_Bn: tl.int64, one_stride_Br: tl.int64,
     one_bias_A: tl.int64, one_bias_B: tl.int64, one_rank: tl.int32, one_activation: tl.int32, one_scaling: tl.float32,
     slice_count: tl.int32, adapters: tl.int32, M: tl.int32, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-    z_pages: tl.int32, shrink_tiles: tl.int32, expand_tiles: tl.int32, shrink_splits: tl.int32,
+    stride_pre: tl.int32, z_pages: tl.int32, shrink_tiles: tl.int32, expand_tiles: tl.int32, shrink_splits: tl.int32,
     expand_splits: tl.int32, dense: tl.int32, threshold: tl.int32, keep_scale: tl.float32,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ONCE: tl.constexpr,
     DOWN: tl.constexpr, IEEE: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr,
@@ -78,7 +78,7 @@ def lora_linear_kernel(
                 pages, rows, biases, slices, adapters,
                 one_B if BACKWARD else one_A, one_stride_Br if BACKWARD else one_stride_A, one_stride_Bn,
                 one_bias_A, one_rank, one_activation,
-                M, K, stride_xm, stride_xk, z_pages, shrink_splits, dense, threshold, keep_scale,
+                M, K, stride_xm, stride_xk, stride_pre, z_pages, shrink_splits, dense, threshold, keep_scale,
                 DTYPE, MANY, PACKED, BACKWARD, DOWN, DROPOUT and not BACKWARD, QUADS, SHRINK_M, SHRINK_K, SHRINK_R,
                 SHRINK_STEP,
             )  # fmt: skip
@@ -254,7 +254,7 @@ def _launch(
             *((many.pages, many.rows, many.scaling, many.biases, many.slices) if many else _NONE),
             *one, many.slices.shape[0] - 1 if many and many.slices is not None else 1, many.adapters if many else 1,
             M, N, K, x.stride(0), x.stride(1), *(weight.stride() if weight is not None else (0, 0)),
-            z.shape[1] // PAGE.value, shrink, expand, plan.shrink_splits, plan.expand_splits, int(dense),
+            0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value, shrink, expand, plan.shrink_splits, plan.expand_splits, int(dense),
             threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
             DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slices is not None),
             BACKWARD=backward, ONCE=plan.once, DOWN=adapters.B if backward else adapters.A,

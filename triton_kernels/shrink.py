@@ -17,7 +17,7 @@ def shrink_tile(
     tile, x, out, z, partials, arrivals, order, ids, starts, owners, blocks, seed,
     pages, rows, biases, slices, adapters,
     one_down, one_down_r, one_down_k, one_bias, one_rank, one_code,
-    M, K, stride_xm, stride_xk, z_pages, splits, dense, threshold, keep_scale,
+    M, K, stride_xm, stride_xk, stride_zm, z_pages, splits, dense, threshold, keep_scale,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, DOWN: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
@@ -105,13 +105,14 @@ def shrink_tile(
     if complete:
         z_width = z_pages * PAGE
         offset = row[:, None] * z_width + place[None, :]
+        offset_z = row[:, None] * stride_zm + place[None, :]
         if DROPOUT:
             total *= keep_scale
         if MANY:
             if BACKWARD:
                 code = tl.load(rows + (entry + id) * 4 + 2, mask=id >= 0, other=0)
                 if tl.max(code) > 0:
-                    total *= activation_slope(tl.load(z + offset, mask=mine, other=0.0), code[:, None])
+                    total *= activation_slope(tl.load(z + offset_z, mask=mine, other=0.0), code[:, None])
             else:
                 bias = tl.load(biases + (entry + id) * 2, mask=id >= 0, other=0)
                 pointer = bias.to(tl.pointer_type(DTYPE))[:, None] + r[None, :]
@@ -119,7 +120,7 @@ def shrink_tile(
         else:
             if BACKWARD:
                 if one_code > 0:
-                    total *= activation_slope(tl.load(z + offset, mask=mine, other=0.0), one_code)
+                    total *= activation_slope(tl.load(z + offset_z, mask=mine, other=0.0), one_code)
             else:
                 ranks = tl.where(one_bias != 0, one_rank, 0)
                 pointer = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r

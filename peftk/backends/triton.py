@@ -95,10 +95,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
-    adapters = _ADAPTERS.get(table)
-    if adapters is None:
-        adapters = _ADAPTERS[table] = _many(table)
-    order = segments(ids, len(table.adapters))
+    adapters, order = _adapters(table), segments(ids, len(table.adapters))
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -114,10 +111,16 @@ def lora_linear_backward(
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """The reference's torch products on the device, at this stage: no Triton kernel yet."""
-    return reference.lora_linear_backward(
-        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
+    adapters, held = _one(adapter)
+    dx, u = kernels.backward(
+        dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
+    _, grads = reference.lora_linear_backward(
+        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
+    )
+    del held
+    return dx, grads
 
 
 def multi_lora_linear_backward(
@@ -133,14 +136,26 @@ def multi_lora_linear_backward(
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """The reference's torch products on the device, at this stage: no Triton kernel yet, and it waits for the ids."""
-    return reference.multi_lora_linear_backward(
-        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
+    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    dx, u = kernels.backward(
+        dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
+    _, grads = reference.multi_lora_linear_backward(
+        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
+    )
+    return dx, grads
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _adapters(table: AdapterTable) -> kernels.Adapters:
+    found = _ADAPTERS.get(table)
+    if found is None:
+        found = _ADAPTERS[table] = _many(table)
+    return found
 
 
 def _many(table: AdapterTable) -> kernels.Adapters:
