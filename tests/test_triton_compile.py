@@ -58,7 +58,9 @@ def compile_forward(
         source = kernels.Many(
             empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64)
         )
-        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32))
+        S = min(M, 9)
+        rest = (empty(S + 1, dtype=i32), empty(S + 1, dtype=i32), empty(-(-M // 16), dtype=i32))
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), *rest)
     seed = empty(1, dtype=torch.int64) if dropout_p else None
     with compiling(target, kernels, ("shrink_kernel", "expand_kernel")) as compiled:
         adapters = kernels.Adapters(source, mix[2], 16, aligned)

@@ -139,7 +139,7 @@ def _launch_shrink(
     one, many = _source(adapters)
     threshold = dropout_threshold(dropout_p)
     shrink_kernel[(triton.cdiv(M, block.BLOCK_M), z_width // PAGE.value, splits)](
-        x, z, *(segments or (None, None, None)), seed if dropout_p else None,
+        x, z, *(segments[:3] if segments else (None, None, None)), seed if dropout_p else None,
         many and many.pages, many and many.rows, many and many.biases, one.A, one.stride_A, one.bias_A, one.rank,
         M, K, x.stride(0), x.stride(1), z_width // PAGE.value, splits,
         threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
@@ -163,7 +163,7 @@ def _launch_expand(
     N, K = weight.shape
     one, many = _source(adapters)
     expand_kernel[(triton.cdiv(M, block.BLOCK_M) * triton.cdiv(N, block.BLOCK_N),)](
-        x, weight, bias, y, z, *(segments or (None, None, None)),
+        x, weight, bias, y, z, *(segments[:3] if segments else (None, None, None)),
         many and many.pages, many and many.rows, many and many.scaling, many and many.biases,
         one.B, one.stride_Bn, one.stride_Br, one.bias_B, one.rank, one.activation, one.scaling,
         M, N, K, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), z_width // PAGE.value, splits,
