@@ -34,6 +34,14 @@ class Shrink(NamedTuple):
     num_stages: int
 
 
+class Wgrad(NamedTuple):
+    BLOCK_R: int
+    BLOCK_C: int
+    PAGES: int
+    num_warps: int
+    num_stages: int
+
+
 def shared_memory(target: int | str) -> int:
     """Bytes of shared memory that one block may use."""
     if isinstance(target, str):
@@ -98,6 +106,43 @@ def splits(M: int, K: int, z_width: int, block: Shrink) -> int:
     blocks = -(-M // block.BLOCK_M) * (z_width // 16)
     at_most = max(K // (4 * block.BLOCK_K), 1)
     return min(max(_PROCESSORS // blocks, 1), at_most, 16)
+
+
+def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
+    """How many pages of ranks one tile of a gradient has, from the largest rank: x and dY are read once for them."""
+    if target == "interpreter":
+        return 1 if rank <= 16 else 2
+    if rank <= 16:
+        return 1
+    return 2 if x_dtype == torch.float32 else 4
+
+
+def wgrad(pages: int, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
+    """The tile of a gradient, PAGES · 16 ranks by BLOCK_C columns, and the rows of a step.
+
+    wide: x and dY can be loaded 16 bytes at a time.
+    """
+    if target == "interpreter":
+        return Wgrad(16, 32, pages, 4, 1)
+    if not wide:
+        return Wgrad(32, 64, pages, 4, 2)
+    block = Wgrad(32 if x_dtype == torch.float32 else 64, 128, pages, 4, 4)
+    stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
+    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> int:
+    """Into ranges of how many rows a segment is cut at most, so that one long segment fills the processors.
+
+    heads, groups: pieces of ranks of all adapters, and the most of one; blocks: of columns. At least four steps; at
+    most 16 ranges, and 64 MiB of partial sums.
+    """
+    tile = (block.PAGES * 16 + 1) * block.BLOCK_C * 4
+    wanted = -(-4 * _PROCESSORS // max(blocks, 1))
+    fit = (64 << 20) // max(2 * groups * blocks * tile, 1)
+    ranges = max(min(wanted, fit, 16, M // (4 * block.BLOCK_R)), 1)
+    steps = -(-M // (ranges * block.BLOCK_R))
+    return max(steps, 1) * block.BLOCK_R
 
 
 def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:
