@@ -14,6 +14,7 @@ import torch
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 # wgmma and tcgen05 read their factors from shared memory, so that wide tiles leave registers for the epilogue.
 _FACTORS_IN_SHARED = (90, 100, 103, 110)
+_TENSOR_MEMORY = (100, 103, 110)  # where products of 64 rows and more have their accumulators
 _PROCESSORS = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
 
 
@@ -114,19 +115,22 @@ def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
         return 1 if rank <= 16 else 2
     if rank <= 16:
         return 1
+    if x_dtype == torch.float16 and target in _TENSOR_MEMORY:
+        return 2  # of 64 ranks, the 6 products of fp16 would have more accumulators than fit there
     return 2 if x_dtype == torch.float32 else 4
 
 
-def wgrad(pages: int, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
+def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
     """The tile of a gradient, PAGES · 16 ranks by BLOCK_C columns, and the rows of a step.
 
-    wide: x and dY can be loaded 16 bytes at a time.
+    wide: x and dY can be loaded 16 bytes at a time. many: the loads of the rows' places take their share of the stages.
     """
     if target == "interpreter":
         return Wgrad(16, 32, pages, 4, 1)
     if not wide:
         return Wgrad(32, 64, pages, 4, 2)
-    block = Wgrad(32 if x_dtype == torch.float32 else 64, 128, pages, 4, 4)
+    # fp32 products without tensor cores hold their factors in registers, a whole step of rows
+    block = Wgrad(16 if x_dtype == torch.float32 else 32, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
     stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 

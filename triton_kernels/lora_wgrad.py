@@ -319,7 +319,7 @@ def counters_needed(dy: Tensor, x: Tensor, plan: Plan) -> int:
 def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, int]:
     """The tile, the blocks of columns of dA, those of dA and dB together, and how many rows a range has at most."""
     wide = _wide(dy) and _wide(x)
-    block = config.wgrad(plan.pages, wide, x.dtype, target(x.device))
+    block = config.wgrad(plan.pages, plan.tasks is not None, wide, x.dtype, target(x.device))
     pages_A, pages_B, pages_a, rows_b = plan.sizes
     blocks_A = triton.cdiv(x.shape[1], block.BLOCK_C) if pages_A else min(pages_a, 1)
     blocks = blocks_A + (triton.cdiv(dy.shape[1], block.BLOCK_C) if pages_B or rows_b else 0)
