@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk import reference
+from peftk import reference, route
 from peftk.activations import CODES
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
@@ -98,7 +98,8 @@ def multi_lora_linear(
     adapters = _ADAPTERS.get(table)
     if adapters is None:
         adapters = _ADAPTERS[table] = _many(table)
-    order = segments(ids, len(table.adapters))
+    count = len(table.adapters)
+    order = route.once(ids, count, lambda: segments(ids, count))
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
