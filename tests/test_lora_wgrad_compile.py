@@ -49,7 +49,7 @@ def compile_wgrad(
     with compiling(target, kernels, ("wgrad_kernel",)) as compiled:
         adapters = Adapters(source, adapter_dtype, z.shape[1], "k16", "r16")
         count = 8 if many else 1
-        plan = kernels.plan([rank] * count, [Wanted()] * count, dtype, x.device, many=many)
+        plan = kernels.plan([rank] * count, [Wanted()] * count, (0, N), dtype, x.device, many=many)
         kernels.wgrad(dy, x, z, z, adapters, segments, plan, dropout_p=dropout_p, seed=seed)
     assert len(compiled) == 1
     return compiled[0]

@@ -117,7 +117,7 @@ def lora_linear_backward(
     dx, u = kernels.backward(dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
-    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], x.dtype, x.device, many=False)
+    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
     [grads] = _wgrad(dy, x, z, u, adapters, None, plan, dropout_p, seed)
     del held
     return dx, grads or AdapterGrads(None, None, None, None)
@@ -141,7 +141,7 @@ def multi_lora_linear_backward(
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
-    plan = _plan(table, wanted, x)
+    plan = _plan(table, wanted, dy.shape[1], x)
     return dx, _wgrad(dy, x, z, u, adapters, order, plan, dropout_p, seed)
 
 
@@ -161,17 +161,17 @@ def _wgrad(
     return gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
 
 
-def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, x: Tensor) -> gradients.Plan:
+def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tensor) -> gradients.Plan:
     """Which gradients of a table's adapters: made once for the same table and wishes, since it copies to the device."""
     wishes = tuple(
         Wanted(False, False, False, False) if a is None else _present(a, ALL if wanted is None else wanted[i])
         for i, a in enumerate(table.adapters)
     )
     plans = _PLANS.setdefault(table, {})
-    key = (wishes, x.dtype)
+    key = (wishes, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
-        plans[key] = gradients.plan(ranks, wishes, x.dtype, x.device)
+        plans[key] = gradients.plan(ranks, wishes, table.columns or (0, N), x.dtype, x.device)
     return plans[key]
 
 
@@ -192,7 +192,7 @@ _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _order(ids: Tensor, table: AdapterTable) -> Segments:
-    count = len(table.adapters)
+    count = table.count
     return route.once(ids, count, lambda: segments(ids, count))
 
 
@@ -207,7 +207,14 @@ def _many(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
     lie_A = _common(_lie(page) for a in adapters for page in a.pages_A)
     lie_B = _common(_lie(page.t()) for a in adapters for page in a.pages_B)
-    source = kernels.Many(table.pages, table.rows, table.scaling, table.biases, None, len(table.adapters))
+    slices, aligned = None, 0
+    if table.slices > 1:
+        aligned = 1 if any(column % 16 for column in table.columns) else 16
+        ends = list(zip(table.columns, table.slice_pages, strict=True))
+        slices = torch.tensor(ends, dtype=torch.int32, device=table.device)
+    source = kernels.Many(
+        table.pages, table.rows, table.scaling, table.biases, slices, table.count, table.slices, aligned
+    )
     return kernels.Adapters(source, table.dtype, table.z_width, lie_A, lie_B)
 
 

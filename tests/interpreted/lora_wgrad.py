@@ -68,7 +68,9 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
         adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
     ranks = [None if a is None else a.rank for a in case.adapters]
     wanted = wanted or [everything(a) for a in case.adapters]
-    plan = kernels.plan(ranks, wanted, case.x.dtype, case.x.device, many=case.ids is not None)
+    plan = kernels.plan(
+        ranks, wanted, (0, case.weight.shape[0]), case.x.dtype, case.x.device, many=case.ids is not None
+    )
     grads = kernels.wgrad(
         given.dy, case.x, given.z, given.u, adapters, order, plan,
         dropout_p=given.dropout_p, seed=given.seed,
