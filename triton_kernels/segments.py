@@ -18,6 +18,9 @@ class Segments(NamedTuple):
     order: Tensor  # int64 [M]: the original row at each sorted place; rows of one adapter keep their order
     ids: Tensor  # int32 [M]: the adapter at each sorted place, ascending; -1 = base layer only
     ends: Tensor  # int32 [1 + adapters]: the place after the last row of -1, of adapter 0, of adapter 1, …
+    starts: Tensor
+    owners: Tensor
+    blocks: Tensor
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
@@ -25,7 +28,21 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     outside = (ids < 0) | (ids >= adapters)
     sorted_ids, order = torch.sort(ids.to(torch.int32).masked_fill(outside, -1), stable=True)
     every = torch.arange(-1, adapters, dtype=torch.int32, device=ids.device)
-    return Segments(order, sorted_ids, torch.searchsorted(sorted_ids, every, right=True, out_int32=True))
+    ends = torch.searchsorted(sorted_ids, every, right=True, out_int32=True)
+    M = ids.shape[0]
+    S = min(M, adapters + 1)
+    if ids.device.type == "meta":
+        new = lambda n: torch.empty(n, dtype=torch.int32, device="meta")
+        return Segments(order, sorted_ids, ends, new(S + 1), new(S + 1), new(-(-M // 16)))
+    head = torch.ones(M, dtype=torch.bool, device=ids.device)
+    head[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    at = head.nonzero().flatten()
+    starts = torch.full((S + 1,), M, dtype=torch.int32, device=ids.device)
+    owners = torch.full((S + 1,), -1, dtype=torch.int32, device=ids.device)
+    starts[: len(at)] = at.int()
+    owners[: len(at)] = sorted_ids[at]
+    blocks = (head.cumsum(0) - 1)[::16].int()
+    return Segments(order, sorted_ids, ends, starts, owners, blocks)
 
 
 @triton.jit
