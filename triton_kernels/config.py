@@ -57,6 +57,14 @@ class Plan(NamedTuple):
         return dict(zip(self._fields[:11], self[:11], strict=True))
 
 
+class Wgrad(NamedTuple):
+    BLOCK_R: int
+    BLOCK_C: int
+    PAGES: int
+    num_warps: int
+    num_stages: int
+
+
 def shared_memory(target: int | str) -> int:
     """Bytes of shared memory that one block may use."""
     if isinstance(target, str):
@@ -81,7 +89,7 @@ def lora_linear(form: Form, target: int | str) -> Plan:
     expand = -(-M // plan.BLOCK_M) * -(-form.N // plan.BLOCK_N)
     return plan._replace(
         BY_ROW=many and plan.BY_ROW,
-        num_stages=_stages(plan, form, target),
+        num_stages=_stages(plan.num_stages, _bytes_per_stage(plan, form), target),
         shrink_splits=_splits(shrink, form.K, plan.SHRINK_K, 16),
         expand_splits=_expand_splits(expand, form, plan),
         once=plan.once and shrink > 0 and expand > 0,
@@ -127,9 +135,50 @@ def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
     return min(_splits(tiles, form.K, plan.BLOCK_K, 8), max(cheap, 1))
 
 
-def _stages(plan: Plan, form: Form, target: int | str) -> int:
-    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner keeps one in registers."""
+def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
+    """How many pages of ranks one tile of a gradient has, from the largest rank: x and dY are read once for them."""
+    if target == "interpreter":
+        return 1 if rank <= 16 else 2
+    if rank <= 16:
+        return 1
+    return 2 if x_dtype == torch.float32 else 4
+
+
+def wgrad(pages: int, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
+    """The tile of a gradient, PAGES · 16 ranks by BLOCK_C columns, and the rows of a step.
+
+    wide: x and dY can be loaded 16 bytes at a time.
+    """
+    if target == "interpreter":
+        return Wgrad(16, 32, pages, 4, 1)
+    if not wide:
+        return Wgrad(32, 64, pages, 4, 2)
+    block = Wgrad(32 if x_dtype == torch.float32 else 64, 128, pages, 4, 4)
+    stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
+    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> int:
+    """Into ranges of how many rows a segment is cut at most, so that one long segment fills the processors.
+
+    heads, groups: pieces of ranks of all adapters, and the most of one; blocks: of columns. At least four steps; at
+    most 16 ranges, and 64 MiB of partial sums.
+    """
+    tile = (block.PAGES * 16 + 1) * block.BLOCK_C * 4
+    wanted = -(-4 * _PROCESSORS // max(blocks, 1))
+    fit = (64 << 20) // max(2 * groups * blocks * tile, 1)
+    ranges = max(min(wanted, fit, 16, M // (4 * block.BLOCK_R)), 1)
+    steps = -(-M // (ranges * block.BLOCK_R))
+    return max(steps, 1) * block.BLOCK_R
+
+
+def _bytes_per_stage(plan: Plan, form: Form) -> int:
     expand = plan.BLOCK_K * (plan.BLOCK_M * form.x.itemsize + plan.BLOCK_N * form.weight.itemsize)
     shrink = plan.SHRINK_K * (plan.SHRINK_M * form.x.itemsize + plan.SHRINK_R * form.adapters.itemsize)
-    fit = (shared_memory(target) - 8 * 1024) // max(expand, shrink)
-    return max(min(plan.num_stages, 2 if target == "hip" else plan.num_stages, fit), 1)
+    return max(expand, shrink)
+
+
+def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:
+    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner keeps one in registers."""
+    fit = (shared_memory(target) - 8 * 1024) // bytes_per_stage
+    return max(min(wanted, 2 if target == "hip" else wanted, fit), 1)
