@@ -22,11 +22,13 @@ import functools
 import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch
+from torch import Tensor
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
@@ -100,6 +102,42 @@ def interleaved(schedule: Schedule) -> Iterator[Trace]:
 
     with mock.patch.object(InterpretedFunction, "run", run):
         yield trace
+
+
+class Outcome(NamedTuple):
+    """What came of two launches in a row, as when a graph replays.
+
+    verdict: "right" (the expected bits, all counters zero, and no race, after which right would be luck), "wrong",
+    "not reset", "race" or "hang".
+    """
+
+    verdict: str
+    results: list[Sequence[Tensor]]
+    turns: list[int]
+    polls: int
+
+
+def outcome(
+    schedule: Schedule,
+    launch: Callable[[], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+    counters: Callable[[], Tensor],
+) -> Outcome:
+    results: list[Sequence[Tensor]] = []
+    with interleaved(schedule) as trace:
+        try:
+            for _ in range(2):
+                results.append(launch())
+        except HangError:
+            return Outcome("hang", results, trace.turns, trace.polls)
+    verdict = "right"
+    if not all(torch.equal(*pair) for result in results for pair in zip(result, expected, strict=True)):
+        verdict = "wrong"
+    elif counters().any():
+        verdict = "not reset"
+    elif trace.races:
+        verdict = "race"
+    return Outcome(verdict, results, trace.turns, trace.polls)
 
 
 class _Abandoned(BaseException):

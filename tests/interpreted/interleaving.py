@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.interleaving import HangError, Schedule, interleaved, schedules
+from tests.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.interpreted import ticketed
 from tests.mutants import mutant
 
 SCHEDULES = schedules(30)
-
-
-class Outcome(NamedTuple):
-    """Of two launches in a row, as when a graph replays. "right": the expected bits, all counters zero, and no race, whose
-    result would be luck.
-    """
-
-    verdict: str
-    results: tuple[Tensor, ...]
-    turns: list[int]
-    polls: int
-
-
-def outcome(
-    schedule: Schedule, launch: Callable[[], Tensor], expected: Tensor, counters: Callable[[], Tensor]
-) -> Outcome:
-    results = []
-    with interleaved(schedule) as trace:
-        try:
-            for _ in range(2):
-                results.append(launch())
-        except HangError:
-            return Outcome("hang", tuple(results), trace.turns, trace.polls)
-    verdict = "right"
-    if not all(torch.equal(result, expected) for result in results):
-        verdict = "wrong"
-    elif counters().any():
-        verdict = "not reset"
-    elif trace.races:
-        verdict = "race"
-    return Outcome(verdict, tuple(results), trace.turns, trace.polls)
 
 
 def uneven(*shape: int) -> Tensor:
@@ -60,22 +28,20 @@ X_SPLIT = uneven(ticketed.TILES, ticketed.SPLITS, 2, ticketed.BLOCK)
 
 def relay(schedule: Schedule) -> Outcome:
     counters = torch.zeros(2 + ticketed.GROUPS, dtype=torch.int32)
-    return outcome(schedule, lambda: ticketed.relay(X_RELAY, counters), ticketed.relayed(X_RELAY), lambda: counters)
+    return outcome(schedule, lambda: [ticketed.relay(X_RELAY, counters)], [ticketed.relayed(X_RELAY)], lambda: counters)
 
 
 def split_sum(schedule: Schedule) -> Outcome:
     counters = torch.zeros(2 * ticketed.TILES, dtype=torch.int32)  # the second half is for a mutant
     return outcome(
-        schedule, lambda: ticketed.split_sum(X_SPLIT, counters), ticketed.split_summed(X_SPLIT), lambda: counters
+        schedule, lambda: [ticketed.split_sum(X_SPLIT, counters)], [ticketed.split_summed(X_SPLIT)], lambda: counters
     )
 
 
 @pytest.mark.parametrize("run", [relay, split_sum])
 def test_right_in_every_schedule(run: Callable[[Schedule], Outcome]) -> None:
     outcomes = [run(schedule) for schedule in SCHEDULES]
-    assert {schedule: o.verdict for schedule, o in zip(SCHEDULES, outcomes, strict=True)} == dict.fromkeys(
-        SCHEDULES, "right"
-    )
+    assert not [(schedule, o.verdict) for schedule, o in zip(SCHEDULES, outcomes, strict=True) if o.verdict != "right"]
     assert all(len(o.turns) > 3 * len(set(o.turns)) for o in outcomes)
     assert (sum(o.polls for o in outcomes) > 10 * len(SCHEDULES)) == (run is relay)
 
@@ -139,16 +105,12 @@ MUTANTS: dict[str, tuple[Callable[[Schedule], Outcome], str, tuple[tuple[str, st
 def test_mutants_are_found(name: str) -> None:
     run, expected, changes = MUTANTS[name]
     with mutant(ticketed, *changes):
-        assert expected in found(run)
-
-
-def found(run: Callable[[Schedule], Outcome]) -> Iterator[str]:
-    return (run(schedule).verdict for schedule in SCHEDULES)
+        assert any(run(schedule).verdict == expected for schedule in SCHEDULES)
 
 
 def test_a_sum_in_the_order_of_arrival_differs_between_schedules() -> None:
     def bits() -> set[bytes]:
-        return {split_sum(schedule).results[0].numpy().tobytes() for schedule in SCHEDULES[:10]}
+        return {split_sum(schedule).results[0][0].numpy().tobytes() for schedule in SCHEDULES[:10]}
 
     assert len(bits()) == 1
     with mutant(ticketed, *IN_ORDER_OF_ARRIVAL):
