@@ -304,28 +304,25 @@ class _Launch:
         def create_barrier(builder: Any) -> None:
             self.pause().clock.barrier()
 
-        def create_masked_load(
-            builder: Any, ptrs: Any, mask: Any, other: Any, cache_modifier: Any, eviction_policy: Any, is_volatile: bool
-        ) -> Any:
-            if is_volatile:  # a relaxed read
-                program = self.pause()
-            result = _load(builder, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
-            if is_volatile:
-                self.polled(program, int(ptrs.data.flat[0]))
-                self.pause()
-            else:
+        # Between the operands and is_volatile stands what caches are told: it differs between Triton's versions.
+        def create_masked_load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
+            if not named.get("is_volatile", rest and rest[-1]):
+                result = _load(builder, ptrs, mask, other, *rest, **named)
                 self.memory.load(self.current.clock, ptrs.data, mask.data, result.data)
+                return result
+            program = self.pause()  # a relaxed read
+            result = _load(builder, ptrs, mask, other, *rest, **named)
+            self.polled(program, int(ptrs.data.flat[0]))
+            self.pause()
             return result
 
-        def create_masked_store(
-            builder: Any, ptrs: Any, value: Any, mask: Any, cache_modifier: Any, eviction_policy: Any
-        ) -> None:
+        def create_masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> None:
             self.memory.store(self.current.clock, ptrs.data, mask.data, value.data)
-            _store(builder, ptrs, value, mask, cache_modifier, eviction_policy)
+            _store(builder, ptrs, value, mask, *rest, **named)
 
         def create_atomic_rmw(builder: Any, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
             atomic = functools.partial(_rmw, builder, op, ptr, val, mask, sem, scope)
-            return self.atomic(atomic, ptr, mask.data, sem, scope, replaces=op == ir.ATOMIC_OP.XCHG)
+            return self.atomic(atomic, ptr, mask.data.astype(bool), sem, scope, replaces=op == ir.ATOMIC_OP.XCHG)
 
         def create_atomic_cas(builder: Any, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> Any:
             atomic = functools.partial(_cas, builder, ptr, cmp, val, sem, scope)
