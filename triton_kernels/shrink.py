@@ -125,7 +125,8 @@ def shrink_tile(
                 ranks = tl.where(one_bias != 0, one_rank, 0)
                 pointer = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r
                 total += tl.load(pointer, mask=r < ranks, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + offset, total, mask=mine | ((position < M)[:, None] & (place < z_width)[None, :] & (dense != 0)))
+        everywhere = position < tl.where(dense != 0, M, 0)
+        tl.store(out + offset, total, mask=mine | (everywhere[:, None] & (place < z_width)[None, :]))
     return complete
 
 
