@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftk import autograd, checks, compiled, dispatch, merge
+from peftk import autograd, checks, compiled, dispatch, merge, route
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
@@ -168,11 +168,13 @@ def multi_lora_linear_unchecked(
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
     checks.ids(ids, x)
-    ids = flat_ids(ids, x)
     if table is None:
+        ids = flat_ids(ids, x)
         tensors, layout, scalings = compiled.pack(bank.adapters)
         y, _ = compiled.multi_lora_linear(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend)
         return y
+    routed = route.flat(ids)
+    ids = flat_ids(ids, x) if routed is None else routed
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
 
 
@@ -186,12 +188,10 @@ def _recorded() -> bool:
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
-    """int32 [M], one id a row of x flattened to [M, K]. What int32 cannot hold stays outside of every bank."""
-    if ids.dtype == torch.int64:
-        ids = ids.clamp(-2, 2**31 - 1)
+    """int32 [M], one id a row of x flattened to [M, K]."""
     if ids.shape != x.shape[:-1]:
         ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-    return ids.reshape(-1).to(torch.int32)
+    return route.flatten(ids)
 
 
 def merge_(

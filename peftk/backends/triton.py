@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from peftk import route
 from peftk.activations import CODES
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
@@ -95,7 +96,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
-    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    adapters, order = _adapters(table), _segments(ids, len(table.adapters))
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -136,7 +137,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
-    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    adapters, order = _adapters(table), _segments(ids, len(table.adapters))
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
@@ -188,6 +189,11 @@ def _present(adapter: Adapter, wanted: Wanted) -> Wanted:
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _segments(ids: Tensor, adapters: int) -> Segments:
+    """Sorted once for all layers of a route and their backward; ids that a user passes, in every call."""
+    return route.once(ids, adapters, lambda: segments(ids, adapters))
 
 
 def _adapters(table: AdapterTable) -> kernels.Adapters:
