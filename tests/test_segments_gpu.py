@@ -11,10 +11,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from peftk.triton_kernels.segments import Segments, segments
-
 import peftk
 from peftk import reference
+from peftk.triton_kernels.segments import Segments, segments
 from tests.test_model import two_adapters
 
 
