@@ -67,7 +67,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
             keys, running = empty(tiles * TILE), empty(tiles, adapters + 1)
             warps = _warps(TILE)
             sort_kernel[(tiles,)](ids, keys, running, M, adapters, ids.stride(0), SIZE=TILE, num_warps=warps)
-            scan_kernel[(triton.cdiv(adapters + 1, 64),)](running, found.ends, tiles, adapters, ROWS=32, COLUMNS=64)
+            scan_kernel[(triton.cdiv(adapters + 1, 64),)](running, found.ends, tiles, adapters, ROWS=16, COLUMNS=64)
             scatter_kernel[(tiles,)](keys, running, *found, M, adapters, SIZE=TILE, num_warps=warps)
     return found
 

@@ -96,7 +96,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
-    adapters, order = _adapters(table), _order(ids, table)
+    adapters, order = _adapters(table), _segments(ids, table.count)
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -137,7 +137,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
-    adapters, order = _adapters(table), _order(ids, table)
+    adapters, order = _adapters(table), _segments(ids, table.count)
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
@@ -191,9 +191,9 @@ _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _order(ids: Tensor, table: AdapterTable) -> Segments:
-    count = table.count
-    return route.once(ids, count, lambda: segments(ids, count))
+def _segments(ids: Tensor, adapters: int) -> Segments:
+    """Sorted once for all layers of a route and their backward; ids that a user passes, in every call."""
+    return route.once(ids, adapters, lambda: segments(ids, adapters))
 
 
 def _adapters(table: AdapterTable) -> kernels.Adapters:

@@ -89,10 +89,10 @@ def test_tiles_that_are_full_or_not(tiles: int, more: int, small_tiles: int) -> 
 
 
 def test_more_tiles_than_a_scan_takes_at_once(small_tiles: int) -> None:
-    check(random_ids(64 * 33 + 5, 7), 7)
+    check(random_ids(64 * 17 + 5, 7), 7)
 
 
-@pytest.mark.parametrize("adapters", [62, 63, 64, 128, 5000])
+@pytest.mark.parametrize("adapters", [62, 63, 64, 5000])
 def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
     """A tile goes through 64 groups at a time here; group 0 is the base layer's."""
     ids = random_ids(130, adapters, adapters)
@@ -102,7 +102,7 @@ def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
 
 
 def test_many_adapters_and_tiles() -> None:
-    check(random_ids(1500, 2000, dtype=I64), 2000)
+    check(random_ids(1100, 1500, dtype=I64), 1500)
 
 
 def test_as_many_adapters_as_a_key_holds() -> None:
@@ -156,9 +156,9 @@ def test_launches_depend_on_the_numbers_of_rows_and_adapters_alone(monkeypatch: 
     monkeypatch.setattr(kernels, "TILE", 64)
     for M, adapters, expected in (
         (0, 4, [("segments_kernel", (1,))]),
-        (64, 5000, [("segments_kernel", (1,))]),
+        (64, 1000, [("segments_kernel", (1,))]),
         (65, 63, [("sort_kernel", (2,)), ("scan_kernel", (1,)), ("scatter_kernel", (2,))]),
-        (300, 64, [("sort_kernel", (5,)), ("scan_kernel", (2,)), ("scatter_kernel", (5,))]),
+        (190, 64, [("sort_kernel", (3,)), ("scan_kernel", (2,)), ("scatter_kernel", (3,))]),
     ):
         for pattern in ("base", "a row each", "random"):
             launches.clear()
@@ -213,7 +213,8 @@ def test_one_launch_serves_every_layer_of_a_route(served: Served, monkeypatch: p
         with server.route([name]):
             torch.testing.assert_close(model(tokens[number : number + 1])[0], y[number])
     assert sorts(launches) == 3
-    y.sum().backward()
+    y.sum().backward()  # of the first route, which has ended
+    assert sorts(launches) == 0
 
 
 def test_a_route_reads_its_ids_when_it_is_entered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
