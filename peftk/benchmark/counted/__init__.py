@@ -1,0 +1,5 @@
+"""`peftk bench --counted`: launches, bytes and products per linear, beside models of other libraries. `docs/counted.md`.
+
+Nothing is run or measured here: `lora_linear.py` and `lora_wgrad.py` say what peftk's launches do, in closed form, and
+tests prove them equal to what the interpreter sees; `peers.py` says it of published kernels, from their source.
+"""
