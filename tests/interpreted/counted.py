@@ -9,24 +9,28 @@ from collections.abc import Sequence
 import pytest
 import torch
 from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels import lora_wgrad
 from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk import table
 from peftk.backends import triton as backend
 from peftk.benchmark.counted import lora_linear as closed
-from peftk.benchmark.counted.batch import Batch
+from peftk.benchmark.counted import lora_wgrad as closed_wgrad
+from peftk.benchmark.counted.batch import Batch, of_ids, one
 from peftk.benchmark.counted.work import Launch
+from peftk.reference import Wanted
 from peftk.table import Adapter
 from tests.counting import counting
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+WANTED = Wanted(lora_A=True, lora_B=True, bias_A=False, bias_B=False)
 
 
 class Tensors:
     """Tensors of a batch's sizes; counts don't depend on values."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, ids: Sequence[int] | None) -> None:
         def normal(*shape: int, dtype: torch.dtype = batch.adapter_dtype) -> Tensor:
             return torch.randn(*shape).to(dtype)
 
@@ -43,8 +47,8 @@ class Tensors:
             Adapter((A,), (B,), 0.5, "identity", *pair) for A, B, pair in zip(self.A, self.B, biases, strict=True)
         )
         self.segments = None
-        if batch.ids is not None:
-            self.segments = segments(torch.tensor(batch.ids, dtype=torch.int32), len(batch.ranks))
+        if ids is not None:
+            self.segments = segments(torch.tensor(ids, dtype=torch.int32), len(batch.ranks))
             full = table.build(self.adapters, dtype=batch.adapter_dtype, device=torch.device("cpu"))
             self.source = backend._many(full)
         else:
@@ -69,8 +73,12 @@ def same(seen: list[Launch], expected: list[Launch]) -> None:
         )
 
 
-def forward(batch: Batch, *, save_z: bool = False) -> None:
-    made = Tensors(batch)
+def make(K: int, N: int, ranks: Sequence[int], ids: Sequence[int] | None, M: int = 40, **more: object) -> Batch:
+    return one(M, K, N, ranks[0], **more) if ids is None else of_ids(K, N, ranks, ids, **more)
+
+
+def forward(batch: Batch, ids: Sequence[int] | None, *, save_z: bool = False) -> None:
+    made = Tensors(batch, ids)
     with counting(**made.names()) as seen:
         kernels.forward(made.x, made.weight, made.bias, made.source, made.segments, save_z=save_z)
     same(seen, closed.forward(batch, closed.plan(batch, "interpreter"), dense=save_z))
@@ -85,36 +93,34 @@ PATTERNS = {
     "long": (5,) * 18 + (-1,) * 4 + (2,) * 18,
     "by row": tuple(random.Random(1).randrange(0, 8) for _ in range(11)),
 }
-RANKS = (4, 16, 8, 7, 20, 1, 33, 64)
+RANKS = (33, 16, 8, 7, 20, 1, 4, 64)
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 @pytest.mark.parametrize("save_z", [False, True])
 def test_forward(pattern: str, save_z: bool) -> None:
     ids = PATTERNS[pattern]
-    M = 40 if ids is None else len(ids)
-    ranks = (33,) if ids is None else RANKS
-    forward(Batch(M, 96, 80, ranks, ids, adapter_biases=save_z, bias=save_z), save_z=save_z)
+    forward(make(96, 80, RANKS, ids, adapter_biases=save_z, bias=save_z), ids, save_z=save_z)
 
 
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 300, 40), (3, 1100, 33), (17, 70, 37), (50, 40, 130)])
 @pytest.mark.parametrize("many", [False, True])
 def test_shapes_and_splits(M: int, K: int, N: int, many: bool) -> None:
     ids = tuple(i % 4 - 1 for i in range(M)) if many else None
-    forward(Batch(M, K, N, (5, 20, 16) if many else (20,), ids))
+    forward(make(K, N, (20, 5, 16), ids, M), ids)
 
 
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16), (F32, BF16), (F16, F32)])
 def test_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     for ids in (None, (0, 1, 1, -1) * 5):
-        forward(Batch(20, 70, 37, (17, 9) if ids else (17,), ids, dtype, adapter_dtype))
+        forward(make(70, 37, (17, 9), ids, 20, dtype=dtype, adapter_dtype=adapter_dtype), ids)
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))
 def test_backward(pattern: str) -> None:
     ids = PATTERNS[pattern]
-    batch = Batch(40 if ids is None else len(ids), 96, 80, (33,) if ids is None else RANKS, ids)
-    made = Tensors(batch)
+    batch = make(96, 80, RANKS, ids)
+    made = Tensors(batch, ids)
     z = torch.randn(batch.M, batch.z_width)
     with counting(**made.names()) as seen:
         kernels.backward(made.dy, made.weight, batch.K, made.source, made.segments, z)
@@ -123,3 +129,16 @@ def test_backward(pattern: str) -> None:
             if forwards in launch.tensors:
                 launch.tensors[name] = launch.tensors.pop(forwards)
     same(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter")))
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "long ranges"])
+def test_wgrad(pattern: str) -> None:
+    ids = (1,) * 30 + (0,) * 150 + (3,) * 20 if pattern == "long ranges" else PATTERNS[pattern]
+    batch = make(48, 40, (20, 4, 16, 33, 8, 1, 7, 50), ids)
+    made = Tensors(batch, ids)
+    z, u = torch.randn(batch.M, batch.z_width), torch.randn(batch.M, batch.z_width)
+    plan = lora_wgrad.plan(batch.ranks, [WANTED] * len(batch.ranks), BF16, made.x.device, many=batch.many)
+    counters = torch.zeros(lora_wgrad.counters_needed(made.dy, made.x, plan), dtype=torch.int32)
+    with counting(**made.names()) as seen:
+        lora_wgrad.wgrad(made.dy, made.x, z, u, made.source, made.segments, plan, counters)
+    same(seen, closed_wgrad.wgrad(batch, closed_wgrad.tiling(batch, "interpreter")))

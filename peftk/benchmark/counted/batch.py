@@ -1,40 +1,41 @@
-"""What the counts of a linear depend on: sizes, dtypes, the adapters' ranks, and which rows use which adapter."""
+"""What the counts of a linear depend on: sizes, dtypes, the adapters' ranks, and how many rows use each adapter."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from peftk.table import PAGE
 
 
 class Segment(NamedTuple):
-    """Rows of one adapter inside a block, in sorted order; id -1: base layer only."""
+    """Sorted rows of one adapter, all of them or those in a block. id -1: base layer only."""
 
     id: int
+    start: int
     rows: int
 
 
 class Batch(NamedTuple):
-    """One linear. ids: None with one adapter, which all rows use; -1: base layer only. No dropout, no activation."""
+    """One linear on M rows, of which rows_of[i] use adapter i and the rest the base layer only; no dropout.
+
+    Kernels work on rows sorted by adapter, so the order of a batch's ids changes no count. many: adapters are chosen by
+    ids; else there is one, for all rows.
+    """
 
     M: int
     K: int
     N: int
     ranks: tuple[int, ...]
-    ids: tuple[int, ...] | None
+    rows_of: tuple[int, ...]
+    many: bool = True
     dtype: torch.dtype = torch.bfloat16  # of x, W, bias and the outputs
     adapter_dtype: torch.dtype = torch.bfloat16
     bias: bool = False
     adapter_biases: bool = False  # a_i and β_i, of all adapters
-
-    @property
-    def many(self) -> bool:
-        return self.ids is not None
 
     @property
     def itemsize(self) -> int:
@@ -55,44 +56,48 @@ class Batch(NamedTuple):
     def rank(self, id: int) -> int:
         return self.ranks[id] if id >= 0 else 0
 
-    @property
-    def rows(self) -> dict[int, int]:
-        """Adapters that rows use, and by how many; without those rows that use none."""
-        return {id: rows for id, (_, rows) in _runs(self).items() if id >= 0}
+    def segments(self) -> list[Segment]:
+        """In sorted order; those without rows are left out."""
+        found, start = [], 0
+        for id, rows in enumerate((self.M - sum(self.rows_of), *self.rows_of), start=-1):
+            if rows:
+                found.append(Segment(id, start, rows))
+            start += rows
+        return found
 
-    def ends(self, id: int) -> tuple[int, int]:
-        """The sorted places of an adapter's rows: first, and behind the last."""
-        first, rows = _runs(self).get(id, (0, 0))
-        return first, first + rows
+    def blocks(self, size: int) -> Iterator[list[Segment]]:
+        """The segments of each block of `size` sorted rows, cut at its ends."""
+        segments = self.segments()
+        for start in range(0, self.M, size):
+            cut = [
+                Segment(s.id, max(s.start, start), min(s.start + s.rows, start + size) - max(s.start, start))
+                for s in segments
+            ]
+            yield [s for s in cut if s.rows > 0]
+
+    @property
+    def used(self) -> list[Segment]:
+        """The adapters that rows use."""
+        return [s for s in self.segments() if s.id >= 0]
 
     @property
     def rank_rows(self) -> int:
-        """The rank summed over all rows: how many values of z there are."""
-        return sum(self.rank(id) * rows for id, rows in self.rows.items())
+        """The rank summed over all rows: how many values z has."""
+        return sum(self.rank(s.id) * s.rows for s in self.used)
 
     @property
     def used_ranks(self) -> int:
-        return sum(self.rank(id) for id in self.rows)
-
-    def blocks(self, size: int) -> Iterator[list[Segment]]:
-        """The segments of each block of `size` sorted rows."""
-        ids = _sorted(self)
-        for start in range(0, self.M, size):
-            values, counts = np.unique(ids[start : start + size], return_counts=True)
-            yield [Segment(int(id), int(rows)) for id, rows in zip(values, counts, strict=True)]
+        return sum(self.rank(s.id) for s in self.used)
 
 
-@functools.lru_cache(maxsize=8)
-def _sorted(batch: Batch) -> np.ndarray:
-    if batch.ids is None:
-        return np.zeros(batch.M, np.int64)
-    return np.sort(np.array(batch.ids, np.int64))
+def one(M: int, K: int, N: int, rank: int, **more: object) -> Batch:
+    """All rows use the one adapter there is."""
+    return Batch(M, K, N, (rank,), (M,), many=False, **more)  # type: ignore[arg-type]
 
 
-@functools.lru_cache(maxsize=8)
-def _runs(batch: Batch) -> dict[int, tuple[int, int]]:
-    values, first, counts = np.unique(_sorted(batch), return_index=True, return_counts=True)
-    return {int(v): (int(f), int(c)) for v, f, c in zip(values, first, counts, strict=True)}
+def of_ids(K: int, N: int, ranks: Sequence[int], ids: Sequence[int], **more: object) -> Batch:
+    counts = Counter(ids)
+    return Batch(len(ids), K, N, tuple(ranks), tuple(counts[i] for i in range(len(ranks))), **more)  # type: ignore[arg-type]
 
 
 # A factor as a sum of bf16 terms: 8 significant bits each.

@@ -76,15 +76,15 @@ def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, sh
     """The distinct bytes of the matrices. Everything else is marked where it is read."""
     M, K, N, e, a = batch.M, batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
     x, y, z, down, up = _names(backward)
-    with_rows = sum(rows for id, rows in batch.rows.items() if batch.rank(id))
+    with_rank = sum(s.rows for s in batch.used if batch.rank(s.id))
     reads = {
-        x: (M if expand else with_rows) * K * e,
+        x: (M if expand else with_rank) * K * e,
         "weight": N * K * e,
         "bias": N * e,
         down: batch.used_ranks * K * a,
         up: batch.used_ranks * N * a,
         "bias_A": batch.used_ranks * a,
-        "bias_B": len(batch.rows) * N * a,
+        "bias_B": len(batch.used) * N * a,
         z: 0 if shrink else batch.rank_rows * 4,
     }
     writes = {y: M * N * e, z: tally.written[z], "partials": tally.written["partials"]}
@@ -104,9 +104,8 @@ def _shrink(tally: Tally, batch: Batch, plan: config.Plan, dense: bool, backward
     steps = _steps(K, splits, plan.SHRINK_K)
     dot = 2 * plan.SHRINK_M * plan.SHRINK_R * plan.SHRINK_K * terms(batch.dtype, batch.adapter_dtype)
     entries = (2, 4, 3) if backward else (0, 1)
-    place = 0
     for segments in batch.blocks(plan.SHRINK_M):
-        block = _Block(batch, segments, place)
+        block = _Block(batch, segments)
         for first in range(0, batch.z_width, plan.SHRINK_R):
             here = [(s, min(max(batch.rank(s.id) - first, 0), plan.SHRINK_R)) for s in segments]
             wanted = [(s, ranks) for s, ranks in here if ranks]
@@ -147,7 +146,6 @@ def _shrink(tally: Tally, batch: Batch, plan: config.Plan, dense: bool, backward
             elif not backward:
                 tally.read["bias_A"] += here[0][1] * a * batch.adapter_biases
             tally.written[z] += 4 * (block.size * min(plan.SHRINK_R, batch.z_width - first) if dense else values)
-        place += plan.SHRINK_M
 
 
 def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> None:
@@ -158,9 +156,8 @@ def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> No
     dot = 2 * plan.BLOCK_M * plan.BLOCK_N * terms(batch.dtype, batch.dtype) * plan.BLOCK_K
     ieee = batch.dtype == torch.float32
     dot_v = 2 * plan.BLOCK_M * PAGE * plan.BLOCK_N * (1 if ieee else 3 * TERMS[batch.adapter_dtype])
-    place = 0
     for segments in batch.blocks(plan.BLOCK_M):
-        block = _Block(batch, segments, place)
+        block = _Block(batch, segments)
         tally.read[x] += columns * plan.BLOCK_M * K * e
         tally.read["weight"] += columns * plan.BLOCK_N * K * e
         tally.flops += columns * dot * steps
@@ -176,7 +173,6 @@ def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> No
             tally.flops += columns * _cdiv(batch.ranks[0], PAGE) * dot_v
             tally.read["bias_B"] += N * a * (batch.adapter_biases and not backward)
         tally.written[y] += block.size * N * e
-        place += plan.BLOCK_M
 
 
 def _expand_many(
@@ -226,11 +222,12 @@ def _expand_many(
 class _Block:
     """A block of rows in sorted order, and the tables that its tiles read."""
 
-    def __init__(self, batch: Batch, segments: list[Segment], place: int) -> None:
-        self.batch, self.segments, self.place = batch, segments, place
+    def __init__(self, batch: Batch, segments: list[Segment]) -> None:
+        self.batch, self.segments, self.place = batch, segments, segments[0].start
         self.size = sum(s.rows for s in segments)
         self.owned = [s for s in segments if s.id >= 0]
-        self.segment = segment_of(batch, place)
+        # the number of the first one in the batch
+        self.segment = [s.id for s in batch.segments()].index(segments[0].id)
 
     def order(self, tally: Tally, height: int, times: int) -> None:
         places = [min(self.place + i, self.batch.M - 1) for i in range(height)]
@@ -264,12 +261,6 @@ class _Block:
     def page(self, id: int, first: int, entries: tuple[int, ...]) -> list[int]:
         pages_before = sum(_cdiv(rank, PAGE) for rank in self.batch.ranks[:id])
         return [(pages_before + first // PAGE) * 5 + entry for entry in entries]
-
-
-def segment_of(batch: Batch, place: int) -> int:
-    """The number of the segment that holds a sorted place."""
-    ids = sorted({-1 if id < 0 else id for id in batch.ids}) if batch.ids is not None else [0]
-    return next(n for n, id in enumerate(ids) if batch.ends(id)[1] > place)
 
 
 def _sum_of_splits(tally: Tally, size: int, splits: int, tiles: int = 1) -> None:
