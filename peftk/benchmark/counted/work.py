@@ -79,13 +79,15 @@ def crossing(launches: Sequence[Launch], *, kept: bool) -> list[int]:
     """
     if not kept:
         return [launch.distinct for launch in launches]
-    last = {name: i for i, launch in enumerate(launches) for name, t in launch.tensors.items() if t.written}
+    writers = [(i, name, t.distinct_written) for i, one in enumerate(launches) for name, t in one.tensors.items()]
+    last = {name: i for i, name, written in writers if written}
+    whole = {name: max(w for _, other, w in writers if other == name) for name in OUTPUTS & last.keys()}
     near: dict[str, int] = {}  # bytes of a tensor that L2 has
     crossed = [0] * len(launches)
     for i, launch in enumerate(launches):
         for name, traffic in launch.tensors.items():
             crossed[i] += max(traffic.distinct_read - near.get(name, 0), 0)
             near[name] = max(near.get(name, 0), traffic.distinct_read, traffic.distinct_written)
-            if name in OUTPUTS and last.get(name) == i:
-                crossed[i] += traffic.distinct_written
+            if name in whole and last[name] == i:
+                crossed[i] += whole[name]
     return crossed
