@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 
 
-def interpret(marker: str) -> None:
+def interpret(marker: str, file: str = "lora_linear.py") -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-W", "ignore::RuntimeWarning"]
-    command += ["tests/interpreted/lora_linear.py"]
+    command += [f"tests/interpreted/{file}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -36,34 +38,52 @@ def served(target: int | str, mix: Mix) -> bool:
     return isinstance(target, int) or (mix[0] == mix[1] and mix[2] in (mix[0], F32))
 
 
-def compile_forward(
+def compile_call(
     target: int | str,
     M: int,
     mix: Mix,
     *,
     many: bool,
+    backward: bool = False,
+    packed: bool = False,
+    identity: bool = False,
     dropout_p: float = 0.0,
     aligned: bool = True,
     K: int = 4096,
     N: int = 4096,
-) -> list[Compiled]:
+    plan: config.Plan | None = None,
+) -> Compiled:
+    """The one launch of a forward, or of a backward's dX, as that target would be given it."""
+
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
+    if identity:
+        weight, bias = None, None
     source: kernels.One | kernels.Many = kernels.One(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
     segments = None
     if many:
         i32, i64 = torch.int32, torch.int64
+        slices = empty(4, 2, dtype=i32) if packed else None
         source = kernels.Many(
-            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64)
+            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64), slices, 8
         )
-        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32))
+        starts, owners, blocks = empty(10, dtype=i32), empty(10, dtype=i32), empty(-(-M // 16), dtype=i32)
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), starts, owners, blocks)
     seed = empty(1, dtype=torch.int64) if dropout_p else None
-    with compiling(target, kernels, ("shrink_kernel", "expand_kernel")) as compiled:
-        adapters = kernels.Adapters(source, mix[2], 16, aligned)
-        kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed)
-    return compiled
+    A, B = ("k16", "r16") if aligned else ("k", "any")
+    adapters = kernels.Adapters(source, mix[2], 16, A, "any" if many else B)
+    with compiling(target, kernels, ("lora_linear_kernel",)) as compiled, contextlib.ExitStack() as stack:
+        if plan is not None:
+            stack.enter_context(mock.patch.object(config, "lora_linear", return_value=plan))
+        if backward:
+            dy, z = empty(M, N, dtype=mix[0]), empty(M, 16, dtype=F32)
+            kernels.backward(dy, weight, K, adapters, segments, z, dropout_p=dropout_p, seed=seed)
+        else:
+            kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed)
+    [only] = compiled
+    return only
 
 
 def fits(compiled: list[Compiled], target: int | str) -> None:

@@ -90,3 +90,17 @@ def activate(z, code):
     slope = tl.where(code == 3, 1.5957691216057308 * (1.0 + 0.044715 * z * z), 1.0)
     gated = z / (1.0 + tl.exp(-z * slope))
     return tl.where(code == 0, z, tl.where(code == 1, relu, tl.where(code == 2, gelu, gated)))
+
+
+@triton.jit
+def activation_slope(z, code):
+    """act'(z) in fp32, relu'(0) = 0; code as in `activate`."""
+    relu = tl.where(z > 0.0, 1.0, 0.0)
+    gelu = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    # gelu_tanh and silu are z · sigmoid(q(z)): the slope is g + z · g (1 - g) q'(z)
+    square = tl.where(code == 3, 0.044715 * z * z, 0.0)
+    factor = tl.where(code == 3, 1.5957691216057308, 1.0)
+    q = z * factor * (1.0 + square)
+    g = 1.0 / (1.0 + tl.exp(-q))
+    gated = g + z * (g / (1.0 + tl.exp(q))) * (factor * (1.0 + 3.0 * square))
+    return tl.where(code == 0, 1.0, tl.where(code == 1, relu, tl.where(code == 2, gelu, gated)))

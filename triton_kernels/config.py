@@ -1,4 +1,4 @@
-"""Tile sizes: pure functions of a call's form and the target. Nothing here is measured on a GPU yet; it is argued.
+"""Tile sizes and splits: pure functions of a call's form and the target. Nothing here is measured on a GPU yet.
 
 A target is a CUDA compute capability (80, 90, …), "hip", or "interpreter". Few shapes are told apart, so that few
 variants are compiled: three heights of the base tile (decode, a small batch, prefill) for each kind of factor.
@@ -14,22 +14,54 @@ import torch
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 # wgmma and tcgen05 read their factors from shared memory, so that wide tiles leave registers for the epilogue.
 _FACTORS_IN_SHARED = (90, 100, 103, 110)
+_TENSOR_MEMORY = (100, 103, 110)  # where products of 64 rows and more have their accumulators
 _PROCESSORS = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
 
 
-class Expand(NamedTuple):
+class Form(NamedTuple):
+    """What a plan depends on: nothing about a call's values."""
+
+    M: int
+    N: int
+    K: int
+    many: bool
+    wide: bool  # x and W can be loaded 16 bytes at a time, and so go around the registers
+    x: torch.dtype
+    weight: torch.dtype
+    adapters: torch.dtype
+    own_sums: bool  # the adapters' terms are summed apart (dropout in the backward)
+    z_pages: int
+
+
+class Plan(NamedTuple):
+    """How a call is launched. A tile of shrink has SHRINK_M rows, and SHRINK_R ranks; BLOCK_M is a multiple of it."""
+
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     GROUP_M: int
     BY_ROW: bool
+    SHRINK_M: int
+    SHRINK_K: int
+    SHRINK_R: int
+    SHRINK_STEP: int  # of K, by row
     num_warps: int
     num_stages: int
+    shrink_splits: int = 1
+    expand_splits: int = 1
+    once: bool = True  # one launch; False: shrink, then expand
+    descriptors: bool = False  # x and W by tensor descriptors (TMA)
+    per_processor: int = 0  # blocks that stay on each processor and draw tile after tile; 0: a block for every tile
+
+    def compiled(self) -> dict[str, int | bool]:
+        """What the kernel is compiled for."""
+        return dict(zip(self._fields[:11], self[:11], strict=True))
 
 
-class Shrink(NamedTuple):
-    BLOCK_M: int
-    BLOCK_K: int
+class Wgrad(NamedTuple):
+    BLOCK_R: int
+    BLOCK_C: int
+    PAGES: int
     num_warps: int
     num_stages: int
 
@@ -50,54 +82,102 @@ def options(target: int | str) -> dict[str, int | bool]:
     return fused if target == "hip" else {**fused, "maxnreg": 248}
 
 
-def expand(
-    M: int, many: bool, wide: bool, x_dtype: torch.dtype, weight_dtype: torch.dtype, target: int | str
-) -> Expand:
-    """The base tile. wide: x and W can be loaded 16 bytes at a time, and so go around the registers.
+def lora_linear(form: Form, target: int | str) -> Plan:
+    """`by row` (see `lora_linear`) reads a tile of B for the rows of the block: only small tiles have the registers."""
+    plan = _tiles(form, target)
+    M, many = form.M, form.many
+    shrink = -(-M // plan.SHRINK_M) * -(-form.z_pages * 16 // plan.SHRINK_R)
+    expand = -(-M // plan.BLOCK_M) * -(-form.N // plan.BLOCK_N)
+    stage = max(
+        plan.BLOCK_K * (plan.BLOCK_M * form.x.itemsize + plan.BLOCK_N * form.weight.itemsize),
+        plan.SHRINK_K * (plan.SHRINK_M * form.x.itemsize + plan.SHRINK_R * form.adapters.itemsize),
+    )
+    return plan._replace(
+        BY_ROW=many and plan.BY_ROW,
+        num_stages=_stages(plan.num_stages, stage, target),
+        shrink_splits=_splits(shrink, form.K, plan.SHRINK_K, 16),
+        expand_splits=_expand_splits(expand, form, plan),
+        once=plan.once and shrink > 0 and expand > 0,
+    )
 
-    `by row` (see `lora_linear`) reads a tile of B for the rows of the block: only small tiles have the registers.
-    """
+
+def _tiles(form: Form, target: int | str) -> Plan:
+    M, many, wide, x, weight = form.M, form.many, form.wide, form.x, form.weight
     if target == "interpreter":
-        block = Expand(16, 32, 32, 2, True, 4, 1)
-    elif not wide or x_dtype != weight_dtype:
-        # single loads, an address for each, and factors cut into terms live in registers
-        block = Expand(64, 32, 32, 8, True, 8, 3)
-    elif x_dtype == weight_dtype == torch.float32:
-        block = Expand(16, 64, 64, 8, True, 4, 4) if M <= 16 else Expand(64, 64, 32, 8, True, 8, 3)
-    elif M <= 16:
-        block = Expand(16, 64, 128, 8, True, 4, 4)
-    elif M <= 64 or (many and M <= 256):
-        block = Expand(64, 32, 128, 8, True, 4, 4)
-    elif target in _FACTORS_IN_SHARED and not many:
-        block = Expand(128, 256, 64, 8, False, 8, 4)
-    else:
-        block = Expand(128, 128, 64 if shared_memory(target) > 100 * 1024 else 32, 8, False, 8, 4)
-    stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + block.BLOCK_N * weight_dtype.itemsize)
-    return block._replace(num_stages=_stages(block.num_stages, stage, target), BY_ROW=many and block.BY_ROW)
-
-
-def shrink(
-    M: int, many: bool, wide: bool, x_dtype: torch.dtype, adapter_dtype: torch.dtype, target: int | str
-) -> Shrink:
-    """The tile of x that meets one page of 16 ranks. wide: x can be loaded 16 bytes at a time.
-
-    many: by row, 256 threads have 16 products each.
-    """
-    if target == "interpreter":
-        return Shrink(16, 32, 4, 1)
+        return Plan(16, 32, 32, 2, True, 16, 32, 16, 16, 4, 1)
     # single loads, fp32 products and factors cut into terms live in registers
-    direct = wide and x_dtype == adapter_dtype and x_dtype != torch.float32
-    warps = 8 if many and target != "hip" else 4  # AMD's have 64 threads
-    block = Shrink(32 if direct and M > 1024 else 16, 128 if direct else 64 if wide else 32, warps, 4)
-    stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
+    direct = wide and x == form.adapters and x != torch.float32
+    shrink_k = 128 if direct else 64 if wide else 32
+    if not wide or x != weight:
+        return Plan(64, 32, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
+    if x == torch.float32:
+        if M <= 16:
+            return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 8, 4, 4)
+        return Plan(64, 64, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
+    if M <= 16:
+        return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
+    if M <= 64 or (many and M <= 256):
+        return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
+    shrink_m = 32 if direct and M > 1024 else 16
+    tma = isinstance(target, int) and target >= 90
+    if target in _FACTORS_IN_SHARED and direct and not many and not form.own_sums:
+        return Plan(128, 256, 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
+    narrow = shared_memory(target) <= 100 * 1024
+    block_n = 64 if many and form.own_sums else 128
+    return Plan(128, block_n, 32 if narrow else 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
+
+
+def _splits(tiles: int, K: int, block_k: int, at_most: int) -> int:
+    """Into how many ranges K is cut so that the tiles fill the processors."""
+    return max(min(_PROCESSORS // max(tiles, 1), K // (4 * block_k), at_most), 1)
+
+
+def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
+    """Few tokens: W is read by more blocks at once. The parts of y, fp32, stay below a sixteenth of W's bytes."""
+    if plan.BLOCK_M > 64 or not tiles:
+        return 1
+    cheap = form.K * form.weight.itemsize // (16 * 4 * form.M)
+    return min(_splits(tiles, form.K, plan.BLOCK_K, 8), max(cheap, 1))
+
+
+def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
+    """How many pages of ranks one tile of a gradient has, from the largest rank: x and dY are read once for them."""
+    if target == "interpreter":
+        return 1 if rank <= 16 else 2
+    if rank <= 16:
+        return 1
+    if x_dtype == torch.float16 and target in _TENSOR_MEMORY:
+        return 2  # of 64 ranks, the 6 products of fp16 would have more accumulators than fit there
+    return 2 if x_dtype == torch.float32 else 4
+
+
+def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
+    """The tile of a gradient, PAGES · 16 ranks by BLOCK_C columns, and the rows of a step.
+
+    wide: x and dY can be loaded 16 bytes at a time. many: the loads of the rows' places take their share of the stages.
+    """
+    if target == "interpreter":
+        return Wgrad(16, 32, pages, 4, 1)
+    if not wide:
+        return Wgrad(32, 64, pages, 4, 2)
+    # fp32 products without tensor cores hold their factors in registers, a whole step of rows
+    block = Wgrad(16 if x_dtype == torch.float32 else 32, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
+    stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 
 
-def splits(M: int, K: int, z_width: int, block: Shrink) -> int:
-    """Into how many ranges K is cut so that shrink fills the processors. The sums are added in order by expand."""
-    blocks = -(-M // block.BLOCK_M) * (z_width // 16)
-    at_most = max(K // (4 * block.BLOCK_K), 1)
-    return min(max(_PROCESSORS // blocks, 1), at_most, 16)
+def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> int:
+    """Into ranges of how many rows a segment is cut at most, so that one long segment fills the processors.
+
+    heads, groups: pieces of ranks of all adapters, and the most of one; blocks: of columns. At least four steps; at
+    most 16 ranges, and 64 MiB of partial sums.
+    """
+    tile = (block.PAGES * 16 + 1) * block.BLOCK_C * 4
+    wanted = -(-4 * _PROCESSORS // max(blocks, 1))
+    fit = (64 << 20) // max(2 * groups * blocks * tile, 1)
+    ranges = max(min(wanted, fit, 16, M // (4 * block.BLOCK_R)), 1)
+    steps = -(-M // (ranges * block.BLOCK_R))
+    return max(steps, 1) * block.BLOCK_R
 
 
 def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:

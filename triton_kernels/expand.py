@@ -1,28 +1,36 @@
-"""expand: y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i: the base GEMM, the adapter on its fp32 accumulators."""
+"""expand: y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i: the base GEMM, the adapter on its fp32 accumulators.
+
+In the backward dX[m] = dY[m] W + mask/(1-p) ⊙ s_i · u[m] A_i: x is dY, W is read along its other side, z is u. "up" is
+what z is multiplied with: B in the forward, A in the backward. W = None is the identity: y = x + …, a series adapter.
+"""
 
 import triton
 import triton.language as tl
 
 from .arithmetic import activate, dot, leading, remainder, round_to
+from .philox import keep
 from .segments import PAGE, rows_at, segment_heads
-
-# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
-_VARYING = ["one_B", "one_stride_Bn", "one_stride_Br", "one_bias_B", "one_rank", "one_activation", "one_scaling"]
-_VARYING += ["M", "z_pages", "splits"]
+from .tickets import sum_of_splits, wait_for
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def expand_kernel(
-    x, weight, bias, y, z, order, ids, ends, pages, rows, scaling, biases,
-    one_B: tl.int64, one_stride_Bn: tl.int64, one_stride_Br: tl.int64, one_bias_B: tl.int64,
-    one_rank: tl.int32, one_activation: tl.int32, one_scaling: tl.float32,
-    M: tl.int32, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages: tl.int32, splits: tl.int32,
-    DTYPE: tl.constexpr, MANY: tl.constexpr,
+@triton.jit
+def expand_tile(
+    tile, x, x_tiles, weight, bias, y, z, partials, arrivals, counters, order, ids, starts, owners, blocks, seed,
+    pages, rows, scaling, biases, slices, slice_count, adapters,
+    one_up, one_up_n, one_up_r, one_bias, one_rank, one_code, one_scaling,
+    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, splits, ready, ready_rows, threshold, keep_scale,
+    DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, TICKETS: tl.constexpr,
+    IEEE: tl.constexpr, W_TILES: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y: the whole base product first, then the adapters of its rows on the fp32 accumulators."""
+    """One tile of y, or one split of it: the whole base product first, then the adapters of its rows.
+
+    x_tiles, and weight where W_TILES says so, are tensor descriptors: tiles of x, of W ("nk") or of Wᵀ ("kn").
+    ready: shrink tiles that must be complete for every `ready_rows` rows of a row block.
+    """
+    split = tile % splits
+    tile = tile // splits
     # groups of GROUP_M row blocks share their column blocks of W in L2
-    tile = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     group_from = tile // (GROUP_M * blocks_n) * GROUP_M
@@ -36,119 +44,211 @@ def expand_kernel(
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = rows_at(position, order, M, MANY)
     x_row = x + row * stride_xm
-    w_row = weight + tl.minimum(n, N - 1).to(tl.int64) * stride_wn
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k_start in range(0, K, BLOCK_K):
-        k = k_start + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=(k < K)[None, :], other=0.0)
-        w_tile = tl.load(w_row[None, :] + k[:, None].to(tl.int64) * stride_wk, mask=(k < K)[:, None], other=0.0)
-        acc = dot(x_tile, w_tile, acc)
-
-    if bias is not None:
-        acc += tl.sum(_load_columns(bias, n, N), axis=0)[None, :]
-    IEEE: tl.constexpr = x.dtype.element_ty == tl.float32 and weight.dtype.element_ty == tl.float32
-    z_row = z + row * (z_pages * PAGE)
-    z_split = M.to(tl.int64) * (z_pages * PAGE)
-    if MANY:
-        at = tl.maximum(block_from, tl.load(ends))
-        if BY_ROW:
-            # by segment: a dot for each page of each segment; by row: a product for each rank. A dot costs two ranks
-            id = tl.load(ids + position, mask=position < M, other=-1)
-            rank = tl.load(rows + id * 4 + 1, mask=id >= 0, other=0)
-            heads = segment_heads(position, id, ids, BLOCK_M)
-            dots = tl.sum(tl.where(heads, tl.maximum(tl.cdiv(rank, PAGE), 1), 0))
-            max_rank = tl.max(rank)
-            if max_rank < 2 * (dots - 1):
-                acc = _expand_by_row(
-                    acc, z_row, z_split, id, rank, max_rank, n, N, pages, rows, scaling, biases, splits, DTYPE
-                )
-                at = block_to  # no segment is left
-        while at < block_to:
-            i = tl.load(ids + at)
-            end = tl.load(ends + 1 + i)
-            acc = _expand_segment(
-                acc, z_row, z_split, (position >= at) & (position < end), n, N, pages + tl.load(rows + i * 4) * 5,
-                tl.load(rows + i * 4 + 1), tl.load(rows + i * 4 + 2), tl.load(scaling + i),
-                tl.load(biases + i * 2 + 1), splits, DTYPE, IEEE,
-            )  # fmt: skip
-            at = end
+    if weight is None:
+        x_tile = tl.load(x_row[:, None] + n[None, :].to(tl.int64) * stride_xk, mask=(n < N)[None, :], other=0.0)
+        acc = x_tile.to(tl.float32)
     else:
-        for page in tl.range(0, tl.cdiv(one_rank, PAGE), num_stages=1):
-            r = page * PAGE + tl.arange(0, PAGE)
-            mask = (position < M)[:, None] & (r < one_rank)[None, :]
-            v = _load_v(z_row[:, None] + r[None, :], mask, z_split, splits, one_activation)
-            address = one_B + page * PAGE * one_stride_Br * (DTYPE.primitive_bitwidth // 8)
-            B_tile = _load_B(address, one_stride_Bn, one_stride_Br, one_rank - page * PAGE, n, N, DTYPE)
-            acc = _dot_v(v * one_scaling, B_tile, acc, IEEE)
-        columns = tl.where(one_bias_B != 0, N, 0)
-        acc += tl.sum(_load_columns(one_bias_B.to(tl.int64).to(tl.pointer_type(DTYPE)), n, columns), axis=0)[None, :]
+        k_from = 0
+        k_to = K
+        if SPLIT:
+            per_split = tl.cdiv(tl.cdiv(K, splits), BLOCK_K) * BLOCK_K
+            k_from = tl.minimum(split * per_split, K)
+            k_to = tl.minimum(k_from + per_split, K)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        w_row = 0
+        if W_TILES == "":
+            w_row = weight + tl.minimum(n, N - 1).to(tl.int64) * stride_wn
+        for k_start in range(k_from, k_to, BLOCK_K):
+            k = k_start + tl.arange(0, BLOCK_K)
+            if x_tiles is not None:
+                x_tile = x_tiles.load([block_from, k_start])
+            else:
+                x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=(k < K)[None, :], other=0.0)
+            if W_TILES == "kn":
+                w_tile = weight.load([k_start, block_n * BLOCK_N])
+            elif W_TILES == "nk":
+                w_tile = tl.trans(weight.load([block_n * BLOCK_N, k_start]))
+            else:
+                w_tile = tl.load(w_row[None, :] + k[:, None].to(tl.int64) * stride_wk, mask=(k < K)[:, None], other=0.0)
+            acc = dot(x_tile, w_tile, acc)
 
-    y_tile = y + row[:, None] * N + n[None, :]
-    tl.store(y_tile, round_to(acc, y.dtype.element_ty), mask=(position < M)[:, None] & (n < N)[None, :])
+    complete = True
+    if SPLIT:
+        acc, complete = sum_of_splits(acc, partials, tile, split, splits, arrivals)
+    if complete:
+        if TICKETS:
+            if z_pages > 0:
+                wait_for(counters, block_m, ready * tl.cdiv(block_to - block_from, ready_rows))
+        z_row = z + row * (z_pages * PAGE)
+        # the mask of dropout is the adapter's alone, so it has sums of its own
+        OWN_SUMS: tl.constexpr = BACKWARD and DROPOUT
+        delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if OWN_SUMS else acc
+        if MANY:
+            if PACKED:
+                for slice in tl.range(0, slice_count, num_stages=1):
+                    at_slice = slices + slice * 2
+                    from_n = 0
+                    to_n = N
+                    if not BACKWARD:
+                        from_n = tl.load(at_slice)
+                        to_n = tl.load(at_slice + 2)
+                    if (block_n * BLOCK_N < to_n) & (block_n * BLOCK_N + BLOCK_N > from_n):
+                        delta = _expand_many(
+                            delta, z_row + tl.load(at_slice + 1) * PAGE, position, block_from, block_to,
+                            slice * adapters, n - from_n, to_n - from_n,
+                            ids, starts, owners, blocks, pages, rows, scaling, biases, M,
+                            DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, BLOCK_M,
+                        )  # fmt: skip
+            else:
+                delta = _expand_many(
+                    delta, z_row, position, block_from, block_to, 0, n, N,
+                    ids, starts, owners, blocks, pages, rows, scaling, biases, M,
+                    DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, BLOCK_M,
+                )  # fmt: skip
+        else:
+            for page in tl.range(0, tl.cdiv(one_rank, PAGE), num_stages=1):
+                r = page * PAGE + tl.arange(0, PAGE)
+                mask = (position < M)[:, None] & (r < one_rank)[None, :]
+                v = _load_v(z_row[:, None] + r[None, :], mask, one_code, BACKWARD)
+                address = one_up + page * PAGE * one_up_r * (DTYPE.primitive_bitwidth // 8)
+                up_tile = _load_up(address, one_up_n, one_up_r, one_rank - page * PAGE, n, N, DTYPE, False)
+                delta = _dot_v(v * one_scaling, up_tile, delta, IEEE)
+            if not BACKWARD:
+                columns = tl.where(one_bias != 0, N, 0)
+                beta = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE))
+                delta += tl.sum(_load_columns(beta, n, columns), axis=0)[None, :]
+        if OWN_SUMS:
+            kept = keep(seed, row, block_n * BLOCK_N, N, threshold, QUADS, BLOCK_N)
+            acc += tl.where(kept, delta * keep_scale, 0.0)
+        else:
+            acc = delta
+        # after the products: on Blackwell the sums then leave their memory once
+        if bias is not None:
+            acc += tl.sum(_load_columns(bias, n, N), axis=0)[None, :]
+        y_tile = y + row[:, None] * N + n[None, :]
+        tl.store(y_tile, round_to(acc, y.dtype.element_ty), mask=(position < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _expand_many(
+    acc, z_row, position, block_from, block_to, entry, n, N,
+    ids, starts, owners, blocks, pages, rows, scaling, biases, M,
+    DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, BY_ROW: tl.constexpr, IEEE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """acc + the terms of the adapters of all rows of the block; entry: of adapter 0 in rows, scaling and biases."""
+    segment = tl.load(blocks + block_from // 16)
+    at = tl.load(starts + segment)
+    if BY_ROW:
+        # by segment: a dot for each page of each segment; by row: a product for each rank. A dot costs two ranks
+        id = tl.load(ids + position, mask=position < M, other=-1)
+        rank = tl.load(rows + (entry + id) * 4 + 1, mask=id >= 0, other=0)
+        heads = segment_heads(position, id, ids, BLOCK_M)
+        dots = tl.sum(tl.where(heads, tl.maximum(tl.cdiv(rank, PAGE), 1), 0))
+        max_rank = tl.max(rank)
+        if max_rank < 2 * (dots - 1):
+            acc = _expand_by_row(
+                acc, z_row, id >= 0, entry + id, rank, max_rank, n, N, pages, rows, scaling, biases,
+                DTYPE, PACKED, BACKWARD,
+            )  # fmt: skip
+            at = block_to  # no segment is left
+    while at < block_to:
+        i = tl.load(owners + segment)
+        segment += 1
+        end = tl.load(starts + segment)
+        if i >= 0:
+            row = rows + (entry + i) * 4
+            own = (position >= at) & (position < end)
+            acc = _expand_segment(
+                acc, z_row, own, n, N, pages + tl.load(row) * 5, tl.load(row + 1), tl.load(row + 2),
+                tl.load(scaling + entry + i), tl.load(biases + (entry + i) * 2 + 1), DTYPE, PACKED, BACKWARD, IEEE,
+            )  # fmt: skip
+        at = end
+    return acc
 
 
 @triton.jit
 def _expand_segment(
-    acc, z_row, z_split, own, n, N, pages, rank, code, s, beta, splits, DTYPE: tl.constexpr, IEEE: tl.constexpr
-):
+    acc, z_row, own, n, N, pages, rank, code, s, beta,
+    DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
     """acc + s · act(z) Bᵀ + β of one adapter, in the rows that are its own.
 
     The other rows enter the dots as v = 0, which adds nothing to them as long as B is finite. So B's inf and NaN are
     taken out of the dots, and come back as NaN in their columns of the adapter's own rows. (A second tile of sums
     to select from would keep inf apart from NaN, at the price of its registers.)
     """
-    columns = _load_columns(beta.to(tl.pointer_type(DTYPE)), n, tl.where(beta != 0, N, 0))
+    columns = _load_columns(beta.to(tl.pointer_type(DTYPE)), n, tl.where(beta != 0 and not BACKWARD, N, 0))
     for page in tl.range(0, tl.cdiv(rank, PAGE), num_stages=1):
         entry = pages + page * 5
         r = page * PAGE + tl.arange(0, PAGE)
-        B_tile = _load_B(tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4), rank - page * PAGE, n, N, DTYPE)
-        finite = tl.abs(B_tile.to(tl.float32)) < float("inf")
+        up_n, up_r = 1, 0
+        if BACKWARD:
+            up_r = tl.load(entry + 1)
+        else:
+            up_n = tl.load(entry + 3)
+            up_r = tl.load(entry + 4)
+        up = _load_up(
+            tl.load(entry + (0 if BACKWARD else 2)), up_n, up_r, rank - page * PAGE, n, N, DTYPE, PACKED
+        )
+        finite = tl.abs(up.to(tl.float32)) < float("inf")
         columns += tl.where(finite, 0.0, float("nan"))
-        v = _load_v(z_row[:, None] + r[None, :], own[:, None] & (r < rank)[None, :], z_split, splits, code)
-        acc = _dot_v(v * s, tl.where(finite, B_tile, 0.0), acc, IEEE)
+        v = _load_v(z_row[:, None] + r[None, :], own[:, None] & (r < rank)[None, :], code, BACKWARD)
+        acc = _dot_v(v * s, tl.where(finite, up, 0.0), acc, IEEE)
     return tl.where(own[:, None], acc + tl.sum(columns, axis=0)[None, :], acc)
 
 
 @triton.jit
 def _expand_by_row(
-    acc, z_row, z_split, id, rank, max_rank, n, N, pages, rows, scaling, biases, splits, DTYPE: tl.constexpr
-):
+    acc, z_row, some, entry, rank, max_rank, n, N, pages, rows, scaling, biases,
+    DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
     """acc + s · act(z) Bᵀ + β where each row reads its own adapter: BLOCK_N products a row and rank, no dots."""
-    some = id >= 0
-    first = tl.load(rows + id * 4, mask=some, other=0)
-    code = tl.load(rows + id * 4 + 2, mask=some, other=0)
-    s = tl.load(scaling + id, mask=some, other=0.0)
+    columns = n < N
+    if PACKED:
+        columns &= n >= 0
+    first = tl.load(rows + entry * 4, mask=some, other=0)
+    s = tl.load(scaling + entry, mask=some, other=0.0)
     for page in tl.range(0, tl.cdiv(max_rank, PAGE), num_stages=1):
         on_page = rank > page * PAGE
-        entry = pages + (first + page) * 5
-        B_row = tl.load(entry + 2, mask=on_page, other=0).to(tl.pointer_type(DTYPE))
-        stride_n = tl.load(entry + 3, mask=on_page, other=0)
-        stride_r = tl.load(entry + 4, mask=on_page, other=0)
+        of_page = pages + (first + page) * 5
+        if BACKWARD:
+            up_row = tl.load(of_page, mask=on_page, other=0).to(tl.pointer_type(DTYPE))
+            up_n = 1
+            up_r = tl.load(of_page + 1, mask=on_page, other=0)
+        else:
+            up_row = tl.load(of_page + 2, mask=on_page, other=0).to(tl.pointer_type(DTYPE))
+            up_n = tl.load(of_page + 3, mask=on_page, other=0)[:, None]
+            up_r = tl.load(of_page + 4, mask=on_page, other=0)
         for lane in tl.range(0, tl.minimum(max_rank - page * PAGE, PAGE), num_stages=1):
             own = page * PAGE + lane < rank
-            v = activate(_load_z(z_row + page * PAGE + lane, own, z_split, splits), code)
-            pointer = (B_row + lane * stride_r)[:, None] + n[None, :].to(tl.int64) * stride_n[:, None]
-            B_rank = tl.load(pointer, mask=own[:, None] & (n < N)[None, :], other=0.0)
-            acc += (v * s)[:, None] * B_rank.to(tl.float32)
-    beta = tl.load(biases + id * 2 + 1, mask=some, other=0)
-    pointer = beta.to(tl.pointer_type(DTYPE))[:, None] + n[None, :]
-    return acc + tl.load(pointer, mask=(beta != 0)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            v = tl.load(z_row + page * PAGE + lane, mask=own, other=0.0)
+            if not BACKWARD:
+                v = activate(v, tl.load(rows + entry * 4 + 2, mask=some, other=0))
+            pointer = (up_row + lane * up_r)[:, None] + n[None, :].to(tl.int64) * up_n
+            up_rank = tl.load(pointer, mask=own[:, None] & columns[None, :], other=0.0)
+            acc += (v * s)[:, None] * up_rank.to(tl.float32)
+    if not BACKWARD:
+        beta = tl.load(biases + entry * 2 + 1, mask=some, other=0)
+        pointer = beta.to(tl.pointer_type(DTYPE))[:, None] + n[None, :]
+        acc += tl.load(pointer, mask=(beta != 0)[:, None] & columns[None, :], other=0.0).to(tl.float32)
+    return acc
 
 
 @triton.jit
-def _dot_v(v, B_tile, acc, IEEE: tl.constexpr):
-    """acc + v·B by the kind of products that made acc: `arithmetic.dot_terms`, term after term in a loop.
+def _dot_v(v, up, acc, IEEE: tl.constexpr):
+    """acc + v·up by the kind of products that made acc: `arithmetic.dot_terms`, term after term in a loop.
 
     The loop is not unrolled: every product in the code has its own accumulators in Blackwell's tensor memory, where
     there is room for two tiles of 128 · 256, and terms that wait for their turn take registers from the sums.
     """
     if IEEE:
-        acc = dot(v, B_tile.to(tl.float32), acc)
-    elif B_tile.dtype == tl.bfloat16:
-        acc = _dot_v_term(v, B_tile, acc)
+        acc = dot(v, up.to(tl.float32), acc)
+    elif up.dtype == tl.bfloat16:
+        acc = _dot_v_term(v, up, acc)
     else:
-        rest = B_tile.to(tl.float32)
-        for _ in tl.range(0, 3 if B_tile.dtype == tl.float32 else 2, num_stages=1):
+        rest = up.to(tl.float32)
+        for _ in tl.range(0, 3 if up.dtype == tl.float32 else 2, num_stages=1):
             term = leading(rest)
             acc = _dot_v_term(v, term.to(tl.bfloat16), acc)
             rest = remainder(rest, term)
@@ -156,51 +256,46 @@ def _dot_v(v, B_tile, acc, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _dot_v_term(v, B_term, acc):
+def _dot_v_term(v, up_term, acc):
     rest = v
     for _ in tl.range(0, 3, num_stages=1):
         term = leading(rest)
-        acc = dot(term.to(tl.bfloat16), B_term, acc)
+        acc = dot(term.to(tl.bfloat16), up_term, acc)
         rest = remainder(rest, term)
     return acc
 
 
 @triton.jit
-def _load_z(pointer, mask, z_split, splits):
-    """The sum of z's partial sums, always in the same order; 0 where masked."""
-    z = tl.load(pointer, mask=mask, other=0.0)
-    for split in tl.range(1, splits, num_stages=1):
-        z += tl.load(pointer + split * z_split, mask=mask, other=0.0)
-    return z
-
-
-@triton.jit
-def _load_v(pointer, mask, z_split, splits, code):
-    """act(z) in fp32 for one adapter's code; 0 where masked."""
-    v = _load_z(pointer, mask, z_split, splits)
-    if code > 0:
-        v = activate(v, code)
+def _load_v(pointer, mask, code, BACKWARD: tl.constexpr):
+    """act(z) in fp32 for one adapter's code, or u as it is; 0 where masked."""
+    v = tl.load(pointer, mask=mask, other=0.0)
+    if not BACKWARD:
+        if code > 0:
+            v = activate(v, code)
     return v
 
 
 @triton.jit
-def _load_B(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr):
-    """One page of Bᵀ, [PAGE, BLOCK_N], zeros beyond its ranks."""
+def _load_up(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr, PACKED: tl.constexpr):
+    """One page of Bᵀ (of A), [PAGE, BLOCK_N], zeros beyond its ranks and columns."""
     lane = tl.arange(0, PAGE)
+    columns = n < N
+    if PACKED:
+        columns &= n >= 0
     # an address that is an argument arrives as int32 where it is small
     pointer = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + lane[:, None].to(tl.int64) * stride_r
     return tl.load(
-        pointer + n[None, :].to(tl.int64) * stride_n, mask=(lane < ranks)[:, None] & (n < N)[None, :], other=0.0
+        pointer + n[None, :].to(tl.int64) * stride_n, mask=(lane < ranks)[:, None] & columns[None, :], other=0.0
     )
 
 
 @triton.jit
 def _load_columns(pointer, n, columns):
-    """[PAGE, BLOCK_N] in fp32 to be summed over its rows: one value for each column, zeros from `columns` on.
+    """[PAGE, BLOCK_N] in fp32 to be summed over its rows: one value for each column 0 … columns - 1, else zero.
 
     They lie in the first row of what looks like a page of B. A plain load would be made in the accumulators' layout,
     where each thread holds every fourth column and would spend two registers on the address of each.
     """
     lane = tl.arange(0, PAGE)
-    mask = (lane == 0)[:, None] & (n < columns)[None, :]
+    mask = (lane == 0)[:, None] & ((n >= 0) & (n < columns))[None, :]
     return tl.load(pointer + lane[:, None] * 0 + n[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -1,34 +1,104 @@
-"""The fused forward of one linear layer with its adapters, in two launches. `docs/lora_linear.md` derives it.
+"""One linear layer with its adapters in one launch, forward and dX. `docs/lora_linear.md` derives it.
 
-    shrink   z[m] = x̃[m] A_iᵀ + a_i                                      → fp32 workspace [splits, M, z_width]
+    shrink   z[m] = x̃[m] A_iᵀ + a_i                                      → fp32 [M, z_width]
     expand   y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i          the base GEMM; the adapter is its epilogue
+
+The blocks of a launch draw tickets (`tickets`): the first are shrink tiles, all later ones expand tiles, which wait for
+the z of their rows after the base product, when it has long been there. As two launches (ONCE = False: shrink tiles,
+then expand tiles, numbered by the block) the same code needs no waiting; that is the plain form.
+
+Backward, with the roles swapped: u[m] = (dY[m] B_i) ⊙ act'(z[m]) is the shrink, dX[m] = dY[m] W + mask/(1-p) ⊙
+s_i · u[m] A_i the expand.
 
 Rows are worked on in the order of their adapters (`segments`), so a block of rows meets few of them. A block goes
 through its adapters one by one with dots over all its rows ("by segment"), or, where it meets so many that most of
 those dots would be thrown away, gives every row its own products without dots ("by row"). Both read what an adapter
 is from `peftk.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with one
-adapter copies nothing to the device. Ranks come 16 at a time, a page; no rank is a compile-time constant. Rows and
-ranks are selected, never multiplied by zero: an adapter's inf stays with its own rows.
+adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows with adapters of their own, say
+query, key and value. Ranks come 16 at a time, a page; no rank is a compile-time constant. Rows and ranks are selected,
+never multiplied by zero: an adapter's inf stays with its own rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.reference.philox import threshold as dropout_threshold
 
-from . import config
+from . import config, workspace
 from .arithmetic import INTERPRETED
-from .expand import expand_kernel
+from .expand import expand_tile
 from .segments import PAGE, Segments
-from .shrink import shrink_kernel
+from .shrink import shrink_tile
+from .tickets import READY, draw, leave, publish
+
+# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
+_VARYING = ["one_A", "one_stride_A", "one_B", "one_stride_Bn", "one_stride_Br", "one_bias_A", "one_bias_B"]
+_VARYING += ["one_rank", "one_activation", "one_scaling", "slice_count", "adapters", "M", "stride_pre", "z_pages"]
+_VARYING += ["shrink_tiles", "expand_tiles", "shrink_splits", "expand_splits", "dense", "threshold", "keep_scale"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def lora_linear_kernel(
+    x, x_tiles, weight, bias, y, z, pre, shrink_partials, expand_partials, counters, seed,
+    order, ids, starts, owners, blocks, pages, rows, scaling, biases, slices,
+    one_A: tl.int64, one_stride_A: tl.int64, one_B: tl.int64, one_stride_Bn: tl.int64, one_stride_Br: tl.int64,
+    one_bias_A: tl.int64, one_bias_B: tl.int64, one_rank: tl.int32, one_activation: tl.int32, one_scaling: tl.float32,
+    slice_count: tl.int32, adapters: tl.int32, M: tl.int32, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+    stride_pre: tl.int32, z_pages: tl.int32, shrink_tiles: tl.int32, expand_tiles: tl.int32, shrink_splits: tl.int32,
+    expand_splits: tl.int32, dense: tl.int32, threshold: tl.int32, keep_scale: tl.float32,
+    DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ONCE: tl.constexpr,
+    DOWN: tl.constexpr, IEEE: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr,
+    W_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BY_ROW: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
+    SHRINK_STEP: tl.constexpr, STAY: tl.constexpr,
+):  # fmt: skip
+    """Shrink tiles 0 … shrink_tiles - 1, then expand tiles; z is written by the ones and read by the others.
+
+    Forward: z is z. Backward: x is dY, y is dX, z is u, and pre holds the forward's z.
+    """
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    rank_blocks = tl.cdiv(z_pages * PAGE, SHRINK_R)
+    shrink_arrivals = counters + READY + row_blocks
+    expand_arrivals = shrink_arrivals + shrink_tiles
+    tile = draw(counters) if ONCE else tl.program_id(0)
+    while tile < shrink_tiles + expand_tiles:
+        if tile < shrink_tiles:
+            complete = shrink_tile(
+                tile, x, z, pre, shrink_partials, shrink_arrivals, order, ids, starts, owners, blocks, seed,
+                pages, rows, biases, slices, adapters,
+                one_B if BACKWARD else one_A, one_stride_Br if BACKWARD else one_stride_A, one_stride_Bn,
+                one_bias_A, one_rank, one_activation,
+                M, K, stride_xm, stride_xk, stride_pre, z_pages, shrink_splits, dense, threshold, keep_scale,
+                DTYPE, MANY, PACKED, BACKWARD, DOWN, DROPOUT and not BACKWARD, QUADS, SHRINK_M, SHRINK_K, SHRINK_R,
+                SHRINK_STEP,
+            )  # fmt: skip
+            if ONCE:
+                if complete:
+                    publish(counters, tile // shrink_splits // rank_blocks * SHRINK_M // BLOCK_M)
+        else:
+            expand_tile(
+                tile - shrink_tiles, x, x_tiles, weight, bias, y, z, expand_partials, expand_arrivals, counters,
+                order, ids, starts, owners, blocks, seed, pages, rows, scaling, biases, slices, slice_count, adapters,
+                one_A if BACKWARD else one_B, 1 if BACKWARD else one_stride_Bn,
+                one_stride_A if BACKWARD else one_stride_Br, one_bias_B, one_rank, one_activation, one_scaling,
+                M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, expand_splits, rank_blocks, SHRINK_M,
+                threshold, keep_scale,
+                DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, W_TILES, SPLIT, DROPOUT, QUADS,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BY_ROW,
+            )  # fmt: skip
+        tile = draw(counters) if STAY else shrink_tiles + expand_tiles
+    if ONCE:
+        leave(counters, row_blocks)
 
 
 class One(NamedTuple):
@@ -47,12 +117,14 @@ class One(NamedTuple):
 
 
 class Many(NamedTuple):
-    """The tensors of a `peftk.table.AdapterTable`."""
+    """The tensors of a `peftk.table.AdapterTable`, or of several side by side (`peftk.table.PackedTable`)."""
 
     pages: Tensor
     rows: Tensor
     scaling: Tensor
     biases: Tensor
+    slices: Tensor | None  # int32 [slices + 1, 2]: first column, first page of z; None: one slice
+    adapters: int  # of one slice
 
 
 class Adapters(NamedTuple):
@@ -60,12 +132,13 @@ class Adapters(NamedTuple):
 
     source: One | Many
     dtype: torch.dtype
-    z_width: int  # the largest rank in whole pages; 0: no shrink launch
-    aligned: bool  # every row of every A page starts on 16 bytes
+    z_width: int  # the largest rank in whole pages, summed over the slices; 0: no shrink tiles
+    A: str  # how A's pages lie, as `shrink` calls it: "k16", "k", "any"
+    B: str  # the same of B, "k" being N: "r16" too
 
 
 NOTHING = One(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
-BASE_ONLY = Adapters(NOTHING, torch.float32, 0, False)
+BASE_ONLY = Adapters(NOTHING, torch.float32, 0, "k", "any")
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -83,7 +156,7 @@ def target(device: torch.device) -> int | str:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapters: Adapters,
     segments: Segments | None,
@@ -94,83 +167,144 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] in x's dtype and, if asked, z [M, z_width] in fp32 (zero where the row's adapter has no such rank).
 
-    x [M, K] and weight [N, K] have any strides; bias [N] is contiguous. segments: None with one adapter. Nothing is
-    copied between host and device and nothing waits, so a CUDA graph can capture the call.
+    x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None
+    with one adapter. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
     """
     M, K = x.shape
-    N = weight.shape[0]
-    z_width = adapters.z_width
-    where = target(x.device)
-    wide = K % 16 == 0 and _wide(x)
-    shrink = config.shrink(M, segments is not None, wide, x.dtype, adapters.dtype, where)
-    splits = config.splits(M, K, z_width, shrink) if M and z_width else 1
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    z = torch.empty(splits, M, z_width, dtype=torch.float32, device=x.device)
-    if M:
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            if z_width:
-                _launch_shrink(x, z, adapters, segments, dropout_p, seed, shrink, config.options(where))
-            if N:
-                expand = config.expand(M, segments is not None, wide and _wide(weight), x.dtype, weight.dtype, where)
-                _launch_expand(x, weight, bias, y, z, adapters, segments, expand, config.options(where))
-    if not save_z:
-        return y, None
-    return y, z[0] if splits == 1 else z.sum(0)
+    N = K if weight is None else weight.shape[0]
+    z = torch.empty(M, adapters.z_width, dtype=torch.float32, device=x.device)
+    y = _launch(x, weight, bias, N, z, None, adapters, segments, dropout_p, seed, dense=save_z)
+    return y, z if save_z else None
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    columns: int,
+    adapters: Adapters,
+    segments: Segments | None,
+    z: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    need_dx: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """dX [M, columns] in dy's dtype, if needed, and u [M, z_width] in fp32, from dY [M, N] and the forward's z."""
+    u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
+    swapped = None if weight is None else weight.t()
+    dx = _launch(
+        dy, swapped, None, columns if need_dx else 0, u, z, adapters, segments, dropout_p, seed, dense=True, backward=True
+    )
+    return dx if need_dx else None, u
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    z: Tensor,
+    pre: Tensor | None,
+    adapters: Adapters,
+    segments: Segments | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    dense: bool,
+    backward: bool = False,
+) -> Tensor:
+    """y [M, N], and z filled. N = 0: only z."""
+    (M, K), device = x.shape, x.device
+    y = torch.empty(M, N, dtype=x.dtype, device=device)
+    if not M or not (N or adapters.z_width):
+        return y
+    source = adapters.source
+    one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
+    weight_dtype = x.dtype if weight is None else weight.dtype
+    form = config.Form(
+        M=M,
+        N=N,
+        K=K,
+        many=many is not None,
+        wide=K % 16 == 0 and _wide(x) and (weight is None or _wide(weight)),
+        x=x.dtype,
+        weight=weight_dtype,
+        adapters=adapters.dtype,
+        own_sums=backward and dropout_p > 0.0,
+        z_pages=adapters.z_width // PAGE.value,
+    )
+    where = target(device)
+    plan = config.lora_linear(form, where)
+    row_blocks = triton.cdiv(M, plan.BLOCK_M)
+    shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
+    expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits
+    count = READY.value + row_blocks + shrink_tiles + expand_tiles
+    shrink_part = plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0
+    expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
+    partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
+    counters = workspace.counters(device, count)
+    threshold = dropout_threshold(dropout_p)
+    x_tiles, w_tiles, kind = _tiles(x, weight, plan, many is not None)
+
+    def launch(shrink: int, expand: int, grid: int) -> None:
+        lora_linear_kernel[(grid,)](
+            x, x_tiles, w_tiles, bias, y, z, pre, partials, partials[shrink_tiles * shrink_part :], counters,
+            seed if dropout_p else None,
+            *((segments.order, segments.ids, segments.starts, segments.owners, segments.blocks) if segments else _NONE),
+            *((many.pages, many.rows, many.scaling, many.biases, many.slices) if many else _NONE),
+            *one, many.slices.shape[0] - 1 if many and many.slices is not None else 1, many.adapters if many else 1,
+            M, N, K, x.stride(0), x.stride(1), *(weight.stride() if weight is not None else (0, 0)),
+            0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value, shrink, expand, plan.shrink_splits, plan.expand_splits, int(dense),
+            threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
+            DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slices is not None),
+            BACKWARD=backward, ONCE=plan.once, DOWN=adapters.B if backward else adapters.A,
+            IEEE=x.dtype == weight_dtype == torch.float32, DROPOUT=dropout_p > 0.0,
+            QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1, W_TILES=kind, **plan.compiled(), STAY=plan.once and plan.per_processor > 0,
+            **config.options(where),
+        )  # fmt: skip
+
+    with torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext(), _counted(device):
+        if plan.once:
+            launch(shrink_tiles, expand_tiles, min(shrink_tiles + expand_tiles, plan.per_processor * _processors(device) or 1 << 30))
+        else:
+            if shrink_tiles:
+                launch(shrink_tiles, 0, shrink_tiles)
+            if expand_tiles:
+                launch(0, expand_tiles, expand_tiles)
+    return y
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _tiles(
+    x: Tensor, weight: Tensor | None, plan: config.Plan, many: bool
+) -> tuple[TensorDescriptor | None, Tensor | TensorDescriptor | None, str]:
+    """Descriptors of x (where its rows stand in their order) and W, for the copy engine of sm_90 and later."""
+    if not plan.descriptors or weight is None:
+        return None, weight, ""
+    x_tiles = None if many or x.stride(1) != 1 else TensorDescriptor.from_tensor(x, [plan.BLOCK_M, plan.BLOCK_K])
+    if weight.stride(1) == 1:
+        return x_tiles, TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
+    return x_tiles, TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
+
+
+_NONE: tuple[Any, ...] = (None,) * 5
+
+
+@contextlib.contextmanager
+def _counted(device: torch.device) -> Iterator[None]:
+    """A launch that fails leaves counters that nobody may use again."""
+    try:
+        yield
+    except BaseException:
+        workspace.forget(device)
+        raise
 
 
 def _wide(t: Tensor) -> bool:
     """Whether the compiler can see that t's rows (or columns) are contiguous and start on 16 bytes."""
     along, across = sorted(t.stride())
     return along == 1 and across % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def _launch_shrink(
-    x: Tensor,
-    z: Tensor,
-    adapters: Adapters,
-    segments: Segments | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    block: config.Shrink,
-    options: dict[str, int | bool],
-) -> None:
-    splits, M, z_width = z.shape
-    K = x.shape[1]
-    one, many = _source(adapters)
-    threshold = dropout_threshold(dropout_p)
-    shrink_kernel[(triton.cdiv(M, block.BLOCK_M), z_width // PAGE.value, splits)](
-        x, z, *(segments or (None, None, None)), seed if dropout_p else None,
-        many and many.pages, many and many.rows, many and many.biases, one.A, one.stride_A, one.bias_A, one.rank,
-        M, K, x.stride(0), x.stride(1), z_width // PAGE.value, splits,
-        threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
-        DTYPE=DTYPES[adapters.dtype], MANY=many is not None, ALIGNED=adapters.aligned, DROPOUT=dropout_p > 0.0,
-        QUADS=K % 4 == 0, **block._asdict(), **options,
-    )  # fmt: skip
-
-
-def _launch_expand(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    z: Tensor,
-    adapters: Adapters,
-    segments: Segments | None,
-    block: config.Expand,
-    options: dict[str, int | bool],
-) -> None:
-    splits, M, z_width = z.shape
-    N, K = weight.shape
-    one, many = _source(adapters)
-    expand_kernel[(triton.cdiv(M, block.BLOCK_M) * triton.cdiv(N, block.BLOCK_N),)](
-        x, weight, bias, y, z, *(segments or (None, None, None)),
-        many and many.pages, many and many.rows, many and many.scaling, many and many.biases,
-        one.B, one.stride_Bn, one.stride_Br, one.bias_B, one.rank, one.activation, one.scaling,
-        M, N, K, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), z_width // PAGE.value, splits,
-        DTYPE=DTYPES[adapters.dtype], MANY=many is not None, **block._asdict(), **options,
-    )  # fmt: skip
-
-
-def _source(adapters: Adapters) -> tuple[One, Many | None]:
-    source = adapters.source
-    return (NOTHING, source) if isinstance(source, Many) else (source, None)

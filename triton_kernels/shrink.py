@@ -1,140 +1,205 @@
-"""shrink: z[m] = x̃[m] A_iᵀ + a_i, a page of 16 ranks at a time, into an fp32 workspace [splits, M, z_width]."""
+"""shrink: z[m] = x̃[m] A_iᵀ + a_i, and in the backward u[m] = (dY[m] B_i) ⊙ act'(z[m]): some ranks of a block of rows.
+
+"down" is what x is multiplied with: A in the forward, and in the backward, where x is dY, B.
+"""
 
 import triton
 import triton.language as tl
 
-from .arithmetic import dot
+from .arithmetic import activation_slope, dot
 from .philox import keep
 from .segments import PAGE, rows_at, segment_heads
-
-# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
-_VARYING = ["one_A", "one_stride_A", "one_bias_A", "one_rank", "M", "z_pages", "splits", "threshold", "keep_scale"]
+from .tickets import sum_of_splits
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def shrink_kernel(
-    x, z, order, ids, ends, seed, pages, rows, biases,
-    one_A: tl.int64, one_stride_A: tl.int64, one_bias_A: tl.int64, one_rank: tl.int32,
-    M: tl.int32, K, stride_xm, stride_xk, z_pages: tl.int32, splits: tl.int32,
-    threshold: tl.int32, keep_scale: tl.float32,
-    DTYPE: tl.constexpr, MANY: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+@triton.jit
+def shrink_tile(
+    tile, x, out, z, partials, arrivals, order, ids, starts, owners, blocks, seed,
+    pages, rows, biases, slices, adapters,
+    one_down, one_down_r, one_down_k, one_bias, one_rank, one_code,
+    M, K, stride_xm, stride_xk, stride_zm, z_pages, splits, dense, threshold, keep_scale,
+    DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, DOWN: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One page of z for one block of rows over one range of K: partial sums, the first of them with a_i.
+    """One tile of `out` [M, z_pages · 16]: BLOCK_M rows, BLOCK_R ranks, one split of K. True where it is complete.
 
-    Writes zeros where a row has no such rank, so the workspace needs no memset.
+    dense: where a row has no such rank, 0 is written, so that all of `out` is; otherwise those places are left alone.
     """
-    block_from = tl.program_id(0) * BLOCK_M
+    split = tile % splits
+    tile = tile // splits
+    rank_blocks = tl.cdiv(z_pages * PAGE, BLOCK_R)
+    block_from = tile // rank_blocks * BLOCK_M
     block_to = tl.minimum(block_from + BLOCK_M, M)
-    page = tl.program_id(1)
-    split = tl.program_id(2)
-    per_split = tl.cdiv(tl.cdiv(K, splits), BLOCK_K) * BLOCK_K
-    k_from = split * per_split
-    k_to = tl.minimum(k_from + per_split, K)
+    first = tile % rank_blocks * BLOCK_R  # the first rank of this tile: of `out`, …
+    place = first + tl.arange(0, BLOCK_R)
     position = block_from + tl.arange(0, BLOCK_M)
     row = rows_at(position, order, M, MANY)
-    r = page * PAGE + tl.arange(0, PAGE)
-    total = tl.zeros((BLOCK_M, PAGE), tl.float32)
+
+    entry = 0  # of adapter 0 in rows and biases
+    from_k = 0
+    to_k = K
+    if PACKED:
+        # slices: first column, first page of z; a slice more that ends the last
+        slice = 0
+        while tl.load(slices + slice * 2 + 3) * PAGE <= first:
+            slice += 1
+        entry = slice * adapters
+        first -= tl.load(slices + slice * 2 + 1) * PAGE  # … and of its adapters
+        if BACKWARD:
+            from_k = tl.load(slices + slice * 2)
+            to_k = tl.load(slices + slice * 2 + 2)
+    r = first + tl.arange(0, BLOCK_R)
+    per_split = tl.cdiv(tl.cdiv(to_k - from_k, splits), BLOCK_K) * BLOCK_K
+    k_from = tl.minimum(split * per_split, to_k - from_k)
+    k_to = tl.minimum(k_from + per_split, to_k - from_k)
+    x_row = x + row * stride_xm + from_k * stride_xk
+
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if MANY:
+        tl.static_assert(BLOCK_R == PAGE)
         id = tl.load(ids + position, mask=position < M, other=-1)
+        rank = tl.load(rows + (entry + id) * 4 + 1, mask=id >= 0, other=0)
         if tl.sum(segment_heads(position, id, ids, BLOCK_M).to(tl.int32)) > BLOCK_M // 4:
             total = _shrink_by_row(
-                x, row, id, page, split, k_from, k_to, K, stride_xm, stride_xk, pages, rows, biases,
-                seed, threshold, keep_scale, DTYPE, ALIGNED, DROPOUT, QUADS, BLOCK_M,
+                x_row, row, entry + id, r, rank, pages, rows, k_from, k_to, K, stride_xk, seed, threshold,
+                DTYPE, BACKWARD, DOWN, DROPOUT, QUADS, STEP,
             )  # fmt: skip
         else:
-            at = tl.maximum(block_from, tl.load(ends))
+            segment = tl.load(blocks + block_from // 16)
+            at = tl.load(starts + segment)
             while at < block_to:
-                i = tl.load(ids + at)
-                end = tl.load(ends + 1 + i)
-                rank = tl.load(rows + i * 4 + 1)
-                if rank > page * PAGE:
-                    entry = pages + (tl.load(rows + i * 4) + page) * 5
-                    own = (position >= at) & (position < end)
-                    part = _shrink_segment(
-                        x, row, own, tl.load(entry), tl.load(entry + 1), tl.load(biases + i * 2), r, rank,
-                        split, k_from, k_to, K, stride_xm, stride_xk,
-                        seed, threshold, keep_scale, DTYPE, ALIGNED, DROPOUT, QUADS, BLOCK_M, BLOCK_K,
-                    )  # fmt: skip
-                    total = tl.where(own[:, None], part, total)
+                i = tl.load(owners + segment)
+                segment += 1
+                end = tl.load(starts + segment)
+                if i >= 0:
+                    segment_rank = tl.load(rows + (entry + i) * 4 + 1)
+                    if segment_rank > first:
+                        page = pages + (tl.load(rows + (entry + i) * 4) + first // PAGE) * 5
+                        down_r, down_k = 0, 0
+                        if BACKWARD:
+                            down_r = tl.load(page + 4)
+                            down_k = tl.load(page + 3)
+                        else:
+                            down_r = tl.load(page + 1)
+                        own = (position >= at) & (position < end)
+                        part = _shrink_segment(
+                            x_row, row, own, tl.load(page + 2 * BACKWARD), down_r, down_k, r < segment_rank,
+                            k_from, k_to, K, stride_xk, seed, threshold,
+                            DTYPE, DOWN, DROPOUT, QUADS, BLOCK_M, BLOCK_K, BLOCK_R,
+                        )  # fmt: skip
+                        total = tl.where(own[:, None], part, total)
                 at = end
+        mine = (position < M)[:, None] & (r[None, :] < rank[:, None])
     else:
-        address = one_A + page * PAGE * one_stride_A * (DTYPE.primitive_bitwidth // 8)
         total = _shrink_segment(
-            x, row, position < M, address, one_stride_A, one_bias_A, r, one_rank,
-            split, k_from, k_to, K, stride_xm, stride_xk,
-            seed, threshold, keep_scale, DTYPE, ALIGNED, DROPOUT, QUADS, BLOCK_M, BLOCK_K,
+            x_row, row, position < M, one_down + first * one_down_r * (DTYPE.primitive_bitwidth // 8),
+            one_down_r, one_down_k, r < one_rank, k_from, k_to, K, stride_xk, seed, threshold,
+            DTYPE, DOWN, DROPOUT, QUADS, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-    z_row = z + (split.to(tl.int64) * M + row) * (z_pages * PAGE)
-    tl.store(z_row[:, None] + r[None, :], total, mask=(position < M)[:, None])
+        mine = (position < M)[:, None] & (r < one_rank)[None, :]
+
+    complete = splits == 1
+    if splits > 1:
+        total, complete = sum_of_splits(total, partials, tile, split, splits, arrivals)
+    if complete:
+        z_width = z_pages * PAGE
+        offset = row[:, None] * z_width + place[None, :]
+        offset_z = row[:, None] * stride_zm + place[None, :]
+        if DROPOUT:
+            total *= keep_scale
+        if MANY:
+            if BACKWARD:
+                code = tl.load(rows + (entry + id) * 4 + 2, mask=id >= 0, other=0)
+                if tl.max(code) > 0:
+                    total *= activation_slope(tl.load(z + offset_z, mask=mine, other=0.0), code[:, None])
+            else:
+                bias = tl.load(biases + (entry + id) * 2, mask=id >= 0, other=0)
+                pointer = bias.to(tl.pointer_type(DTYPE))[:, None] + r[None, :]
+                total += tl.load(pointer, mask=mine & (bias != 0)[:, None], other=0.0).to(tl.float32)
+        else:
+            if BACKWARD:
+                if one_code > 0:
+                    total *= activation_slope(tl.load(z + offset_z, mask=mine, other=0.0), one_code)
+            else:
+                ranks = tl.where(one_bias != 0, one_rank, 0)
+                pointer = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r
+                total += tl.load(pointer, mask=r < ranks, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + offset, total, mask=mine | ((position < M)[:, None] & (place < z_width)[None, :] & (dense != 0)))
+    return complete
 
 
 @triton.jit
 def _shrink_segment(
-    x, row, own, address, stride, bias, r, rank, split, k_from, k_to, K, stride_xm, stride_xk,
-    seed, threshold, keep_scale,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_row, row, own, address, down_r, down_k, ranks, k_from, k_to, K, stride_xk, seed, threshold,
+    DTYPE: tl.constexpr, DOWN: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, PAGE]: x̃Aᵀ + a over one page of one adapter, for the rows that are its own."""
-    x_row = x + row * stride_xm
+    """[BLOCK_M, BLOCK_R]: x̃ · down over some ranks of one adapter, for the rows that are its own."""
+    lane = tl.arange(0, BLOCK_R).to(tl.int64)
     # an address that is an argument arrives as int32 where it is small
-    A_row = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + tl.arange(0, PAGE).to(tl.int64) * stride
-    if ALIGNED:
-        A_row = tl.multiple_of(A_row, 16)  # bytes; an address from memory carries no such fact
-    part = tl.zeros((BLOCK_M, PAGE), tl.float32)
+    down = address.to(tl.int64).to(tl.pointer_type(DTYPE))
+    part = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k_start in range(k_from, k_to, BLOCK_K):
         k = k_start + tl.arange(0, BLOCK_K)
-        mask = own[:, None] & (k < K)[None, :]
-        x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0)
+        x_tile = tl.load(
+            x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=own[:, None] & (k < k_to)[None, :], other=0.0
+        )
         if DROPOUT:
             # x̃ · (1 - p), a value of x's dtype; the division comes after the sum
             x_tile = tl.where(keep(seed, row, k_start, K, threshold, QUADS, BLOCK_K), x_tile, 0.0)
-        A_tile = tl.load(A_row[None, :] + k[:, None], mask=(r < rank)[None, :] & (k < K)[:, None], other=0.0)
-        part = dot(x_tile, A_tile, part)
-    if DROPOUT:
-        part *= keep_scale
-    if split == 0:
-        ranks = tl.where(bias != 0, rank, 0)
-        part += tl.load(bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r, mask=r < ranks, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        pointer = _down_pointer(down, lane[None, :], k[:, None], down_r, down_k, DOWN)
+        part = dot(x_tile, tl.load(pointer, mask=ranks[None, :] & (k < k_to)[:, None], other=0.0), part)
     return part
 
 
 @triton.jit
 def _shrink_by_row(
-    x, row, id, page, split, k_from, k_to, K, stride_xm, stride_xk, pages, rows, biases,
-    seed, threshold, keep_scale,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_row, row, entry, r, rank, pages, rows, k_from, k_to, K, stride_xk, seed, threshold,
+    DTYPE: tl.constexpr, BACKWARD: tl.constexpr, DOWN: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, PAGE]: x̃A_iᵀ + a_i over one page, where each row reads its own adapter: no dots."""
-    STEP: tl.constexpr = 256 // BLOCK_M  # [rows, 16 ranks, STEP] lie in registers: 16 values a thread
-    r = page * PAGE + tl.arange(0, PAGE)
-    rank = tl.load(rows + id * 4 + 1, mask=id >= 0, other=0)
-    some = rank > page * PAGE
+    """[rows, PAGE]: x̃ · down over one page, where each row reads its own adapter: no dots.
+
+    [rows, PAGE, STEP] products lie in registers.
+    """
+    lane = tl.arange(0, PAGE).to(tl.int64)
     own = r[None, :] < rank[:, None]
-    entry = pages + (tl.load(rows + id * 4, mask=some, other=0) + page) * 5
-    address = tl.load(entry, mask=some, other=0)
-    stride = tl.load(entry + 1, mask=some, other=0)
-    x_row = x + row * stride_xm
-    A_row = address.to(tl.pointer_type(DTYPE))[:, None] + tl.arange(0, PAGE).to(tl.int64)[None, :] * stride[:, None]
-    if ALIGNED:
-        A_row = tl.multiple_of(A_row, [1, 16])
-    total = tl.zeros((BLOCK_M, PAGE), tl.float32)
+    some = tl.min(r) < rank
+    page = pages + (tl.load(rows + entry * 4, mask=some, other=0) + tl.min(r) // PAGE) * 5
+    down = tl.load(page + 2 * BACKWARD, mask=some, other=0).to(tl.pointer_type(DTYPE))
+    down_r = tl.load(page + (4 if BACKWARD else 1), mask=some, other=0)
+    down_k = tl.load(page + 3, mask=some, other=0) if BACKWARD else down_r  # A's columns are contiguous: DOWN says so
+    total = tl.zeros((row.shape[0], PAGE), tl.float32)
     for k_start in tl.range(k_from, k_to, STEP, num_stages=1):
         k = k_start + tl.arange(0, STEP)
-        mask = some[:, None] & (k < K)[None, :]
+        mask = some[:, None] & (k < k_to)[None, :]
         x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0)
         if DROPOUT:
             x_tile = tl.where(keep(seed, row, k_start, K, threshold, QUADS, STEP), x_tile, 0.0)
-        A_mask = own[:, :, None] & (k < K)[None, None, :]
-        A_tile = tl.load(A_row[:, :, None] + k[None, None, :], mask=A_mask, other=0.0)
-        total += tl.sum(x_tile.to(tl.float32)[:, None, :] * A_tile.to(tl.float32), axis=2)
-    if DROPOUT:
-        total *= keep_scale
-    if split == 0:
-        bias = tl.load(biases + id * 2, mask=some, other=0)
-        bias_row = bias.to(tl.pointer_type(DTYPE))[:, None]
-        total += tl.load(bias_row + r[None, :], mask=own & (bias != 0)[:, None], other=0.0).to(tl.float32)
+        pointer = _down_pointer(
+            down[:, None, None], lane[None, :, None], k[None, None, :],
+            down_r[:, None, None], down_k[:, None, None], DOWN,
+        )  # fmt: skip
+        down_tile = tl.load(pointer, mask=own[:, :, None] & (k < k_to)[None, None, :], other=0.0)
+        total += tl.sum(x_tile.to(tl.float32)[:, None, :] * down_tile.to(tl.float32), axis=2)
     return total
+
+
+@triton.jit
+def _down_pointer(down, lane, k, down_r, down_k, DOWN: tl.constexpr):
+    """down + lane · down_r + k · down_k; DOWN says what the compiler may know of it.
+
+    "k" and "k16": the k of a rank are contiguous, with 16 every rank starts on 16 bytes; "r16": the ranks of a k are
+    contiguous, every k starts on 16 bytes. "any" knows nothing. (An address from memory carries no such facts.)
+    """
+    THREE: tl.constexpr = len(k.shape) == 3
+    if DOWN == "k16":
+        pointer = tl.multiple_of(down + lane * down_r, [16, 16, 16] if THREE else [16, 16]) + k
+    elif DOWN == "k":
+        pointer = down + lane * down_r + k
+    elif DOWN == "r16":
+        pointer = tl.multiple_of(down + k.to(tl.int64) * down_k, [16, 16, 16] if THREE else [16, 16]) + lane
+    else:
+        pointer = down + lane * down_r + k.to(tl.int64) * down_k
+    return pointer

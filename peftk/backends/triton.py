@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,10 +95,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
-    adapters = _ADAPTERS.get(table)
-    if adapters is None:
-        adapters = _ADAPTERS[table] = _many(table)
-    order = segments(ids, len(table.adapters))
+    adapters, order = _adapters(table), segments(ids, len(table.adapters))
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -114,10 +111,16 @@ def lora_linear_backward(
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """The reference's torch products on the device, at this stage: no Triton kernel yet."""
-    return reference.lora_linear_backward(
-        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
+    adapters, held = _one(adapter)
+    dx, u = kernels.backward(
+        dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
+    _, grads = reference.lora_linear_backward(
+        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
+    )
+    del held
+    return dx, grads
 
 
 def multi_lora_linear_backward(
@@ -133,20 +136,34 @@ def multi_lora_linear_backward(
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """The reference's torch products on the device, at this stage: no Triton kernel yet, and it waits for the ids."""
-    return reference.multi_lora_linear_backward(
-        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted
+    """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
+    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    dx, u = kernels.backward(
+        dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
+    _, grads = reference.multi_lora_linear_backward(
+        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
+    )
+    return dx, grads
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def _adapters(table: AdapterTable) -> kernels.Adapters:
+    found = _ADAPTERS.get(table)
+    if found is None:
+        found = _ADAPTERS[table] = _many(table)
+    return found
+
+
 def _many(table: AdapterTable) -> kernels.Adapters:
-    aligned = all(_aligned(page) for a in table.adapters if a is not None for page in a.pages_A)
-    source = kernels.Many(table.pages, table.rows, table.scaling, table.biases)
-    return kernels.Adapters(source, table.dtype, table.z_width, aligned)
+    adapters = [a for a in table.adapters if a is not None]
+    lie_A = _common(_lie(page) for a in adapters for page in a.pages_A)
+    lie_B = _common(_lie(page.t()) for a in adapters for page in a.pages_B)
+    source = kernels.Many(table.pages, table.rows, table.scaling, table.biases, None, len(table.adapters))
+    return kernels.Adapters(source, table.dtype, table.z_width, lie_A, lie_B)
 
 
 def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, tuple[Tensor, ...]]:
@@ -177,12 +194,26 @@ def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, tuple[Tensor, ...]]
         scaling=float(adapter.scaling),
     )
     z_width = -(-adapter.rank // PAGE) * PAGE
-    return kernels.Adapters(source, held[0].dtype, z_width, A is not None and _aligned(A)), held
+    lie_A = "k" if A is None else _lie(A)
+    lie_B = "k" if B is None else _lie(B.t())
+    return kernels.Adapters(source, held[0].dtype, z_width, lie_A, lie_B), held
 
 
-def _aligned(A: Tensor) -> bool:
-    """Whether every row of A starts on 16 bytes."""
-    return A.data_ptr() % 16 == 0 and A.stride(0) * A.element_size() % 16 == 0
+def _lie(pages: Tensor) -> str:
+    """How A's ranks [r, K], or B's [r, N], lie in memory, as the kernels call it."""
+    ranks, columns = pages.stride()
+    sixteen = pages.data_ptr() % 16 == 0
+    if columns == 1 or pages.shape[1] == 1:
+        return "k16" if sixteen and ranks * pages.element_size() % 16 == 0 else "k"
+    return "r16" if sixteen and ranks == 1 and columns * pages.element_size() % 16 == 0 else "any"
+
+
+def _common(kinds: Iterable[str]) -> str:
+    """What holds of all."""
+    found = set(kinds)
+    if len(found) <= 1:
+        return found.pop() if found else "k"
+    return "k" if found == {"k16", "k"} else "any"
 
 
 def _contiguous(bias: Tensor | None) -> Tensor | None:

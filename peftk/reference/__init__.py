@@ -10,6 +10,7 @@ from peftk.reference.lora_linear import (
     multi_lora_linear_backward,
 )
 from peftk.reference.merge import checksum, merge, unmerge
+from peftk.reference.segments import segments
 
 __all__ = [
     "ALL",
@@ -21,5 +22,6 @@ __all__ = [
     "merge",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "segments",
     "unmerge",
 ]

@@ -157,8 +157,8 @@ def test_shapes(M: int, N: int, K: int, mix: tuple[torch.dtype, torch.dtype, tor
 
 
 def test_shrink_is_split_where_it_would_run_alone() -> None:
-    block = config.shrink(5, False, False, F32, F32, "interpreter")
-    assert config.splits(5, 300, 16, block) == 2  # test_shapes has this case
+    form = config.Form(5, 40, 300, False, False, F32, F32, F32, False, 1)
+    assert config.lora_linear(form, "interpreter").shrink_splits == 2  # test_shapes has this case
 
 
 def test_strides_and_pages() -> None:

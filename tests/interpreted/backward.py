@@ -1,0 +1,21 @@
+"""Gradients of the Triton backend in the interpreter, against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import random_case
+from tests.test_gradients import check_gradients
+
+
+@pytest.mark.parametrize("number", [*range(24), *(pytest.param(n, marks=pytest.mark.full) for n in range(24, 400))])
+def test_random_gradients(number: int) -> None:
+    case = random_case(20_000 + number, max_rows=40, max_width=80)
+    dtypes = {case.x.dtype, case.weight.dtype, *(t.dtype for a in case.adapters if a is not None for t in a.tensors())}
+    if {torch.bfloat16, torch.float16} <= dtypes:
+        pytest.skip("bfloat16 and float16 in one call are not served")
+    dropout_p = 0.25 if number % 4 == 0 else 0.0
+    seed = torch.tensor([number * 7919]) if dropout_p else None
+    dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+    check_gradients(case, dy, "triton", dropout_p, seed)

@@ -1,0 +1,344 @@
+"""All gradients of all adapters of one linear layer in one launch. `docs/lora_wgrad.md` derives it.
+
+    dA_i = s_i · u_iᵀ x̃_i     dB_i = s_i · dY_iᵀ v_i     da_i = s_i · Σ u_i     dβ_i = Σ dY_i        v = act(z)
+
+over the rows of adapter i. A program makes one tile: some ranks of one adapter by some columns of x (dA) or of dY (dB),
+summed over a range of at most `range_rows` of the adapter's rows. The first range of every adapter has its own program;
+further ones are found by the places that are multiples of range_rows in the sorted order: each lies in one segment,
+and in every run of range_rows rows lies one of them. Where an adapter has several ranges, whoever arrives last adds
+their fp32 sums in ascending order: no floating-point atomics, the same bits whatever the schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftk.reference import AdapterGrads, Wanted
+from peftk.reference.philox import threshold as dropout_threshold
+
+from . import config
+from .arithmetic import activate, dot, round_to
+from .lora_linear import NOTHING, Adapters, Many, target
+from .philox import keep
+from .segments import PAGE, Segments, rows_at
+
+# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
+_VARYING = ["rank", "activation", "scaling", "place_A", "place_B", "place_a", "place_b"]
+_VARYING += ["M", "z_pages", "heads", "groups", "blocks_A", "blocks", "range_rows", "threshold", "keep_scale"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def wgrad_kernel(
+    dy, x, z, u, order, ids, ends, rows, scalings, tasks, firsts, seed, dA, dB, da, db, partials, counters,
+    rank: tl.int32, activation: tl.int32, scaling: tl.float32,
+    place_A: tl.int32, place_B: tl.int32, place_a: tl.int32, place_b: tl.int32,
+    M: tl.int32, N, K, stride_ym, stride_yn, stride_xm, stride_xk, z_pages: tl.int32,
+    heads: tl.int32, groups: tl.int32, blocks_A: tl.int32, blocks: tl.int32, range_rows: tl.int32,
+    threshold: tl.int32, keep_scale: tl.float32,
+    MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of dAᵢ or of dBᵢᵀ, [PAGES · 16 ranks, BLOCK_C columns], and with it a piece of daᵢ or dβᵢ."""
+    RANKS: tl.constexpr = PAGES * PAGE
+    column = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks
+    # from `heads` on: the range that the place boundary · range_rows stands for
+    boundary = (head - heads) // groups + 1
+    group = (head - heads) % groups
+    start, end = 0, M
+    if MANY:
+        task = head
+        if head >= heads:
+            i = tl.load(ids + boundary * range_rows)
+            first_task = tl.load(firsts + i * 2, mask=i >= 0, other=0)
+            task = tl.where(group < tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0), first_task + group, -1)
+        if task < 0:
+            return
+        i = tl.load(tasks + task * 6)
+        group = tl.load(tasks + task * 6 + 1)
+        place_A = tl.load(tasks + task * 6 + 2)
+        place_B = tl.load(tasks + task * 6 + 3)
+        place_a = tl.load(tasks + task * 6 + 4)
+        place_b = tl.load(tasks + task * 6 + 5)
+        rank = tl.load(rows + i * 4 + 1)
+        activation = tl.load(rows + i * 4 + 2)
+        scaling = tl.load(scalings + i)
+        start = tl.load(ends + i)
+        end = tl.load(ends + i + 1)
+    elif head < heads:
+        group = head
+    number = 0
+    if head >= heads:
+        number = tl.cdiv(boundary * range_rows - start, range_rows)
+    first = start + number * range_rows
+    if (head >= heads) & ((number == 0) | (first >= end)):
+        return
+    last = tl.minimum(first + range_rows, end)
+    r = group * RANKS + tl.arange(0, RANKS)
+
+    if column < blocks_A:
+        c_start = column * BLOCK_C
+        width = K
+        acc = _products(
+            u, x, order, first, tl.where(place_A >= 0, last, first), M, r, rank, 0, z_pages, c_start, K,
+            stride_xm, stride_xk, seed, threshold, MANY, DROPOUT, QUADS, RANKS, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        if DROPOUT:
+            acc *= keep_scale
+        summed = tl.where((place_a >= 0) & (column == 0), last, first)
+        sums = _sums(u, order, first, summed, M, group * RANKS, rank, z_pages * PAGE, 1, MANY, BLOCK_R, BLOCK_C)
+    else:
+        c_start = (column - blocks_A) * BLOCK_C
+        width = N
+        acc = _products(
+            z, dy, order, first, tl.where(place_B >= 0, last, first), M, r, rank, activation, z_pages, c_start, N,
+            stride_ym, stride_yn, seed, threshold, MANY, False, QUADS, RANKS, BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+        summed = tl.where((place_b >= 0) & (group == 0), last, first)
+        sums = _sums(dy, order, first, summed, M, c_start, N, stride_ym, stride_yn, MANY, BLOCK_R, BLOCK_C)
+
+    ranges = tl.cdiv(end - start, range_rows)
+    complete = True
+    if ranges > 1:
+        lane = tl.arange(0, BLOCK_C)
+        inside = tl.arange(0, RANKS)[:, None] * BLOCK_C + lane[None, :]
+        SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
+        # a first range and a further one may begin between the same two boundaries: two places for each
+        step = groups.to(tl.int64) * blocks * SIZE
+        tile = partials + (start // range_rows * 2) * step + (group * blocks + column) * SIZE
+        mine = tile + tl.where(number > 0, 2 * number + 1, 0) * step
+        tl.store(mine + inside, acc)
+        tl.store(mine + RANKS * BLOCK_C + lane, sums)
+        counter = counters + (start // range_rows * groups + group) * blocks + column
+        tl.debug_barrier()  # every thread's part of the sums is written before one thread says so
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+        complete = arrived == ranges - 1
+        if complete:
+            tl.store(counter, 0)
+            acc = tl.load(tile + inside)
+            sums = tl.load(tile + RANKS * BLOCK_C + lane)
+            for other in tl.range(1, ranges, num_stages=1):
+                theirs = tile + (2 * other + 1) * step
+                acc += tl.load(theirs + inside)
+                sums += tl.load(theirs + RANKS * BLOCK_C + lane)
+    if complete:
+        c = c_start + tl.arange(0, BLOCK_C)
+        mask = (r < rank)[:, None] & (c < width)[None, :]
+        if column < blocks_A:
+            if place_A >= 0:
+                out = dA + (place_A.to(tl.int64) * PAGE + r)[:, None] * K + c[None, :]
+                tl.store(out, round_to(acc * scaling, dA.dtype.element_ty), mask=mask)
+            if (place_a >= 0) & (column == 0):
+                lane = tl.arange(0, BLOCK_C)
+                out = da + place_a * PAGE + group * RANKS + lane
+                owned = (lane < RANKS) & (group * RANKS + lane < rank)
+                tl.store(out, round_to(sums * scaling, da.dtype.element_ty), mask=owned)
+        else:
+            if place_B >= 0:
+                out = dB + place_B.to(tl.int64) * PAGE * N + c[:, None].to(tl.int64) * rank + r[None, :]
+                tl.store(out, tl.trans(round_to(acc * scaling, dB.dtype.element_ty)), mask=tl.trans(mask))
+            if (place_b >= 0) & (group == 0):
+                tl.store(db + place_b.to(tl.int64) * N + c, round_to(sums, db.dtype.element_ty), mask=c < N)
+
+
+@triton.jit
+def _products(
+    left, right, order, first, last, M, r, rank, code, z_pages, c_start, width, stride_m, stride_c,
+    seed, threshold, MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """[RANKS, BLOCK_C]: act(left)ᵀ · right over the rows at the places first … last - 1. left is z or u, fp32."""
+    c = c_start + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((RANKS, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_R):
+        position = start + tl.arange(0, BLOCK_R)
+        row = rows_at(position, order, M, MANY)
+        own = position < last
+        left_mask = own[:, None] & (r < rank)[None, :]
+        left_tile = tl.load(left + (row * (z_pages * PAGE))[:, None] + r[None, :], mask=left_mask, other=0.0)
+        mask = own[:, None] & (c < width)[None, :]
+        right_row = right + row * stride_m
+        tile = tl.load(right_row[:, None] + c[None, :].to(tl.int64) * stride_c, mask=mask, other=0.0)
+        if DROPOUT:
+            # x̃ · (1 - p), a value of x's dtype; the division comes after the sum
+            tile = tl.where(keep(seed, row, c_start, width, threshold, QUADS, BLOCK_C), tile, 0.0)
+        if code > 0:
+            left_tile = tl.where(left_mask, activate(left_tile, code), 0.0)
+        acc = dot(tl.trans(left_tile), tile, acc)
+    return acc
+
+
+@triton.jit
+def _sums(
+    values, order, first, last, M, c_start, width, stride_m, stride_c,
+    MANY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_C]: the sums of columns over the rows at the places first … last - 1, of which none may be asked."""
+    c = c_start + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_R):
+        position = start + tl.arange(0, BLOCK_R)
+        row = values + rows_at(position, order, M, MANY) * stride_m
+        mask = (position < last)[:, None] & (c < width)[None, :]
+        total += tl.load(row[:, None] + c[None, :].to(tl.int64) * stride_c, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(total, axis=0)
+
+
+class Places(NamedTuple):
+    """Where one adapter's gradients lie in the outputs, in pages (bias_B: in rows); -1 where none is wanted."""
+
+    rank: int
+    lora_A: int
+    lora_B: int
+    bias_A: int
+    bias_B: int
+
+
+class Plan(NamedTuple):
+    """Which gradients of which adapters a call computes, and where it puts them. Depends on no ids and on no values."""
+
+    places: tuple[Places | None, ...]  # by id; None for an empty slot
+    pages: int  # of ranks in one program's tile
+    heads: int  # pieces of `pages` pages of all adapters that want something
+    groups: int  # the most pieces of one adapter
+    sizes: tuple[int, int, int, int]  # of the outputs: pages of dA, of dB and of da, rows of dβ
+    tasks: Tensor | None  # int32 [heads, 6]: adapter, piece, and its Places after the rank; with many adapters
+    firsts: Tensor | None  # int32 [n, 2]: the first task of each adapter and how many it has
+
+
+def plan(
+    ranks: Sequence[int | None],
+    wanted: Sequence[Wanted],
+    x_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    many: bool = True,
+) -> Plan:
+    """ranks: by id; None for an empty slot. Of `wanted` what an adapter doesn't have is False.
+
+    many: what the kernel needs is copied to the device, so make it once for all calls with the same table. One adapter
+    (many=False) has it in the kernel's arguments.
+    """
+    some = [rank for rank, wants in zip(ranks, wanted, strict=True) if rank is not None and any(wants)]
+    pages = config.wgrad_pages(max(some, default=0), x_dtype, target(device))
+    sizes = [0, 0, 0, 0]
+    places: list[Places | None] = []
+    tasks: list[tuple[int, ...]] = []
+    firsts: list[tuple[int, int]] = []
+    for index, (rank, wants) in enumerate(zip(ranks, wanted, strict=True)):
+        if rank is None:
+            places.append(None)
+            firsts.append((0, 0))
+            continue
+        of_rank = -(-rank // PAGE.value)
+        where = []
+        for kind, (wants_it, size) in enumerate(zip(wants, (of_rank, of_rank, of_rank, 1), strict=True)):
+            where.append(sizes[kind] if wants_it else -1)
+            sizes[kind] += size if wants_it else 0
+        places.append(Places(rank, *where))
+        groups = max(-(-of_rank // pages), 1) if any(wants) else 0
+        firsts.append((len(tasks), groups))
+        tasks += [(index, group, *where) for group in range(groups)]
+    return Plan(
+        tuple(places),
+        pages,
+        len(tasks),
+        max((count for _, count in firsts), default=0),
+        (sizes[0], sizes[1], sizes[2], sizes[3]),
+        torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 6) if many else None,
+        torch.tensor(firsts, dtype=torch.int32, device=device).reshape(-1, 2) if many else None,
+    )
+
+
+def wgrad(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    u: Tensor,
+    adapters: Adapters,
+    segments: Segments | None,
+    plan: Plan,
+    counters: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> list[AdapterGrads | None]:
+    """The gradients that `plan` lists, by id; None for an empty slot. They are views of one allocation of each kind.
+
+    dy [M, N] and x [M, K] of one dtype, in any strides; z and u fp32 [M, z_width], contiguous, 0 where a row's adapter
+    has no such rank; segments: None with one adapter. counters: int32, zeros before and after, at least
+    `counters_needed`; no two launches in flight share them. Nothing is copied between host and device and nothing
+    waits, so a CUDA graph can capture the call.
+    """
+    M, N = dy.shape
+    K = x.shape[1]
+    block, blocks_A, blocks, range_rows = _tiling(dy, x, plan)
+    ranges = -(-M // range_rows)
+    dtype, device = adapters.dtype, x.device
+    dA = torch.empty(plan.sizes[0] * PAGE.value * K, dtype=dtype, device=device)
+    dB = torch.empty(plan.sizes[1] * PAGE.value * N, dtype=dtype, device=device)
+    da = torch.empty(plan.sizes[2] * PAGE.value, dtype=dtype, device=device)
+    db = torch.empty(plan.sizes[3] * N, dtype=dtype, device=device)
+    if plan.heads * blocks:
+        tile = (block.PAGES * PAGE.value + 1) * block.BLOCK_C
+        slots = 2 * ranges * plan.groups * blocks if ranges > 1 else 0
+        partials = torch.empty(slots * tile, dtype=torch.float32, device=device)
+        source = adapters.source
+        one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
+        place = (plan.places[0] if many is None else None) or Places(0, -1, -1, -1, -1)
+        threshold = dropout_threshold(dropout_p)
+        with torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext():
+            wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.groups) * blocks,)](
+                dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
+                many and many.scaling, plan.tasks, plan.firsts, seed if dropout_p else None,
+                dA, dB, da, db, partials, counters,
+                one.rank, one.activation, one.scaling, *place[1:],
+                M, N, K, *dy.stride(), *x.stride(), z.shape[1] // PAGE.value,
+                plan.heads, plan.groups, blocks_A, blocks, range_rows,
+                threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
+                MANY=many is not None, DROPOUT=dropout_p > 0.0, QUADS=K % 4 == 0, **block._asdict(),
+                **config.options(target(device)),
+            )  # fmt: skip
+    return [None if place is None else _views(place, dA, dB, da, db, K, N) for place in plan.places]
+
+
+def counters_needed(dy: Tensor, x: Tensor, plan: Plan) -> int:
+    """How many counters a call with these arguments needs."""
+    _, _, blocks, range_rows = _tiling(dy, x, plan)
+    return -(-dy.shape[0] // range_rows) * plan.groups * blocks
+
+
+def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, int]:
+    """The tile, the blocks of columns of dA, those of dA and dB together, and how many rows a range has at most."""
+    wide = _wide(dy) and _wide(x)
+    block = config.wgrad(plan.pages, plan.tasks is not None, wide, x.dtype, target(x.device))
+    pages_A, pages_B, pages_a, rows_b = plan.sizes
+    blocks_A = triton.cdiv(x.shape[1], block.BLOCK_C) if pages_A else min(pages_a, 1)
+    blocks = blocks_A + (triton.cdiv(dy.shape[1], block.BLOCK_C) if pages_B or rows_b else 0)
+    return block, blocks_A, blocks, config.wgrad_range(dy.shape[0], plan.heads, plan.groups, blocks, block)
+
+
+def _wide(t: Tensor) -> bool:
+    """Whether the compiler can see that t's rows are contiguous and start on 16 bytes."""
+    return t.stride(1) == 1 and t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def _views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int, N: int) -> AdapterGrads:
+    def view(flat: Tensor, at: int, unit: int, *shape: int) -> Tensor | None:
+        return None if at < 0 else flat[at * unit : at * unit + math.prod(shape)].view(shape)
+
+    page, rank = PAGE.value, place.rank
+    return AdapterGrads(
+        view(dA, place.lora_A, page * K, rank, K),
+        view(dB, place.lora_B, page * N, N, rank),
+        view(da, place.bias_A, page, rank),
+        view(db, place.bias_B, N, N),
+    )

@@ -1,0 +1,51 @@
+"""Memory that a launch needs beside its arguments: counters that are zero between launches.
+
+A workspace belongs to one device and stream, or to one node of a CUDA graph: two launches in flight never share
+counters. Kernels leave their counters at zero, so nothing is cleared between launches and a captured graph replays.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SLAB = 1 << 18  # counters that wait for graphs to capture their launches; 1 MiB a device
+
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_slabs: dict[torch.device, Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """int32 [≥ count], all zero, for one launch on the current stream.
+
+    While a CUDA graph is captured, counters that no other launch will ever get: from a slab that was zeroed before the
+    capture, or, where that is used up, zeroed by a node of the graph itself.
+    """
+    if device.type == "meta":
+        return torch.empty(count, dtype=torch.int32, device=device)
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            return _captured(device, count)
+        if device not in _slabs:
+            _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
+    found = _of_stream.get((device, stream))
+    if found is None or found.numel() < count:
+        found = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return found
+
+
+def _captured(device: torch.device, count: int) -> Tensor:
+    count = -(-count // 32) * 32  # whole lines of 128 bytes
+    slab = _slabs.get(device)
+    if slab is None or slab.numel() < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _slabs[device] = slab[count:]
+    return slab[:count]
+
+
+def forget(device: torch.device) -> None:
+    """After a launch that failed: its counters may hold anything, so the next launch gets new ones."""
+    for key in [key for key in _of_stream if key[0] == device]:
+        del _of_stream[key]
