@@ -224,6 +224,7 @@ def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Pat
     from peftk.benchmark import report
     from peftk.benchmark.counted import peers, run
     from peftk.benchmark.counted import report as shown
+    from peftk.benchmark.counted.work import H100
     from peftk.benchmark.environment import environment
 
     options = run.Options(**asked)
@@ -237,7 +238,7 @@ def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Pat
             rows,
             environment(),
             dataclasses.asdict(options),
-            roofline=run.H100._asdict(),
+            roofline=H100._asdict(),
             sources={name: source._asdict() for name, source in peers.SOURCES.items()},
             launches=run.tensors(counted),
         )

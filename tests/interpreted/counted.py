@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import pytest
 import torch
-from peftk.triton_kernels import lora_linear as kernels
-from peftk.triton_kernels import lora_wgrad
-from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk import table
@@ -21,6 +19,9 @@ from peftk.benchmark.counted.batch import Batch, of_ids, one
 from peftk.benchmark.counted.work import Launch
 from peftk.reference import Wanted
 from peftk.table import Adapter
+from peftk.triton_kernels import config, lora_wgrad
+from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels.segments import segments
 from tests.counting import counting
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -62,15 +63,21 @@ class Tensors:
         return found if self.bias is None else {**found, "bias": self.bias}
 
 
+@contextlib.contextmanager
+def planned(**changes: object) -> Iterator[None]:
+    """The launcher and the closed form take other plans than those of the interpreter."""
+    original = config.lora_linear
+    with mock.patch.object(config, "lora_linear", lambda *args: original(*args)._replace(**changes)):
+        yield
+
+
 def same(seen: list[Launch], expected: list[Launch]) -> None:
     assert len(seen) == len(expected)
-    for one, other in zip(seen, expected, strict=True):
+    for launch, other in zip(seen, expected, strict=True):
         # the parts of shrink and of expand lie in one tensor
-        names = {name: "partials" if name.endswith("_partials") else name for name in one.tensors}
-        assert {names[name]: t for name, t in one.tensors.items()} == dict(other.tensors)
-        assert dataclasses.replace(one, tensors={}, vector_flops=0) == dataclasses.replace(
-            other, tensors={}, vector_flops=0
-        )
+        names = {name: "partials" if name.endswith("_partials") else name for name in launch.tensors}
+        assert {names[name]: traffic for name, traffic in launch.tensors.items()} == dict(other.tensors)
+        assert (launch.kernel, launch.flops, launch.atomics) == (other.kernel, other.flops, other.atomics)
 
 
 def make(K: int, N: int, ranks: Sequence[int], ids: Sequence[int] | None, M: int = 40, **more: object) -> Batch:
@@ -81,7 +88,7 @@ def forward(batch: Batch, ids: Sequence[int] | None, *, save_z: bool = False) ->
     made = Tensors(batch, ids)
     with counting(**made.names()) as seen:
         kernels.forward(made.x, made.weight, made.bias, made.source, made.segments, save_z=save_z)
-    same(seen, closed.forward(batch, closed.plan(batch, "interpreter"), dense=save_z))
+    same(seen, closed.forward(batch, closed.plan(batch, "interpreter"), dense=save_z, processors=4))
 
 
 PATTERNS = {
@@ -114,6 +121,22 @@ def test_shapes_and_splits(M: int, K: int, N: int, many: bool) -> None:
 def test_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     for ids in (None, (0, 1, 1, -1) * 5):
         forward(make(70, 37, (17, 9), ids, 20, dtype=dtype, adapter_dtype=adapter_dtype), ids)
+
+
+PLANS = {
+    "two launches": {"once": False},
+    "splits": {"shrink_splits": 3, "expand_splits": 2},
+    "tiles": {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 64, "SHRINK_M": 32, "SHRINK_K": 64, "BY_ROW": False},
+    "descriptors": {"descriptors": True},
+    "blocks that stay": {"per_processor": 1},
+}
+
+
+@pytest.mark.parametrize("change", list(PLANS))
+@pytest.mark.parametrize("pattern", ["one", "random"])
+def test_plans(change: str, pattern: str) -> None:
+    with planned(**PLANS[change]):
+        forward(make(96, 80, RANKS, PATTERNS[pattern]), PATTERNS[pattern])
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))

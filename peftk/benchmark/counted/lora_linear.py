@@ -14,6 +14,7 @@ from peftk.benchmark.counted.work import Launch
 from peftk.table import PAGE
 from peftk.triton_kernels import config
 
+H100 = 132  # its processors
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
 
 
@@ -36,17 +37,17 @@ def plan(batch: Batch, target: int | str, *, wide: bool = True) -> config.Plan:
     )
 
 
-def forward(batch: Batch, plan: config.Plan, *, dense: bool = False) -> list[Launch]:
+def forward(batch: Batch, plan: config.Plan, *, dense: bool = False, processors: int = H100) -> list[Launch]:
     """The launches of the forward. dense: z is saved, so all of it is written."""
-    return _launches(batch, plan, dense=dense, backward=False)
+    return _launches(batch, plan, processors, dense=dense, backward=False)
 
 
-def backward(batch: Batch, plan: config.Plan) -> list[Launch]:
+def backward(batch: Batch, plan: config.Plan, *, processors: int = H100) -> list[Launch]:
     """The launches of dX and u. batch: of the forward; plan: of `batch.swapped()`."""
-    return _launches(batch.swapped(), plan, dense=True, backward=True)
+    return _launches(batch.swapped(), plan, processors, dense=True, backward=True)
 
 
-def _launches(batch: Batch, plan: config.Plan, *, dense: bool, backward: bool) -> list[Launch]:
+def _launches(batch: Batch, plan: config.Plan, processors: int, *, dense: bool, backward: bool) -> list[Launch]:
     shrink_tiles = _cdiv(batch.M, plan.SHRINK_M) * _cdiv(batch.z_width, plan.SHRINK_R)
     expand_tiles = _cdiv(batch.M, plan.BLOCK_M) * _cdiv(batch.N, plan.BLOCK_N)
     if plan.once:
@@ -55,9 +56,11 @@ def _launches(batch: Batch, plan: config.Plan, *, dense: bool, backward: bool) -
         _expand(tally, batch, plan, backward)
         tiles = shrink_tiles * plan.shrink_splits + expand_tiles * plan.expand_splits
         row_blocks = _cdiv(batch.M, plan.BLOCK_M)
-        # every block draws once in vain and leaves once; every complete shrink tile is published, every complete
-        # expand tile asks for its rows at least once; the last block out clears tickets and row blocks
-        tally.atomics["counters"] += tiles + 2 * tiles + shrink_tiles + expand_tiles
+        # every tile is drawn, and blocks that stay for more draw once in vain; every block leaves; every complete
+        # shrink tile is published, every complete expand tile asks for its rows at least once
+        stay = min(tiles, plan.per_processor * processors)
+        tally.atomics["counters"] += tiles + (2 * stay or tiles) + shrink_tiles + expand_tiles
+        # the last block out clears tickets and row blocks
         tally.written["counters"] += 4 * (_READY + row_blocks)
         return [_launch(tally, batch, plan, backward, shrink=True, expand=True)]
     found = []
@@ -149,7 +152,7 @@ def _shrink(tally: Tally, batch: Batch, plan: config.Plan, dense: bool, backward
 
 
 def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> None:
-    M, K, N, e, a = batch.M, batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
+    K, N, e, a = batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
     x, y, z, _, up = _names(backward)
     columns, splits = _cdiv(N, plan.BLOCK_N), plan.expand_splits
     steps = _steps(K, splits, plan.BLOCK_K)
@@ -158,8 +161,10 @@ def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> No
     dot_v = 2 * plan.BLOCK_M * PAGE * plan.BLOCK_N * (1 if ieee else 3 * TERMS[batch.adapter_dtype])
     for segments in batch.blocks(plan.BLOCK_M):
         block = _Block(batch, segments)
-        tally.read[x] += columns * plan.BLOCK_M * K * e
-        tally.read["weight"] += columns * plan.BLOCK_N * K * e
+        # a descriptor leaves out what lies beyond the tensor, a load reads the last row again
+        exact = plan.descriptors and not batch.many
+        tally.read[x] += columns * (block.size if exact else plan.BLOCK_M) * K * e
+        tally.read["weight"] += (N if plan.descriptors else columns * plan.BLOCK_N) * K * e
         tally.flops += columns * dot * steps
         if splits > 1:
             _sum_of_splits(tally, plan.BLOCK_M * plan.BLOCK_N * 4, splits, columns)

@@ -25,7 +25,7 @@ class Tiling(NamedTuple):
 def tiling(batch: Batch, target: int | str, *, wide: bool = True) -> Tiling:
     """What the launcher chooses for this batch, where every dA and dB is wanted and no gradient of a bias."""
     pages = config.wgrad_pages(max(batch.ranks), batch.dtype, target)
-    block = config.wgrad(pages, wide, batch.dtype, target)
+    block = config.wgrad(pages, batch.many, wide, batch.dtype, target)
     pieces = [_cdiv(_cdiv(rank, PAGE), pages) for rank in batch.ranks]
     blocks_A = _cdiv(batch.K, block.BLOCK_C)
     blocks = blocks_A + _cdiv(batch.N, block.BLOCK_C)
@@ -35,7 +35,7 @@ def tiling(batch: Batch, target: int | str, *, wide: bool = True) -> Tiling:
 
 
 def wgrad(batch: Batch, tiling: Tiling) -> list[Launch]:
-    block, _, groups, blocks_A, blocks, range_rows = tiling
+    block, _, _, blocks_A, blocks, range_rows = tiling
     tally = Tally()
     height = block.PAGES * PAGE  # ranks of a tile
     partial = (height + 1) * block.BLOCK_C * 4

@@ -1,4 +1,4 @@
-"""Other libraries' launches for one linear, modelled from their published kernels. `docs/counted.md` lists what is left out.
+"""Other libraries' launches for one linear, modelled from their published kernels.
 
 SOURCES says which lines of which commits. In doubt a model favours the peer: no launch of the host's bookkeeping, no
 metadata (indices, pointers, ranks), no biases, adapters in the base layer's dtype, each block of a product reads what

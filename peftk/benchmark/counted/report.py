@@ -107,8 +107,8 @@ def summary(counted: Sequence[Counted]) -> str:
         mine = [one for one in counted if one.op == op]
         met = sum(one.on_target for one in mine)
         worst = max(mine, key=lambda one: one.over_least)
-        each = "1 launch" if op == "forward" else "2 launches that read their inputs once each"
-        most = f"at most {worst.over_least:.3f} × the least bytes"
+        each = "1 launch" if op == "forward" else "2 launches, each reading its inputs once"
+        most = f"at most {worst.over_least:.3f} × the least"
         lines.append(f"{op}: {met} of {len(mine)} on target; {each}; {most}")
     lines.append(f"(target: ≤ {LIMIT} ×, ≤ {LIMIT_WITH_SPLITS} × where sums are split over blocks)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a launch does, in numbers: bytes of each tensor, products, atomics. And what a time would be on a GPU's roofline.
+"""What a launch does, in numbers: bytes of each tensor, products, atomics. And its time on a GPU's roofline.
 
 *requested* bytes are those of all loads and stores: what L2 serves. *distinct* bytes are those that a launch cannot do
 without: read before the launch has written them itself, or written; counted once however often they are touched. They
