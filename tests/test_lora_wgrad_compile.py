@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +11,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+from peftk.reference import Wanted
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
 from peftk.triton_kernels.segments import Segments
-
-from peftk.reference import Wanted
-from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, fits
+from tests.test_triton_compile import F32
 from tests.triton_aot import Compiled, compiling
 
 
@@ -41,16 +38,18 @@ def compile_wgrad(
     source: One | Many = One(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
     segments = None
     if many:
-        source = Many(empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64))
-        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32))
+        source = Many(
+            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64), None, 8
+        )
+        few = empty(10, dtype=i32)
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), few, few, few)
     seed = empty(1, dtype=i64) if dropout_p else None
     z = empty(M, -(-rank // 16) * 16, dtype=F32)
     dy, x = empty(M, N, dtype=dtype), empty(M, K, dtype=dtype)
     with compiling(target, kernels, ("wgrad_kernel",)) as compiled:
-        adapters = Adapters(source, adapter_dtype, z.shape[1], True)
+        adapters = Adapters(source, adapter_dtype, z.shape[1], "k16", "r16")
         count = 8 if many else 1
         plan = kernels.plan([rank] * count, [Wanted()] * count, dtype, x.device, many=many)
-        counters = empty(kernels.counters_needed(dy, x, plan), dtype=i32)
-        kernels.wgrad(dy, x, z, z, adapters, segments, plan, counters, dropout_p=dropout_p, seed=seed)
+        kernels.wgrad(dy, x, z, z, adapters, segments, plan, dropout_p=dropout_p, seed=seed)
     assert len(compiled) == 1
     return compiled[0]

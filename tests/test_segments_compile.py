@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from peftk.triton_kernels import config
 from peftk.triton_kernels import segments as kernels
-
 from tests.triton_aot import Compiled, compiling
 
 TARGETS = [80, 90, 100, 120, *(pytest.param(target, marks=pytest.mark.full) for target in (86, 89, "gfx942"))]

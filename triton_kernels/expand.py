@@ -188,9 +188,7 @@ def _expand_segment(
         else:
             up_n = tl.load(entry + 3)
             up_r = tl.load(entry + 4)
-        up = _load_up(
-            tl.load(entry + (0 if BACKWARD else 2)), up_n, up_r, rank - page * PAGE, n, N, DTYPE, PACKED
-        )
+        up = _load_up(tl.load(entry + (0 if BACKWARD else 2)), up_n, up_r, rank - page * PAGE, n, N, DTYPE, PACKED)
         finite = tl.abs(up.to(tl.float32)) < float("inf")
         columns += tl.where(finite, 0.0, float("nan"))
         v = _load_v(z_row[:, None] + r[None, :], own[:, None] & (r < rank)[None, :], code, BACKWARD)

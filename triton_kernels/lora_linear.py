@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -123,8 +122,9 @@ class Many(NamedTuple):
     rows: Tensor
     scaling: Tensor
     biases: Tensor
-    slices: Tensor | None  # int32 [slices + 1, 2]: first column, first page of z; None: one slice
-    adapters: int  # of one slice
+    slices: Tensor | None  # int32 [slice_count + 1, 2]: first column, first page of z; None: one slice
+    adapters: int  # of each slice
+    slice_count: int = 1
 
 
 class Adapters(NamedTuple):
@@ -193,7 +193,18 @@ def backward(
     u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
     swapped = None if weight is None else weight.t()
     dx = _launch(
-        dy, swapped, None, columns if need_dx else 0, u, z, adapters, segments, dropout_p, seed, dense=True, backward=True
+        dy,
+        swapped,
+        None,
+        columns if need_dx else 0,
+        u,
+        z,
+        adapters,
+        segments,
+        dropout_p,
+        seed,
+        dense=True,
+        backward=True,
     )
     return dx if need_dx else None, u
 
@@ -242,36 +253,41 @@ def _launch(
     shrink_part = plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0
     expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
     partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
-    counters = workspace.counters(device, count)
     threshold = dropout_threshold(dropout_p)
-    x_tiles, w_tiles, kind = _tiles(x, weight, plan, many is not None)
+    x_tiles, w_tiles, w_kind = _tiles(x, weight, plan, many is not None)
 
-    def launch(shrink: int, expand: int, grid: int) -> None:
-        lora_linear_kernel[(grid,)](
-            x, x_tiles, w_tiles, bias, y, z, pre, partials, partials[shrink_tiles * shrink_part :], counters,
-            seed if dropout_p else None,
-            *((segments.order, segments.ids, segments.starts, segments.owners, segments.blocks) if segments else _NONE),
-            *((many.pages, many.rows, many.scaling, many.biases, many.slices) if many else _NONE),
-            *one, many.slices.shape[0] - 1 if many and many.slices is not None else 1, many.adapters if many else 1,
-            M, N, K, x.stride(0), x.stride(1), *(weight.stride() if weight is not None else (0, 0)),
-            0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value, shrink, expand, plan.shrink_splits, plan.expand_splits, int(dense),
-            threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
-            DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slices is not None),
-            BACKWARD=backward, ONCE=plan.once, DOWN=adapters.B if backward else adapters.A,
-            IEEE=x.dtype == weight_dtype == torch.float32, DROPOUT=dropout_p > 0.0,
-            QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1, W_TILES=kind, **plan.compiled(), STAY=plan.once and plan.per_processor > 0,
-            **config.options(where),
-        )  # fmt: skip
-
-    with torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext(), _counted(device):
-        if plan.once:
-            launch(shrink_tiles, expand_tiles, min(shrink_tiles + expand_tiles, plan.per_processor * _processors(device) or 1 << 30))
-        else:
-            if shrink_tiles:
-                launch(shrink_tiles, 0, shrink_tiles)
-            if expand_tiles:
-                launch(0, expand_tiles, expand_tiles)
+    once = shrink_tiles + expand_tiles
+    grid = min(once, plan.per_processor * _processors(device)) if plan.per_processor else once
+    launches = [(grid, shrink_tiles, expand_tiles)]
+    if not plan.once:
+        launches = [(shrink_tiles, shrink_tiles, 0), (expand_tiles, 0, expand_tiles)]
+    on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
+    with on_device, workspace.counters(device, count) as counters:
+        for blocks, shrinks, expands in launches:
+            if not blocks:
+                continue
+            lora_linear_kernel[(blocks,)](
+                x, x_tiles, w_tiles, bias, y, z, pre, partials, partials[shrink_tiles * shrink_part :], counters,
+                seed if dropout_p else None, *_rows(segments), *(many[:5] if many else (None,) * 5),
+                *one, many.slice_count if many else 1, many.adapters if many else 1,
+                M, N, K, *x.stride(), *((0, 0) if weight is None else weight.stride()),
+                0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
+                shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
+                threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
+                DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slice_count > 1),
+                BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
+                DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
+                DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,
+                W_TILES=w_kind, **plan.compiled(), **config.options(where),
+            )  # fmt: skip
     return y
+
+
+def _rows(segments: Segments | None) -> tuple[Tensor | None, ...]:
+    """What the kernel reads of the segments."""
+    if segments is None:
+        return (None,) * 5
+    return segments.order, segments.ids, segments.starts, segments.owners, segments.blocks
 
 
 @functools.cache
@@ -289,19 +305,6 @@ def _tiles(
     if weight.stride(1) == 1:
         return x_tiles, TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
     return x_tiles, TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
-
-
-_NONE: tuple[Any, ...] = (None,) * 5
-
-
-@contextlib.contextmanager
-def _counted(device: torch.device) -> Iterator[None]:
-    """A launch that fails leaves counters that nobody may use again."""
-    try:
-        yield
-    except BaseException:
-        workspace.forget(device)
-        raise
 
 
 def _wide(t: Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from peftk.reference import AdapterGrads, Wanted
 from peftk.reference.philox import threshold as dropout_threshold
 
-from . import config
+from . import config, workspace
 from .arithmetic import activate, dot, round_to
 from .lora_linear import NOTHING, Adapters, Many, target
 from .philox import keep
@@ -40,7 +40,7 @@ def wgrad_kernel(
     dy, x, z, u, order, ids, ends, rows, scalings, tasks, firsts, seed, dA, dB, da, db, partials, counters,
     rank: tl.int32, activation: tl.int32, scaling: tl.float32,
     place_A: tl.int32, place_B: tl.int32, place_a: tl.int32, place_b: tl.int32,
-    M: tl.int32, N, K, stride_ym, stride_yn, stride_xm, stride_xk, z_pages: tl.int32,
+    M: tl.int32, N, K, stride_ym, stride_yn, stride_xm, stride_xk, stride_zm, z_pages: tl.int32,
     heads: tl.int32, groups: tl.int32, blocks_A: tl.int32, blocks: tl.int32, range_rows: tl.int32,
     threshold: tl.int32, keep_scale: tl.float32,
     MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
@@ -88,7 +88,7 @@ def wgrad_kernel(
         c_start = column * BLOCK_C
         width = K
         acc = _products(
-            u, x, order, first, tl.where(place_A >= 0, last, first), M, r, rank, 0, z_pages, c_start, K,
+            u, x, order, first, tl.where(place_A >= 0, last, first), M, r, rank, 0, z_pages * PAGE, c_start, K,
             stride_xm, stride_xk, seed, threshold, MANY, DROPOUT, QUADS, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         if DROPOUT:
@@ -99,7 +99,7 @@ def wgrad_kernel(
         c_start = (column - blocks_A) * BLOCK_C
         width = N
         acc = _products(
-            z, dy, order, first, tl.where(place_B >= 0, last, first), M, r, rank, activation, z_pages, c_start, N,
+            z, dy, order, first, tl.where(place_B >= 0, last, first), M, r, rank, activation, stride_zm, c_start, N,
             stride_ym, stride_yn, seed, threshold, MANY, False, QUADS, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         summed = tl.where((place_b >= 0) & (group == 0), last, first)
@@ -151,7 +151,7 @@ def wgrad_kernel(
 
 @triton.jit
 def _products(
-    left, right, order, first, last, M, r, rank, code, z_pages, c_start, width, stride_m, stride_c,
+    left, right, order, first, last, M, r, rank, code, stride_left, c_start, width, stride_m, stride_c,
     seed, threshold, MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def _products(
         row = rows_at(position, order, M, MANY)
         own = position < last
         left_mask = own[:, None] & (r < rank)[None, :]
-        left_tile = tl.load(left + (row * (z_pages * PAGE))[:, None] + r[None, :], mask=left_mask, other=0.0)
+        left_tile = tl.load(left + (row * stride_left)[:, None] + r[None, :], mask=left_mask, other=0.0)
         mask = own[:, None] & (c < width)[None, :]
         right_row = right + row * stride_m
         tile = tl.load(right_row[:, None] + c[None, :].to(tl.int64) * stride_c, mask=mask, other=0.0)
@@ -266,16 +266,14 @@ def wgrad(
     adapters: Adapters,
     segments: Segments | None,
     plan: Plan,
-    counters: Tensor,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[AdapterGrads | None]:
     """The gradients that `plan` lists, by id; None for an empty slot. They are views of one allocation of each kind.
 
-    dy [M, N] and x [M, K] of one dtype, in any strides; z and u fp32 [M, z_width], contiguous, 0 where a row's adapter
-    has no such rank; segments: None with one adapter. counters: int32, zeros before and after, at least
-    `counters_needed`; no two launches in flight share them. Nothing is copied between host and device and nothing
+    dy [M, N] and x [M, K] of one dtype, in any strides; z (any row stride) and u fp32 [M, z_width], 0 where a row's
+    adapter has no such rank; segments: None with one adapter. Nothing is copied between host and device and nothing
     waits, so a CUDA graph can capture the call.
     """
     M, N = dy.shape
@@ -295,25 +293,21 @@ def wgrad(
         one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
         place = (plan.places[0] if many is None else None) or Places(0, -1, -1, -1, -1)
         threshold = dropout_threshold(dropout_p)
-        with torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext():
+        needed = ranges * plan.groups * blocks
+        on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
+        with on_device, workspace.counters(device, needed) as counters:
             wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.groups) * blocks,)](
                 dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
                 many and many.scaling, plan.tasks, plan.firsts, seed if dropout_p else None,
                 dA, dB, da, db, partials, counters,
                 one.rank, one.activation, one.scaling, *place[1:],
-                M, N, K, *dy.stride(), *x.stride(), z.shape[1] // PAGE.value,
+                M, N, K, *dy.stride(), *x.stride(), z.stride(0), u.shape[1] // PAGE.value,
                 plan.heads, plan.groups, blocks_A, blocks, range_rows,
                 threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
                 MANY=many is not None, DROPOUT=dropout_p > 0.0, QUADS=K % 4 == 0, **block._asdict(),
                 **config.options(target(device)),
             )  # fmt: skip
     return [None if place is None else _views(place, dA, dB, da, db, K, N) for place in plan.places]
-
-
-def counters_needed(dy: Tensor, x: Tensor, plan: Plan) -> int:
-    """How many counters a call with these arguments needs."""
-    _, _, blocks, range_rows = _tiling(dy, x, plan)
-    return -(-dy.shape[0] // range_rows) * plan.groups * blocks
 
 
 def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, int]:

@@ -1,11 +1,13 @@
-"""The protocol of a ticketed launch: who works on what, who waits for whom, who cleans up. `docs/protocol.md` argues it.
+"""The protocol of a ticketed launch: who works on what, who waits for whom, who cleans up.
+
+`docs/protocol.md` argues it.
 
 The counters of a launch are int32, zero before it and zero after it:
 
-    [0]                 tickets drawn
-    [1]                 blocks that have left
+    [0]                   tickets drawn
+    [1]                   blocks that have left
     [2 … 2 + row blocks)  shrink tiles of the row block that are complete
-    then                arrivals at every tile that is cut into splits, one counter a tile
+    then                  arrivals at every tile that is cut into splits, one counter a tile
 
 `tl.debug_barrier` (bar.sync) stands between the stores of a block's threads and the release by one of them, and between
 an acquire by one of them and the loads of all.

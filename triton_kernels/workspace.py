@@ -6,6 +6,9 @@ counters. Kernels leave their counters at zero, so nothing is cleared between la
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,12 +18,23 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _slabs: dict[torch.device, Tensor] = {}
 
 
-def counters(device: torch.device, count: int) -> Tensor:
-    """int32 [≥ count], all zero, for one launch on the current stream.
+@contextlib.contextmanager
+def counters(device: torch.device, count: int) -> Iterator[Tensor]:
+    """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.
 
-    While a CUDA graph is captured, counters that no other launch will ever get: from a slab that was zeroed before the
-    capture, or, where that is used up, zeroed by a node of the graph itself.
+    After a launch that failed they may hold anything, so the next one gets new ones. While a CUDA graph is captured,
+    counters that no other launch will ever get: from a slab that was zeroed before the capture, or, where that is used
+    up, zeroed by a node of the graph itself.
     """
+    try:
+        yield _counters(device, count)
+    except BaseException:
+        for key in [key for key in _of_stream if key[0] == device]:
+            del _of_stream[key]
+        raise
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
     stream = 0
@@ -43,9 +57,3 @@ def _captured(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     _slabs[device] = slab[count:]
     return slab[:count]
-
-
-def forget(device: torch.device) -> None:
-    """After a launch that failed: its counters may hold anything, so the next launch gets new ones."""
-    for key in [key for key in _of_stream if key[0] == device]:
-        del _of_stream[key]

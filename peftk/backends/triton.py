@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk import reference
 from peftk.activations import CODES
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import lora_linear as kernels
-from peftk.triton_kernels.segments import segments
+from peftk.triton_kernels import lora_wgrad as gradients
+from peftk.triton_kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
     from peftk.backends import Call
@@ -113,14 +113,13 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, AdapterGrads]:
     """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
     adapters, held = _one(adapter)
-    dx, u = kernels.backward(
-        dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
-    )
-    _, grads = reference.lora_linear_backward(
-        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
-    )
+    dx, u = kernels.backward(dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
+    if adapter is None:
+        return dx, AdapterGrads(None, None, None, None)
+    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], x.dtype, x.device, many=False)
+    [grads] = _wgrad(dy, x, z, u, adapters, None, plan, dropout_p, seed)
     del held
-    return dx, grads
+    return dx, grads or AdapterGrads(None, None, None, None)
 
 
 def multi_lora_linear_backward(
@@ -141,14 +140,54 @@ def multi_lora_linear_backward(
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
-    _, grads = reference.multi_lora_linear_backward(
-        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=False, wanted=wanted
+    plan = _plan(table, wanted, x)
+    return dx, _wgrad(dy, x, z, u, adapters, order, plan, dropout_p, seed)
+
+
+def _wgrad(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    u: Tensor,
+    adapters: kernels.Adapters,
+    order: Segments | None,
+    plan: gradients.Plan,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> list[AdapterGrads | None]:
+    if z is None:
+        z = u  # of no columns: nothing has a rank
+    return gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
+
+
+def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, x: Tensor) -> gradients.Plan:
+    """Which gradients of a table's adapters: made once for the same table and wishes, since it copies to the device."""
+    wishes = tuple(
+        Wanted(False, False, False, False) if a is None else _present(a, ALL if wanted is None else wanted[i])
+        for i, a in enumerate(table.adapters)
     )
-    return dx, grads
+    plans = _PLANS.setdefault(table, {})
+    key = (wishes, x.dtype)
+    if key not in plans:
+        ranks = [None if a is None else a.rank for a in table.adapters]
+        plans[key] = gradients.plan(ranks, wishes, x.dtype, x.device)
+    return plans[key]
+
+
+def _present(adapter: Adapter, wanted: Wanted) -> Wanted:
+    """What is wanted of what there is."""
+    ranks = adapter.rank > 0
+    return Wanted(
+        ranks and wanted.lora_A,
+        ranks and wanted.lora_B,
+        wanted.bias_A and adapter.bias_A is not None,
+        wanted.bias_B and adapter.bias_B is not None,
+    )
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _adapters(table: AdapterTable) -> kernels.Adapters:

@@ -6,9 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from peftk.triton_kernels import config
-from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
-from peftk.triton_kernels.philox import keep
 from torch import Tensor
 
 from peftk import reference, table
@@ -16,6 +13,9 @@ from peftk.activations import CODES
 from peftk.backends import triton as backend
 from peftk.reference import philox
 from peftk.table import Adapter
+from peftk.triton_kernels import config
+from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
+from peftk.triton_kernels.philox import keep
 from tests import numerics
 from tests.cases import Case, double, expected, random_case
 

@@ -6,18 +6,18 @@ import dataclasses
 
 import pytest
 import torch
-from peftk.triton_kernels import config
-from peftk.triton_kernels import lora_wgrad as kernels
-from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk import activations, reference, table
 from peftk.backends import triton as backend
-from peftk.reference import ALL, AdapterGrads, Wanted
+from peftk.reference import AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter
+from peftk.triton_kernels import config, workspace
+from peftk.triton_kernels import lora_wgrad as kernels
+from peftk.triton_kernels.segments import segments
 from tests import numerics
 from tests.cases import Case, double, expected_grads, random_case
-from tests.interpreted.lora_linear import BF16, F16, F32, MIXES, PATTERNS, adapter, make, normal
+from tests.interpreted.lora_linear import normal
 
 GRADS = AdapterGrads._fields
 
@@ -69,12 +69,11 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
     ranks = [None if a is None else a.rank for a in case.adapters]
     wanted = wanted or [everything(a) for a in case.adapters]
     plan = kernels.plan(ranks, wanted, case.x.dtype, case.x.device, many=case.ids is not None)
-    counters = torch.zeros(kernels.counters_needed(given.dy, case.x, plan), dtype=torch.int32)
     grads = kernels.wgrad(
-        given.dy, case.x, given.z, given.u, adapters, order, plan, counters,
+        given.dy, case.x, given.z, given.u, adapters, order, plan,
         dropout_p=given.dropout_p, seed=given.seed,
     )  # fmt: skip
-    assert not counters.any(), "a counter was left"
+    assert not any(counters.any() for counters in workspace._of_stream.values()), "a counter was left"
     return grads
 
 

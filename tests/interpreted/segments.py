@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from peftk.triton_kernels import segments as kernels
 from torch import Tensor
 
 from peftk import reference
+from peftk.triton_kernels import segments as kernels
 
 I32, I64 = torch.int32, torch.int64
 LEAST, MOST = torch.iinfo(I64).min, torch.iinfo(I64).max
