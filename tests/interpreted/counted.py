@@ -161,7 +161,6 @@ def test_wgrad(pattern: str) -> None:
     made = Tensors(batch, ids)
     z, u = torch.randn(batch.M, batch.z_width), torch.randn(batch.M, batch.z_width)
     plan = lora_wgrad.plan(batch.ranks, [WANTED] * len(batch.ranks), BF16, made.x.device, many=batch.many)
-    counters = torch.zeros(lora_wgrad.counters_needed(made.dy, made.x, plan), dtype=torch.int32)
     with counting(**made.names()) as seen:
-        lora_wgrad.wgrad(made.dy, made.x, z, u, made.source, made.segments, plan, counters)
+        lora_wgrad.wgrad(made.dy, made.x, z, u, made.source, made.segments, plan)
     same(seen, closed_wgrad.wgrad(batch, closed_wgrad.tiling(batch, "interpreter")))

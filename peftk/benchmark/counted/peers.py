@@ -44,7 +44,7 @@ SOURCES = {
             "python/sglang/srt/lora/triton_ops/chunked_sgmv_expand.py@dd780ab9de48 whole",
             "python/sglang/srt/lora/backend/chunked_backend.py@e714b89ba9d6 _determine_chunk_size, _get_segments_info",
             "python/sglang/srt/lora/layers.py@ed17a5773ca1 ColumnParallelLinearWithLoRA",
-            "python/sglang/srt/server_args.py max_lora_chunk_size = 16",
+            "python/sglang/srt/server_args.py max_lora_chunk_size = 16, lora_backend = csgmv (read without a commit)",
         ),
     ),
     "Punica SGMV": Source(
