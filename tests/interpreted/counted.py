@@ -9,6 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from peftk.triton_kernels import config, lora_wgrad
+from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk import table
@@ -19,9 +22,6 @@ from peftk.benchmark.counted.batch import Batch, of_ids, one
 from peftk.benchmark.counted.work import Launch
 from peftk.reference import Wanted
 from peftk.table import Adapter
-from peftk.triton_kernels import config, lora_wgrad
-from peftk.triton_kernels import lora_linear as kernels
-from peftk.triton_kernels.segments import segments
 from tests.counting import counting
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
