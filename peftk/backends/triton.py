@@ -76,7 +76,7 @@ def lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in two launches. The adapter's addresses travel as kernel arguments."""
+    """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
     adapters, held = _one(adapter)
     has_z = save_z and adapters.z_width > 0
     y, z = kernels.forward(x, weight, _contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
@@ -95,7 +95,7 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
+    """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
     adapters, order = _adapters(table), _segments(ids, table.count)
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
