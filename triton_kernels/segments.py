@@ -137,7 +137,7 @@ def scatter_kernel(
     lower = real & (group > 0)
     start = tl.load(ends + group - 1, mask=lower, other=0)
     place = at + start - tl.load(mine - 1, mask=lower, other=0)
-    place += tl.load(mine - (adapters + 1), mask=real & (tile > 0), other=0)
+    place += tl.load(mine - (adapters + 1), mask=at < tl.where(tile > 0, M - tile * SIZE, 0), other=0)
     place = tl.where(real, place, M)
 
     # how many groups up to this one have rows, for the group of each row: a chunk of groups after the other

@@ -9,9 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from peftk.triton_kernels import config, lora_wgrad
-from peftk.triton_kernels import lora_linear as kernels
-from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk import table
@@ -22,6 +19,9 @@ from peftk.benchmark.counted.batch import Batch, of_ids, one
 from peftk.benchmark.counted.work import Launch
 from peftk.reference import Wanted
 from peftk.table import Adapter
+from peftk.triton_kernels import config, lora_wgrad
+from peftk.triton_kernels import lora_linear as kernels
+from peftk.triton_kernels.segments import segments
 from tests.counting import counting
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -160,7 +160,9 @@ def test_wgrad(pattern: str) -> None:
     batch = make(48, 40, (20, 4, 16, 33, 8, 1, 7, 50), ids)
     made = Tensors(batch, ids)
     z, u = torch.randn(batch.M, batch.z_width), torch.randn(batch.M, batch.z_width)
-    plan = lora_wgrad.plan(batch.ranks, [WANTED] * len(batch.ranks), BF16, made.x.device, many=batch.many)
+    plan = lora_wgrad.plan(
+        batch.ranks, [WANTED] * len(batch.ranks), (0, made.dy.shape[1]), BF16, made.x.device, many=batch.many
+    )
     with counting(**made.names()) as seen:
         lora_wgrad.wgrad(made.dy, made.x, z, u, made.source, made.segments, plan)
     same(seen, closed_wgrad.wgrad(batch, closed_wgrad.tiling(batch, "interpreter")))

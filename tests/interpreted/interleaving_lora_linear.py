@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from peftk.triton_kernels import config, expand, lora_linear, tickets, workspace
-from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk.backends import triton as backend
+from peftk.triton_kernels import config, expand, lora_linear, tickets, workspace
+from peftk.triton_kernels.segments import segments
 from tests.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.interpreted.lora_linear import F32, adapter, make, normal
 from tests.mutants import mutant
@@ -64,7 +64,7 @@ def run(name: str, schedule: Schedule) -> Outcome:
     device = torch.device("cpu")
     standard = expected(name)
     workspace.forget(device)
-    return outcome(schedule, launches()[name], standard, lambda: workspace.counters(device, 0))
+    return outcome(schedule, launches()[name], standard, lambda: workspace._counters(device, 0))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.full)])

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Sequence
 
 import pytest
-import torch
-from peftk.triton_kernels import config, lora_wgrad
-from peftk.triton_kernels.segments import segments
 from torch import Tensor
 
 from peftk.backends import triton as backend
+from peftk.triton_kernels import config, lora_wgrad, workspace
+from peftk.triton_kernels.segments import segments
 from tests.interleaving import Outcome, Schedule, outcome, schedules
 from tests.interpreted.lora_linear import F32, adapter, make
 from tests.interpreted.lora_wgrad import Inputs, everything, inputs
@@ -34,34 +33,25 @@ def given(many: bool) -> Inputs:
     return inputs(make((F32, F32, F32), adapters, IDS if many else None, M, K, N))
 
 
-def launch(many: bool, counters: Tensor) -> Sequence[Tensor]:
+def launch(many: bool) -> Sequence[Tensor]:
     case = given(many).case
     adapters, order = backend._one(case.adapters[0])[0], None
     if many:
         adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
-    plan = plan_of(many)
-    grads = lora_wgrad.wgrad(given(many).dy, case.x, given(many).z, given(many).u, adapters, order, plan, counters)
-    return [grad for adapter_grads in grads for grad in adapter_grads]
-
-
-def plan_of(many: bool) -> lora_wgrad.Plan:
-    case = given(many).case
     ranks, wanted = [a.rank for a in case.adapters], [everything(a) for a in case.adapters]
-    return lora_wgrad.plan(ranks, wanted, F32, case.x.device, many=many)
-
-
-def counters_of(many: bool) -> Tensor:
-    return torch.zeros(lora_wgrad.counters_needed(given(many).dy, given(many).case.x, plan_of(many)), dtype=torch.int32)
+    plan = lora_wgrad.plan(ranks, wanted, (0, N), F32, case.x.device, many=many)
+    grads = lora_wgrad.wgrad(given(many).dy, case.x, given(many).z, given(many).u, adapters, order, plan)
+    return [grad for adapter_grads in grads for grad in adapter_grads]
 
 
 @functools.cache
 def expected(many: bool) -> Sequence[Tensor]:
-    return launch(many, counters_of(many))
+    return launch(many)
 
 
 def run(many: bool, schedule: Schedule) -> Outcome:
-    counters = counters_of(many)
-    return outcome(schedule, lambda: launch(many, counters), expected(many), lambda: counters)
+    device = given(many).dy.device
+    return outcome(schedule, lambda: launch(many), expected(many), lambda: workspace._counters(device, 0))
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.full)])

@@ -250,8 +250,8 @@ def test_only_what_is_wanted(many: bool) -> None:
 def test_frozen_adapters_take_no_room() -> None:
     adapters = tuple(adapter(r, 40, 37, F32, "identity", 7 * r) for r in (20, 3, 17))
     nothing = Wanted(False, False, False, False)
-    plan = kernels.plan([20, 3, 17], [nothing, Wanted(), Wanted(lora_A=False)], F32, torch.device("cpu"))
-    assert plan.sizes == (1, 1 + 2, 1 + 2, 2)
+    plan = kernels.plan([20, 3, 17], [nothing, Wanted(), Wanted(lora_A=False)], (0, 37), F32, torch.device("cpu"))
+    assert plan.sizes == (1, (1 + 2) * 37, 1 + 2, 2 * 37)
     assert plan.heads == 2
     assert plan.firsts.tolist() == [[0, 0], [0, 1], [1, 1]]
     given = inputs(make(MIXES[0], adapters, [0, 1, 2, 0] * 5, 20, 40, 37))
