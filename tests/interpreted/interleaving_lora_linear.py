@@ -132,7 +132,7 @@ def test_mutants_are_found(name: str) -> None:
 def test_after_a_hang_the_next_call_is_right() -> None:
     """The launcher has dropped the counters of the launch that failed."""
     expected("one")
-    verdict, module, *changes = MUTANTS["waits for one tile more"]
+    _, module, *changes = MUTANTS["waits for one tile more"]
     with mutant(module, *changes), interleaved(SCHEDULES[0]), pytest.raises(HangError):
         launches()["one"]()
     for actual, standard in zip(launches()["one"](), expected("one"), strict=True):

@@ -50,8 +50,9 @@ def expected(many: bool) -> Sequence[Tensor]:
 
 
 def run(many: bool, schedule: Schedule) -> Outcome:
-    device = given(many).dy.device
-    return outcome(schedule, lambda: launch(many), expected(many), lambda: workspace._counters(device, 0))
+    device, standard = given(many).dy.device, expected(many)
+    workspace.forget(device)
+    return outcome(schedule, lambda: launch(many), standard, lambda: workspace._counters(device, 0))
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(60, marks=pytest.mark.full)])
