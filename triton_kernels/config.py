@@ -25,6 +25,7 @@ class Form(NamedTuple):
     N: int
     K: int
     many: bool
+    packed: bool
     wide: bool  # x and W can be loaded 16 bytes at a time, and so go around the registers
     x: torch.dtype
     weight: torch.dtype
@@ -78,8 +79,8 @@ def options(target: int | str) -> dict[str, int | bool]:
     if target == "interpreter":
         return {}
     fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
-    # Left alone, ptxas spills in order to fit one more block on a processor; told 255, it spills where it needs 184.
-    return fused if target == "hip" else {**fused, "maxnreg": 248}
+    # Left alone, ptxas spills a few words in order to fit one more block on a processor.
+    return fused if target == "hip" else {**fused, "maxnreg": 255}
 
 
 def lora_linear(form: Form, target: int | str) -> Plan:
@@ -107,7 +108,7 @@ def _tiles(form: Form, target: int | str) -> Plan:
         return Plan(16, 32, 32, 2, True, 16, 32, 16, 16, 4, 1)
     # single loads, fp32 products and factors cut into terms live in registers
     direct = wide and x == form.adapters and x != torch.float32
-    shrink_k = 128 if direct else 64 if wide else 32
+    shrink_k = 128 if direct else 64 if wide and (x == form.adapters or not many) else 32
     if not wide or x != weight:
         return Plan(64, 32, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if x == torch.float32:
@@ -117,7 +118,7 @@ def _tiles(form: Form, target: int | str) -> Plan:
     if M <= 16:
         return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
     if M <= 64 or (many and M <= 256):
-        return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
+        return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 8 if form.packed else 4, 4)
     shrink_m = 32 if direct and M > 1024 else 16
     tma = isinstance(target, int) and target >= 90
     if target in _FACTORS_IN_SHARED and direct and not many and not form.own_sums:

@@ -237,6 +237,7 @@ def _launch(
         N=N,
         K=K,
         many=many is not None,
+        packed=many is not None and many.slice_count > 1,
         wide=K % 16 == 0 and _wide(x) and (weight is None or _wide(weight)),
         x=x.dtype,
         weight=weight_dtype,
