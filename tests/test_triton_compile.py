@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -87,14 +85,12 @@ def compile_call(
     seed = empty(1, dtype=torch.int64) if dropout_p else None
     A, B = ("k16", "r16") if aligned else ("k", "any")
     adapters = kernels.Adapters(source, mix[2], 16, A, "any" if many else B)
-    with compiling(target, kernels, ("lora_linear_kernel",)) as compiled, contextlib.ExitStack() as stack:
-        if plan is not None:
-            stack.enter_context(mock.patch.object(config, "lora_linear", return_value=plan))
+    with compiling(target, kernels, ("lora_linear_kernel",)) as compiled:
         if backward:
             dy, z = empty(M, N, dtype=mix[0]), empty(M, 16, dtype=F32)
-            kernels.backward(dy, weight, K, adapters, segments, z, dropout_p=dropout_p, seed=seed)
+            kernels.backward(dy, weight, K, adapters, segments, z, dropout_p=dropout_p, seed=seed, plan=plan)
         else:
-            kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed)
+            kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed, plan=plan)
     [only] = compiled
     return only
 

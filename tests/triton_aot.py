@@ -79,10 +79,9 @@ def _inspect(kernel: Any) -> Compiled:
     tensor_memory = getattr(kernel.metadata, "tmem_size", 0)  # AMD has none
     if "cubin" not in kernel.asm:
         assembly = kernel.asm["amdgcn"]
-        counts = {
-            k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)
-        }
-        spilled = 4 * (counts["vgpr_spill_count"] + counts["sgpr_spill_count"])
+        counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly)}
+        # scalar registers that do not fit are parked in lanes of vector registers, which takes no memory
+        spilled = counts["private_segment_fixed_size"]
         return Compiled(name, counts["vgpr_count"], spilled, shared, tensor_memory, assembly)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])

@@ -1,7 +1,8 @@
-"""Tile sizes and splits: pure functions of a call's form and the target. Nothing here is measured on a GPU yet.
+"""The shipped table: tile sizes by the shape class of a call, for each family of targets. Pure functions, no measuring.
 
-A target is a CUDA compute capability (80, 90, …), "hip", or "interpreter". Few shapes are told apart, so that few
-variants are compiled: three heights of the base tile (decode, a small batch, prefill) for each kind of factor.
+Nothing here is measured on a GPU yet. `candidates` are the plans that `peftk tune` may choose instead (`tuned`); all of
+them, and all of the table, compile without spills. A target is a CUDA compute capability (80, 90, …), "hip", or
+"interpreter". Few shapes are told apart, so that few variants are compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 2
 # wgmma and tcgen05 read their factors from shared memory, so that wide tiles leave registers for the epilogue.
 _FACTORS_IN_SHARED = (90, 100, 103, 110)
 _TENSOR_MEMORY = (100, 103, 110)  # where products of 64 rows and more have their accumulators
-_PROCESSORS = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
+_PROCESSORS = 128  # the order of an A100 (108) or an H100 (132)
 
 
 class Form(NamedTuple):
@@ -25,12 +26,41 @@ class Form(NamedTuple):
     N: int
     K: int
     many: bool
+    packed: bool
+    backward: bool
     wide: bool  # x and W can be loaded 16 bytes at a time, and so go around the registers
     x: torch.dtype
     weight: torch.dtype
     adapters: torch.dtype
     own_sums: bool  # the adapters' terms are summed apart (dropout in the backward)
     z_pages: int
+
+    def shape(self) -> Shape:
+        return Shape(next(rows for rows in HEIGHTS if rows >= self.M or rows == HEIGHTS[-1]), *self[3:11])
+
+
+HEIGHTS = (16, 64, 256, 1024, 4096)  # rows up to which calls are of one class, the last without an end
+
+
+class Shape(NamedTuple):
+    """The class of shapes that share a plan: `Form` without its sizes, of which only the height of M counts."""
+
+    rows: int
+    many: bool
+    packed: bool
+    backward: bool
+    wide: bool
+    x: torch.dtype
+    weight: torch.dtype
+    adapters: torch.dtype
+    own_sums: bool
+
+    def key(self) -> str:
+        """What a tuned plan is kept under."""
+        words = ["packed" if self.packed else "many" if self.many else "one"]
+        words += [word for word, said in (("backward", self.backward), ("dropout", self.own_sums)) if said]
+        words += [str(dtype).removeprefix("torch.") for dtype in (self.x, self.weight, self.adapters)]
+        return " ".join([*words, *([] if self.wide else ["narrow"]), f"M={self.rows}"])
 
 
 class Plan(NamedTuple):
@@ -52,6 +82,7 @@ class Plan(NamedTuple):
     once: bool = True  # one launch; False: shrink, then expand
     descriptors: bool = False  # x and W by tensor descriptors (TMA)
     per_processor: int = 0  # blocks that stay on each processor and draw tile after tile; 0: a block for every tile
+    fill: int = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
 
     def compiled(self) -> dict[str, int | bool]:
         """What the kernel is compiled for."""
@@ -78,36 +109,69 @@ def options(target: int | str) -> dict[str, int | bool]:
     if target == "interpreter":
         return {}
     fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
-    # Left alone, ptxas spills in order to fit one more block on a processor; told 255, it spills where it needs 184.
-    return fused if target == "hip" else {**fused, "maxnreg": 248}
+    # Left alone, ptxas spills a few words in order to fit one more block on a processor.
+    return fused if target == "hip" else {**fused, "maxnreg": 255}
 
 
 def lora_linear(form: Form, target: int | str) -> Plan:
-    """`by row` (see `lora_linear`) reads a tile of B for the rows of the block: only small tiles have the registers."""
-    plan = _tiles(form, target)
-    M, many = form.M, form.many
-    shrink = -(-M // plan.SHRINK_M) * -(-form.z_pages * 16 // plan.SHRINK_R)
-    expand = -(-M // plan.BLOCK_M) * -(-form.N // plan.BLOCK_N)
-    stage = max(
-        plan.BLOCK_K * (plan.BLOCK_M * form.x.itemsize + plan.BLOCK_N * form.weight.itemsize),
-        plan.SHRINK_K * (plan.SHRINK_M * form.x.itemsize + plan.SHRINK_R * form.adapters.itemsize),
-    )
+    """The shipped plan of a call."""
+    return fitted(shipped(form.shape(), target), form)
+
+
+def fitted(plan: Plan, form: Form) -> Plan:
+    """The plan of a class of shapes, cut into the splits that this call needs."""
+    shrink = -(-form.M // plan.SHRINK_M) * -(-form.z_pages * 16 // plan.SHRINK_R)
+    expand = -(-form.M // plan.BLOCK_M) * -(-form.N // plan.BLOCK_N)
     return plan._replace(
-        BY_ROW=many and plan.BY_ROW,
-        num_stages=_stages(plan.num_stages, stage, target),
-        shrink_splits=_splits(shrink, form.K, plan.SHRINK_K, 16),
+        shrink_splits=_splits(shrink, form.K, plan.SHRINK_K, 16, plan.fill),
         expand_splits=_expand_splits(expand, form, plan),
         once=plan.once and shrink > 0 and expand > 0,
     )
 
 
-def _tiles(form: Form, target: int | str) -> Plan:
-    M, many, wide, x, weight = form.M, form.many, form.wide, form.x, form.weight
+def shipped(shape: Shape, target: int | str) -> Plan:
+    """The table's plan for a class of shapes. `by row` (see `lora_linear`) has the registers in small tiles only."""
+    plan = _tiles(shape, target)
+    return _staged(plan._replace(BY_ROW=shape.many and plan.BY_ROW), shape, target)
+
+
+def _staged(plan: Plan, shape: Shape, target: int | str) -> Plan:
+    stage = max(
+        plan.BLOCK_K * (plan.BLOCK_M * shape.x.itemsize + plan.BLOCK_N * shape.weight.itemsize),
+        plan.SHRINK_K * (plan.SHRINK_M * shape.x.itemsize + plan.SHRINK_R * shape.adapters.itemsize),
+    )
+    return plan._replace(num_stages=_stages(plan.num_stages, stage, target))
+
+
+def candidates(shape: Shape, target: int | str) -> tuple[Plan, ...]:
+    """The plans that a tuner may choose from, the shipped one first: each of them in one way unlike it."""
+    first = shipped(shape, target)
+    if target == "interpreter":
+        return first, first._replace(once=False), first._replace(BLOCK_N=16)
+    other = [{"once": False}]
+    if first.num_stages > 2:
+        other += [{"num_stages": first.num_stages - 1}]
+    if first.descriptors:
+        other += [{"descriptors": False}]
+    if first.BLOCK_M <= 64:
+        other += [{"fill": 64}, {"fill": 256}, {"fill": 0}, {"BLOCK_K": first.BLOCK_K // 2, "num_stages": 6}]
+    if first.BLOCK_M > 16:
+        other += [{"GROUP_M": 1}, {"GROUP_M": 16}]
+    if first.BLOCK_N >= 128:
+        other += [{"BLOCK_N": first.BLOCK_N // 2}]
+    if first.BLOCK_M == 128 and first.BLOCK_N == 128:
+        other += [{"per_processor": 1}, {"per_processor": 2}]
+    plans = [first, *(_staged(first._replace(**fields), shape, target) for fields in other)]
+    return tuple(dict.fromkeys(plans))
+
+
+def _tiles(shape: Shape, target: int | str) -> Plan:
+    M, many, wide, x, weight = shape.rows, shape.many, shape.wide, shape.x, shape.weight
     if target == "interpreter":
         return Plan(16, 32, 32, 2, True, 16, 32, 16, 16, 4, 1)
     # single loads, fp32 products and factors cut into terms live in registers
-    direct = wide and x == form.adapters and x != torch.float32
-    shrink_k = 128 if direct else 64 if wide else 32
+    direct = wide and x == shape.adapters and x != torch.float32
+    shrink_k = 128 if direct else 64 if wide and not many else 32
     if not wide or x != weight:
         return Plan(64, 32, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if x == torch.float32:
@@ -117,19 +181,19 @@ def _tiles(form: Form, target: int | str) -> Plan:
     if M <= 16:
         return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
     if M <= 64 or (many and M <= 256):
-        return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
+        return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 8 if shape.packed else 4, 4)
     shrink_m = 32 if direct and M > 1024 else 16
     tma = isinstance(target, int) and target >= 90
-    if target in _FACTORS_IN_SHARED and direct and not many and not form.own_sums:
+    if target in _FACTORS_IN_SHARED and direct and not many and not shape.own_sums:
         return Plan(128, 256, 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
     narrow = shared_memory(target) <= 100 * 1024
-    block_n = 64 if many and form.own_sums else 128
+    block_n = 64 if many and shape.own_sums else 128
     return Plan(128, block_n, 32 if narrow else 64, 8, False, shrink_m, shrink_k, 16, 8, 8, 4, descriptors=tma)
 
 
-def _splits(tiles: int, K: int, block_k: int, at_most: int) -> int:
+def _splits(tiles: int, K: int, block_k: int, at_most: int, fill: int) -> int:
     """Into how many ranges K is cut so that the tiles fill the processors."""
-    return max(min(_PROCESSORS // max(tiles, 1), K // (4 * block_k), at_most), 1)
+    return max(min(fill // max(tiles, 1), K // (4 * block_k), at_most), 1)
 
 
 def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
@@ -137,7 +201,7 @@ def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
     if plan.BLOCK_M > 64 or not tiles:
         return 1
     cheap = form.K * form.weight.itemsize // (16 * 4 * form.M)
-    return min(_splits(tiles, form.K, plan.BLOCK_K, 8), max(cheap, 1))
+    return min(_splits(tiles, form.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))
 
 
 def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
@@ -165,6 +229,15 @@ def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int 
     block = Wgrad(rows, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
     stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def wgrad_candidates(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> tuple[Wgrad, ...]:
+    """As `candidates`. A tile's pages of ranks stay: how the gradients lie depends on them."""
+    first = wgrad(pages, many, wide, x_dtype, target)
+    if target == "interpreter":
+        return first, first._replace(BLOCK_C=16)
+    fewer = first._replace(num_stages=max(first.num_stages - 1, 1))
+    return tuple(dict.fromkeys([first, fewer, first._replace(BLOCK_C=64), first._replace(BLOCK_R=16)]))
 
 
 def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> int:

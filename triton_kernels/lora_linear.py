@@ -33,12 +33,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.reference.philox import threshold as dropout_threshold
 
-from . import config, workspace
-from .arithmetic import INTERPRETED
+from . import config, tuned, workspace
 from .expand import expand_tile
 from .segments import PAGE, Segments
 from .shrink import shrink_tile
 from .tickets import READY, draw, leave, publish
+from .tuned import target
 
 # Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
 _VARYING = ["one_A", "one_stride_A", "one_B", "one_stride_Bn", "one_stride_Br", "one_bias_A", "one_bias_B"]
@@ -144,17 +144,6 @@ BASE_ONLY = Adapters(NOTHING, torch.float32, 0, "k", "any")
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@functools.cache
-def target(device: torch.device) -> int | str:
-    """What `config` calls the device."""
-    if INTERPRETED.value:
-        return "interpreter"
-    if torch.version.hip:
-        return "hip"
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -165,16 +154,17 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     save_z: bool = False,
+    plan: config.Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] in x's dtype and, if asked, z [M, z_width] in fp32 (zero where the row's adapter has no such rank).
 
     x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None
-    with one adapter. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
+    with one adapter. plan: for the tuner. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
     """
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
     z = torch.empty(M, adapters.z_width, dtype=torch.float32, device=x.device)
-    y = _launch(x, weight, bias, N, z, None, adapters, segments, dropout_p, seed, dense=save_z)
+    y = _launch(x, weight, bias, N, z, None, adapters, segments, dropout_p, seed, dense=save_z, plan=plan)
     return y, z if save_z else None
 
 
@@ -189,6 +179,7 @@ def backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     need_dx: bool = True,
+    plan: config.Plan | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """dX [M, columns] in dy's dtype, if needed, and u [M, z_width] in fp32, from dY [M, N] and the forward's z."""
     u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
@@ -206,6 +197,7 @@ def backward(
         seed,
         dense=True,
         backward=True,
+        plan=plan,
     )
     return dx if need_dx else None, u
 
@@ -224,6 +216,7 @@ def _launch(
     *,
     dense: bool,
     backward: bool = False,
+    plan: config.Plan | None = None,
 ) -> Tensor:
     """y [M, N], and z filled. N = 0: only z."""
     (M, K), device = x.shape, x.device
@@ -238,6 +231,8 @@ def _launch(
         N=N,
         K=K,
         many=many is not None,
+        packed=many is not None and many.slice_count > 1,
+        backward=backward,
         wide=K % 16 == 0 and _wide(x) and (weight is None or _wide(weight)),
         x=x.dtype,
         weight=weight_dtype,
@@ -246,7 +241,7 @@ def _launch(
         z_pages=adapters.z_width // PAGE.value,
     )
     where = target(device)
-    plan = config.lora_linear(form, where)
+    plan = config.fitted(plan or tuned.lora_linear(form.shape(), device, where), form)
     row_blocks = triton.cdiv(M, plan.BLOCK_M)
     shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
     expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits

@@ -25,11 +25,12 @@ from torch import Tensor
 from peftk.reference import AdapterGrads, Wanted
 from peftk.reference.philox import threshold as dropout_threshold
 
-from . import config, workspace
+from . import config, tuned, workspace
 from .arithmetic import activate, dot, round_to
-from .lora_linear import NOTHING, Adapters, Many, target
+from .lora_linear import NOTHING, Adapters, Many
 from .philox import keep
 from .segments import PAGE, Segments, rows_at
+from .tuned import WgradShape, target
 
 # Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
 _VARYING = ["rank", "activation", "scaling", "place_A", "place_B", "place_a", "place_b"]
@@ -297,16 +298,17 @@ def wgrad(
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    block: config.Wgrad | None = None,
 ) -> list[AdapterGrads | None]:
     """The gradients that `plan` lists, by entry; None for an empty slot. They are views of one allocation of each kind.
 
     dy [M, N] and x [M, K] of one dtype, in any strides; z (any row stride) and u fp32 [M, z_width], 0 where a row's
-    adapter has no such rank; segments: None with one adapter. Nothing is copied between host and device and nothing
-    waits, so a CUDA graph can capture the call.
+    adapter has no such rank; segments: None with one adapter. block: for the tuner. Nothing is copied between host
+    and device and nothing waits, so a CUDA graph can capture the call.
     """
     M, N = dy.shape
     K = x.shape[1]
-    block, blocks_A, blocks, range_rows = _tiling(dy, x, plan)
+    block, blocks_A, blocks, range_rows = _tiling(dy, x, plan, block)
     ranges = -(-M // range_rows)
     dtype, device = adapters.dtype, x.device
     dA = torch.empty(plan.sizes[0] * PAGE.value * K, dtype=dtype, device=device)
@@ -339,10 +341,11 @@ def wgrad(
     return [None if place is None else _views(place, dA, dB, da, db, K) for place in plan.places]
 
 
-def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, int]:
+def _tiling(dy: Tensor, x: Tensor, plan: Plan, block: config.Wgrad | None) -> tuple[config.Wgrad, int, int, int]:
     """The tile, the blocks of columns of dA, those of dA and dB together, and how many rows a range has at most."""
-    wide = _wide(dy) and _wide(x)
-    block = config.wgrad(plan.pages, plan.tasks is not None, wide, x.dtype, target(x.device))
+    if block is None:
+        shape = WgradShape(plan.pages, plan.tasks is not None, _wide(dy) and _wide(x), x.dtype)
+        block = tuned.wgrad(shape, x.device, target(x.device))
     pages_A, pages_B, pages_a, rows_b = plan.sizes
     blocks_A = triton.cdiv(x.shape[1], block.BLOCK_C) if pages_A else min(pages_a, 1)
     blocks = blocks_A + (triton.cdiv(plan.columns, block.BLOCK_C) if pages_B or rows_b else 0)

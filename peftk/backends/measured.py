@@ -88,10 +88,10 @@ def delete() -> bool:
     """Deletes what was measured on this machine, and a file that cannot be read; whether there was something."""
     path = cache_file()
     try:
-        found = _read(path)
+        found = read(path)
         existed = found.pop(_machine(), None) is not None
         if existed:
-            _write(path, found)
+            write(path, found)
     except ValueError:
         path.unlink()
         existed = True
@@ -106,7 +106,7 @@ def _measured() -> tuple[dict[str, list[Point]], str]:
     except OSError as error:
         return {}, f"not measured on this machine ({error})"
     try:
-        entry = _read(path).get(_machine())
+        entry = read(path).get(_machine())
         if entry is None:
             return {}, "not measured on this machine (peftk tune)"
         if entry["made_with"] != _made_with():
@@ -143,7 +143,7 @@ def save(measured: dict[str, list[Point]]) -> None:
     """Keeps a measurement of this machine. Raises OSError where the cache cannot be written."""
     path = cache_file()
     try:
-        entries = _read(path)
+        entries = read(path)
     except ValueError:
         entries = {}  # not worth keeping
     entries[_machine()] = {
@@ -152,17 +152,17 @@ def save(measured: dict[str, list[Point]]) -> None:
         "threads": torch.get_num_threads(),
         "gain": measured,
     }
-    _write(path, entries)
+    write(path, entries)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     entries = json.loads(path.read_text()) if path.exists() else {}
     if not isinstance(entries, dict):
         raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
     return entries
 
 
-def _write(path: Path, entries: dict[str, Any]) -> None:
+def write(path: Path, entries: dict[str, Any]) -> None:
     """All or nothing: another process may be reading."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:

@@ -157,7 +157,7 @@ def test_shapes(M: int, N: int, K: int, mix: tuple[torch.dtype, torch.dtype, tor
 
 
 def test_shrink_is_split_where_it_would_run_alone() -> None:
-    form = config.Form(5, 40, 300, False, False, F32, F32, F32, False, 1)
+    form = config.Form(5, 40, 300, False, False, False, False, F32, F32, F32, False, 1)
     assert config.lora_linear(form, "interpreter").shrink_splits == 2  # test_shapes has this case
 
 

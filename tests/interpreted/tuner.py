@@ -1,0 +1,144 @@
+"""Tuning in the interpreter: a fake clock, everything else as on a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import peftk
+from peftk.triton_kernels import config, lora_linear, tuned, tuner
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path))
+    tuned.forget_loaded()
+    yield tmp_path / "gpu.json"
+    tuned.forget_loaded()
+
+
+def fastest(name: str) -> tuner.Timer:
+    """A clock by which the candidate of that name is the fastest."""
+
+    def time(sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        return {side: 1.0 if side == name else 2.0 for side in sides}
+
+    return time
+
+
+def tune(name: str = "once=False") -> dict[str, tuner.Found]:
+    return tuner.tune(CPU, dtypes=(BF16,), timer=fastest(name), tokens=(16,), dim=32)
+
+
+def shape(M: int = 16) -> config.Shape:
+    return config.Form(M, 32, 32, False, False, False, True, BF16, BF16, BF16, False, 1).shape()
+
+
+def launches() -> int:
+    """How many launches a forward with one adapter takes."""
+    x, weight, A, B = (torch.ones(*size, dtype=BF16) for size in ((16, 32), (32, 32), (16, 32), (32, 16)))
+    one = lora_linear.One(A.data_ptr(), 32, B.data_ptr(), 16, 1, 0, 0, 16, 0, 1.0)
+    kernel = mock.MagicMock()
+    with mock.patch.object(lora_linear, "lora_linear_kernel", kernel):
+        lora_linear.forward(x, weight, None, lora_linear.Adapters(one, BF16, 16, "k16", "r16"), None)
+    return kernel.__getitem__.call_count
+
+
+def test_the_fastest_is_kept_and_used(cache: Path) -> None:
+    assert launches() == 1
+    found = tune()
+    assert set(found) == {
+        *(f"{kind} {way}bfloat16 bfloat16 bfloat16 M=16" for kind in ("one", "many") for way in ("", "backward ")),
+        "wgrad one bfloat16 ranks=16",
+        "wgrad many bfloat16 ranks=16",
+    }
+    best = found["one bfloat16 bfloat16 bfloat16 M=16"]
+    assert best.changed == ("once=False",)
+    assert (best.best_us, best.shipped_us) == (1.0, 2.0)
+    assert found["wgrad one bfloat16 ranks=16"].changed == ()
+    assert launches() == 2
+    tuned.forget_loaded()  # as a later process would
+    assert launches() == 2
+    assert tuned.source(shape(), CPU) == "tuned on this interpreter"
+    assert "has not measured 'one bfloat16 bfloat16 bfloat16 M=64'" in tuned.source(shape(64), CPU)
+    assert tuned.delete("interpreter")
+    assert not tuned.delete("interpreter")
+    assert launches() == 1
+
+
+def test_a_choice_does_not_change_behind_the_process(cache: Path) -> None:
+    assert launches() == 1
+    with mock.patch.object(tuned, "forget_loaded"):
+        tune()
+    assert launches() == 1
+
+
+def test_other_versions_and_other_gpus_count_for_nothing(cache: Path) -> None:
+    tune()
+    kept = json.loads(cache.read_text())
+    for changed, why in (
+        ({"interpreter": {**kept["interpreter"], "made_with": {"triton": "1", "peftk": "1"}}}, "tune again"),
+        ({"another": kept["interpreter"]}, "not tuned on this interpreter"),
+    ):
+        cache.write_text(json.dumps(changed))
+        tuned.forget_loaded()
+        assert launches() == 1
+        assert why in tuned.source(shape(), CPU)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"interpreter": 1}', '{"interpreter": {"made_with": 3}}'])
+def test_a_broken_file_is_ignored_aloud_and_written_anew(cache: Path, content: str) -> None:
+    cache.write_text(content)
+    if "made_with" in content:
+        assert launches() == 1
+    else:
+        with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
+            assert launches() == 1
+    tune()
+    assert launches() == 2
+
+
+@pytest.mark.parametrize("value", [3, {"BLOCK_M": 16}, None])
+def test_a_plan_that_is_no_candidate_is_ignored_aloud(cache: Path, value: object) -> None:
+    tune()
+    kept = json.loads(cache.read_text())
+    kept["interpreter"]["plans"][shape().key()] = value
+    cache.write_text(json.dumps(kept))
+    tuned.forget_loaded()
+    with pytest.warns(UserWarning, match="expected a candidate's plan"):
+        assert launches() == 1
+
+
+def test_a_candidate_with_another_result_is_an_error(cache: Path) -> None:
+    right = lora_linear.forward
+
+    def wrong(*args: Any, plan: config.Plan, **kwargs: Any) -> Any:
+        y, z = right(*args, plan=plan, **kwargs)
+        return (y if plan.once else y + 0.01), z
+
+    with (
+        mock.patch.object(lora_linear, "forward", wrong),
+        pytest.raises(RuntimeError, match=r"one bfloat16 .* M=16: once=False: differs by"),
+    ):
+        tune()
+    assert not cache.exists()
+
+
+def test_explain_says_where_a_plan_comes_from(cache: Path) -> None:
+    def said(**asked: Any) -> str:
+        return peftk.explain("lora_linear", M=16, K=32, N=32, dtype=BF16, backend="triton", **asked).kernel
+
+    assert "16 x 32 x 32 tiles" in said()
+    assert "shipped table, interpreter; not tuned on this interpreter (peftk tune)" in said()
+    tune()
+    assert "2 launches" in said()
+    assert "tuned on this interpreter" in said()

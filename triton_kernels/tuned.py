@@ -1,0 +1,162 @@
+"""Which plan serves a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
+
+What was found lies in gpu.json beside `peftk.backends.measured`'s file, by GPU, and holds for the versions of triton and
+peftk that it was made with. It is read once, so a choice never changes within a process except by tuning.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import triton
+
+from peftk.backends import measured
+
+from . import config
+from .arithmetic import INTERPRETED
+
+P = TypeVar("P", config.Plan, config.Wgrad)
+
+
+class WgradShape(NamedTuple):
+    """The class of shapes that share a tile of `lora_wgrad`."""
+
+    pages: int
+    many: bool
+    wide: bool
+    x: torch.dtype
+
+    def key(self) -> str:
+        words = ["wgrad", "many" if self.many else "one", str(self.x).removeprefix("torch.")]
+        return " ".join([*words, *([] if self.wide else ["narrow"]), f"ranks={16 * self.pages}"])
+
+
+@functools.cache
+def target(device: torch.device) -> int | str:
+    """What `config` calls the device."""
+    if INTERPRETED.value:
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@functools.cache
+def gpu(device: torch.device) -> str:
+    """What plans are kept under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def lora_linear(shape: config.Shape, device: torch.device, where: int | str) -> config.Plan:
+    return _lora_linear(shape, _name(device), where)[0]
+
+
+def wgrad(shape: WgradShape, device: torch.device, where: int | str) -> config.Wgrad:
+    return _wgrad(shape, _name(device), where)[0]
+
+
+def source(shape: config.Shape | WgradShape, device: torch.device) -> str:
+    """Where the plan of a class of shapes comes from."""
+    find = _lora_linear if isinstance(shape, config.Shape) else _wgrad
+    return find(shape, _name(device), target(device))[1]  # type: ignore[operator]
+
+
+def _name(device: torch.device) -> str:
+    return "" if device.type == "meta" else gpu(device)
+
+
+@functools.cache
+def _lora_linear(shape: config.Shape, name: str, where: int | str) -> tuple[config.Plan, str]:
+    return _choose(shape.key(), name, where, config.candidates(shape, where))
+
+
+@functools.cache
+def _wgrad(shape: WgradShape, name: str, where: int | str) -> tuple[config.Wgrad, str]:
+    return _choose(shape.key(), name, where, config.wgrad_candidates(*shape, where))
+
+
+def _choose(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> tuple[P, str]:
+    shipped = f"shipped table, {where if isinstance(where, str) else f'sm_{where}'}"
+    if not name:
+        return candidates[0], shipped
+    plans, problem = _loaded(name)
+    if key not in plans:
+        return candidates[0], f"{shipped}; {problem or f'`peftk tune` has not measured {key!r}'}"
+    for plan in candidates:
+        if plan._asdict() == plans[key]:
+            return plan, f"tuned on this {name}"
+    warnings.warn(f"{cache_file()}: expected a candidate's plan for {key!r}, got {plans[key]!r}; ignored", stacklevel=2)
+    return candidates[0], f"{shipped}; {key!r} of {cache_file()} is none of the candidates"
+
+
+def cache_file() -> Path:
+    """Raises OSError where no folder is named and the user has no home."""
+    return measured.cache_file().with_name("gpu.json")
+
+
+@functools.cache
+def _loaded(name: str) -> tuple[dict[str, Any], str]:
+    """The plans found on this GPU, by class of shapes; or none, and why."""
+    try:
+        path = cache_file()
+    except OSError as error:
+        return {}, f"not tuned on this machine ({error})"
+    try:
+        entry = measured.read(path).get(name)
+        if entry is None:
+            return {}, f"not tuned on this {name} (peftk tune)"
+        if entry["made_with"] != _made_with():
+            return {}, f"tuned with {entry['made_with']}, this is {_made_with()} (peftk tune again)"
+        return dict(entry["plans"]), ""
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"{path}: expected what `peftk tune` writes, got {error!r}; ignored", stacklevel=2)
+        return {}, f"{path} cannot be read (peftk tune writes a new one)"
+
+
+def _made_with() -> dict[str, str]:
+    import peftk
+
+    return {"triton": triton.__version__, "peftk": peftk.__version__}
+
+
+def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:
+    """Keeps what was found on a GPU, for this process too. Raises OSError where the cache cannot be written."""
+    path = cache_file()
+    try:
+        entries = measured.read(path)
+    except ValueError:
+        entries = {}  # not worth keeping
+    entries[name] = {
+        "made_with": _made_with(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "plans": {key: plan._asdict() for key, plan in plans.items()},
+    }
+    measured.write(path, entries)
+    forget_loaded()
+
+
+def delete(name: str) -> bool:
+    """Deletes what was found on a GPU, and a file that cannot be read; whether there was something."""
+    path = cache_file()
+    try:
+        found = measured.read(path)
+        existed = found.pop(name, None) is not None
+        if existed:
+            measured.write(path, found)
+    except ValueError:
+        path.unlink()
+        existed = True
+    forget_loaded()
+    return existed
+
+
+def forget_loaded() -> None:
+    """Reads the cache again at the next question."""
+    for cached in (_loaded, _lora_linear, _wgrad):
+        cached.cache_clear()

@@ -1,0 +1,167 @@
+"""`peftk tune` on a GPU: times the candidates of `config` for each class of shapes, keeps the fastest (`tuned`).
+
+A candidate must give the shipped plan's result, to rounding: one that doesn't is an error, never a choice.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftk import table
+from peftk.reference import Wanted
+
+from . import config, lora_linear, lora_wgrad, tuned
+from .segments import PAGE, Segments, segments
+
+Run = Callable[[], Sequence[Tensor | None]]
+Timer = Callable[[Mapping[str, Run]], dict[str, float]]
+
+DIM = 4096  # K and N
+RANK = 16
+ADAPTERS = 8  # of a batch with many
+TOKENS = config.HEIGHTS
+_CLEARED = 256 << 20  # bytes written between two runs, more than any L2 holds
+
+
+class Found(NamedTuple):
+    """What was found for a class of shapes."""
+
+    shipped_us: float
+    best_us: float
+    plan: config.Plan | config.Wgrad
+    changed: tuple[str, ...]  # in which fields the plan is not the shipped one: "num_stages=3"
+
+
+def cuda_timer(sides: Mapping[str, Run]) -> dict[str, float]:
+    """µs of each side by the GPU's clock: medians of 21 rounds in rotating order, from a cold L2."""
+    scratch = torch.empty(_CLEARED, dtype=torch.int8, device="cuda")
+    names = list(sides)
+    samples: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+    for round in range(21):
+        shift = round % len(names)
+        for name in names[shift:] + names[:shift]:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            scratch.zero_()
+            before.record()
+            sides[name]()
+            after.record()
+            samples[name].append((before, after))
+    torch.cuda.synchronize()
+    return {name: 1000 * statistics.median(b.elapsed_time(a) for b, a in pairs) for name, pairs in samples.items()}
+
+
+def tune(
+    device: torch.device,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
+    timer: Timer = cuda_timer,
+    tokens: Sequence[int] = TOKENS,
+    dim: int = DIM,
+) -> dict[str, Found]:
+    """Measures, keeps the result for later processes, and takes it in this one.
+
+    Raises OSError where the cache cannot be written; the choice is as before then.
+    """
+    found: dict[str, Found] = {}
+    for dtype in dtypes:
+        for M in tokens:
+            for many in (False, True):
+                for key, plans, run in _cases(M, dim, dtype, many, device):
+                    if key not in found:
+                        progress(key)
+                        found[key] = _best(key, plans, run, timer)
+    tuned.save(tuned.gpu(device), {key: best.plan for key, best in found.items()})
+    return found
+
+
+def _best(
+    key: str, plans: Sequence[config.Plan | config.Wgrad], run: Callable[..., list[Tensor]], timer: Timer
+) -> Found:
+    names = [_unlike(plan, plans[0]) for plan in plans]
+    expected = run(plans[0])
+    for plan, name in zip(plans[1:], names[1:], strict=True):
+        for got, want in zip(run(plan), expected, strict=True):
+            _agree(f"{key}: {', '.join(name)}", got, want)
+    times = timer(
+        {", ".join(name) or "shipped": functools.partial(run, p) for name, p in zip(names, plans, strict=True)}
+    )
+    best = min(range(len(plans)), key=lambda i: times[", ".join(names[i]) or "shipped"])
+    return Found(times["shipped"], times[", ".join(names[best]) or "shipped"], plans[best], names[best])
+
+
+def _unlike(plan: config.Plan | config.Wgrad, shipped: config.Plan | config.Wgrad) -> tuple[str, ...]:
+    pairs = zip(plan._fields, plan, shipped, strict=True)
+    return tuple(f"{field}={value}" for field, value, other in pairs if value != other)
+
+
+def _agree(what: str, got: Tensor, want: Tensor) -> None:
+    """Both are sums of the same exact products in fp32, in another order, rounded once: a unit in the last place apart."""
+    got, exact = got.double(), want.double()
+    allowed = torch.finfo(want.dtype).eps * exact.abs() + 2.0**-12 * exact.abs().max()
+    off = (got - exact).abs()
+    if not bool((off <= allowed).all()):
+        raise RuntimeError(f"{what}: differs from the shipped plan's result by up to {off.max().item():g}")
+
+
+def _cases(
+    M: int, dim: int, dtype: torch.dtype, many: bool, device: torch.device
+) -> Iterator[tuple[str, Sequence[config.Plan | config.Wgrad], Callable[..., list[Tensor]]]]:
+    """The key of a class of shapes, its candidates, and what runs one of them: forward, dX, and the gradients."""
+    where, count = tuned.target(device), ADAPTERS if many else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(dim**-0.5).to(device, dtype)
+
+    x, weight = random(M, dim), random(dim, dim)
+    A, B = random(count * RANK, dim), random(dim, count * RANK)
+    adapters, order = _adapters(A, B, M, many, device)
+    form = config.Form(
+        M, dim, dim, many, False, False, True, dtype, dtype, dtype, False, adapters.z_width // PAGE.value
+    )
+
+    def forward(plan: config.Plan) -> list[Tensor]:
+        return [lora_linear.forward(x, weight, None, adapters, order, plan=plan)[0]]
+
+    yield form.shape().key(), config.candidates(form.shape(), where), forward
+
+    def backward(plan: config.Plan) -> list[Tensor]:
+        dx, u = lora_linear.backward(x, weight, dim, adapters, order, None, plan=plan)
+        return [u] if dx is None else [dx, u]
+
+    shape = form._replace(backward=True).shape()
+    yield shape.key(), config.candidates(shape, where), backward
+
+    z = random(M, adapters.z_width, dtype=torch.float32)
+    wanted = Wanted(True, True, False, False)
+    gradients = lora_wgrad.plan([RANK] * count, [wanted] * count, dtype, device, many=many)
+
+    def wgrad(block: config.Wgrad) -> list[Tensor]:
+        grads = lora_wgrad.wgrad(x, x, z, z, adapters, order, gradients, block=block)
+        return [t for g in grads if g is not None for t in (g.lora_A, g.lora_B) if t is not None]
+
+    of_wgrad = tuned.WgradShape(gradients.pages, many, True, dtype)
+    yield of_wgrad.key(), config.wgrad_candidates(*of_wgrad, where), wgrad
+
+
+def _adapters(
+    A: Tensor, B: Tensor, M: int, many: bool, device: torch.device
+) -> tuple[lora_linear.Adapters, Segments | None]:
+    """One adapter, or a batch of many that take turns row by row."""
+    if not many:
+        one = lora_linear.One(A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), B.stride(1), 0, 0, RANK, 0, 1.0)
+        return lora_linear.Adapters(one, A.dtype, RANK, "k16", "r16"), None
+    pairs = zip(A.split(RANK), B.split(RANK, dim=1), strict=True)
+    built = table.build(
+        tuple(table.Adapter((a,), (b,), 1.0, "identity", None, None) for a, b in pairs), dtype=A.dtype, device=device
+    )
+    source = lora_linear.Many(built.pages, built.rows, built.scaling, built.biases, None, ADAPTERS)
+    ids = torch.arange(M, dtype=torch.int32, device=device) % ADAPTERS
+    return lora_linear.Adapters(source, A.dtype, built.z_width, "k16", "any"), segments(ids, ADAPTERS)
