@@ -34,6 +34,12 @@ class Shrink(NamedTuple):
     num_stages: int
 
 
+class Merge(NamedTuple):
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
 def shared_memory(target: int | str) -> int:
     """Bytes of shared memory that one block may use."""
     if isinstance(target, str):
@@ -48,6 +54,11 @@ def options(target: int | str) -> dict[str, int | bool]:
     fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
     # Left alone, ptxas spills in order to fit one more block on a processor; told 255, it spills where it needs 184.
     return fused if target == "hip" else {**fused, "maxnreg": 248}
+
+
+def exact_options(target: int | str) -> dict[str, int | bool]:
+    """For kernels whose every rounding is specified: no product may be contracted with a sum."""
+    return {} if target == "interpreter" else {**options(target), "enable_fp_fusion": False}
 
 
 def expand(
@@ -91,6 +102,14 @@ def shrink(
     block = Shrink(32 if direct and M > 1024 else 16, 128 if direct else 64 if wide else 32, warps, 4)
     stage = block.BLOCK_K * (block.BLOCK_M * x_dtype.itemsize + 16 * adapter_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def merge(weight_dtype: torch.dtype, target: int | str) -> Merge:
+    """A tile of W: 32 sums a thread, its columns 16 bytes."""
+    if target == "interpreter":
+        return Merge(32, 64, 4)
+    across = 256 // weight_dtype.itemsize
+    return Merge(8192 // across, across, 4 if target == "hip" else 8)  # AMD's warps have 64 threads
 
 
 def splits(M: int, K: int, z_width: int, block: Shrink) -> int:
