@@ -38,7 +38,7 @@ WEIGHT, STRIDE, HEIGHT, COLUMNS, CODE, LORA_A, LORA_B, RANKS, FIRST_ADAPTER, END
 )
 FIRST_TILE, FIRST_ROW, FIRST_WEIGHT, IS_ALIGNED = (tl.constexpr(column) for column in range(11, 15))
 
-AT_ONCE = tl.constexpr(4)  # ranks whose loads are in flight together
+AT_ONCE = tl.constexpr(2)  # ranks whose loads are in flight together
 
 
 @triton.jit(do_not_specialize=["layers", "room"])
@@ -72,27 +72,27 @@ def _merge_tile(
 ):  # fmt: skip
     row = table + layer * WIDTH
     n, k, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
-    d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, BLOCK_N, BLOCK_K)
+    d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     new = round_to(widen(w) + d, DTYPE)
     back = round_to(widen(new) - d, DTYPE)
     code = _encode(_bits(w), _bits(back), DTYPE)
     raw = inside & (code == CODE_RAW)
     infinite = inside & (_magnitude(_bits(new), DTYPE) >= _infinity(DTYPE))
-    worst = tl.max(tl.max(tl.where(infinite, 2, raw.to(tl.int32)), axis=1), axis=0)
+    worst = tl.max(tl.where(infinite, 2, raw.to(tl.int32)))
     written = worst < 2
     if worst == 2:
         tl.store(refused + layer, 1)
     elif worst == 1:
         slot = tl.atomic_add(raw_count + tl.zeros_like(code), 1, mask=raw, sem="relaxed")
-        written = tl.max(tl.max(tl.where(raw, slot, 0), axis=1), axis=0) < room
-        key = tl.load(row + FIRST_WEIGHT) + (n * tl.load(row + COLUMNS))[:, None] + k[None, :]
+        written = tl.max(tl.where(raw, slot, 0)) < room
+        key = tl.load(row + FIRST_WEIGHT) + n * tl.load(row + COLUMNS) + k
         tl.store(raw_keys + slot, key, mask=raw & written)
         tl.store(raw_values + slot, w, mask=raw & written)
     if written:
         tl.store(w_at, new, mask=inside)
         tl.store(code_at, code.to(tl.int8), mask=inside)
-        _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(new), n, k, inside, tl.load(row + HEIGHT), DTYPE)
+        _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(new), n, k, inside, DTYPE)
         tl.store(merged + tile, 1)
 
 
@@ -118,7 +118,7 @@ def _unmerge_tile(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n, k, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
-    d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, BLOCK_N, BLOCK_K)
+    d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     code = tl.load(code_at, mask=inside, other=0)
     back = round_to(widen(w) - d, DTYPE)
@@ -159,7 +159,7 @@ def _checksum_tile(
 ):
     n, k, inside, w_at, _ = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
-    _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(w), n, k, inside, tl.load(row + HEIGHT), DTYPE)
+    _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(w), n, k, inside, DTYPE)
 
 
 @triton.jit
@@ -179,82 +179,111 @@ def layer_of(item, firsts, layers):
 
 @triton.jit
 def _place(tile, row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows and columns of the tile, which of them exist, and where W and the code have them.
+    """Rows and columns of the tile, which elements exist, and where W and the code have them.
 
-    What is loaded from the table carries no alignment for the compiler: ALIGNED says it.
+    Aligned, the tile is [BLOCK_N, BLOCK_K] and a thread has 16 neighbouring bytes of W; what is loaded from the table
+    carries no alignment for the compiler, so it is said. Otherwise the tile is as in `_delta`: single accesses, of
+    16 threads side by side, few addresses.
     """
-    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1  # elements of W in 16 bytes
-    across = tl.load(row + ACROSS).to(tl.int32)
-    index = tile - tl.load(row + FIRST_TILE).to(tl.int32)
-    first_n = index // across * BLOCK_N
-    first_k = index % across * BLOCK_K
-    down = tl.arange(0, BLOCK_N)
-    right = tl.arange(0, BLOCK_K)
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
+    first_n, first_k = _first(tile, row, BLOCK_N, BLOCK_K)
     K = tl.multiple_of(tl.load(row + COLUMNS), VECTOR)
-    inside = (down < tl.load(row + HEIGHT).to(tl.int32) - first_n)[:, None]
-    inside &= (right < K.to(tl.int32) - first_k)[None, :]
     stride = tl.multiple_of(tl.load(row + STRIDE), VECTOR)
-    weight = tl.multiple_of(tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE)), 16 if ALIGNED else 1)
-    code = tl.multiple_of(tl.load(row + CODE).to(tl.pointer_type(tl.int8)), VECTOR)
-    # 64 bits for the tile, 32 within it: an address for each of a thread's elements would be most of its registers
-    weight += first_n * stride + first_k
-    code += first_n * K + first_k
-    w_at = weight + (down[:, None] * stride.to(tl.int32) + right[None, :])
-    code_at = code + (down[:, None] * K.to(tl.int32) + right[None, :])
-    return first_n + down, first_k + right, inside, w_at, code_at
+    w_at = tl.multiple_of(tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE)), 16 if ALIGNED else 1)
+    code_at = tl.multiple_of(tl.load(row + CODE).to(tl.pointer_type(tl.int8)), VECTOR)
+    w_at += first_n * stride + first_k
+    code_at += first_n * K + first_k
+    if ALIGNED:
+        n = tl.arange(0, BLOCK_N)[:, None]
+        k = tl.arange(0, BLOCK_K)[None, :]
+        w_at = w_at + n * stride + k
+        code_at = code_at + n * K + k
+    else:
+        n, k = _spread(BLOCK_N, BLOCK_K)
+        w_at = w_at + n * stride + k
+        code_at = code_at + n * K + k
+    n += first_n
+    k += first_k
+    return n, k, (n < tl.load(row + HEIGHT).to(tl.int32)) & (k < K.to(tl.int32)), w_at, code_at
 
 
 @triton.jit
-def _delta(tile, row, ends, scaling, ADAPTER_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """d: for each adapter a chain of fma over its ranks, times its scaling; their sum in order.
-
-    A chain may not run on over zeros: fma(0, 0, -0) is +0. Beyond the adapter's ranks B is -0, and the product of -0
-    and +0 leaves every sum as it is. For the same reason d starts at -0: -0 + d is d, of either sign.
-
-    The tile is [down, across, 16, 16] here: 16 · 16 threads have the last two dimensions, and each the first two in its
-    registers, so that a rank costs down loads of B and across loads of A for down · across fma.
-    """
-    DOWN: tl.constexpr = BLOCK_N // 16
-    ACROSS_16: tl.constexpr = BLOCK_K // 16
+def _first(tile, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     across = tl.load(row + ACROSS).to(tl.int32)
     index = tile - tl.load(row + FIRST_TILE).to(tl.int32)
-    n = tl.arange(0, DOWN)[:, None, None, None] * 16 + tl.arange(0, 16)[None, None, :, None]
-    k = tl.arange(0, ACROSS_16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
-    n += index // across * BLOCK_N
-    k += index % across * BLOCK_K
-    N = tl.load(row + HEIGHT)
+    return index // across * BLOCK_N, index % across * BLOCK_K
+
+
+@triton.jit
+def _spread(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows and columns of a tile as [down, across, 16, 16]: 16 · 16 threads, each with down · across elements."""
+    n = tl.arange(0, BLOCK_N // 16)[:, None, None, None] * 16 + tl.arange(0, 16)[None, None, :, None]
+    k = tl.arange(0, BLOCK_K // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
+    return n, k
+
+
+@triton.jit
+def _delta(
+    tile, row, ends, scaling, ADAPTER_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d: for each adapter a chain of fma over its ranks, times its scaling; their sum in order, in the tile's shape.
+
+    A chain may not run on over zeros, since fma(0, 0, -0) is +0: ranks that are left over go one by one. d starts at
+    -0, to which any d of either sign adds as itself.
+    """
+    first_n, first_k = _first(tile, row, BLOCK_N, BLOCK_K)
+    n, k = _spread(BLOCK_N, BLOCK_K)
     K = tl.load(row + COLUMNS)
-    A_at = tl.load(row + LORA_A).to(tl.pointer_type(ADAPTER_DTYPE)) + k
-    B_at = tl.load(row + LORA_B).to(tl.pointer_type(ADAPTER_DTYPE)) + n * tl.load(row + RANKS)
-    d = tl.broadcast_to(_minus_zero(tl.float32), (DOWN, ACROSS_16, 16, 16))
-    first = 0
+    R = tl.load(row + RANKS)
+    k_exists = k < K.to(tl.int32) - first_k
+    n_exists = n < tl.load(row + HEIGHT).to(tl.int32) - first_n
+    A = tl.load(row + LORA_A).to(tl.pointer_type(ADAPTER_DTYPE)) + first_k
+    B_at = tl.load(row + LORA_B).to(tl.pointer_type(ADAPTER_DTYPE)) + first_n * R + n * R
+    zero = tl.zeros((BLOCK_N // 16, BLOCK_K // 16, 16, 16), tl.float32)
+    d = tl.broadcast_to(_minus_zero(), (BLOCK_N // 16, BLOCK_K // 16, 16, 16))
+    rank = 0
     for adapter in tl.range(tl.load(row + FIRST_ADAPTER).to(tl.int32), tl.load(row + END_ADAPTER).to(tl.int32)):
         end = tl.load(ends + adapter)
-        t = tl.zeros((DOWN, ACROSS_16, 16, 16), tl.float32)
-        for rank in tl.range(first, end, AT_ONCE, num_stages=1):
+        whole = rank + (end - rank) // AT_ONCE * AT_ONCE
+        t = zero
+        for start in tl.range(rank, whole, AT_ONCE, num_stages=1):
             for r in tl.static_range(AT_ONCE):
-                exists = rank + r < end
-                a = tl.load(A_at + (rank + r) * K, mask=exists & (k < K), other=0.0)
-                b = tl.load(B_at + rank + r, mask=exists & (n < N), other=_minus_zero(ADAPTER_DTYPE))
-                t = fma(widen(b), widen(a), t)
+                t = _rank(t, A + (start + r) * K + k, B_at + start + r, k_exists, n_exists)
+        for start in tl.range(whole, end, num_stages=1):
+            t = _rank(t, A + start * K + k, B_at + start, k_exists, n_exists)
         d += tl.load(scaling + adapter) * t
-        first = end
-    return tl.reshape(tl.permute(d, (0, 2, 1, 3)), (BLOCK_N, BLOCK_K))
+        rank = end
+    return tl.reshape(tl.permute(d, (0, 2, 1, 3)), (BLOCK_N, BLOCK_K)) if ALIGNED else d
 
 
 @triton.jit
-def _minus_zero(DTYPE: tl.constexpr):
+def _rank(t, A_at, B_at, k_exists, n_exists):
+    a = tl.load(A_at, mask=k_exists, other=0.0)
+    b = tl.load(B_at, mask=n_exists, other=0.0)
+    return fma(widen(b), widen(a), t)
+
+
+@triton.jit
+def _minus_zero():
     """The literal -0.0 would arrive as +0."""
-    return _from_bits(tl.full((), -32768 if DTYPE.primitive_bitwidth == 16 else -2147483648, tl.int32), DTYPE)
+    return tl.full((), -2147483648, tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _add_row_sums(row_sums, bits, n, k, inside, N, DTYPE: tl.constexpr):
+def _add_row_sums(row_sums, bits, n, k, inside, DTYPE: tl.constexpr):
     """Adds Σ_k (2k + 1) · bits modulo 2³², of each row of the tile. 16-bit values have 16-bit multipliers, signed."""
     odd = 2 * k + 1
     if DTYPE.primitive_bitwidth == 16:
         odd = odd.to(tl.int16).to(tl.int32)
-    tl.atomic_add(row_sums + n, tl.sum(tl.where(inside, odd[None, :] * bits, 0), axis=1), mask=n < N, sem="relaxed")
+    shares = tl.where(inside, odd * bits, 0)
+    if len(n.shape) == 4:
+        sums = tl.sum(tl.sum(shares, axis=3, keep_dims=True), axis=1, keep_dims=True)
+        exists = tl.sum(tl.sum(inside.to(tl.int32), axis=3, keep_dims=True), axis=1, keep_dims=True) > 0
+    else:
+        sums = tl.sum(shares, axis=1, keep_dims=True)
+        exists = tl.sum(inside.to(tl.int32), axis=1, keep_dims=True) > 0
+    tl.atomic_add(row_sums + n, sums, mask=exists, sem="relaxed")
 
 
 @triton.jit
