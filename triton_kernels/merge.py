@@ -101,7 +101,10 @@ def checksums(weights: Sequence[Tensor]) -> list[int]:
 def _layers(weights: Sequence[Tensor], codes: Sequence[Tensor] | None, factors: Sequence[Factors] | None) -> Layers:
     """codes and factors: None where only W is read."""
     block, _ = _block(weights[0])
-    table, ends, scaling, first_weight = [], [], [], [0]
+    table: list[tuple[int, ...]] = []
+    ends: list[int] = []
+    scaling: list[float] = []
+    first_weight = [0]
     tiles = rows = 0
     for i, weight in enumerate(weights):
         N, K = weight.shape

@@ -117,7 +117,7 @@ def _unmerge_tile(
     DTYPE: tl.constexpr, ADAPTER_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, k, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
+    _, _, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     code = tl.load(code_at, mask=inside, other=0)
@@ -304,7 +304,10 @@ def _magnitude(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def _infinity(DTYPE: tl.constexpr):
-    return 0x7F800000 if DTYPE == tl.float32 else 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
+    if DTYPE.primitive_bitwidth == 32:
+        return 0x7F800000
+    else:
+        return 0x7F80 if DTYPE.is_bf16() else 0x7C00
 
 
 @triton.jit

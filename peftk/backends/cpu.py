@@ -217,7 +217,7 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    with in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         _cpu.remerge(*_weight(W), *_from(receipt), None, torch.get_num_threads())
 
 
@@ -233,7 +233,7 @@ def checksum(weight: Tensor) -> int:
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
     """From W, or from W' with other adapters, to W' with these: one pass, in place."""
     code = weight.new_empty(weight.shape, dtype=torch.int8)
-    with in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         finite, total, index, bits = _cpu.remerge(
             *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
         )
