@@ -5,6 +5,7 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -174,6 +175,19 @@ def writable(name: str, tensor: Tensor) -> None:
         if size > 1 and stride < reach:
             raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensor.stride()}")
         reach = stride * (size - 1) + reach if size > 1 else reach
+
+
+def apart(weights: Sequence[Tensor]) -> None:
+    """No two share memory, by the addresses of their first and last elements."""
+    spans = []
+    for layer, weight in enumerate(weights):
+        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        spans.append((str(weight.device), weight.data_ptr(), weight.data_ptr() + last * weight.itemsize, layer))
+    spans.sort()
+    for (device, _, end, one), (next_device, start, _, other) in itertools.pairwise(spans):
+        if device == next_device and start <= end:
+            first, second = sorted((one, other))
+            raise ValueError(f"weights: expected no two in the same memory, got layers {first} and {second} in one")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:

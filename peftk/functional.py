@@ -30,10 +30,12 @@ __all__ = [
     "adapter_block",
     "lora_linear",
     "merge_",
+    "merge_layers_",
     "multi_adapter_block",
     "multi_lora_linear",
     "remerge_",
     "unmerge_",
+    "unmerge_layers_",
 ]
 
 
@@ -324,11 +326,7 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
         TypeError: receipt is not a MergeReceipt.
         ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
     """
-    _receipt(receipt)
-    checks.floating("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
-    checks.writable("weight", weight)
+    _merged(weight, receipt)
     merge.unmerge_(weight, receipt, backend)
 
 
@@ -356,6 +354,77 @@ def remerge_(
     _receipt(receipt)
     factors = _factors(weight, lora_A, lora_B, scaling)
     return merge.remerge_(weight, receipt, factors, backend)
+
+
+def merge_layers_(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor | Sequence[Tensor]],
+    lora_B: Sequence[Tensor | Sequence[Tensor]],
+    scaling: float | Sequence[float | Sequence[float]] = 1.0,
+    *,
+    backend: str | None = None,
+) -> list[MergeReceipt]:
+    """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
+
+    The Triton backend merges all layers in one launch (one for each device and pair of dtypes), other backends one
+    after another.
+
+    Args:
+        weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.
+        scaling: one number for all, or one entry a layer, as `merge_` takes it.
+
+    Returns:
+        list[MergeReceipt]: one a layer. Each also serves `unmerge_` and `remerge_` alone.
+
+    Raises:
+        TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.
+    """
+    _sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
+    each = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
+    _sequences(weights=weights, scaling=each)
+    factors = []
+    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
+        try:
+            factors.append(_factors(*arguments))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from None
+    checks.apart(weights)
+    return merge.merge_layers_(weights, factors, backend)
+
+
+def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
+    """`unmerge_` of many layers. All are unmerged, or none.
+
+    Raises:
+        TypeError, ValueError: as in `unmerge_`, with the number of the layer. No weight has changed then.
+    """
+    _sequences(weights=weights, receipts=receipts)
+    for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
+        try:
+            _merged(weight, receipt)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from None
+    checks.apart(weights)
+    merge.unmerge_layers_(weights, receipts, backend)
+
+
+def _sequences(**arguments: Any) -> None:
+    """Lists or tuples of one length."""
+    (first, layers), *_ = arguments.items()
+    for name, values in arguments.items():
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}: expected a list or tuple, one for each layer, got {type(values).__name__}")
+        if len(values) != len(layers):
+            raise ValueError(f"{name}: expected {len(layers)}, as many as {first}, got {len(values)}")
+
+
+def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
+    """What unmerging looks at before it looks at values."""
+    _receipt(receipt)
+    checks.floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
+    checks.writable("weight", weight)
 
 
 def _receipt(receipt: MergeReceipt) -> None:

@@ -7,8 +7,7 @@ writes to is made by `x.new_empty`: torch's default device and dtype are the use
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import peftk._cpu as _cpu
 from peftk.activations import CODES
-from peftk.backends.merge_args import DTYPES, NotFiniteError, rows
+from peftk.backends.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.reference.merge import Factors
@@ -228,7 +227,7 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    with _in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         _cpu.remerge(*_weight(W), *_from(receipt), None, torch.get_num_threads())
 
 
@@ -244,24 +243,13 @@ def checksum(weight: Tensor) -> int:
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
     """From W, or from W' with other adapters, to W' with these: one pass, in place."""
     code = weight.new_empty(weight.shape, dtype=torch.int8)
-    with _in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         finite, total, index, bits = _cpu.remerge(
             *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
         )
         if not finite:
             raise NotFiniteError
     return MergeReceipt(factors, code, torch.from_numpy(index), torch.from_numpy(bits).view(weight.dtype), total)
-
-
-@contextlib.contextmanager
-def _in_rows(weight: Tensor) -> Iterator[Tensor]:
-    """W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
-    W = rows(weight)
-    yield W
-    if W is not weight:
-        weight.copy_(W)
-    elif not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
 
 
 def _weight(weight: Tensor) -> tuple[int, ...]:
