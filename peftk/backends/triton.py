@@ -14,6 +14,7 @@ from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
+from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ __all__ = [
 ]
 
 _SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
-_DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
+INTERPRETED = bool(_INTERPRETED.value)
+_DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def cannot_serve(call: Call) -> str | None:
