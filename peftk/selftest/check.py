@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ class Outcome:
     backend: str
     op: str
     case: str
+    seconds: float = 0.0
     error: float = 0.0
     problem: str | None = None
     not_run: str | None = None
@@ -63,16 +65,20 @@ class Outcome:
 
 def perform(check: Check) -> Outcome:
     """Whatever a check raises is its outcome: the others go on."""
-    of = check[:4]
+    started = time.monotonic()
+    error, problem, not_run = 0.0, None, None
     try:
         error = check.run()
+        problem = None if error <= 1.0 else f"error {error:.2f}× allowed"
     except NotRunError as reason:
-        return Outcome(*of, not_run=str(reason))
+        not_run = str(reason)
+    except torch.cuda.OutOfMemoryError:
+        not_run = "not enough memory on this GPU"
     except WrongError as wrong:
-        return Outcome(*of, problem=str(wrong))
+        problem = str(wrong)
     except Exception as raised:
-        return Outcome(*of, problem=f"{type(raised).__name__}: {raised}")
-    return Outcome(*of, error=error, problem=None if error <= 1.0 else f"error {error:.2f}× allowed")
+        problem = f"{type(raised).__name__}: {raised}"
+    return Outcome(*check[:4], time.monotonic() - started, error, problem, not_run)
 
 
 def same_bits(what: str, one: Tensor, other: Tensor) -> None:

@@ -15,13 +15,14 @@ from peftk.bank import AdapterBank
 from peftk.benchmark import agree
 from peftk.selftest.cases import Case, random_case
 from peftk.selftest.check import Check, Target, WrongError, same_bits
+from peftk.selftest.plans import PLANS, planned
 from peftk.selftest.work import Work, made, serves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 48), (5, 33, 17), (16, 128, 256), (70, 96, 200))
 RANKS = (1, 3, 16, 40)
 SCALING = 0.5
-TINY = ((1, 24, 40), (5, 33, 17))  # for the interpreter
+TINY = ((5, 33, 17),)  # for the interpreter
 
 Sweep = Callable[[str, str, torch.dtype, "Shapes"], Iterator[Check]]
 Shapes = tuple[tuple[int, int, int], ...]
@@ -34,6 +35,7 @@ def checks(target: Target) -> Iterator[Check]:
             yield from _random(backend, target)
         if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
             yield from _tiles(target)
+            yield from _launches(target)
             yield from _segments(target)
 
 
@@ -180,7 +182,7 @@ _SWEEPS: dict[str, tuple[Sweep, ...]] = {
 
 def _random(backend: str, target: Target) -> Iterator[Check]:
     """Whatever users may do: forward and every gradient."""
-    count = 6 if target.rehearses else 60 if target.device == "cpu" else 400
+    count = 4 if target.rehearses else 60 if target.device == "cpu" else 400
     draw = functools.partial(random_case, max_rows=17, max_width=40) if target.rehearses else random_case
     for seed in range(count):
         dropout_p = 0.3 if seed % 3 == 0 else 0.0
@@ -194,7 +196,7 @@ def _random(backend: str, target: Target) -> Iterator[Check]:
 
 # M, K and N of every kind of tile: decode, a small batch, prefill; aligned or not
 TILES = ((1, 1024, 1536), (16, 4096, 512), (48, 1000, 520), (200, 1024, 768), (300, 520, 264), (1100, 1024, 2048))
-TINY_TILES = ((20, 64, 48),)
+TINY_TILES = ((17, 40, 24),)
 ALONE = ((1,), (8,), (17,), (64,), (512,), (0,), (None,))
 TOGETHER = ((8,) * 40, (1, 8, None, 16, 0, 17, 64, 256), (16,))
 
@@ -203,9 +205,9 @@ def _tiles(target: Target) -> Iterator[Check]:
     """Forward and every gradient through each kind of tile, with biases, activations and dropout in turn."""
     codes = list(activations.CODES)
     shapes = TINY_TILES if target.rehearses else TILES
-    mixes = [ranks for ranks in (*ALONE, *TOGETHER) if not (target.rehearses and max(r or 0 for r in ranks) > 17)]
+    mixes = ((17,), (0,), (None,), (1, 8, None, 16, 0, 17)) if target.rehearses else (*ALONE, *TOGETHER)
     for number, (shape, dtype, ranks) in enumerate((s, d, r) for s in shapes for d in DTYPES for r in mixes):
-        many, dropout_p = ranks in TOGETHER, 0.25 if number % 3 == 1 else 0.0
+        many, dropout_p = len(ranks) > 1 or ranks == (16,), 0.25 if number % 3 == 1 else 0.0
         wide = torch.float32 if number % 4 == 2 else dtype
         name = f"{_short(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)} of {_short(wide)}"
 
@@ -219,6 +221,24 @@ def _tiles(target: Target) -> Iterator[Check]:
             return Work(case(), "triton", dropout_p=dropout_p).error()
 
         yield Check("parity", "triton", "every tile", name + (" dropout" if dropout_p else ""), run)
+
+
+def _launches(target: Target) -> Iterator[Check]:
+    """Forward and every gradient in each way to launch them."""
+    shapes = TINY_TILES if target.rehearses else ((8, 1024, 768), (700, 1024, 1536))
+    for plan, changes in PLANS.items():
+        for shape in shapes:
+            for many in (False, True):
+                ranks = (17, 1, 40) if many else (17,)
+
+                def run(changes=changes, shape=shape, many=many, ranks=ranks) -> float:  # type: ignore[no-untyped-def]
+                    dtype = torch.float32 if target.rehearses else torch.bfloat16
+                    case = made(shape, ranks, dtype, target.device, many=many, activation="gelu", biases=True)
+                    with planned(**changes):
+                        return Work(case, "triton", dropout_p=0.25).error()
+
+                name = f"{plan}, M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)}"
+                yield Check("parity", "triton", "every way to launch", name, run)
 
 
 def _segments(target: Target) -> Iterator[Check]:
