@@ -15,5 +15,6 @@ def test_in_the_interpreter(file: str) -> None:
 
 
 @pytest.mark.full
-def test_in_the_interpreter_at_length() -> None:
-    interpret("full", "compiled.py")
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter_at_length(file: str) -> None:
+    interpret("full", file)

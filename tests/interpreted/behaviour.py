@@ -55,18 +55,18 @@ def test_what_needs_a_gpu_with_stand_ins(check: Check) -> None:
     check.run()
 
 
-@pytest.mark.parametrize("device", ["interpreter", "cpu"])
-def test_the_whole_command(device: str, tmp_path: pathlib.Path) -> None:
-    """Rehearsed: every section runs, or says why not. On a CPU this process has the Triton backend too."""
-    sections = ["--section", "behaviour"] if device == "cpu" else []
-    result = CliRunner().invoke(main, ["selftest", "--device", device, "--out", str(tmp_path / "made"), *sections])
+@pytest.mark.parametrize("dtypes", [(torch.float32,), pytest.param(parity.DTYPES, marks=pytest.mark.full)], ids=len)
+def test_the_whole_command(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Rehearsed: every section runs, or says why not."""
+    monkeypatch.setattr(parity, "DTYPES", dtypes)
+    result = CliRunner().invoke(main, ["selftest", "--device", "interpreter", "--out", str(tmp_path / "made")])
     assert result.exit_code == 0, result.output
     assert "All passed" in result.output
     written = json.loads((tmp_path / "made" / "report.json").read_text())
     assert written["passed"]
     assert (tmp_path / "made" / "report.txt").read_text() in result.output
-    if device == "cpu":
-        return
     left_out = {o["op"]: o["not_run"] for o in written["outcomes"] if o["not_run"] is not None}
     assert all(left_out[op] == "needs a GPU" for op in NEED_A_GPU)
     assert "not run: triton no waiting, triton CUDA graph, triton streams" in result.output
@@ -97,7 +97,8 @@ def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(backends.module("triton").gradients, "wgrad", slightly_wrong)
     monkeypatch.setattr(parity, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(parity, "_random", lambda *_: ())
+    for sweep in ("_random", "_launches", "_segments"):
+        monkeypatch.setattr(parity, sweep, lambda *_: ())
     result = CliRunner().invoke(
         main, ["selftest", "--device", "interpreter", "--section", "parity", "--out", str(tmp_path)]
     )
