@@ -235,7 +235,12 @@ def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
     )
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, None, grads, None, None, None, None, None
+    return dx, None, dbias, None, grads, _no_grad(layout), _no_grad(scalings), None, None, None
+
+
+def _no_grad(numbers: Sequence[float]) -> list[None] | None:
+    """What a backward returns for a list of numbers: torch takes an empty list for one of tensors."""
+    return None if numbers else []
 
 
 multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)
