@@ -1,7 +1,7 @@
 """Which plan serves a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
 
-What was found lies in gpu.json beside `peftk.backends.measured`'s file, by GPU, and holds for the versions of triton and
-peftk that it was made with. It is read once, so a choice never changes within a process except by tuning.
+What was found lies in gpu.json beside `peftk.backends.measured`'s file, by GPU, and holds for the versions of triton
+and peftk that it was made with. It is read once, so a choice never changes within a process except by tuning.
 """
 
 from __future__ import annotations

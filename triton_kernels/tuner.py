@@ -102,7 +102,7 @@ def _unlike(plan: config.Plan | config.Wgrad, shipped: config.Plan | config.Wgra
 
 
 def _agree(what: str, got: Tensor, want: Tensor) -> None:
-    """Both are sums of the same exact products in fp32, in another order, rounded once: a unit in the last place apart."""
+    """Both are sums of the same exact products in fp32, in another order, rounded once: a last place apart."""
     got, exact = got.double(), want.double()
     allowed = torch.finfo(want.dtype).eps * exact.abs() + 2.0**-12 * exact.abs().max()
     off = (got - exact).abs()

@@ -19,6 +19,7 @@ from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
+from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ _SERVED = (
     *(f"multi_{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
     *_MERGES,
 )
-_DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
+INTERPRETED = bool(_INTERPRETED.value)
+_DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def cannot_serve(call: Call) -> str | None:

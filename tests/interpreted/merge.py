@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from peftk.triton_kernels import merge as kernels
 from torch import Tensor
 
 import peftk
@@ -17,6 +16,7 @@ from peftk.backends import triton as backend
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
+from peftk.triton_kernels import merge as kernels
 from tests.merge_cases import DTYPES, merge_case, same_bits, several
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
