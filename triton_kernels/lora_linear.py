@@ -158,8 +158,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] in x's dtype and, if asked, z [M, z_width] in fp32 (zero where the row's adapter has no such rank).
 
-    x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None with
-    one adapter. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
+    x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None
+    with one adapter. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
     """
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
