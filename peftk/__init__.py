@@ -6,7 +6,7 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 
 from peftk import functional
 from peftk.backends import BackendError
-from peftk.bank import AdapterBank
+from peftk.bank import AdapterBank, PackedBank
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
@@ -26,6 +26,7 @@ __all__ = [
     "MergeReceipt",
     "MultiAdapter",
     "MultiLoRALinear",
+    "PackedBank",
     "count_parameters",
     "explain",
     "freeze",

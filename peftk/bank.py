@@ -11,8 +11,9 @@ is still running, no graph that waits for its backward. So removing and loading 
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -185,6 +186,16 @@ class AdapterBank:
         return tuple(slot if slot is None or isinstance(slot, Adapter) else slot() for slot in self.slots)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the layer's weight."""
+        return self.pool.out_features, self.pool.in_features
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Where slices of packed outputs begin: there is one slice (`PackedBank` has several)."""
+        return ()
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.pool.dtype
 
@@ -252,3 +263,59 @@ class AdapterBank:
                 rank, *rest = kept
                 pages = self._pages[slot]
                 self._own(slot, Adapter(*self._views(pages, rank), *rest), pages)
+
+
+class PackedBank:
+    """The banks of a layer with packed outputs: slices of W's rows side by side, each with adapters of its own.
+
+    banks: one for each slice, in order, of the same max_adapters, dtype and device (query, key and value of one
+    projection, say). An id names the adapter of that number in every one of them; where a bank has none, its slice is
+    the base layer's.
+    """
+
+    def __init__(self, banks: Sequence[AdapterBank]) -> None:
+        self.banks = tuple(banks)
+        if not self.banks:
+            raise ValueError("banks: expected one or more, got none")
+        for number, bank in enumerate(self.banks):
+            if not isinstance(bank, AdapterBank):
+                raise TypeError(f"banks[{number}]: expected an AdapterBank, got {type(bank).__name__}")
+            if bank.pool.in_features != self.banks[0].pool.in_features:
+                raise ValueError(
+                    f"banks[{number}]: expected in_features {self.banks[0].pool.in_features} as in the first one, "
+                    f"got {bank.pool.in_features}"
+                )
+        self._packed: tuple[list[AdapterTable], AdapterTable] | None = None
+        self.table()  # raises where they differ
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The columns of each slice."""
+        return tuple(bank.pool.out_features for bank in self.banks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K] of the layer's weight."""
+        return sum(self.sizes), self.banks[0].pool.in_features
+
+    @property
+    def adapters(self) -> tuple[Adapter | None, ...]:
+        """Those of the first bank by number, then those of the second, …"""
+        return tuple(adapter for bank in self.banks for adapter in bank.adapters)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Where each slice begins, and where the last one ends."""
+        return tuple(itertools.accumulate(self.sizes, initial=0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.banks[0].device
+
+    def table(self) -> AdapterTable:
+        """What the kernels read; made anew when a bank's is."""
+        tables = [bank.table() for bank in self.banks]
+        packed = self._packed
+        if packed is None or any(old is not new for old, new in zip(packed[0], tables, strict=True)):
+            packed = self._packed = (tables, table.pack(tables, self.sizes))
+        return packed[1]

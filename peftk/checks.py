@@ -6,6 +6,7 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -196,10 +197,23 @@ def look_at_ids(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("PEFTK_CHECK") == "1"
 
 
+def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], weight: Tensor) -> None:
+    """Adapters by number, of every slice of packed outputs, fit W [N, K]. Raises ValueError; else ValueError."""
+    slices = max(len(columns) - 1, 1)
+    if columns and columns[-1] != weight.shape[0]:
+        raise ValueError(f"bank: expected slices of {weight.shape[0]} columns together like weight, got {columns[-1]}")
+    for number, adapter in enumerate(adapters):
+        if adapter is not None:
+            j = number // (len(adapters) // slices)
+            rows = weight[columns[j] : columns[j + 1]] if columns else weight
+            fits(f"bank[{number}]", adapter, rows)
+
+
 def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
     """Every id is -1 or names a taken slot. Raises ValueError with the first that does not."""
-    count = len(table.adapters)
-    taken = torch.cat([table.rows[:, 3].bool(), torch.ones(1, dtype=torch.bool, device=ids.device)])  # [-1]: base layer
+    count = table.count
+    taken = table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool()
+    taken = torch.cat([taken, torch.ones(1, dtype=torch.bool, device=ids.device)])  # [-1]: base layer
     outside = (ids < -1) | (ids >= count)
     bad = outside | ~taken[torch.where(outside, -1, ids).long()]
     if bad.any():

@@ -111,6 +111,7 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
     type=_List("NAME,NAME…", _one_of(*BACKENDS)),
     help="peftk backends to time [default: every compiled one that can run]",
 )
+@click.option("--counted", is_flag=True, help="Launches and bytes beside models of other libraries; runs nothing.")
 @click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds a row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
@@ -121,9 +122,10 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 @click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
 @click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
 @click.option("--plot", "plot_file", type=FILE, help="Writes a PNG, SVG or PDF (needs matplotlib).")
-@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite: writes its tables.")
+@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite or --counted: writes the tables.")
 def bench(
     suite: str | None,
+    counted: bool,
     no_compile: bool,
     device: str,
     threads: int | None,
@@ -137,6 +139,10 @@ def bench(
 
     --suite cpu measures the targets of the CPU backend instead, each with its ratio, the target and the limit that this
     machine sets; the other options then choose among its rows. A target that is missed is no error.
+
+    --counted measures nothing: it counts what peftk's GPU kernels launch, read, write and multiply per linear, beside
+    models of vLLM, SGLang, Punica, LoRAFusion and HF PEFT, and gives every side a modelled time on an H100. Takes
+    --dims, --tokens, --adapters and --ranks.
     """
     import torch
 
@@ -144,13 +150,18 @@ def bench(
 
     chosen = {name: value for name, value in asked.items() if value is not None}
     files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
-    _fits_suite(suite, device, no_compile, chosen, files)
+    if counted:
+        _fits_counted(suite, device, no_compile, threads, chosen, files)
+    else:
+        _fits_suite(suite, device, no_compile, chosen, files)
     _need_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
     try:
-        if suite is not None:
+        if counted:
+            right = _bench_counted(console, chosen, files)
+        elif suite is not None:
             right = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
         else:
             right = _bench_ops(console, {**chosen, "device": device}, files)
@@ -186,6 +197,58 @@ def _fits_suite(
         if given:
             what = f"{option} {','.join(sorted(given))}" if isinstance(given, set) else option
             raise click.UsageError(f"{what}: {rule}")
+
+
+def _fits_counted(
+    suite: str | None,
+    device: str,
+    no_compile: bool,
+    threads: int | None,
+    chosen: dict[str, Any],
+    files: dict[str, Path | None],
+) -> None:
+    """Raises UsageError for an option that means nothing with --counted."""
+    wrong = {
+        "--suite": suite,
+        "--device cuda": device != "cpu",
+        "--no-compile": no_compile,
+        "--threads": threads,
+        "--plot": files["plot"],
+        **{f"--{name.removesuffix('s')}": True for name in ("ops", "dtypes", "backends") if name in chosen},
+        **{f"--{name}": True for name in ("seconds", "repeats") if name in chosen},
+    }
+    for option, given in wrong.items():
+        if given:
+            raise click.UsageError(f"{option}: not with --counted")
+
+
+def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
+    from peftk.benchmark import report
+    from peftk.benchmark.counted import peers, run
+    from peftk.benchmark.counted import report as shown
+    from peftk.benchmark.counted.work import H100
+    from peftk.benchmark.environment import environment
+
+    options = run.Options(**asked)
+    counted = run.count(options)
+    shown.show(console, counted)
+    rows = [row for one in counted for row in one.rows()]
+    _make_folders(files)
+    if files["json"] is not None:
+        report.write_json(
+            files["json"],
+            rows,
+            environment(),
+            dataclasses.asdict(options),
+            roofline=H100._asdict(),
+            sources={name: source._asdict() for name, source in peers.SOURCES.items()},
+            launches=run.tensors(counted),
+        )
+    if files["csv"] is not None:
+        report.write_csv(files["csv"], run.Row, rows)
+    if files["markdown"] is not None:
+        files["markdown"].write_text(shown.markdown(counted), encoding="utf-8")
+    return True
 
 
 def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:

@@ -2,8 +2,8 @@
 
 Eager calls do not come here: the dispatcher's layers cost more than a small linear layer. A custom op returns tensors
 only, so an absent z or gradient is an empty tensor; and takes flat lists, so a table of adapters is packed into one
-list of tensors, one of integers (per adapter: pages or -1 for an empty slot, activation, has bias_A, has bias_B) and
-one of scalings.
+list of tensors, one of integers (per adapter: pages or -1 for an empty slot, activation, has bias_A, has bias_B), one
+of scalings, and the columns where slices of packed outputs begin.
 
 torch keeps compiled backwards on disk under a key that knows the forward alone. So whoever changes the arguments of a
 backward op gives its forward another name too; else a user's next start calls the new one with the old arguments.
@@ -11,6 +11,7 @@ backward op gives its forward another name too; else a user's next start calls t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,9 +153,16 @@ def _unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence
     return tuple(adapters)
 
 
-def _table(weight: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> AdapterTable:
+def _table(
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    scalings: Sequence[float],
+    columns: Sequence[int],
+) -> AdapterTable:
     dtype = tensors[0].dtype if tensors else weight.dtype
-    return table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=weight.device)
+    built = table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=weight.device)
+    return dataclasses.replace(built, columns=tuple(columns))
 
 
 @torch.library.custom_op("peftk::multi_lora_linear", mutates_args=())
@@ -166,22 +174,22 @@ def multi_lora_linear(
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     scalings: Sequence[float],
+    columns: Sequence[int],
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., N] and z [M, table.z_width]."""
-    adapters = _table(weight, tensors, layout, scalings)
+    adapters = _table(weight, tensors, layout, scalings, columns)
     y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @multi_lora_linear.register_fake
-def _(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     adapters = _unpack(tensors, layout, scalings)
-    width = max((a.rank for a in adapters if a is not None), default=0)
-    width = -(-width // table.PAGE) * table.PAGE
+    width = table.z_pages(adapters, max(len(columns) - 1, 1))[-1] * table.PAGE
     return y, x.new_empty((ids.shape[0], width), dtype=accumulate_dtype(x, weight, *tensors))
 
 
@@ -194,6 +202,7 @@ def multi_lora_linear_backward(
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     scalings: Sequence[float],
+    columns: Sequence[int],
     z: Tensor,
     dropout_p: float,
     seed: Tensor | None,
@@ -201,7 +210,7 @@ def multi_lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
-    adapters = _table(weight, tensors, layout, scalings)
+    adapters = _table(weight, tensors, layout, scalings, columns)
     wanted = autograd.flat_wanted(adapters.adapters, needs[1:])
     dx, grads = dispatch.multi_lora_linear_backward(
         dy, x, weight, adapters, ids, z, dropout_p, seed, backend, needs[0], wanted
@@ -215,27 +224,28 @@ def multi_lora_linear_backward(
 
 
 @multi_lora_linear_backward.register_fake
-def _(dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
     return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip((x, *tensors), needs, strict=True)]
 
 
 def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend = inputs
+    x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend = inputs
     ctx.save_for_backward(x, weight, bias, ids, seed, output[1], *tensors)
-    ctx.rest = (layout, scalings, dropout_p, backend)
+    ctx.rest = (layout, scalings, columns, dropout_p, backend)
 
 
 def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, ids, seed, z, *tensors = ctx.saved_tensors
-    layout, scalings, dropout_p, backend = ctx.rest
+    layout, scalings, columns, dropout_p, backend = ctx.rest
     # needs_input_grad has one answer for the list of tensors
     needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
     found = multi_lora_linear_backward(
-        dy, x, weight, ids, tensors, layout, scalings, z, dropout_p, seed, backend, needs
+        dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs
     )
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, None, grads, _no_grad(layout), _no_grad(scalings), None, None, None
+    numbers = map(_no_grad, (layout, scalings, columns))
+    return dx, None, dbias, None, grads, *numbers, None, None, None
 
 
 def _no_grad(numbers: Sequence[float]) -> list[None] | None:

@@ -60,7 +60,7 @@ def direct_multi_lora_linear(
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
     server = _direct_server()
-    if server is None:
+    if server is None or table.slices > 1:
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
 
@@ -188,15 +188,16 @@ def _choose(
     backend: str | None,
 ) -> str:
     """The name of the backend that serves one adapter, a table of them, or the base layer alone."""
+    slices = 1
     if adapters is None:
         dtype, rank, count = None, 0, 0
     elif isinstance(adapters, Adapter):
         dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
     else:
-        dtype, rank, count = adapters.dtype, adapters.max_rank, len(adapters.adapters)
+        dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
     M, K = rows.shape
     kind, N = rows.device.type, weight.shape[0]
-    call = backends.Call(op, kind, rows.dtype, weight.dtype, dtype, M, K, N, rank, count, dropout_p > 0.0)
+    call = backends.Call(op, kind, rows.dtype, weight.dtype, dtype, M, K, N, rank, count, dropout_p > 0.0, slices)
     return backends.choose(call, backend).backend
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftk import autograd, checks, compiled, dispatch, merge
+from peftk import autograd, checks, compiled, dispatch, merge, route
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
 
 if TYPE_CHECKING:
-    from peftk.bank import AdapterBank
+    from peftk.bank import AdapterBank, PackedBank
 
 __all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "remerge_", "unmerge_"]
 
@@ -110,7 +110,7 @@ def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bank: AdapterBank | AdapterTable,
+    bank: AdapterBank | PackedBank | AdapterTable,
     ids: Tensor,
     *,
     dropout_p: float = 0.0,
@@ -122,7 +122,8 @@ def multi_lora_linear(
     Args:
         x: [..., K]; weight: W [N, K], frozen; bias: [N].
         bank: the adapters (`peftk.AdapterBank`, or an `AdapterTable` of tensors that lie elsewhere), of any ranks,
-            activations and biases.
+            activations and biases. A `peftk.PackedBank` for packed outputs: each slice of W's rows (query, key and
+            value, say) has adapters of its own, and a row takes those of its id in every slice.
         ids: int32 or int64, of shape x.shape[:-1] (per token) or, where x has three or more dimensions, x.shape[:1]
             (per sequence); in any order.
         dropout_p, seed, backend: as in `lora_linear`.
@@ -139,12 +140,10 @@ def multi_lora_linear(
     """
     checks.base(weight, bias)
     if not hasattr(bank, "adapters"):
-        raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+        raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
     # a bank has checked its adapters against its own N and K, so those of many adapters are not looked at in every call
-    if isinstance(bank, AdapterTable) or (bank.pool.out_features, bank.pool.in_features) != weight.shape:
-        for number, adapter in enumerate(bank.adapters):
-            if adapter is not None:
-                checks.fits(f"bank[{number}]", adapter, weight)
+    if isinstance(bank, AdapterTable) or bank.shape != weight.shape:
+        checks.bank(bank.adapters, bank.columns, weight)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -154,7 +153,7 @@ def multi_lora_linear_unchecked(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bank: AdapterBank | AdapterTable,
+    bank: AdapterBank | PackedBank | AdapterTable,
     ids: Tensor,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -168,11 +167,15 @@ def multi_lora_linear_unchecked(
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
     checks.ids(ids, x)
-    ids = flat_ids(ids, x)
     if table is None:
+        ids = flat_ids(ids, x)
         tensors, layout, scalings = compiled.pack(bank.adapters)
-        y, _ = compiled.multi_lora_linear(x, weight, bias, ids, tensors, layout, scalings, dropout_p, seed, backend)
+        y, _ = compiled.multi_lora_linear(
+            x, weight, bias, ids, tensors, layout, scalings, bank.columns, dropout_p, seed, backend
+        )
         return y
+    routed = route.flat(ids)
+    ids = flat_ids(ids, x) if routed is None else routed
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
 
 
@@ -186,12 +189,10 @@ def _recorded() -> bool:
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
-    """int32 [M], one id a row of x flattened to [M, K]. What int32 cannot hold stays outside of every bank."""
-    if ids.dtype == torch.int64:
-        ids = ids.clamp(-2, 2**31 - 1)
+    """int32 [M], one id a row of x flattened to [M, K]."""
     if ids.shape != x.shape[:-1]:
         ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-    return ids.reshape(-1).to(torch.int32)
+    return route.flatten(ids)
 
 
 def merge_(

@@ -107,6 +107,10 @@ class MultiAdapter:
         names: one name or None a sequence; or ids, int32/int64, per sequence [B] or per token [B, T] (`ids` makes
         them from names). A model that is called with a multiple of B sequences (generate() expands beams) repeats
         each. Raises ValueError for unknown names, before the model runs.
+
+        Ids are read when the `with` begins. A CUDA graph reads a tensor of ids on the model's device anew in every
+        replay, and should capture the `with` too, so that it sorts the ids once for all layers; names are its constants
+        and are given before the capture (`peftk.route.Route`).
         """
         ids = names if isinstance(names, Tensor) else self.ids(names)
         if ids.dtype not in (torch.int32, torch.int64) or ids.dim() not in (1, 2):

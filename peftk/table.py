@@ -12,11 +12,17 @@ The kernels see no difference. Layout (all tensors on the table's device):
 
 Page p of an adapter of rank R holds ranks 16p … min(16p + 16, R) - 1. A's columns and both biases are contiguous.
 An empty slot (row 3 = 0) and an adapter of rank 0 have no pages. One table has one dtype.
+
+Packed outputs (query, key and value of one projection, say) are several such tables one after the other: the adapters
+of the first slice of columns, then those of the second; an id names one of each (`pack`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +72,10 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTable:
-    """The adapters of a batch by id, and their device-readable form. Built by `build`, never changed."""
+    """The adapters of a batch by id, and their device-readable form. Built by `build` or `pack`, never changed.
+
+    columns: where the slices of packed outputs begin, and where the last one ends; () for one slice, all columns.
+    """
 
     adapters: tuple[Adapter | None, ...]
     dtype: torch.dtype
@@ -76,11 +85,77 @@ class AdapterTable:
     rows: Tensor
     scaling: Tensor
     biases: Tensor
+    columns: tuple[int, ...] = ()
+
+    @property
+    def slices(self) -> int:
+        """How many slices of the output have adapters of their own; the entry of id i in slice j is j · count + i."""
+        return max(len(self.columns) - 1, 1)
+
+    @property
+    def count(self) -> int:
+        """How many adapters an id may name."""
+        return len(self.adapters) // self.slices
+
+    @functools.cached_property
+    def slice_pages(self) -> tuple[int, ...]:
+        """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+        return z_pages(self.adapters, self.slices)
 
     @property
     def z_width(self) -> int:
-        """Columns of the saved pre-activations z: the largest rank, rounded up to whole pages."""
-        return -(-self.max_rank // PAGE) * PAGE
+        """Columns of the saved pre-activations z: the largest rank, rounded up to whole pages, of every slice."""
+        return self.slice_pages[-1] * PAGE
+
+    def columns_of(self, entry: int, N: int) -> tuple[int, int]:
+        """The columns of y [M, N] that an entry of `adapters` adds to."""
+        return (0, N) if self.slices == 1 else self.columns[entry // self.count : entry // self.count + 2]  # type: ignore[return-value]
+
+    def z_from(self, entry: int) -> int:
+        """The first column of z of an entry of `adapters`."""
+        return 0 if self.slices == 1 else self.slice_pages[entry // self.count] * PAGE
+
+
+def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
+    """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+    starts, count = [0], len(adapters) // slices
+    for j in range(slices):
+        ranks = (a.rank for a in adapters[j * count : (j + 1) * count] if a is not None)
+        starts.append(starts[-1] + -(-max(ranks, default=0) // PAGE))
+    return tuple(starts)
+
+
+def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
+    """One table for a layer whose outputs are slices of these sizes, side by side, each with the adapters of a table.
+
+    Raises ValueError where the tables differ in how many adapters an id may name, in dtype or in device.
+    """
+    first = tables[0]
+    for number, table in enumerate(tables):
+        for name, expected, got in (
+            ("adapters", first.count, table.count),
+            ("dtype", first.dtype, table.dtype),
+            ("device", first.device, table.device),
+        ):
+            if expected != got:
+                raise ValueError(f"banks[{number}]: expected {name} {expected} as in the first one, got {got}")
+    rows, pages = [], 0
+    for table in tables:
+        moved = table.rows.clone()
+        moved[:, 0] += pages
+        pages += table.pages.shape[0]
+        rows.append(moved)
+    return AdapterTable(
+        adapters=tuple(adapter for table in tables for adapter in table.adapters),
+        dtype=first.dtype,
+        device=first.device,
+        max_rank=max(table.max_rank for table in tables),
+        pages=torch.cat([table.pages for table in tables]),
+        rows=torch.cat(rows),
+        scaling=torch.cat([table.scaling for table in tables]),
+        biases=torch.cat([table.biases for table in tables]),
+        columns=tuple(itertools.accumulate(sizes, initial=0)),
+    )
 
 
 def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 
 
-def interpret(marker: str, file: str = "lora_linear.py") -> None:
+def interpret(marker: str, *stems: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-W", "ignore::RuntimeWarning"]
-    command += [f"tests/interpreted/{file}"]
+    command += [f"tests/interpreted/{stem}.py" for stem in stems]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -26,12 +26,12 @@ def interpret(marker: str, file: str = "lora_linear.py") -> None:
 
 
 def test_parity_in_the_interpreter() -> None:
-    interpret("not full")
+    interpret("not full", "lora_linear")
 
 
 @pytest.mark.full
 def test_parity_in_the_interpreter_at_length() -> None:
-    interpret("full")
+    interpret("full", "lora_linear")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")

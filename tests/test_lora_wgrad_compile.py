@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,13 @@ from peftk.reference import Wanted
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
 from peftk.triton_kernels.segments import Segments
-from tests.test_triton_compile import F32
+from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES
+from tests.test_triton_compile import fits as every_fits
 from tests.triton_aot import Compiled, compiling
+
+
+def every(targets: list[int | str], in_full: list[int | str]) -> list[Any]:
+    return [*targets, *(pytest.param(target, marks=pytest.mark.full) for target in in_full)]
 
 
 def compile_wgrad(
@@ -30,6 +37,7 @@ def compile_wgrad(
     M: int = 4096,
     K: int = 4096,
     N: int = 4096,
+    adapters: int = 8,
 ) -> Compiled:
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -38,18 +46,101 @@ def compile_wgrad(
     source: One | Many = One(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
     segments = None
     if many:
-        source = Many(
-            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64), None, 8
-        )
-        few = empty(10, dtype=i32)
-        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), few, few, few)
+        shapes = ((64, 5), i64), ((adapters, 4), i32), ((adapters,), F32), ((adapters, 2), i64)
+        source = Many(*(empty(*shape, dtype=kind) for shape, kind in shapes), None, adapters)
+        few = empty(min(M, adapters + 1) + 1, dtype=i32)
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(adapters + 1, dtype=i32), few, few, few)
     seed = empty(1, dtype=i64) if dropout_p else None
     z = empty(M, -(-rank // 16) * 16, dtype=F32)
     dy, x = empty(M, N, dtype=dtype), empty(M, K, dtype=dtype)
     with compiling(target, kernels, ("wgrad_kernel",)) as compiled:
-        adapters = Adapters(source, adapter_dtype, z.shape[1], "k16", "r16")
-        count = 8 if many else 1
-        plan = kernels.plan([rank] * count, [Wanted()] * count, dtype, x.device, many=many)
-        kernels.wgrad(dy, x, z, z, adapters, segments, plan, dropout_p=dropout_p, seed=seed)
+        of_call = Adapters(source, adapter_dtype, z.shape[1], "k16", "r16")
+        count = adapters if many else 1
+        plan = kernels.plan([rank] * count, [Wanted()] * count, (0, N), dtype, x.device, many=many)
+        kernels.wgrad(dy, x, z, z, of_call, segments, plan, dropout_p=dropout_p, seed=seed)
     assert len(compiled) == 1
     return compiled[0]
+
+
+def fits(c: Compiled, target: int | str) -> None:
+    """No register is spilled to memory. AMD's scalar registers, short of room, may go to lanes of vector registers."""
+    if isinstance(target, str):
+        assert re.search(r"\.private_segment_fixed_size: 0\n", c.assembly), "scratch memory"
+        assert re.search(r"\.vgpr_spill_count: +0\n", c.assembly), "vector registers spilled"
+        c = c._replace(spilled=0)
+    every_fits(c, target)
+
+
+def uses_the_hardware(c: Compiled, target: int | str, dtype: torch.dtype, rank: int) -> None:
+    """Tensor cores for 16-bit x and dY, copies of 16 bytes for all. 64 ranks are tall enough for the newer ones."""
+    if isinstance(target, str):
+        assert "v_mfma" in c.assembly
+        assert "dwordx4" in c.assembly
+        return
+    if dtype != F32:
+        tall = rank > 16 and not (target == 100 and dtype == F16)
+        assert (TENSOR_CORES[target] if tall else "mma.sync") in c.assembly, "no tensor cores"
+    copies = c.assembly.count("cp.async.cg.shared.global")
+    assert copies >= 8, f"{copies} copies of 16 bytes"
+
+
+def adds_in_order(c: Compiled, target: int | str) -> None:
+    """One atomic, an integer addition that acquires and releases; no sum depends on who comes first."""
+    if isinstance(target, str):
+        atomics = re.findall(r"\b(?:global|flat|buffer)_atomic\w+", c.assembly)
+        assert atomics == ["global_atomic_add"], atomics
+        return
+    atomics = re.findall(r"\b(?:atom|red)\.\S+", c.assembly)
+    assert atomics == ["atom.global.gpu.acq_rel.add.u32"], atomics
+    barrier, atomic = c.assembly.rfind("bar.sync", 0, c.assembly.find(atomics[0])), c.assembly.find(atomics[0])
+    assert c.assembly.rfind("st.global", 0, atomic) < barrier, "the atomic doesn't wait for every thread's stores"
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("target", every(TARGETS, MORE_TARGETS))
+def test_compiles(target: int | str, dtype: torch.dtype, rank: int, many: bool) -> None:
+    c = compile_wgrad(target, dtype, dtype, rank, many=many)
+    fits(c, target)
+    uses_the_hardware(c, target, dtype, rank)
+    adds_in_order(c, target)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("mix", [(BF16, F32), (F16, F32), (F32, BF16), (F32, F16)], ids=str)
+@pytest.mark.parametrize("target", [*TARGETS, *MORE_TARGETS])
+def test_compiles_mixed_dtypes(target: int | str, mix: tuple[torch.dtype, torch.dtype], rank: int, many: bool) -> None:
+    fits(compile_wgrad(target, *mix, rank, many=many), target)
+
+
+def odd_forms() -> list[Any]:
+    some = [(90, BF16, 4095, 64), (90, BF16, 4096, 16)]
+    more = [
+        (t, d, K, r)
+        for t in [*TARGETS, *MORE_TARGETS]
+        for d in (F32, BF16, F16)
+        for K in (4096, 4095)
+        for r in (16, 64)
+    ]
+    return [*some, *(pytest.param(*form, marks=pytest.mark.full) for form in more if form not in some)]
+
+
+@pytest.mark.parametrize(("target", "dtype", "K", "rank"), odd_forms())
+def test_compiles_with_dropout_and_odd_widths(target: int | str, dtype: torch.dtype, K: int, rank: int) -> None:
+    for many in (False, True):
+        c = compile_wgrad(target, dtype, dtype, rank, many=many, dropout_p=0.1, K=K, N=K)
+        fits(c, target)
+        adds_in_order(c, target)
+
+
+def test_a_rank_is_not_compiled_for() -> None:
+    """One variant serves every rank of a class, every number of rows, of adapters and of ranges."""
+    for ranks in ((1, 7, 16), (17, 64, 512)):
+        several = [
+            compile_wgrad(90, BF16, BF16, rank, many=True, M=M, adapters=n)
+            for rank, M, n in zip(ranks, (16, 1, 4096), (8, 1, 64), strict=True)
+        ]
+        assert len({id(c.assembly) for c in several}) == 1

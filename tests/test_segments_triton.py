@@ -8,9 +8,9 @@ from tests.test_lora_linear_triton import interpret
 
 
 def test_parity_in_the_interpreter() -> None:
-    interpret("not full", "segments.py")
+    interpret("not full", "segments")
 
 
 @pytest.mark.full
 def test_parity_in_the_interpreter_at_length() -> None:
-    interpret("full", "segments.py")
+    interpret("full", "segments")

@@ -80,7 +80,7 @@ def compile_call(
         slices = empty(4, 2, dtype=i32) if packed else None
         source = kernels.Many(
             empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64),
-            slices, 8, 3 if packed else 1,
+            slices, 8, 3 if packed else 1, 16 if packed else 0,
         )  # fmt: skip
         starts, owners, blocks = empty(10, dtype=i32), empty(10, dtype=i32), empty(-(-M // 16), dtype=i32)
         segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), starts, owners, blocks)

@@ -158,10 +158,11 @@ def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int 
     """
     if target == "interpreter":
         return Wgrad(16, 32, pages, 4, 1)
-    if not wide:
-        return Wgrad(32, 64, pages, 4, 2)
     # fp32 products without tensor cores hold their factors in registers, a whole step of rows
-    block = Wgrad(16 if x_dtype == torch.float32 else 32, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
+    rows = 16 if x_dtype == torch.float32 else 32
+    if not wide:
+        return Wgrad(rows, 64, pages, 4, 2)
+    block = Wgrad(rows, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
     stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 

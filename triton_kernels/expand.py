@@ -84,13 +84,13 @@ def expand_tile(
         OWN_SUMS: tl.constexpr = BACKWARD and DROPOUT
         delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if OWN_SUMS else acc
         if MANY:
-            if PACKED:
+            if PACKED > 0:
                 for slice in tl.range(0, slice_count, num_stages=1):
                     at_slice = slices + slice * 2
                     from_n = 0
                     to_n = N
                     if not BACKWARD:
-                        from_n = tl.load(at_slice)
+                        from_n = tl.multiple_of(tl.load(at_slice), PACKED)
                         to_n = tl.load(at_slice + 2)
                     if (block_n * BLOCK_N < to_n) & (block_n * BLOCK_N + BLOCK_N > from_n):
                         delta = _expand_many(
@@ -203,7 +203,7 @@ def _expand_by_row(
 ):  # fmt: skip
     """acc + s · act(z) Bᵀ + β where each row reads its own adapter: BLOCK_N products a row and rank, no dots."""
     columns = n < N
-    if PACKED:
+    if PACKED > 0:
         columns &= n >= 0
     first = tl.load(rows + entry * 4, mask=some, other=0)
     s = tl.load(scaling + entry, mask=some, other=0.0)
@@ -278,7 +278,7 @@ def _load_up(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr, PACK
     """One page of Bᵀ (of A), [PAGE, BLOCK_N], zeros beyond its ranks and columns."""
     lane = tl.arange(0, PAGE)
     columns = n < N
-    if PACKED:
+    if PACKED > 0:
         columns &= n >= 0
     # an address that is an argument arrives as int32 where it is small
     pointer = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + lane[:, None].to(tl.int64) * stride_r

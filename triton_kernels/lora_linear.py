@@ -125,6 +125,7 @@ class Many(NamedTuple):
     slices: Tensor | None  # int32 [slice_count + 1, 2]: first column, first page of z; None: one slice
     adapters: int  # of each slice
     slice_count: int = 1
+    aligned_slices: int = 0  # 16: every slice begins at a multiple of 16 columns; 1: some don't; 0: one slice
 
 
 class Adapters(NamedTuple):
@@ -274,7 +275,7 @@ def _launch(
                 0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
                 shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
                 threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
-                DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=bool(many and many.slice_count > 1),
+                DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=many.aligned_slices if many else 0,
                 BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
                 DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
                 DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,

@@ -12,6 +12,7 @@ their fp32 sums in ascending order: no floating-point atomics, the same bits wha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,18 +33,18 @@ from .segments import PAGE, Segments, rows_at
 
 # Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
 _VARYING = ["rank", "activation", "scaling", "place_A", "place_B", "place_a", "place_b"]
-_VARYING += ["M", "z_pages", "heads", "groups", "blocks_A", "blocks", "range_rows", "threshold", "keep_scale"]
+_VARYING += ["M", "z_pages", "heads", "pieces", "blocks_A", "blocks", "range_rows", "threshold", "keep_scale"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def wgrad_kernel(
-    dy, x, z, u, order, ids, ends, rows, scalings, tasks, firsts, seed, dA, dB, da, db, partials, counters,
+    dy, x, z, u, order, ids, ends, rows, scalings, slices, tasks, firsts, seed, dA, dB, da, db, partials, counters,
     rank: tl.int32, activation: tl.int32, scaling: tl.float32,
     place_A: tl.int32, place_B: tl.int32, place_a: tl.int32, place_b: tl.int32,
     M: tl.int32, N, K, stride_ym, stride_yn, stride_xm, stride_xk, stride_zm, z_pages: tl.int32,
-    heads: tl.int32, groups: tl.int32, blocks_A: tl.int32, blocks: tl.int32, range_rows: tl.int32,
+    heads: tl.int32, pieces: tl.int32, blocks_A: tl.int32, blocks: tl.int32, range_rows: tl.int32,
     threshold: tl.int32, keep_scale: tl.float32,
-    MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    MANY: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of dAᵢ or of dBᵢᵀ, [PAGES · 16 ranks, BLOCK_C columns], and with it a piece of daᵢ or dβᵢ."""
@@ -51,30 +52,43 @@ def wgrad_kernel(
     column = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
     # from `heads` on: the range that the place boundary · range_rows stands for
-    boundary = (head - heads) // groups + 1
-    group = (head - heads) % groups
+    boundary = (head - heads) // pieces + 1
+    piece = (head - heads) % pieces  # of the ranks of an id's adapters
     start, end = 0, M
     if MANY:
-        task = head
+        task = tasks + head * 10
         if head >= heads:
             i = tl.load(ids + boundary * range_rows)
             first_task = tl.load(firsts + i * 2, mask=i >= 0, other=0)
-            task = tl.where(group < tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0), first_task + group, -1)
-        if task < 0:
-            return
-        i = tl.load(tasks + task * 6)
-        group = tl.load(tasks + task * 6 + 1)
-        place_A = tl.load(tasks + task * 6 + 2)
-        place_B = tl.load(tasks + task * 6 + 3)
-        place_a = tl.load(tasks + task * 6 + 4)
-        place_b = tl.load(tasks + task * 6 + 5)
-        rank = tl.load(rows + i * 4 + 1)
-        activation = tl.load(rows + i * 4 + 2)
-        scaling = tl.load(scalings + i)
+            if piece >= tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0):
+                return
+            task = tasks + (first_task + piece) * 10
+        i = tl.load(task)
+        entry = tl.load(task + 1)
+        piece = tl.load(task + 2)
+        group = tl.load(task + 3)
+        place_A = tl.load(task + 4)
+        place_B = tl.load(task + 5)
+        place_a = tl.load(task + 6)
+        place_b = tl.load(task + 7)
+        rank = tl.load(rows + entry * 4 + 1)
+        activation = tl.load(rows + entry * 4 + 2)
+        scaling = tl.load(scalings + entry)
         start = tl.load(ends + i)
         end = tl.load(ends + i + 1)
-    elif head < heads:
-        group = head
+        if PACKED > 0:
+            at_slice = slices + tl.load(task + 8) * 2
+            from_n = tl.multiple_of(tl.load(at_slice), PACKED)
+            z += tl.load(at_slice + 1) * PAGE
+            u += tl.load(at_slice + 1) * PAGE
+            dy += from_n * stride_yn
+            N = tl.load(at_slice + 2) - from_n
+            if (column - blocks_A) * BLOCK_C >= N:
+                return
+    else:
+        if head < heads:
+            piece = head
+        group = piece
     number = 0
     if head >= heads:
         number = tl.cdiv(boundary * range_rows - start, range_rows)
@@ -112,12 +126,12 @@ def wgrad_kernel(
         inside = tl.arange(0, RANKS)[:, None] * BLOCK_C + lane[None, :]
         SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
         # a first range and a further one may begin between the same two boundaries: two places for each
-        step = groups.to(tl.int64) * blocks * SIZE
-        tile = partials + (start // range_rows * 2) * step + (group * blocks + column) * SIZE
+        step = pieces.to(tl.int64) * blocks * SIZE
+        tile = partials + (start // range_rows * 2) * step + (piece * blocks + column) * SIZE
         mine = tile + tl.where(number > 0, 2 * number + 1, 0) * step
         tl.store(mine + inside, acc)
         tl.store(mine + RANKS * BLOCK_C + lane, sums)
-        counter = counters + (start // range_rows * groups + group) * blocks + column
+        counter = counters + (start // range_rows * pieces + piece) * blocks + column
         tl.debug_barrier()  # every thread's part of the sums is written before one thread says so
         arrived = tl.atomic_add(counter, 1, sem="acq_rel")
         complete = arrived == ranges - 1
@@ -143,10 +157,10 @@ def wgrad_kernel(
                 tl.store(out, round_to(sums * scaling, da.dtype.element_ty), mask=owned)
         else:
             if place_B >= 0:
-                out = dB + place_B.to(tl.int64) * PAGE * N + c[:, None].to(tl.int64) * rank + r[None, :]
+                out = dB + place_B.to(tl.int64) * PAGE + c[:, None].to(tl.int64) * rank + r[None, :]
                 tl.store(out, tl.trans(round_to(acc * scaling, dB.dtype.element_ty)), mask=tl.trans(mask))
             if (place_b >= 0) & (group == 0):
-                tl.store(db + place_b.to(tl.int64) * N + c, round_to(sums, db.dtype.element_ty), mask=c < N)
+                tl.store(db + place_b.to(tl.int64) + c, round_to(sums, db.dtype.element_ty), mask=c < N)
 
 
 @triton.jit
@@ -193,67 +207,81 @@ def _sums(
 
 
 class Places(NamedTuple):
-    """Where one adapter's gradients lie in the outputs, in pages (bias_B: in rows); -1 where none is wanted."""
+    """Where one adapter's gradients lie in the outputs; -1 where none is wanted."""
 
     rank: int
-    lora_A: int
-    lora_B: int
-    bias_A: int
-    bias_B: int
+    columns: int  # of dB
+    lora_A: int  # in pages
+    lora_B: int  # in 16 elements
+    bias_A: int  # in pages
+    bias_B: int  # in elements
 
 
 class Plan(NamedTuple):
     """Which gradients of which adapters a call computes, and where it puts them. Depends on no ids and on no values."""
 
-    places: tuple[Places | None, ...]  # by id; None for an empty slot
+    places: tuple[Places | None, ...]  # by entry of the table; None for an empty slot
     pages: int  # of ranks in one program's tile
     heads: int  # pieces of `pages` pages of all adapters that want something
-    groups: int  # the most pieces of one adapter
-    sizes: tuple[int, int, int, int]  # of the outputs: pages of dA, of dB and of da, rows of dβ
-    tasks: Tensor | None  # int32 [heads, 6]: adapter, piece, and its Places after the rank; with many adapters
-    firsts: Tensor | None  # int32 [n, 2]: the first task of each adapter and how many it has
+    pieces: int  # the most of one id
+    columns: int  # the widest slice
+    sizes: tuple[int, int, int, int]  # of the outputs dA, dB, da and dβ, as Places counts
+    tasks: Tensor | None  # int32 [heads, 10]: see `plan`; with many adapters
+    firsts: Tensor | None  # int32 [n, 2]: the first task of each id and how many it has
 
 
 def plan(
     ranks: Sequence[int | None],
     wanted: Sequence[Wanted],
+    columns: Sequence[int],
     x_dtype: torch.dtype,
     device: torch.device,
     *,
     many: bool = True,
 ) -> Plan:
-    """ranks: by id; None for an empty slot. Of `wanted` what an adapter doesn't have is False.
+    """ranks: by entry of the table; None for an empty slot. Of `wanted` what an adapter doesn't have is False.
 
-    many: what the kernel needs is copied to the device, so make it once for all calls with the same table. One adapter
-    (many=False) has it in the kernel's arguments.
+    columns: where the slices of y begin and the last one ends; (0, N) where nothing is packed. many: what the kernel
+    needs is copied to the device, so make it once for all calls with the same table. One adapter (many=False) has it
+    in the kernel's arguments.
+
+    A task is a piece of an adapter's ranks: its id, its entry in the table, its number among the id's pieces, its
+    number among the adapter's, its four Places, its slice, 0.
     """
     some = [rank for rank, wants in zip(ranks, wanted, strict=True) if rank is not None and any(wants)]
     pages = config.wgrad_pages(max(some, default=0), x_dtype, target(device))
+    widths = [end - start for start, end in itertools.pairwise(columns)]
+    count = len(ranks) // len(widths)
     sizes = [0, 0, 0, 0]
-    places: list[Places | None] = []
+    places: list[Places | None] = [None] * len(ranks)
     tasks: list[tuple[int, ...]] = []
     firsts: list[tuple[int, int]] = []
-    for index, (rank, wants) in enumerate(zip(ranks, wanted, strict=True)):
-        if rank is None:
-            places.append(None)
-            firsts.append((0, 0))
-            continue
-        of_rank = -(-rank // PAGE.value)
-        where = []
-        for kind, (wants_it, size) in enumerate(zip(wants, (of_rank, of_rank, of_rank, 1), strict=True)):
-            where.append(sizes[kind] if wants_it else -1)
-            sizes[kind] += size if wants_it else 0
-        places.append(Places(rank, *where))
-        groups = max(-(-of_rank // pages), 1) if any(wants) else 0
-        firsts.append((len(tasks), groups))
-        tasks += [(index, group, *where) for group in range(groups)]
+    for index in range(count):
+        first = len(tasks)
+        for number, width in enumerate(widths):
+            entry = number * count + index
+            rank, wants = ranks[entry], wanted[entry]
+            if rank is None:
+                continue
+            of_rank = -(-rank // PAGE.value)
+            where = []
+            for kind, (wants_it, size) in enumerate(
+                zip(wants, (of_rank, of_rank * width, of_rank, width), strict=True)
+            ):
+                where.append(sizes[kind] if wants_it else -1)
+                sizes[kind] += size if wants_it else 0
+            places[entry] = Places(rank, width, *where)
+            for group in range(max(-(-of_rank // pages), 1) if any(wants) else 0):
+                tasks.append((index, entry, len(tasks) - first, group, *where, number, 0))
+        firsts.append((first, len(tasks) - first))
     return Plan(
         tuple(places),
         pages,
         len(tasks),
-        max((count for _, count in firsts), default=0),
+        max((pieces for _, pieces in firsts), default=0),
+        max(widths),
         (sizes[0], sizes[1], sizes[2], sizes[3]),
-        torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 6) if many else None,
+        torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 10) if many else None,
         torch.tensor(firsts, dtype=torch.int32, device=device).reshape(-1, 2) if many else None,
     )
 
@@ -270,7 +298,7 @@ def wgrad(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> list[AdapterGrads | None]:
-    """The gradients that `plan` lists, by id; None for an empty slot. They are views of one allocation of each kind.
+    """The gradients that `plan` lists, by entry; None for an empty slot. They are views of one allocation of each kind.
 
     dy [M, N] and x [M, K] of one dtype, in any strides; z (any row stride) and u fp32 [M, z_width], 0 where a row's
     adapter has no such rank; segments: None with one adapter. Nothing is copied between host and device and nothing
@@ -282,32 +310,33 @@ def wgrad(
     ranges = -(-M // range_rows)
     dtype, device = adapters.dtype, x.device
     dA = torch.empty(plan.sizes[0] * PAGE.value * K, dtype=dtype, device=device)
-    dB = torch.empty(plan.sizes[1] * PAGE.value * N, dtype=dtype, device=device)
+    dB = torch.empty(plan.sizes[1] * PAGE.value, dtype=dtype, device=device)
     da = torch.empty(plan.sizes[2] * PAGE.value, dtype=dtype, device=device)
-    db = torch.empty(plan.sizes[3] * N, dtype=dtype, device=device)
+    db = torch.empty(plan.sizes[3], dtype=dtype, device=device)
     if plan.heads * blocks:
         tile = (block.PAGES * PAGE.value + 1) * block.BLOCK_C
-        slots = 2 * ranges * plan.groups * blocks if ranges > 1 else 0
+        slots = 2 * ranges * plan.pieces * blocks if ranges > 1 else 0
         partials = torch.empty(slots * tile, dtype=torch.float32, device=device)
         source = adapters.source
         one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
-        place = (plan.places[0] if many is None else None) or Places(0, -1, -1, -1, -1)
+        place = (plan.places[0] if many is None else None) or Places(0, N, -1, -1, -1, -1)
         threshold = dropout_threshold(dropout_p)
-        needed = ranges * plan.groups * blocks
+        needed = ranges * plan.pieces * blocks
         on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
         with on_device, workspace.counters(device, needed) as counters:
-            wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.groups) * blocks,)](
+            wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.pieces) * blocks,)](
                 dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
-                many and many.scaling, plan.tasks, plan.firsts, seed if dropout_p else None,
+                many and many.scaling, many and many.slices, plan.tasks, plan.firsts, seed if dropout_p else None,
                 dA, dB, da, db, partials, counters,
-                one.rank, one.activation, one.scaling, *place[1:],
+                one.rank, one.activation, one.scaling, *place[2:],
                 M, N, K, *dy.stride(), *x.stride(), z.stride(0), u.shape[1] // PAGE.value,
-                plan.heads, plan.groups, blocks_A, blocks, range_rows,
+                plan.heads, plan.pieces, blocks_A, blocks, range_rows,
                 threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
-                MANY=many is not None, DROPOUT=dropout_p > 0.0, QUADS=K % 4 == 0, **block._asdict(),
+                MANY=many is not None, PACKED=many.aligned_slices if many else 0, DROPOUT=dropout_p > 0.0,
+                QUADS=K % 4 == 0, **block._asdict(),
                 **config.options(target(device)),
             )  # fmt: skip
-    return [None if place is None else _views(place, dA, dB, da, db, K, N) for place in plan.places]
+    return [None if place is None else _views(place, dA, dB, da, db, K) for place in plan.places]
 
 
 def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, int]:
@@ -316,8 +345,8 @@ def _tiling(dy: Tensor, x: Tensor, plan: Plan) -> tuple[config.Wgrad, int, int, 
     block = config.wgrad(plan.pages, plan.tasks is not None, wide, x.dtype, target(x.device))
     pages_A, pages_B, pages_a, rows_b = plan.sizes
     blocks_A = triton.cdiv(x.shape[1], block.BLOCK_C) if pages_A else min(pages_a, 1)
-    blocks = blocks_A + (triton.cdiv(dy.shape[1], block.BLOCK_C) if pages_B or rows_b else 0)
-    return block, blocks_A, blocks, config.wgrad_range(dy.shape[0], plan.heads, plan.groups, blocks, block)
+    blocks = blocks_A + (triton.cdiv(plan.columns, block.BLOCK_C) if pages_B or rows_b else 0)
+    return block, blocks_A, blocks, config.wgrad_range(dy.shape[0], plan.heads, plan.pieces, blocks, block)
 
 
 def _wide(t: Tensor) -> bool:
@@ -325,14 +354,14 @@ def _wide(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def _views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int, N: int) -> AdapterGrads:
+def _views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int) -> AdapterGrads:
     def view(flat: Tensor, at: int, unit: int, *shape: int) -> Tensor | None:
         return None if at < 0 else flat[at * unit : at * unit + math.prod(shape)].view(shape)
 
-    page, rank = PAGE.value, place.rank
+    page, rank, N = PAGE.value, place.rank, place.columns
     return AdapterGrads(
         view(dA, place.lora_A, page * K, rank, K),
-        view(dB, place.lora_B, page * N, N, rank),
+        view(dB, place.lora_B, page, N, rank),
         view(da, place.bias_A, page, rank),
-        view(db, place.bias_B, N, N),
+        view(db, place.bias_B, 1, N),
     )

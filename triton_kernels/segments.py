@@ -67,7 +67,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
             keys, running = empty(tiles * TILE), empty(tiles, adapters + 1)
             warps = _warps(TILE)
             sort_kernel[(tiles,)](ids, keys, running, M, adapters, ids.stride(0), SIZE=TILE, num_warps=warps)
-            scan_kernel[(triton.cdiv(adapters + 1, 64),)](running, found.ends, tiles, adapters, ROWS=32, COLUMNS=64)
+            scan_kernel[(triton.cdiv(adapters + 1, 64),)](running, found.ends, tiles, adapters, ROWS=16, COLUMNS=64)
             scatter_kernel[(tiles,)](keys, running, *found, M, adapters, SIZE=TILE, num_warps=warps)
     return found
 
@@ -137,7 +137,7 @@ def scatter_kernel(
     lower = real & (group > 0)
     start = tl.load(ends + group - 1, mask=lower, other=0)
     place = at + start - tl.load(mine - 1, mask=lower, other=0)
-    place += tl.load(mine - (adapters + 1), mask=real & (tile > 0), other=0)
+    place += tl.load(mine - (adapters + 1), mask=at < tl.where(tile > 0, M - tile * SIZE, 0), other=0)
     place = tl.where(real, place, M)
 
     # how many groups up to this one have rows, for the group of each row: a chunk of groups after the other

@@ -39,7 +39,7 @@ def shrink_tile(
     entry = 0  # of adapter 0 in rows and biases
     from_k = 0
     to_k = K
-    if PACKED:
+    if PACKED > 0:
         # slices: first column, first page of z; a slice more that ends the last
         slice = 0
         while tl.load(slices + slice * 2 + 3) * PAGE <= first:
@@ -47,7 +47,7 @@ def shrink_tile(
         entry = slice * adapters
         first -= tl.load(slices + slice * 2 + 1) * PAGE  # … and of its adapters
         if BACKWARD:
-            from_k = tl.load(slices + slice * 2)
+            from_k = tl.multiple_of(tl.load(slices + slice * 2), PACKED)
             to_k = tl.load(slices + slice * 2 + 2)
     r = first + tl.arange(0, BLOCK_R)
     per_split = tl.cdiv(tl.cdiv(to_k - from_k, splits), BLOCK_K) * BLOCK_K
@@ -125,7 +125,8 @@ def shrink_tile(
                 ranks = tl.where(one_bias != 0, one_rank, 0)
                 pointer = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE)) + r
                 total += tl.load(pointer, mask=r < ranks, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + offset, total, mask=mine | ((position < M)[:, None] & (place < z_width)[None, :] & (dense != 0)))
+        everywhere = position < tl.where(dense != 0, M, 0)
+        tl.store(out + offset, total, mask=mine | (everywhere[:, None] & (place < z_width)[None, :]))
     return complete
 
 

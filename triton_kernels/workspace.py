@@ -29,9 +29,14 @@ def counters(device: torch.device, count: int) -> Iterator[Tensor]:
     try:
         yield _counters(device, count)
     except BaseException:
-        for key in [key for key in _of_stream if key[0] == device]:
-            del _of_stream[key]
+        forget(device)
         raise
+
+
+def forget(device: torch.device) -> None:
+    """The next launch on the device gets new counters."""
+    for key in [key for key in _of_stream if key[0] == device]:
+        del _of_stream[key]
 
 
 def _counters(device: torch.device, count: int) -> Tensor:

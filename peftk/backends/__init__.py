@@ -47,6 +47,7 @@ class Call(NamedTuple):
     rank: int  # the largest in the batch
     adapters: int
     dropout: bool = False
+    slices: int = 1  # of packed outputs
 
 
 class BackendError(RuntimeError):

@@ -36,6 +36,8 @@ def cannot_serve(call: Call) -> str | None:
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+    if call.slices > 1:
+        return "no C++ kernel for packed outputs with adapters of their own"
     return None
 
 

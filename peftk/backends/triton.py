@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from peftk import route
 from peftk.activations import CODES
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
@@ -77,7 +78,7 @@ def lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in two launches. The adapter's addresses travel as kernel arguments."""
+    """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
     adapters, held = _one(adapter)
     has_z = save_z and adapters.z_width > 0
     y, z = kernels.forward(x, weight, _contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
@@ -96,8 +97,8 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in two launches after one sort of the ids on the device."""
-    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
+    adapters, order = _adapters(table), _segments(ids, table.count)
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -118,7 +119,7 @@ def lora_linear_backward(
     dx, u = kernels.backward(dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
-    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], x.dtype, x.device, many=False)
+    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
     [grads] = _wgrad(dy, x, z, u, adapters, None, plan, dropout_p, seed)
     del held
     return dx, grads or AdapterGrads(None, None, None, None)
@@ -138,11 +139,11 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
-    adapters, order = _adapters(table), segments(ids, len(table.adapters))
+    adapters, order = _adapters(table), _segments(ids, table.count)
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
-    plan = _plan(table, wanted, x)
+    plan = _plan(table, wanted, dy.shape[1], x)
     return dx, _wgrad(dy, x, z, u, adapters, order, plan, dropout_p, seed)
 
 
@@ -162,17 +163,17 @@ def _wgrad(
     return gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
 
 
-def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, x: Tensor) -> gradients.Plan:
+def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tensor) -> gradients.Plan:
     """Which gradients of a table's adapters: made once for the same table and wishes, since it copies to the device."""
     wishes = tuple(
         Wanted(False, False, False, False) if a is None else _present(a, ALL if wanted is None else wanted[i])
         for i, a in enumerate(table.adapters)
     )
     plans = _PLANS.setdefault(table, {})
-    key = (wishes, x.dtype)
+    key = (wishes, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
-        plans[key] = gradients.plan(ranks, wishes, x.dtype, x.device)
+        plans[key] = gradients.plan(ranks, wishes, table.columns or (0, N), x.dtype, x.device)
     return plans[key]
 
 
@@ -192,6 +193,11 @@ _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+def _segments(ids: Tensor, adapters: int) -> Segments:
+    """Sorted once for all layers of a route and their backward; ids that a user passes, in every call."""
+    return route.once(ids, adapters, lambda: segments(ids, adapters))
+
+
 def _adapters(table: AdapterTable) -> kernels.Adapters:
     found = _ADAPTERS.get(table)
     if found is None:
@@ -203,7 +209,14 @@ def _many(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
     lie_A = _common(_lie(page) for a in adapters for page in a.pages_A)
     lie_B = _common(_lie(page.t()) for a in adapters for page in a.pages_B)
-    source = kernels.Many(table.pages, table.rows, table.scaling, table.biases, None, len(table.adapters))
+    slices, aligned = None, 0
+    if table.slices > 1:
+        aligned = 1 if any(column % 16 for column in table.columns) else 16
+        ends = list(zip(table.columns, table.slice_pages, strict=True))
+        slices = torch.tensor(ends, dtype=torch.int32, device=table.device)
+    source = kernels.Many(
+        table.pages, table.rows, table.scaling, table.biases, slices, table.count, table.slices, aligned
+    )
     return kernels.Adapters(source, table.dtype, table.z_width, lie_A, lie_B)
 
 

@@ -84,7 +84,7 @@ def _us(value: float) -> str:
 
 
 def write_json(
-    file: Path, records: list[Record], environment: dict[str, Any], options: dict[str, Any], **more: Any
+    file: Path, records: Sequence[Any], environment: dict[str, Any], options: dict[str, Any], **more: Any
 ) -> None:
     report = {"environment": environment, "options": options, **more, "records": to_json(records)}
     file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -98,7 +98,7 @@ def write_csv(file: Path, kind: type[Any], records: Sequence[Any]) -> None:
         writer.writerows(to_json(records))
 
 
-def write_plot(file: Path, records: list[Record], environment: dict[str, Any]) -> None:
+def write_plot(file: Path, records: Sequence[Any], environment: dict[str, Any]) -> None:
     """One panel per op, dtype, shape and number of tokens: µs over the rank, or over the number of adapters."""
     import matplotlib
     from matplotlib.figure import Figure

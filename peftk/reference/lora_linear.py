@@ -80,19 +80,22 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Row m takes adapter ids[m] (int32 [M]; -1: none). Returns y [M, N] and, if asked, z [M, table.z_width]."""
+    """Row m takes adapter ids[m] (int32 [M]; -1: none), of every slice of packed outputs.
+
+    Returns y [M, N] and, if asked, z [M, table.z_width].
+    """
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
     y = _base(x, weight, bias, acc)
     z = torch.zeros(x.shape[0], table.z_width, dtype=acc, device=x.device)
     dropped = _dropped(x, dropout_p, seed, acc)
-    for index, adapter in enumerate(table.adapters):
+    for entry, adapter in enumerate(table.adapters):
         if adapter is None:
             continue
-        rows = (ids == index).nonzero().flatten()
+        rows = (ids == entry % table.count).nonzero().flatten()
         delta, z_rows = _adapter_term(dropped[rows], adapter, acc)
-        y[rows] += delta
+        y[rows, slice(*table.columns_of(entry, y.shape[1]))] += delta
         if z_rows is not None:
-            z[rows, : adapter.rank] = z_rows
+            z[rows, table.z_from(entry) : table.z_from(entry) + adapter.rank] = z_rows
     return y.to(x.dtype), z if save_z else None
 
 
@@ -138,20 +141,22 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`lora_linear_backward` per adapter over its own rows; an entry is None for an empty slot.
 
-    wanted: by id; None wants everything.
+    wanted: by entry of table.adapters; None wants everything.
     """
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
     dx = dy.to(acc) @ weight.to(acc) if need_dx else None
     factor = _dropout_factor(x, dropout_p, seed, acc)
     dropped = _times(x.to(acc), factor)
     grads: list[AdapterGrads | None] = []
-    for index, adapter in enumerate(table.adapters):
+    for entry, adapter in enumerate(table.adapters):
         if adapter is None:
             grads.append(None)
             continue
-        rows = (ids == index).nonzero().flatten()
-        z_rows, wants = z[rows, : adapter.rank], ALL if wanted is None else wanted[index]
-        dx_adapter, adapter_grads = _adapter_backward(dy[rows].to(acc), dropped[rows], adapter, z_rows, acc, wants)
+        rows = (ids == entry % table.count).nonzero().flatten()
+        dy_rows = dy[rows, slice(*table.columns_of(entry, dy.shape[1]))].to(acc)
+        z_from = table.z_from(entry)
+        z_rows, wants = z[rows, z_from : z_from + adapter.rank], ALL if wanted is None else wanted[entry]
+        dx_adapter, adapter_grads = _adapter_backward(dy_rows, dropped[rows], adapter, z_rows, acc, wants)
         if dx is not None and dx_adapter is not None:
             dx[rows] += dx_adapter if factor is None else dx_adapter * factor[rows]
         grads.append(adapter_grads)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import pathlib
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftk import reference
+import peftk
+from peftk import reference, route
 from peftk.triton_kernels import segments as kernels
 
 I32, I64 = torch.int32, torch.int64
@@ -85,10 +89,10 @@ def test_tiles_that_are_full_or_not(tiles: int, more: int, small_tiles: int) -> 
 
 
 def test_more_tiles_than_a_scan_takes_at_once(small_tiles: int) -> None:
-    check(random_ids(64 * 33 + 5, 7), 7)
+    check(random_ids(64 * 17 + 5, 7), 7)
 
 
-@pytest.mark.parametrize("adapters", [62, 63, 64, 128, 5000])
+@pytest.mark.parametrize("adapters", [62, 63, 64, 5000])
 def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
     """A tile goes through 64 groups at a time here; group 0 is the base layer's."""
     ids = random_ids(130, adapters, adapters)
@@ -98,7 +102,7 @@ def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
 
 
 def test_many_adapters_and_tiles() -> None:
-    check(random_ids(1500, 2000, dtype=I64), 2000)
+    check(random_ids(1100, 1500, dtype=I64), 1500)
 
 
 def test_as_many_adapters_as_a_key_holds() -> None:
@@ -152,14 +156,166 @@ def test_launches_depend_on_the_numbers_of_rows_and_adapters_alone(monkeypatch: 
     monkeypatch.setattr(kernels, "TILE", 64)
     for M, adapters, expected in (
         (0, 4, [("segments_kernel", (1,))]),
-        (64, 5000, [("segments_kernel", (1,))]),
+        (64, 1000, [("segments_kernel", (1,))]),
         (65, 63, [("sort_kernel", (2,)), ("scan_kernel", (1,)), ("scatter_kernel", (2,))]),
-        (300, 64, [("sort_kernel", (5,)), ("scan_kernel", (2,)), ("scatter_kernel", (5,))]),
+        (190, 64, [("sort_kernel", (3,)), ("scan_kernel", (2,)), ("scatter_kernel", (3,))]),
     ):
         for pattern in ("base", "a row each", "random"):
             launches.clear()
             kernels.segments(PATTERNS[pattern](M, adapters) if M else torch.empty(0, dtype=I32), adapters)
             assert launches == expected
+
+
+Served = tuple[nn.Module, peftk.MultiAdapter]
+
+
+@pytest.fixture
+def served(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A model of four linears, all of them with adapters, run by the Triton backend."""
+    monkeypatch.setenv("PEFTK_BACKEND", "triton")
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), *(nn.Linear(16, 16) for _ in range(3))).eval()
+
+    base = model()
+    server = peftk.MultiAdapter(base, max_adapters=4)
+    for name, r in (("alice", 2), ("bob", 3)):
+        trained = model()
+        peftk.inject(trained, peftk.LoraConfig(r=r, target_modules="all-linear"))
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        peftk.save_adapter(trained, tmp_path / name)
+        server.load(name, tmp_path / name)
+    return base, server
+
+
+def sorts(launches: list[tuple[str, tuple[int, ...]]]) -> int:
+    """How many launches there were since the last time that this was asked."""
+    count = len(launches)
+    launches.clear()
+    return count
+
+
+def test_one_launch_serves_every_layer_of_a_route(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served
+    launches = counted(monkeypatch)
+    tokens = torch.randn(3, 5, 8, requires_grad=True)
+    with server.route(["alice", None, "bob"]):
+        y = model(tokens)
+        assert sorts(launches) == 1
+        model(tokens)
+        assert sorts(launches) == 0
+        model(tokens[:, 0])  # one token a sequence
+        assert sorts(launches) == 1
+    for number, name in enumerate(("alice", None, "bob")):
+        with server.route([name]):
+            torch.testing.assert_close(model(tokens[number : number + 1])[0], y[number])
+    assert sorts(launches) == 3
+    y.sum().backward()  # of the first route, which has ended
+    assert sorts(launches) == 0
+
+
+def test_a_route_reads_its_ids_when_it_is_entered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served
+    x = torch.randn(3, 8, requires_grad=True)
+    with server.route(["alice", None, "bob"]):
+        expected = model(x)
+    for dtype in (I32, I64):
+        ids = server.ids(["alice", None, "bob"]).to(dtype)
+        with server.route(ids):
+            first = model(x)
+            ids.fill_(1)
+            assert torch.equal(model(x), first)
+        assert torch.equal(first, expected)
+        with server.route(ids):
+            assert not torch.equal(model(x), first)
+
+
+def test_ids_that_a_user_passes_are_sorted_in_every_call(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have been changed in place, and in inference mode nothing would tell."""
+    model, server = served
+    launches = counted(monkeypatch)
+    layer, x, ids = model[0], torch.randn(3, 8), server.ids(["alice", None, "bob"])
+    first = layer(x, ids)
+    with torch.inference_mode():
+        frozen = ids.clone()
+    second = layer(x, frozen)
+    with torch.inference_mode():
+        frozen.copy_(server.ids(["bob", None, "alice"]))
+    third = layer(x, frozen)
+    assert sorts(launches) == 3
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_a_route_serves_inference_and_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served
+    launches = counted(monkeypatch)
+    x = torch.randn(3, 8)
+    with server.route(["alice", None, "bob"]):
+        with torch.inference_mode():
+            routed = route.current(trains=False)
+            assert routed is not None
+            assert not routed.rows(x).is_inference()
+        model(x.requires_grad_()).sum().backward()
+    assert sorts(launches) == 1
+
+
+def test_what_was_sorted_ends_with_its_route(served: Served) -> None:
+    model, server = served
+    x = torch.randn(3, 8, requires_grad=True)
+    with server.route(["alice", None, "bob"]):
+        routed = route.current(trains=False)
+        assert routed is not None
+        model(x)
+        held = weakref.ref(route.flat(routed.rows(x)))
+        assert held() is not None
+        del routed
+    gc.collect()
+    assert held() is None
+
+
+class Graph:
+    """Stands in for a capture, which only a GPU has: what is asked of it is whether one goes on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing = False
+        monkeypatch.setattr(route, "_capturing", lambda device: self.capturing)
+
+    def __enter__(self) -> Graph:
+        self.capturing = True
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.capturing = False
+
+
+def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served
+    launches = counted(monkeypatch)
+    x, graph = torch.randn(3, 8, requires_grad=True), Graph(monkeypatch)
+    ids = server.ids(["alice", None, "bob"])
+    with server.route(ids):
+        expected = model(x)
+        assert sorts(launches) == 1
+        with graph:  # entered before: each layer by itself, from the tensor that replays will read
+            assert torch.equal(model(x), expected)
+            assert sorts(launches) == 4
+            ids.copy_(server.ids(["bob", None, "alice"]))
+            other = model(x)
+            assert not torch.equal(other, expected)
+            assert sorts(launches) == 4
+        assert torch.equal(model(x), expected)
+        assert sorts(launches) == 0
+        assert any(kept is ids for kept in route._read_by_graphs.values())
+    with graph, server.route(ids):  # entered inside: part of the graph, once
+        assert torch.equal(model(x), other)
+        assert sorts(launches) == 1
+        graph.capturing = False
+        assert torch.equal(model(x), other)
+        assert sorts(launches) == 4
 
 
 @pytest.mark.full

@@ -1,0 +1,93 @@
+"""What a launch does, in numbers: bytes of each tensor, products, atomics. And its time on a GPU's roofline.
+
+*requested* bytes are those of all loads and stores: what L2 serves. *distinct* bytes are those that a launch cannot do
+without: read before the launch has written them itself, or written; counted once however often they are touched. They
+cross HBM if L2 keeps what a launch reads again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Traffic(NamedTuple):
+    """Bytes of one tensor in one launch."""
+
+    read: int = 0
+    written: int = 0
+    distinct_read: int = 0
+    distinct_written: int = 0
+
+    def __add__(self, other: tuple[int, ...]) -> Traffic:  # type: ignore[override]
+        return Traffic(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def requested(self) -> int:
+        return self.read + self.written
+
+    @property
+    def distinct(self) -> int:
+        return self.distinct_read + self.distinct_written
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """flops: of `dot`s, as executed. vector_flops: of products that no tensor core does. atomics: by tensor."""
+
+    kernel: str
+    tensors: Mapping[str, Traffic]
+    flops: int = 0
+    atomics: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    vector_flops: int = 0
+
+    @property
+    def requested(self) -> int:
+        return sum(traffic.requested for traffic in self.tensors.values())
+
+    @property
+    def distinct(self) -> int:
+        return sum(traffic.distinct for traffic in self.tensors.values())
+
+
+class Machine(NamedTuple):
+    name: str
+    bytes_per_us: float
+    flops_per_us: float  # bf16 tensor cores, fp32 accumulators, dense
+    vector_flops_per_us: float  # fp32 outside the tensor cores
+
+    def us(self, launch: Launch, crossing: int) -> float:
+        """The roofline: memory and products overlap perfectly, and nothing else takes time."""
+        computing = launch.flops / self.flops_per_us + launch.vector_flops / self.vector_flops_per_us
+        return max(crossing / self.bytes_per_us, computing)
+
+
+# NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 3.35 TB/s, 1,979 TFLOPS bf16 with sparsity (half of it dense),
+# 67 TFLOPS fp32.
+H100 = Machine("H100 SXM", 3.35e6, 989.5e6, 67e6)
+
+
+OUTPUTS = frozenset({"y", "dx", "dA", "dB"})
+
+
+def crossing(launches: Sequence[Launch], *, kept: bool) -> list[int]:
+    """Bytes that each launch moves through HBM, where L2 keeps nothing between launches, or (kept) everything.
+
+    kept: an input crosses when it is first read, an output when it is last written; what one launch writes for another
+    never does. The truth lies between the two.
+    """
+    if not kept:
+        return [launch.distinct for launch in launches]
+    writers = [(i, name, t.distinct_written) for i, one in enumerate(launches) for name, t in one.tensors.items()]
+    last = {name: i for i, name, written in writers if written}
+    whole = {name: max(w for _, other, w in writers if other == name) for name in OUTPUTS & last.keys()}
+    near: dict[str, int] = {}  # bytes of a tensor that L2 has
+    crossed = [0] * len(launches)
+    for i, launch in enumerate(launches):
+        for name, traffic in launch.tensors.items():
+            crossed[i] += max(traffic.distinct_read - near.get(name, 0), 0)
+            near[name] = max(near.get(name, 0), traffic.distinct_read, traffic.distinct_written)
+            if name in whole and last[name] == i:
+                crossed[i] += whole[name]
+    return crossed

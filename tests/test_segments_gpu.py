@@ -1,0 +1,88 @@
+"""Segments where a GPU is: equal to the specification, and anew in every replay of a captured graph."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+import peftk
+from peftk import reference
+from peftk.triton_kernels.segments import Segments, segments
+from tests.test_model import two_adapters
+
+
+def random_ids(M: int, adapters: int, seed: int) -> torch.Tensor:
+    return torch.randint(-2, adapters + 2, (M,), generator=torch.Generator().manual_seed(seed))
+
+
+def check(found: Segments, ids: torch.Tensor, adapters: int) -> None:
+    for name, tensor, expected in zip(found._fields, found, reference.segments(ids, adapters), strict=True):
+        assert torch.equal(tensor.cpu(), expected), name
+
+
+@pytest.mark.parametrize("adapters", [0, 1, 64, 5000])
+@pytest.mark.parametrize("M", [0, 1, 63, 64, 65, 256, 257, 1024, 1025, 2048, 4097, 20000, 131072])
+def test_equal_to_the_specification(M: int, adapters: int) -> None:
+    for dtype in (torch.int32, torch.int64):
+        ids = random_ids(M, adapters, M).to(dtype)
+        check(segments(ids.cuda(), adapters), ids, adapters)
+
+
+@pytest.mark.parametrize("M", [40, 3000])
+def test_a_graph_sorts_anew_in_every_replay(M: int) -> None:
+    ids = random_ids(M, 40, 0).cuda()
+    segments(ids, 40)  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = segments(ids, 40)
+    for seed in range(1, 4):
+        ids.copy_(random_ids(M, 40, seed))
+        graph.replay()
+        check(found, ids.cpu(), 40)
+
+
+def served(tmp_path: pathlib.Path) -> tuple[torch.nn.Module, peftk.MultiAdapter]:
+    model, server = two_adapters(tmp_path)
+    return model.cuda(), server
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["entered inside", "entered before"])
+@torch.inference_mode()
+def test_a_graph_follows_the_ids_of_its_route(tmp_path: pathlib.Path, inside: bool) -> None:
+    model, server = served(tmp_path)
+    x, ids = torch.randn(3, 16, device="cuda"), server.ids(["alice", None, "bob"]).cuda()
+    with server.route(ids):
+        model(x)  # compiles, and leaves what a capture may not use
+        graph = torch.cuda.CUDAGraph()
+        if not inside:
+            with torch.cuda.graph(graph):
+                y = model(x)
+    if inside:
+        with torch.cuda.graph(graph), server.route(ids):
+            y = model(x)
+    for names in (["bob", "bob", None], [None, "alice", "alice"]):
+        ids.copy_(server.ids(names))
+        graph.replay()
+        with server.route(names):
+            torch.testing.assert_close(y, model(x))
+
+
+@torch.inference_mode()
+def test_names_are_constants_of_a_graph(tmp_path: pathlib.Path) -> None:
+    model, server = served(tmp_path)
+    x = torch.randn(3, 16, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with server.route(["alice", None, "bob"]):
+        expected = model(x)
+        with torch.cuda.graph(graph):
+            y = model(x)
+    for _ in range(100):
+        torch.full((3,), 1, dtype=torch.int32, device="cuda")  # would take the place of ids that nobody holds
+    graph.replay()
+    torch.testing.assert_close(y, expected)
