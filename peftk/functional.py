@@ -25,7 +25,16 @@ from peftk.table import AdapterTable
 if TYPE_CHECKING:
     from peftk.bank import AdapterBank, PackedBank
 
-__all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "remerge_", "unmerge_"]
+__all__ = [
+    "MergeReceipt",
+    "adapter_block",
+    "lora_linear",
+    "merge_",
+    "multi_adapter_block",
+    "multi_lora_linear",
+    "remerge_",
+    "unmerge_",
+]
 
 
 def lora_linear(
@@ -143,7 +152,7 @@ def multi_lora_linear(
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
     # a bank has checked its adapters against its own N and K, so those of many adapters are not looked at in every call
     if isinstance(bank, AdapterTable) or bank.shape != weight.shape:
-        checks.bank(bank.adapters, bank.columns, weight)
+        checks.bank(bank.adapters, bank.columns, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -177,6 +186,90 @@ def multi_lora_linear_unchecked(
     routed = route.flat(ids)
     ids = flat_ids(ids, x) if routed is None else routed
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
+
+
+def adapter_block(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float = 1.0,
+    *,
+    activation: str = "relu",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A series adapter as one operation: skip, down, activation, up: `y = x + s·act(x̃Aᵀ + a)Bᵀ + β`.
+
+    It is `lora_linear` with W = identity, which nobody multiplies with.
+
+    Args:
+        x: [..., K]; lora_A: A [R, K] (down); lora_B: B [K, R] (up); any R ≥ 1.
+        scaling: s, dimensionless; activation; bias_A: a [R]; bias_B: β [K]; dropout_p, seed, backend: as in
+            `lora_linear`.
+
+    Returns:
+        y [..., K] in x's dtype: fp32 accumulation, one rounding, so the error is at most
+        u·|y*| + c·√(K + R)·2⁻²⁴·(|x| + |s||v||B|ᵀ + |β|). Differentiable in x and the adapter's four tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        BackendError: the forced backend cannot serve this call.
+
+    Source: Houlsby et al. 2019.
+    """
+    tensors = [t for t in (lora_A, lora_B, bias_A, bias_B) if t is not None]
+    if not tensors:
+        raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
+    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
+    checks.adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+            raise TypeError(
+                f"{name}: expected {tensors[0].dtype} on {tensors[0].device} like the adapter's other tensors, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    checks.block_input(x, tensors[0].device, tensors[0].dtype, K)
+    x, seed = _dropping(_autocast(x), dropout_p, seed)
+    run = compiled.lora_linear if _recorded() else autograd.lora_linear
+    y = run(x, None, None, lora_A, lora_B, bias_A, bias_B, float(scaling), activation, dropout_p, seed, backend)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def multi_adapter_block(
+    x: Tensor,
+    bank: AdapterBank | AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A series adapter with another adapter for every row: `adapter_block` with adapter ids[m], or x where that is -1.
+
+    Args:
+        x: [..., K]; bank: adapters with N = K; ids, dropout_p, seed, backend: as in `multi_lora_linear`.
+
+    Returns, Raises: as `adapter_block` and `multi_lora_linear`.
+    """
+    if not hasattr(bank, "adapters") or bank.columns:
+        raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
+    checks.block_input(x, bank.device, bank.dtype, K)
+    checks.bank(bank.adapters, (), K, K)
+    checks.ids(ids, x)
+    x, seed = _dropping(_autocast(x), dropout_p, seed)
+    if _recorded():
+        tensors, layout, scalings = compiled.pack(bank.adapters)
+        packed = (flat_ids(ids, x), tensors, layout, scalings, ())
+        y, _ = compiled.multi_lora_linear(x, None, None, *packed, dropout_p, seed, backend)
+        return y
+    routed = route.flat(ids)
+    table = bank if isinstance(bank, AdapterTable) else bank.table()
+    flat = flat_ids(ids, x) if routed is None else routed
+    return autograd.multi_lora_linear(x, None, None, table, flat, dropout_p, seed, backend)
 
 
 def _recorded() -> bool:
@@ -300,7 +393,11 @@ def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
 def _prepared(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x checked, in autocast's dtype where that is on; and the seed that dropout needs, drawn where none was given."""
     checks.input(x, weight)
-    x = _autocast(x)
+    return _dropping(_autocast(x), dropout_p, seed)
+
+
+def _dropping(x: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x, and the seed that dropout needs."""
     if dropout_p == 0.0 and seed is None:
         return x, None
     checks.dropout(dropout_p, seed, x.device)

@@ -136,7 +136,7 @@ def test_opcheck_many_adapters() -> None:
     )
     tensors, layout, scalings = compiled.pack(adapters)
     ids = torch.tensor([0, -1, 2, 3], dtype=torch.int32)
-    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, [], 0.0, None, None)
+    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, (), 0.0, None, None)
     torch.library.opcheck(compiled.multi_lora_linear, arguments)
 
 

@@ -30,7 +30,12 @@ __all__ = [
     "multi_lora_linear_backward",
 ]
 
-_SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
+_SERVED = tuple(
+    f"{many}{op}{backward}"
+    for many in ("", "multi_")
+    for op in ("lora_linear", "adapter_block")
+    for backward in ("", "_backward")
+)
 INTERPRETED = bool(_INTERPRETED.value)
 _DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -70,7 +75,7 @@ def describe(call: Call) -> str:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
@@ -88,7 +93,7 @@ def lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -105,7 +110,7 @@ def multi_lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     *,
@@ -128,7 +133,7 @@ def lora_linear_backward(
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor,
