@@ -245,7 +245,7 @@ def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
     # torch takes an empty list for one of tensors, whose gradient is a list
-    plain = [None if numbers else [] for numbers in (layout, scalings, columns)]  # type: ignore[var-annotated]
+    plain: list[list[None] | None] = [None if numbers else [] for numbers in (layout, scalings, columns)]
     return dx, None, dbias, None, grads, *plain, None, None, None
 
 

@@ -205,7 +205,7 @@ def opchecks(device: str, many: bool) -> float:
         tensor.requires_grad_()
     rest = (0.25, torch.tensor([3], device=device), "triton")
     if case.ids is not None:
-        arguments = (case.x, case.weight, case.bias, case.ids, tensors, layout, scalings, *rest)
+        arguments = (case.x, case.weight, case.bias, case.ids, tensors, layout, scalings, (), *rest)
         torch.library.opcheck(compiled.multi_lora_linear, arguments)
     else:
         base = (case.x, case.weight, case.bias, *tensors, scalings[0], "gelu", *rest)

@@ -48,7 +48,7 @@ def test_compiled_and_eager_give_the_same_bits(rank: int, dropout_p: float, many
     def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
         rest = (dropout_p, given.seed, "triton")
         if case.ids is not None:
-            args = (x, case.weight, case.bias, case.ids, tensors, layout, scalings, *rest)
+            args = (x, case.weight, case.bias, case.ids, tensors, layout, scalings, [], *rest)
             return compiled.multi_lora_linear(*args)[0]
         A, B, a, b = tensors
         return functional.lora_linear(
@@ -217,5 +217,6 @@ def test_training_through_a_model_that_serves_many(tmp_path: pathlib.Path) -> No
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     found = counted(lambda: step("triton"))
     assert served > 1
+    assert found[SORT] == 1  # for all layers, forward and backward
     assert found[ONE] == sum(isinstance(m, (peftk.MultiLoRALinear, peftk.LoRALinear)) for m in model.modules()) * 2
     assert WGRAD not in found
