@@ -120,8 +120,13 @@ def options(target: int | str) -> dict[str, int | bool]:
 
 
 def exact_options(target: int | str) -> dict[str, int | bool]:
-    """For kernels whose every rounding is specified: no product may be contracted with a sum."""
-    return {} if target == "interpreter" else {**options(target), "enable_fp_fusion": False}
+    """For merge, whose every rounding is specified: no product may be contracted with a sum.
+
+    128 registers, so that two of its blocks of 256 threads share a processor.
+    """
+    if target == "interpreter":
+        return {}
+    return {**options(target), "enable_fp_fusion": False, **({} if target == "hip" else {"maxnreg": 128})}
 
 
 def lora_linear(form: Form, target: int | str) -> Plan:
@@ -242,11 +247,9 @@ def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int 
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
 
 
-def merge(weight_dtype: torch.dtype, target: int | str) -> Merge:
-    """A tile of W: 16 chains a thread. With 32 of them and two sets of addresses, the kernels spill."""
-    if target == "interpreter":
-        return Merge(32, 64, 4)
-    return Merge(64, 64, 4 if target == "hip" else 8)  # AMD's warps have 64 threads
+def merge(target: int | str) -> Merge:
+    """A tile of W: 8 chains a thread. With 16 of them 128 registers (`exact_options`) do not suffice."""
+    return Merge(32, 64, 4 if isinstance(target, str) else 8)  # AMD's warps have 64 threads
 
 
 def wgrad_candidates(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> tuple[Wgrad, ...]:

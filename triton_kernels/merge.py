@@ -90,11 +90,7 @@ def checksums(weights: Sequence[Tensor]) -> list[int]:
     """`peftk.reference.checksum` of each weight: one launch."""
     layers = _layers(weights, None, None)
     row_sums = layers.table.new_zeros(layers.rows, dtype=torch.int32)
-    block, options = _block(weights[0])
-    with _on(weights[0]):
-        checksum_kernel[(layers.tiles,)](
-            layers.table, row_sums, len(layers.table), DTYPE=DTYPES[weights[0].dtype], **block._asdict(), **options
-        )
+    _sum_rows(layers, weights[0], row_sums)
     return _checksums(layers, row_sums)
 
 
@@ -167,6 +163,14 @@ def _restore(layers: Layers, raw: Raw) -> None:
             )  # fmt: skip
 
 
+def _sum_rows(layers: Layers, weight: Tensor, row_sums: Tensor) -> None:
+    block, options = _block(weight)
+    with _on(weight):
+        checksum_kernel[(layers.tiles,)](
+            layers.table, row_sums, len(layers.table), DTYPE=DTYPES[weight.dtype], **block._asdict(), **options
+        )
+
+
 def _receipts(
     layers: Layers,
     codes: Sequence[Tensor],
@@ -208,7 +212,7 @@ def _empty_raw(weight: Tensor, room: int) -> Raw:
 
 def _block(weight: Tensor) -> tuple[config.Merge, dict[str, int | bool]]:
     where = target(weight.device)
-    return config.merge(weight.dtype, where), config.exact_options(where)
+    return config.merge(where), config.exact_options(where)
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -92,7 +92,7 @@ def _merge_tile(
     if written:
         tl.store(w_at, new, mask=inside)
         tl.store(code_at, code.to(tl.int8), mask=inside)
-        _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(new), n, k, inside, DTYPE)
+        _add_row_sums(row_sums, row, _bits(new), n, k, inside, DTYPE)
         tl.store(merged + tile, 1)
 
 
@@ -159,7 +159,7 @@ def _checksum_tile(
 ):
     n, k, inside, w_at, _ = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
-    _add_row_sums(row_sums + tl.load(row + FIRST_ROW), _bits(w), n, k, inside, DTYPE)
+    _add_row_sums(row_sums, row, _bits(w), n, k, inside, DTYPE)
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def _minus_zero():
 
 
 @triton.jit
-def _add_row_sums(row_sums, bits, n, k, inside, DTYPE: tl.constexpr):
+def _add_row_sums(row_sums, row, bits, n, k, inside, DTYPE: tl.constexpr):
     """Adds Σ_k (2k + 1) · bits modulo 2³², of each row of the tile. 16-bit values have 16-bit multipliers, signed."""
     odd = 2 * k + 1
     if DTYPE.primitive_bitwidth == 16:
@@ -279,11 +279,9 @@ def _add_row_sums(row_sums, bits, n, k, inside, DTYPE: tl.constexpr):
     shares = tl.where(inside, odd * bits, 0)
     if len(n.shape) == 4:
         sums = tl.sum(tl.sum(shares, axis=3, keep_dims=True), axis=1, keep_dims=True)
-        exists = tl.sum(tl.sum(inside.to(tl.int32), axis=3, keep_dims=True), axis=1, keep_dims=True) > 0
     else:
         sums = tl.sum(shares, axis=1, keep_dims=True)
-        exists = tl.sum(inside.to(tl.int32), axis=1, keep_dims=True) > 0
-    tl.atomic_add(row_sums + n, sums, mask=exists, sem="relaxed")
+    tl.atomic_add(row_sums + tl.load(row + FIRST_ROW) + n, sums, mask=n < tl.load(row + HEIGHT), sem="relaxed")
 
 
 @triton.jit
