@@ -12,10 +12,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+from peftk.reference.merge import Factors
 from peftk.triton_kernels import config
 from peftk.triton_kernels import merge as kernels
-
-from peftk.reference.merge import Factors
 from tests.triton_aot import Compiled, compiling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
