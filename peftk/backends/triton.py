@@ -13,8 +13,10 @@ from peftk import route
 from peftk.activations import CODES
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter, AdapterTable
+from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
+from peftk.triton_kernels.arithmetic import INTERPRETED
 from peftk.triton_kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 _SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
-_DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
+_DEVICE = "cpu" if INTERPRETED.value else "cuda"
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -57,13 +59,23 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    """What a call launches, for `peftk.explain`."""
-    if call.op.endswith("_backward"):
-        return "torch matrix products on the device"
-    if call.rank == 0:
-        return "1 launch: expand_kernel"
-    sort = " after one sort of the ids on the device" if call.op == "multi_lora_linear" else ""
-    return f"2 launches: shrink_kernel, expand_kernel{sort}"
+    """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
+    if call.device != "cpu" and not torch.cuda.is_available():
+        return "its plan depends on the GPU, of which torch finds none here"
+    device, many = torch.device(call.device), call.op.startswith("multi_")
+    where, backward = tuned.target(device), call.op.endswith("_backward")
+    form = config.Form(
+        call.M, call.K if backward else call.N, call.N if backward else call.K, many, False, backward,
+        call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
+        backward and call.dropout, -(-call.rank // PAGE),
+    )  # fmt: skip
+    plan = tuned.lora_linear(form, device, where)
+    count = (1 if plan.once or not call.rank else 2) + (1 if backward and call.rank else 0)
+    words = [f"{count} launch{'es' if count > 1 else ''}{' after the sort of the ids' if many else ''}"]
+    words += [f"{plan.BLOCK_M} x {plan.BLOCK_N} x {plan.BLOCK_K} tiles in {plan.num_stages} stages"]
+    words += [f"W in {plan.expand_splits} splits"] if plan.expand_splits > 1 else []
+    words += ["tensor descriptors"] if plan.descriptors else []
+    return f"{', '.join(words)} ({tuned.source(form.shape(), device)})"
 
 
 def lora_linear(
