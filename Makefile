@@ -14,13 +14,14 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full lint format bench build clean distclean
+.PHONY: help demo test test-full test-gpu lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
 	@echo "make test       the tests, except the exhaustive ones"
 	@echo "make test-full  the exhaustive tests that make test leaves out"
+	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
 	@echo "make lint       ruff, mypy, clang-format: check only"
 	@echo "make format     ruff and clang-format: rewrite"
@@ -36,6 +37,10 @@ test: $(BUILT)
 
 test-full: $(BUILT)
 	$(BIN)/python -m pytest -m full $(ARGS)
+
+test-gpu: $(BUILT)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/peftk selftest --device cuda
 
 bench: $(BUILT)
 	$(BIN)/peftk bench $(ARGS)
@@ -69,7 +74,7 @@ $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist out peftk-demo peftk.egg-info peftk/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist out peftk-demo peftk-selftest peftk.egg-info peftk/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find peftk triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean

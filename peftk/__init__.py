@@ -10,7 +10,16 @@ from peftk.bank import AdapterBank, PackedBank
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
-from peftk.model import LoraConfig, count_parameters, freeze, inject, load_adapter, save_adapter
+from peftk.model import (
+    LoraConfig,
+    count_parameters,
+    freeze,
+    inject,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    unmerge_adapter,
+)
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.server import MultiAdapter
 from peftk.tuning import tune
@@ -33,6 +42,8 @@ __all__ = [
     "functional",
     "inject",
     "load_adapter",
+    "merge_adapter",
     "save_adapter",
     "tune",
+    "unmerge_adapter",
 ]

@@ -20,7 +20,7 @@ from peftk.table import Adapter, AdapterTable
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -42,7 +42,7 @@ def lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -66,7 +66,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
@@ -103,7 +103,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         ids: Tensor,
         seed: Tensor | None,

@@ -5,6 +5,7 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -75,6 +76,15 @@ def input(x: Tensor, weight: Tensor) -> None:
         raise ValueError("weight: expected a frozen weight (requires_grad=False), got one that requires a gradient")
 
 
+def block_input(x: Tensor, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    """x [..., width] of a series adapter, on the adapter's device and of a dtype that mixes with its own."""
+    floating("x", x)
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"x: expected shape [..., K] with K = {width}, got {list(x.shape)}")
+    same_device("x", x, device)
+    mixes("x", x.dtype, "adapter", dtype)
+
+
 def adapter_shapes(
     N: int,
     K: int,
@@ -138,9 +148,8 @@ def _named(
     return [(name, tensor) for name, tensor in named if tensor is not None]
 
 
-def fits(name: str, adapter: Adapter, weight: Tensor) -> None:
+def fits(name: str, adapter: Adapter, N: int, K: int) -> None:
     """The tensors that a kernel will read by address have the shapes that it expects. Asked at every call."""
-    N, K = weight.shape
     if len(adapter.pages_A) != len(adapter.pages_B):
         raise ValueError(
             f"{name}: expected as many pages of A as of B, got {len(adapter.pages_A)}, {len(adapter.pages_B)}"
@@ -166,6 +175,19 @@ def writable(name: str, tensor: Tensor) -> None:
         if size > 1 and stride < reach:
             raise ValueError(f"{name}: expected elements that do not overlap, got strides {tensor.stride()}")
         reach = stride * (size - 1) + reach if size > 1 else reach
+
+
+def apart(weights: Sequence[Tensor]) -> None:
+    """No two share memory, by the addresses of their first and last elements."""
+    spans = []
+    for layer, weight in enumerate(weights):
+        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+        spans.append((str(weight.device), weight.data_ptr(), weight.data_ptr() + last * weight.itemsize, layer))
+    spans.sort()
+    for (device, _, end, one), (next_device, start, _, other) in itertools.pairwise(spans):
+        if device == next_device and start <= end:
+            first, second = sorted((one, other))
+            raise ValueError(f"weights: expected no two in the same memory, got layers {first} and {second} in one")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
@@ -197,16 +219,15 @@ def look_at_ids(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("PEFTK_CHECK") == "1"
 
 
-def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], weight: Tensor) -> None:
+def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], N: int, K: int) -> None:
     """Adapters by number, of every slice of packed outputs, fit W [N, K]. Raises ValueError; else ValueError."""
     slices = max(len(columns) - 1, 1)
-    if columns and columns[-1] != weight.shape[0]:
-        raise ValueError(f"bank: expected slices of {weight.shape[0]} columns together like weight, got {columns[-1]}")
+    if columns and columns[-1] != N:
+        raise ValueError(f"bank: expected slices of {N} columns together like weight, got {columns[-1]}")
     for number, adapter in enumerate(adapters):
         if adapter is not None:
             j = number // (len(adapters) // slices)
-            rows = weight[columns[j] : columns[j + 1]] if columns else weight
-            fits(f"bank[{number}]", adapter, rows)
+            fits(f"bank[{number}]", adapter, columns[j + 1] - columns[j] if columns else N, K)
 
 
 def ids_in_table(ids: Tensor, table: AdapterTable) -> None:

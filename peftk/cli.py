@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -300,19 +302,53 @@ def _make_folders(files: dict[str, Path | None]) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
 
 
+SECTIONS = ("parity", "behaviour", "speed")
+
+
 @main.command()
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-def selftest(device: str) -> None:
+@click.option("--device", type=click.Choice(["cpu", "cuda", "interpreter"]), default="cpu", show_default=True)
+@click.option(
+    "--section",
+    "sections",
+    type=_List("SECTION,…", _one_of(*SECTIONS)),
+    default=SECTIONS,
+    help="parity, behaviour, speed [default: all; on a CPU there is parity alone]",
+)
+@click.option(
+    "--out", type=FOLDER, help="For report.json and report.txt [default: peftk-selftest; on a CPU none is written]"
+)
+def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
     """Every backend that can run on the device against the reference in fp64: error bounds, determinism, exact unmerge.
 
-    Exits with 1 if anything is wrong.
+    --device cuda also asks what only a GPU can show (CUDA graphs, streams, launches, torch.compile) and measures speed:
+    all GPU tests and benchmarks in one report. --device interpreter rehearses that without a GPU, in Triton's
+    interpreter, on tiny shapes. Exits with 1 if anything is wrong.
     """
-
-    from peftk import selftest as sweep
-
+    if device == "interpreter":
+        _interpret()
     _need_device(device)
-    if not sweep.run(device, _console()):
+
+    from peftk import selftest as package
+
+    if out is None and device != "cpu":
+        out = Path("peftk-selftest")
+    if not package.run(package.target(device), _console(record=out is not None), sections=sections, out=out):
         raise SystemExit(1)
+
+
+def _interpret() -> None:
+    """Triton decides when it is imported, which nothing has done yet in a process of the command."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+    from peftk import backends
+
+    try:
+        interprets = backends.module("triton").INTERPRETED
+    except backends.BackendError as error:
+        raise click.ClickException(f"--device interpreter: {error}") from error
+    if not interprets:
+        raise click.ClickException("--device interpreter: triton was imported before, without TRITON_INTERPRET=1")
 
 
 @main.command()
@@ -374,10 +410,10 @@ def _tune_gpu(console: Console) -> None:
     console.print(f"Written: {file}", highlight=False)
 
 
-def _console() -> Console:
+def _console(*, record: bool = False) -> Console:
     """Files and pipes have no width of their own: wide enough there for every table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
+    console = Console(record=record)
+    return console if console.is_terminal else Console(width=110, record=record)
 
 
 def _need_device(device: str) -> None:

@@ -30,7 +30,7 @@ _FIELDS = 4
 @torch.library.custom_op("peftk::lora_linear", mutates_args=())
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -50,7 +50,7 @@ def lora_linear(
 
 @lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
     if lora_A is None:
         return y, x.new_empty(0)
     rows = x.numel() // x.shape[-1]
@@ -61,7 +61,7 @@ def _(x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, drop
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     bias_A: Tensor | None,
@@ -154,21 +154,21 @@ def _unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence
 
 
 def _table(
-    weight: Tensor,
+    x: Tensor,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     scalings: Sequence[float],
     columns: Sequence[int],
 ) -> AdapterTable:
-    dtype = tensors[0].dtype if tensors else weight.dtype
-    built = table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=weight.device)
+    dtype = tensors[0].dtype if tensors else x.dtype
+    built = table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=x.device)
     return dataclasses.replace(built, columns=tuple(columns))
 
 
 @torch.library.custom_op("peftk::multi_lora_linear", mutates_args=())
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     ids: Tensor,
     tensors: Sequence[Tensor],
@@ -180,14 +180,14 @@ def multi_lora_linear(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., N] and z [M, table.z_width]."""
-    adapters = _table(weight, tensors, layout, scalings, columns)
+    adapters = _table(x, tensors, layout, scalings, columns)
     y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @multi_lora_linear.register_fake
 def _(x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
     adapters = _unpack(tensors, layout, scalings)
     width = table.z_pages(adapters, max(len(columns) - 1, 1))[-1] * table.PAGE
     return y, x.new_empty((ids.shape[0], width), dtype=accumulate_dtype(x, weight, *tensors))
@@ -197,7 +197,7 @@ def _(x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed,
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     ids: Tensor,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
@@ -210,7 +210,7 @@ def multi_lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
-    adapters = _table(weight, tensors, layout, scalings, columns)
+    adapters = _table(x, tensors, layout, scalings, columns)
     wanted = autograd.flat_wanted(adapters.adapters, needs[1:])
     dx, grads = dispatch.multi_lora_linear_backward(
         dy, x, weight, adapters, ids, z, dropout_p, seed, backend, needs[0], wanted
@@ -244,7 +244,9 @@ def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
     )
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, None, grads, None, None, None, None, None, None
+    # torch takes an empty list for one of tensors, whose gradient is a list
+    plain: list[list[None] | None] = [None if numbers else [] for numbers in (layout, scalings, columns)]
+    return dx, None, dbias, None, grads, *plain, None, None, None
 
 
 multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)

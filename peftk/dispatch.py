@@ -1,6 +1,7 @@
 """From an operation with checked arguments to the backend that serves it: flatten, choose, call, unflatten.
 
-Both the eager autograd Functions and the ops registered for torch.compile come through here.
+Both the eager autograd Functions and the ops registered for torch.compile come through here. weight None is the
+identity, a series adapter.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def _line(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    if bias is not None and bias.shape != weight.shape[:1]:
+def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     return _line(bias)
 
@@ -80,7 +81,7 @@ def _cpu() -> ModuleType | None:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     dropout_p: float,
@@ -90,17 +91,17 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K] → y [..., N], and z [M, R] where asked."""
     if adapter is not None:
-        checks.fits("adapter", adapter, weight)
+        checks.fits("adapter", adapter, _out(x, weight), x.shape[-1])
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
     server = backends.module(_choose("lora_linear", rows, weight, adapter, dropout_p, backend))
     y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), z
+    return y.reshape(*x.shape[:-1], _out(x, weight)), z
 
 
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     dropout_p: float,
@@ -128,7 +129,7 @@ def lora_linear_backward(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -145,13 +146,13 @@ def multi_lora_linear(
         checks.ids_in_table(ids, table)
     server = backends.module(name)
     y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
-    return y.reshape(*x.shape[:-1], weight.shape[0]), z
+    return y.reshape(*x.shape[:-1], _out(x, weight)), z
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor,
@@ -182,12 +183,15 @@ def multi_lora_linear_backward(
 def _choose(
     op: str,
     rows: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapters: Adapter | AdapterTable | None,
     dropout_p: float,
     backend: str | None,
 ) -> str:
-    """The name of the backend that serves one adapter, a table of them, or the base layer alone."""
+    """The name of the backend that serves one adapter, a table of them, or the base layer alone.
+
+    Without a weight it is a series adapter that is asked for.
+    """
     slices = 1
     if adapters is None:
         dtype, rank, count = None, 0, 0
@@ -196,9 +200,28 @@ def _choose(
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
     M, K = rows.shape
-    kind, N = rows.device.type, weight.shape[0]
-    call = backends.Call(op, kind, rows.dtype, weight.dtype, dtype, M, K, N, rank, count, dropout_p > 0.0, slices)
+    kind, N = rows.device.type, _out(rows, weight)
+    op = op if weight is not None else op.replace("lora_linear", "adapter_block")
+    call = backends.Call(
+        op,
+        kind,
+        rows.dtype,
+        rows.dtype if weight is None else weight.dtype,
+        dtype,
+        M,
+        K,
+        N,
+        rank,
+        count,
+        dropout_p > 0.0,
+        slices,
+    )
     return backends.choose(call, backend).backend
+
+
+def _out(x: Tensor, weight: Tensor | None) -> int:
+    """N; without a weight (the identity) it is K."""
+    return x.shape[-1] if weight is None else weight.shape[0]
 
 
 def bias_grad(dy: Tensor, bias: Tensor) -> Tensor:

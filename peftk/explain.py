@@ -13,6 +13,10 @@ OPS = (
     "lora_linear_backward",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "adapter_block",
+    "adapter_block_backward",
+    "multi_adapter_block",
+    "multi_adapter_block_backward",
     "merge",
     "unmerge",
 )

@@ -25,7 +25,18 @@ from peftk.table import AdapterTable
 if TYPE_CHECKING:
     from peftk.bank import AdapterBank, PackedBank
 
-__all__ = ["MergeReceipt", "lora_linear", "merge_", "multi_lora_linear", "remerge_", "unmerge_"]
+__all__ = [
+    "MergeReceipt",
+    "adapter_block",
+    "lora_linear",
+    "merge_",
+    "merge_layers_",
+    "multi_adapter_block",
+    "multi_lora_linear",
+    "remerge_",
+    "unmerge_",
+    "unmerge_layers_",
+]
 
 
 def lora_linear(
@@ -143,7 +154,7 @@ def multi_lora_linear(
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
     # a bank has checked its adapters against its own N and K, so those of many adapters are not looked at in every call
     if isinstance(bank, AdapterTable) or bank.shape != weight.shape:
-        checks.bank(bank.adapters, bank.columns, weight)
+        checks.bank(bank.adapters, bank.columns, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -177,6 +188,90 @@ def multi_lora_linear_unchecked(
     routed = route.flat(ids)
     ids = flat_ids(ids, x) if routed is None else routed
     return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
+
+
+def adapter_block(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float = 1.0,
+    *,
+    activation: str = "relu",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A series adapter as one operation: skip, down, activation, up: `y = x + s·act(x̃Aᵀ + a)Bᵀ + β`.
+
+    It is `lora_linear` with W = identity, which nobody multiplies with.
+
+    Args:
+        x: [..., K]; lora_A: A [R, K] (down); lora_B: B [K, R] (up); any R ≥ 1.
+        scaling: s, dimensionless; activation; bias_A: a [R]; bias_B: β [K]; dropout_p, seed, backend: as in
+            `lora_linear`.
+
+    Returns:
+        y [..., K] in x's dtype: fp32 accumulation, one rounding, so the error is at most
+        u·|y*| + c·√(K + R)·2⁻²⁴·(|x| + |s||v||B|ᵀ + |β|). Differentiable in x and the adapter's four tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        BackendError: the forced backend cannot serve this call.
+
+    Source: Houlsby et al. 2019.
+    """
+    tensors = [t for t in (lora_A, lora_B, bias_A, bias_B) if t is not None]
+    if not tensors:
+        raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
+    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
+    checks.adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
+            raise TypeError(
+                f"{name}: expected {tensors[0].dtype} on {tensors[0].device} like the adapter's other tensors, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    checks.block_input(x, tensors[0].device, tensors[0].dtype, K)
+    x, seed = _dropping(_autocast(x), dropout_p, seed)
+    run = compiled.lora_linear if _recorded() else autograd.lora_linear
+    y = run(x, None, None, lora_A, lora_B, bias_A, bias_B, float(scaling), activation, dropout_p, seed, backend)
+    return y if isinstance(y, Tensor) else y[0]
+
+
+def multi_adapter_block(
+    x: Tensor,
+    bank: AdapterBank | AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A series adapter with another adapter for every row: `adapter_block` with adapter ids[m], or x where that is -1.
+
+    Args:
+        x: [..., K]; bank: adapters with N = K; ids, dropout_p, seed, backend: as in `multi_lora_linear`.
+
+    Returns, Raises: as `adapter_block` and `multi_lora_linear`.
+    """
+    if not hasattr(bank, "adapters") or bank.columns:
+        raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
+    checks.block_input(x, bank.device, bank.dtype, K)
+    checks.bank(bank.adapters, (), K, K)
+    checks.ids(ids, x)
+    x, seed = _dropping(_autocast(x), dropout_p, seed)
+    if _recorded():
+        tensors, layout, scalings = compiled.pack(bank.adapters)
+        packed = (flat_ids(ids, x), tensors, layout, scalings, ())
+        y, _ = compiled.multi_lora_linear(x, None, None, *packed, dropout_p, seed, backend)
+        return y
+    routed = route.flat(ids)
+    table = bank if isinstance(bank, AdapterTable) else bank.table()
+    flat = flat_ids(ids, x) if routed is None else routed
+    return autograd.multi_lora_linear(x, None, None, table, flat, dropout_p, seed, backend)
 
 
 def _recorded() -> bool:
@@ -231,11 +326,7 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
         TypeError: receipt is not a MergeReceipt.
         ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
     """
-    _receipt(receipt)
-    checks.floating("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
-    checks.writable("weight", weight)
+    _merged(weight, receipt)
     merge.unmerge_(weight, receipt, backend)
 
 
@@ -263,6 +354,77 @@ def remerge_(
     _receipt(receipt)
     factors = _factors(weight, lora_A, lora_B, scaling)
     return merge.remerge_(weight, receipt, factors, backend)
+
+
+def merge_layers_(
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor | Sequence[Tensor]],
+    lora_B: Sequence[Tensor | Sequence[Tensor]],
+    scaling: float | Sequence[float | Sequence[float]] = 1.0,
+    *,
+    backend: str | None = None,
+) -> list[MergeReceipt]:
+    """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
+
+    The Triton backend merges all layers in one launch (one for each device and pair of dtypes), other backends one
+    after another.
+
+    Args:
+        weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.
+        scaling: one number for all, or one entry a layer, as `merge_` takes it.
+
+    Returns:
+        list[MergeReceipt]: one a layer. Each also serves `unmerge_` and `remerge_` alone.
+
+    Raises:
+        TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.
+    """
+    _sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
+    each = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
+    _sequences(weights=weights, scaling=each)
+    factors = []
+    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
+        try:
+            factors.append(_factors(*arguments))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from None
+    checks.apart(weights)
+    return merge.merge_layers_(weights, factors, backend)
+
+
+def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
+    """`unmerge_` of many layers. All are unmerged, or none.
+
+    Raises:
+        TypeError, ValueError: as in `unmerge_`, with the number of the layer. No weight has changed then.
+    """
+    _sequences(weights=weights, receipts=receipts)
+    for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
+        try:
+            _merged(weight, receipt)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {layer}: {error}") from None
+    checks.apart(weights)
+    merge.unmerge_layers_(weights, receipts, backend)
+
+
+def _sequences(**arguments: Any) -> None:
+    """Lists or tuples of one length."""
+    (first, layers), *_ = arguments.items()
+    for name, values in arguments.items():
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}: expected a list or tuple, one for each layer, got {type(values).__name__}")
+        if len(values) != len(layers):
+            raise ValueError(f"{name}: expected {len(layers)}, as many as {first}, got {len(values)}")
+
+
+def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
+    """What unmerging looks at before it looks at values."""
+    _receipt(receipt)
+    checks.floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
+    checks.writable("weight", weight)
 
 
 def _receipt(receipt: MergeReceipt) -> None:
@@ -300,7 +462,11 @@ def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
 def _prepared(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x checked, in autocast's dtype where that is on; and the seed that dropout needs, drawn where none was given."""
     checks.input(x, weight)
-    x = _autocast(x)
+    return _dropping(_autocast(x), dropout_p, seed)
+
+
+def _dropping(x: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x, and the seed that dropout needs."""
     if dropout_p == 0.0 and seed is None:
         return x, None
     checks.dropout(dropout_p, seed, x.device)

@@ -16,10 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftk.benchmark.agree import TINY, UNIT, bound
-
-NORM = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 1e-6}
-NORM_FROM = 65_536
+from peftk.benchmark.agree import NORM, NORM_FROM, TINY, UNIT, bound
 
 
 def check(

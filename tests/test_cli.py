@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -171,6 +172,26 @@ def test_selftest_finds_a_wrong_backend(monkeypatch):
     assert result.exit_code == 1
     assert "FAIL" in result.output
     assert "reference lora_linear" in result.output
+
+
+def test_selftest_writes_a_report(tmp_path):
+    result = invoke("selftest", "--out", str(tmp_path / "made"))
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert report["passed"]
+    assert report["environment"]["target"] == "cpu"
+    assert {o["section"] for o in report["outcomes"]} == {"parity"}
+    assert all(0 <= o["error"] <= 1 for o in report["outcomes"])
+    assert "All passed" in (tmp_path / "made" / "report.txt").read_text()
+    assert str(tmp_path / "made" / "report.json") in result.output.replace("\n", "")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
+def test_selftest_rehearses_only_where_triton_interprets():
+    pytest.importorskip("triton")
+    result = invoke("selftest", "--device", "interpreter")
+    assert result.exit_code == 1
+    assert "triton was imported before, without TRITON_INTERPRET=1" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

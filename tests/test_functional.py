@@ -109,7 +109,7 @@ def test_bad_bank() -> None:
     ids = torch.tensor([0, 0, 0])
     with pytest.raises(ValueError, match=r"bank\[0\]: expected lora_A \[R, 9\] and lora_B \[6, R\]"):
         functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, bank(), ids)
-    with pytest.raises(TypeError, match="bank: expected an AdapterBank or an AdapterTable, got NoneType"):
+    with pytest.raises(TypeError, match="bank: expected an AdapterBank, a PackedBank or an AdapterTable, got NoneType"):
         functional.multi_lora_linear(torch.randn(3, 9), torch.randn(6, 9), None, None, ids)
     bias_only = AdapterBank(3, 1, 2, torch.float32, torch.device("cpu"))
     bias_only.add("a", None, None, 1.0, bias_B=torch.randn(1))

@@ -136,8 +136,18 @@ def test_opcheck_many_adapters() -> None:
     )
     tensors, layout, scalings = compiled.pack(adapters)
     ids = torch.tensor([0, -1, 2, 3], dtype=torch.int32)
-    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, 0.0, None, None)
+    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, (), 0.0, None, None)
     torch.library.opcheck(compiled.multi_lora_linear, arguments)
+
+
+def test_compiled_without_any_adapter() -> None:
+    torch._dynamo.reset()
+    weight = torch.randn(5, 7)
+    none, ids = table.build((), dtype=torch.float32, device=torch.device("cpu")), torch.tensor([-1, -1])
+    run = torch.compile(lambda x: functional.multi_lora_linear(x, weight, None, none, ids), backend="aot_eager")
+    x, dy = leaf(2, 7), torch.randn(2, 5)
+    run(x).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ weight)
 
 
 def test_packing_keeps_every_adapter() -> None:

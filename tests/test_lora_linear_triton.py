@@ -41,9 +41,9 @@ def test_cpu_tensors_are_refused_where_nothing_interprets() -> None:
     call = backends.Call("lora_linear", "cpu", *[torch.float32] * 3, 1, 8, 8, 4, 1)
     with pytest.raises(backends.BackendError, match="TRITON_INTERPRET=1"):
         backends.choose(call, "triton")
-    reason = backends.cannot_serve("triton", call._replace(op="merge", device="cuda"))
-    assert reason is not None
-    assert "merge" in reason
+    merge = call._replace(op="merge", device="cuda", x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    assert backends.cannot_serve("triton", merge._replace(adapter_dtype=torch.float16)) is None
+    assert "float64" in str(backends.cannot_serve("triton", merge._replace(adapter_dtype=torch.float64)))
     assert backends.cannot_serve("triton", call._replace(device="cuda")) is None
     for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
         mix = call._replace(device="cuda", x_dtype=x, weight_dtype=weight)

@@ -8,9 +8,9 @@ from tests.test_lora_linear_triton import interpret
 
 
 def test_gradients_in_the_interpreter() -> None:
-    interpret("not full", "lora_wgrad.py")
+    interpret("not full", "lora_wgrad")
 
 
 @pytest.mark.full
 def test_gradients_in_the_interpreter_at_length() -> None:
-    interpret("full", "lora_wgrad.py")
+    interpret("full", "lora_wgrad")

@@ -370,6 +370,76 @@ def test_a_refused_remerge_leaves_the_old_merge() -> None:
         assert same_bits(weight, case.weight)
 
 
+def layers_of(seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    cases = [
+        merge_case(seed + i, 20 + i, 30 * (i + 1), 2 + i, DTYPES[i], torch.float32, size=0.1, padding=i)
+        for i in range(3)
+    ]
+    for case in cases:
+        case.weight.clamp_(-1e4, 1e4)
+    return [case.weight for case in cases], [case.lora_A for case in cases], [case.lora_B for case in cases]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_list_of_layers_is_merged_or_none_of_them(backend: str) -> None:
+    before, A, B = layers_of(20)
+    weights = [weight.clone() for weight in before]
+    receipts = functional.merge_layers_(weights, A, B, [1.0, 0.5, -2.0], backend=backend)
+    for i, scaling in enumerate((1.0, 0.5, -2.0)):
+        alone = before[i].clone()
+        assert functional.merge_(alone, A[i], B[i], scaling).checksum == receipts[i].checksum
+        assert same_bits(weights[i], alone)
+    merged = [weight.clone() for weight in weights]
+    weights[2][0, 0] += 1.0
+    with pytest.raises(ValueError, match="layer 2: weight: expected the bits"):
+        functional.unmerge_layers_(weights, receipts, backend=backend)
+    assert all(same_bits(a, b) for a, b in zip(weights[:2], merged, strict=False))
+    weights[2].copy_(merged[2])
+    functional.unmerge_layers_(weights, receipts, backend=backend)
+    B[2][1, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 2: weight: expected W"):
+        functional.merge_layers_(weights, A, B, backend=backend)
+    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
+    assert functional.merge_layers_([], [], []) == []
+
+
+def test_what_a_list_of_layers_is_refused_for() -> None:
+    weights, A, B = layers_of(20)
+    before = [weight.clone() for weight in weights]
+    whole = torch.ones(40, 30)
+    for arguments, error, message in (
+        ((weights, A[:2], B), ValueError, "lora_A: expected 3, as many as weights, got 2"),
+        ((weights, A, B, [1.0]), ValueError, "scaling: expected 3"),
+        ((weights[0], A, B), TypeError, "weights: expected a list or tuple"),
+        ((weights, A, [B[0], B[0], B[2]]), ValueError, r"layer 1: lora_B: expected shape \[N, R\]"),
+        (([weights[0], weights[0]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 in one"),
+        (([whole[:20], whole[19:39]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 in one"),
+    ):
+        with pytest.raises(error, match=message):
+            functional.merge_layers_(*arguments)  # type: ignore[arg-type]
+    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
+    receipts = functional.merge_layers_([whole[:20], whole[20:]], A[:1] * 2, B[:1] * 2)  # neighbours, not in one
+    with pytest.raises(TypeError, match="layer 1: receipt: expected"):
+        functional.unmerge_layers_([whole[:20], whole[20:]], [receipts[0], None])  # type: ignore[list-item]
+
+
+def test_a_list_that_fails_half_way_through_unmerging_stays_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, A, B = layers_of(30)
+    receipts = functional.merge_layers_(weights, A, B)
+    merged = [weight.clone() for weight in weights]
+    unmerge = cpu.unmerge_
+
+    def failing(weight: Tensor, receipt: MergeReceipt) -> None:
+        if receipt is receipts[2]:
+            raise MemoryError
+        unmerge(weight, receipt)
+
+    monkeypatch.setattr(cpu, "unmerge_", failing)
+    with pytest.raises(MemoryError):
+        functional.unmerge_layers_(weights, receipts)
+    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, merged, strict=True))
+
+
 def test_what_merge_says_of_bad_factors() -> None:
     W, A, B = torch.ones(4, 6), torch.ones(2, 6), torch.ones(4, 2)
     receipt = functional.merge_(W.clone(), A, B)

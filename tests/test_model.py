@@ -73,6 +73,36 @@ def test_patterns_and_scaling() -> None:
     assert (layers["block.value"].r, layers["block.value"].scaling) == (2, 1.5)
 
 
+def test_a_whole_model_is_merged_and_unmerged_or_not_at_all() -> None:
+    model = small_model()
+    peftk.inject(model, LoraConfig(r=3))
+    with_random_B(model)
+    layers = dict(lora_layers(model))
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    *_, (last, layer) = layers.items()
+    with torch.no_grad():
+        B = layer.lora_B.clone()
+        layer.lora_B[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"^{last}: weight: expected W"):
+        peftk.merge_adapter(model)
+    assert all(not m.merged and torch.equal(m.weight, before[n]) for n, m in layers.items())
+    with torch.no_grad():
+        layer.lora_B.copy_(B)
+    next(iter(layers.values())).merge()  # one that is merged stays as it is
+    peftk.merge_adapter(model)
+    merged = {name: layer.weight.clone() for name, layer in layers.items()}
+    assert all(m.merged and not torch.equal(m.weight, before[n]) for n, m in layers.items())
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+        with pytest.raises(ValueError, match=f"^{last}: weight: expected the bits"):
+            peftk.unmerge_adapter(model)
+        layer.weight.copy_(merged[last])
+    assert all(m.merged and torch.equal(m.weight, merged[n]) for n, m in layers.items())
+    peftk.unmerge_adapter(model)
+    peftk.unmerge_adapter(model)
+    assert all(not m.merged and torch.equal(m.weight, before[n]) for n, m in layers.items())
+
+
 def test_no_match_changes_nothing() -> None:
     model = small_model()
     with pytest.raises(

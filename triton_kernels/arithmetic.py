@@ -1,8 +1,9 @@
 """Products, activations and roundings that say exactly what they round.
 
-Under TRITON_INTERPRET=1 two things are emulated, so that tests see the rounding points of the compiled kernels:
-operands widen before `tl.dot` (the interpreter's 16-bit dots are wrong), and fp32 → bf16 rounds to nearest even (the
-interpreter truncates).
+Under TRITON_INTERPRET=1 four things are emulated, so that tests see the rounding points of the compiled kernels:
+operands widen before `tl.dot` (the interpreter's 16-bit dots are wrong), fp32 → bf16 rounds to nearest even (the
+interpreter truncates), bf16 → fp32 keeps denormals (the interpreter makes other numbers of them), and `fma` rounds once
+(the interpreter rounds the product, too).
 """
 
 import triton
@@ -79,6 +80,38 @@ def round_to(t, dtype: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return t.to(dtype)
+
+
+@triton.jit
+def widen(t):
+    """t in fp32, exact."""
+    if INTERPRETED and t.dtype == tl.bfloat16:
+        return (t.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return t.to(tl.float32)
+
+
+@triton.jit
+def fma(a, b, c):
+    """fl32(a · b + c), rounded once."""
+    if INTERPRETED:
+        return _fma_in_fp64(a.to(tl.float64) * b.to(tl.float64), c.to(tl.float64))
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def _fma_in_fp64(product, c):
+    """The product of two fp32 is exact in fp64. Its sum with c is rounded to odd: where two-sum says that it is inexact
+    and its last bit is even, the other neighbour is taken. Rounding that is rounding the exact sum.
+    """
+    total = c + product
+    rest = total - c
+    error = (c - (total - rest)) + (product - rest)
+    bits = total.to(tl.int64, bitcast=True)
+    move = (error != 0.0) & (tl.abs(total) < float("inf")) & ((bits & 1) == 0)
+    step = tl.where((error > 0.0) == (total > 0.0), 1, -1)
+    return tl.where(move, bits + step, bits).to(tl.float64, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -97,6 +97,12 @@ class Wgrad(NamedTuple):
     num_stages: int
 
 
+class Merge(NamedTuple):
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
 def shared_memory(target: int | str) -> int:
     """Bytes of shared memory that one block may use."""
     if isinstance(target, str):
@@ -111,6 +117,16 @@ def options(target: int | str) -> dict[str, int | bool]:
     fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
     # Left alone, ptxas spills a few words in order to fit one more block on a processor.
     return fused if target == "hip" else {**fused, "maxnreg": 255}
+
+
+def exact_options(target: int | str) -> dict[str, int | bool]:
+    """For merge, whose every rounding is specified: no product may be contracted with a sum.
+
+    128 registers, so that two of its blocks of 256 threads share a processor.
+    """
+    if target == "interpreter":
+        return {}
+    return {**options(target), "enable_fp_fusion": False, **({} if target == "hip" else {"maxnreg": 128})}
 
 
 def lora_linear(form: Form, target: int | str) -> Plan:
@@ -230,6 +246,11 @@ def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int 
     block = Wgrad(rows, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
     stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
     return block._replace(num_stages=_stages(block.num_stages, stage, target))
+
+
+def merge(target: int | str) -> Merge:
+    """A tile of W: 8 chains a thread. With 16 of them 128 registers (`exact_options`) do not suffice."""
+    return Merge(32, 64, 4 if isinstance(target, str) else 8)  # AMD's warps have 64 threads
 
 
 def wgrad_candidates(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> tuple[Wgrad, ...]:

@@ -7,8 +7,7 @@ writes to is made by `x.new_empty`: torch's default device and dtype are the use
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import peftk._cpu as _cpu
 from peftk.activations import CODES
-from peftk.backends.merge_args import DTYPES, NotFiniteError, rows
+from peftk.backends.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.reference.merge import Factors
@@ -48,6 +47,8 @@ def describe(call: Call) -> str:
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
     x_dtype, weight_dtype = DTYPES[call.x_dtype], DTYPES[call.weight_dtype]
     backward = call.op.endswith("_backward")
+    if "adapter_block" in call.op:
+        return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_count(threads)}"
     form, pairs, threads = _cpu.plan(call.M, call.N, call.K, x_dtype, call.K, 1, weight_dtype, threads, backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
     return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
@@ -69,7 +70,7 @@ def simd_levels() -> list[str]:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
@@ -80,7 +81,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
-    M, N = x.shape[0], weight.shape[0]
+    M, N = x.shape[0], _out(x, weight)
+    base = x.clone() if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
@@ -118,7 +120,7 @@ def direct_multi_lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -130,7 +132,8 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
-    M, N = x.shape[0], weight.shape[0]
+    M, N = x.shape[0], _out(x, weight)
+    base = x.clone() if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     # rows of smaller rank leave the rest alone
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
@@ -150,7 +153,7 @@ def multi_lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     *,
@@ -162,8 +165,9 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, AdapterGrads]:
     """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
     dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
+    base = dy.clone() if weight is None and need_dx else base
     dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
-    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, weight, x, wanted)
+    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy.shape[1], x, wanted)
     _cpu.lora_linear_backward(
         *_linear(x, weight, dropout_p, seed, base is not None),
         *_adapter(adapter),
@@ -182,7 +186,7 @@ def lora_linear_backward(
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor,
@@ -195,9 +199,12 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """base: as in `lora_linear_backward`."""
     dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
+    base = dy.clone() if weight is None and need_dx else base
     dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
     each = [ALL] * len(table.adapters) if wanted is None else wanted
-    grads = [None if a is None else _empty_grads(a, weight, x, w) for a, w in zip(table.adapters, each, strict=True)]
+    grads = [
+        None if a is None else _empty_grads(a, dy.shape[1], x, w) for a, w in zip(table.adapters, each, strict=True)
+    ]
     addresses = x.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
         *_linear(x, weight, dropout_p, seed, base is not None),
@@ -220,7 +227,7 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    with _in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         _cpu.remerge(*_weight(W), *_from(receipt), None, torch.get_num_threads())
 
 
@@ -236,24 +243,13 @@ def checksum(weight: Tensor) -> int:
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
     """From W, or from W' with other adapters, to W' with these: one pass, in place."""
     code = weight.new_empty(weight.shape, dtype=torch.int8)
-    with _in_rows(weight) as W:
+    with in_rows([weight]) as (W,):
         finite, total, index, bits = _cpu.remerge(
             *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
         )
         if not finite:
             raise NotFiniteError
     return MergeReceipt(factors, code, torch.from_numpy(index), torch.from_numpy(bits).view(weight.dtype), total)
-
-
-@contextlib.contextmanager
-def _in_rows(weight: Tensor) -> Iterator[Tensor]:
-    """W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
-    W = rows(weight)
-    yield W
-    if W is not weight:
-        weight.copy_(W)
-    elif not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
 
 
 def _weight(weight: Tensor) -> tuple[int, ...]:
@@ -274,8 +270,13 @@ def _from(receipt: MergeReceipt | None) -> tuple[Any, ...]:
     return _side(receipt.factors, receipt.code), index.data_ptr(), values.data_ptr(), len(index)
 
 
-def _dense(weight: Tensor) -> Tensor:
-    return weight if 1 in weight.stride() else weight.contiguous()
+def _dense(weight: Tensor | None) -> Tensor | None:
+    return weight if weight is None or 1 in weight.stride() else weight.contiguous()
+
+
+def _out(x: Tensor, weight: Tensor | None) -> int:
+    """N; without a weight (the identity: a series adapter) it is K."""
+    return x.shape[1] if weight is None else weight.shape[0]
 
 
 def _ids(ids: Tensor) -> Tensor:
@@ -293,24 +294,24 @@ def _one_page(adapter: Adapter | None) -> Adapter | None:
 
 
 def _linear(
-    x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None, over_base: bool = False
+    x: Tensor, weight: Tensor | None, dropout_p: float, seed: Tensor | None, over_base: bool = False
 ) -> tuple[int | float, ...]:
     """M, N, K; x; weight, of dtype -1 where its part is there already; dropout; threads."""
     if dropout_p and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
     M, K = x.shape
-    n_stride, k_stride = weight.stride()
+    n_stride, k_stride = (K, 1) if weight is None else weight.stride()
     return (
         M,
-        weight.shape[0],
+        _out(x, weight),
         K,
         x.data_ptr(),
         x.stride()[0],
         DTYPES[x.dtype],
-        weight.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
         n_stride,
         k_stride,
-        -1 if over_base else DTYPES[weight.dtype],
+        -1 if over_base or weight is None else DTYPES[weight.dtype],
         dropout_p,
         0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
@@ -354,10 +355,10 @@ def _bias(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
 
 
-def _empty_grads(adapter: Adapter, weight: Tensor, x: Tensor, wanted: Wanted) -> AdapterGrads:
+def _empty_grads(adapter: Adapter, N: int, x: Tensor, wanted: Wanted) -> AdapterGrads:
     """Room for the gradients that are wanted, in the shapes of the adapter's dense tensors."""
     dtype = adapter.tensors()[0].dtype if adapter.tensors() else x.dtype
-    N, K, R = weight.shape[0], weight.shape[1], adapter.rank
+    K, R = x.shape[1], adapter.rank
 
     def room(exists: bool, wants: bool, *shape: int) -> Tensor | None:
         return x.new_empty(shape, dtype=dtype) if exists and wants else None

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def cannot_serve(call: Call) -> str | None:
-    if call.op in ("merge", "unmerge"):
-        return "multiplies matrices, does not merge"
+    if "lora_linear" not in call.op:
+        return f"multiplies matrices, has none for {call.op}"
     if call.x_dtype != call.weight_dtype:
         return f"serves x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
     return cpu.cannot_serve(call)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,15 +17,28 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NotFiniteError(ValueError):
-    """W + ΔW would not be finite; W is as it was."""
+    """W + ΔW would not be finite; W is as it was. layer: which of those that were to be merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int = 0) -> None:
         super().__init__("weight: expected W + s·BA to be finite in every element, got inf or NaN; W is unchanged")
+        self.layer = layer
 
 
 def rows(x: Tensor) -> Tensor:
     """x itself where its rows are contiguous, else a copy."""
     return x if x.stride()[1] == 1 else x.contiguous()
+
+
+@contextlib.contextmanager
+def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Each W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
+    held = [rows(weight) for weight in weights]
+    yield held
+    for weight, W in zip(weights, held, strict=True):
+        if W is not weight:
+            weight.copy_(W)
+        elif not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
 
 
 class OutOfPlace(NamedTuple):

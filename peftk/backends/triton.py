@@ -11,12 +11,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peftk import route
 from peftk.activations import CODES
+from peftk.backends.merge_args import in_rows, rows
+from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
+from peftk.reference.merge import Factors
 from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
-from peftk.triton_kernels.arithmetic import INTERPRETED
+from peftk.triton_kernels import merge as merges
+from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import Segments, segments
 
 if TYPE_CHECKING:
@@ -24,15 +28,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cannot_serve",
+    "checksum",
+    "checksums",
     "describe",
     "lora_linear",
     "lora_linear_backward",
+    "merge_",
+    "merge_layers_",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "remerge_",
+    "unmerge_",
+    "unmerge_layers_",
 ]
 
-_SERVED = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
-_DEVICE = "cpu" if INTERPRETED.value else "cuda"
+_MERGES = ("merge", "unmerge")
+_SERVED = (
+    *(f"{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
+    *(f"multi_{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
+    *_MERGES,
+)
+INTERPRETED = bool(_INTERPRETED.value)
+_DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def cannot_serve(call: Call) -> str | None:
@@ -44,9 +61,13 @@ def cannot_serve(call: Call) -> str | None:
     for dtype in dtypes:
         if dtype not in kernels.DTYPES:
             return f"expected float32, bfloat16 or float16, got {dtype}"
-    if {torch.bfloat16, torch.float16} <= dtypes:
+    if call.op not in _MERGES and {torch.bfloat16, torch.float16} <= dtypes:
         return "no kernel for bfloat16 and float16 in one call: x, weight and adapters may mix float32 with one of them"
-    if torch.version.hip and (call.x_dtype != call.weight_dtype or not dtypes <= {call.x_dtype, torch.float32}):
+    if (
+        call.op not in _MERGES
+        and torch.version.hip
+        and (call.x_dtype != call.weight_dtype or not dtypes <= {call.x_dtype, torch.float32})
+    ):
         return "on AMD, needs x and weight of one dtype, and adapters of that dtype or float32"
     if (
         _DEVICE == "cuda"
@@ -60,6 +81,12 @@ def cannot_serve(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
+    if call.op == "merge":
+        return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
+    if call.op == "unmerge":
+        return (
+            "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; checksum_kernel before them"
+        )
     if call.device != "cpu" and not torch.cuda.is_available():
         return "its plan depends on the GPU, of which torch finds none here"
     device, many = torch.device(call.device), call.op.startswith("multi_")
@@ -80,7 +107,7 @@ def describe(call: Call) -> str:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
@@ -98,7 +125,7 @@ def lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -115,7 +142,7 @@ def multi_lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     *,
@@ -138,7 +165,7 @@ def lora_linear_backward(
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor,
@@ -196,6 +223,42 @@ def _present(adapter: Adapter, wanted: Wanted) -> Wanted:
         wanted.bias_A and adapter.bias_A is not None,
         wanted.bias_B and adapter.bias_B is not None,
     )
+
+
+def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
+    return merge_layers_([weight], [factors])[0]
+
+
+def merge_layers_(weights: Sequence[Tensor], factors: Sequence[Factors]) -> list[MergeReceipt]:
+    """One launch for all: weights of one dtype and device, adapters of one dtype. All are merged, or none."""
+    with in_rows(weights) as W:
+        return merges.merge_(W, factors)
+
+
+def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
+    unmerge_layers_([weight], [receipt])
+
+
+def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]) -> None:
+    with in_rows(weights) as W:
+        merges.unmerge_(W, receipts)
+
+
+def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
+    """In a copy, which W becomes at the end: no forward in between sees the base layer."""
+    W = weight.clone(memory_format=torch.contiguous_format)
+    merges.unmerge_([W], [receipt])
+    (new,) = merges.merge_([W], [factors])
+    weight.copy_(W)
+    return new
+
+
+def checksum(weight: Tensor) -> int:
+    return checksums([weight])[0]
+
+
+def checksums(weights: Sequence[Tensor]) -> list[int]:
+    return merges.checksums([rows(weight) for weight in weights])
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.

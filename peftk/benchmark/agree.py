@@ -23,6 +23,10 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 C = 2.0
 
+# For results of NORM_FROM elements or more, also the Frobenius norm of the error relative to that of the result.
+NORM = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 1e-6}
+NORM_FROM = 65_536
+
 
 def bound(expected: Tensor, magnitude: Tensor, contraction: int, dtype: torch.dtype) -> Tensor:
     """The allowed |y − y*|. expected: y* fp64; magnitude: the sum of the absolute values of all terms, fp64."""

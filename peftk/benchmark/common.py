@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftk import backends
 from peftk.backends import BackendError, Call
 from peftk.benchmark import agree, peers
-from peftk.benchmark.timing import Run, Times, interleave
+from peftk.benchmark.timing import Clock, Run, Times, interleave
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINEAR, PEFT, COPY = "nn.Linear", "HF PEFT", "copy of W"
@@ -89,8 +89,8 @@ class Record:
     over_peft: float | None
 
 
-def measure(case: Case, *, device: str, seconds: float, repeats: int) -> list[Record]:
-    """Checks every side, then times those that are right, together."""
+def measure(case: Case, *, device: str, seconds: float, repeats: int, clock: Clock | None = None) -> list[Record]:
+    """Checks every side, then times those that are right, together. clock: else the time that passes."""
     with torch.inference_mode(case.inference):
         if case.detects < DETECTABLE:
             raise AssertionError(f"{case.shape}: an adapter {case.detects:.1f} times the bound could go unnoticed")
@@ -105,6 +105,7 @@ def measure(case: Case, *, device: str, seconds: float, repeats: int) -> list[Re
             repeats=repeats,
             reset={side.name: side.reset for side in right},
             synchronize=torch.cuda.synchronize if device == "cuda" else None,
+            clock=clock,
         )
     return [_record(case, device, side.name, errors[side.name], times) for side in case.sides]
 

@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
+
 Run = Callable[[], object]
+Clock = Callable[[Run], float]  # runs once; µs
 
 
 class Times(NamedTuple):
@@ -30,15 +33,17 @@ def interleave(
     repeats: int = 1000,
     reset: Mapping[str, Run] | None = None,
     synchronize: Run | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, Times]:
     """Times all sides together for about `seconds`, or `repeats` repetitions if those come first.
 
     Each side first runs once untimed. There are three repetitions or more, but only one where that alone takes longer
     than `seconds`. reset: per side, what brings its state back after a run, not timed. synchronize: waits for the
-    device, so that the work is timed and not its launch.
+    device, so that the work is timed and not its launch. clock: what times a run, else the time that passes.
     """
     names = list(sides)
     wait = synchronize or _nothing
+    time_one = clock or wall(wait)
     restore = {name: (reset or {}).get(name, _nothing) for name in names}
     for name in names:
         sides[name]()
@@ -52,12 +57,7 @@ def interleave(
         for repetition in range(max(repeats, 1)):
             shift = repetition % len(names)
             for name in names[shift:] + names[:shift]:
-                run = sides[name]
-                wait()
-                before = time.perf_counter_ns()
-                run()
-                wait()
-                samples[name].append((time.perf_counter_ns() - before) / 1000)
+                samples[name].append(time_one(sides[name]))
                 restore[name]()
             spent = time.perf_counter() - started
             if spent > seconds and (repetition >= 2 or repetition == 0):
@@ -66,6 +66,40 @@ def interleave(
         if collecting:
             gc.enable()
     return {name: _summary(samples[name]) for name in names}
+
+
+def wall(wait: Run) -> Clock:
+    """The time that passes from the call to the end of its work."""
+
+    def clock(run: Run) -> float:
+        wait()
+        before = time.perf_counter_ns()
+        run()
+        wait()
+        return (time.perf_counter_ns() - before) / 1000
+
+    return clock
+
+
+def cuda_events() -> Clock:
+    """What the GPU itself spends, between two events on its stream.
+
+    Before the first event the GPU overwrites its L2 cache, several times. So weights come from memory, as in a model,
+    where other layers ran in between; and the host, ahead of the GPU by then, has launched all before it is timed.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    larger_than_caches = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+
+    def clock(run: Run) -> float:
+        for _ in range(4):
+            larger_than_caches.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1000
+
+    return clock
 
 
 def _summary(samples: list[float]) -> Times:

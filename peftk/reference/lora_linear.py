@@ -3,8 +3,9 @@
     y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i        i = ids[m];  ids[m] = -1 → base layer only
 
 Shapes: x [M, K], weight W [N, K], bias [N], lora_A A [R, K], lora_B B [N, R], bias_A a [R], bias_B β [N], y [M, N].
-x̃ is x with dropout (`peftk.reference.philox`), divided by 1 - p. Everything is computed in `accumulate_dtype`
-(fp32, or fp64 when an input is fp64) and rounded once, to x's dtype. z = x̃Aᵀ + a is what the backward needs.
+W = None is the identity, N = K: a series adapter. x̃ is x with dropout (`peftk.reference.philox`), divided by 1 - p.
+Everything is computed in `accumulate_dtype` (fp32, or fp64 when an input is fp64) and rounded once, to x's dtype.
+z = x̃Aᵀ + a is what the backward needs.
 
 These functions are checked by tests against torch.autograd; every other backend is checked against them. They favour
 being readable over being fast: a Python loop over the adapters, a mask for each.
@@ -51,7 +52,7 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
@@ -71,7 +72,7 @@ def lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
@@ -102,7 +103,7 @@ def multi_lora_linear(
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     *,
@@ -116,7 +117,7 @@ def lora_linear_backward(
     u = (dY B) ⊙ act'(z);  dX = dY W + mask/(1-p) ⊙ (s·u A);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
     """
     acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
-    dx = dy.to(acc) @ weight.to(acc) if need_dx else None
+    dx = _base_dx(dy, weight, acc) if need_dx else None
     grads = AdapterGrads(None, None, None, None)
     if adapter is not None:
         factor = _dropout_factor(x, dropout_p, seed, acc)
@@ -129,7 +130,7 @@ def lora_linear_backward(
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor,
@@ -144,7 +145,7 @@ def multi_lora_linear_backward(
     wanted: by entry of table.adapters; None wants everything.
     """
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
-    dx = dy.to(acc) @ weight.to(acc) if need_dx else None
+    dx = _base_dx(dy, weight, acc) if need_dx else None
     factor = _dropout_factor(x, dropout_p, seed, acc)
     dropped = _times(x.to(acc), factor)
     grads: list[AdapterGrads | None] = []
@@ -163,9 +164,13 @@ def multi_lora_linear_backward(
     return None if dx is None else dx.to(x.dtype), grads
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, acc: torch.dtype) -> Tensor:
-    y = x.to(acc) @ weight.to(acc).t()
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    y = x.to(acc).clone() if weight is None else x.to(acc) @ weight.to(acc).t()
     return y if bias is None else y + bias.to(acc)
+
+
+def _base_dx(dy: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
+    return dy.to(acc).clone() if weight is None else dy.to(acc) @ weight.to(acc)
 
 
 def _dropout_factor(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor | None:

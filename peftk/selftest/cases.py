@@ -1,0 +1,218 @@
+"""Random cases of the operation and what they should give, computed by the reference in fp64 from the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import torch
+from torch import Tensor
+
+from peftk import activations, reference, table
+from peftk.reference import AdapterGrads, philox
+from peftk.table import Adapter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of `multi_lora_linear`; with one adapter and ids None, of `lora_linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[Adapter | None, ...]
+    ids: Tensor | None
+
+    def adapter_dtype(self) -> torch.dtype:
+        return next((t.dtype for a in self.adapters if a is not None for t in a.tensors()), self.weight.dtype)
+
+    def table(self) -> table.AdapterTable:
+        return table.build(self.adapters, dtype=self.adapter_dtype(), device=self.weight.device)
+
+    def all_ids(self) -> Tensor:
+        """ids, or all 0 where there is one adapter."""
+        return torch.zeros(self.x.shape[0], dtype=torch.int32, device=self.x.device) if self.ids is None else self.ids
+
+    def to(self, device: str) -> Case:
+        """The same values in the same strides there."""
+        adapters = tuple(
+            None
+            if a is None
+            else dataclasses.replace(
+                a,
+                pages_A=tuple(_to(t, device) for t in a.pages_A),
+                pages_B=tuple(_to(t, device) for t in a.pages_B),
+                bias_A=None if a.bias_A is None else _to(a.bias_A, device),
+                bias_B=None if a.bias_B is None else _to(a.bias_B, device),
+            )
+            for a in self.adapters
+        )
+        bias, ids = (None if t is None else _to(t, device) for t in (self.bias, self.ids))
+        return Case(_to(self.x, device), _to(self.weight, device), bias, adapters, ids)
+
+    def __str__(self) -> str:
+        ranks = [None if a is None else (a.rank, a.activation) for a in self.adapters]
+        ids = "one adapter" if self.ids is None else f"ids {self.ids.tolist()[:8]}"
+        return (
+            f"x {list(self.x.shape)} {self.x.dtype} strides {self.x.stride()}, weight {list(self.weight.shape)} "
+            f"{self.weight.dtype} strides {self.weight.stride()}, bias {self.bias is not None}, "
+            f"{self.adapter_dtype()} ranks {ranks}, {ids}"
+        )
+
+
+def _to(tensor: Tensor, device: str) -> Tensor:
+    whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_width: int = 200) -> Case:
+    """A case drawn from everything that users do: ragged shapes, dtypes, ranks 1 to 256, ids of every pattern,
+    non-contiguous x and weight, no tokens, no adapters, empty slots, bias-only adapters."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x_dtype = rng.choice(DTYPES)
+    weight_dtype = rng.choice([x_dtype, x_dtype, rng.choice(DTYPES)])
+    adapter_dtype = rng.choice([weight_dtype, torch.float32, rng.choice(DTYPES)])
+    M = rng.choice([0, 1, 1, 2, 3, 4, 5, 8, 16, 17, 33, 64, rng.randint(1, max_rows)])
+    K = rng.choice([1, 3, 8, 16, 31, 64, 65, 128, rng.randint(1, max_width)])
+    N = rng.choice([1, 2, 7, 16, 24, 63, 64, 129, rng.randint(1, max_width)])
+    many = rng.random() < 0.6 if many is None else many
+
+    def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    def adapter() -> Adapter | None:
+        kind = rng.random()
+        if many and kind < 0.08:
+            return None
+        bias_B = normal(N, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        if kind < 0.18:
+            return Adapter((), (), 1.0, "identity", None, normal(N, dtype=adapter_dtype))
+        rank = rng.choice([1, 2, 3, 4, 8, 15, 16, 17, 32, 64, rng.randint(1, 256)])
+        A = normal(rank, K, dtype=adapter_dtype, scale=K**-0.5)
+        B = normal(N, rank, dtype=adapter_dtype, scale=rank**-0.5)
+        if rng.random() < 0.3:
+            B = B.t().contiguous().t()
+        activation = rng.choice(["identity"] * 4 + list(activations.CODES))
+        bias_A = normal(rank, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        return Adapter((A,), (B,), rng.choice([0.5, 1.0, 2.0, -1.5]), activation, bias_A, bias_B)
+
+    x = normal(M, K, dtype=x_dtype)
+    if rng.random() < 0.2:
+        x = normal(M, K + 5, dtype=x_dtype)[:, 2 : K + 2]  # row stride, unaligned
+    elif rng.random() < 0.15:
+        x = normal(K, M, dtype=x_dtype).t()
+    weight = normal(N, K, dtype=weight_dtype, scale=K**-0.5)
+    if rng.random() < 0.15:
+        weight = normal(N, K + 3, dtype=weight_dtype, scale=K**-0.5)[:, 1 : K + 1]
+    elif rng.random() < 0.15:
+        weight = normal(K, N, dtype=weight_dtype, scale=K**-0.5).t()
+    bias = normal(N, dtype=weight_dtype) if rng.random() < 0.5 else None
+    if not many:
+        one = adapter() if rng.random() < 0.9 else None
+        return Case(x, weight, bias, (one,), None)
+    adapters = tuple(adapter() for _ in range(rng.choice([0, 1, 2, 8, 30])))
+    taken = [-1] + [i for i, a in enumerate(adapters) if a is not None]
+    pattern = rng.choice(["random", "random", "base", "one", "sorted", "sequences"])
+    if pattern == "base":
+        ids = [-1] * M
+    elif pattern == "one":
+        ids = [rng.choice(taken)] * M
+    elif pattern == "sequences":
+        ids = [i for i in (rng.choice(taken) for _ in range(M)) for _ in range(7)][:M]
+    else:
+        ids = [rng.choice(taken) for _ in range(M)]
+    if pattern == "sorted":
+        ids.sort()
+    return Case(x, weight, bias, adapters, torch.tensor(ids, dtype=torch.int32))
+
+
+def double(adapter: Adapter | None) -> Adapter | None:
+    """The same values in fp64."""
+    if adapter is None:
+        return None
+    return Adapter(
+        tuple(t.double() for t in adapter.pages_A),
+        tuple(t.double() for t in adapter.pages_B),
+        # kernels take s in fp32
+        float(torch.tensor(adapter.scaling, dtype=torch.float32)),
+        adapter.activation,
+        None if adapter.bias_A is None else adapter.bias_A.double(),
+        None if adapter.bias_B is None else adapter.bias_B.double(),
+    )
+
+
+def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """What dropout multiplies x [M, K] by."""
+    return philox.keep_mask(x.shape[0], x.shape[1], p, seed).double() / (1 - p)
+
+
+def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R."""
+    x, weight = case.x.double(), case.weight.double()
+    bias = None if case.bias is None else case.bias.double()
+    ids = case.all_ids()
+    dropped = x if seed is None else x * _kept(x, dropout_p, seed)
+    adapters = tuple(double(a) for a in case.adapters)
+    magnitude, _ = reference.lora_linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), None)
+    y, _ = reference.lora_linear(x, weight, bias, None)
+    for index, adapter in enumerate(adapters):
+        if adapter is None:
+            continue
+        rows = (ids == index).nonzero().flatten()
+        zero = torch.zeros_like(weight)
+        delta, z = reference.lora_linear(dropped[rows], zero, None, adapter, save_z=True)
+        y[rows] += delta
+        if adapter.bias_B is not None:
+            magnitude[rows] += adapter.bias_B.abs()
+        if z is not None:
+            v = activations.apply(adapter.activation, z)
+            assert adapter.lora_B is not None
+            magnitude[rows] += abs(adapter.scaling) * (v.abs() @ adapter.lora_B.abs().t())
+    return y, magnitude, x.shape[1] + max((a.rank for a in adapters if a is not None), default=0)
+
+
+def expected_grads(
+    case: Case, dy: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, list[AdapterGrads | None], Tensor, list[AdapterGrads | None], int]:
+    """dx and the adapters' gradients in fp64, the sums of absolute values that bound their errors, and the terms.
+
+    An adapter's u and v are themselves computed in fp32, so their terms are counted by |dY||B| and |x||A| + |a| (and,
+    where act' depends on z, by z's terms too) rather than by |u| and |v|, which may cancel.
+    """
+    x, weight, dy = case.x.double(), case.weight.double(), dy.double()
+    ids = case.all_ids()
+    adapters = tuple(double(a) for a in case.adapters)
+    full = table.build(adapters, dtype=torch.float64, device=x.device)
+    _, z = reference.multi_lora_linear(x, weight, None, full, ids, save_z=True, dropout_p=dropout_p, seed=seed)
+    assert z is not None
+    dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout_p=dropout_p, seed=seed)
+    assert dx is not None
+
+    keep = torch.ones_like(x) if seed is None else _kept(x, dropout_p, seed)
+    x_abs = x.abs() * keep
+    dx_magnitude = dy.abs() @ weight.abs()
+    magnitudes: list[AdapterGrads | None] = []
+    for index, adapter in enumerate(adapters):
+        rows = (ids == index).nonzero().flatten()
+        if adapter is None or adapter.lora_A is None or adapter.lora_B is None:
+            total = dy[rows].abs().sum(0)
+            magnitudes.append(None if adapter is None else AdapterGrads(None, None, None, total))
+            continue
+        z_abs = x_abs[rows] @ adapter.lora_A.abs().t() + (0 if adapter.bias_A is None else adapter.bias_A.abs())
+        slope = 1.0 if adapter.activation == "identity" else 1.13 + z_abs
+        u_abs = (dy[rows].abs() @ adapter.lora_B.abs()) * slope
+        s = abs(adapter.scaling)
+        dx_magnitude[rows] += s * (u_abs @ adapter.lora_A.abs()) * keep[rows]
+        magnitudes.append(
+            AdapterGrads(
+                s * (u_abs.t() @ x_abs[rows]),
+                s * (dy[rows].abs().t() @ (1.13 * z_abs)),
+                s * u_abs.sum(0),
+                dy[rows].abs().sum(0),
+            )
+        )
+    terms = x.shape[0] + x.shape[1] + dy.shape[1] + full.max_rank
+    return dx, grads, dx_magnitude, magnitudes, terms

@@ -1,0 +1,152 @@
+"""A call and its backward as a user makes it, to be run again and again, with other values in the same tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftk import autograd, backends, functional
+from peftk.benchmark import agree
+from peftk.reference import AdapterGrads
+from peftk.selftest.cases import Case, expected, expected_grads
+from peftk.selftest.check import WrongError
+from peftk.table import Adapter
+
+
+class Work:
+    """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64."""
+
+    def __init__(self, case: Case, backend: str, *, dropout_p: float = 0.0, need_dx: bool = True) -> None:
+        self.case, self.backend, self.dropout_p = case, backend, dropout_p
+        x, N = case.x, case.weight.shape[0]
+        x.requires_grad_(need_dx)
+        self.trained = [t.requires_grad_() for t in autograd.flat_tensors(case.adapters)]
+        self.leaves = [x, *self.trained] if need_dx else self.trained
+        self.table = None if case.ids is None else case.table()
+        self.dy = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=x.device) if dropout_p else None
+        _fill(self.dy, 0)
+        if self.seed is not None:
+            self.seed.fill_(0x123456789ABCDEF)
+
+    def forward(self) -> Tensor:
+        case, rest = self.case, {"dropout_p": self.dropout_p, "seed": self.seed, "backend": self.backend}
+        if self.table is not None:
+            assert case.ids is not None
+            return functional.multi_lora_linear(case.x, case.weight, case.bias, self.table, case.ids, **rest)  # type: ignore[arg-type]
+        a = case.adapters[0] or Adapter((), (), 1.0)
+        return functional.lora_linear(
+            case.x, case.weight, case.bias, a.lora_A, a.lora_B, a.scaling,
+            activation=a.activation, bias_A=a.bias_A, bias_B=a.bias_B, **rest,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def run(self) -> list[Tensor]:
+        """y, dX where it is needed, and the gradients in the order of `peftk.autograd.flat_tensors`."""
+        y = self.forward()
+        return [y.detach(), *(torch.autograd.grad(y, self.leaves, self.dy) if self.leaves else ())]
+
+    def names(self) -> list[str]:
+        tensors = [
+            f"d{name} of adapter {i}"
+            for i, a in enumerate(self.case.adapters)
+            if a is not None
+            for name in ["A", "B"] * len(a.pages_A) + ["a"] * (a.bias_A is not None) + ["β"] * (a.bias_B is not None)
+        ]
+        return ["y", *(["dX"] if self.case.x.requires_grad else []), *tensors]
+
+    def refill(self, number: int) -> None:
+        """Other x, dY, ids and seed, in place. The same for the same number."""
+        with torch.no_grad():
+            _fill(self.case.x, 3 * number)
+            _fill(self.dy, 3 * number + 1)
+            if self.case.ids is not None:
+                taken = torch.tensor([-1, *(i for i, a in enumerate(self.case.adapters) if a is not None)])
+                generator = torch.Generator().manual_seed(3 * number + 2)
+                drawn = torch.randint(len(taken), self.case.ids.shape, generator=generator)
+                self.case.ids.copy_(taken[drawn])
+            if self.seed is not None:
+                self.seed.fill_(7919 * number)
+
+    def error(self, results: list[Tensor] | None = None) -> float:
+        """The worst error of `results`, else of a run, as a multiple of what is allowed."""
+        actual = self.run() if results is None else results
+        rest = {"dropout_p": self.dropout_p, "seed": self.seed}
+        with torch.no_grad():
+            y, y_terms, K = expected(self.case, **rest)  # type: ignore[arg-type]
+            dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, **rest)  # type: ignore[arg-type]
+        exact = [(y, y_terms, K), *([(dx, dx_terms, terms)] if self.case.x.requires_grad else [])]
+        exact += [(g, t, terms) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
+        worst = 0.0
+        for name, one, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
+            error = excess(one, value, magnitude, contraction)
+            if error > 1.0:
+                raise WrongError(f"{name}: error {error:.2f}× allowed ({self.case})")
+            worst = max(worst, error)
+        return worst
+
+    def _flat(self, grads: list[AdapterGrads | None]) -> list[Tensor]:
+        return [g for g in autograd.flat_grads(self.case.adapters, grads) if g is not None]
+
+
+def excess(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> float:
+    """The error of one rounding's result as a multiple of what is allowed, element by element and in the norm."""
+    error = agree.error(actual, agree.Expected(exact, magnitude, contraction, exact, exact), fused=True)
+    if actual.numel() >= agree.NORM_FROM and error <= 1.0:
+        norm = float((actual.double() - exact).norm() / exact.norm())
+        error = max(error, norm / agree.NORM[actual.dtype])
+    return error
+
+
+def made(
+    shape: tuple[int, int, int],
+    ranks: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    many: bool,
+    activation: str = "identity",
+    biases: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> Case:
+    """M, K, N, and adapters of these ranks: None is an empty slot (one adapter: none), 0 a bias alone."""
+    M, K, N = shape
+    generator = torch.Generator().manual_seed(M * K + N)
+
+    def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    wide = adapter_dtype or dtype
+
+    def adapter(rank: int | None) -> Adapter | None:
+        if rank is None:
+            return None
+        bias_B = random(N, dtype=wide) if biases or not rank else None
+        if not rank:
+            return Adapter((), (), 1.0, "identity", None, bias_B)
+        A = random(rank, K, dtype=wide, scale=K**-0.5)
+        B = random(N, rank, dtype=wide, scale=rank**-0.5)
+        return Adapter((A,), (B,), 0.5, activation, random(rank, dtype=wide) if biases else None, bias_B)
+
+    adapters = tuple(adapter(rank) for rank in ranks)
+    ids = None
+    if many:
+        taken = torch.tensor([-1, *(i for i, a in enumerate(adapters) if a is not None)])
+        ids = taken[torch.randint(len(taken), (M,), generator=generator)].to(device, torch.int32)
+    return Case(random(M, K), random(N, K, scale=K**-0.5), random(N), adapters, ids)
+
+
+def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
+    """Whether the backend has the forward and the backward of the case there."""
+    op = "lora_linear" if case.ids is None else "multi_lora_linear"
+    M, K = case.x.shape
+    dtypes = (case.x.dtype, case.weight.dtype, case.adapter_dtype())
+    rank = max((a.rank for a in case.adapters if a is not None), default=0)
+    calls = (
+        backends.Call(name, device, *dtypes, M, K, case.weight.shape[0], rank, len(case.adapters), dropout_p > 0.0)
+        for name in (op, f"{op}_backward")
+    )
+    return all(backends.cannot_serve(backend, call) is None for call in calls)
+
+
+def _fill(tensor: Tensor, seed: int) -> None:
+    tensor.detach().copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
