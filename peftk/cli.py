@@ -357,6 +357,8 @@ def tune(forget: bool) -> None:
     """Measures where torch's matrix product is faster than our kernels on this CPU, for the choice in later processes.
 
     Takes seconds. Kept in $PEFTK_CACHE_DIR/choice.json (else below $XDG_CACHE_HOME or ~/.cache/peftk), by processor.
+    Where there is a GPU, also measures which tiles its Triton kernels are the fastest with; minutes, since all are
+    compiled. Kept in gpu.json beside it, by GPU.
     """
     from rich.table import Table
 
@@ -387,6 +389,25 @@ def tune(forget: bool) -> None:
         table.add_section()
     console.print(table)
     console.print(f"Written: {measured.cache_file()}", highlight=False)
+    if tuning.has_gpu():
+        _tune_gpu(console)
+
+
+def _tune_gpu(console: Console) -> None:
+    from rich.table import Table
+
+    from peftk import tuning
+
+    try:
+        with console.status("") as status:
+            found, file = tuning.tune_gpu(lambda what: status.update(f"[dim]{what}"))
+    except OSError as error:
+        raise click.ClickException(f"the cache cannot be written: {error}") from error
+    table = Table("Triton kernels", "shipped, µs", "fastest, µs", "with")
+    for key, best in found.items():
+        table.add_row(key, f"{best.shipped_us:.1f}", f"{best.best_us:.1f}", best.name)
+    console.print(table)
+    console.print(f"Written: {file}", highlight=False)
 
 
 def _console(*, record: bool = False) -> Console:

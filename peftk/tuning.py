@@ -1,6 +1,7 @@
-"""`peftk tune`: measures where torch's matrix product beats our kernels on this machine's CPU.
+"""`peftk tune`: measures where torch's matrix product beats our kernels on this machine's CPU; and tiles on its GPU.
 
-`peftk.backends.measured` keeps the result and answers from it. The choice never changes within a process, except here.
+`peftk.backends.measured` keeps the result and answers from it, `peftk.triton_kernels.tuned` that of the GPU. The choice
+never changes within a process, except here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from peftk.backends import measured
 from peftk.backends.measured import Point
 from peftk.benchmark.timing import interleave
 from peftk.table import Adapter
+
+if TYPE_CHECKING:
+    from peftk.triton_kernels.tuner import Found
 
 OPS = ("lora_linear", "lora_linear_backward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,9 +53,30 @@ def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0
     return found
 
 
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that the Triton kernels run on."""
+    return torch.cuda.is_available()
+
+
+def tune_gpu(progress: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Found], Path]:
+    """Measures the plans of the Triton kernels on torch's current GPU. What was found, and the file that keeps it.
+
+    Raises OSError where the cache cannot be written; the choice is as before then.
+    """
+    from peftk.triton_kernels import tuned, tuner
+
+    found = tuner.tune(torch.device("cuda", torch.cuda.current_device()), progress)
+    backends.forget()
+    return found, tuned.cache_file()
+
+
 def forget() -> bool:
-    """Deletes what was measured on this machine; whether there was something."""
+    """Deletes what was measured on this machine, its CPU and its GPU; whether there was something."""
     existed = measured.delete()
+    if has_gpu():
+        from peftk.triton_kernels import tuned
+
+        existed = tuned.delete(tuned.gpu(torch.device("cuda", torch.cuda.current_device()))) or existed
     backends.forget()
     return existed
 

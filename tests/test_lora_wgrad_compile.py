@@ -14,11 +14,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
 from peftk.reference import Wanted
+from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
 from peftk.triton_kernels.segments import Segments
-from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES
-from tests.test_triton_compile import fits as every_fits
+from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES, fits
 from tests.triton_aot import Compiled, compiling
 
 
@@ -34,6 +34,7 @@ def compile_wgrad(
     *,
     many: bool,
     dropout_p: float = 0.0,
+    block: config.Wgrad | None = None,
     M: int = 4096,
     K: int = 4096,
     N: int = 4096,
@@ -57,18 +58,9 @@ def compile_wgrad(
         of_call = Adapters(source, adapter_dtype, z.shape[1], "k16", "r16")
         count = adapters if many else 1
         plan = kernels.plan([rank] * count, [Wanted()] * count, (0, N), dtype, x.device, many=many)
-        kernels.wgrad(dy, x, z, z, of_call, segments, plan, dropout_p=dropout_p, seed=seed)
+        kernels.wgrad(dy, x, z, z, of_call, segments, plan, dropout_p=dropout_p, seed=seed, block=block)
     assert len(compiled) == 1
     return compiled[0]
-
-
-def fits(c: Compiled, target: int | str) -> None:
-    """No register is spilled to memory. AMD's scalar registers, short of room, may go to lanes of vector registers."""
-    if isinstance(target, str):
-        assert re.search(r"\.private_segment_fixed_size: 0\n", c.assembly), "scratch memory"
-        assert re.search(r"\.vgpr_spill_count: +0\n", c.assembly), "vector registers spilled"
-        c = c._replace(spilled=0)
-    every_fits(c, target)
 
 
 def uses_the_hardware(c: Compiled, target: int | str, dtype: torch.dtype, rank: int) -> None:

@@ -159,7 +159,8 @@ def forward(
     """y [M, N] in x's dtype and, if asked, z [M, z_width] in fp32 (zero where the row's adapter has no such rank).
 
     x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None
-    with one adapter. Nothing is copied between host and device and nothing waits, so a CUDA graph can capture the call.
+    with one adapter. plan: one to be tried. Nothing is copied between host and device and nothing waits, so a CUDA
+    graph can capture the call.
     """
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
@@ -241,7 +242,7 @@ def _launch(
         z_pages=adapters.z_width // PAGE.value,
     )
     where = target(device)
-    plan = config.fitted(plan or tuned.lora_linear(form.shape(), device, where), form)
+    plan = config.fitted(plan, form) if plan else tuned.lora_linear(form, device, where)
     row_blocks = triton.cdiv(M, plan.BLOCK_M)
     shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
     expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits

@@ -303,7 +303,7 @@ def wgrad(
     """The gradients that `plan` lists, by entry; None for an empty slot. They are views of one allocation of each kind.
 
     dy [M, N] and x [M, K] of one dtype, in any strides; z (any row stride) and u fp32 [M, z_width], 0 where a row's
-    adapter has no such rank; segments: None with one adapter. block: for the tuner. Nothing is copied between host
+    adapter has no such rank; segments: None with one adapter. block: one to be tried. Nothing is copied between host
     and device and nothing waits, so a CUDA graph can capture the call.
     """
     M, N = dy.shape

@@ -53,18 +53,22 @@ def gpu(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def lora_linear(shape: config.Shape, device: torch.device, where: int | str) -> config.Plan:
-    return _lora_linear(shape, _name(device), where)[0]
+def lora_linear(form: config.Form, device: torch.device, where: int | str) -> config.Plan:
+    """The plan of a call."""
+    found = _lora_linear(form.shape(), _name(device), where)[0]
+    return config.fitted(found, form) if found else config.lora_linear(form, where)
 
 
 def wgrad(shape: WgradShape, device: torch.device, where: int | str) -> config.Wgrad:
-    return _wgrad(shape, _name(device), where)[0]
+    """The tile of a call."""
+    return _wgrad(shape, _name(device), where)[0] or config.wgrad(*shape, where)
 
 
 def source(shape: config.Shape | WgradShape, device: torch.device) -> str:
     """Where the plan of a class of shapes comes from."""
-    find = _lora_linear if isinstance(shape, config.Shape) else _wgrad
-    return find(shape, _name(device), target(device))[1]  # type: ignore[operator]
+    if isinstance(shape, WgradShape):
+        return _wgrad(shape, _name(device), target(device))[1]
+    return _lora_linear(shape, _name(device), target(device))[1]
 
 
 def _name(device: torch.device) -> str:
@@ -72,27 +76,26 @@ def _name(device: torch.device) -> str:
 
 
 @functools.cache
-def _lora_linear(shape: config.Shape, name: str, where: int | str) -> tuple[config.Plan, str]:
-    return _choose(shape.key(), name, where, config.candidates(shape, where))
+def _lora_linear(shape: config.Shape, name: str, where: int | str) -> tuple[config.Plan | None, str]:
+    return _found(shape.key(), name, where, config.candidates(shape, where))
 
 
 @functools.cache
-def _wgrad(shape: WgradShape, name: str, where: int | str) -> tuple[config.Wgrad, str]:
-    return _choose(shape.key(), name, where, config.wgrad_candidates(*shape, where))
+def _wgrad(shape: WgradShape, name: str, where: int | str) -> tuple[config.Wgrad | None, str]:
+    return _found(shape.key(), name, where, config.wgrad_candidates(*shape, where))
 
 
-def _choose(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> tuple[P, str]:
-    shipped = f"shipped table, {where if isinstance(where, str) else f'sm_{where}'}"
-    if not name:
-        return candidates[0], shipped
-    plans, problem = _loaded(name)
+def _found(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> tuple[P | None, str]:
+    """The candidate that was found to be the fastest, or None: the shipped table decides. And what says so."""
+    table = f"shipped table, {where if isinstance(where, str) else f'sm_{where}'}"
+    plans, problem = _loaded(name) if name else ({}, "no GPU")
     if key not in plans:
-        return candidates[0], f"{shipped}; {problem or f'`peftk tune` has not measured {key!r}'}"
+        return None, f"{table}; {problem or f'`peftk tune` has not measured {key!r}'}"
     for plan in candidates:
         if plan._asdict() == plans[key]:
             return plan, f"tuned on this {name}"
     warnings.warn(f"{cache_file()}: expected a candidate's plan for {key!r}, got {plans[key]!r}; ignored", stacklevel=2)
-    return candidates[0], f"{shipped}; {key!r} of {cache_file()} is none of the candidates"
+    return None, f"{table}; {key!r} of {cache_file()} is none of the candidates"
 
 
 def cache_file() -> Path:

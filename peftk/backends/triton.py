@@ -16,6 +16,7 @@ from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.reference.merge import Factors
 from peftk.table import PAGE, Adapter, AdapterTable
+from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
@@ -79,19 +80,29 @@ def cannot_serve(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    """What a call launches, for `peftk.explain`."""
+    """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
     if call.op == "merge":
         return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
     if call.op == "unmerge":
         return (
             "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; checksum_kernel before them"
         )
-    if call.op.endswith("_backward"):
-        return "torch matrix products on the device"
-    if call.rank == 0:
-        return "1 launch: expand_kernel"
-    sort = " after one sort of the ids on the device" if call.op == "multi_lora_linear" else ""
-    return f"2 launches: shrink_kernel, expand_kernel{sort}"
+    if call.device != "cpu" and not torch.cuda.is_available():
+        return "its plan depends on the GPU, of which torch finds none here"
+    device, many = torch.device(call.device), call.op.startswith("multi_")
+    where, backward = tuned.target(device), call.op.endswith("_backward")
+    form = config.Form(
+        call.M, call.K if backward else call.N, call.N if backward else call.K, many, False, backward,
+        call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
+        backward and call.dropout, -(-call.rank // PAGE),
+    )  # fmt: skip
+    plan = tuned.lora_linear(form, device, where)
+    count = (1 if plan.once or not call.rank else 2) + (1 if backward and call.rank else 0)
+    words = [f"{count} launch{'es' if count > 1 else ''}{' after the sort of the ids' if many else ''}"]
+    words += [f"{plan.BLOCK_M} x {plan.BLOCK_N} x {plan.BLOCK_K} tiles in {plan.num_stages} stages"]
+    words += [f"W in {plan.expand_splits} splits"] if plan.expand_splits > 1 else []
+    words += ["tensor descriptors"] if plan.descriptors else []
+    return f"{', '.join(words)} ({tuned.source(form.shape(), device)})"
 
 
 def lora_linear(
