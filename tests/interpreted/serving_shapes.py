@@ -22,7 +22,7 @@ from tests.interpreted.lora_linear import BF16, F16, normal
 
 TOKENS = 3
 FEW = 24  # the other side of a layer
-HIDDEN = [128, 896, 1152, 1216, 1664, 2240, 2368, 2752, 3328, 3456, 3712, 4096, 4736, 5504, 5888, 6848, 6912, 7424]
+HIDDEN = [896, 1216, 2368, 3712, 5504]
 
 
 def check(
@@ -56,7 +56,7 @@ def check(
 
 
 SOME = [(1, 1, 1, 1), (4, 8, 16, 2)]
-MORE = list(itertools.product((1, 4, 16, 32), (1, 8, 32, 128), (1, 4, 8, 16, 32, 64, 128, 256), (1, 2, 3)))[::11]
+MORE = list(itertools.product((1, 4, 16, 32), (1, 8, 32, 128), (1, 4, 8, 16, 32, 64, 128, 256), (1, 2, 3)))[::33]
 
 
 @pytest.mark.parametrize("shrink", [True, False], ids=["shrink", "expand"])
