@@ -195,8 +195,9 @@ def _tiles(shape: Shape, target: int | str) -> Plan:
             return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 8, 4, 4)
         return Plan(64, 64, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if M <= 16:
-        block_k = 64 if target == "hip" else 128  # its loads wait in registers
-        return Plan(16, 64, block_k, 8, True, 16, shrink_k, 16, 8, 4, 4)
+        if target == "hip":  # loads wait in registers
+            return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 4, 4, 4)
+        return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, 4, 4)
     if M <= 64 or (many and M <= 256):
         return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 8 if shape.packed else 4, 4)
     shrink_m = 32 if direct and M > 1024 else 16
