@@ -52,10 +52,7 @@ def test_the_targets_of_the_forward() -> None:
 def test_the_targets_of_the_backward() -> None:
     assert len(rows("peftk", "backward")) == 2 * 2 * (3 + 4 + 4)
     assert {row.launches for row in rows("peftk", "backward")} == {2}
-    missed = [linear for linear in COUNTED if not linear.on_target]
-    # one adapter of rank 64 in few rows: the parts of split sums are 8.5 MB (that L2 holds), 1.16 times the least
-    assert [(m.op, m.batch.M, m.batch.K, m.batch.N, m.rank) for m in missed] == [("backward", 512, 4096, 4096, "64")]
-    assert missed[0].over_least < 1.17
+    assert all(linear.on_target for linear in COUNTED)
 
 
 @pytest.mark.parametrize(

@@ -267,12 +267,13 @@ def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> i
     """Into ranges of how many rows a segment is cut at most, so that one long segment fills the processors.
 
     heads, groups: pieces of ranks of all adapters, and the most of one; blocks: of columns. At least four steps; at
-    most 16 ranges, and 64 MiB of partial sums.
+    most 16 ranges, and 64 MiB of partial sums, which stay fewer than the bytes of 16-bit x and dY.
     """
     tile = (block.PAGES * 16 + 1) * block.BLOCK_C * 4
     wanted = -(-4 * _PROCESSORS // max(blocks, 1))
     fit = (64 << 20) // max(2 * groups * blocks * tile, 1)
-    ranges = max(min(wanted, fit, 16, M // (4 * block.BLOCK_R)), 1)
+    cheap = 2 * M // max(4 * groups * (block.PAGES * 16 + 1), 1)
+    ranges = max(min(wanted, fit, cheap, 16, M // (4 * block.BLOCK_R)), 1)
     steps = -(-M // (ranges * block.BLOCK_R))
     return max(steps, 1) * block.BLOCK_R
 
