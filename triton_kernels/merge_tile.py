@@ -87,8 +87,10 @@ def _merge_tile(
         slot = tl.atomic_add(raw_count + tl.zeros_like(code), 1, mask=raw, sem="relaxed")
         written = tl.max(tl.where(raw, slot, 0)) < room
         key = tl.load(row + FIRST_WEIGHT) + n * tl.load(row + COLUMNS) + k
-        tl.store(raw_keys + slot, key, mask=raw & written)
-        tl.store(raw_values + slot, w, mask=raw & written)
+        # (not `raw & written`: Triton 3.9's interpreter can't mask by a vector and a scalar)
+        kept = raw & (slot < tl.where(written, room, 0))
+        tl.store(raw_keys + slot, key, mask=kept)
+        tl.store(raw_values + slot, w, mask=kept)
     if written:
         tl.store(w_at, new, mask=inside)
         tl.store(code_at, code.to(tl.int8), mask=inside)
