@@ -14,13 +14,14 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full test-gpu lint format bench build clean distclean
+.PHONY: help demo test test-full test-matrix test-gpu lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
 	@echo "make test       the tests, except the exhaustive ones"
 	@echo "make test-full  the exhaustive tests that make test leaves out"
+	@echo "make test-matrix  every Triton configuration compiled for every target: hours (make test-full has a sample)"
 	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
 	@echo "make lint       ruff, mypy, clang-format: check only"
@@ -34,6 +35,9 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-matrix: $(BUILT)
+	$(BIN)/python -m pytest -m matrix $(ARGS)
 
 test-full: $(BUILT)
 	$(BIN)/python -m pytest -m full $(ARGS)

@@ -86,11 +86,12 @@ class AdapterBank:
     """
 
     def __init__(
-        self, in_features: int, out_features: int, max_adapters: int, dtype: torch.dtype, device: torch.device
+        self, in_features: int, out_features: int, max_adapters: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
         checks.adapter_dtype(dtype)
+        device = torch.empty(0, device=device).device  # "cuda" is the current one, by number
         self.pool = PagePool(in_features, out_features, dtype, device)
         self.slots: list[Adapter | Callable[[], Adapter] | None] = [None] * max_adapters
         self.names: dict[str, int] = {}

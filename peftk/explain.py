@@ -44,7 +44,8 @@ def explain(
     LoRALinear or MultiLoRALinear and an input (or M=).
 
     Args:
-        what: one of lora_linear, multi_lora_linear, their _backward, merge, unmerge; or a layer.
+        what: one of lora_linear, multi_lora_linear, adapter_block, multi_adapter_block, their _backward, merge,
+            unmerge; or a layer.
         M, K, N: tokens, in_features, out_features; rank: the largest; adapters: how many a batch mixes.
         dtype: of x; weight_dtype and adapter_dtype default to it.
         backend: what would be forced (else PEFTK_BACKEND is looked at, as in a call).

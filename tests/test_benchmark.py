@@ -224,7 +224,7 @@ def test_suite_writes_json_csv_and_markdown(tmp_path):
         assert list(target) == fields
         assert target["mark"] in (PASS, SHORT)
         assert target["ratio"] == pytest.approx(target["median_us"] / target["peer_us"])
-        assert target["peft"] > 1
+        assert target["peft"] > 0
     assert {record["side"] for record in report["records"]} == {LINEAR, PEFT, "peftk cpu"}
     with files["csv"].open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -105,7 +105,7 @@ def test_what_it_does_not_serve() -> None:
     call = backends.Call("lora_linear", "cpu", *(torch.float32,) * 3, 4, 64, 64, 8, 1)
     assert gemm.cannot_serve(call) is None
     assert "one dtype" in str(gemm.cannot_serve(call._replace(x_dtype=torch.bfloat16)))
-    assert "does not merge" in str(gemm.cannot_serve(call._replace(op="merge")))
+    assert "has none for merge" in str(gemm.cannot_serve(call._replace(op="merge")))
     assert "cpu tensors" in str(gemm.cannot_serve(call._replace(device="cuda")))
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8)
     with pytest.raises(peftk.BackendError, match="serves x and weight of one dtype"):

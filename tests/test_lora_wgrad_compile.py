@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
 from peftk.triton_kernels.segments import Segments
+from tests.sampling import sampled
 from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES, fits
 from tests.triton_aot import Compiled, compiling
 
@@ -99,11 +101,12 @@ def test_compiles(target: int | str, dtype: torch.dtype, rank: int, many: bool) 
     adds_in_order(c, target)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
-@pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("mix", [(BF16, F32), (F16, F32), (F32, BF16), (F32, F16)], ids=str)
-@pytest.mark.parametrize("target", [*TARGETS, *MORE_TARGETS])
+MIXED = itertools.product(
+    [*TARGETS, *MORE_TARGETS], [(BF16, F32), (F16, F32), (F32, BF16), (F32, F16)], (16, 64), (False, True)
+)
+
+
+@pytest.mark.parametrize(("target", "mix", "rank", "many"), sampled(MIXED, 9), ids=str)
 def test_compiles_mixed_dtypes(target: int | str, mix: tuple[torch.dtype, torch.dtype], rank: int, many: bool) -> None:
     fits(compile_wgrad(target, *mix, rank, many=many), target)
 
@@ -117,7 +120,7 @@ def odd_forms() -> list[Any]:
         for K in (4096, 4095)
         for r in (16, 64)
     ]
-    return [*some, *(pytest.param(*form, marks=pytest.mark.full) for form in more if form not in some)]
+    return [*some, *sampled([form for form in more if form not in some], 5)]
 
 
 @pytest.mark.parametrize(("target", "dtype", "K", "rank"), odd_forms())

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
-
 import peftk
 from peftk import reference
 from peftk.triton_kernels.segments import Segments, segments
 from tests.test_model import two_adapters
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 def random_ids(M: int, adapters: int, seed: int) -> torch.Tensor:

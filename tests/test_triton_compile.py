@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from typing import Any
@@ -16,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.segments import Segments
+from tests.sampling import sampled
 from tests.triton_aot import Compiled, compiling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -142,12 +144,14 @@ def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:
     assert ("cp.async.bulk.tensor" in compiled.assembly) == tiles_by_the_copy_engine
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("form", list(FORMS))
-@pytest.mark.parametrize("M", [16, 64, 128, 4096])
-@pytest.mark.parametrize(
-    ("target", "mix"), [(t, m) for t in [*TARGETS, *MORE_TARGETS] for m in EVERY_MIX if served(t, m)], ids=str
-)
+EVERY_FORM = [
+    (target, mix, M, form)
+    for form, M, target, mix in itertools.product(FORMS, (16, 64, 128, 4096), [*TARGETS, *MORE_TARGETS], EVERY_MIX)
+    if served(target, mix)
+]
+
+
+@pytest.mark.parametrize(("target", "mix", "M", "form"), sampled(EVERY_FORM, 23), ids=str)
 def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> None:
     fits(compile_call(target, M, mix, **FORMS[form]), target)
 

@@ -36,7 +36,7 @@ SMALL = 1 << 22
 class Call(NamedTuple):
     """What a choice depends on: nothing about a call's values, everything about its form."""
 
-    op: str  # lora_linear, multi_lora_linear, their _backward, merge, unmerge
+    op: str  # one of `peftk.explain.OPS`
     device: str  # torch device type
     x_dtype: torch.dtype
     weight_dtype: torch.dtype

@@ -19,7 +19,7 @@ from peftk import compiled
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.selftest import launches
 from peftk.selftest.check import Check, NotRunError, Target, WrongError, same_bits
-from peftk.selftest.work import Work, made
+from peftk.selftest.work import Form, Work, made
 
 Enter = Callable[[], contextlib.AbstractContextManager[Any]]
 Results = list[Tensor]
@@ -67,24 +67,29 @@ def checks(target: Target, given: Tools) -> Iterator[Check]:
 
 
 def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
-    """A call of every kind. Packed outputs are many adapters, of several slices."""
+    """A call of every kind."""
     shapes = ((17, 40, 24),) if target.rehearses else ((8, 1024, 768), (600, 1024, 2048), (3000, 1000, 520))
     dtype = torch.float32 if target.rehearses else torch.bfloat16
     some = (1, 17, 0, None) if target.rehearses else (1, 8, None, 17, 0, 64, 16, 128)
-    kinds: tuple[tuple[str, tuple[int | None, ...], bool, float], ...] = (
-        ("base layer alone", (None,), False, 0.0),
-        ("one adapter", (17,), False, 0.0),
-        ("one adapter, dropout", (8,), False, 0.25),
-        ("many adapters", some, True, 0.0),
-        ("many adapters, dropout", some, True, 0.25),
+    kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool, float], ...] = (
+        ("base layer alone", "linear", (None,), False, 0.0),
+        ("one adapter, dropout", "linear", (8,), False, 0.25),
+        ("many adapters, dropout", "linear", some, True, 0.25),
+        ("many series adapters", "series", some, True, 0.0),
+        ("packed outputs", "packed", some, True, 0.0),
     )
-    if target.rehearses:
-        kinds = (kinds[0], kinds[2], kinds[4])
+    if not target.rehearses:
+        kinds += (
+            ("one adapter", "linear", (17,), False, 0.0),
+            ("many adapters", "linear", some, True, 0.0),
+            ("one series adapter, dropout", "series", (17,), False, 0.25),
+            ("packed outputs, dropout", "packed", some, True, 0.25),
+        )
     for shape in shapes:
-        for kind, ranks, many, dropout_p in kinds:
+        for kind, form, ranks, many, dropout_p in kinds:
 
-            def make(shape=shape, ranks=ranks, many=many, dropout_p=dropout_p) -> Work:  # type: ignore[no-untyped-def]
-                case = made(shape, ranks, dtype, target.device, many=many, activation="silu", biases=True)
+            def make(shape=shape, form=form, ranks=ranks, many=many, dropout_p=dropout_p) -> Work:  # type: ignore[no-untyped-def]
+                case = made(shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True)
                 return Work(case, "triton", dropout_p=dropout_p)
 
             yield f"{kind}, M={shape[0]} K={shape[1]} N={shape[2]}", make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import torch
@@ -17,19 +18,35 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of `multi_lora_linear`; with one adapter and ids None, of `lora_linear`."""
+    """Inputs of `multi_lora_linear`; with one adapter and ids None, of `lora_linear`.
+
+    weight None: of a series adapter. columns: of packed outputs, as in `AdapterTable`.
+    """
 
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     adapters: tuple[Adapter | None, ...]
     ids: Tensor | None
+    columns: tuple[int, ...] = ()
+
+    @property
+    def out_features(self) -> int:
+        return self.x.shape[1] if self.weight is None else self.weight.shape[0]
+
+    def weight_dtype(self) -> torch.dtype:
+        return self.x.dtype if self.weight is None else self.weight.dtype
 
     def adapter_dtype(self) -> torch.dtype:
-        return next((t.dtype for a in self.adapters if a is not None for t in a.tensors()), self.weight.dtype)
+        return next((t.dtype for a in self.adapters if a is not None for t in a.tensors()), self.weight_dtype())
 
     def table(self) -> table.AdapterTable:
-        return table.build(self.adapters, dtype=self.adapter_dtype(), device=self.weight.device)
+        return _table(self.adapters, self.columns, self.adapter_dtype(), self.x.device)
+
+    def taken(self) -> list[int]:
+        """The ids that a row may have."""
+        count = len(self.adapters) // max(len(self.columns) - 1, 1)
+        return [-1, *sorted({entry % count for entry, a in enumerate(self.adapters) if a is not None})]
 
     def all_ids(self) -> Tensor:
         """ids, or all 0 where there is one adapter."""
@@ -49,17 +66,32 @@ class Case:
             )
             for a in self.adapters
         )
-        bias, ids = (None if t is None else _to(t, device) for t in (self.bias, self.ids))
-        return Case(_to(self.x, device), _to(self.weight, device), bias, adapters, ids)
+        weight, bias, ids = (None if t is None else _to(t, device) for t in (self.weight, self.bias, self.ids))
+        return Case(_to(self.x, device), weight, bias, adapters, ids, self.columns)
 
     def __str__(self) -> str:
         ranks = [None if a is None else (a.rank, a.activation) for a in self.adapters]
         ids = "one adapter" if self.ids is None else f"ids {self.ids.tolist()[:8]}"
+        weight = "none" if self.weight is None else _described(self.weight)
+        columns = f" of columns {list(self.columns)}" if self.columns else ""
         return (
-            f"x {list(self.x.shape)} {self.x.dtype} strides {self.x.stride()}, weight {list(self.weight.shape)} "
-            f"{self.weight.dtype} strides {self.weight.stride()}, bias {self.bias is not None}, "
-            f"{self.adapter_dtype()} ranks {ranks}, {ids}"
+            f"x {_described(self.x)}, weight {weight}, bias {self.bias is not None}, "
+            f"{self.adapter_dtype()} ranks {ranks}{columns}, {ids}"
         )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} strides {tensor.stride()}"
+
+
+def _table(
+    adapters: tuple[Adapter | None, ...], columns: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> table.AdapterTable:
+    sizes = [end - start for start, end in itertools.pairwise(columns)]
+    count = len(adapters) // max(len(sizes), 1)
+    slices = [adapters[j * count : (j + 1) * count] for j in range(max(len(sizes), 1))]
+    tables = [table.build(one, dtype=dtype, device=device) for one in slices]
+    return table.pack(tables, sizes) if sizes else tables[0]
 
 
 def _to(tensor: Tensor, device: str) -> Tensor:
@@ -144,6 +176,12 @@ def double(adapter: Adapter | None) -> Adapter | None:
     )
 
 
+def _weight(case: Case) -> Tensor:
+    """W in fp64; of a series adapter, the identity."""
+    K = case.x.shape[1]
+    return torch.eye(K, dtype=torch.float64, device=case.x.device) if case.weight is None else case.weight.double()
+
+
 def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """What dropout multiplies x [M, K] by."""
     return philox.keep_mask(x.shape[0], x.shape[1], p, seed).double() / (1 - p)
@@ -151,27 +189,27 @@ def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R."""
-    x, weight = case.x.double(), case.weight.double()
+    x, weight = case.x.double(), _weight(case)
     bias = None if case.bias is None else case.bias.double()
     ids = case.all_ids()
     dropped = x if seed is None else x * _kept(x, dropout_p, seed)
-    adapters = tuple(double(a) for a in case.adapters)
+    full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
     magnitude, _ = reference.lora_linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), None)
     y, _ = reference.lora_linear(x, weight, bias, None)
-    for index, adapter in enumerate(adapters):
+    for entry, adapter in enumerate(full.adapters):
         if adapter is None:
             continue
-        rows = (ids == index).nonzero().flatten()
-        zero = torch.zeros_like(weight)
+        rows, columns = (ids == entry % full.count).nonzero().flatten(), slice(*full.columns_of(entry, y.shape[1]))
+        zero = torch.zeros_like(weight[columns])
         delta, z = reference.lora_linear(dropped[rows], zero, None, adapter, save_z=True)
-        y[rows] += delta
+        y[rows, columns] += delta
         if adapter.bias_B is not None:
-            magnitude[rows] += adapter.bias_B.abs()
+            magnitude[rows, columns] += adapter.bias_B.abs()
         if z is not None:
             v = activations.apply(adapter.activation, z)
             assert adapter.lora_B is not None
-            magnitude[rows] += abs(adapter.scaling) * (v.abs() @ adapter.lora_B.abs().t())
-    return y, magnitude, x.shape[1] + max((a.rank for a in adapters if a is not None), default=0)
+            magnitude[rows, columns] += abs(adapter.scaling) * (v.abs() @ adapter.lora_B.abs().t())
+    return y, magnitude, x.shape[1] + full.max_rank
 
 
 def expected_grads(
@@ -182,10 +220,9 @@ def expected_grads(
     An adapter's u and v are themselves computed in fp32, so their terms are counted by |dY||B| and |x||A| + |a| (and,
     where act' depends on z, by z's terms too) rather than by |u| and |v|, which may cancel.
     """
-    x, weight, dy = case.x.double(), case.weight.double(), dy.double()
+    x, weight, dy = case.x.double(), _weight(case), dy.double()
     ids = case.all_ids()
-    adapters = tuple(double(a) for a in case.adapters)
-    full = table.build(adapters, dtype=torch.float64, device=x.device)
+    full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
     _, z = reference.multi_lora_linear(x, weight, None, full, ids, save_z=True, dropout_p=dropout_p, seed=seed)
     assert z is not None
     dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout_p=dropout_p, seed=seed)
@@ -195,24 +232,25 @@ def expected_grads(
     x_abs = x.abs() * keep
     dx_magnitude = dy.abs() @ weight.abs()
     magnitudes: list[AdapterGrads | None] = []
-    for index, adapter in enumerate(adapters):
-        rows = (ids == index).nonzero().flatten()
+    for entry, adapter in enumerate(full.adapters):
+        rows = (ids == entry % full.count).nonzero().flatten()
+        dy_abs = dy[rows, slice(*full.columns_of(entry, dy.shape[1]))].abs()
         if adapter is None or adapter.lora_A is None or adapter.lora_B is None:
-            total = dy[rows].abs().sum(0)
+            total = dy_abs.sum(0)
             magnitudes.append(None if adapter is None else AdapterGrads(None, None, None, total))
             continue
         z_abs = x_abs[rows] @ adapter.lora_A.abs().t() + (0 if adapter.bias_A is None else adapter.bias_A.abs())
         slope = 1.0 if adapter.activation == "identity" else 1.13 + z_abs
-        u_abs = (dy[rows].abs() @ adapter.lora_B.abs()) * slope
+        u_abs = (dy_abs @ adapter.lora_B.abs()) * slope
         s = abs(adapter.scaling)
         dx_magnitude[rows] += s * (u_abs @ adapter.lora_A.abs()) * keep[rows]
         magnitudes.append(
             AdapterGrads(
                 s * (u_abs.t() @ x_abs[rows]),
-                s * (dy[rows].abs().t() @ (1.13 * z_abs)),
+                s * (dy_abs.t() @ (1.13 * z_abs)),
                 s * u_abs.sum(0),
-                dy[rows].abs().sum(0),
+                dy_abs.sum(0),
             )
         )
-    terms = x.shape[0] + x.shape[1] + dy.shape[1] + full.max_rank
+    terms = x.shape[0] + x.shape[1] + dy.shape[1] + full.max_rank * full.slices
     return dx, grads, dx_magnitude, magnitudes, terms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from peftk.benchmark import agree
 from peftk.selftest.cases import Case, random_case
 from peftk.selftest.check import Check, Target, WrongError, same_bits
 from peftk.selftest.plans import PLANS, planned
-from peftk.selftest.work import Work, made, serves
+from peftk.selftest.work import Form, Work, made, serves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 48), (5, 33, 17), (16, 128, 256), (70, 96, 200))
@@ -33,6 +34,7 @@ def checks(target: Target) -> Iterator[Check]:
         yield from _sweeps(backend, target)
         if backends.rounds_once(backend) and cannot_serve(backend, "lora_linear_backward", target.device) is None:
             yield from _random(backend, target)
+            yield from _forms(backend, target)
         if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
             yield from _tiles(target)
             yield from _launches(target)
@@ -192,6 +194,24 @@ def _random(backend: str, target: Target) -> Iterator[Check]:
                 return Work(draw(seed).to(target.device), backend, dropout_p=dropout_p).error()
 
             yield Check("parity", backend, "random cases", f"random case {seed}", run)
+
+
+def _forms(backend: str, target: Target) -> Iterator[Check]:
+    """Series adapters and packed outputs, what random cases leave out: forward and every gradient."""
+    kinds: tuple[tuple[Form, bool], ...] = (("series", False), ("series", True), ("packed", True))
+    shapes = TINY if target.rehearses else SHAPES if target.device == "cpu" else TILES
+    mixed = (1, 17, 0, None, 40)
+    for (form, many), shape, dtype, dropout_p in itertools.product(kinds, shapes, DTYPES, (0.0, 0.25)):
+        ranks = mixed if many else (17,)
+        make = functools.partial(made, shape, ranks, dtype, many=many, form=form, activation="gelu", biases=True)
+        if serves(backend, make(device="cpu"), target.device, dropout_p):
+
+            def run(make: Callable[..., Case] = make, dropout_p: float = dropout_p) -> float:
+                return Work(make(device=target.device), backend, dropout_p=dropout_p).error()
+
+            name = f"{_short(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)}"
+            op = "packed outputs" if form == "packed" else "multi_adapter_block" if many else "adapter_block"
+            yield Check("parity", backend, op, name + (" dropout" if dropout_p else ""), run)
 
 
 # M, K and N of every kind of tile: decode, a small batch, prefill; aligned or not

@@ -16,11 +16,11 @@ PLANS: dict[str, dict[str, Any]] = {
 @contextlib.contextmanager
 def planned(**changes: Any) -> Iterator[None]:
     """Calls are launched as chosen, but for these fields of the plan."""
-    from peftk.triton_kernels import config
+    from peftk.triton_kernels import tuned
 
-    chosen = config.lora_linear
-    config.lora_linear = lambda form, target: chosen(form, target)._replace(**changes)
+    chosen = tuned.lora_linear
+    tuned.lora_linear = lambda *call: chosen(*call)._replace(**changes)
     try:
         yield
     finally:
-        config.lora_linear = chosen
+        tuned.lora_linear = chosen

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
@@ -12,33 +15,39 @@ from peftk.selftest.cases import Case, expected, expected_grads
 from peftk.selftest.check import WrongError
 from peftk.table import Adapter
 
+Form = Literal["linear", "series", "packed"]
+
 
 class Work:
     """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64."""
 
     def __init__(self, case: Case, backend: str, *, dropout_p: float = 0.0, need_dx: bool = True) -> None:
         self.case, self.backend, self.dropout_p = case, backend, dropout_p
-        x, N = case.x, case.weight.shape[0]
+        x = case.x
         x.requires_grad_(need_dx)
         self.trained = [t.requires_grad_() for t in autograd.flat_tensors(case.adapters)]
         self.leaves = [x, *self.trained] if need_dx else self.trained
         self.table = None if case.ids is None else case.table()
-        self.dy = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
+        self.dy = torch.empty(x.shape[0], case.out_features, dtype=x.dtype, device=x.device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=x.device) if dropout_p else None
         _fill(self.dy, 0)
         if self.seed is not None:
             self.seed.fill_(0x123456789ABCDEF)
 
     def forward(self) -> Tensor:
-        case, rest = self.case, {"dropout_p": self.dropout_p, "seed": self.seed, "backend": self.backend}
+        case = self.case
+        rest: dict[str, Any] = {"dropout_p": self.dropout_p, "seed": self.seed, "backend": self.backend}
         if self.table is not None:
             assert case.ids is not None
-            return functional.multi_lora_linear(case.x, case.weight, case.bias, self.table, case.ids, **rest)  # type: ignore[arg-type]
+            if case.weight is None:
+                return functional.multi_adapter_block(case.x, self.table, case.ids, **rest)
+            return functional.multi_lora_linear(case.x, case.weight, case.bias, self.table, case.ids, **rest)
         a = case.adapters[0] or Adapter((), (), 1.0)
-        return functional.lora_linear(
-            case.x, case.weight, case.bias, a.lora_A, a.lora_B, a.scaling,
-            activation=a.activation, bias_A=a.bias_A, bias_B=a.bias_B, **rest,  # type: ignore[arg-type]
-        )  # fmt: skip
+        adapter = (a.lora_A, a.lora_B, a.scaling)
+        rest |= {"activation": a.activation, "bias_A": a.bias_A, "bias_B": a.bias_B}
+        if case.weight is None:
+            return functional.adapter_block(case.x, *adapter, **rest)
+        return functional.lora_linear(case.x, case.weight, case.bias, *adapter, **rest)
 
     def run(self) -> list[Tensor]:
         """y, dX where it is needed, and the gradients in the order of `peftk.autograd.flat_tensors`."""
@@ -60,10 +69,7 @@ class Work:
             _fill(self.case.x, 3 * number)
             _fill(self.dy, 3 * number + 1)
             if self.case.ids is not None:
-                taken = torch.tensor([-1, *(i for i, a in enumerate(self.case.adapters) if a is not None)])
-                generator = torch.Generator().manual_seed(3 * number + 2)
-                drawn = torch.randint(len(taken), self.case.ids.shape, generator=generator)
-                self.case.ids.copy_(taken[drawn])
+                self.case.ids.copy_(_ids(self.case, torch.Generator().manual_seed(3 * number + 2)))
             if self.seed is not None:
                 self.seed.fill_(7919 * number)
 
@@ -104,12 +110,17 @@ def made(
     device: str,
     *,
     many: bool,
+    form: Form = "linear",
     activation: str = "identity",
     biases: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> Case:
-    """M, K, N, and adapters of these ranks: None is an empty slot (one adapter: none), 0 a bias alone."""
+    """M, K, N, and adapters of these ranks: None is an empty slot (one adapter: none), 0 a bias alone.
+
+    series: N is K, and there is no W. packed: three slices, the ranks of each shifted by one id.
+    """
     M, K, N = shape
+    N = K if form == "series" else N
     generator = torch.Generator().manual_seed(M * K + N)
 
     def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -117,7 +128,7 @@ def made(
 
     wide = adapter_dtype or dtype
 
-    def adapter(rank: int | None) -> Adapter | None:
+    def adapter(rank: int | None, N: int) -> Adapter | None:
         if rank is None:
             return None
         bias_B = random(N, dtype=wide) if biases or not rank else None
@@ -127,22 +138,32 @@ def made(
         B = random(N, rank, dtype=wide, scale=rank**-0.5)
         return Adapter((A,), (B,), 0.5, activation, random(rank, dtype=wide) if biases else None, bias_B)
 
-    adapters = tuple(adapter(rank) for rank in ranks)
-    ids = None
+    columns = (0, N // 2, N - N // 4, N) if form == "packed" else ()
+    sizes = [end - start for start, end in itertools.pairwise(columns)] or [N]
+    adapters = tuple(adapter(r, size) for j, size in enumerate(sizes) for r in (*ranks[j:], *ranks[:j]))
+    weight, bias = (None, None) if form == "series" else (random(N, K, scale=K**-0.5), random(N))
+    case = Case(random(M, K), weight, bias, adapters, None, columns)
     if many:
-        taken = torch.tensor([-1, *(i for i, a in enumerate(adapters) if a is not None)])
-        ids = taken[torch.randint(len(taken), (M,), generator=generator)].to(device, torch.int32)
-    return Case(random(M, K), random(N, K, scale=K**-0.5), random(N), adapters, ids)
+        case.ids = _ids(case, generator).to(device)
+    return case
+
+
+def _ids(case: Case, generator: torch.Generator) -> Tensor:
+    """int32 [M] of what a row may have, drawn on the CPU."""
+    taken = torch.tensor(case.taken(), dtype=torch.int32)
+    return taken[torch.randint(len(taken), case.x.shape[:1], generator=generator)]
 
 
 def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
     """Whether the backend has the forward and the backward of the case there."""
-    op = "lora_linear" if case.ids is None else "multi_lora_linear"
+    op = ("" if case.ids is None else "multi_") + ("adapter_block" if case.weight is None else "lora_linear")
     M, K = case.x.shape
-    dtypes = (case.x.dtype, case.weight.dtype, case.adapter_dtype())
+    dtypes = (case.x.dtype, case.weight_dtype(), case.adapter_dtype())
+    slices = max(len(case.columns) - 1, 1)
+    count = len(case.adapters) // slices
     rank = max((a.rank for a in case.adapters if a is not None), default=0)
     calls = (
-        backends.Call(name, device, *dtypes, M, K, case.weight.shape[0], rank, len(case.adapters), dropout_p > 0.0)
+        backends.Call(name, device, *dtypes, M, K, case.out_features, rank, count, dropout_p > 0.0, slices)
         for name in (op, f"{op}_backward")
     )
     return all(backends.cannot_serve(backend, call) is None for call in calls)

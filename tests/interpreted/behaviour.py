@@ -19,7 +19,7 @@ from peftk.cli import main
 from peftk.selftest import behaviour, parity, target
 from peftk.selftest.check import Check, WrongError
 from peftk.selftest.plans import planned
-from peftk.selftest.work import Work, made
+from peftk.selftest.work import Form, Work, made
 from peftk.triton_kernels import workspace
 
 HERE = target("interpreter")
@@ -77,6 +77,9 @@ def test_the_whole_command(
         "backward",
         "multi_lora_linear",
         "random cases",
+        "adapter_block",
+        "multi_adapter_block",
+        "packed outputs",
         "every tile",
         "every way to launch",
         "segments",
@@ -97,7 +100,7 @@ def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(backends.module("triton").gradients, "wgrad", slightly_wrong)
     monkeypatch.setattr(parity, "DTYPES", (torch.float32,))
-    for sweep in ("_random", "_launches", "_segments"):
+    for sweep in ("_random", "_forms", "_launches", "_segments"):
         monkeypatch.setattr(parity, sweep, lambda *_: ())
     result = CliRunner().invoke(
         main, ["selftest", "--device", "interpreter", "--section", "parity", "--out", str(tmp_path)]
@@ -186,8 +189,9 @@ def test_compiled_layers_run_our_kernels() -> None:
     assert launches.count("wgrad_kernel") == 2  # eager, compiled
 
 
-def test_wrong_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work(made((5, 33, 17), (3,), torch.float32, "cpu", many=False), "triton")
+@pytest.mark.parametrize("form", ["linear", "series", "packed"])
+def test_wrong_gradients_are_found(form: Form) -> None:
+    work = Work(made((5, 33, 17), (3,), torch.float32, "cpu", many=form == "packed", form=form), "triton")
     results = work.run()
     assert work.error(results) <= 1.0
     for number, name in enumerate(["y", "dX", "dA of adapter 0", "dB of adapter 0"]):

@@ -67,7 +67,7 @@ def run(name: str, schedule: Schedule) -> Outcome:
     return outcome(schedule, launches()[name], standard, lambda: workspace._counters(device, 0))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(60, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", ["one", "many", "backward, one", "backward, many"])
 def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     split = config.lora_linear

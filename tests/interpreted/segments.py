@@ -319,7 +319,7 @@ def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: py
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("adapters", [1, 64, 999, 1023, 1024, 5000])
-@pytest.mark.parametrize("M", [1, 31, 33, 127, 129, 511, 513, 1024, 1025, 4095, 4096, 4097, 20000])
+@pytest.mark.parametrize("adapters", [1, 64, 1023, 5000])
+@pytest.mark.parametrize("M", [33, 129, 513, 1025, 4097])
 def test_at_length(M: int, adapters: int) -> None:
     check(random_ids(M, adapters, M, I64), adapters)
