@@ -214,7 +214,8 @@ def adapter_block(
 
     Returns:
         y [..., K] in x's dtype: fp32 accumulation, one rounding, so the error is at most
-        u·|y*| + c·√(K + R)·2⁻²⁴·(|x| + |s||v||B|ᵀ + |β|). Differentiable in x and the adapter's four tensors.
+        u·|y*| + c·√(K + R)·2⁻²⁴·(|x| + |s|(|x̃||A|ᵀ + |a|)|B|ᵀ + |β|): there is no |x||W|ᵀ beside which v's own error is
+        small. Differentiable in x and the adapter's four tensors.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.

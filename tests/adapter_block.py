@@ -17,7 +17,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def check(seed: int, backend: str | None, *, max_rows: int = 40, max_width: int = 80) -> None:
-    """y and all gradients of a random case within the bounds, with W = identity written out as a matrix in fp64."""
+    """y and all gradients of a random case within the bounds, with W = identity."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     M, K = rng.choice([0, 1, rng.randint(1, max_rows)]), rng.randint(1, max_width)
     dtype, adapter_dtype = rng.choice([(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)])
@@ -52,7 +52,7 @@ def check(seed: int, backend: str | None, *, max_rows: int = 40, max_width: int 
     assert y.dtype == dtype
     dy = torch.randn(M, K, generator=generator).to(dtype)
     y.backward(dy)
-    case = Case(x.detach(), torch.eye(K, dtype=dtype), None, adapters, ids)
+    case = Case(x.detach(), None, None, adapters, ids)
     if not dropout_p:
         numerics.check(y, *expected(case))
     dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout_p=dropout_p, seed=key)

@@ -188,7 +188,11 @@ def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
 
 def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R."""
+    """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R.
+
+    A series adapter has no |x||W|ᵀ, beside which v's own error is small. So there |v| is |x̃||A|ᵀ + |a|, the sums that v
+    comes from, times 1.13, which bounds every act'.
+    """
     x, weight = case.x.double(), _weight(case)
     bias = None if case.bias is None else case.bias.double()
     ids = case.all_ids()
@@ -206,9 +210,13 @@ def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) 
         if adapter.bias_B is not None:
             magnitude[rows, columns] += adapter.bias_B.abs()
         if z is not None:
-            v = activations.apply(adapter.activation, z)
+            assert adapter.lora_A is not None
             assert adapter.lora_B is not None
-            magnitude[rows, columns] += abs(adapter.scaling) * (v.abs() @ adapter.lora_B.abs().t())
+            v = activations.apply(adapter.activation, z).abs()
+            if case.weight is None:
+                sums = dropped[rows].abs() @ adapter.lora_A.abs().t()
+                v = 1.13 * (sums if adapter.bias_A is None else sums + adapter.bias_A.abs())
+            magnitude[rows, columns] += abs(adapter.scaling) * (v @ adapter.lora_B.abs().t())
     return y, magnitude, x.shape[1] + full.max_rank
 
 
