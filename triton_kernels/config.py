@@ -1,8 +1,8 @@
 """The shipped table: tile sizes by the shape class of a call, for each family of targets. Pure functions, no measuring.
 
 Nothing here is measured on a GPU yet. `candidates` are the plans that `peftk tune` may choose instead (`tuned`); tests
-compile a sample of them and of the table, `make test-matrix` all. A target is a CUDA compute capability (80, 90, …), "hip", or
-"interpreter". Few shapes are told apart, so that few variants are compiled.
+compile a sample of them and of the table, `make test-matrix` all. A target is a CUDA compute capability (80, 90, …),
+"hip", or "interpreter". Few shapes are told apart, so that few variants are compiled.
 """
 
 from __future__ import annotations
