@@ -6,15 +6,15 @@ import pytest
 
 from tests.test_lora_linear_triton import interpret
 
-FILES = ["behaviour.py", "compiled.py"]
+FILES = ["behaviour", "compiled"]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file: str) -> None:
-    interpret("not full", file)
+@pytest.mark.parametrize("stem", FILES)
+def test_in_the_interpreter(stem: str) -> None:
+    interpret("not full", stem)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter_at_length(file: str) -> None:
-    interpret("full", file)
+@pytest.mark.parametrize("stem", FILES)
+def test_in_the_interpreter_at_length(stem: str) -> None:
+    interpret("full", stem)
