@@ -173,6 +173,8 @@ def candidates(shape: Shape, target: int | str) -> tuple[Plan, ...]:
     first = shipped(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
+    if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
+        return (first,)  # no other has the registers
     other = [{"once": False}]
     if first.num_stages > 2:
         other += [{"num_stages": first.num_stages - 1}]
@@ -206,7 +208,7 @@ def _tiles(shape: Shape, target: int | str) -> Plan:
         return Plan(64, 64, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if M <= 16:
         if target == "hip":  # loads wait in registers
-            return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 4, 4, 4)
+            return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 4, few_warps, 4)
         return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, few_warps, 4)
     if M <= 64 or (many and M <= 256):
         return Plan(64, 32, 128, 8, True, 16, shrink_k, 16, 8, 8 if shape.packed else 4, 4)
@@ -250,8 +252,9 @@ def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int 
     """
     if target == "interpreter":
         return Wgrad(16, 32, pages, 4, 1)
-    # fp32 products without tensor cores hold their factors in registers, a whole step of rows
-    rows = 16 if x_dtype == torch.float32 else 32
+    # fp32 products without tensor cores hold their factors in registers, a whole step of rows; so do the terms of fp16
+    tight = x_dtype == torch.float16 and pages > 1 and shared_memory(target) <= 100 * 1024
+    rows = 16 if x_dtype == torch.float32 or tight else 32
     if not wide:
         return Wgrad(rows, 64, pages, 4, 2)
     block = Wgrad(rows, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)

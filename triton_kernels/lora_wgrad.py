@@ -57,28 +57,29 @@ def wgrad_kernel(
     piece = (head - heads) % pieces  # of the ranks of an id's adapters
     start, end = 0, M
     if MANY:
-        task = tasks + head * 10
+        task = head
         if head >= heads:
             i = tl.load(ids + boundary * range_rows)
             first_task = tl.load(firsts + i * 2, mask=i >= 0, other=0)
-            if piece >= tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0):
-                return
-            task = tasks + (first_task + piece) * 10
-        i = tl.load(task)
-        entry = tl.load(task + 1)
-        piece = tl.load(task + 2)
-        group = tl.load(task + 3)
-        place_A = tl.load(task + 4)
-        place_B = tl.load(task + 5)
-        place_a = tl.load(task + 6)
-        place_b = tl.load(task + 7)
+            task = tl.where(piece < tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0), first_task + piece, -1)
+        if task < 0:
+            return
+        task *= 10  # a number and not an address: AMD's compiler cannot follow one through branches
+        i = tl.load(tasks + task)
+        entry = tl.load(tasks + task + 1)
+        piece = tl.load(tasks + task + 2)
+        group = tl.load(tasks + task + 3)
+        place_A = tl.load(tasks + task + 4)
+        place_B = tl.load(tasks + task + 5)
+        place_a = tl.load(tasks + task + 6)
+        place_b = tl.load(tasks + task + 7)
         rank = tl.load(rows + entry * 4 + 1)
         activation = tl.load(rows + entry * 4 + 2)
         scaling = tl.load(scalings + entry)
         start = tl.load(ends + i)
         end = tl.load(ends + i + 1)
         if PACKED > 0:
-            at_slice = slices + tl.load(task + 8) * 2
+            at_slice = slices + tl.load(tasks + task + 8) * 2
             from_n = tl.multiple_of(tl.load(at_slice), PACKED)
             z += tl.load(at_slice + 1) * PAGE
             u += tl.load(at_slice + 1) * PAGE
