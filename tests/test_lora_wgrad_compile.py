@@ -75,7 +75,7 @@ def uses_the_hardware(c: Compiled, target: int | str, dtype: torch.dtype, rank: 
         tall = rank > 16 and not (target == 100 and dtype == F16)
         assert (TENSOR_CORES[target] if tall else "mma.sync") in c.assembly, "no tensor cores"
     copies = c.assembly.count("cp.async.cg.shared.global")
-    assert copies >= 8, f"{copies} copies of 16 bytes"
+    assert copies >= 4, f"{copies} copies of 16 bytes"  # a step of 16 rows is one for each thread
 
 
 def adds_in_order(c: Compiled, target: int | str) -> None:
