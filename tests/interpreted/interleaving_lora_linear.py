@@ -20,6 +20,7 @@ from tests.mutants import mutant
 
 M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
 SCHEDULES = schedules(12)
+MORE_SCHEDULES = schedules(60)  # a mutant is found in one of the first, almost always
 IDS = [i % 4 - 1 for i in range(9)] + [2] * 11
 
 
@@ -126,7 +127,9 @@ def test_mutants_are_found(name: str) -> None:
     verdict, module, *changes = MUTANTS[name]
     expected("one")
     with mutant(module, *changes):
-        assert any(run("one", schedule).verdict == verdict for schedule in SCHEDULES)
+        # what is read too early may happen to be right, and then is a race that was seen
+        found = {verdict, "race"} if verdict == "wrong" else {verdict}
+        assert any(run("one", schedule).verdict in found for schedule in MORE_SCHEDULES)
 
 
 def test_after_a_hang_the_next_call_is_right() -> None:

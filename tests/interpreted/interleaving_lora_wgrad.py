@@ -19,6 +19,7 @@ from tests.mutants import mutant
 M, N, K = 56, 20, 30
 IDS = [0] * 20 + [-1] * 3 + [1, 0] * 10 + [0] * 13
 SCHEDULES = schedules(12)
+MORE_SCHEDULES = schedules(60)  # a mutant is found in one of the first, almost always
 
 
 @pytest.fixture(autouse=True)
@@ -91,4 +92,6 @@ def test_mutants_are_found(name: str) -> None:
     verdict, *changes = MUTANTS[name]
     expected(False)
     with mutant(lora_wgrad, *changes):
-        assert any(run(False, schedule).verdict == verdict for schedule in SCHEDULES)
+        # what is read too early may happen to be right, and then is a race that was seen
+        found = {verdict, "race"} if verdict == "wrong" else {verdict}
+        assert any(run(False, schedule).verdict in found for schedule in MORE_SCHEDULES)
