@@ -1,12 +1,11 @@
 """Which plan serves a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
 
-What was found lies in gpu.json beside `peftk.backends.measured`'s file, by GPU, and holds for the versions of triton
-and peftk that it was made with. It is read once, so a choice never changes within a process except by tuning.
+What was found lies in gpu.json (`peftk.backends.kept`), by GPU, and holds for the versions of triton and peftk that it
+was made with. It is read once, so a choice never changes within a process except by tuning.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import warnings
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
-from peftk.backends import measured
+from peftk.backends import kept
 
 from . import config
 from .arithmetic import INTERPRETED
+
+_FILE = "gpu.json"
 
 P = TypeVar("P", config.Plan, config.Wgrad)
 
@@ -100,26 +101,14 @@ def _found(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> 
 
 def cache_file() -> Path:
     """Raises OSError where no folder is named and the user has no home."""
-    return measured.cache_file().with_name("gpu.json")
+    return kept.path(_FILE)
 
 
 @functools.cache
 def _loaded(name: str) -> tuple[dict[str, Any], str]:
     """The plans found on this GPU, by class of shapes; or none, and why."""
-    try:
-        path = cache_file()
-    except OSError as error:
-        return {}, f"not tuned on this machine ({error})"
-    try:
-        entry = measured.read(path).get(name)
-        if entry is None:
-            return {}, f"not tuned on this {name} (peftk tune)"
-        if entry["made_with"] != _made_with():
-            return {}, f"tuned with {entry['made_with']}, this is {_made_with()} (peftk tune again)"
-        return dict(entry["plans"]), ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"{path}: expected what `peftk tune` writes, got {error!r}; ignored", stacklevel=2)
-        return {}, f"{path} cannot be read (peftk tune writes a new one)"
+    found, problem = kept.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), done="tuned", here=name)
+    return found or {}, problem
 
 
 def _made_with() -> dict[str, str]:
@@ -130,31 +119,13 @@ def _made_with() -> dict[str, str]:
 
 def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:
     """Keeps what was found on a GPU, for this process too. Raises OSError where the cache cannot be written."""
-    path = cache_file()
-    try:
-        entries = measured.read(path)
-    except ValueError:
-        entries = {}  # not worth keeping
-    entries[name] = {
-        "made_with": _made_with(),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "plans": {key: plan._asdict() for key, plan in plans.items()},
-    }
-    measured.write(path, entries)
+    kept.save(_FILE, name, _made_with(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
     forget_loaded()
 
 
 def delete(name: str) -> bool:
     """Deletes what was found on a GPU, and a file that cannot be read; whether there was something."""
-    path = cache_file()
-    try:
-        found = measured.read(path)
-        existed = found.pop(name, None) is not None
-        if existed:
-            measured.write(path, found)
-    except ValueError:
-        path.unlink()
-        existed = True
+    existed = kept.delete(_FILE, name)
     forget_loaded()
     return existed
 

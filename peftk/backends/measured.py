@@ -1,31 +1,27 @@
 """What `peftk tune` has measured on this machine, and what follows from it for a call.
 
 A measurement is a grid of shapes for each operation and dtype; a call takes the answer of the nearest shape. It is kept
-in $PEFTK_CACHE_DIR/choice.json (else below $XDG_CACHE_HOME or ~/.cache), by processor, and holds for the versions and
-the SIMD level that it was made with. Without one, our kernels serve, except where the processor has AMX tiles.
+in choice.json (`kept`), by processor, and holds for the versions and the SIMD level that it was made with. Without one,
+our kernels serve, except where the processor has AMX tiles.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import functools
-import json
 import math
-import os
 import platform
-import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from peftk.backends import kept
 from peftk.processor import cpu_name
 
 if TYPE_CHECKING:
     from peftk.backends import Call
 
+_FILE = "choice.json"
 _AMX_TOKENS = 32
 
 
@@ -75,46 +71,23 @@ def _has_tiles(dtype: torch.dtype) -> bool:
 
 def cache_file() -> Path:
     """Raises OSError where no folder is named and the user has no home."""
-    folder = os.environ.get("PEFTK_CACHE_DIR")
-    if folder:
-        return Path(folder, "choice.json")
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "peftk", "choice.json")
-    except RuntimeError as error:
-        raise OSError("expected a home directory or PEFTK_CACHE_DIR, got neither") from error
+    return kept.path(_FILE)
 
 
 def delete() -> bool:
     """Deletes what was measured on this machine, and a file that cannot be read; whether there was something."""
-    path = cache_file()
-    try:
-        found = read(path)
-        existed = found.pop(_machine(), None) is not None
-        if existed:
-            write(path, found)
-    except ValueError:
-        path.unlink()
-        existed = True
-    return existed
+    return kept.delete(_FILE, _machine())
 
 
 @functools.cache
 def _measured() -> tuple[dict[str, list[Point]], str]:
     """The grids of this machine by op and dtype; or none, and why."""
-    try:
-        path = cache_file()
-    except OSError as error:
-        return {}, f"not measured on this machine ({error})"
-    try:
-        entry = read(path).get(_machine())
-        if entry is None:
-            return {}, "not measured on this machine (peftk tune)"
-        if entry["made_with"] != _made_with():
-            return {}, f"measured with {entry['made_with']}, this is {_made_with()} (peftk tune again)"
-        return {key: [_point(*point) for point in points] for key, points in entry["gain"].items()}, ""
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        warnings.warn(f"{path}: expected what `peftk tune` writes, got {error!r}; ignored", stacklevel=2)
-        return {}, f"{path} cannot be read (peftk tune writes a new one)"
+    found, problem = kept.load(_FILE, _machine(), _made_with(), _points, done="measured", here="machine")
+    return found or {}, problem
+
+
+def _points(entry: dict[str, Any]) -> dict[str, list[Point]]:
+    return {key: [_point(*point) for point in points] for key, points in entry["gain"].items()}
 
 
 def _point(M: int, dim: int, gain: float) -> Point:
@@ -141,39 +114,7 @@ def key_of(op: str, dtype: torch.dtype) -> str:
 
 def save(measured: dict[str, list[Point]]) -> None:
     """Keeps a measurement of this machine. Raises OSError where the cache cannot be written."""
-    path = cache_file()
-    try:
-        entries = read(path)
-    except ValueError:
-        entries = {}  # not worth keeping
-    entries[_machine()] = {
-        "made_with": _made_with(),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "threads": torch.get_num_threads(),
-        "gain": measured,
-    }
-    write(path, entries)
-
-
-def read(path: Path) -> dict[str, Any]:
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    if not isinstance(entries, dict):
-        raise ValueError(f"expected a JSON object, got {type(entries).__name__}")
-    return entries
-
-
-def write(path: Path, entries: dict[str, Any]) -> None:
-    """All or nothing: another process may be reading."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        try:
-            json.dump(entries, file, indent=1)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(file.name)
-            raise
+    kept.save(_FILE, _machine(), _made_with(), {"threads": torch.get_num_threads(), "gain": measured})
 
 
 def forget_loaded() -> None:
