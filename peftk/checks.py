@@ -46,9 +46,9 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) ->
         raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
 
-def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+def same_device(name: str, tensor: Tensor, device: torch.device, like: str = "weight") -> None:
     if tensor.device != device:
-        raise ValueError(f"{name}: expected on {device} like weight, got {tensor.device}")
+        raise ValueError(f"{name}: expected on {device} like {like}, got {tensor.device}")
 
 
 def base(weight: Tensor, bias: Tensor | None) -> None:
@@ -70,19 +70,48 @@ def input(x: Tensor, weight: Tensor) -> None:
     floating("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
-    same_device("x", x, weight.device)
-    mixes("x", x.dtype, "weight", weight.dtype)
+    _beside(x, "weight", weight.device, weight.dtype)
     if weight.requires_grad:
         raise ValueError("weight: expected a frozen weight (requires_grad=False), got one that requires a gradient")
 
 
-def block_input(x: Tensor, device: torch.device, dtype: torch.dtype, width: int) -> None:
-    """x [..., width] of a series adapter, on the adapter's device and of a dtype that mixes with its own."""
+def width(x: Tensor) -> int:
+    """K of x [..., K], which the adapter of a series has on both sides."""
     floating("x", x)
-    if x.dim() == 0 or x.shape[-1] != width:
-        raise ValueError(f"x: expected shape [..., K] with K = {width}, got {list(x.shape)}")
-    same_device("x", x, device)
-    mixes("x", x.dtype, "adapter", dtype)
+    if x.dim() == 0:
+        raise ValueError(f"x: expected shape [..., K], got {list(x.shape)}")
+    return x.shape[-1]
+
+
+def block(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+) -> None:
+    """x [..., K] and a series adapter: `adapter_shapes` for [K, K], all on one device, of one dtype beside x's."""
+    K, named = width(x), _named(lora_A, lora_B, bias_A, bias_B)
+    if not named:
+        raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
+    adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    first = named[0][1]
+    _of_one_kind(named, first.device, "the adapter's other tensors")
+    _beside(x, "the adapter", first.device, first.dtype)
+
+
+def block_bank(x: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """x [..., K] beside a bank of series adapters."""
+    width(x)
+    _beside(x, "bank", device, dtype)
+
+
+def _beside(x: Tensor, other: str, device: torch.device, dtype: torch.dtype) -> None:
+    """x on the device, and of a dtype that mixes."""
+    same_device("x", x, device, other)
+    mixes("x", x.dtype, other, dtype)
 
 
 def adapter_shapes(
@@ -132,13 +161,19 @@ def adapter(
     """`adapter_shapes` for weight [N, K], and: all on weight's device, of one dtype that mixes with weight's."""
     N, K = weight.shape
     adapter_shapes(N, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    dtype = None
-    for name, tensor in _named(lora_A, lora_B, bias_A, bias_B):
-        same_device(name, tensor, weight.device)
-        dtype = dtype or tensor.dtype
+    named = _named(lora_A, lora_B, bias_A, bias_B)
+    _of_one_kind(named, weight.device, "weight")
+    for name, tensor in named:
+        mixes(name, tensor.dtype, "weight", weight.dtype)
+
+
+def _of_one_kind(named: Sequence[tuple[str, Tensor]], device: torch.device, like: str) -> None:
+    """An adapter's tensors: all on the device, of one dtype."""
+    for name, tensor in named:
+        same_device(name, tensor, device, like)
+        dtype = named[0][1].dtype
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like the adapter's other tensors, got {tensor.dtype}")
-        mixes(name, tensor.dtype, "weight", weight.dtype)
 
 
 def _named(
@@ -220,7 +255,7 @@ def look_at_ids(device: torch.device) -> bool:
 
 
 def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], N: int, K: int) -> None:
-    """Adapters by number, of every slice of packed outputs, fit W [N, K]. Raises ValueError; else ValueError."""
+    """Adapters by number, of every slice of packed outputs, fit W [N, K]. Raises ValueError for one that does not."""
     slices = max(len(columns) - 1, 1)
     if columns and columns[-1] != N:
         raise ValueError(f"bank: expected slices of {N} columns together like weight, got {columns[-1]}")

@@ -107,14 +107,8 @@ def lora_linear_unchecked(
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
-    if recorded:
-        y, _ = compiled.lora_linear(
-            x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
-        )
-        return y
-    return autograd.lora_linear(
-        x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend
-    )
+    rest = (weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
+    return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
 
 def multi_lora_linear(
@@ -152,9 +146,7 @@ def multi_lora_linear(
     checks.base(weight, bias)
     if not hasattr(bank, "adapters"):
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
-    # a bank has checked its adapters against its own N and K, so those of many adapters are not looked at in every call
-    if isinstance(bank, AdapterTable) or bank.shape != weight.shape:
-        checks.bank(bank.adapters, bank.columns, *weight.shape)
+    _bank_fits(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
@@ -171,23 +163,46 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
-    table = None if _recorded() else bank if isinstance(bank, AdapterTable) else bank.table()
+    table = _table(bank)
     if table is not None and dropout_p == 0.0 and backend is None:
         direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
+    return _multi(x, weight, bias, bank, table, ids, dropout_p, seed, backend)
+
+
+def _multi(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bank: AdapterBank | PackedBank | AdapterTable,
+    table: AdapterTable | None,
+    ids: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """With a weight or without one (a series adapter). table: the bank's; None where ops are recorded."""
     checks.ids(ids, x)
     if table is None:
-        ids = flat_ids(ids, x)
         tensors, layout, scalings = compiled.pack(bank.adapters)
-        y, _ = compiled.multi_lora_linear(
-            x, weight, bias, ids, tensors, layout, scalings, bank.columns, dropout_p, seed, backend
-        )
-        return y
+        packed = (flat_ids(ids, x), tensors, layout, scalings, bank.columns)
+        return compiled.multi_lora_linear(x, weight, bias, *packed, dropout_p, seed, backend)[0]
     routed = route.flat(ids)
-    ids = flat_ids(ids, x) if routed is None else routed
-    return autograd.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend)
+    flat = flat_ids(ids, x) if routed is None else routed
+    return autograd.multi_lora_linear(x, weight, bias, table, flat, dropout_p, seed, backend)
+
+
+def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
+    """What the kernels read of a bank; None where ops are recorded, which take its tensors."""
+    return None if _recorded() else bank if isinstance(bank, AdapterTable) else bank.table()
+
+
+def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
+    """A bank has checked its adapters against its own shape, so those of many are not looked at in every call."""
+    if isinstance(bank, AdapterTable) or bank.shape != (N, K):
+        checks.bank(bank.adapters, bank.columns, N, K)
 
 
 def adapter_block(
@@ -223,22 +238,10 @@ def adapter_block(
 
     Source: Houlsby et al. 2019.
     """
-    tensors = [t for t in (lora_A, lora_B, bias_A, bias_B) if t is not None]
-    if not tensors:
-        raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
-    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
-    checks.adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (tensors[0].dtype, tensors[0].device):
-            raise TypeError(
-                f"{name}: expected {tensors[0].dtype} on {tensors[0].device} like the adapter's other tensors, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    checks.block_input(x, tensors[0].device, tensors[0].dtype, K)
+    checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
     x, seed = _dropping(_autocast(x), dropout_p, seed)
-    run = compiled.lora_linear if _recorded() else autograd.lora_linear
-    y = run(x, None, None, lora_A, lora_B, bias_A, bias_B, float(scaling), activation, dropout_p, seed, backend)
-    return y if isinstance(y, Tensor) else y[0]
+    rest = (None, None, lora_A, lora_B, bias_A, bias_B, float(scaling), activation, dropout_p, seed, backend)
+    return compiled.lora_linear(x, *rest)[0] if _recorded() else autograd.lora_linear(x, *rest)
 
 
 def multi_adapter_block(
@@ -259,20 +262,10 @@ def multi_adapter_block(
     """
     if not hasattr(bank, "adapters") or bank.columns:
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
-    K = x.shape[-1] if isinstance(x, Tensor) and x.dim() else 0
-    checks.block_input(x, bank.device, bank.dtype, K)
-    checks.bank(bank.adapters, (), K, K)
-    checks.ids(ids, x)
+    checks.block_bank(x, bank.device, bank.dtype)
+    _bank_fits(bank, x.shape[-1], x.shape[-1])
     x, seed = _dropping(_autocast(x), dropout_p, seed)
-    if _recorded():
-        tensors, layout, scalings = compiled.pack(bank.adapters)
-        packed = (flat_ids(ids, x), tensors, layout, scalings, ())
-        y, _ = compiled.multi_lora_linear(x, None, None, *packed, dropout_p, seed, backend)
-        return y
-    routed = route.flat(ids)
-    table = bank if isinstance(bank, AdapterTable) else bank.table()
-    flat = flat_ids(ids, x) if routed is None else routed
-    return autograd.multi_lora_linear(x, None, None, table, flat, dropout_p, seed, backend)
+    return _multi(x, None, None, bank, _table(bank), ids, dropout_p, seed, backend)
 
 
 def _recorded() -> bool:
