@@ -154,6 +154,7 @@ def fitted(plan: Plan, form: Form) -> Plan:
     )
 
 
+@functools.cache
 def shipped(shape: Shape, target: int | str) -> Plan:
     """The table's plan for a class of shapes. `by row` (see `lora_linear`) has the registers in small tiles only."""
     plan = _tiles(shape, target)

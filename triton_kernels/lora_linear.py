@@ -21,7 +21,6 @@ never multiplied by zero: an adapter's inf stays with its own rows.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -31,9 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peftk.reference.philox import threshold as dropout_threshold
-
-from . import config, tuned, workspace
+from . import config, philox, tuned, workspace
 from .expand import expand_tile
 from .segments import PAGE, Segments
 from .shrink import shrink_tile
@@ -116,7 +113,7 @@ class One(NamedTuple):
 
 
 class Many(NamedTuple):
-    """The tensors of a `peftk.table.AdapterTable`, or of several side by side (`peftk.table.PackedTable`)."""
+    """The tensors of a `peftk.table.AdapterTable`, or of several side by side (`peftk.table.pack`)."""
 
     pages: Tensor
     rows: Tensor
@@ -136,6 +133,10 @@ class Adapters(NamedTuple):
     z_width: int  # the largest rank in whole pages, summed over the slices; 0: no shrink tiles
     A: str  # how A's pages lie, as `shrink` calls it: "k16", "k", "any"
     B: str  # the same of B, "k" being N: "r16" too
+
+    def sources(self) -> tuple[One, Many | None]:
+        """What a kernel takes of one adapter, and of many."""
+        return (NOTHING, self.source) if isinstance(self.source, Many) else (self.source, None)
 
 
 NOTHING = One(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
@@ -224,8 +225,7 @@ def _launch(
     y = torch.empty(M, N, dtype=x.dtype, device=device)
     if not M or not (N or adapters.z_width):
         return y
-    source = adapters.source
-    one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
+    one, many = adapters.sources()
     weight_dtype = x.dtype if weight is None else weight.dtype
     form = config.Form(
         M=M,
@@ -250,16 +250,14 @@ def _launch(
     shrink_part = plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0
     expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
     partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
-    threshold = dropout_threshold(dropout_p)
     x_tiles, w_tiles, w_kind = _tiles(x, weight, plan, many is not None)
 
-    once = shrink_tiles + expand_tiles
-    grid = min(once, plan.per_processor * _processors(device)) if plan.per_processor else once
+    tiles = shrink_tiles + expand_tiles
+    grid = min(tiles, plan.per_processor * _processors(device)) if plan.per_processor else tiles
     launches = [(grid, shrink_tiles, expand_tiles)]
     if not plan.once:
         launches = [(shrink_tiles, shrink_tiles, 0), (expand_tiles, 0, expand_tiles)]
-    on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
-    with on_device, workspace.counters(device, count) as counters:
+    with workspace.on(device), workspace.counters(device, count) as counters:
         for blocks, shrinks, expands in launches:
             if not blocks:
                 continue
@@ -270,7 +268,7 @@ def _launch(
                 M, N, K, *x.stride(), *((0, 0) if weight is None else weight.stride()),
                 0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
                 shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
-                threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
+                *philox.arguments(dropout_p),
                 DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=many.aligned_slices if many else 0,
                 BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
                 DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,

@@ -11,7 +11,6 @@ their fp32 sums in ascending order: no floating-point atomics, the same bits wha
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,11 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from peftk.reference import AdapterGrads, Wanted
-from peftk.reference.philox import threshold as dropout_threshold
 
-from . import config, tuned, workspace
+from . import config, philox, tuned, workspace
 from .arithmetic import activate, dot, round_to
-from .lora_linear import NOTHING, Adapters, Many
+from .lora_linear import Adapters
 from .philox import keep
 from .segments import PAGE, Segments, rows_at
 from .tuned import WgradShape, target
@@ -64,7 +62,7 @@ def wgrad_kernel(
             task = tl.where(piece < tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0), first_task + piece, -1)
         if task < 0:
             return
-        task *= 10  # a number and not an address: AMD's compiler cannot follow one through branches
+        task *= 9  # a number and not an address: AMD's compiler cannot follow one through branches
         i = tl.load(tasks + task)
         entry = tl.load(tasks + task + 1)
         piece = tl.load(tasks + task + 2)
@@ -228,7 +226,7 @@ class Plan(NamedTuple):
     pieces: int  # the most of one id
     columns: int  # the widest slice
     sizes: tuple[int, int, int, int]  # of the outputs dA, dB, da and dβ, as Places counts
-    tasks: Tensor | None  # int32 [heads, 10]: see `plan`; with many adapters
+    tasks: Tensor | None  # int32 [heads, 9]: see `plan`; with many adapters
     firsts: Tensor | None  # int32 [n, 2]: the first task of each id and how many it has
 
 
@@ -248,7 +246,7 @@ def plan(
     in the kernel's arguments.
 
     A task is a piece of an adapter's ranks: its id, its entry in the table, its number among the id's pieces, its
-    number among the adapter's, its four Places, its slice, 0.
+    number among the adapter's, its four Places, its slice.
     """
     some = [rank for rank, wants in zip(ranks, wanted, strict=True) if rank is not None and any(wants)]
     pages = config.wgrad_pages(max(some, default=0), x_dtype, target(device))
@@ -274,7 +272,7 @@ def plan(
                 sizes[kind] += size if wants_it else 0
             places[entry] = Places(rank, width, *where)
             for group in range(max(-(-of_rank // pages), 1) if any(wants) else 0):
-                tasks.append((index, entry, len(tasks) - first, group, *where, number, 0))
+                tasks.append((index, entry, len(tasks) - first, group, *where, number))
         firsts.append((first, len(tasks) - first))
     return Plan(
         tuple(places),
@@ -283,7 +281,7 @@ def plan(
         max((pieces for _, pieces in firsts), default=0),
         max(widths),
         (sizes[0], sizes[1], sizes[2], sizes[3]),
-        torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 10) if many else None,
+        torch.tensor(tasks, dtype=torch.int32, device=device).reshape(-1, 9) if many else None,
         torch.tensor(firsts, dtype=torch.int32, device=device).reshape(-1, 2) if many else None,
     )
 
@@ -320,13 +318,10 @@ def wgrad(
         tile = (block.PAGES * PAGE.value + 1) * block.BLOCK_C
         slots = 2 * ranges * plan.pieces * blocks if ranges > 1 else 0
         partials = torch.empty(slots * tile, dtype=torch.float32, device=device)
-        source = adapters.source
-        one, many = (NOTHING, source) if isinstance(source, Many) else (source, None)
+        one, many = adapters.sources()
         place = (plan.places[0] if many is None else None) or Places(0, N, -1, -1, -1, -1)
-        threshold = dropout_threshold(dropout_p)
         needed = ranges * plan.pieces * blocks
-        on_device = torch.cuda.device(device) if x.is_cuda else contextlib.nullcontext()
-        with on_device, workspace.counters(device, needed) as counters:
+        with workspace.on(device), workspace.counters(device, needed) as counters:
             wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.pieces) * blocks,)](
                 dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
                 many and many.scaling, many and many.slices, plan.tasks, plan.firsts, seed if dropout_p else None,
@@ -334,7 +329,7 @@ def wgrad(
                 one.rank, one.activation, one.scaling, *place[2:],
                 M, N, K, *dy.stride(), *x.stride(), z.stride(0), u.shape[1] // PAGE.value,
                 plan.heads, plan.pieces, blocks_A, blocks, range_rows,
-                threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p),
+                *philox.arguments(dropout_p),
                 MANY=many is not None, PACKED=many.aligned_slices if many else 0, DROPOUT=dropout_p > 0.0,
                 QUADS=K % 4 == 0, **block._asdict(),
                 **config.options(target(device)),

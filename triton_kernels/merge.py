@@ -9,7 +9,6 @@ layer's own, rows contiguous. The kernels are in `merge_tile`; `docs/merge.md` d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from peftk.backends.merge_args import NotFiniteError
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 
-from . import config
+from . import config, workspace
 from .lora_linear import DTYPES, target
 from .merge_tile import FIELDS, checksum_kernel, merge_kernel, restore_kernel, unmerge_kernel
 
@@ -136,7 +135,7 @@ def _merge(
     layers: Layers, weight: Tensor, factors: Factors, merged: Tensor, row_sums: Tensor, status: Tensor, raw: Raw
 ) -> None:
     block, options = _block(weight)
-    with _on(weight):
+    with workspace.on(weight.device):
         merge_kernel[(layers.tiles,)](
             layers.table, layers.ends, layers.scaling, merged, row_sums, status[1:], status, *raw,
             len(layers.table), len(raw.keys),
@@ -146,7 +145,7 @@ def _merge(
 
 def _unmerge(layers: Layers, weight: Tensor, factors: Factors, merged: Tensor) -> None:
     block, options = _block(weight)
-    with _on(weight):
+    with workspace.on(weight.device):
         unmerge_kernel[(layers.tiles,)](
             layers.table, layers.ends, layers.scaling, merged, len(layers.table),
             DTYPE=DTYPES[weight.dtype], ADAPTER_DTYPE=DTYPES[factors.lora_A.dtype], **block._asdict(), **options,
@@ -156,7 +155,7 @@ def _unmerge(layers: Layers, weight: Tensor, factors: Factors, merged: Tensor) -
 def _restore(layers: Layers, raw: Raw) -> None:
     count = len(raw.keys)
     if count:
-        with _on(raw.values):
+        with workspace.on(raw.values.device):
             restore_kernel[(triton.cdiv(count, _RESTORED_AT_ONCE),)](
                 layers.table, *raw, len(layers.table), count,
                 DTYPE=DTYPES[raw.values.dtype], BLOCK=_RESTORED_AT_ONCE, num_warps=4,
@@ -165,7 +164,7 @@ def _restore(layers: Layers, raw: Raw) -> None:
 
 def _sum_rows(layers: Layers, weight: Tensor, row_sums: Tensor) -> None:
     block, options = _block(weight)
-    with _on(weight):
+    with workspace.on(weight.device):
         checksum_kernel[(layers.tiles,)](
             layers.table, row_sums, len(layers.table), DTYPE=DTYPES[weight.dtype], **block._asdict(), **options
         )
@@ -213,7 +212,3 @@ def _empty_raw(weight: Tensor, room: int) -> Raw:
 def _block(weight: Tensor) -> tuple[config.Merge, dict[str, int | bool]]:
     where = target(weight.device)
     return config.merge(where), config.exact_options(where)
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

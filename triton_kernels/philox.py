@@ -3,6 +3,14 @@
 import triton
 import triton.language as tl
 
+from peftk.reference import philox
+
+
+def arguments(dropout_p: float) -> tuple[int, float]:
+    """A kernel's threshold, whose 32 bits go as an int32, and keep_scale."""
+    threshold = philox.threshold(dropout_p)
+    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p)
+
 
 @triton.jit
 def keep(seed, row, k_start, K, threshold, QUADS: tl.constexpr, WIDTH: tl.constexpr):

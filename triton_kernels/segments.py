@@ -15,7 +15,6 @@ result never depends on it. `docs/segments.md` derives and counts it; `peftk.ref
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftk import table
+
+from . import workspace
 
 PAGE = tl.constexpr(table.PAGE)
 BLOCK = tl.constexpr(16)  # rows to an entry of `Segments.blocks`
@@ -58,7 +59,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     found = Segments(
         empty(M, dtype=torch.int64), empty(M), empty(adapters + 1), empty(S + 1), empty(S + 1), empty(-(-M // 16))
     )
-    with torch.cuda.device(ids.device) if ids.is_cuda else contextlib.nullcontext():
+    with workspace.on(ids.device):
         if M <= TILE:
             size = 64 if M <= 64 else 256 if M <= 256 else TILE
             segments_kernel[(1,)](ids, *found, M, adapters, ids.stride(0), SIZE=size, num_warps=_warps(size))

@@ -18,6 +18,11 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _slabs: dict[torch.device, Tensor] = {}
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where Triton launches on this device: it asks for the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def counters(device: torch.device, count: int) -> Iterator[Tensor]:
     """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.

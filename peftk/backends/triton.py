@@ -92,7 +92,7 @@ def describe(call: Call) -> str:
     device, many = torch.device(call.device), call.op.startswith("multi_")
     where, backward = tuned.target(device), call.op.endswith("_backward")
     form = config.Form(
-        call.M, call.K if backward else call.N, call.N if backward else call.K, many, False, backward,
+        call.M, call.K if backward else call.N, call.N if backward else call.K, many, call.slices > 1, backward,
         call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
         backward and call.dropout, -(-call.rank // PAGE),
     )  # fmt: skip
@@ -157,7 +157,8 @@ def lora_linear_backward(
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
     plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
-    [grads] = _wgrad(dy, x, z, u, adapters, None, plan, dropout_p, seed)
+    # of a bias alone there is no z, and none is read
+    [grads] = gradients.wgrad(dy, x, u if z is None else z, u, adapters, None, plan, dropout_p=dropout_p, seed=seed)
     del held
     return dx, grads or AdapterGrads(None, None, None, None)
 
@@ -181,23 +182,7 @@ def multi_lora_linear_backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
     plan = _plan(table, wanted, dy.shape[1], x)
-    return dx, _wgrad(dy, x, z, u, adapters, order, plan, dropout_p, seed)
-
-
-def _wgrad(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    u: Tensor,
-    adapters: kernels.Adapters,
-    order: Segments | None,
-    plan: gradients.Plan,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> list[AdapterGrads | None]:
-    if z is None:
-        z = u  # of no columns: nothing has a rank
-    return gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
+    return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
 
 
 def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tensor) -> gradients.Plan:

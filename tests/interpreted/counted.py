@@ -151,7 +151,7 @@ def test_backward(pattern: str) -> None:
         for forwards, name in (("y", "dx"), ("z", "u")):
             if forwards in launch.tensors:
                 launch.tensors[name] = launch.tensors.pop(forwards)
-    same(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter")))
+    same(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter", backward=True)))
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "long ranges"])

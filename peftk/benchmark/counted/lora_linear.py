@@ -18,8 +18,8 @@ H100 = 132  # its processors
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
 
 
-def plan(batch: Batch, target: int | str, *, wide: bool = True) -> config.Plan:
-    """The plan that the launcher takes for this batch."""
+def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool = False) -> config.Plan:
+    """The plan that the launcher takes for this batch; backward: for dX, of a batch that is swapped."""
     return config.lora_linear(
         config.Form(
             M=batch.M,
@@ -27,7 +27,7 @@ def plan(batch: Batch, target: int | str, *, wide: bool = True) -> config.Plan:
             K=batch.K,
             many=batch.many,
             packed=False,
-            backward=False,
+            backward=backward,
             wide=wide,
             x=batch.dtype,
             weight=batch.dtype,

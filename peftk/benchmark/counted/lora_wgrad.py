@@ -107,7 +107,7 @@ def _ends(batch: Batch, id: int) -> tuple[int, int]:
 
 
 def _task(tally: Tally, id: int, task: int, times: int) -> None:
-    tally.table("tasks", 4, range(task * 10, task * 10 + 8), times)
+    tally.table("tasks", 4, range(task * 9, task * 9 + 8), times)
     tally.table("rows", 4, [id * 4 + 1, id * 4 + 2], times)
     tally.table("scalings", 4, [id], times)
     tally.table("ends", 4, [id, id + 1], times)

@@ -149,7 +149,7 @@ def forward(batch: Batch, rank: str) -> Counted:
 
 def backward(batch: Batch, rank: str) -> Counted:
     """Gradients of x, of every A and of every B that rows use."""
-    ours = lora_linear.backward(batch, lora_linear.plan(batch.swapped(), TARGET))
+    ours = lora_linear.backward(batch, lora_linear.plan(batch.swapped(), TARGET, backward=True))
     ours += lora_wgrad.wgrad(batch, lora_wgrad.tiling(batch, TARGET))
     sides = {PEFTK: ours, **{name: model(batch) for name, model in peers.BACKWARD.items()}}
     return Counted("backward", batch, rank, compulsory(batch, "backward"), sides)
