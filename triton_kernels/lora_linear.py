@@ -30,7 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import config, philox, tuned, workspace
+from peftk.backends import workspace
+
+from . import config, philox, tuned
 from .expand import expand_tile
 from .segments import PAGE, Segments
 from .shrink import shrink_tile

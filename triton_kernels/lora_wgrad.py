@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftk.backends import workspace
 from peftk.reference import AdapterGrads, Wanted
 
-from . import config, philox, tuned, workspace
+from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
 from .lora_linear import Adapters
 from .philox import keep

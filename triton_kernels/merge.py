@@ -16,11 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
+from peftk.backends import workspace
 from peftk.backends.merge_args import NotFiniteError
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 
-from . import config, workspace
+from . import config
 from .lora_linear import DTYPES, target
 from .merge_tile import FIELDS, checksum_kernel, merge_kernel, restore_kernel, unmerge_kernel
 

@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftk import table
-
-from . import workspace
+from peftk.backends import workspace
 
 PAGE = tl.constexpr(table.PAGE)
 BLOCK = tl.constexpr(16)  # rows to an entry of `Segments.blocks`

@@ -1,8 +1,8 @@
 // peftk._cuda: device pointers, sizes and a stream in, launches out. The Python side makes the device current.
 #include <pybind11/pybind11.h>
 
+#include "bindings/cuda_status.h"
 #include "bindings/merge_args.h"
-#include "cuda/check.h"
 #include "cuda/merge.h"
 
 namespace py = pybind11;

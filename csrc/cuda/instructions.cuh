@@ -43,8 +43,8 @@ __device__ inline void copy_async_wait() {
 
 // ---- Tensor cores. g = lane / 4, t = lane % 4.
 
-// Four 8 x 8 matrices of 16-bit values; lanes 8i … 8i + 7 give the addresses of matrix i's rows (16 bytes each, multiples
-// of 16). to[i] holds row g, columns 2t and 2t + 1 of matrix i, the lower column in the lower half.
+// Four 8 x 8 matrices of 16-bit values; lanes 8i … 8i + 7 give the addresses of matrix i's rows (16 bytes each,
+// multiples of 16). to[i] holds row g, columns 2t and 2t + 1 of matrix i, the lower column in the lower half.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* shared_row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -52,8 +52,8 @@ __device__ inline void load_matrices(uint32_t (&to)[4], const void* shared_row) 
                  : "memory");
 }
 
-// sum [16, 8] += a [16, 16] · b [16, 8], products exact, sums in fp32. Two values of 16 bits in a word, the one with the
-// lower k in the lower half:
+// sum [16, 8] += a [16, 16] · b [16, 8], products exact, sums in fp32. Two values of 16 bits in a word, the one with
+// the lower k in the lower half:
 //     a[0] row g, k = 2t    a[1] row g + 8, k = 2t    a[2] row g, k = 2t + 8    a[3] row g + 8, k = 2t + 8
 //     b[0] k = 2t, column g    b[1] k = 2t + 8, column g
 //     sum[0], sum[1] row g, columns 2t and 2t + 1    sum[2], sum[3] row g + 8, the same

@@ -109,7 +109,7 @@ def repeats(work: Work) -> None:
 
 def leaves_counters(work: Work) -> None:
     """Every counter of a launch is zero after it."""
-    from peftk.triton_kernels import workspace
+    from peftk.backends import workspace
 
     work.run()
     for kept in (*workspace._of_stream.values(), *workspace._slabs.values()):

@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor
 
 from peftk import backends, functional, selftest
+from peftk.backends import workspace
 from peftk.cli import main
 from peftk.selftest import behaviour, parity, target
 from peftk.selftest.check import Check, WrongError
 from peftk.selftest.plans import planned
 from peftk.selftest.work import Form, Work, made
-from peftk.triton_kernels import workspace
 
 HERE = target("interpreter")
 WORKS = dict(behaviour.works(HERE))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from peftk.backends import triton as backend
-from peftk.triton_kernels import config, expand, lora_linear, tickets, workspace
+from peftk.backends import workspace
+from peftk.triton_kernels import config, expand, lora_linear, tickets
 from peftk.triton_kernels.segments import segments
 from tests.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.interpreted.lora_linear import F32, adapter, make, normal

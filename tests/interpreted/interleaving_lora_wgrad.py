@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from peftk.backends import triton as backend
-from peftk.triton_kernels import config, lora_wgrad, workspace
+from peftk.backends import workspace
+from peftk.triton_kernels import config, lora_wgrad
 from peftk.triton_kernels.segments import segments
 from tests.interleaving import Outcome, Schedule, outcome, schedules
 from tests.interpreted.lora_linear import F32, adapter, make

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from peftk import activations, reference, table
 from peftk.backends import triton as backend
+from peftk.backends import workspace
 from peftk.reference import AdapterGrads, Wanted
 from peftk.table import PAGE, Adapter
-from peftk.triton_kernels import config, workspace
+from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.segments import segments
 from tests import numerics
