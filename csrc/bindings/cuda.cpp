@@ -41,6 +41,11 @@ void define(py::module_& module, const char* name) {
 // Without a GIL too: nothing is kept between calls.
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() = "peftk's CUDA kernels: device pointers, sizes and a stream in, nothing else.";
+#ifdef PEFTK_CUDA_ON_HOST
+    module.attr("device") = "cpu";  // tests compile this module for the host
+#else
+    module.attr("device") = "cuda";
+#endif
     peftk::cuda::define<peftk::cuda::merge>(module, "merge");
     peftk::cuda::define<peftk::cuda::unmerge>(module, "unmerge");
 }

@@ -6,7 +6,8 @@ allocated on that stream, so the caching allocator gives their memory to nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +27,8 @@ __all__ = ["cannot_serve", "checksum", "describe", "merge", "merge_", "remerge_"
 def cannot_serve(call: Call) -> str | None:
     if call.op not in ("merge", "unmerge"):
         return f"has merge and unmerge, no CUDA C++ kernel for {call.op}"
-    if call.device != "cuda":
-        return f"runs on cuda tensors, not on {call.device}"
+    if call.device != _cuda.device:
+        return f"runs on {_cuda.device} tensors, not on {call.device}"
     for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
@@ -54,6 +55,16 @@ def unmerge(merged: Tensor, factors: Factors, code: Tensor) -> Tensor:
     return weight
 
 
+@contextlib.contextmanager
+def _stream(device: torch.device) -> Iterator[int]:
+    """torch's current stream of a device, which is the current device meanwhile."""
+    if device.type == "cpu":  # the module that tests compile for the host
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
 _in_place = OutOfPlace(merge, unmerge, checksum)
 merge_, unmerge_, remerge_ = _in_place.merge_, _in_place.unmerge_, _in_place.remerge_
 
@@ -63,8 +74,7 @@ def _launch(kernel: Callable[..., None], weight: Tensor, out: Tensor, factors: F
     A, B = factors.lora_A, factors.lora_B
     ends = torch.tensor(factors.ends, dtype=torch.int64, device=weight.device)
     scaling = torch.tensor(factors.scaling, dtype=torch.float32, device=weight.device)
-    stream = torch.cuda.current_stream(weight.device).cuda_stream
-    with torch.cuda.device(weight.device):
+    with _stream(weight.device) as stream:
         kernel(
             weight.data_ptr(),
             weight.stride(0),
