@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/cuda_merge.h"
+#include "bindings/cuda_segments.h"
 
 // Without a GIL too: nothing is kept between calls.
 PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
     module.attr("device") = "cuda";
 #endif
     peftk::cuda::define_merge(module);
+    peftk::cuda::define_segments(module);
 }
