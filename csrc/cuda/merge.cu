@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/instructions.cuh"
 #include "cuda/storage.cuh"
 
 namespace peftk::cuda {
@@ -30,6 +31,13 @@ struct Tile {
     static constexpr int kDown = kThreadsDown * kRows;
     // Four floats more than a row, which spreads the column-wise stores of B's chunk over the banks.
     static constexpr int kPitch = kDown + 4;
+};
+
+// A chunk of A and of B, widened.
+template <typename W>
+struct alignas(16) Shared {
+    float A[kChunk][Tile<W>::kAcross];
+    float B[kChunk][Tile<W>::kPitch];
 };
 
 // A column's place in the shared rows of A. Each thread reads its columns as float4s; with the first float4s of all
@@ -94,8 +102,7 @@ template <typename W, typename Adapter, bool kUnmerge>
 __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeArgs args, bool aligned) {
     using T = Tile<W>;
     using S = Storage<W>;
-    __shared__ __align__(16) float shared_A[kChunk][T::kAcross];
-    __shared__ __align__(16) float shared_B[kChunk][T::kPitch];
+    auto& [shared_A, shared_B] = shared_memory<Shared<W>>();
 
     const MergeFactors& factors = args.factors;
     const auto* A = static_cast<const Adapter*>(factors.lora_A);
@@ -224,6 +231,7 @@ cudaError_t launch(const MergeArgs& args, cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(unsigned(tiles_across), unsigned(std::min(tiles_down, kGridYLimit)));
     config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = sizeof(Shared<W>);
     config.stream = stream;
     return cudaLaunchKernelEx(&config, merge_kernel<W, Adapter, kUnmerge>, args, aligned);
 }
