@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 import peftk
+from peftk import backends
+from peftk.backends.segments import Segments
 from tests.segment_cases import expect, random_ids
 from tests.test_model import two_adapters
 
