@@ -12,13 +12,12 @@ namespace cuda_on_host {
 // One atomic step: the value before, and update(before) stored. One that leaves the memory as it was is no progress.
 template <class T, class Update>
 T modify(T* address, int order, Update update) {
-    yield();
+    before_atomic(address);
     T before = __atomic_load_n(address, __ATOMIC_RELAXED), after;
     do {
         after = update(before);
     } while (!__atomic_compare_exchange_n(address, &before, after, false, order, __ATOMIC_RELAXED));
-    if (after != before) progress();
-    yield();
+    after_atomic(address, after != before);
     return before;
 }
 
@@ -26,7 +25,7 @@ template <class T>
 T load(const T* address, int order) {
     yield();
     const T value = __atomic_load_n(address, order);
-    yield();
+    after_atomic(const_cast<T*>(address), false);
     return value;
 }
 

@@ -30,7 +30,11 @@ Statistics statistics;
 
 namespace {
 
-constexpr size_t kStack = 1 << 18;
+#if defined(CUDA_ON_HOST_TSAN)
+constexpr size_t kStack = 1 << 16;
+#else
+constexpr size_t kStack = 1 << 18;  // the address sanitizer surrounds every array
+#endif
 constexpr unsigned kWarp = 32;
 constexpr unsigned kResidentBlocks = 8, kResidentThreads = 2048;  // as an SM has, about
 constexpr uint64_t kPatience = 1 << 20;                           // switches without progress
@@ -52,7 +56,8 @@ struct Fiber {
     void* record;                // of the warp instruction that it waits for
     std::vector<Copy> copies;    // under way, oldest first
     std::vector<size_t> groups;  // sizes of the closed groups among them, oldest first
-    bool fenced;
+    bool fenced;                 // what it has written may be released by a relaxed atomic
+    std::vector<void*> atomics;  // that it has used since its last fence, which will acquire from them
 };
 
 // Lanes of a warp that wait for others of the same mask.
@@ -60,13 +65,14 @@ struct Meeting {
     unsigned mask = 0, arrived = 0;
     const char* instruction;
     Site site{"", 0};
+    void* tag = nullptr;
 };
 
 struct Warp {
     Block* block;
     Fiber* lanes;
     unsigned present, finished, runnable;
-    Meeting meetings[kWarp];  // by the lowest lane of the mask
+    Meeting meetings[kWarp];  // those without arrivals are free
     size_t place;
 };
 
@@ -75,6 +81,7 @@ template <class Member>
 struct Bag {
     std::vector<Member*> members;
     void add(Member& member) {
+        const Unwatched unwatched;
         member.place = members.size();
         members.push_back(&member);
     }
@@ -97,9 +104,9 @@ struct Block {
     std::vector<bool> in_flight;  // 16 bytes of shared memory each
     unsigned at_barrier, live;
     Site barrier{"", 0};
+    void* barrier_tag;
+    void* end_tag;
     bool resident = false;
-    // What the race detector takes for the barrier, and for the 32 meetings of each warp. A new block has new ones.
-    std::unique_ptr<uint64_t[]> tags;
 };
 
 struct Launch {
@@ -110,7 +117,7 @@ struct Launch {
     void (*kernel)(const void*);
     const void* arguments;
     uint64_t stay;  // of 2^16
-    char end;       // a tag: all threads have come to it when the launch returns
+    void* end_tag;
 };
 
 Launch launch;
@@ -251,7 +258,7 @@ void fiber_main() {
     fiber.warp->finished |= 1u << fiber.lane;
     must_wait(fiber);
     without_progress = 0;
-    release(&launch.end);
+    release(block.end_tag);
     if (--block.live == 0 || runnable.empty()) {
         if (block.live) go_on();  // reports what is stuck
         switch_from(fiber, host, true);
@@ -283,6 +290,8 @@ void start_fiber(Block& block, unsigned number) {
     fiber.lane = number % kWarp;
     fiber.index = {number % launch.threads.x, row % launch.threads.y, row / launch.threads.y};
     fiber.finished = fiber.fenced = false;
+    fiber.atomics.clear();
+    fiber.groups.clear();
     fiber.watched = {fiber.stack, kStack, nullptr, nullptr};
     char name[96];
     const uint3 b = block.index, t = fiber.index;
@@ -313,7 +322,7 @@ void start(Block& block, uint64_t number) {
         if (posix_memalign(&shared, 128, launch.shared_bytes)) fail("no memory for the shared memory of a block");
         block.shared = static_cast<char*>(memset(shared, 0xff, launch.shared_bytes));
     }
-    block.tags = std::make_unique<uint64_t[]>(1 + block.warps.size() * kWarp);
+    block.end_tag = new_tag();
     block.in_flight.assign(launch.shared_bytes / 16, false);
     block.at_barrier = 0;
     block.live = launch.count;
@@ -323,17 +332,27 @@ void start(Block& block, uint64_t number) {
     without_progress = 0;
 }
 
+// To give memory back is an access, too, and one that comes after all of the block's. The host thread must not acquire
+// from the block: what it starts next would count as ordered after it.
 void retire(Block& block) {
+    Watched janitor;
+    begin_thread(janitor, "the end of a block");
+    pretend(janitor);
+    acquire(block.end_tag);
+    release(launch.end_tag);
     for (unsigned number = 0; number < launch.count; ++number) {
         Fiber& fiber = block.fibers[number];
         end_thread(fiber.watched);
+        (void)fiber;
 #if defined(CUDA_ON_HOST_TSAN)
         delete[] fiber.stack;
         fiber.stack = nullptr;
 #endif
     }
     free(block.shared);
-    block.tags.reset();
+    free_tag(block.end_tag);
+    pretend(host.watched);
+    end_thread(janitor);
     block.resident = false;
 }
 
@@ -363,7 +382,7 @@ void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, vo
     (void)told;
     const unsigned count = threads.x * threads.y * threads.z;
     constexpr uint64_t kStay[] = {0, 1 << 15, (1 << 16) - (1 << 13), (1 << 16) - (1 << 10)};
-    launch = {text, grid, threads, count, shared_bytes, kernel, arguments, kStay[draw(4)], 0};
+    launch = {text, grid, threads, count, shared_bytes, kernel, arguments, kStay[draw(4)], new_tag()};
     gridDim = grid;
     blockDim = threads;
     ++statistics.launches;
@@ -394,7 +413,8 @@ void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, vo
             --live;
         }
     }
-    acquire(&launch.end);
+    acquire(launch.end_tag);
+    free_tag(launch.end_tag);
 }
 
 // ---- What threads call
@@ -410,31 +430,47 @@ void yield() {
     go_on();
 }
 
-void progress() { without_progress = 0; }
-
 void fence() {
     current->fenced = true;
+    for (void* address : current->atomics) acquire(address);
+    current->atomics.clear();
+    yield();
+}
+
+void before_atomic(void* address) {
+    yield();
+    if (current->fenced) release(address);
+}
+
+void after_atomic(void* address, bool changed) {
+    if (changed) without_progress = 0;
+    auto& atomics = current->atomics;
+    if (std::find(atomics.begin(), atomics.end(), address) == atomics.end()) {
+        const Unwatched unwatched;
+        atomics.push_back(address);
+    }
     yield();
 }
 
 void barrier(Site site) {
     Fiber& fiber = *current;
     Block& block = *fiber.block;
-    if (block.at_barrier == 0) block.barrier = site;
+    if (block.at_barrier == 0) block.barrier = site, block.barrier_tag = new_tag();
     if (block.barrier.line != site.line || strcmp(block.barrier.file, site.file))
         fail("__syncthreads: line %d, while other threads wait at that of line %d", site.line, block.barrier.line);
     if (block.live < launch.count) fail("__syncthreads: line %d, while other threads have returned", site.line);
     fiber.waits_for = "__syncthreads";
     fiber.site = site;
     must_wait(fiber);
-    release(&block.tags[0]);
+    release(block.barrier_tag);
     if (++block.at_barrier == launch.count) {
         block.at_barrier = 0;
         without_progress = 0;
         for (unsigned number = 0; number < launch.count; ++number) {
-            acquire_for(block.fibers[number].watched, &block.tags[0], fiber.watched);
+            acquire_for(block.fibers[number].watched, block.barrier_tag, fiber.watched);
             can_go_on(block.fibers[number]);
         }
+        free_tag(block.barrier_tag);
     }
     go_on();
 }
@@ -464,11 +500,15 @@ void meet(const char* instruction, Site site, unsigned mask, void* record, Perfo
     if (mask & ~warp.present || mask & warp.finished)
         fail("%s: line %d, mask %08x names lanes that do not exist or have returned, %08x", instruction, site.line,
              mask, mask & (~warp.present | warp.finished));
-    const unsigned lowest = unsigned(__builtin_ctz(mask));
-    Meeting& meeting = warp.meetings[lowest];
-    void* tag = &fiber.block->tags[1 + size_t(&warp - fiber.block->warps.data()) * kWarp + lowest];
-    if (meeting.arrived == 0) meeting = {mask, 0, instruction, site};
-    if (meeting.mask != mask || meeting.site.line != site.line || strcmp(meeting.site.file, site.file) ||
+    // That of the same mask, or a free one. More than 32 masks can't be waited for at once.
+    const auto open = [&](const Meeting& meeting) { return meeting.arrived && meeting.mask == mask; };
+    Meeting* found = std::find_if(warp.meetings, warp.meetings + kWarp, open);
+    if (found == warp.meetings + kWarp) {
+        found = std::find_if(warp.meetings, warp.meetings + kWarp, [](const Meeting& m) { return !m.arrived; });
+        *found = {mask, 0, instruction, site, new_tag()};
+    }
+    Meeting& meeting = *found;
+    if (meeting.site.line != site.line || strcmp(meeting.site.file, site.file) ||
         strcmp(meeting.instruction, instruction))
         fail("%s: line %d, mask %08x, while lanes %08x of the warp wait at %s of line %d, mask %08x", instruction,
              site.line, mask, meeting.arrived, meeting.instruction, meeting.site.line, meeting.mask);
@@ -477,7 +517,7 @@ void meet(const char* instruction, Site site, unsigned mask, void* record, Perfo
     fiber.record = record;
     must_wait(fiber);
     meeting.arrived |= 1u << fiber.lane;
-    if (!perform) release(tag);
+    if (!perform) release(meeting.tag);
     if (meeting.arrived == mask) {
         meeting.arrived = 0;
         without_progress = 0;
@@ -489,9 +529,10 @@ void meet(const char* instruction, Site site, unsigned mask, void* record, Perfo
         }
         for (unsigned lane = 0; lane < kWarp; ++lane) {
             if (!(mask >> lane & 1)) continue;
-            if (!perform) acquire_for(warp.lanes[lane].watched, tag, fiber.watched);
+            if (!perform) acquire_for(warp.lanes[lane].watched, meeting.tag, fiber.watched);
             can_go_on(warp.lanes[lane]);
         }
+        free_tag(meeting.tag);
     }
     go_on();
 }
@@ -508,12 +549,14 @@ Copy& issue_copy(Site site, void* to, const void* from, int bytes) {
     if (current->block->in_flight[place])
         fail("copy_async_16: line %d, another copy to the same place is under way", site.line);
     current->block->in_flight[place] = true;
+    const Unwatched unwatched;
     current->copies.push_back(copy);
     ++statistics.copies;
     return current->copies.back();
 }
 
 void commit_copies() {
+    const Unwatched unwatched;
     Fiber& fiber = *current;
     const size_t closed = std::accumulate(fiber.groups.begin(), fiber.groups.end(), size_t(0));
     fiber.groups.push_back(fiber.copies.size() - closed);

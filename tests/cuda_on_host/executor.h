@@ -47,10 +47,13 @@ void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, vo
 
 // ---- Called by threads of a kernel
 
-// Another thread may go on here. After very many of these without `progress` the launch counts as hanging.
+// Another thread may go on here. After very many of these without progress the launch counts as hanging: no barrier,
+// no warp instruction, no atomic that changed anything, no thread that returned.
 void yield();
-void progress();
+
 void fence();
+void before_atomic(void* address);
+void after_atomic(void* address, bool changed);
 
 void barrier(Site site);  // of the block
 
