@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import peftk
-from peftk import reference
+from peftk import backends
 from peftk.backends.segments import Segments
-from peftk.triton_kernels.segments import segments
+from tests.segment_cases import expect, random_ids
 from tests.test_model import two_adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def random_ids(M: int, adapters: int, seed: int) -> torch.Tensor:
-    return torch.randint(-2, adapters + 2, (M,), generator=torch.Generator().manual_seed(seed))
+Sort = Callable[[torch.Tensor, int], Segments]
 
 
-def check(found: Segments, ids: torch.Tensor, adapters: int) -> None:
-    for name, tensor, expected in zip(found._fields, found, reference.segments(ids, adapters), strict=True):
-        assert torch.equal(tensor.cpu(), expected), name
+@pytest.fixture(params=["triton", "cuda"])
+def sort(request: pytest.FixtureRequest) -> Sort:
+    try:
+        return backends.module(request.param).segments
+    except backends.BackendError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("adapters", [0, 1, 64, 5000])
 @pytest.mark.parametrize("M", [0, 1, 63, 64, 65, 256, 257, 1024, 1025, 2048, 4097, 20000, 131072])
-def test_equal_to_the_specification(M: int, adapters: int) -> None:
+def test_equal_to_the_specification(M: int, adapters: int, sort: Sort) -> None:
     for dtype in (torch.int32, torch.int64):
         ids = random_ids(M, adapters, M).to(dtype)
-        check(segments(ids.cuda(), adapters), ids, adapters)
+        expect(sort(ids.cuda(), adapters), ids, adapters)
 
 
 @pytest.mark.parametrize("M", [40, 3000])
-def test_a_graph_sorts_anew_in_every_replay(M: int) -> None:
+def test_a_graph_sorts_anew_in_every_replay(M: int, sort: Sort) -> None:
     ids = random_ids(M, 40, 0).cuda()
-    segments(ids, 40)  # compiles outside of the capture
+    sort(ids, 40)  # compiles outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = segments(ids, 40)
+        found = sort(ids, 40)
     for seed in range(1, 4):
         ids.copy_(random_ids(M, 40, seed))
         graph.replay()
-        check(found, ids.cpu(), 40)
+        expect(found, ids.cpu(), 40)
 
 
 def served(tmp_path: pathlib.Path) -> tuple[torch.nn.Module, peftk.MultiAdapter]:

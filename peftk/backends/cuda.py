@@ -43,6 +43,8 @@ __all__ = [
 
 
 def cannot_serve(call: Call) -> str | None:
+    if _cuda.device == "cuda" and torch.version.cuda is None:
+        return "this torch is not built for CUDA"
     if call.op not in ("lora_linear", "multi_lora_linear", "merge", "segments", "unmerge"):
         return f"no CUDA C++ kernel for {call.op}"
     if call.device != _cuda.device:

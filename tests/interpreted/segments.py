@@ -12,25 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import peftk
-from peftk import reference, route
+from peftk import route
 from peftk.backends.segments import MOST_ADAPTERS, Segments
 from peftk.triton_kernels import segments as kernels
-
-I32, I64 = torch.int32, torch.int64
-LEAST, MOST = torch.iinfo(I64).min, torch.iinfo(I64).max
+from tests.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
 
 
 def check(ids: Tensor, adapters: int) -> Segments:
-    found = kernels.segments(ids, adapters)
-    for name, tensor, expected in zip(found._fields, found, reference.segments(ids, adapters), strict=True):
-        assert tensor.dtype == expected.dtype, name
-        assert torch.equal(tensor, expected), f"{name}: expected {expected}, got {tensor}"
-    return found
-
-
-def random_ids(M: int, adapters: int, seed: int = 0, dtype: torch.dtype = I32) -> Tensor:
-    """Some of them outside, on both sides."""
-    return torch.randint(-2, adapters + 2, (M,), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return expect(kernels.segments(ids, adapters), ids, adapters)
 
 
 @pytest.fixture
@@ -38,18 +27,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of 64 rows: many of them in a moment. The kernels are the same."""
     monkeypatch.setattr(kernels, "TILE", 64)
     return 64
-
-
-PATTERNS = {
-    "base": lambda M, n: torch.full((M,), -1),
-    "first": lambda M, n: torch.zeros(M, dtype=I64),
-    "last": lambda M, n: torch.full((M,), n - 1),
-    "a row each": lambda M, n: torch.arange(M).flip(0) % n,
-    "sorted": lambda M, n: torch.arange(M) * (n + 1) // M - 1,
-    "runs": lambda M, n: torch.arange(M) // 23 * 7 % n,
-    "outside": lambda M, n: torch.tensor([n, -2, n + 1, 2**31 - 1, -(2**31)]).repeat(-(-M // 5))[:M],
-    "random": lambda M, n: random_ids(M, n, 1, I64),
-}
 
 
 @pytest.mark.parametrize("M", [1, 40])
@@ -114,8 +91,7 @@ def test_as_many_adapters_as_a_key_holds() -> None:
 
 @pytest.mark.parametrize("M", [12, 100])
 def test_int64_ids_do_not_wrap(M: int, small_tiles: int) -> None:
-    wild = torch.tensor([LEAST, MOST, 2**32, 2**32 + 1, -(2**32), 2**31, 2**63 - 2**32 + 1, 1, -1, 0])
-    found = check(wild.repeat(10)[:M], 3)
+    found = check(WILD.repeat(10)[:M], 3)
     assert int(found.ends[0]) == int((found.ids == -1).sum())
 
 
