@@ -36,7 +36,11 @@ FLAGS = [
 # What watches the kernels, and how the executor, which is compiled without it, learns of it.
 SANITIZERS = {
     "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "-DCUDA_ON_HOST_ASAN"),
-    "thread": (["-fsanitize=thread"], "-DCUDA_ON_HOST_TSAN"),
+    # g++ would expand these into stores that the race detector does not see
+    "thread": (
+        ["-fsanitize=thread", *(f"-fno-builtin-mem{name}" for name in ("set", "cpy", "move"))],
+        "-DCUDA_ON_HOST_TSAN",
+    ),
 }
 EXECUTOR_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 OPTIONS = {
@@ -52,7 +56,7 @@ def missing() -> str | None:
     """Why nothing can be compiled or run here, or None."""
     if shutil.which("g++") is None:
         return "needs g++"
-    absent = [name for name in ("libasan.so", "libubsan.so") if not Path(library(name)).is_file()]
+    absent = [name for name in ("libasan.so", "libubsan.so", "libtsan.so") if not Path(library(name)).is_file()]
     return f"needs {', '.join(absent)} of g++" if absent else None
 
 
@@ -167,7 +171,15 @@ def run(marker: str, *stems: str) -> None:
     assert " passed" in done.stdout
 
 
-REPORT = re.compile(r"ERROR: AddressSanitizer: [\w-]+|runtime error: [^\n]*|cuda_on_host: ERROR: [^\n]*")
+def executed(built: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program of `program`, run to its end, whichever that is."""
+    command = [str(built), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, timeout=600)
+
+
+REPORT = re.compile(
+    r"AddressSanitizer: [\w-]+|ThreadSanitizer: [\w -]+|runtime error: [^\n]*|cuda_on_host: ERROR: [^\n]*"
+)
 
 
 def replaced(path: str, *changes: tuple[str, str]) -> str:
