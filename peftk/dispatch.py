@@ -145,7 +145,8 @@ def multi_lora_linear(
     if name != "cpu" and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
     server = backends.module(name)
-    y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    with backends.forcing(backend):
+        y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
     return y.reshape(*x.shape[:-1], _out(x, weight)), z
 
 
@@ -165,18 +166,19 @@ def multi_lora_linear_backward(
     """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted."""
     rows = x.reshape(-1, x.shape[-1])
     server = backends.module(_choose("multi_lora_linear_backward", rows, weight, table, dropout_p, backend))
-    dx, grads = server.multi_lora_linear_backward(
-        dy.reshape(-1, dy.shape[-1]),
-        rows,
-        weight,
-        table,
-        ids,
-        z,
-        dropout_p=dropout_p,
-        seed=seed,
-        need_dx=need_dx,
-        wanted=wanted,
-    )
+    with backends.forcing(backend):
+        dx, grads = server.multi_lora_linear_backward(
+            dy.reshape(-1, dy.shape[-1]),
+            rows,
+            weight,
+            table,
+            ids,
+            z,
+            dropout_p=dropout_p,
+            seed=seed,
+            need_dx=need_dx,
+            wanted=wanted,
+        )
     return None if dx is None else dx.reshape(x.shape), grads
 
 

@@ -19,6 +19,7 @@ OPS = (
     "multi_adapter_block_backward",
     "merge",
     "unmerge",
+    "segments",
 )
 
 
@@ -45,7 +46,7 @@ def explain(
 
     Args:
         what: one of lora_linear, multi_lora_linear, adapter_block, multi_adapter_block, their _backward, merge,
-            unmerge; or a layer.
+            unmerge, segments (the sort of a batch's ids: of M and adapters alone); or a layer.
         M, K, N: tokens, in_features, out_features; rank: the largest; adapters: how many a batch mixes.
         dtype: of x; weight_dtype and adapter_dtype default to it.
         backend: what would be forced (else PEFTK_BACKEND is looked at, as in a call).

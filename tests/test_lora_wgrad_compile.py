@@ -14,11 +14,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+from peftk.backends.segments import Segments
 from peftk.reference import Wanted
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
-from peftk.triton_kernels.segments import Segments
 from tests.sampling import sampled
 from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES, fits
 from tests.triton_aot import Compiled, compiling

@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("triton")
 import peftk
 from peftk import reference
-from peftk.triton_kernels.segments import Segments, segments
+from peftk.backends.segments import Segments
+from peftk.triton_kernels.segments import segments
 from tests.test_model import two_adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+from peftk.backends.segments import Segments
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_linear as kernels
-from peftk.triton_kernels.segments import Segments
 from tests.sampling import sampled
 from tests.triton_aot import Compiled, compiling
 

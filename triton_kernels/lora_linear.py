@@ -31,10 +31,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.backends import workspace
+from peftk.backends.segments import Segments
 
 from . import config, philox, tuned
 from .expand import expand_tile
-from .segments import PAGE, Segments
+from .segments import PAGE
 from .shrink import shrink_tile
 from .tickets import READY, draw, leave, publish
 from .tuned import target

@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from peftk.backends import workspace
+from peftk.backends.segments import Segments
 from peftk.reference import AdapterGrads, Wanted
 
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
 from .lora_linear import Adapters
 from .philox import keep
-from .segments import PAGE, Segments, rows_at
+from .segments import PAGE, rows_at
 from .tuned import WgradShape, target
 
 # Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.

@@ -15,8 +15,6 @@ result never depends on it. `docs/segments.md` derives and counts it; `peftk.ref
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,22 +22,11 @@ from torch import Tensor
 
 from peftk import table
 from peftk.backends import workspace
+from peftk.backends.segments import Segments, empty
 
 PAGE = tl.constexpr(table.PAGE)
 BLOCK = tl.constexpr(16)  # rows to an entry of `Segments.blocks`
 TILE = 1024  # rows that one program sorts
-MOST_ADAPTERS = 2**20  # a key, group · TILE + row, fits in int32
-
-
-class Segments(NamedTuple):
-    """Depends on the ids only: one of these serves every layer of a model's forward."""
-
-    order: Tensor  # int64 [M]: the original row at each sorted place; rows of one adapter keep their order
-    ids: Tensor  # int32 [M]: the adapter at each sorted place, ascending; -1 = base layer only
-    ends: Tensor  # int32 [1 + adapters]: the place after the last row of -1, of adapter 0, of adapter 1, …
-    starts: Tensor  # int32 [S + 1], S = min(M, adapters + 1): where each non-empty segment starts, in order; then M
-    owners: Tensor  # int32 [S + 1]: the adapter of each of these segments (-1 possible only first); then -1
-    blocks: Tensor  # int32 [⌈M / 16⌉]: which of these segments holds place 16 · b
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
@@ -47,24 +34,17 @@ def segments(ids: Tensor, adapters: int) -> Segments:
 
     The launches depend on M and adapters only, so a CUDA graph can capture them.
     """
-    if adapters > MOST_ADAPTERS:
-        raise ValueError(f"adapters: expected at most {MOST_ADAPTERS}, got {adapters}")
     M = ids.shape[0]
-    S = min(M, adapters + 1)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=ids.device)
-
-    found = Segments(
-        empty(M, dtype=torch.int64), empty(M), empty(adapters + 1), empty(S + 1), empty(S + 1), empty(-(-M // 16))
-    )
+    found = empty(M, adapters, ids.device)
     with workspace.on(ids.device):
         if M <= TILE:
             size = 64 if M <= 64 else 256 if M <= 256 else TILE
             segments_kernel[(1,)](ids, *found, M, adapters, ids.stride(0), SIZE=size, num_warps=_warps(size))
         else:
             tiles = -(-M // TILE)
-            keys, running = empty(tiles * TILE), empty(tiles, adapters + 1)
+            keys, running = (
+                torch.empty(tiles * columns, dtype=torch.int32, device=ids.device) for columns in (TILE, adapters + 1)
+            )
             warps = _warps(TILE)
             sort_kernel[(tiles,)](ids, keys, running, M, adapters, ids.stride(0), SIZE=TILE, num_warps=warps)
             scan_kernel[(triton.cdiv(adapters + 1, 64),)](running, found.ends, tiles, adapters, ROWS=16, COLUMNS=64)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from peftk import table
+from peftk.backends.segments import Segments
 from peftk.reference import Wanted
 
 from . import config, lora_linear, lora_wgrad, tuned
-from .segments import PAGE, Segments, segments
+from .segments import PAGE, segments
 
 Run = Callable[[], Sequence[Tensor | None]]
 Timer = Callable[[Mapping[str, Run]], dict[str, float]]

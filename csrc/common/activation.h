@@ -3,11 +3,13 @@
 
 #include <math.h>
 
+#include "common/host_device.h"
+
 namespace peftk {
 
 enum Activation : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 
-static inline float activate(int code, float z) {
+static inline PEFTK_HOST_DEVICE float activate(int code, float z) {
     switch (code) {
         case kRelu: return z < 0.0f ? 0.0f : z;                          // NaN stays NaN
         case kGelu: return 0.5f * z * erfcf(z * -0.70710678118654752f);  // erfc: no cancellation in the left tail
@@ -21,7 +23,7 @@ static inline float activate(int code, float z) {
     }
 }
 
-static inline float activate_derivative(int code, float z) {
+static inline PEFTK_HOST_DEVICE float activate_derivative(int code, float z) {
     switch (code) {
         case kRelu: return z > 0.0f ? 1.0f : 0.0f;
         case kGelu: {

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/host_device.h"
+
 namespace peftk {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -18,7 +20,7 @@ struct f16 {
     uint16_t bits;
 };
 
-static inline int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+static inline PEFTK_HOST_DEVICE int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 static inline float bits_to_float(uint32_t bits) {
     float value;

@@ -4,12 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-
-#ifdef __CUDACC__
-#define PEFTK_HOST_DEVICE __host__ __device__
-#else
-#define PEFTK_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace peftk {
 

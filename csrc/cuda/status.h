@@ -6,7 +6,7 @@
 namespace peftk::cuda {
 
 // Codes of what no kernel is built for. A launcher that answers one of them has launched nothing.
-enum class Unsupported : int { kNothing = 0, kDtype, kM, kK, kAlignment, kAdapters, kSize };
+enum class Unsupported : int { kNothing = 0, kDtype, kM, kK, kAlignment, kAdapters, kRows, kSize };
 
 inline const char* describe(Unsupported code) {
     switch (code) {
@@ -16,6 +16,7 @@ inline const char* describe(Unsupported code) {
         case Unsupported::kK: return "K: expected a multiple of 8";
         case Unsupported::kAlignment: return "x, weight: expected rows that start at multiples of 16 bytes";
         case Unsupported::kAdapters: return "adapters: expected at most 2^20";
+        case Unsupported::kRows: return "ids: expected fewer than 2^31 - 1024 rows";
         case Unsupported::kSize: return "size: expected a grid of at most 2^31 - 1 blocks";
     }
     return "unknown code";

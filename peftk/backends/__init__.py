@@ -10,9 +10,12 @@ kernel that would run. `choose` is a pure function of the call, of what `peftk t
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -27,6 +30,8 @@ _PREFERENCE = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
+# On any device: only kernels of these two walk sorted rows.
+_PREFERENCE_FOR_SEGMENTS = ("cuda", "triton", "reference")
 
 
 # Calls of up to so many multiply-adds (M·N·K) on a CPU are about overhead: no measurement is asked, `cpu` serves them.
@@ -79,9 +84,35 @@ def module(name: str) -> ModuleType:
 
 
 def choose(call: Call, forced: str | None = None) -> Choice:
-    """The backend that serves `call`. `forced` (else PEFTK_BACKEND) names one; it serves or BackendError is raised."""
+    """The backend that serves `call`. `forced` (else PEFTK_BACKEND) names one; it serves or BackendError is raised.
+
+    Within `forcing` that is what `forced` is where it is not given.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return _choose(call, forced or os.environ.get("PEFTK_BACKEND") or None, deterministic)
+    return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
+
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftk_forced", default=None)
+_UNFORCED = contextlib.nullcontext()
+
+
+def forcing(name: str | None) -> contextlib.AbstractContextManager[None]:
+    """While a forced backend serves a call, what it chooses in turn is forced too: it uses no other one."""
+    return _UNFORCED if name is None else _forcing(name)
+
+
+@contextlib.contextmanager
+def _forcing(name: str) -> Iterator[None]:
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The name that `forcing` was given, or None outside of it."""
+    return _forced.get()
 
 
 @functools.cache
@@ -118,6 +149,8 @@ def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
 
 def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends to ask, in order, and reasons for some of them."""
+    if call.op == "segments":
+        return _PREFERENCE_FOR_SEGMENTS, {}
     if call.device != "cpu" or not call.op.removeprefix("multi_").startswith("lora_linear"):
         return _PREFERENCE.get(call.device, ("triton", "reference")), {}
     if deterministic:

@@ -32,6 +32,8 @@ _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 def cannot_serve(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
+    if call.op == "segments":
+        return "sorts no rows: its kernels take them as they come"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from peftk import reference
 from peftk.backends.merge_args import OutOfPlace
+from peftk.backends.segments import Segments
 from peftk.reference import (
     checksum,
     lora_linear,
@@ -29,6 +33,7 @@ __all__ = [
     "multi_lora_linear",
     "multi_lora_linear_backward",
     "remerge_",
+    "segments",
     "unmerge",
     "unmerge_",
 ]
@@ -43,3 +48,7 @@ def cannot_serve(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     return "plain torch: the specification, not built for speed"
+
+
+def segments(ids: Tensor, adapters: int) -> Segments:
+    return Segments(*reference.segments(ids, adapters))

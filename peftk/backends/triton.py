@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk import route
 from peftk.activations import CODES
+from peftk.backends import segments as sorted_rows
 from peftk.backends.merge_args import in_rows, rows
 from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
@@ -21,7 +21,7 @@ from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
 from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
-from peftk.triton_kernels.segments import Segments, segments
+from peftk.triton_kernels.segments import TILE, segments
 
 if TYPE_CHECKING:
     from peftk.backends import Call
@@ -38,6 +38,7 @@ __all__ = [
     "multi_lora_linear",
     "multi_lora_linear_backward",
     "remerge_",
+    "segments",
     "unmerge_",
     "unmerge_layers_",
 ]
@@ -47,6 +48,7 @@ _SERVED = (
     *(f"{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
     *(f"multi_{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
     *_MERGES,
+    "segments",
 )
 INTERPRETED = bool(_INTERPRETED.value)
 _DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -57,7 +59,7 @@ def cannot_serve(call: Call) -> str | None:
         return f"no Triton kernel for {call.op}"
     if call.device != _DEVICE:
         return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
-    dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None}
+    dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op != "segments" else set()
     for dtype in dtypes:
         if dtype not in kernels.DTYPES:
             return f"expected float32, bfloat16 or float16, got {dtype}"
@@ -81,6 +83,8 @@ def cannot_serve(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
+    if call.op == "segments":
+        return "1 launch: segments_kernel" if call.M <= TILE else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
     if call.op == "merge":
         return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
     if call.op == "unmerge":
@@ -135,7 +139,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
-    adapters, order = _adapters(table), _segments(ids, table.count)
+    adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
     return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
@@ -177,7 +181,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
-    adapters, order = _adapters(table), _segments(ids, table.count)
+    adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
     dx, u = kernels.backward(
         dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
     )
@@ -249,11 +253,6 @@ def checksums(weights: Sequence[Tensor]) -> list[int]:
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _segments(ids: Tensor, adapters: int) -> Segments:
-    """Sorted once for all layers of a route and their backward; ids that a user passes, in every call."""
-    return route.once(ids, adapters, lambda: segments(ids, adapters))
 
 
 def _adapters(table: AdapterTable) -> kernels.Adapters:

@@ -1,16 +1,16 @@
-// The notions of CUDA that peftk's kernels use, as plain C++: a .cu file includes this in place of CUDA's own
-// <cuda_runtime.h>, compiles with any g++ and runs on the host, under its sanitizers.
+// CUDA for the host: a .cu file that finds this directory before csrc on its include path compiles with any g++ and
+// runs under its sanitizers. Every CUDA thread is a fiber; docs/cuda_on_host.md says what is modelled and what is not.
 //
-// A thread of a block is a fiber. Fibers run one at a time, each until its next barrier, in an order that is drawn anew
-// for every barrier; blocks run one after another, in an order that is drawn too. So a missing __syncthreads() shows:
-// a thread gets far ahead of others, reads what they haven't written yet and overwrites what they have yet to read.
-// What has not been written is poison: shared memory is filled with NaNs before each block.
-//
-// Stricter than the hardware: all threads must reach the same barrier, by line, and none may return before it.
+//   1. Kernels take their shared memory from peftk::cuda::shared_memory<Layout>(); there is no static __shared__.
+//   2. From Python: tests/on_host/<stem>.py, where peftk._cuda is the module for the host, run by
+//      tests/host_cuda.py's `run`; `caught` compiles a mutant of a .cu file, runs the same and says how it showed.
+//   3. From C++: link executor.cpp, warp.cpp and tensor_cores.cpp, all three compiled without sanitizers, with
+//      -DCUDA_ON_HOST_ASAN or -DCUDA_ON_HOST_TSAN for what watches the kernels; compile these with that sanitizer.
+//   4. cuda_on_host_seed(n) draws another schedule; cuda_on_host::statistics counts launches and bank conflicts.
+//   5. What CUDA has and these headers lack is added here when a kernel needs it, as CUDA's manuals describe it.
 #pragma once
 
-#include <link.h>
-#include <ucontext.h>
+#define PEFTK_CUDA_ON_HOST 1
 
 #include <algorithm>
 #include <cmath>
@@ -18,56 +18,29 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <numeric>
-#include <random>
+#include <tuple>
+#include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "atomics.h"
+#include "executor.h"
+#include "types.h"
+#include "warp.h"
 
 // ---- The language
-// ----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-// Of a program's thread-local variables there are no others, so the executor can poison the shared ones without knowing
-// their names: they are the program's thread-local storage. (A section of their own would do too, but g++ 12 ignores
-// the attribute in templates.)
-#define __shared__ static thread_local
-#define __syncthreads() cuda_on_host::barrier(__LINE__)
-
-struct uint3 {
-    unsigned x, y, z;
-};
-struct dim3 {
-    unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
-// Aligned as on the device, so that the undefined-behaviour sanitizer sees a misaligned 128-bit access.
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-
-inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
 
 using std::max;
 using std::min;
 
 // ---- Intrinsics
-// ------------------------------------------------------------------------------------------------------
 
 // Compile with -ffp-contract=off: each of these is one rounding.
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
@@ -75,18 +48,20 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 
-inline unsigned __float_as_uint(float value) {
-    unsigned bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+inline unsigned __float_as_uint(float value) { return cuda_on_host::from_bits<unsigned>(cuda_on_host::to_bits(value)); }
+inline float __uint_as_float(unsigned bits) { return cuda_on_host::from_bits<float>(cuda_on_host::to_bits(bits)); }
+inline int __float_as_int(float value) { return int(__float_as_uint(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(unsigned(bits)); }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 
 // Loads and stores with a cache hint.
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
 template <class T>
 T __ldcs(const T* from) {
     return *from;
@@ -96,148 +71,17 @@ void __stcs(T* to, T value) {
     *to = value;
 }
 
-// ---- The executor
-// ----------------------------------------------------------------------------------------------------
+// ---- The runtime: one device, number 0. Kernels have run when their launch returns.
 
-namespace cuda_on_host {
-
-inline std::mt19937 order(1);  // of blocks and threads; a test seeds it
-
-[[noreturn]] inline void fail(const char* what) {
-    fprintf(stderr, "cuda_on_host: %s\n", what);
-    abort();
-}
-
-struct Fiber {
-    static constexpr size_t kStack = 1 << 18;
-    ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
-    void* fake_stack = nullptr;  // the address sanitizer's, while the fiber does not run
-    uint3 index;
-    int line = 0;  // of the barrier that it waits at
-    bool finished = false;
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevice = 101,
 };
-
-struct Block {
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    Fiber* running = nullptr;
-    ucontext_t scheduler;
-    const void* scheduler_stack = nullptr;
-    size_t scheduler_stack_size = 0;
-    std::function<void()> kernel;
-};
-inline Block block;
-
-// The address sanitizer wants to know of every change of stacks: `leave` before one, `arrive` after it.
-inline void leave(void** fake_stack, const void* to, size_t size) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(fake_stack, to, size);
-#else
-    (void)fake_stack, (void)to, (void)size;
-#endif
-}
-inline void arrive(void* fake_stack, const void** from, size_t* size) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, from, size);
-#else
-    (void)fake_stack, (void)from, (void)size;
-#endif
-}
-
-inline void fiber_main() {
-    arrive(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
-    block.kernel();
-    block.running->finished = true;
-    leave(nullptr, block.scheduler_stack, block.scheduler_stack_size);
-    setcontext(&block.scheduler);
-}
-
-// Back to the scheduler until it resumes this fiber.
-inline void yield() {
-    Fiber& fiber = *block.running;
-    leave(&fiber.fake_stack, block.scheduler_stack, block.scheduler_stack_size);
-    swapcontext(&fiber.context, &block.scheduler);
-    arrive(fiber.fake_stack, &block.scheduler_stack, &block.scheduler_stack_size);
-}
-
-inline void resume(Fiber& fiber) {
-    block.running = &fiber;
-    threadIdx = fiber.index;
-    void* fake_stack = nullptr;
-    leave(&fake_stack, fiber.stack.get(), Fiber::kStack);
-    swapcontext(&block.scheduler, &fiber.context);
-    arrive(fake_stack, nullptr, nullptr);
-}
-
-inline void barrier(int line) {
-    block.running->line = line;
-    yield();
-}
-
-// Fills this thread's copy of the program's thread-local storage; the libraries that come after it keep theirs.
-inline void poison_shared_memory() {
-    const auto fill = [](dl_phdr_info* program, size_t, void*) {
-        for (int i = 0; i < program->dlpi_phnum; ++i) {
-            const auto& segment = program->dlpi_phdr[i];
-            if (segment.p_type == PT_TLS && program->dlpi_tls_data)
-                memset(program->dlpi_tls_data, 0xff, segment.p_memsz);
-        }
-        return 1;  // the program is the first of the list
-    };
-    dl_iterate_phdr(fill, nullptr);
-}
-
-inline void run_block() {
-    poison_shared_memory();
-    unsigned number = 0;
-    for (auto& fiber : block.fibers) {
-        const unsigned row = number / blockDim.x;
-        fiber->index = {number % blockDim.x, row % blockDim.y, row / blockDim.y};
-        fiber->finished = false;
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack.get();
-        fiber->context.uc_stack.ss_size = Fiber::kStack;
-        fiber->context.uc_link = nullptr;
-        makecontext(&fiber->context, fiber_main, 0);
-        ++number;
-    }
-    std::vector<Fiber*> turn;
-    for (auto& fiber : block.fibers) turn.push_back(fiber.get());
-    while (true) {
-        std::shuffle(turn.begin(), turn.end(), order);
-        for (Fiber* fiber : turn) resume(*fiber);
-        const Fiber& first = *turn[0];
-        for (const Fiber* fiber : turn) {
-            if (fiber->finished != first.finished) fail("a thread returned while others wait at a barrier");
-            if (!fiber->finished && fiber->line != first.line) fail("threads wait at different barriers");
-        }
-        if (first.finished) return;
-    }
-}
-
-inline void run_grid(dim3 grid, dim3 threads, std::function<void()> kernel) {
-    gridDim = grid;
-    blockDim = threads;
-    block.kernel = std::move(kernel);
-    while (block.fibers.size() > threads.x * threads.y * threads.z) block.fibers.pop_back();
-    while (block.fibers.size() < threads.x * threads.y * threads.z) block.fibers.emplace_back(new Fiber);
-    std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::shuffle(blocks.begin(), blocks.end(), order);
-    for (const uint64_t number : blocks) {
-        const uint64_t row = number / grid.x;
-        blockIdx = {unsigned(number % grid.x), unsigned(row % grid.y), unsigned(row / grid.y)};
-        run_block();
-    }
-}
-
-}  // namespace cuda_on_host
-
-// ---- The runtime
-// -----------------------------------------------------------------------------------------------------
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 typedef struct CUstream_st* cudaStream_t;
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -245,15 +89,83 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream = nullptr;
 };
 
-// Runs the whole grid before it returns.
+namespace cuda_on_host {
+
+constexpr size_t kSharedBytes = 48 << 10;       // of a block, unless the kernel's attribute says more
+constexpr size_t kSharedBytesMost = 227 << 10;  // of sm_90 and sm_100; 99 KiB of sm_86 and sm_120, 163 of sm_80
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t answer(cudaError_t error) {
+    if (error != cudaSuccess) last_error = error;
+    return error;
+}
+
+// A kernel's dynamic shared memory as its attribute allows it.
+template <class Kernel>
+size_t& allowed_shared_bytes(Kernel* kernel) {
+    static std::vector<std::pair<Kernel*, size_t>> kernels;
+    for (auto& [known, bytes] : kernels)
+        if (known == kernel) return bytes;
+    return kernels.emplace_back(kernel, kSharedBytes).second;
+}
+
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
+cudaError_t launch(const char* text, const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                   Arguments&&... arguments) {
     const dim3 grid = config->gridDim, threads = config->blockDim;
     const bool grid_fits =
         grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
     const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
-    if (!grid_fits || count < 1 || count > 1024) return cudaErrorInvalidConfiguration;
-    cuda_on_host::run_grid(grid, threads, [&] { kernel(arguments...); });
+    if (!grid_fits || count < 1 || count > 1024) return answer(cudaErrorInvalidConfiguration);
+    if (config->dynamicSmemBytes > allowed_shared_bytes(kernel)) return answer(cudaErrorInvalidValue);
+    struct Call {
+        void (*kernel)(Parameters...);
+        std::tuple<Parameters...> arguments;
+    } const call{kernel, {arguments...}};
+    const auto run = [](const void* call) {
+        std::apply(static_cast<const Call*>(call)->kernel, static_cast<const Call*>(call)->arguments);
+    };
+    run_grid(text, grid, threads, config->dynamicSmemBytes, run, &call);
     return cudaSuccess;
+}
+
+}  // namespace cuda_on_host
+
+// The kernel and its arguments as they are written name the launch in reports.
+#define cudaLaunchKernelEx(config, ...) cuda_on_host::launch(#__VA_ARGS__, config, __VA_ARGS__)
+
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+    if (value < 0 || size_t(value) > cuda_on_host::kSharedBytesMost) return cuda_on_host::answer(cudaErrorInvalidValue);
+    cuda_on_host::allowed_shared_bytes(kernel) = std::max(size_t(value), cuda_on_host::kSharedBytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : cuda_on_host::answer(cudaErrorInvalidDevice);
+}
+
+inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "cudaSuccess";
+        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    }
+    return "an error code that the host's runtime does not have";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess: return "no error";
+        case cudaErrorInvalidValue: return "invalid argument";
+        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+        case cudaErrorInvalidDevice: return "invalid device ordinal";
+    }
+    return "unknown error";
 }

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import peftk
 from peftk import reference, route
+from peftk.backends.segments import MOST_ADAPTERS, Segments
 from peftk.triton_kernels import segments as kernels
 
 I32, I64 = torch.int32, torch.int64
 LEAST, MOST = torch.iinfo(I64).min, torch.iinfo(I64).max
 
 
-def check(ids: Tensor, adapters: int) -> kernels.Segments:
+def check(ids: Tensor, adapters: int) -> Segments:
     found = kernels.segments(ids, adapters)
     for name, tensor, expected in zip(found._fields, found, reference.segments(ids, adapters), strict=True):
         assert tensor.dtype == expected.dtype, name
@@ -107,8 +108,8 @@ def test_many_adapters_and_tiles() -> None:
 
 def test_as_many_adapters_as_a_key_holds() -> None:
     with pytest.raises(ValueError, match=r"adapters: expected at most 1048576, got 1048577"):
-        kernels.segments(random_ids(3, 5), kernels.MOST_ADAPTERS + 1)
-    assert (kernels.MOST_ADAPTERS + 1) * 1024 + 1023 < 2**31
+        kernels.segments(random_ids(3, 5), MOST_ADAPTERS + 1)
+    assert (MOST_ADAPTERS + 1) * 1024 + 1023 < 2**31
 
 
 @pytest.mark.parametrize("M", [12, 100])

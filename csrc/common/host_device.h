@@ -1,0 +1,8 @@
+// A function of the host and of the device.
+#pragma once
+
+#ifdef __CUDACC__
+#define PEFTK_HOST_DEVICE __host__ __device__
+#else
+#define PEFTK_HOST_DEVICE
+#endif

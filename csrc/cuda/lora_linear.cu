@@ -1,0 +1,122 @@
+// One linear layer with its adapters in one launch, for up to 64 rows: a decode step (docs/lora_linear_cuda.md).
+//
+// Blocks draw tickets (cuda/tickets.cuh): the first are shrink tiles, which make z (cuda/shrink.cuh), all later ones
+// expand tiles (cuda/expand.cuh), which stream W through the tensor cores and wait for z only then.
+
+#include "cuda/lora_linear.h"
+
+#include <algorithm>
+
+#include "cuda/expand.cuh"
+#include "cuda/shrink.cuh"
+
+namespace peftk::cuda {
+namespace {
+
+static_assert(shrink::kThreads == expand::kThreads, "one block does the one or the other");
+
+template <int kTiles>
+struct Shared {
+    Rows<8 * kTiles> rows;
+    int to_all;
+    union {
+        shrink::Shared shrink;
+        expand::Shared<kTiles> expand;
+    };
+};
+
+template <typename T, typename A, int kTiles>
+__global__ void __launch_bounds__(expand::kThreads, 3) lora_linear_kernel(LoraLinearArgs args, LoraLinearPlan plan) {
+    auto& shared = shared_memory<Shared<kTiles>>();
+    const int ticket = tickets::draw(args.counters, shared.to_all);
+    if (ticket < plan.shrink_tiles) {
+        sort_rows(args, shared.rows);
+        shrink::tile<T, A>(args, plan, ticket, shared.rows, shared.shrink, shared.to_all);
+    } else {
+        expand::tile<T, A>(args, plan, ticket - plan.shrink_tiles, shared.rows, shared.expand, shared.to_all);
+    }
+    tickets::leave(args.counters);
+}
+
+// The products of the tensor cores are 8 rows wide: 1, 2, 4 or 8 of them.
+int tiles_of(int M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T, typename A, int kTiles>
+Status launch(const LoraLinearArgs& args, const LoraLinearPlan& plan, cudaStream_t stream) {
+    const auto kernel = lora_linear_kernel<T, A, kTiles>;
+    constexpr size_t kBytes = sizeof(Shared<kTiles>);
+    if (kBytes > 48 * 1024) {
+        const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(kBytes));
+        if (status != cudaSuccess) return status;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(plan.shrink_tiles + plan.expand_tiles));
+    config.blockDim = dim3(expand::kThreads);
+    config.dynamicSmemBytes = kBytes;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args, plan);
+}
+
+template <typename T, typename A>
+Status for_rows(const LoraLinearArgs& args, const LoraLinearPlan& plan, cudaStream_t stream) {
+    switch (tiles_of(args.M)) {
+        case 1: return launch<T, A, 1>(args, plan, stream);
+        case 2: return launch<T, A, 2>(args, plan, stream);
+        case 4: return launch<T, A, 4>(args, plan, stream);
+        default: return launch<T, A, 8>(args, plan, stream);
+    }
+}
+
+template <typename T>
+Status for_adapters(const LoraLinearArgs& args, const LoraLinearPlan& plan, cudaStream_t stream) {
+    if (args.adapters.dtype == args.dtype) return for_rows<T, T>(args, plan, stream);
+    if (args.adapters.dtype == Dtype::kFloat32) return for_rows<T, float>(args, plan, stream);
+    return Unsupported::kDtype;
+}
+
+}  // namespace
+
+LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors) {
+    LoraLinearPlan plan = {};
+    const int rows = 8 * tiles_of(M);
+    // Shrink: a tile for every processor, of one step or more. Who sums the splits reads 32 parts at most.
+    const int z_tiles = int(divide_up(M, shrink::kRows)) * z_pages;
+    const int shrink_steps = int(divide_up(K, shrink::kStep));
+    plan.shrink_splits = std::clamp(processors / std::max(z_tiles, 1), 1, std::min(shrink_steps, 32));
+    plan.shrink_splits = int(divide_up(shrink_steps, divide_up(shrink_steps, plan.shrink_splits)));
+    plan.shrink_tiles = z_tiles * plan.shrink_splits;
+    // Expand: two blocks for every processor, of four steps or more, as long as the parts are a sixteenth of W's bytes.
+    const int y_tiles = int(divide_up(N, expand::kColumns)), steps = int(divide_up(K, expand::kStep));
+    const int most = std::clamp(std::min(K / (32 * rows), steps / 4), 1, 8);
+    plan.expand_splits = std::clamp(2 * processors / y_tiles, 1, most);
+    plan.expand_splits = int(divide_up(steps, divide_up(steps, plan.expand_splits)));  // none of them empty
+    plan.expand_tiles = y_tiles * plan.expand_splits;
+
+    plan.expand_parts = plan.shrink_splits > 1 ? int64_t(plan.shrink_tiles) * shrink::kThreads : 0;
+    plan.partials = plan.expand_parts;
+    if (plan.expand_splits > 1) plan.partials += int64_t(plan.expand_tiles) * rows * expand::kColumns;
+    plan.counters = tickets::kArrivals + z_tiles + y_tiles;
+    return plan;
+}
+
+Status lora_linear(const LoraLinearArgs& args, const LoraLinearPlan& plan, int device, cudaStream_t stream) {
+    const auto starts_on_16 = [](const void* rows, int64_t stride) {
+        return (reinterpret_cast<uintptr_t>(rows) | uintptr_t(stride) * 2) % 16 == 0;
+    };
+    if (args.M < 1 || args.M > kMostRows) return Unsupported::kM;
+    if (args.K < 8 || args.K % 8) return Unsupported::kK;
+    if (!starts_on_16(args.x, args.x_stride) || !starts_on_16(args.weight, args.weight_stride))
+        return Unsupported::kAlignment;
+    if (args.N == 0) return cudaSuccess;
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return guard.status();
+    switch (args.dtype) {
+        case Dtype::kBFloat16: return for_adapters<__nv_bfloat16>(args, plan, stream);
+        case Dtype::kFloat16: return for_adapters<__half>(args, plan, stream);
+        default: return Unsupported::kDtype;
+    }
+}
+
+}  // namespace peftk::cuda

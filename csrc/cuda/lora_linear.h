@@ -1,0 +1,72 @@
+// The fused linear layer of a decode step on a CUDA device: few rows, any mixture of adapters, one launch.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cuda/status.h"
+
+namespace peftk::cuda {
+
+// One adapter without a table. Addresses are 0 where there is no tensor; strides are in elements.
+struct OneAdapter {
+    int64_t A, stride_A;              // [rank, K], contiguous along K
+    int64_t B, stride_Bn, stride_Br;  // [N, rank]
+    int64_t bias_A, bias_B;           // [rank], [N]
+    int32_t rank, activation;
+    float scaling;
+};
+
+// The tensors of peftk.table.AdapterTable, in device memory; with `rows` null, `one`.
+struct Adapters {
+    const int64_t* pages;
+    const int32_t* rows;
+    const float* scaling;
+    const int64_t* biases;
+    const int32_t* slices;  // [slice_count + 1, 2]: first column, first page of z; null: one slice
+    int32_t slice_count;
+    int32_t count;    // how many adapters an id may name; 0: the base layer alone
+    int32_t z_pages;  // pages of a row of z, over all slices
+    Dtype dtype;
+    OneAdapter one;
+};
+
+// y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i with z[m] = x[m] A_iᵀ + a_i and i = ids[m]; any id that is not
+// one of 0 … count - 1 means the base layer only. Strides are in elements.
+struct LoraLinearArgs {
+    const void* x;  // [M, K], rows at multiples of 16 bytes
+    int64_t x_stride;
+    const void* weight;  // [N, K], rows at multiples of 16 bytes
+    int64_t weight_stride;
+    const void* bias;  // [N] or null
+    void* y;           // [M, N], dense
+    float* z;  // [M, 16 · z_pages]: where a row's adapter has no such rank, 0 if z_dense, else nothing is written
+    const int32_t* ids;  // [M]; null: every row is adapter 0's
+    Adapters adapters;
+    int32_t M, N, K;
+    Dtype dtype;  // of x, weight and y: bf16 or fp16
+    Dtype bias_dtype;
+    bool z_dense;
+    float* partials;    // LoraLinearPlan says how many
+    int32_t* counters;  // zero, and zero again after the launch
+};
+
+// How a call is cut into blocks, and what memory that takes.
+struct LoraLinearPlan {
+    int32_t shrink_splits, expand_splits;  // ranges of K
+    int32_t shrink_tiles, expand_tiles;    // all of them, splits included
+    int64_t partials;                      // floats
+    int64_t expand_parts;                  // where those of the expand tiles begin
+    int64_t counters;
+};
+
+constexpr int kMostRows = 64;
+
+// Depends on nothing else, so a call's plan may be kept. `processors` of the device.
+LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors);
+
+// Enqueues one launch on `stream`; nothing waits for the device. Unsupported: M outside of 1 … 64, K not a multiple of
+// 8, rows that do not start at multiples of 16 bytes, x in fp32, adapters in the other 16-bit type.
+Status lora_linear(const LoraLinearArgs& args, const LoraLinearPlan& plan, int device, cudaStream_t stream);
+
+}  // namespace peftk::cuda

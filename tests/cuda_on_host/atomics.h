@@ -1,0 +1,67 @@
+// Atomics and fences. Before and after each of them another thread may go on.
+//
+// The race detector sees each with its memory order: CUDA's own names are relaxed, and order nothing by themselves.
+#pragma once
+
+#include <cstring>
+
+#include "executor.h"
+
+namespace cuda_on_host {
+
+// One atomic step: the value before, and update(before) stored. One that leaves the memory as it was is no progress.
+template <class T, class Update>
+T modify(T* address, int order, Update update) {
+    yield();
+    T before = __atomic_load_n(address, __ATOMIC_RELAXED), after;
+    do {
+        after = update(before);
+    } while (!__atomic_compare_exchange_n(address, &before, after, false, order, __ATOMIC_RELAXED));
+    if (after != before) progress();
+    yield();
+    return before;
+}
+
+template <class T>
+T load(const T* address, int order) {
+    yield();
+    const T value = __atomic_load_n(address, order);
+    yield();
+    return value;
+}
+
+}  // namespace cuda_on_host
+
+template <class T>
+T atomicAdd(T* address, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED, [=](T before) { return T(before + value); });
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED, [=](T before) { return before < value ? value : before; });
+}
+
+template <class T>
+T atomicMin(T* address, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED, [=](T before) { return value < before ? value : before; });
+}
+
+template <class T>
+T atomicOr(T* address, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED, [=](T before) { return T(before | value); });
+}
+
+template <class T>
+T atomicExch(T* address, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED, [=](T) { return value; });
+}
+
+template <class T>
+T atomicCAS(T* address, T compare, T value) {
+    return cuda_on_host::modify(address, __ATOMIC_RELAXED,
+                                [=](T before) { return before == compare ? value : before; });
+}
+
+inline void __threadfence() { cuda_on_host::fence(); }
+inline void __threadfence_block() { cuda_on_host::fence(); }

@@ -1,0 +1,90 @@
+// What the headers here ask of the executor: executor.cpp (threads, blocks, schedule, reports), warp.cpp and
+// tensor_cores.cpp. Those three are compiled without sanitizers, so that only the kernels' own accesses are judged.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace cuda_on_host {
+
+// Where in a kernel an instruction stands; as a default argument, where its caller stands.
+struct Site {
+    const char* file;
+    int line;
+    Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+};
+
+// Ends the process with a report that names the launch, the block and the thread.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
+
+// Of all launches since the process began, or since reset(). Tests read it, from Python through ctypes.
+struct Statistics {
+    uint64_t launches, blocks, switches, copies, products;
+    uint64_t matrix_loads;         // load_matrices, a warp each: four phases of eight rows
+    uint64_t bank_conflicts;       // phases of these that take more than one turn count the turns beyond the first
+    uint64_t resident;             // most blocks at once
+    unsigned grid[3], threads[3];  // of the last launch
+    uint64_t shared_bytes;
+};
+extern Statistics statistics;
+
+// The schedule is a function of the seed and of what was launched since. At most so many blocks are resident at once,
+// a number drawn for each launch; 0 is the executor's own limit.
+#pragma GCC visibility push(default)
+extern "C" void cuda_on_host_seed(uint64_t seed);
+extern "C" void cuda_on_host_limit_resident(unsigned blocks);
+extern "C" Statistics* cuda_on_host_statistics();
+#pragma GCC visibility pop
+
+// Runs kernel(arguments) for every thread of the grid. `text` names the launch in reports.
+void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, void (*kernel)(const void*),
+              const void* arguments);
+
+// ---- Called by threads of a kernel
+
+// Another thread may go on here. After very many of these without `progress` the launch counts as hanging.
+void yield();
+void progress();
+void fence();
+
+void barrier(Site site);  // of the block
+
+unsigned lane();
+char* shared_memory(size_t bytes, size_t alignment);  // the block's, which must be large enough
+
+// Fails unless the 16 bytes are aligned and lie in the block's shared memory.
+void check_shared_row(const char* instruction, Site site, const void* row);
+
+// ---- Warp instructions: every lane of the mask comes to the same one, by line, with the same mask.
+
+// The calling lane's record, and when all have come, `perform` once, on the records of all; then all go on.
+using Perform = void (*)(void* const (&records)[32], unsigned mask);
+void meet(const char* instruction, Site site, unsigned mask, void* record, Perform perform);
+
+void sync_warp(Site site, unsigned mask);  // the only one that orders memory accesses
+uint64_t shuffle(const char* instruction, Site site, unsigned mask, uint64_t value, unsigned source);
+unsigned ballot(const char* instruction, Site site, unsigned mask, bool predicate);
+unsigned match(Site site, unsigned mask, uint64_t value);
+void exchange_rows(Site site, const void* row, const void* (&rows)[32]);
+void multiply(Site site, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16);
+
+// ---- Asynchronous copies of the calling thread. The headers move the bytes, these keep the books.
+
+struct Copy {
+    char* to;
+    const char* from;
+    int bytes;
+    bool captured;  // the source was read when the copy was issued
+    char data[16];
+};
+Copy& issue_copy(Site site, void* to, const void* from, int bytes);  // checks addresses, draws `captured`
+void commit_copies();
+const Copy* due_copies(int pending, size_t& count);  // of all but the youngest `pending` groups
+void forget_copies(size_t count);
+
+}  // namespace cuda_on_host

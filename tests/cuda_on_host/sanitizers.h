@@ -1,0 +1,112 @@
+// What the sanitizers are told: which thread runs on which stack, and, for races, what is ordered before what. The
+// executor is compiled without sanitizers and learns by CUDA_ON_HOST_ASAN or CUDA_ON_HOST_TSAN which one watches.
+#pragma once
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstdio>
+#include <cstring>
+
+#if defined(CUDA_ON_HOST_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#elif defined(CUDA_ON_HOST_TSAN)
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_acquire(void* tag);
+extern "C" void __tsan_release(void* tag);
+#endif
+
+namespace cuda_on_host {
+
+// One of the threads that a sanitizer tells apart: a CUDA thread, or the host thread that launched.
+struct Watched {
+    const void* stack = nullptr;  // its lowest address
+    size_t stack_size = 0;
+    void* fake_stack = nullptr;  // the address sanitizer's, while the thread does not run
+    void* fiber = nullptr;       // the thread sanitizer's
+};
+
+// `from` is about to switch to `to`. A thread that ends won't come back.
+inline void leave(Watched& from, const Watched& to, bool ends) {
+#if defined(CUDA_ON_HOST_ASAN)
+    __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_size);
+#elif defined(CUDA_ON_HOST_TSAN)
+    __tsan_switch_to_fiber(to.fiber, __tsan_switch_to_fiber_no_sync);
+#endif
+    (void)from, (void)to, (void)ends;
+}
+
+// Now `to` runs; `from`, where it is the host thread, learns where its stack lies.
+inline void arrive(Watched& to, Watched* from) {
+#if defined(CUDA_ON_HOST_ASAN)
+    const void* stack = nullptr;
+    size_t size = 0;
+    __sanitizer_finish_switch_fiber(to.fake_stack, &stack, &size);
+    if (from) from->stack = stack, from->stack_size = size;
+#endif
+    (void)to, (void)from;
+}
+
+// ---- Happens-before. All that a thread did before release(tag) is before all that one does after acquire(tag).
+
+inline void release(void* tag) {
+#if defined(CUDA_ON_HOST_TSAN)
+    __tsan_release(tag);
+#endif
+    (void)tag;
+}
+
+inline void acquire(void* tag) {
+#if defined(CUDA_ON_HOST_TSAN)
+    __tsan_acquire(tag);
+#endif
+    (void)tag;
+}
+
+// On behalf of `thread`, while `running` runs: a thread that waits acquires at the moment when it may go on. Later it
+// would also acquire what the faster of its companions have released since.
+inline void acquire_for(const Watched& thread, void* tag, const Watched& running) {
+#if defined(CUDA_ON_HOST_TSAN)
+    __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
+    __tsan_acquire(tag);
+    __tsan_switch_to_fiber(running.fiber, __tsan_switch_to_fiber_no_sync);
+#endif
+    (void)tag, (void)thread, (void)running;
+}
+
+inline void begin_thread(Watched& thread, const char* name) {
+#if defined(CUDA_ON_HOST_TSAN)
+    thread.fiber = __tsan_create_fiber(0);
+    __tsan_set_fiber_name(thread.fiber, name);
+#endif
+    (void)thread, (void)name;
+}
+
+inline void end_thread(Watched& thread) {
+#if defined(CUDA_ON_HOST_TSAN)
+    __tsan_destroy_fiber(thread.fiber);
+#endif
+    (void)thread;
+}
+
+inline void name_host_thread(Watched& thread) {
+#if defined(CUDA_ON_HOST_TSAN)
+    thread.fiber = __tsan_get_current_fiber();
+#endif
+    (void)thread;
+}
+
+// `callback` after a report of any sanitizer that ends the process. Each sanitizer's library has a list of its own.
+inline void after_reports(void (*callback)()) {
+    const auto tell = [](dl_phdr_info* library, size_t, void* callback) {
+        const char* file = strrchr(library->dlpi_name, '/');
+        if (!file || (!strstr(file, "libasan") && !strstr(file, "libubsan") && !strstr(file, "libtsan"))) return 0;
+        void* handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+        void* set = handle ? dlsym(handle, "__sanitizer_set_death_callback") : nullptr;
+        if (set) reinterpret_cast<void (*)(void (*)())>(set)(reinterpret_cast<void (*)()>(callback));
+        return 0;
+    };
+    dl_iterate_phdr(tell, reinterpret_cast<void*>(callback));
+}
+
+}  // namespace cuda_on_host
