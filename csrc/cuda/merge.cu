@@ -12,6 +12,8 @@
 namespace peftk::cuda {
 namespace {
 
+using namespace merging;
+
 template <typename W, typename Adapter>
 __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, MergeNotes notes) {
     using T = Tile<W>;

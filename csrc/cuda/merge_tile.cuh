@@ -8,7 +8,7 @@
 #include "cuda/merge.h"
 #include "cuda/storage.cuh"
 
-namespace peftk::cuda {
+namespace peftk::cuda::merging {
 
 constexpr int kThreads = 256;
 constexpr int kThreadsAcross = 16;                       // threads along the columns of a tile
@@ -270,4 +270,4 @@ __device__ inline void add_row_sums(int32_t* sums, uint32_t (&share)[kRows], int
     if (across % (kThreadsAcross / kRows) == 0 && row < rows) atomicAdd(sums + row, int32_t(share[0]));
 }
 
-}  // namespace peftk::cuda
+}  // namespace peftk::cuda::merging
