@@ -294,9 +294,7 @@ def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> No
 
 
 def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
-    def launch(
-        M: int = 4, K: int = 64, dtype: torch.dtype = BF16, adapters: torch.dtype = BF16, shift: int = 0
-    ) -> None:
+    def launch(M: int = 4, K: int = 64, dtype: torch.dtype = BF16, low: torch.dtype = BF16, shift: int = 0) -> None:
         x, weight = torch.zeros(M, K, dtype=dtype), torch.zeros(8 * K + 1, dtype=dtype)[shift:]
         plan = _cuda.plan_lora_linear(M, 8, K, 0, 4)
         none = _cuda.Adapters.none(backend.DTYPES[low])
