@@ -217,8 +217,14 @@ def _choose(
         count,
         dropout_p > 0.0,
         slices,
+        weight is None or _aligned(weight),
     )
     return backends.choose(call, backend).backend
+
+
+def _aligned(weight: Tensor) -> bool:
+    across, along = weight.stride()
+    return along == 1 and (weight.data_ptr() | across * weight.element_size()) % 16 == 0
 
 
 def _out(x: Tensor, weight: Tensor | None) -> int:

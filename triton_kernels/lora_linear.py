@@ -21,7 +21,6 @@ never multiplied by zero: an adapter's inf stays with its own rows.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.backends import workspace
+from peftk.backends.adapter_args import NOTHING, One
 from peftk.backends.segments import Segments
 
 from . import config, philox, tuned
@@ -100,21 +100,6 @@ def lora_linear_kernel(
         leave(counters, row_blocks)
 
 
-class One(NamedTuple):
-    """One adapter, as kernel arguments. Addresses in bytes, strides in elements, 0 where there is no tensor."""
-
-    A: int
-    stride_A: int
-    B: int
-    stride_Bn: int
-    stride_Br: int
-    bias_A: int
-    bias_B: int
-    rank: int
-    activation: int
-    scaling: float
-
-
 class Many(NamedTuple):
     """The tensors of a `peftk.table.AdapterTable`, or of several side by side (`peftk.table.pack`)."""
 
@@ -142,7 +127,6 @@ class Adapters(NamedTuple):
         return (NOTHING, self.source) if isinstance(self.source, Many) else (self.source, None)
 
 
-NOTHING = One(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 BASE_ONLY = Adapters(NOTHING, torch.float32, 0, "k", "any")
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -256,7 +240,7 @@ def _launch(
     x_tiles, w_tiles, w_kind = _tiles(x, weight, plan, many is not None)
 
     tiles = shrink_tiles + expand_tiles
-    grid = min(tiles, plan.per_processor * _processors(device)) if plan.per_processor else tiles
+    grid = min(tiles, plan.per_processor * workspace.processors(device)) if plan.per_processor else tiles
     launches = [(grid, shrink_tiles, expand_tiles)]
     if not plan.once:
         launches = [(shrink_tiles, shrink_tiles, 0), (expand_tiles, 0, expand_tiles)]
@@ -286,11 +270,6 @@ def _rows(segments: Segments | None) -> tuple[Tensor | None, ...]:
     if segments is None:
         return (None,) * 5
     return segments.order, segments.ids, segments.starts, segments.owners, segments.blocks
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _tiles(

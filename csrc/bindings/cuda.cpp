@@ -1,6 +1,7 @@
 // peftk._cuda: device pointers, sizes and a stream in, launches out. One header for each operation.
 #include <pybind11/pybind11.h>
 
+#include "bindings/cuda_lora_linear.h"
 #include "bindings/cuda_merge.h"
 #include "bindings/cuda_segments.h"
 
@@ -12,6 +13,7 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
 #else
     module.attr("device") = "cuda";
 #endif
+    peftk::cuda::define_lora_linear(module);
     peftk::cuda::define_merge(module);
     peftk::cuda::define_segments(module);
 }

@@ -53,6 +53,7 @@ class Call(NamedTuple):
     adapters: int
     dropout: bool = False
     slices: int = 1  # of packed outputs
+    aligned: bool = True  # W's rows are contiguous and start at multiples of 16 bytes
 
 
 class BackendError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of `peftk._cuda`: merge, unmerge and segments. Docs: `docs/merge.md`, `docs/segments.md`.
+"""The CUDA C++ kernels of `peftk._cuda`. Docs: `docs/lora_linear_cuda.md`, `docs/merge.md`, `docs/segments.md`.
 
 Launches go to torch's current stream of the weight's device and return at once. Temporaries are
 allocated on that stream, so the caching allocator gives their memory to nothing that could overtake the kernel.
@@ -7,34 +7,71 @@ allocated on that stream, so the caching allocator gives their memory to nothing
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 import peftk._cuda as _cuda
+from peftk.backends import workspace
+from peftk.backends.adapter_args import contiguous, one
 from peftk.backends.merge_args import DTYPES, OutOfPlace, rows
 from peftk.backends.segments import Segments, empty
 from peftk.reference import checksum
 from peftk.reference.merge import Factors
+from peftk.table import PAGE, Adapter, AdapterTable
 
 if TYPE_CHECKING:
     from peftk.backends import Call
 
-__all__ = ["cannot_serve", "checksum", "describe", "merge", "merge_", "remerge_", "segments", "unmerge", "unmerge_"]
+__all__ = [
+    "cannot_serve",
+    "checksum",
+    "describe",
+    "lora_linear",
+    "merge",
+    "merge_",
+    "multi_lora_linear",
+    "remerge_",
+    "segments",
+    "unmerge",
+    "unmerge_",
+]
 
 
 def cannot_serve(call: Call) -> str | None:
-    if call.op not in ("merge", "segments", "unmerge"):
-        return f"has merge, unmerge and segments, no CUDA C++ kernel for {call.op}"
+    if _cuda.device == "cuda" and torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    if call.op not in ("lora_linear", "multi_lora_linear", "merge", "segments", "unmerge"):
+        return f"no CUDA C++ kernel for {call.op}"
     if call.device != _cuda.device:
         return f"runs on {_cuda.device} tensors, not on {call.device}"
     if call.op == "segments":
         return None
-    for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
-        if dtype is not None and dtype not in DTYPES:
-            return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+    if call.op in ("merge", "unmerge"):
+        for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
+            if dtype is not None and dtype not in DTYPES:
+                return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+        return None
+    return _cannot_serve_linear(call)
+
+
+def _cannot_serve_linear(call: Call) -> str | None:
+    if call.x_dtype not in (torch.bfloat16, torch.float16) or call.weight_dtype != call.x_dtype:
+        return f"needs x and weight both bfloat16 or both float16, got {call.x_dtype} and {call.weight_dtype}"
+    if call.adapter_dtype not in (None, call.x_dtype, torch.float32):
+        return f"needs adapters in {call.x_dtype} or float32, got {call.adapter_dtype}"
+    if call.dropout:
+        return "no dropout"
+    if not 1 <= call.M <= _cuda.most_rows:
+        return f"for 1 to {_cuda.most_rows} rows, got {call.M}"
+    if call.K % 8 or call.K == 0 or not call.aligned:
+        return "needs K a multiple of 8, and rows of weight that are contiguous and start at multiples of 16 bytes"
+    if _cuda.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
     return None
 
 
@@ -43,7 +80,138 @@ def describe(call: Call) -> str:
     if call.op == "segments":
         one = _cuda.segments_workspace(call.M, call.adapters) == 0
         return "1 launch: segments_kernel" if one else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
-    return "1 launch: merge_kernel, one pass over W"
+    if call.op in ("merge", "unmerge"):
+        return "1 launch: merge_kernel, one pass over W"
+    if _cuda.device == "cuda" and not torch.cuda.is_available():
+        return "1 launch; its plan depends on the GPU, of which torch finds none here"
+    device = torch.device(call.device)
+    plan = _plan(call.M, call.N, call.K, call.slices * -(-call.rank // PAGE), workspace.processors(device))
+    return (
+        f"1 launch: {plan.shrink_tiles} shrink tiles, {plan.expand_tiles} expand tiles, W in {plan.expand_splits} "
+        + ("split" if plan.expand_splits == 1 else "splits")
+    )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses travel as arguments."""
+    args, held = one(adapter)
+    some = held.any()
+    if adapter is None or some is None:
+        y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(DTYPES[x.dtype]), 0, None, save_z=False)
+        return y, None
+    adapters = _cuda.Adapters.one(*args, DTYPES[some.dtype])
+    y, z = _lora_linear(x, weight, bias, adapters, -(-adapter.rank // PAGE), None, save_z=save_z)
+    return y, z[:, : adapter.rank] if save_z and adapter.rank else None
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: AdapterTable,
+    ids: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. Blocks sort the ids themselves."""
+    adapters, _ = _adapters(table)
+    y, z = _lora_linear(
+        x, weight, bias, adapters, table.slice_pages[-1], ids.to(torch.int32).contiguous(), save_z=save_z
+    )
+    return y, z if save_z else None
+
+
+# A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
+_ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _adapters(table: AdapterTable) -> tuple[_cuda.Adapters, Tensor | None]:
+    """The table as the launcher takes it, and the slices of packed outputs, which it points to."""
+    found = _ADAPTERS.get(table)
+    if found is None:
+        slices = None
+        if table.slices > 1:
+            ends = list(zip(table.columns, table.slice_pages, strict=True))
+            slices = torch.tensor(ends, dtype=torch.int32, device=table.device)
+        adapters = _cuda.Adapters.of_table(
+            table.pages.data_ptr(),
+            table.rows.data_ptr(),
+            table.scaling.data_ptr(),
+            table.biases.data_ptr(),
+            0 if slices is None else slices.data_ptr(),
+            table.slices,
+            table.count,
+            table.slice_pages[-1],
+            DTYPES[table.dtype],
+        )
+        found = _ADAPTERS[table] = (adapters, slices)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(M: int, N: int, K: int, z_pages: int, processors: int) -> _cuda.LoraLinearPlan:
+    return _cuda.plan_lora_linear(M, N, K, z_pages, processors)
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: _cuda.Adapters,
+    z_pages: int,
+    ids: Tensor | None,
+    *,
+    save_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N], and z [M, 16 · z_pages], whole if it is saved."""
+    (M, K), N, device = x.shape, weight.shape[0], x.device
+    if x.stride(1) != 1 or (x.data_ptr() | x.stride(0) * x.element_size()) % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    bias = contiguous(bias)
+    plan = _plan(M, N, K, z_pages, workspace.processors(device))
+    y = torch.empty(M, N, dtype=x.dtype, device=device)
+    z = torch.empty(M, z_pages * PAGE, dtype=torch.float32, device=device)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=device) if plan.partials else None
+    with workspace.counters(device, plan.counters) as counters:
+        _cuda.lora_linear(
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            weight.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            y.data_ptr(),
+            z.data_ptr(),
+            save_z,
+            0 if ids is None else ids.data_ptr(),
+            adapters,
+            M,
+            N,
+            K,
+            DTYPES[x.dtype],
+            plan,
+            0 if partials is None else partials.data_ptr(),
+            counters.data_ptr(),
+            device.index or 0,
+            _stream_of(device),
+        )
+    return y, z
+
+
+def _stream_of(device: torch.device) -> int:
+    """torch's current stream; 0 for the module that tests compile for the host."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
@@ -104,17 +272,16 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     """`peftk.reference.segments` in one launch for up to 1,024 rows, in three beyond."""
     M, device = ids.shape[0], ids.device
     found = empty(M, adapters, device)
-    workspace = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
-    with _stream(device) as stream:
-        _cuda.segments(
-            ids.data_ptr(),
-            ids.stride(0),
-            ids.dtype == torch.int64,
-            M,
-            adapters,
-            *(table.data_ptr() for table in found),
-            workspace.data_ptr(),
-            device.index or 0,
-            stream,
-        )
+    room = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
+    _cuda.segments(
+        ids.data_ptr(),
+        ids.stride(0),
+        ids.dtype == torch.int64,
+        M,
+        adapters,
+        *(table.data_ptr() for table in found),
+        room.data_ptr(),
+        device.index or 0,
+        _stream_of(device),
+    )
     return found

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk.activations import CODES
 from peftk.backends import segments as sorted_rows
+from peftk.backends.adapter_args import Tensors, contiguous, one
 from peftk.backends.merge_args import in_rows, rows
 from peftk.receipt import MergeReceipt
 from peftk.reference import ALL, AdapterGrads, Wanted
@@ -122,7 +122,7 @@ def lora_linear(
     """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
     adapters, held = _one(adapter)
     has_z = save_z and adapters.z_width > 0
-    y, z = kernels.forward(x, weight, _contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
+    y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
     del held  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
     return y, None if z is None or adapter is None else z[:, : adapter.rank]
 
@@ -140,7 +140,7 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
     adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
-    return kernels.forward(x, weight, _contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    return kernels.forward(x, weight, contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
 
 
 def lora_linear_backward(
@@ -277,37 +277,16 @@ def _many(table: AdapterTable) -> kernels.Adapters:
     return kernels.Adapters(source, table.dtype, table.z_width, lie_A, lie_B)
 
 
-def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, tuple[Tensor, ...]]:
-    """One adapter as kernel arguments, and the tensors that these point into.
-
-    An adapter of several pages is gathered into one tensor first, on the device.
-    """
-    if adapter is None:
-        return kernels.BASE_ONLY, ()
-    A, B = adapter.lora_A, adapter.lora_B
-    bias_A, bias_B = _contiguous(adapter.bias_A), _contiguous(adapter.bias_B)
-    held = tuple(t for t in (A, B, bias_A, bias_B) if t is not None)
-    if not held:
-        return kernels.BASE_ONLY, ()
-    if A is not None and A.stride(1) != 1:
-        A = A.contiguous()
-        held += (A,)
-    source = kernels.One(
-        A=0 if A is None else A.data_ptr(),
-        stride_A=0 if A is None else A.stride(0),
-        B=0 if B is None else B.data_ptr(),
-        stride_Bn=0 if B is None else B.stride(0),
-        stride_Br=0 if B is None else B.stride(1),
-        bias_A=0 if bias_A is None else bias_A.data_ptr(),
-        bias_B=0 if bias_B is None else bias_B.data_ptr(),
-        rank=adapter.rank,
-        activation=CODES[adapter.activation],
-        scaling=float(adapter.scaling),
-    )
+def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
+    """One adapter as kernel arguments, and the tensors that these point into."""
+    source, held = one(adapter)
+    some = held.any()
+    if adapter is None or some is None:
+        return kernels.BASE_ONLY, held
     z_width = -(-adapter.rank // PAGE) * PAGE
-    lie_A = "k" if A is None else _lie(A)
-    lie_B = "k" if B is None else _lie(B.t())
-    return kernels.Adapters(source, held[0].dtype, z_width, lie_A, lie_B), held
+    lie_A = "k" if held.A is None else _lie(held.A)
+    lie_B = "k" if held.B is None else _lie(held.B.t())
+    return kernels.Adapters(source, some.dtype, z_width, lie_A, lie_B), held
 
 
 def _lie(pages: Tensor) -> str:
@@ -325,7 +304,3 @@ def _common(kinds: Iterable[str]) -> str:
     if len(found) <= 1:
         return found.pop() if found else "k"
     return "k" if found == {"k16", "k"} else "any"
-
-
-def _contiguous(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()

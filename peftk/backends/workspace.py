@@ -7,6 +7,7 @@ counters. Kernels leave their counters at zero, so nothing is cleared between la
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -67,3 +68,9 @@ def _captured(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     _slabs[device] = slab[count:]
     return slab[:count]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors share the work of a launch; 4 where a CPU stands in for the GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
