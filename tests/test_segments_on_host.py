@@ -107,7 +107,8 @@ WRONG = {
     "the last strides left out": (
         ("merge_own(key, place, run, kKeys / 2);", "merge_own(key, place, run, kKeys / 4);"),
     ),
-    "a search that starts a key late": (("slot(count + step - 1)", "slot(count + step)"),),
+    "a search without its last step": (("step > 0; step /= 2)", "step > 1; step /= 2)"),),
+    "a search for a key too high": (("(g + 1) * kTile);", "(g + 1) * kTile + 1);"),),
     "a search that ends a key early": ((" + (sorted[slot(count)] < limit)", ""),),
     "counts of the group below": (("(g + 1) * kTile);", "g * kTile + 1);"),),
     "flags up to the place before": (("(2u << lane) - 1", "(1u << lane) - 1"),),
@@ -121,7 +122,7 @@ WRONG = {
     "earlier tiles forgotten": (("(tile > 0 && at < rows ? before[group[i]] : 0)", "0"),),
     "segments numbered anew in each chunk": (("found += here;", "found = here;"),),
 }
-DEFAULT = ("rows of one adapter in reverse", "ids narrowed before they are compared", "a search that starts a key late")
+DEFAULT = ("rows of one adapter in reverse", "ids narrowed before they are compared", "a search for a key too high")
 
 
 @pytest.mark.parametrize("mutant", [mark(name, name not in tuple(RACES)[:1]) for name in RACES])
