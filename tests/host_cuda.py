@@ -36,7 +36,11 @@ FLAGS = [
 # What watches the kernels, and how the executor, which is compiled without it, learns of it.
 SANITIZERS = {
     "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "-DCUDA_ON_HOST_ASAN"),
-    "thread": (["-fsanitize=thread"], "-DCUDA_ON_HOST_TSAN"),
+    # g++ would expand these into stores that the race detector does not see
+    "thread": (
+        ["-fsanitize=thread", *(f"-fno-builtin-mem{name}" for name in ("set", "cpy", "move"))],
+        "-DCUDA_ON_HOST_TSAN",
+    ),
 }
 EXECUTOR_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 OPTIONS = {
@@ -52,7 +56,7 @@ def missing() -> str | None:
     """Why nothing can be compiled or run here, or None."""
     if shutil.which("g++") is None:
         return "needs g++"
-    absent = [name for name in ("libasan.so", "libubsan.so") if not Path(library(name)).is_file()]
+    absent = [name for name in ("libasan.so", "libubsan.so", "libtsan.so") if not Path(library(name)).is_file()]
     return f"needs {', '.join(absent)} of g++" if absent else None
 
 
@@ -68,33 +72,44 @@ needs_host_cuda = pytest.mark.skipif(missing() is not None, reason=str(missing()
 
 
 @functools.cache
-def _common() -> bytes:
-    """A digest of what any object may depend on: all headers, and the compiler."""
-    digest = hashlib.sha256(subprocess.run(["g++", "--version"], capture_output=True).stdout)
-    for folder in (HOST, ROOT / "csrc"):
-        for path in sorted(folder.rglob("*.*h")):
-            digest.update(f"{path.relative_to(ROOT)}".encode() + path.read_bytes())
-    return digest.digest()
+def _compiler() -> bytes:
+    return subprocess.run(["g++", "--version"], capture_output=True).stdout
 
 
-def compile_object(source: Path, flags: Sequence[str], text: str | None = None) -> Path:
-    """The object of `source`, or of `text` in its place, compiled again only where something has changed."""
-    content = source.read_text() if text is None else text
-    digest = hashlib.sha256(_common())
-    for part in (str(source), *flags, content):
+def _depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
+    """The source and the headers of this checkout that it includes, with what `texts` has in their place."""
+    found: dict[Path, str] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found[path] = texts.get(path) or path.read_text()
+        for name in re.findall(r'^\s*#include ["<]([^">]+)[">]', found[path], re.MULTILINE):
+            candidates = [path.parent / name, HOST / name, ROOT / "csrc" / name]
+            waiting += [candidate for candidate in candidates if candidate.is_file()][:1]
+    return found
+
+
+def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str]) -> Path:
+    """The object of `source`, compiled again only where something has changed. `mutants`: text in place of files."""
+    files = _depends_on(source, mutants)
+    digest = hashlib.sha256(_compiler())
+    for part in (*flags, *(f"{path.relative_to(ROOT)}\0{text}" for path, text in sorted(files.items()))):
         digest.update(part.encode() + b"\0")
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if target.is_file():
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        # A mutant keeps its file's name, and finds what lies beside its original.
-        file, beside = source, []
-        if text is not None:
-            file, beside = Path(folder, source.name), [f"-iquote{source.parent}"]
-            file.write_text(text)
+        # Mutants lie where their originals do below csrc, and are found first.
+        for path in mutants.keys() & files.keys():
+            changed = Path(folder, path.relative_to(ROOT / "csrc"))
+            changed.parent.mkdir(parents=True, exist_ok=True)
+            changed.write_text(mutants[path])
+        file = Path(folder, source.relative_to(ROOT / "csrc")) if source in mutants else source
         out = Path(folder, "out.o")
-        command = ["g++", *flags, *beside, *INCLUDES, "-x", "c++", "-c", str(file), "-o", str(out)]
+        command = ["g++", *flags, f"-I{folder}", *INCLUDES, "-x", "c++", "-c", str(file), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{source} does not compile for the host:\n{done.stderr}"
         out.replace(target)
@@ -114,32 +129,32 @@ def _link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
     return target
 
 
-def _objects(jobs: Sequence[tuple[Path, list[str], str | None]]) -> list[Path]:
+def _build(sources: dict[Path, list[str]], sanitizer: str, texts: dict[str, str], link: list[str], suffix: str) -> Path:
+    """Sources with their flags, and the executor, which nothing watches; compiled in parallel, and linked."""
+    mutants = {ROOT / path: text for path, text in texts.items()}
+    executor_flags = [*EXECUTOR_FLAGS, SANITIZERS[sanitizer][1]]
+    executor = {HOST / f"{name}.cpp": executor_flags for name in ("executor", "warp", "tensor_cores")}
+    used = set().union(*(_depends_on(source, mutants) for source in sources))
+    unused = mutants.keys() - used
+    assert not unused, f"nothing that is compiled includes {', '.join(map(str, unused))}"
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: compile_object(*job), jobs))
-
-
-def _executor(sanitizer: str) -> list[tuple[Path, list[str], str | None]]:
-    flags = [*EXECUTOR_FLAGS, SANITIZERS[sanitizer][1]]
-    return [(HOST / f"{name}.cpp", flags, None) for name in ("executor", "warp", "tensor_cores")]
+        jobs = [pool.submit(compile_object, path, own, mutants) for path, own in (sources | executor).items()]
+        objects = [job.result() for job in jobs]
+    return _link(objects, [*link, *SANITIZERS[sanitizer][0]], suffix)
 
 
 def module(mutants: dict[str, str] | None = None) -> Path:
-    """peftk._cuda for the host. `mutants`: text in place of sources, by their path below the root of the checkout."""
+    """peftk._cuda for the host. `mutants`: text in place of files, by their path below the root of the checkout."""
     flags = [*FLAGS, *SANITIZERS["address"][0]]
-    kernels = [(path, flags) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    bindings = (ROOT / "csrc/bindings/cuda.cpp", [*flags, *PYTHON_INCLUDES])
-    texts = {ROOT / path: text for path, text in (mutants or {}).items()}
-    jobs = [(path, own, texts.pop(path, None)) for path, own in (bindings, *kernels)]
-    assert not texts, f"no source of peftk._cuda: {', '.join(map(str, texts))}"
-    return _link(_objects([*jobs, *_executor("address")]), ["-shared", *SANITIZERS["address"][0]], ".so")
+    sources = {ROOT / "csrc/bindings/cuda.cpp": [*flags, *PYTHON_INCLUDES]}  # first: it takes longest
+    sources |= {path: flags for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
+    return _build(sources, "address", mutants or {}, ["-shared"], ".so")
 
 
-def program(sources: Sequence[Path], sanitizer: str, mutants: dict[Path, str] | None = None) -> Path:
+def program(sources: Sequence[Path], sanitizer: str, mutants: dict[str, str] | None = None) -> Path:
     """A program of these sources and the executor, under the sanitizer `address` or `thread`."""
-    flags = SANITIZERS[sanitizer][0]
-    jobs = [(path, [*FLAGS, *flags], (mutants or {}).get(path)) for path in sources]
-    return _link(_objects([*jobs, *_executor(sanitizer)]), flags, "")
+    flags = [*FLAGS, *SANITIZERS[sanitizer][0]]
+    return _build(dict.fromkeys(sources, flags), sanitizer, mutants or {}, [], "")
 
 
 # ---- Running
@@ -167,7 +182,15 @@ def run(marker: str, *stems: str) -> None:
     assert " passed" in done.stdout
 
 
-REPORT = re.compile(r"ERROR: AddressSanitizer: [\w-]+|runtime error: [^\n]*|cuda_on_host: ERROR: [^\n]*")
+def executed(built: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A program of `program`, run to its end, whichever that is."""
+    command = [str(built), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, timeout=600)
+
+
+REPORT = re.compile(
+    r"AddressSanitizer: [\w-]+|ThreadSanitizer: [\w -]+|runtime error: [^\n]*|cuda_on_host: ERROR: [^\n]*"
+)
 
 
 def replaced(path: str, *changes: tuple[str, str]) -> str:
@@ -181,8 +204,8 @@ def replaced(path: str, *changes: tuple[str, str]) -> str:
 
 
 def caught(path: str, changes: Sequence[tuple[str, str]], stem: str, *arguments: str) -> str | None:
-    """How a mutant of csrc/…/<file> shows in tests/on_host/<stem>.py: the first line of a report, "wrong" where a test
-    fails without one, or None: not at all. `arguments` go to pytest (-k …)."""
+    """How a mutant of csrc/…/<file>, a source or a header, shows in tests/on_host/<stem>.py: the first line of a
+    report, "wrong" where a test fails without one, or None: not at all. `arguments` go to pytest (-k …)."""
     done = pytest_on(module({path: replaced(path, *changes)}), "not full", [stem], *arguments)
     report = REPORT.search(done.stderr)
     if report:

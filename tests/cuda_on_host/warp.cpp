@@ -41,7 +41,7 @@ void each_lane(unsigned mask, Visit visit) {
 void sync_warp(Site site, unsigned mask) { meet("__syncwarp", site, mask, nullptr, nullptr); }
 
 uint64_t shuffle(const char* instruction, Site site, unsigned mask, uint64_t value, unsigned source) {
-    if (!(mask >> source & 1))
+    if (mask >> lane() & 1 && !(mask >> source & 1))
         fail("%s: line %d, lane %u takes the value of lane %u, which is not in the mask %08x", instruction, site.line,
              lane(), source, mask);
     Shuffle record{instruction, value, 0, source};

@@ -4,7 +4,7 @@
 namespace selfcheck {
 namespace {
 
-constexpr int kThreads = 128, kBlocks = 5;
+constexpr int kThreads = 64, kBlocks = 3;
 
 struct Shared {
     float values[kThreads];
@@ -93,7 +93,7 @@ __global__ void early(float* out, bool broken) {
     auto& shared = peftk::cuda::shared_memory<Shared>();
     const int t = threadIdx.x;
     shared.values[t] = float(1000 * blockIdx.x + t);
-    if (broken && t >= 96) return;
+    if (broken && t >= 40) return;
     __syncthreads();
     out[blockIdx.x * kThreads + t] = shared.values[t ^ 32];
 }
@@ -102,7 +102,7 @@ SELFCHECK(return_before_a_barrier) { return neighbours(early, broken, 32); }
 __global__ void unwritten(float* out, bool broken) {
     auto& shared = peftk::cuda::shared_memory<Shared>();
     const int t = threadIdx.x;
-    if (!broken || t != 77) shared.values[t] = float(1000 * blockIdx.x + t);
+    if (!broken || t != 33) shared.values[t] = float(1000 * blockIdx.x + t);
     __syncthreads();
     out[blockIdx.x * kThreads + t] = shared.values[t ^ 32];
 }

@@ -4,7 +4,7 @@
 namespace selfcheck {
 namespace {
 
-constexpr int kBlocks = 12, kThreads = 32;
+constexpr int kBlocks = 12, kThreads = 16;
 
 // Each block leaves a number; the last one to come adds all up. `ticket` counts a block in.
 template <class Ticket>

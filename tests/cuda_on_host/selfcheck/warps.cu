@@ -29,7 +29,7 @@ SELFCHECK(shuffle_with_a_lane_missing) {
 }
 
 __global__ void half(int* out, bool broken) {
-    const unsigned mask = broken ? 0x00ffu : 0xffffu;
+    const unsigned mask = broken ? 0xff00u : 0xffffu;
     int value = -2;
     if (threadIdx.x < 16) value = __shfl_xor_sync(mask, int(threadIdx.x), 1);
     out[threadIdx.x] = value;
