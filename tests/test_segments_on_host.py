@@ -98,7 +98,7 @@ WRONG = {
         ("key % kTile, key / kTile,", "kTile - 1 - key % kTile, key / kTile,"),
     ),
     "an id that is no adapter's": (("id >= 0 && id < args.adapters", "id >= 0 && id <= args.adapters"),),
-    "negative ids": (("id >= 0 && id < args.adapters", "id >= -1 && id < args.adapters"),),
+    "negative ids": (("id >= 0 && id < args.adapters", "id >= -2 && id < args.adapters"),),
     "ids narrowed before they are compared": (("const Id id = static_cast", "const int id = static_cast"),),
     "a stride left out": (("[row * args.stride]", "[row]"),),
     "a wrong distance of a shuffle": (("key[j], distance);", "key[j], distance ^ 3);"),),
