@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,3 +87,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     integer = _BITS[a.element_size()]
     same = a.contiguous().view(integer) == b.contiguous().view(integer)
     return a.shape == b.shape and a.dtype == b.dtype and bool((same | (a.isnan() & b.isnan())).all())
+
+
+def copies(weights: list[Tensor]) -> list[Tensor]:
+    """With the strides of the originals."""
+    return [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in weights]
+
+
+def bits(weight: Tensor) -> Tensor:
+    """To be compared where NaNs count, too."""
+    return weight.contiguous().view(_BITS[weight.itemsize])
+
+
+def check_receipt(ours: MergeReceipt, theirs: MergeReceipt) -> None:
+    assert torch.equal(ours.code, theirs.code)
+    assert torch.equal(ours.raw_index, theirs.raw_index)
+    assert torch.equal(bits(ours.raw_values), bits(theirs.raw_values))
+    assert ours.checksum == theirs.checksum

@@ -7,6 +7,7 @@ constant. Sums are integers wherever the order of programs could show.
 import triton
 import triton.language as tl
 
+from peftk.backends.merge_layers import FIELDS
 from peftk.reference.merge import RAW, ZERO
 
 from .arithmetic import fma, round_to, widen
@@ -14,24 +15,7 @@ from .arithmetic import fma, round_to, widen
 CODE_RAW = tl.constexpr(RAW)
 CODE_ZERO = tl.constexpr(ZERO)
 
-# A row of the table, int64. Rows of W are contiguous, code [N, K], A [R, K] and B [N, R] dense.
-FIELDS = (
-    "weight",  # address
-    "stride",  # elements from row to row
-    "N",
-    "K",
-    "code",  # address
-    "lora_A",  # address
-    "lora_B",  # address
-    "R",  # of the layer's adapters together
-    "first_adapter",  # in `ends` and `scaling`
-    "end_adapter",
-    "tiles_across",
-    "first_tile",  # how many tiles, rows and weights the layers before it have
-    "first_row",
-    "first_weight",
-    "aligned",  # 1 where W's rows start on 16 bytes, and those of the code on as many bytes as these have elements
-)
+# A row of the table.
 WIDTH = tl.constexpr(len(FIELDS))
 WEIGHT, STRIDE, HEIGHT, COLUMNS, CODE, LORA_A, LORA_B, RANKS, FIRST_ADAPTER, END_ADAPTER, ACROSS = (
     tl.constexpr(column) for column in range(11)

@@ -1,7 +1,9 @@
-// The merge of peftk._cuda.
+// The merge of peftk._cuda. Every launch takes the list of layers first, the device and the stream last.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include <utility>
 
 #include "bindings/cuda_status.h"
 #include "bindings/merge_args.h"
@@ -9,36 +11,84 @@
 
 namespace peftk::cuda {
 
-namespace py = pybind11;
+// An address, as it comes from Python, as the pointer that is wanted.
+struct Address {
+    uintptr_t value;
+    template <typename T>
+    operator T*() const {
+        return reinterpret_cast<T*>(value);
+    }
+};
 
-// A launcher as a Python function.
-template <cudaError_t (*launch)(const MergeArgs&, cudaStream_t)>
-void define_merge_launcher(py::module_& module, const char* name) {
-    module.def(
-        name,
-        [name](uintptr_t weight, int64_t weight_stride, uintptr_t out, int64_t out_stride, int64_t N, int64_t K,
-               int dtype, uintptr_t lora_A, uintptr_t lora_B, uintptr_t ends, uintptr_t scaling, int64_t adapters,
-               int64_t R, int adapter_dtype, uintptr_t code, uintptr_t stream) {
-            const MergeArgs args{reinterpret_cast<const void*>(weight),
-                                 weight_stride,
-                                 reinterpret_cast<void*>(out),
-                                 out_stride,
-                                 merge_factors(lora_A, lora_B, reinterpret_cast<const int64_t*>(ends),
-                                               reinterpret_cast<const float*>(scaling), adapters, R, adapter_dtype),
-                                 reinterpret_cast<int8_t*>(code),
-                                 N,
-                                 K,
-                                 dtype_of("dtype", dtype)};
-            check(launch(args, reinterpret_cast<cudaStream_t>(stream)), name);
-        },
-        py::arg("weight"), py::arg("weight_stride"), py::arg("out"), py::arg("out_stride"), py::arg("N"), py::arg("K"),
-        py::arg("dtype"), py::arg("lora_A"), py::arg("lora_B"), py::arg("ends"), py::arg("scaling"),
-        py::arg("adapters"), py::arg("R"), py::arg("adapter_dtype"), py::arg("code"), py::arg("stream"));
+template <typename... Names, typename Launch>
+void define_merge_launch(pybind11::module_& module, const char* name, Launch launch, const Names&... names) {
+    namespace py = pybind11;
+    module.def(name, launch, py::arg("table"), py::arg("ends"), py::arg("scaling"), py::arg("layers"), py::arg("tiles"),
+               py::arg("dtype"), py::arg("adapter_dtype"), py::arg(names)..., py::arg("device"), py::arg("stream"));
 }
 
-inline void define_merge(py::module_& module) {
-    define_merge_launcher<merge>(module, "merge");
-    define_merge_launcher<unmerge>(module, "unmerge");
+inline MergeList merge_list(uintptr_t table, uintptr_t ends, uintptr_t scaling, int layers, int64_t tiles, int dtype,
+                            int adapter_dtype) {
+    return {Address{table},
+            Address{ends},
+            Address{scaling},
+            layers,
+            tiles,
+            dtype_of("dtype", dtype),
+            dtype_of("adapter_dtype", adapter_dtype)};
+}
+
+inline void define_merge(pybind11::module_& module) {
+    namespace py = pybind11;
+    using address = uintptr_t;
+    module.def(
+        "merge_tile",
+        [](int dtype) {
+            const MergeTile tile = merge_tile(dtype_of("dtype", dtype));
+            return std::pair(tile.rows, tile.columns);
+        },
+        py::arg("dtype"));
+    define_merge_launch(
+        module, "merge",
+        [](address table, address ends, address scaling, int layers, int64_t tiles, int dtype, int adapter_dtype,
+           address merged, address row_sums, address refused, address raw_count, address raw_keys, address raw_values,
+           int room, int device, address stream) {
+            const MergeList list = merge_list(table, ends, scaling, layers, tiles, dtype, adapter_dtype);
+            const MergeNotes notes{Address{merged},
+                                   Address{row_sums},
+                                   Address{refused},
+                                   Address{raw_count},
+                                   Address{raw_keys},
+                                   Address{raw_values},
+                                   room};
+            check(merge(list, notes, device, Address{stream}), "merge");
+        },
+        "merged", "row_sums", "refused", "raw_count", "raw_keys", "raw_values", "room");
+    define_merge_launch(
+        module, "unmerge",
+        [](address table, address ends, address scaling, int layers, int64_t tiles, int dtype, int adapter_dtype,
+           address merged, int device, address stream) {
+            const MergeList list = merge_list(table, ends, scaling, layers, tiles, dtype, adapter_dtype);
+            check(unmerge(list, Address{merged}, device, Address{stream}), "unmerge");
+        },
+        "merged");
+    define_merge_launch(
+        module, "merge_restore",
+        [](address table, address ends, address scaling, int layers, int64_t tiles, int dtype, int adapter_dtype,
+           address raw_keys, address raw_values, int64_t count, int device, address stream) {
+            const MergeList list = merge_list(table, ends, scaling, layers, tiles, dtype, adapter_dtype);
+            check(restore(list, Address{raw_keys}, Address{raw_values}, count, device, Address{stream}),
+                  "merge_restore");
+        },
+        "raw_keys", "raw_values", "count");
+    define_merge_launch(
+        module, "merge_sum_rows",
+        [](address table, address ends, address scaling, int layers, int64_t tiles, int dtype, int adapter_dtype,
+           address row_sums, int device, address stream) {
+            const MergeList list = merge_list(table, ends, scaling, layers, tiles, dtype, adapter_dtype);
+            check(sum_rows(list, Address{row_sums}, device, Address{stream}), "merge_sum_rows");
+        },
+        "row_sums");
 }
 
 }  // namespace peftk::cuda

@@ -1,27 +1,73 @@
-// Merge and unmerge on a CUDA device.
+// Merge and unmerge of a list of layers on a CUDA device, in place: each launcher makes one launch for the whole list.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "common/merge.h"
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cuda/status.h"
 
 namespace peftk::cuda {
 
-// Merge writes W' = round(fl(W + d)) and the code; unmerge reads W' and the code and writes W. All pointers are device
-// pointers, those in `factors` too. Strides are in elements; `out` may be `weight` itself.
-struct MergeArgs {
-    const void* weight;  // [N, K], contiguous rows: W, or W' to unmerge
-    int64_t weight_stride;
-    void* out;  // [N, K], contiguous rows
-    int64_t out_stride;
-    MergeFactors factors;
-    int8_t* code;  // [N, K], dense: written by merge, read by unmerge
+// A layer, a row of the table in device memory: the FIELDS of peftk/backends/merge_layers.py, in their order. Its
+// weights are cut into tiles, row by row of tiles; tiles, rows and weights are counted through all layers of the list.
+struct MergeLayer {
+    void* weight;    // [N, K], contiguous rows
+    int64_t stride;  // elements from row to row
     int64_t N, K;
-    Dtype weight_dtype;
+    int8_t* code;           // [N, K], dense
+    const void* lora_A;     // [R, K], dense: of all adapters of the layer, side by side
+    const void* lora_B;     // [N, R], dense
+    int64_t R;              // of the layer's adapters together
+    int64_t first_adapter;  // in `ends` and `scaling`
+    int64_t end_adapter;    //
+    int64_t tiles_across;   //
+    int64_t first_tile;     // how many tiles, rows and weights the layers before it have
+    int64_t first_row;      //
+    int64_t first_weight;   //
+    int64_t aligned;        // 1 where rows of W start on 16 bytes, and rows of the code likewise: on 16 elements' bytes
+};
+static_assert(sizeof(MergeLayer) == 15 * sizeof(int64_t), "the table's rows have 15 fields of 64 bits");
+
+// The layers of a call. All pointers are device pointers.
+struct MergeList {
+    const MergeLayer* table;  // [layers]
+    const int32_t* ends;      // [adapters of all layers]: the rank after the adapter's last, within its layer
+    const float* scaling;     // [adapters of all layers]
+    int32_t layers;
+    int64_t tiles;  // of all layers, of merge_tile's size
+    Dtype weight_dtype, adapter_dtype;
 };
 
-// Both enqueue one launch on `stream` of the current device and return its status; nothing waits for the device.
-cudaError_t merge(const MergeArgs& args, cudaStream_t stream);
-cudaError_t unmerge(const MergeArgs& args, cudaStream_t stream);
+// What a merge notes beside W' and the code.
+struct MergeNotes {
+    int8_t* merged;     // [tiles]: 1 for the tiles that are merged; these are left alone
+    int32_t* row_sums;  // [rows of all layers]: the checksum's, to which the tiles' shares are added
+    int32_t* refused;   // [layers]: 1 where W' would not be finite
+    int32_t* raw_count;
+    int64_t* raw_keys;  // [room]: of which weight, counted through all layers; in any order
+    void* raw_values;   // [room]: W
+    int32_t room;
+};
+
+struct MergeTile {
+    int rows, columns;
+};
+MergeTile merge_tile(Dtype weight_dtype);
+
+// Merges every tile that is not merged. A tile stays as it is where its W' would not be finite, and where there is no
+// room left for its raw weights; raw_count then says how much there should have been.
+Status merge(const MergeList& list, const MergeNotes& notes, int device, cudaStream_t stream);
+
+// Unmerges every tile that is merged. Raw weights come back as W″; restore() then puts them where they belong.
+Status unmerge(const MergeList& list, const int8_t* merged, int device, cudaStream_t stream);
+
+// Keys below 0 are none.
+Status restore(const MergeList& list, const int64_t* raw_keys, const void* raw_values, int64_t count, int device,
+               cudaStream_t stream);
+
+// Adds each weight to its row's sum of the checksum.
+Status sum_rows(const MergeList& list, int32_t* row_sums, int device, cudaStream_t stream);
 
 }  // namespace peftk::cuda

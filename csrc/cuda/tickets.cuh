@@ -48,9 +48,9 @@ __device__ inline bool arrive_last(int* arrivals, int splits, int& to_all) {
     return to_all == splits - 1;
 }
 
-// Counts this block out; the last one leaves the counters at zero for the next launch.
+// Counts this block out; the last one leaves the counters at zero for the next launch. No barrier: of a block, thread 0
+// alone touches counters.
 __device__ inline void leave(int* counters) {
-    __syncthreads();
     if (threadIdx.x == 0 && add_acq_rel(counters + kLeft, 1) == int(gridDim.x) - 1)
         counters[kDrawn] = counters[kLeft] = counters[kPublished] = 0;
 }

@@ -6,9 +6,7 @@ allocated on that stream, so the caching allocator gives their memory to nothing
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +16,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 import peftk._cuda as _cuda
 from peftk.backends import workspace
 from peftk.backends.adapter_args import contiguous, one
-from peftk.backends.merge_args import DTYPES, OutOfPlace, rows
+from peftk.backends.merge_args import DTYPES
+from peftk.backends.merge_layers import InPlace, Layers, Notes, Raw
 from peftk.backends.segments import Segments, empty
-from peftk.reference import checksum
-from peftk.reference.merge import Factors
 from peftk.table import PAGE, Adapter, AdapterTable
 
 if TYPE_CHECKING:
@@ -30,15 +27,16 @@ if TYPE_CHECKING:
 __all__ = [
     "cannot_serve",
     "checksum",
+    "checksums",
     "describe",
     "lora_linear",
-    "merge",
     "merge_",
+    "merge_layers_",
     "multi_lora_linear",
     "remerge_",
     "segments",
-    "unmerge",
     "unmerge_",
+    "unmerge_layers_",
 ]
 
 
@@ -84,8 +82,12 @@ def describe(call: Call) -> str:
     if call.op == "segments":
         one = _cuda.segments_workspace(call.M, call.adapters) == 0
         return "1 launch: segments_kernel" if one else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
-    if call.op in ("merge", "unmerge"):
-        return "1 launch: merge_kernel, one pass over W"
+    if call.op == "merge":
+        return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
+    if call.op == "unmerge":
+        return (
+            "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; sum_rows_kernel before them"
+        )
     if _cuda.device == "cuda" and not torch.cuda.is_available():
         return "1 launch; its plan depends on the GPU, of which torch finds none here"
     device = torch.device(call.device)
@@ -207,69 +209,59 @@ def _lora_linear(
             plan,
             0 if partials is None else partials.data_ptr(),
             counters.data_ptr(),
-            device.index or 0,
-            _stream_of(device),
+            *_here(device),
         )
     return y, z
 
 
-def _stream_of(device: torch.device) -> int:
-    """torch's current stream; 0 for the module that tests compile for the host."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    weight = rows(weight)
-    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    code = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    _launch(_cuda.merge, weight, merged, factors, code)
-    return merged, code
-
-
-def unmerge(merged: Tensor, factors: Factors, code: Tensor) -> Tensor:
-    merged = rows(merged)
-    weight = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
-    _launch(_cuda.unmerge, merged, weight, factors, code)
-    return weight
-
-
-@contextlib.contextmanager
-def _stream(device: torch.device) -> Iterator[int]:
-    """torch's current stream of a device, which is the current device meanwhile."""
+def _here(device: torch.device) -> tuple[int, int]:
+    """The device's number and torch's current stream of it, for a launch."""
     if device.type == "cpu":  # the module that tests compile for the host
-        yield 0
-        return
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-_in_place = OutOfPlace(merge, unmerge, checksum)
-merge_, unmerge_, remerge_ = _in_place.merge_, _in_place.unmerge_, _in_place.remerge_
+def _list(layers: Layers) -> tuple[int, ...]:
+    """The layers as all launches of merge take them."""
+    return (
+        layers.table.data_ptr(),
+        layers.ends.data_ptr(),
+        layers.scaling.data_ptr(),
+        len(layers.table),
+        layers.tiles,
+        DTYPES[layers.dtype],
+        DTYPES[layers.adapter_dtype],
+    )
 
 
-def _launch(kernel: Callable[..., None], weight: Tensor, out: Tensor, factors: Factors, code: Tensor) -> None:
-    """Calls `_cuda.merge` or `_cuda.unmerge`: W or W' in, W' or W out. Raises RuntimeError where the launch fails."""
-    A, B = factors.lora_A, factors.lora_B
-    ends = torch.tensor(factors.ends, dtype=torch.int64, device=weight.device)
-    scaling = torch.tensor(factors.scaling, dtype=torch.float32, device=weight.device)
-    with _stream(weight.device) as stream:
-        kernel(
-            weight.data_ptr(),
-            weight.stride(0),
-            out.data_ptr(),
-            out.stride(0),
-            *weight.shape,
-            DTYPES[weight.dtype],
-            A.data_ptr(),
-            B.data_ptr(),
-            ends.data_ptr(),
-            scaling.data_ptr(),
-            len(ends),
-            A.shape[0],
-            DTYPES[A.dtype],
-            code.data_ptr(),
-            stream,
-        )
+def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    return _cuda.merge_tile(DTYPES[dtype])
+
+
+def _merge(layers: Layers, notes: Notes, raw: Raw) -> None:
+    merged, row_sums, status = (note.data_ptr() for note in notes)
+    refused, raw_count = status + 4, status
+    places = (merged, row_sums, refused, raw_count, raw.keys.data_ptr(), raw.values.data_ptr(), len(raw.keys))
+    _cuda.merge(*_list(layers), *places, *_here(layers.device))
+
+
+def _unmerge(layers: Layers, merged: Tensor) -> None:
+    _cuda.unmerge(*_list(layers), merged.data_ptr(), *_here(layers.device))
+
+
+def _restore(layers: Layers, raw: Raw) -> None:
+    values = (raw.keys.data_ptr(), raw.values.data_ptr(), len(raw.keys))
+    _cuda.merge_restore(*_list(layers), *values, *_here(layers.device))
+
+
+def _sum_rows(layers: Layers, row_sums: Tensor) -> None:
+    _cuda.merge_sum_rows(*_list(layers), row_sums.data_ptr(), *_here(layers.device))
+
+
+_in_place = InPlace(_tile, _merge, _unmerge, _restore, _sum_rows)
+merge_, merge_layers_ = _in_place.merge_, _in_place.merge_layers_
+unmerge_, unmerge_layers_ = _in_place.unmerge_, _in_place.unmerge_layers_
+remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_place.checksums
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
@@ -285,7 +277,6 @@ def segments(ids: Tensor, adapters: int) -> Segments:
         adapters,
         *(table.data_ptr() for table in found),
         room.data_ptr(),
-        device.index or 0,
-        _stream_of(device),
+        *_here(device),
     )
     return found

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from peftk.receipt import MergeReceipt
-from peftk.reference.merge import RAW, Factors
 
 # as in csrc/common/dtype.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -39,34 +35,3 @@ def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             weight.copy_(W)
         elif not weight.is_inference():
             torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
-
-
-class OutOfPlace(NamedTuple):
-    """merge_, unmerge_ and remerge_ of a backend that computes into new tensors: W is written last."""
-
-    merge: Callable[[Tensor, Factors], tuple[Tensor, Tensor]]
-    unmerge: Callable[[Tensor, Factors, Tensor], Tensor]
-    checksum: Callable[[Tensor], int]
-
-    def merge_(self, weight: Tensor, factors: Factors) -> MergeReceipt:
-        return self._merge_from(weight, weight, factors)
-
-    def unmerge_(self, weight: Tensor, receipt: MergeReceipt) -> None:
-        weight.copy_(self._base(weight, receipt))
-
-    def remerge_(self, weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
-        return self._merge_from(weight, self._base(weight, receipt), factors)
-
-    def _base(self, weight: Tensor, receipt: MergeReceipt) -> Tensor:
-        base = self.unmerge(weight, receipt.factors, receipt.code)
-        base.view(-1)[receipt.raw_index] = receipt.raw_values
-        return base
-
-    def _merge_from(self, weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
-        new, code = self.merge(base, factors)
-        if not bool(new.isfinite().all()):
-            raise NotFiniteError
-        raw_index = (code == RAW).flatten().nonzero().flatten()
-        receipt = MergeReceipt(factors, code, raw_index, base.flatten()[raw_index], self.checksum(new))
-        weight.copy_(new)
-        return receipt

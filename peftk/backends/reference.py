@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from peftk import reference
-from peftk.backends.merge_args import OutOfPlace
+from peftk.backends.merge_args import NotFiniteError
 from peftk.backends.segments import Segments
+from peftk.receipt import MergeReceipt
 from peftk.reference import (
     checksum,
     lora_linear,
@@ -18,6 +19,7 @@ from peftk.reference import (
     multi_lora_linear_backward,
     unmerge,
 )
+from peftk.reference.merge import RAW, Factors
 
 if TYPE_CHECKING:
     from peftk.backends import Call
@@ -38,9 +40,6 @@ __all__ = [
     "unmerge_",
 ]
 
-_in_place = OutOfPlace(merge, unmerge, checksum)
-merge_, unmerge_, remerge_ = _in_place.merge_, _in_place.unmerge_, _in_place.remerge_
-
 
 def cannot_serve(call: Call) -> str | None:
     return None
@@ -52,3 +51,32 @@ def describe(call: Call) -> str:
 
 def segments(ids: Tensor, adapters: int) -> Segments:
     return Segments(*reference.segments(ids, adapters))
+
+
+def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
+    """W' is a new tensor first: W is written last."""
+    return _merge_from(weight, weight, factors)
+
+
+def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
+    weight.copy_(_base(weight, receipt))
+
+
+def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
+    return _merge_from(weight, _base(weight, receipt), factors)
+
+
+def _base(weight: Tensor, receipt: MergeReceipt) -> Tensor:
+    base = unmerge(weight, receipt.factors, receipt.code)
+    base.view(-1)[receipt.raw_index] = receipt.raw_values
+    return base
+
+
+def _merge_from(weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
+    new, code = merge(base, factors)
+    if not bool(new.isfinite().all()):
+        raise NotFiniteError
+    raw_index = (code == RAW).flatten().nonzero().flatten()
+    receipt = MergeReceipt(factors, code, raw_index, base.flatten()[raw_index], checksum(new))
+    weight.copy_(new)
+    return receipt

@@ -11,10 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from peftk.backends import segments as sorted_rows
 from peftk.backends.adapter_args import Tensors, contiguous, one
-from peftk.backends.merge_args import in_rows, rows
-from peftk.receipt import MergeReceipt
+from peftk.backends.merge_layers import InPlace
 from peftk.reference import ALL, AdapterGrads, Wanted
-from peftk.reference.merge import Factors
 from peftk.table import PAGE, Adapter, AdapterTable
 from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
@@ -214,40 +212,10 @@ def _present(adapter: Adapter, wanted: Wanted) -> Wanted:
     )
 
 
-def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
-    return merge_layers_([weight], [factors])[0]
-
-
-def merge_layers_(weights: Sequence[Tensor], factors: Sequence[Factors]) -> list[MergeReceipt]:
-    """One launch for all: weights of one dtype and device, adapters of one dtype. All are merged, or none."""
-    with in_rows(weights) as W:
-        return merges.merge_(W, factors)
-
-
-def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    unmerge_layers_([weight], [receipt])
-
-
-def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]) -> None:
-    with in_rows(weights) as W:
-        merges.unmerge_(W, receipts)
-
-
-def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
-    """In a copy, which W becomes at the end: no forward in between sees the base layer."""
-    W = weight.clone(memory_format=torch.contiguous_format)
-    merges.unmerge_([W], [receipt])
-    (new,) = merges.merge_([W], [factors])
-    weight.copy_(W)
-    return new
-
-
-def checksum(weight: Tensor) -> int:
-    return checksums([weight])[0]
-
-
-def checksums(weights: Sequence[Tensor]) -> list[int]:
-    return merges.checksums([rows(weight) for weight in weights])
+_in_place = InPlace(merges.tile, merges.merge, merges.unmerge, merges.restore, merges.sum_rows)
+merge_, merge_layers_ = _in_place.merge_, _in_place.merge_layers_
+unmerge_, unmerge_layers_ = _in_place.unmerge_, _in_place.unmerge_layers_
+remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_place.checksums
 
 
 # A table never changes, so what the launcher derives from it is derived once, and dropped with the table.

@@ -11,13 +11,14 @@ from torch import Tensor
 
 import peftk
 from peftk import backends, functional, reference
+from peftk.backends import merge_layers
 from peftk.backends import reference as reference_backend
 from peftk.backends import triton as backend
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
 from peftk.triton_kernels import merge as kernels
-from tests.merge_cases import DTYPES, merge_case, same_bits, several
+from tests.merge_cases import DTYPES, bits, check_receipt, copies, merge_case, same_bits, several
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LIST = [((1, 1), (1,)), ((50, 200), (8, 3)), ((33, 65), (5,)), ((40, 64), (1, 16, 2)), ((7, 128), (33,))]
@@ -35,21 +36,6 @@ def layers(
         several(seed + i, w, ranks, size, adapter_dtype)
         for i, (w, (_, ranks)) in enumerate(zip(weights, LIST, strict=True))
     ]
-
-
-def copies(weights: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in weights]
-
-
-def bits(weight: Tensor) -> Tensor:
-    return weight.contiguous().view(torch.int16 if weight.itemsize == 2 else torch.int32)
-
-
-def check_receipt(ours: MergeReceipt, theirs: MergeReceipt) -> None:
-    assert torch.equal(ours.code, theirs.code)
-    assert torch.equal(ours.raw_index, theirs.raw_index)
-    assert torch.equal(bits(ours.raw_values[None]), bits(theirs.raw_values[None]))
-    assert ours.checksum == theirs.checksum
 
 
 def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
@@ -157,7 +143,7 @@ def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None
     def no_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(kernels, "_receipts", no_memory)
+    monkeypatch.setattr(merge_layers, "_receipts", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         backend.merge_layers_(merged, factors)
     for weight, new in zip(weights, merged, strict=True):
@@ -170,9 +156,15 @@ def test_more_raw_weights_than_there_is_room_for() -> None:
     weight = torch.randn(90, 200, generator=generator)
     A, B = torch.randn(4, 200, generator=generator), torch.randn(90, 4, generator=generator) * 1e4
     launches = []
-    merge = kernels._merge
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            launches.append(grid)
+            return merge_kernel[grid]
+
+    merge_kernel = kernels.merge_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_merge", lambda *a: (launches.append(1), merge(*a)))
+        patch.setattr(kernels, "merge_kernel", Counted())
         (receipt,) = check([weight], [adapters([A], [B], [1.0])])
         assert len(receipt.raw_index) > 16_000
         assert len(launches) == 2

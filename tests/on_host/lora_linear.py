@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from peftk import activations, reference
+import peftk
+from peftk import _cuda, activations, backends, functional, reference
 from peftk.backends import cuda as backend
 from peftk.backends import workspace
 from peftk.table import Adapter
 from tests import numerics
-from tests.cases import Case, expected
+from tests.cases import Case, double, expected
 from tests.on_host.conftest import Executor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -103,14 +107,238 @@ def check(case: Case, executor: Executor) -> None:
     assert not any(counters.any() for counters in workspace._of_stream.values()), f"{case}: a counter was left"
 
 
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A GPU of so many processors: the more, the more splits."""
+    return lambda count: monkeypatch.setattr(workspace, "processors", lambda device: count)
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_random(executor: Executor, seed: int) -> None:
+def test_random(executor: Executor, processors: Callable[[int], None], seed: int) -> None:
     executor.seed(seed)
+    processors((1, 4, 30, 132)[seed % 4])
     check(decode_case(seed), executor)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(1000, 1300))
-def test_random_more(executor: Executor, seed: int) -> None:
+def test_random_more(executor: Executor, processors: Callable[[int], None], seed: int) -> None:
     executor.seed(seed)
+    processors((1, 4, 30, 132)[seed % 4])
     check(decode_case(seed), executor)
+
+
+@pytest.mark.parametrize("M", range(1, 65))
+def test_every_number_of_rows(executor: Executor, M: int) -> None:
+    rng = random.Random(M)
+    adapters = tuple(adapter(rng, 66, 72, BF16, rank) for rank in (5, 0, 20))
+    ids = torch.tensor([rng.choice([-1, 0, 1, 2]) for _ in range(M)], dtype=torch.int32)
+    x, weight = normal(M, 72, dtype=BF16, seed=M), normal(66, 72, dtype=BF16, seed=0, scale=72**-0.5)
+    check(Case(x, weight, None, adapters, ids), executor)
+    check(Case(x, weight, None, adapters[:1], None), executor)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_saved_z(executor: Executor, processors: Callable[[int], None], dtype: torch.dtype, count: int) -> None:
+    """z [M, 16 · pages] in the original order of rows, 0 where a row has no such rank: what a backward takes."""
+    processors(132)
+    rng = random.Random(count)
+    x, weight = normal(19, 264, dtype=dtype, seed=1), normal(40, 264, dtype=dtype, seed=2, scale=264**-0.5)
+    adapters = tuple(adapter(rng, 40, 264, dtype, rank) for rank in (21, 3, 40)[:count])
+    ids = torch.tensor([i % (count + 1) - 1 for i in range(19)], dtype=torch.int32) if count > 1 else None
+    case = Case(x, weight, None, adapters, ids)
+    _, z = run(case, save_z=True)
+    assert z is not None
+    assert z.dtype == F32
+    assert z.shape == (19, 48 if count > 1 else 21)
+    wide = Case(x.double(), weight.double(), None, tuple(map(double, adapters)), ids)
+    if ids is None:
+        _, expected_z = reference.lora_linear(wide.x, wide.weight, None, wide.adapters[0], save_z=True)
+    else:
+        _, expected_z = reference.multi_lora_linear(wide.x, wide.weight, None, wide.table(), ids, save_z=True)
+    assert expected_z is not None
+    magnitude = torch.zeros_like(expected_z)
+    for row, i in enumerate(case.all_ids().tolist()):
+        if i >= 0:
+            A, bias = adapters[i].lora_A, adapters[i].bias_A
+            assert A is not None
+            sums = x[row].double().abs() @ A.double().abs().t()
+            magnitude[row, : A.shape[0]] = sums if bias is None else sums + bias.double().abs()
+    numerics.check(z.double(), expected_z, magnitude, 264, dtype=F32)
+    assert torch.equal(z == 0, expected_z == 0), "a place without a rank is not 0"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("adapter_dtype", [BF16, F32], ids=str)
+def test_an_adapter_with_inf_or_nan_keeps_it_to_its_rows(value: float, adapter_dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    x, weight = normal(20, 64, dtype=BF16, seed=1), normal(70, 64, dtype=BF16, seed=2)
+    good = [adapter(rng, 70, 64, adapter_dtype, rank) for rank in (18, 5, 16)]
+    ids = torch.tensor([i % 4 - 1 for i in range(20)], dtype=torch.int32)
+    y, _ = run(Case(x, weight, None, tuple(good), ids))
+    for name in ("pages_A", "pages_B"):
+        (tensor,) = getattr(good[1], name)
+        broken = dataclasses.replace(good[1], **{name: (tensor.clone().fill_(value),)})
+        bad, _ = run(Case(x, weight, None, (good[0], broken, good[2]), ids))
+        others = ids != 1
+        assert torch.equal(bad[others], y[others]), name
+        assert not bad[~others].isfinite().all(), name
+
+
+def test_infinity_stays_infinity() -> None:
+    """v = inf is inf in its first term and 0 in the others, so that y is inf and not NaN."""
+    x, weight = torch.ones(1, 8, dtype=BF16), torch.zeros(1, 8, dtype=BF16)
+    A, B = torch.full((1, 8), float("inf"), dtype=BF16), torch.ones(1, 1, dtype=BF16)
+    y, _ = run(Case(x, weight, None, (Adapter((A,), (B,), 1.0),), None))
+    assert y.item() == float("inf")
+
+
+@pytest.mark.parametrize("columns", [(0, 64, 128, 192), (0, 17, 30, 95)], ids=str)
+def test_packed_outputs(executor: Executor, columns: tuple[int, ...]) -> None:
+    """Slices of y's columns with adapters of their own: each has its pages of z."""
+    rng = random.Random(columns[1])
+    slices = [
+        [adapter(rng, to - start, 72, BF16, rank) for rank in ranks]
+        for start, to, ranks in zip(columns, columns[1:], ((3, 20), (33, 0), (16, 16)), strict=False)
+    ]
+    x = normal(11, 72, dtype=BF16, seed=1)
+    weight = normal(columns[-1], 72, dtype=BF16, seed=2, scale=72**-0.5)
+    ids = torch.tensor([i % 3 - 1 for i in range(11)], dtype=torch.int32)
+    case = Case(x, weight, normal(columns[-1], dtype=BF16, seed=3), tuple(a for s in slices for a in s), ids, columns)
+    check(case, executor)
+
+
+def test_an_infinite_slice_leaves_its_neighbour_alone() -> None:
+    rng = random.Random(0)
+    x, weight = normal(3, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2)
+    good = [adapter(rng, 17, 64, BF16, 4), adapter(rng, 23, 64, BF16, 4)]
+    ids = torch.zeros(3, dtype=torch.int32)
+    y, _ = run(Case(x, weight, None, tuple(good), ids, (0, 17, 40)))
+    infinite = dataclasses.replace(good[0], pages_A=(torch.full_like(good[0].pages_A[0], float("inf")),))
+    bad, _ = run(Case(x, weight, None, (infinite, good[1]), ids, (0, 17, 40)))
+    assert torch.equal(bad[:, 17:], y[:, 17:])
+
+
+def test_pages_of_a_bank() -> None:
+    """A bank's pool: pages anywhere, B stored by ranks; through the layer that users have."""
+    layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(64, 70, dtype=BF16), max_adapters=4)
+    ranks = (3, 40, 16)
+    for i, rank in enumerate(ranks):
+        A, B = normal(rank, 64, dtype=BF16, seed=i, scale=0.1), normal(70, rank, dtype=BF16, seed=i + 9, scale=0.1)
+        layer.add_adapter(f"{i}", A, B, scaling=2.0)
+    x = normal(9, 64, dtype=BF16, seed=5)
+    ids = torch.tensor([layer.adapter_id(f"{i % 3}") if i % 4 else -1 for i in range(9)])
+    arguments = x, layer.weight, layer.bias, layer.bank, ids
+    with torch.no_grad():
+        ours = functional.multi_lora_linear(*arguments, backend="cuda")
+        theirs = functional.multi_lora_linear(*arguments, backend="reference")
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_same_bits_in_every_schedule(executor: Executor, processors: Callable[[int], None], seed: int) -> None:
+    processors(132)
+    case = decode_case(seed + 500, M=20 + seed)
+    results = set()
+    for resident in (1, 2, 0, 0, 0):
+        executor.limit_resident(resident)
+        executor.seed(len(results) + 17 * resident)
+        y, z = run(case, save_z=True)
+        results.add((y.view(torch.int16).numpy().tobytes(), b"" if z is None else z.contiguous().numpy().tobytes()))
+    assert len(results) == 1
+
+
+def test_ids_outside_mean_the_base_layer() -> None:
+    """On a GPU nobody looks at ids before the launch; none of them may reach memory."""
+    rng = random.Random(1)
+    case = Case(
+        normal(6, 64, dtype=BF16, seed=1),
+        normal(40, 64, dtype=BF16, seed=2),
+        None,
+        (adapter(rng, 40, 64, BF16, 5), None),
+        torch.tensor([0, 2, -7, 2**31 - 1, -(2**31), 1], dtype=torch.int32),
+    )
+    y, _ = run(case)
+    inside = dataclasses.replace(case, ids=torch.tensor([0, -1, -1, -1, -1, -1], dtype=torch.int32))
+    assert torch.equal(y, run(inside)[0])
+
+
+def test_through_the_public_functions() -> None:
+    x, weight = normal(2, 3, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2, scale=0.1)
+    A, B = normal(8, 64, dtype=BF16, seed=3, scale=0.1), normal(40, 8, dtype=BF16, seed=4, scale=0.1)
+    ours = functional.lora_linear(x, weight, None, A, B, 2.0, backend="cuda")
+    theirs = functional.lora_linear(x, weight, None, A, B, 2.0, backend="reference")
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"M": 65}, "1 to 64 rows, got 65"),
+        ({"M": 0}, "1 to 64 rows, got 0"),
+        ({"K": 60}, "multiple of 8"),
+        ({"aligned": False}, "multiples of 16 bytes"),
+        ({"dropout": True}, "no dropout"),
+        ({"x_dtype": F32}, "both bfloat16 or both float16"),
+        ({"adapter_dtype": F16}, "needs adapters in"),
+        ({"op": "adapter_block"}, "no CUDA C"),
+        ({"device": "cuda"}, "runs on cpu tensors"),
+    ],
+)
+def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> None:
+    call = backends.Call("lora_linear", "cpu", BF16, BF16, BF16, M=4, K=64, N=64, rank=16, adapters=1)
+    assert backend.cannot_serve(call) is None
+    assert "1 launch" in backend.describe(call)
+    assert reason in str(backend.cannot_serve(call._replace(**change)))  # type: ignore[arg-type]
+
+
+def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
+    def launch(M: int = 4, K: int = 64, dtype: torch.dtype = BF16, low: torch.dtype = BF16, shift: int = 0) -> None:
+        x, weight = torch.zeros(M, K, dtype=dtype), torch.zeros(8 * K + 1, dtype=dtype)[shift:]
+        plan = _cuda.plan_lora_linear(M, 8, K, 0, 4)
+        none = _cuda.Adapters.none(backend.DTYPES[low])
+        y = torch.full((M, 8), 3.0, dtype=dtype)
+        code = backend.DTYPES[dtype]
+        counters = torch.zeros(plan.counters, dtype=torch.int32)
+        addresses = x.data_ptr(), K, weight.data_ptr(), K, 0, 0, y.data_ptr(), 0, False, 0
+        try:
+            _cuda.lora_linear(*addresses, none, M, 8, K, code, plan, 0, counters.data_ptr(), 0, 0)
+        finally:
+            assert (y == 0).all() if not shift and (M, K, dtype, low) == (4, 64, BF16, BF16) else (y == 3).all()
+
+    launch()
+    for arguments, message in (
+        ({"M": 65}, "M: expected 1 ... 64 rows"),
+        ({"K": 60}, "K: expected a multiple of 8"),
+        ({"dtype": F32}, "dtype: expected a combination"),
+        ({"low": F16}, "dtype: expected a combination"),
+        ({"shift": 1}, "rows that start at multiples of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch(**arguments)  # type: ignore[arg-type]
+
+
+def test_plans_leave_no_split_empty_and_parts_small() -> None:
+    for M, N, K, pages, processors in itertools.product(
+        (1, 8, 9, 64), (1, 64, 1000, 4096, 28672), (8, 64, 136, 1000, 4096, 14336), (0, 1, 4, 32), (1, 132)
+    ):
+        plan = _cuda.plan_lora_linear(M, N, K, pages, processors)
+        groups, tiles, rows = -(-M // 8) * pages, -(-N // 64), 8 if M <= 8 else 16 if M <= 16 else 64
+        for steps, splits, step in ((-(-K // 128), plan.shrink_splits, 128), (-(-K // 64), plan.expand_splits, 64)):
+            each = -(-steps // splits)
+            assert (splits - 1) * each < steps, (M, N, K, pages, step)
+        assert plan.shrink_tiles == groups * plan.shrink_splits
+        assert plan.expand_tiles == tiles * plan.expand_splits
+        assert plan.counters == 3 + groups + tiles
+        shrink_parts = plan.shrink_tiles * 128 if plan.shrink_splits > 1 else 0
+        expand_parts = plan.expand_tiles * rows * 64 if plan.expand_splits > 1 else 0
+        assert plan.partials == shrink_parts + expand_parts
+        assert expand_parts * 4 <= tiles * 64 * K * 2 / 16
+
+
+def test_what_is_copied(executor: Executor) -> None:
+    """W crosses once, in 16-byte copies; x once for each tile of 64 columns."""
+    x, weight = normal(5, 256, dtype=BF16, seed=1), normal(192, 256, dtype=BF16, seed=2)
+    run(Case(x, weight, None, (None,), None))
+    assert executor.statistics.copies == 192 * 256 // 8 + 3 * 8 * 256 // 8

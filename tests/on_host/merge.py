@@ -1,19 +1,35 @@
-"""csrc/cuda/merge.cu on the host, through peftk.backends.cuda: W', code and W bit for bit the reference's."""
+"""csrc/cuda/merge.cu on the host, through peftk.backends.cuda: W', receipts and W bit for bit the reference's."""
 
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from peftk import functional, reference
+import peftk
+from peftk import _cuda, functional, reference
 from peftk.backends import cuda as backend
-from tests.merge_cases import DTYPES, merge_case, same_bits, several
+from peftk.backends import merge_layers
+from peftk.backends import reference as reference_backend
+from peftk.reference.merge import Factors
+from peftk.reference.merge import factors as adapters
+from tests.merge_cases import DTYPES, bits, check_receipt, copies, merge_case, same_bits, several
 from tests.on_host.conftest import Executor
 
-SHAPES = [(1, 1, 1), (3, 5, 2), (64, 128, 16), (65, 131, 17), (130, 72, 40), (40, 264, 33)]
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TYPES = list(itertools.product(DTYPES, DTYPES))
+# N, K and the ranks: single elements, whole and ragged tiles of both sizes, chunks of 16 ranks and what is left over
+LAYERS = [
+    ((1, 1), (1,)),
+    ((65, 131), (17, 3)),
+    ((3, 5), (2,)),
+    ((40, 264), (1, 16, 33)),
+    ((128, 64), (16,)),
+    ((7, 8), (5,)),
+]
 
 
 def shifted(tensor: Tensor, elements: int) -> Tensor:
@@ -23,29 +39,244 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
     return block[elements:].as_strided((N, K), (stride, 1)).copy_(tensor)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
-def test_bits_of_the_reference(executor: Executor, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
-    cases = itertools.product(SHAPES, (0.01, 3.0), (0, 8), (0, 1))
-    for seed, (shape, size, padding, shift) in enumerate(cases):
-        case = merge_case(seed, *shape, dtype, adapter_dtype, size=size, padding=padding)
-        weight = shifted(case.weight, shift)  # 1: scalar accesses
-        for factors in (case.factors, several(seed, weight, (1, shape[2], 16), size, adapter_dtype)):
-            expected, expected_code = reference.merge(weight, factors)
-            merged, code = backend.merge(weight, factors)
-            assert same_bits(merged, expected), f"{case}"
-            assert torch.equal(code, expected_code), f"{case}"
-            assert same_bits(backend.unmerge(merged, factors, code), reference.unmerge(merged, factors, code))
-    assert executor.statistics.launches == 4 * 48
+def layers(
+    dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int = 0, size: float = 3.0
+) -> tuple[list[Tensor], list[Factors]]:
+    """Layers of all kinds: rows that lie apart or not, on 16 bytes or not."""
+    weights, factors = [], []
+    for i, (shape, ranks) in enumerate(LAYERS):
+        case = merge_case(seed + i, *shape, 1, dtype, F32, size=1.0, padding=(0, 8, 3)[(seed + i) % 3])
+        weights.append(shifted(case.weight, (seed + i) // 3 % 2))
+        factors.append(several(seed + i, weights[-1], ranks, size, adapter_dtype))
+    return weights, factors
+
+
+def unchanged(weights: list[Tensor], before: list[Tensor]) -> None:
+    for weight, new in zip(weights, before, strict=True):
+        assert torch.equal(bits(new), bits(weight))
+
+
+def check(weights: list[Tensor], factors: list[Factors]) -> list[peftk.receipt.MergeReceipt]:
+    """In place: all notes of the reference, W' and W; undone by the reference, and what that merged undone here."""
+    before = copies(weights)
+    receipts = backend.merge_layers_(weights, factors)
+    expected = copies(before)
+    for i, (W, side) in enumerate(zip(expected, factors, strict=True)):
+        theirs = reference_backend.merge_(W, side)
+        assert same_bits(weights[i], W), f"layer {i}"
+        check_receipt(receipts[i], theirs)
+    assert backend.checksums(weights) == [receipt.checksum for receipt in receipts]
+    for W, receipt in zip(expected, receipts, strict=True):
+        reference_backend.unmerge_(W, receipt)
+    unchanged(expected, before)
+    backend.unmerge_layers_(weights, receipts)
+    unchanged(weights, before)
+    return receipts
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), TYPES, ids=str)
+def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    seed = TYPES.index((dtype, adapter_dtype))
+    executor.seed(seed)
+    receipts = check(*layers(dtype, adapter_dtype, seed))
+    assert executor.statistics.launches == 4  # merge, sum_rows, unmerge, restore
     assert executor.statistics.resident > 1
+    assert sum(len(receipt.raw_index) for receipt in receipts) > 100
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, 8))])
+def test_random_shapes(executor: Executor, part: int) -> None:
+    """Around tiles, vectors and chunks, and anything between; 60 layers a part."""
+    rng = random.Random(part)
+    edges = [1, 7, 8, 9, 63, 64, 65, 127, 128, 129]
+    for case in range(20):
+        executor.seed(1000 * part + case)
+        dtype, adapter_dtype = TYPES[case % len(TYPES)]
+        weights, factors = [], []
+        for i in range(3):
+            shape = rng.choice([*edges, rng.randint(1, 140)]), rng.choice([*edges, rng.randint(1, 140)])
+            size = rng.choice([1e-6, 0.01, 1.0, 100.0])
+            seed, padding = rng.randrange(10**6), rng.choice([0, 0, 1, 8])
+            weight = merge_case(seed, *shape, 1, dtype, F32, size=1.0, padding=padding).weight
+            weight.clamp_(-torch.finfo(dtype).max / 8, torch.finfo(dtype).max / 8)
+            ranks = tuple(rng.choice([1, 2, 8, 16, 17, rng.randint(1, 40)]) for _ in range(rng.randint(1, 3)))
+            factors.append(several(seed + i, weight, ranks, size, adapter_dtype))
+            weights.append(shifted(weight, rng.choice([0, 0, 1])))
+        check(weights, factors)
+
+
+def test_what_is_not_finite_is_refused_and_every_bit_stays() -> None:
+    """Wherever it is in the list, tiles and layers that were merged before it come back."""
+    poisons = ((F32, float("inf")), (BF16, float("nan")), (F16, 1e38), (F32, 3e38))
+    for (dtype, bad), (place, last) in itertools.product(poisons, ((0, False), (3, True), (5, True))):
+        weights, factors = layers(dtype, F32)
+        factors[place].lora_B[-1 if last else 0] = bad
+        factors[place].lora_A[:, -1 if last else 0] = 1e38
+        before = copies(weights)
+        with pytest.raises(ValueError, match="finite") as error:
+            backend.merge_layers_(weights, factors)
+        assert error.value.layer == place
+        unchanged(weights, before)
+
+
+def test_at_the_edge_of_what_is_finite() -> None:
+    """The largest sum that rounds to a finite number is merged, the next one is not; an inf in W is not."""
+    for dtype in DTYPES:
+        largest = torch.finfo(dtype).max
+        ulp = largest - float(torch.tensor(largest, dtype=dtype).nextafter(torch.tensor(0.0, dtype=dtype)))
+        weight = torch.full((5, 70), largest, dtype=dtype)
+        A = torch.full((1, 70), 2.0**64)
+        check([weight], [adapters([A], [torch.full((5, 1), ulp * 0.49 / 2.0**64)], [1.0])])
+        for W, share in ((weight, 0.5), (torch.where(weight == largest, float("-inf"), weight), 0.0)):
+            before = W.clone()
+            with pytest.raises(ValueError, match="finite"):
+                backend.merge_(W, adapters([A], [torch.full((5, 1), ulp * share / 2.0**64)], [1.0]))
+            unchanged([W], [before])
+
+
+def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, factors = layers(F32, BF16)
+    before = copies(weights)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(merge_layers, "_receipts", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.merge_layers_(weights, factors)
+    unchanged(weights, before)
+
+
+def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
+    """Nearly every weight is raw: a second launch takes the tiles that found no room."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 200, generator=generator)
+    A, B = torch.randn(4, 200, generator=generator), torch.randn(70, 4, generator=generator) * 1e4
+    factors = [adapters([A], [B], [1.0]), adapters([A], [B[:3]], [1.0])]
+    receipt, _ = check([weight.clone(), weight[:3].clone()], factors)
+    assert len(receipt.raw_index) > 12_000
+    assert executor.statistics.launches == 5
+    executor.reset()
+    check([weight.clone()], [adapters([A], [B * 1e-6], [1.0])])
+    assert executor.statistics.launches == 4
+    bad = B.clone()
+    bad[-1] = float("inf")
+    merged = weight.clone()
+    with pytest.raises(ValueError, match="finite"):
+        backend.merge_(merged, adapters([A], [bad], [1.0]))
+    unchanged([merged], [weight])
+
+
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.full)])
+def test_cycles(executor: Executor, count: int) -> None:
+    """Another adapter and another backend each time, in random schedules: W never drifts."""
+    for dtype in DTYPES:
+        case = merge_case(6, 20, 70, 16, dtype, F32, size=0.5, padding=0)
+        weight = case.weight.clamp_(-1e4, 1e4)
+        before = weight.clone()
+        for cycle in range(count // len(DTYPES) + 1):
+            executor.seed(cycle)
+            names = random.Random(cycle).sample(("cuda", "cuda", "reference", "cpu"), 3)
+            A, B = case.lora_A * (1 + cycle), case.lora_B / (2 + cycle)
+            receipt = functional.merge_(weight, A, B, 1.5, backend=names[0])
+            receipt = functional.remerge_(weight, receipt, [A, B.t() @ B @ A], [B, B], 0.1, backend=names[1])
+            functional.unmerge_(weight, receipt, backend=names[2])
+            unchanged([weight], [before])
+
+
+def test_minus_zero_stays() -> None:
+    """Chains that end in a product that rounds to -0, after sums of +0; W = -0 stays where d is -0."""
+    for ranks in ((1, 1), (3, 2), (16,), (17, 5)):
+        A, B = torch.full((sum(ranks), 40), 0.25), torch.zeros(7, sum(ranks))
+        for end in itertools.accumulate(ranks):
+            B[:, end - 1] = -(2.0**-149)
+        factors = adapters(list(A.split(ranks)), list(B.split(ranks, dim=1)), [1.0] * len(ranks))
+        check([torch.full((7, 40), -0.0)], [factors])
+    A, B = torch.full((2, 40), 1.0), torch.full((7, 2), 2.0**-149)
+    weight = torch.full((7, 40), -0.0)
+    check([weight], [adapters([A[:1], A[1:]], [B[:, :1], B[:, 1:]], [-0.25, -0.25])])
+    backend.merge_(weight, adapters([A[:1], A[1:]], [B[:, :1], B[:, 1:]], [-0.25, -0.25]))
+    assert bool(weight.signbit().all())
+
+
+def test_denormals() -> None:
+    for dtype, adapter_dtype in ((F32, F32), (BF16, F32), (F16, F16)):
+        case = merge_case(2, 40, 70, 16, dtype, F32, size=1.0, padding=0)
+        tiny = torch.finfo(dtype).tiny
+        weight = case.weight.clamp_(-1, 1) * (tiny / 2)
+        factors = adapters([case.lora_A.to(adapter_dtype)], [case.lora_B.to(adapter_dtype)], [tiny / 2])
+        merged, _ = reference.merge(weight, factors)
+        assert int(((merged != 0) & (merged.abs() < tiny)).sum()) > 500
+        check([weight], [factors])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
+    """Widened, rounded on and beside ties, and numbered: all of them."""
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+    B = weight.float().nan_to_num(0.0, 0.0, 0.0)[:, :1] * torch.tensor([[2.0**-9, 2.0**-12, 2.0**-24]])
+    A = torch.tensor([[1.0], [-1.0], [0.5]]) * torch.randint(-3, 4, (3, 256), generator=torch.manual_seed(0))
+    factors = adapters([A], [B], [1.0])
+    check([torch.where(reference.merge(weight, factors)[0].isfinite(), weight, 1.0)], [factors])
+
+
+def test_strides() -> None:
+    """Transposed, columns apart, rows apart and off a boundary; what lies between stays."""
+    case = merge_case(1, 30, 50, 9, BF16, F32, size=1.0, padding=3)
+    apart, rows = torch.full((30, 101), 7.0, dtype=BF16), torch.full((30, 160), 7.0, dtype=BF16)
+    weights = [case.weight.t().contiguous().t(), apart[:, ::2][:, :50], rows[:, 3:53]]
+    for weight in weights[1:]:
+        weight.copy_(case.weight)
+    check(weights, [case.factors] * 3)
+    assert bool((apart[:, 1::2] == 7).all() and (rows[:, :3] == 7).all() and (rows[:, 53:] == 7).all())
 
 
 def test_the_public_functions() -> None:
-    case = merge_case(0, 65, 131, 17, torch.bfloat16, torch.float32, size=1.0, padding=0)
-    ours, theirs = case.weight.clone(), case.weight.clone()
-    arguments = case.lora_A, case.lora_B, case.scaling
-    receipt = functional.merge_(ours, *arguments, backend="cuda")
-    functional.merge_(theirs, *arguments, backend="reference")
-    assert same_bits(ours, theirs)
-    functional.unmerge_(ours, receipt, backend="cuda")
-    assert same_bits(ours, case.weight)
+    """Lists of all dtypes; a refusal names the layer, and leaves the groups that were merged before it."""
+    weights, factors = [], []
+    for dtype in DTYPES:
+        more = layers(dtype, F32, seed=3)
+        weights, factors = weights + more[0], factors + more[1]
+    before = copies(weights)
+    A = [[f.lora_A[s:e] for s, e in zip((0, *f.ends), f.ends, strict=False)] for f in factors]
+    B = [[f.lora_B[:, s:e] for s, e in zip((0, *f.ends), f.ends, strict=False)] for f in factors]
+    s = [list(f.scaling) for f in factors]
+    version = weights[0]._version
+    receipts = functional.merge_layers_(weights, A, B, s, backend="cuda")
+    assert weights[0]._version > version
+    changed = weights[2][0, 0].clone()
+    weights[2][0, 0] = -changed
+    with pytest.raises(ValueError, match="layer 2: weight: expected the bits that the merge left"):
+        functional.unmerge_layers_(weights, receipts, backend="cuda")
+    weights[2][0, 0] = changed
+    functional.unmerge_layers_(weights, receipts, backend="cuda")
+    unchanged(weights, before)
+    B[9][0] = B[9][0] * float("inf")
+    with pytest.raises(ValueError, match="layer 9: weight: expected W"):
+        functional.merge_layers_(weights, A, B, s, backend="cuda")
+    unchanged(weights, before)
+
+
+def test_the_checksum_is_the_references() -> None:
+    for dtype, (N, K) in itertools.product(DTYPES, ((1, 1), (3, 5), (33, 40), (67, 129), (130, 264))):
+        weight = shifted(torch.randn(N, K + 8).to(dtype)[:, :K], 0)
+        assert backend.checksum(weight) == reference.checksum(weight)
+        weight[N // 2, K - 1] = float("nan")
+        assert backend.checksum(weight) == reference.checksum(weight)
+
+
+def test_what_is_refused() -> None:
+    places = [0] * 6
+    for dtype in (-1, 3):
+        with pytest.raises(ValueError, match="dtype"):
+            _cuda.unmerge(0, 0, 0, 1, 1, dtype, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="merge: size: expected a grid"):
+        _cuda.merge(0, 0, 0, 1, 2**31, 0, 0, *places, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="unmerge: cudaErrorInvalidDevice"):
+        _cuda.unmerge(0, 0, 0, 1, 1, 0, 0, 0, 1, 0)
+    _cuda.merge(0, 0, 0, 0, 0, 0, 0, *places, 0, 0, 0)  # no tiles: no launch
+
+
+def test_explained() -> None:
+    assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="cuda").kernel
+    assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="cuda").kernel
