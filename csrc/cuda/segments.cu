@@ -91,6 +91,7 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
     for (int run = 2; run <= kKeys; run *= 2) merge_own(key, place, run, run / 2);
 
     int buffer = 0;
+#pragma unroll 1
     for (int run = 2 * kKeys; run <= kSize; run *= 2) {
         const bool ascending = (place & run) == 0;
         int other[kKeys];
@@ -98,6 +99,7 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
         if constexpr (kSorters > 32) {
             // One barrier a step: the buffers alternate, and whoever stores to one again has passed the barrier that
             // everybody reached after loading from it.
+#pragma unroll 1
             for (; distance >= 32; distance /= 2) {
 #pragma unroll
                 for (int j = 0; j < kKeys; ++j) exchange[buffer][j * kSorters + thread] = key[j];
@@ -108,6 +110,7 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
                 buffer ^= 1;
             }
         }
+#pragma unroll 1
         for (; distance > 0; distance /= 2) {
 #pragma unroll
             for (int j = 0; j < kKeys; ++j) other[j] = __shfl_xor_sync(kWholeWarp, key[j], distance);

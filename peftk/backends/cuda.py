@@ -48,7 +48,7 @@ def cannot_serve(call: Call) -> str | None:
     if call.device != _cuda.device:
         return f"runs on {_cuda.device} tensors, not on {call.device}"
     if call.op == "segments":
-        return None
+        return _too_old()
     if call.op in ("merge", "unmerge"):
         for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
             if dtype is not None and dtype not in DTYPES:
@@ -68,6 +68,10 @@ def _cannot_serve_linear(call: Call) -> str | None:
         return f"for 1 to {_cuda.most_rows} rows, got {call.M}"
     if call.K % 8 or call.K == 0 or not call.aligned:
         return "needs K a multiple of 8, and rows of weight that are contiguous and start at multiples of 16 bytes"
+    return _too_old()
+
+
+def _too_old() -> str | None:
     if _cuda.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or later"
     return None
