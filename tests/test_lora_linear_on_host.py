@@ -81,8 +81,8 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "z awaited without acquire": (
         TICKETS, "load_acquire(counters + kPublished)",
         "add_relaxed(const_cast<int*>(counters) + kPublished, 0)", RACE),
-    "z not awaited": (TICKETS, "kPublished) < tiles", "kPublished) < 0", RACE),
-    "a tile too few awaited": (TICKETS, "kPublished) < tiles", "kPublished) < tiles - 1", RACE),
+    "z not awaited": (TICKETS, "kPublished) < tiles", "kPublished) < 0"),
+    "a tile too few awaited": (TICKETS, "kPublished) < tiles", "kPublished) < tiles - 1"),
     "z awaited by one thread only": (
         TICKETS, "kPublished) < tiles) {\n        }\n    __syncthreads();", "kPublished) < tiles) {\n        }", RACE),
     "a part counted before all threads have stored it": (
@@ -138,16 +138,16 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "a stage overwritten while it is read": (
         EXPAND, "wait<kStages - 2>();\n        __syncthreads();", "wait<kStages - 2>();"),
     "copies a stage too far": (EXPAND, "ring[ahead % kStages]", "ring[(ahead + 1) % kStages]"),
-    "W's chunks not where they are read": (
-        EXPAND, "stage.weight[n][chunk ^ n / 2 % 8]", "stage.weight[n][chunk ^ n % 8]"),
-    "x's chunks not where they are read": (EXPAND, "stage.x[place][chunk ^ place % 8]", "stage.x[place][chunk]"),
+    "W's chunks not where they are read": (EXPAND, "chunk ^ copied_row / 2 % 8", "chunk ^ copied_row % 8"),
+    "x's chunks not where they are read": (EXPAND, "in_x = chunk ^ copied_row % 8", "in_x = chunk"),
     "columns in another order than B's": (
         EXPAND, "warp * 16 + 2 * row + matrix % 2", "warp * 16 + row + 8 * (matrix % 2)"),
     "W's k exchanged": (EXPAND, "2 * i + matrix / 2) ^ row", "2 * i + 1 - matrix / 2) ^ row"),
     "x's second half for the first": (EXPAND, "first[2] = {b[0], b[1]}", "first[2] = {b[2], b[3]}"),
-    "W read beyond its columns": (EXPAND, "first_n + n < args.N && k", "first_n + n <= args.N && k"),
-    "x read beyond K": (EXPAND, "place < args.M && k + chunk * 8 < to_k", "place < args.M"),
-    "x in sorted order": (EXPAND, "int64_t(rows.row[place]) * args.x_stride", "int64_t(place) * args.x_stride"),
+    "W's last row not read": (EXPAND, "source.exists[i] = n < args.N;", "source.exists[i] = n + 1 < args.N;"),
+    "x read beyond K": (EXPAND, "source.exists[i] && k + chunk * 8 < to_k", "source.exists[i]"),
+    "x in sorted order": (EXPAND, "rows.row[place] * args.x_stride", "place * args.x_stride"),
+    "a thread's rows not apart": (EXPAND, "const int n = first + i * kApart;", "const int n = first + i;"),
     "y in sorted order": (EXPAND, "int64_t(rows.row[place]) * args.N", "int64_t(place) * args.N"),
     "another adapter's rows": (EXPAND, "inside[c / 2] && place >= segment.from && place", "inside[c / 2] && place"),
     "another slice's columns": (EXPAND, "if (inside[c / 2] && place", "if (place"),
@@ -163,7 +163,8 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "v without scaling": (EXPAND, "adapter.scaling * activate", "activate"),
     "v without activation": (EXPAND, "activate(adapter.activation, z[q])", "z[q]"),
     "z beyond the rank": (EXPAND, "if (r + q < adapter.rank) v[q]", "v[q]"),
-    "v written over the ring": (EXPAND, "waited = true;\n                __syncthreads();", "waited = true;", RACE),
+    "v written over the pages before": (
+        EXPAND, "if (waited) {\n                    __syncthreads();", "if (waited) {", RACE),
     "v read before it is there": (EXPAND, "first, shared);\n                __syncthreads();", "first, shared);", RACE),
     "no second term of v": (EXPAND, "for (int q = kTermsOfV - 1; q", "for (int q = 0; q"),
     "beta of another slice": (EXPAND, "widen(from[n - slice.from + q])", "widen(from[n + q])"),

@@ -23,6 +23,7 @@ constexpr int kPages = 4;               // of v in shared memory at a time
 constexpr int kPitch = kPages * 8 + 4;  // words of a row of v: 8 rows of 4 words meet in no bank
 constexpr int kInFlight = 4;            // pages of B whose loads are under way together
 constexpr int kTermsOfV = 3;
+static_assert(kThreads / kChunks % 16 == 0, "rows that a thread copies are permuted alike");
 
 // Rows lie in memory as they come. Their chunks are permuted, so that the 8 rows of a matrix that `load_matrices` reads
 // at one k meet in no bank: row r of x has chunk c at c ^ r % 8, and row n of W, whose matrices are made of every other
@@ -39,27 +40,53 @@ union Shared {
     uint32_t v[kTermsOfV][8 * kTiles][kPitch];  // two ranks in a word; after the main loop
 };
 
-template <typename T, int kTiles>
-__device__ inline void copy_weight(const LoraLinearArgs& args, int first_n, int k, int to_k, Stage<kTiles>& stage) {
-    const T* weight = static_cast<const T*>(args.weight);
+// The rows of W or x that a thread copies, one of every kThreads / kChunks, from its chunk on.
+constexpr int kApart = kThreads / kChunks;
+
+template <typename T, int kCount>
+struct Source {
+    const T* from[kCount];
+    bool exists[kCount];
+};
+
+template <typename T>
+__device__ inline Source<T, kColumns / kApart> source_of_weight(const LoraLinearArgs& args, int first_n) {
+    const int first = first_n + threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    Source<T, kColumns / kApart> source;
 #pragma unroll
-    for (int i = 0; i < kColumns * kChunks; i += kThreads) {
-        const int n = (i + int(threadIdx.x)) / kChunks, chunk = threadIdx.x % kChunks;
-        const bool inside = first_n + n < args.N && k + chunk * 8 < to_k;
-        const T* from = inside ? weight + int64_t(first_n + n) * args.weight_stride + k + chunk * 8 : weight;
-        copy_async_16(&stage.weight[n][chunk ^ n / 2 % 8], from, inside ? 16 : 0);
+    for (int i = 0; i < kColumns / kApart; ++i) {
+        const int n = first + i * kApart;
+        source.exists[i] = n < args.N;
+        source.from[i] = static_cast<const T*>(args.weight) + (n < args.N ? n * args.weight_stride : 0) + chunk * 8;
     }
+    return source;
 }
 
 template <typename T, int kTiles>
-__device__ inline void copy_x(const LoraLinearArgs& args, const Rows<8 * kTiles>& rows, int k, int to_k,
-                              Stage<kTiles>& stage) {
-    const T* x = static_cast<const T*>(args.x);
-    for (int i = threadIdx.x; i < 8 * kTiles * kChunks; i += kThreads) {
-        const int place = i / kChunks, chunk = i % kChunks;
-        const bool inside = place < args.M && k + chunk * 8 < to_k;
-        const T* from = inside ? x + int64_t(rows.row[place]) * args.x_stride + k + chunk * 8 : x;
-        copy_async_16(&stage.x[place][chunk ^ place % 8], from, inside ? 16 : 0);
+__device__ inline Source<T, (kTiles + 1) / 2> source_of_x(const LoraLinearArgs& args, const Rows<8 * kTiles>& rows) {
+    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    Source<T, (kTiles + 1) / 2> source;
+#pragma unroll
+    for (int i = 0; i < (kTiles + 1) / 2; ++i) {
+        const int place = first + i * kApart;
+        source.exists[i] = place < args.M;
+        source.from[i] =
+            static_cast<const T*>(args.x) + (place < args.M ? rows.row[place] * args.x_stride : 0) + chunk * 8;
+    }
+    return source;
+}
+
+// One step of K from `k` on into a stage; zeros for rows that do not exist and beyond `to_k`. `permuted`: where rows
+// keep this thread's chunk.
+template <typename T, int kCount, int kRows>
+__device__ inline void copy(const Source<T, kCount>& source, int k, int to_k, int permuted,
+                            uint4 (&to)[kRows][kChunks]) {
+    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (row + i * kApart >= kRows) break;
+        const bool inside = source.exists[i] && k + chunk * 8 < to_k;
+        copy_async_16(&to[row + i * kApart][permuted], inside ? source.from[i] + k : source.from[i], inside ? 16 : 0);
     }
 }
 
@@ -231,9 +258,13 @@ __device__ inline void add_adapters(const LoraLinearArgs& args, const LoraLinear
                 next.settle(rows, first);
             }
             if (begins) {
-                if (!waited) tickets::wait_for(args.counters, plan.shrink_tiles / plan.shrink_splits);
-                waited = true;
-                __syncthreads();  // nobody reads the ring, or the pages before these, any more
+                // After either, nobody reads the ring or the pages before these any more.
+                if (waited) {
+                    __syncthreads();
+                } else {
+                    tickets::wait_for(args.counters, plan.shrink_tiles / plan.shrink_splits);
+                    waited = true;
+                }
                 store_v(args, rows, slice.first_page, first, shared);
                 __syncthreads();
             }
@@ -310,14 +341,19 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
     const Range range = range_of(split, splits, args.K, kStep);
     const int steps = (range.to - range.from + kStep - 1) / kStep;
 
+    const int copied_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    const int in_weight = chunk ^ copied_row / 2 % 8, in_x = chunk ^ copied_row % 8;  // rows kApart apart permute alike
+
     // W does not wait for the order of the rows. Its first copies go with the first group, x's with their own.
+    const auto weight = source_of_weight<T>(args, first_n);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s)
-        if (s < steps) copy_weight<T>(args, first_n, range.from + s * kStep, range.to, shared.ring[s]);
+        if (s < steps) copy(weight, range.from + s * kStep, range.to, in_weight, shared.ring[s].weight);
     sort_rows(args, rows);
+    const auto x = source_of_x<T, kTiles>(args, rows);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
-        if (s < steps) copy_x<T>(args, rows, range.from + s * kStep, range.to, shared.ring[s]);
+        if (s < steps) copy(x, range.from + s * kStep, range.to, in_x, shared.ring[s].x);
         copy_async_commit();
     }
     find_segments(args, rows);
@@ -329,8 +365,8 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
         const int ahead = step + kStages - 1;
         if (ahead < steps) {
             Stage<kTiles>& stage = shared.ring[ahead % kStages];
-            copy_weight<T>(args, first_n, range.from + ahead * kStep, range.to, stage);
-            copy_x<T>(args, rows, range.from + ahead * kStep, range.to, stage);
+            copy(weight, range.from + ahead * kStep, range.to, in_weight, stage.weight);
+            copy(x, range.from + ahead * kStep, range.to, in_x, stage.x);
         }
         copy_async_commit();
         multiply_stage<T>(shared.ring[step % kStages], sum);

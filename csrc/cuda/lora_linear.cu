@@ -1,4 +1,4 @@
-// One linear layer with its adapters in one launch, for up to 64 rows: a decode step (docs/lora_linear_cuda.md).
+// One linear layer with its adapters in one launch, for up to 64 rows: a decode step (docs/decode.md).
 //
 // Blocks draw tickets (cuda/tickets.cuh): the first are shrink tiles, which make z (cuda/shrink.cuh), all later ones
 // expand tiles (cuda/expand.cuh), which stream W through the tensor cores and wait for z only then.

@@ -28,7 +28,7 @@ __device__ inline void publish(int* counters) {
     if (threadIdx.x == 0) add_release(counters + kPublished, 1);
 }
 
-// Until `tiles` tiles have been published.
+// Until `tiles` tiles have been published; a barrier of the block, too.
 __device__ inline void wait_for(const int* counters, int tiles) {
     if (threadIdx.x == 0)
         while (load_acquire(counters + kPublished) < tiles) {

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of `peftk._cuda`. Docs: `docs/lora_linear_cuda.md`, `docs/merge.md`, `docs/segments.md`.
+"""The CUDA C++ kernels of `peftk._cuda`. Docs: `docs/decode.md`, `docs/merge.md`, `docs/segments.md`.
 
 Launches go to torch's current stream of the weight's device and return at once. Temporaries are
 allocated on that stream, so the caching allocator gives their memory to nothing that could overtake the kernel.

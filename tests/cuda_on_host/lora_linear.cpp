@@ -62,6 +62,7 @@ struct LoraAdapter {
     int rank, activation;
     float scaling;
     int64_t stride_A, stride_n, stride_r;
+    bool infinite;  // its own results are anything: those of others must be right
     Held A, B, bias_A, bias_B;
 };
 
@@ -74,10 +75,12 @@ LoraAdapter draw_adapter(Dtype dtype, int N, int K) {
     if (a.rank) {
         a.stride_A = K + (chance(0.2) ? 3 : 0);
         a.A = make(dtype, (a.rank - 1) * a.stride_A + K, 1 / std::sqrt(K), draw(0, 2) % 2);
-        const int layout = draw(0, 2);  // along the ranks, along N, neither
-        a.stride_n = layout == 1 ? 1 : layout == 0 ? a.rank : 2 * a.rank + 1;
-        a.stride_r = layout == 1 ? N : layout == 0 ? 1 : 2;
+        const int layout = draw(0, 2);  // along the ranks, along N, neither; rows of even length or not
+        a.stride_n = layout == 1 ? 1 : layout == 0 ? a.rank + draw(0, 1) : 2 * a.rank + 1;
+        a.stride_r = layout == 1 ? N + draw(0, 1) : layout == 0 ? 1 : 2;
         a.B = make(dtype, (N - 1) * a.stride_n + (a.rank - 1) * a.stride_r + 1, 1 / std::sqrt(a.rank), draw(0, 2) % 2);
+        a.infinite = chance(0.1);
+        if (a.infinite) a.A->set(draw(0, K - 1), INFINITY);
         if (chance(0.5)) a.bias_A = make(dtype, a.rank, 1);
     }
     if (!a.rank || chance(0.5)) a.bias_B = make(dtype, N, 1);
@@ -169,6 +172,7 @@ bool right(uint64_t seed) {
             int terms = K;
             if (id >= 0) {
                 LoraAdapter& a = adapters[s * count + id];
+                if (a.infinite) continue;
                 const int64_t at = n - columns[s];
                 if (a.bias_B) sum += a.bias_B->at(at), size += std::fabs(a.bias_B->at(at));
                 terms += a.rank;
