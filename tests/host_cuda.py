@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str])
         digest.update(part.encode() + b"\0")
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if target.is_file():
+        target.touch()
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
@@ -126,6 +128,7 @@ def _link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             out.replace(target)
+    target.touch()
     return target
 
 
@@ -137,6 +140,9 @@ def _build(sources: dict[Path, list[str]], sanitizer: str, texts: dict[str, str]
     used = set().union(*(_depends_on(source, mutants) for source in sources))
     unused = mutants.keys() - used
     assert not unused, f"nothing that is compiled includes {', '.join(map(str, unused))}"
+    for old in BUILD.glob("*"):  # mutants of former days
+        if old.is_file() and time.time() - old.stat().st_mtime > 3 * 86400:
+            old.unlink(missing_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(compile_object, path, own, mutants) for path, own in (sources | executor).items()]
         objects = [job.result() for job in jobs]

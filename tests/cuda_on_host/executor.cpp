@@ -293,10 +293,7 @@ void start_fiber(Block& block, unsigned number) {
     fiber.atomics.clear();
     fiber.groups.clear();
     fiber.watched = {fiber.stack, kStack, nullptr, nullptr};
-    char name[96];
-    const uint3 b = block.index, t = fiber.index;
-    snprintf(name, sizeof name, "block (%u, %u, %u), thread (%u, %u, %u)", b.x, b.y, b.z, t.x, t.y, t.z);
-    begin_thread(fiber.watched, name);
+    begin_thread(fiber.watched, block.index, fiber.index);
     can_go_on(fiber);
 }
 
@@ -336,7 +333,7 @@ void start(Block& block, uint64_t number) {
 // from the block: what it starts next would count as ordered after it.
 void retire(Block& block) {
     Watched janitor;
-    begin_thread(janitor, "the end of a block");
+    begin_thread(janitor, block.index, {});
     pretend(janitor);
     acquire(block.end_tag);
     release(launch.end_tag);

@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "types.h"
+
 #if defined(CUDA_ON_HOST_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #elif defined(CUDA_ON_HOST_TSAN)
@@ -101,12 +103,15 @@ inline void acquire_for(const Watched& thread, void* tag, const Watched& running
     (void)tag, (void)thread, (void)running;
 }
 
-inline void begin_thread(Watched& thread, const char* name) {
+inline void begin_thread(Watched& thread, uint3 block, uint3 index) {
 #if defined(CUDA_ON_HOST_TSAN)
+    char name[96];
+    snprintf(name, sizeof name, "block (%u, %u, %u), thread (%u, %u, %u)", block.x, block.y, block.z, index.x, index.y,
+             index.z);
     thread.fiber = __tsan_create_fiber(0);
     __tsan_set_fiber_name(thread.fiber, name);
 #endif
-    (void)thread, (void)name;
+    (void)thread, (void)block, (void)index;
 }
 
 // From here to end_thread, what the host thread does counts as done by `thread`.

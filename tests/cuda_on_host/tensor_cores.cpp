@@ -33,6 +33,19 @@ double widen(unsigned bits, bool bfloat16) {
     return bits >> 15 ? -magnitude : magnitude;
 }
 
+// 2^exponent and its inverse on normal doubles; all here are: the smallest product of two bfloat16 is 2^-266.
+double power_of_two(int exponent) {
+    const uint64_t bits = uint64_t(1023 + exponent) << 52;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+int exponent_of(double positive) {
+    uint64_t bits;
+    memcpy(&bits, &positive, sizeof bits);
+    return int(bits >> 52) - 1023;
+}
+
 float towards_zero(double value) {
     const float nearest = float(value);
     if (std::isinf(nearest) || std::fabs(double(nearest)) <= std::fabs(value)) return nearest;
@@ -44,24 +57,20 @@ float add_eight(float sum, const double (&products)[8]) {
     double largest = std::fabs(sum);
     bool finite = std::isfinite(sum);
     for (const double product : products) {
-        largest = std::fmax(largest, std::fabs(product));
+        const double size = std::fabs(product);
+        largest = largest < size ? size : largest;
         finite = finite && std::isfinite(product);
     }
-    if (!finite) {
+    if (!finite || largest == 0.0) {  // of zeros, only -0 and -0 make -0
         double total = sum;
         for (const double product : products) total += product;
         return float(total);
     }
-    if (largest == 0.0) {  // only -0 and -0 make -0
-        double total = sum;
-        for (const double product : products) total += product;
-        return float(total);
-    }
-    const int last = std::ilogb(largest) - 24;
-    const double units = std::ldexp(1.0, -last);
+    const int last = exponent_of(largest) - 24;
+    const double units = power_of_two(-last);
     int64_t total = int64_t(sum * units);
     for (const double product : products) total += int64_t(product * units);
-    return towards_zero(std::ldexp(double(total), last));
+    return towards_zero(double(total) * power_of_two(last));
 }
 
 template <bool kBFloat16>
