@@ -1,5 +1,5 @@
 """Runs tests/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and executed under the sanitizers, has the bits of
-the reference; mutants are caught."""
+the reference; tests/cuda_on_host/merge_races.cpp finds no race in it; mutants are caught."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.host_cuda import REPORT, module, needs_host_cuda, pytest_on, replaced, run
+from tests.host_cuda import HOST, REPORT, ROOT, executed, module, needs_host_cuda, program, pytest_on, replaced, run
 
 pytestmark = needs_host_cuda
 MERGE, TILE = "csrc/cuda/merge.cu", "csrc/cuda/merge_tile.cuh"
@@ -38,13 +38,17 @@ TESTS = (
 Change = tuple[str, str, str]  # path, text, replacement
 
 
-def caught(*changes: Change) -> str | None:
-    """How a mutant shows: the first line of a report, "wrong" where a test fails without one, or None: not at all."""
+def changed(*changes: Change) -> dict[str, str]:
+    """The sources with these changes and FEWER."""
     of: dict[str, list[tuple[str, str]]] = {}
     for path, before, after in (*changes, *FEWER):
         of.setdefault(path, []).append((before, after))
-    built = module({path: replaced(path, *some) for path, some in of.items()})
-    done = pytest_on(built, "not full", ["merge"], "-k", TESTS)
+    return {path: replaced(path, *some) for path, some in of.items()}
+
+
+def caught(*changes: Change) -> str | None:
+    """How a mutant shows: the first line of a report, "wrong" where a test fails without one, or None: not at all."""
+    done = pytest_on(module(changed(*changes)), "not full", ["merge"], "-k", TESTS)
     report = REPORT.search(done.stderr)
     if report:
         return report[0]
@@ -127,5 +131,32 @@ def test_mutants_are_reported(mutant: str) -> None:
     assert re.search(expected, caught(change) or "")
 
 
+@pytest.mark.full
 def test_what_is_compiled_of_a_mutant_passes() -> None:
     assert caught() is None
+
+
+def race(*changes: Change) -> str | None:
+    """How the source, or a mutant of it, shows under the race detector."""
+    built = program([HOST / "merge_races.cpp", ROOT / MERGE], "thread", changed(*changes))
+    done = executed(built)
+    report = re.search(
+        r"WARNING: ThreadSanitizer: data race|cuda_on_host: ERROR: [^\n]*|: wrong", done.stderr + done.stdout
+    )
+    assert report or done.returncode == 0, done.stderr
+    return report and report[0]
+
+
+def test_no_races() -> None:
+    assert race() is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", [name for name in WRONG if name.startswith("no barrier")])
+def test_races_are_caught(mutant: str) -> None:
+    assert race(WRONG[mutant]) is not None
+
+
+@pytest.mark.full
+def test_rows_that_blocks_share_need_an_atomic() -> None:
+    assert race(WRONG["row sums are not added up"]) is not None

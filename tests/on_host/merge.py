@@ -172,6 +172,17 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
     unchanged([merged], [weight])
 
 
+def test_room_to_the_last_raw_weight(executor: Executor) -> None:
+    """One tile that has as many raw weights as there is room for, then one more."""
+    for more in (0, 1):
+        weight = torch.zeros(128 * 64)
+        weight[: 128 * 64 // 256 + 1024 + more] = 1.3e-3
+        executor.reset()
+        (receipt,) = check([weight.view(128, 64)], [adapters([torch.ones(1, 64)], [torch.full((128, 1), 1e4)], [1.0])])
+        assert len(receipt.raw_index) == 1056 + more
+        assert executor.statistics.launches == 4 + more
+
+
 @pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.full)])
 def test_cycles(executor: Executor, count: int) -> None:
     """Another adapter and another backend each time, in random schedules: W never drifts."""
