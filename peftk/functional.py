@@ -360,8 +360,8 @@ def merge_layers_(
 ) -> list[MergeReceipt]:
     """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
 
-    The Triton backend merges all layers in one launch (one for each device and pair of dtypes), other backends one
-    after another.
+    The CUDA C++ and Triton backends merge all layers in one launch (one for each device and pair of dtypes), other
+    backends one after another.
 
     Args:
         weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.

@@ -1,6 +1,6 @@
 """csrc/cuda/lora_linear.cu, compiled by g++ and executed under the sanitizers.
 
-tests/on_host/lora_linear.py holds it to the fp64 reference through the Python API; tests/cuda_on_host/lora_linear.cpp
+tests/on_host/lora_linear.py holds it to the fp64 reference through the Python API; tests/cuda_on_host/lora_linear_races.cpp
 holds it to sums in fp64 without Python: under the race detector, and once for each of many mutants.
 """
 
@@ -15,7 +15,7 @@ from tests.host_cuda import HOST, REPORT, ROOT, executed, needs_host_cuda, progr
 pytestmark = needs_host_cuda
 
 SOURCE = "csrc/cuda/lora_linear.cu"
-DRIVER = HOST / "lora_linear.cpp"
+DRIVER = HOST / "lora_linear_races.cpp"
 # Of the 16 forms the four that the driver runs: up to 16 rows; fp16 alone, bf16 with fp32 adapters.
 FEWER_FORMS = (
     ("        case 4: return launch<T, A, 4>(args, plan, stream);\n", ""),

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+from peftk.backends import merge_layers
+from peftk.backends import triton as backend
 from peftk.reference.merge import Factors
 from peftk.triton_kernels import config
 from peftk.triton_kernels import merge as kernels
@@ -41,13 +43,12 @@ def compile_merge(
                 R, ends = sum(ranks), tuple(sum(ranks[: i + 1]) for i in range(len(ranks)))
                 A, B = empty(R, K, dtype=adapter_dtype), empty(N, R, dtype=adapter_dtype)
                 factors.append(Factors(A, B, ends, (1.0,) * len(ranks)))
-            layers = kernels._layers(weights, codes, factors)
-            merged, row_sums = empty(layers.tiles, dtype=torch.int8), empty(layers.rows, dtype=torch.int32)
-            status, raw = empty(1 + len(weights), dtype=torch.int32), kernels._empty_raw(weights[0], 4096)
-            kernels._merge(layers, weights[0], factors[0], merged, row_sums, status, raw)
-            kernels._unmerge(layers, weights[0], factors[0], merged)
-            kernels._restore(layers, raw)
-            kernels._sum_rows(layers, weights[0], row_sums)
+            layers = backend._in_place._layers(weights, codes, factors)
+            notes, raw = merge_layers._notes(layers), merge_layers._empty_raw(layers, 4096)
+            kernels.merge(layers, notes, raw)
+            kernels.unmerge(layers, notes.merged)
+            kernels.restore(layers, raw)
+            kernels.sum_rows(layers, notes.row_sums)
     return compiled
 
 

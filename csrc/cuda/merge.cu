@@ -27,10 +27,9 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
     float d[T::kRows][T::kColumns];
     delta<W, Adapter>(d, list, place, shared);
 
-    const bool whole = layer.aligned && place.columns == T::kColumns;
     W* const weight = static_cast<W*>(layer.weight) + place.row * layer.stride + place.column;
     Vector<W, T::kColumns> w[T::kRows] = {};
-    load(w, weight, layer.stride, whole, place.rows, place.columns);
+    load(w, weight, layer.stride, place);
     Vector<int8_t, T::kColumns> code[T::kRows];
     bool finite = true;
     uint32_t raw = 0;  // a bit for each of the thread's outputs
@@ -66,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
         }
     }
 
-    store(weight, w, layer.stride, whole, place.rows, place.columns);
-    store(layer.code + place.row * layer.K + place.column, code, layer.K, whole, place.rows, place.columns);
+    store(weight, w, layer.stride, place);
+    store(layer.code + place.row * layer.K + place.column, code, layer.K, place);
     uint32_t share[T::kRows];
     sum_columns(share, w, place.column);
     add_row_sums(notes.row_sums + layer.first_row + place.row, share, place.rows);
@@ -87,12 +86,11 @@ __global__ void __launch_bounds__(kThreads, 2) unmerge_kernel(MergeList list, co
     float d[T::kRows][T::kColumns];
     delta<W, Adapter>(d, list, place, shared);
 
-    const bool whole = layer.aligned && place.columns == T::kColumns;
     W* const weight = static_cast<W*>(layer.weight) + place.row * layer.stride + place.column;
     Vector<W, T::kColumns> w[T::kRows] = {};
     Vector<int8_t, T::kColumns> code[T::kRows] = {};
-    load(w, weight, layer.stride, whole, place.rows, place.columns);
-    load(code, layer.code + place.row * layer.K + place.column, layer.K, whole, place.rows, place.columns);
+    load(w, weight, layer.stride, place);
+    load(code, layer.code + place.row * layer.K + place.column, layer.K, place);
 #pragma unroll
     for (int n = 0; n < T::kRows; ++n)
 #pragma unroll
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) unmerge_kernel(MergeList list, co
             const uint32_t distance = uint32_t(int32_t(code[n].lane[c]));
             w[n].lane[c] = S::from_bits(merge_code::decode<uint32_t, S::kMagnitude>(S::bits(back), distance));
         }
-    store(weight, w, layer.stride, whole, place.rows, place.columns);
+    store(weight, w, layer.stride, place);
 }
 
 template <typename W>
@@ -120,10 +118,9 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(MergeList list, uint
     auto& shared = shared_memory<Shared<W>>();
     const MergeLayer& layer = shared.layer;
     const Place<W> place = find(list, int(blockIdx.x), shared);
-    const bool whole = layer.aligned && place.columns == T::kColumns;
     const W* const weight = static_cast<const W*>(layer.weight) + place.row * layer.stride + place.column;
     Vector<W, T::kColumns> w[T::kRows] = {};
-    load(w, weight, layer.stride, whole, place.rows, place.columns);
+    load(w, weight, layer.stride, place);
     uint32_t share[T::kRows];
     sum_columns(share, w, place.column);
     add_row_sums(row_sums + layer.first_row + place.row, share, place.rows);

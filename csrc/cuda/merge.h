@@ -42,9 +42,9 @@ struct MergeList {
 
 // What a merge notes beside W' and the code.
 struct MergeNotes {
-    int8_t* merged;     // [tiles]: 1 for the tiles that are merged; these are left alone
+    int8_t* merged;      // [tiles]: 1 for the tiles that are merged; these are left alone
     uint32_t* row_sums;  // [rows of all layers]: the checksum's, to which the tiles' shares are added
-    int32_t* refused;   // [layers]: 1 where W' would not be finite
+    int32_t* refused;    // [layers]: 1 where W' would not be finite
     int32_t* raw_count;
     int64_t* raw_keys;  // [room]: of which weight, counted through all layers; in any order
     void* raw_values;   // [room]: W

@@ -44,6 +44,7 @@ struct Place {
     int first_row, first_column;  // the tile's
     int row, column;              // the thread's
     int rows, columns;            // how many of the thread's exist, ≥ 0
+    bool whole;                   // whether a row's columns are one access
 };
 
 // The layer that has this tile or weight, by bisection of the table's column kFirst.
@@ -79,6 +80,7 @@ __device__ inline Place<W> find(const MergeList& list, int tile, Shared<W>& shar
     place.column = place.first_column + int(thread % kThreadsAcross * T::kColumns);
     place.rows = max(0, min(T::kRows, int(layer.N) - place.row));
     place.columns = max(0, min(T::kColumns, int(layer.K) - place.column));
+    place.whole = layer.aligned && place.columns == T::kColumns;
     return place;
 }
 
@@ -105,13 +107,12 @@ struct Word<4> {
 };
 
 // A thread's rows, `stride` elements apart: the loads of all of them are in flight together.
-template <typename T, int kColumns, int kRows>
-__device__ inline void load(Vector<T, kColumns> (&to)[kRows], const T* from, int64_t stride, bool whole, int rows,
-                            int columns) {
-    if (whole) {
+template <typename T, typename W, int kColumns, int kRows>
+__device__ inline void load(Vector<T, kColumns> (&to)[kRows], const T* from, int64_t stride, const Place<W>& place) {
+    if (place.whole) {
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
-            if (n >= rows) continue;
+            if (n >= place.rows) continue;
             const auto word = __ldcs(reinterpret_cast<const typename Word<sizeof(to[n])>::Type*>(from + n * stride));
             memcpy(&to[n], &word, sizeof(word));
         }
@@ -120,17 +121,16 @@ __device__ inline void load(Vector<T, kColumns> (&to)[kRows], const T* from, int
         for (int n = 0; n < kRows; ++n)
 #pragma unroll
             for (int c = 0; c < kColumns; ++c)
-                if (n < rows && c < columns) to[n].lane[c] = from[n * stride + c];
+                if (n < place.rows && c < place.columns) to[n].lane[c] = from[n * stride + c];
     }
 }
 
-template <typename T, int kColumns, int kRows>
-__device__ inline void store(T* to, const Vector<T, kColumns> (&from)[kRows], int64_t stride, bool whole, int rows,
-                             int columns) {
-    if (whole) {
+template <typename T, typename W, int kColumns, int kRows>
+__device__ inline void store(T* to, const Vector<T, kColumns> (&from)[kRows], int64_t stride, const Place<W>& place) {
+    if (place.whole) {
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
-            if (n >= rows) continue;
+            if (n >= place.rows) continue;
             typename Word<sizeof(from[n])>::Type word;
             memcpy(&word, &from[n], sizeof(word));
             __stcs(reinterpret_cast<decltype(word)*>(to + n * stride), word);
@@ -140,7 +140,7 @@ __device__ inline void store(T* to, const Vector<T, kColumns> (&from)[kRows], in
         for (int n = 0; n < kRows; ++n)
 #pragma unroll
             for (int c = 0; c < kColumns; ++c)
-                if (n < rows && c < columns) to[n * stride + c] = from[n].lane[c];
+                if (n < place.rows && c < place.columns) to[n * stride + c] = from[n].lane[c];
     }
 }
 

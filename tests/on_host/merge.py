@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,7 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     assert sum(len(receipt.raw_index) for receipt in receipts) > 1500  # more than there was room for at first
     assert executor.statistics.launches == 5  # merge twice, sum_rows, unmerge, restore
     assert executor.statistics.resident > 1
+    assert executor.statistics.threads[0] == 256
 
 
 @pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.full) for i in range(2, 12))])
@@ -105,10 +108,12 @@ def test_random_shapes(executor: Executor, part: int) -> None:
         check(weights, factors)
 
 
-def test_what_is_not_finite_is_refused_and_every_bit_stays() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "bad"), [(F32, float("inf")), (BF16, float("nan")), (F16, 1e38), (F32, 3e38)], ids=str
+)
+def test_what_is_not_finite_is_refused_and_every_bit_stays(dtype: torch.dtype, bad: float) -> None:
     """Wherever it is in the list, tiles and layers that were merged before it come back."""
-    poisons = ((F32, float("inf")), (BF16, float("nan")), (F16, 1e38), (F32, 3e38))
-    for (dtype, bad), (place, last) in itertools.product(poisons, ((0, False), (3, True), (5, True))):
+    for place, last in ((0, False), (3, True), (5, True)):
         weights, factors = layers(dtype, F32)
         factors[place].lora_B[-1 if last else 0] = bad
         factors[place].lora_A[:, -1 if last else 0] = 1e38
@@ -167,6 +172,17 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
     unchanged([merged], [weight])
 
 
+def test_room_to_the_last_raw_weight(executor: Executor) -> None:
+    """One tile that has as many raw weights as there is room for, then one more."""
+    for more in (0, 1):
+        weight = torch.zeros(128 * 64)
+        weight[: 128 * 64 // 256 + 1024 + more] = 1.3e-3
+        executor.reset()
+        (receipt,) = check([weight.view(128, 64)], [adapters([torch.ones(1, 64)], [torch.full((128, 1), 1e4)], [1.0])])
+        assert len(receipt.raw_index) == 1056 + more
+        assert executor.statistics.launches == 4 + more
+
+
 @pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.full)])
 def test_cycles(executor: Executor, count: int) -> None:
     """Another adapter and another backend each time, in random schedules: W never drifts."""
@@ -199,15 +215,15 @@ def test_minus_zero_stays() -> None:
     assert bool(weight.signbit().all())
 
 
-def test_denormals() -> None:
-    for dtype, adapter_dtype in ((F32, F32), (BF16, F32), (F16, F16)):
-        case = merge_case(2, 40, 70, 16, dtype, F32, size=1.0, padding=0)
-        tiny = torch.finfo(dtype).tiny
-        weight = case.weight.clamp_(-1, 1) * (tiny / 2)
-        factors = adapters([case.lora_A.to(adapter_dtype)], [case.lora_B.to(adapter_dtype)], [tiny / 2])
-        merged, _ = reference.merge(weight, factors)
-        assert int(((merged != 0) & (merged.abs() < tiny)).sum()) > 500
-        check([weight], [factors])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+def test_denormals(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
+    case = merge_case(2, 40, 70, 16, dtype, F32, size=1.0, padding=0)
+    tiny = torch.finfo(dtype).tiny
+    weight = case.weight.clamp_(-1, 1) * (tiny / 2)
+    factors = adapters([case.lora_A.to(adapter_dtype)], [case.lora_B.to(adapter_dtype)], [tiny / 2])
+    merged, _ = reference.merge(weight, factors)
+    assert int(((merged != 0) & (merged.abs() < tiny)).sum()) > 500
+    check([weight], [factors])
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -229,6 +245,21 @@ def test_strides() -> None:
         weight.copy_(case.weight)
     check(weights, [case.factors] * 3)
     assert bool((apart[:, 1::2] == 7).all() and (rows[:, :3] == 7).all() and (rows[:, 53:] == 7).all())
+
+
+def test_shared_memory(executor: Executor) -> None:
+    """Of an SM's 100 KB or more, two blocks have what they need many times over."""
+    weight = torch.randn(8, 8)
+    backend.checksum(weight)
+    assert 0 < executor.statistics.shared_bytes <= 16_384
+
+
+def test_the_table_is_what_the_kernels_read() -> None:
+    """FIELDS in the order of `struct MergeLayer`."""
+    source = (Path(__file__).parents[2] / "csrc/cuda/merge.h").read_text()
+    body = re.sub(r"//.*", "", source.partition("struct MergeLayer {")[2].partition("};")[0])
+    names = [name.strip(" *") for line in body.split(";") for name in line.split(",")]
+    assert tuple(name.split()[-1].strip("*") for name in names if name.strip()) == merge_layers.FIELDS
 
 
 def test_the_public_functions() -> None:
@@ -257,8 +288,9 @@ def test_the_public_functions() -> None:
     unchanged(weights, before)
 
 
-def test_the_checksum_is_the_references() -> None:
-    for dtype, (N, K) in itertools.product(DTYPES, ((1, 1), (3, 5), (33, 40), (67, 129), (130, 264))):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_checksum_is_the_references(dtype: torch.dtype) -> None:
+    for N, K in ((1, 1), (3, 5), (33, 40), (67, 129), (130, 264), (2, 20_000)):  # the last: beyond 16 signed bits
         weight = shifted(torch.randn(N, K + 8).to(dtype)[:, :K], 0)
         assert backend.checksum(weight) == reference.checksum(weight)
         weight[N // 2, K - 1] = float("nan")

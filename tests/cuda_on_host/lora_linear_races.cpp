@@ -1,6 +1,6 @@
 // csrc/cuda/lora_linear.cu in random schedules, against sums in fp64: for the race detector, and for mutants.
 //
-// lora_linear CASES: 0 if all are right. Rows 1 … 16; x, W and adapters in fp16, or x and W in bf16 with adapters in
+// lora_linear_races CASES: 0 if all are right. Rows 1 … 16; x, W and adapters in fp16, or x and W in bf16 with adapters in
 // fp32.
 #include "cuda/lora_linear.h"
 
