@@ -63,12 +63,13 @@ __device__ inline void copy_x(const LoraLinearArgs& args, const Rows<8 * kTiles>
     }
 }
 
-// sum[j] += the products of a stage for rows 8j … 8j + 7.
+// sum[j] += the products of a stage for rows 8j … 8j + 7, which have sums of their own: see cuda/terms.cuh.
 template <typename T, int kTiles>
 __device__ inline void multiply_stage(const Stage<kTiles>& stage, float (&sum)[kTiles][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
     // The upper 8 of the product's 16 rows are the even columns of y, the lower 8 the odd ones.
     const int n = warp * 16 + 2 * row + matrix % 2;
+    float part[kTiles][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         uint32_t a[2][4];
@@ -79,10 +80,14 @@ __device__ inline void multiply_stage(const Stage<kTiles>& stage, float (&sum)[k
             uint32_t b[4];
             load_matrices(b, &stage.x[8 * j + row][(4 * half + matrix) ^ row]);
             const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-            multiply(sum[j], a[0], first, T{});
-            multiply(sum[j], a[1], second, T{});
+            multiply(part[j], a[0], first, T{});
+            multiply(part[j], a[1], second, T{});
         }
     }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[j][c] += part[j][c];
 }
 
 // What a thread multiplies of a page of B: its two columns, and ranks 2t, 2t + 1, 2t + 8 and 2t + 9.
@@ -184,11 +189,11 @@ __device__ inline void multiply_up(const Up<A>& up, const Segment& segment, int 
         if (segment.from >= 8 * j + 8 || segment.to <= 8 * j) continue;
         float part[4] = {};
 #pragma unroll
-        for (int q = 0; q < kTermsOfV; ++q) {
+        for (int q = kTermsOfV - 1; q >= 0; --q) {  // the small terms first
             const uint32_t* v = &shared.v[q][8 * j + g][word + t];
             const uint32_t b[2] = {v[0], v[4]};
 #pragma unroll
-            for (int p = 0; p < kTerms<A>; ++p) {
+            for (int p = kTerms<A> - 1; p >= 0; --p) {
                 const uint32_t term[4] = {a[0][p], a[1][p], a[2][p], a[3][p]};
                 multiply_bf16(part, term, b);
             }

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename W>
-__global__ void __launch_bounds__(kThreads) sum_rows_kernel(MergeList list, int32_t* row_sums) {
+__global__ void __launch_bounds__(kThreads) sum_rows_kernel(MergeList list, uint32_t* row_sums) {
     using T = Tile<W>;
     auto& shared = shared_memory<Shared<W>>();
     const MergeLayer& layer = shared.layer;
@@ -193,7 +193,7 @@ Status restore(const MergeList& list, const int64_t* raw_keys, const void* raw_v
     });
 }
 
-Status sum_rows(const MergeList& list, int32_t* row_sums, int device, cudaStream_t stream) {
+Status sum_rows(const MergeList& list, uint32_t* row_sums, int device, cudaStream_t stream) {
     return with_type(list.weight_dtype, [&](auto w) {
         using W = decltype(w);
         return launch(sum_rows_kernel<W>, list.tiles, sizeof(Shared<W>), device, stream, list, row_sums);

@@ -43,7 +43,7 @@ struct MergeList {
 // What a merge notes beside W' and the code.
 struct MergeNotes {
     int8_t* merged;     // [tiles]: 1 for the tiles that are merged; these are left alone
-    int32_t* row_sums;  // [rows of all layers]: the checksum's, to which the tiles' shares are added
+    uint32_t* row_sums;  // [rows of all layers]: the checksum's, to which the tiles' shares are added
     int32_t* refused;   // [layers]: 1 where W' would not be finite
     int32_t* raw_count;
     int64_t* raw_keys;  // [room]: of which weight, counted through all layers; in any order
@@ -68,6 +68,6 @@ Status restore(const MergeList& list, const int64_t* raw_keys, const void* raw_v
                cudaStream_t stream);
 
 // Adds each weight to its row's sum of the checksum.
-Status sum_rows(const MergeList& list, int32_t* row_sums, int device, cudaStream_t stream);
+Status sum_rows(const MergeList& list, uint32_t* row_sums, int device, cudaStream_t stream);
 
 }  // namespace peftk::cuda

@@ -252,7 +252,7 @@ __device__ inline void sum_columns(uint32_t (&share)[kRows], const Vector<W, kCo
 // Adds the threads' shares of their rows to the rows' sums; all threads must come. Threads side by side have the same
 // rows: they exchange halves of them until each has the whole tile's share of one row.
 template <int kRows>
-__device__ inline void add_row_sums(int32_t* sums, uint32_t (&share)[kRows], int rows) {
+__device__ inline void add_row_sums(uint32_t* sums, uint32_t (&share)[kRows], int rows) {
     static_assert(kThreadsAcross % kRows == 0, "as many threads as rows, or more");
     const int across = int(threadIdx.x % kThreadsAcross);
     int row = 0;
@@ -267,7 +267,7 @@ __device__ inline void add_row_sums(int32_t* sums, uint32_t (&share)[kRows], int
         }
         row += upper ? half : 0;
     }
-    if (across % (kThreadsAcross / kRows) == 0 && row < rows) atomicAdd(sums + row, int32_t(share[0]));
+    if (across % (kThreadsAcross / kRows) == 0 && row < rows) atomicAdd(sums + row, share[0]);
 }
 
 }  // namespace peftk::cuda::merging

@@ -61,8 +61,11 @@ struct Slab {
     Eight<A> low, high;
 };
 
+// sum += the products of a slab. They have sums of their own, the small terms first: tensor cores cut what does not fit
+// in a sum (cuda/terms.cuh), so the long sum is rounded by fp32 additions.
 template <typename T, typename A>
 __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
+    float part[4] = {};
     if constexpr (std::is_same_v<T, A>) {
         uint32_t x[4], low[4], high[4];
         memcpy(x, &slab.x, sizeof(x));
@@ -71,7 +74,7 @@ __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
             const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]}, b[2] = {x[i], x[i + 1]};
-            multiply(sum, a, b, T{});
+            multiply(part, a, b, T{});
         }
     } else {
 #pragma unroll
@@ -85,14 +88,16 @@ __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
                 cut_terms(widen(slab.high.value[k]), widen(slab.high.value[k + 1]), high[j]);
             }
 #pragma unroll
-            for (int p = 0; p < kTerms<A>; ++p)
+            for (int p = kTerms<A> - 1; p >= 0; --p)
 #pragma unroll
-                for (int q = 0; q < kTerms<T>; ++q) {
+                for (int q = kTerms<T> - 1; q >= 0; --q) {
                     const uint32_t a[4] = {low[0][p], high[0][p], low[1][p], high[1][p]}, b[2] = {x[0][q], x[1][q]};
-                    multiply_bf16(sum, a, b);
+                    multiply_bf16(part, a, b);
                 }
         }
     }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sum[c] += part[c];
 }
 
 // The segments of a tile whose adapters have ranks on the page.

@@ -2,6 +2,10 @@
 //
 // Two factors of one 16-bit type are multiplied as they are. Any others are cut into bf16 terms that add up to them
 // exactly, 3 for fp32 (24 = 3 * 8 significant bits), 2 for fp16 (11 = 8 + 3), and every pair of terms is multiplied.
+//
+// Products are exact, sums are not: tensor cores align the products and the sum so far to the largest and cut what does
+// not fit (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021). Over a long sum cuts add up, where roundings
+// cancel. So kernels keep sums on the tensor cores short and add them up in fp32.
 #pragma once
 
 #include "cuda/instructions.cuh"

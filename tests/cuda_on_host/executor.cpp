@@ -555,6 +555,11 @@ Copy& issue_copy(Site site, void* to, const void* from, int bytes) {
     return current->copies.back();
 }
 
+void capture(Copy& copy, const char (&data)[16]) {
+    const Unwatched unwatched;
+    memcpy(copy.data, data, sizeof data);
+}
+
 void commit_copies() {
     const Unwatched unwatched;
     Fiber& fiber = *current;
@@ -563,6 +568,7 @@ void commit_copies() {
 }
 
 const Copy* due_copies(int pending, size_t& count) {
+    const Unwatched unwatched;
     Fiber& fiber = *current;
     count = 0;
     while (fiber.groups.size() > size_t(pending)) {
@@ -573,6 +579,7 @@ const Copy* due_copies(int pending, size_t& count) {
 }
 
 void forget_copies(size_t count) {
+    const Unwatched unwatched;
     Fiber& fiber = *current;
     for (size_t i = 0; i < count; ++i) fiber.block->in_flight[(fiber.copies[i].to - fiber.block->shared) / 16] = false;
     fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + long(count));

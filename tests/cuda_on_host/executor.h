@@ -86,6 +86,7 @@ struct Copy {
     char data[16];
 };
 Copy& issue_copy(Site site, void* to, const void* from, int bytes);  // checks addresses, draws `captured`
+void capture(Copy& copy, const char (&data)[16]);                    // what its source held when it was issued
 void commit_copies();
 const Copy* due_copies(int pending, size_t& count);  // of all but the youngest `pending` groups
 void forget_copies(size_t count);

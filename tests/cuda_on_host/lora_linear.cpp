@@ -151,7 +151,7 @@ bool right(uint64_t seed) {
                                     true,
                                     reinterpret_cast<float*>(parts->data()),
                                     counters.data()};
-    cuda_on_host_seed(seed);
+    cuda_on_host::cuda_on_host_seed(seed);
     if (!cuda::lora_linear(args, plan, 0, nullptr).ok()) return printf("case %d: not launched\n", int(seed)), false;
     for (const int counter : counters)
         if (counter) return printf("case %d: a counter is left\n", int(seed)), false;

@@ -40,7 +40,7 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 
 
 def layers(
-    dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int = 0, size: float = 3.0
+    dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int = 0, size: float = 0.5
 ) -> tuple[list[Tensor], list[Factors]]:
     """Layers of all kinds: rows that lie apart or not, on 16 bytes or not."""
     weights, factors = [], []
@@ -79,12 +79,12 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     seed = TYPES.index((dtype, adapter_dtype))
     executor.seed(seed)
     receipts = check(*layers(dtype, adapter_dtype, seed))
-    assert executor.statistics.launches == 4  # merge, sum_rows, unmerge, restore
+    assert sum(len(receipt.raw_index) for receipt in receipts) > 1500  # more than there was room for at first
+    assert executor.statistics.launches == 5  # merge twice, sum_rows, unmerge, restore
     assert executor.statistics.resident > 1
-    assert sum(len(receipt.raw_index) for receipt in receipts) > 100
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.full) for i in range(1, 8))])
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.full) for i in range(2, 12))])
 def test_random_shapes(executor: Executor, part: int) -> None:
     """Around tiles, vectors and chunks, and anything between; 60 layers a part."""
     rng = random.Random(part)
@@ -158,7 +158,7 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
     assert executor.statistics.launches == 5
     executor.reset()
     check([weight.clone()], [adapters([A], [B * 1e-6], [1.0])])
-    assert executor.statistics.launches == 4
+    assert executor.statistics.launches == 3  # and nothing to restore
     bad = B.clone()
     bad[-1] = float("inf")
     merged = weight.clone()

@@ -30,7 +30,11 @@ inline Layout& shared_memory() {
 inline void copy_async_16(void* to_shared, const void* from_global, int bytes,
                           Site site = {__builtin_FILE(), __builtin_LINE()}) {
     cuda_on_host::Copy& copy = cuda_on_host::issue_copy(site, to_shared, from_global, bytes);
-    if (copy.captured) memcpy(copy.data, copy.from, size_t(bytes));
+    if (copy.captured) {
+        char data[16];
+        memcpy(data, from_global, size_t(bytes));
+        cuda_on_host::capture(copy, data);
+    }
     memset(copy.to, 0xff, 16);
     ASAN_POISON_MEMORY_REGION(copy.to, 16);
 }
