@@ -29,6 +29,8 @@ class Limits(NamedTuple):
 LIMITS = {
     # 128 registers and 256 threads: two blocks fit an SM of 65,536 registers
     "merge": Limits(128, 16_384, (r"FFMA ", r"FADD ", r"LDG\.E\S*\.128", r"STG\.E\S*\.128", r"LDS\.128")),
+    # no static shared memory: the launcher passes what a kernel needs
+    "segments": Limits(80, 0, (r"BAR\.SYNC", r"LDS", r"STS")),
 }
 
 
@@ -89,7 +91,10 @@ def sass_of(cubin: Path) -> dict[str, str]:
 
 
 def readable(name: str) -> str:
-    """From a mangled name: "merge bf16 + fp32" for the weight's dtype and the adapter's."""
+    """From a mangled name: "merge bf16 + fp32" for the weight's dtype and the adapter's, "segments int64 1024"."""
+    match = re.search(r"(segments|sort|scan|scatter)_kernel(?:I([il])(?:Li(\d+)E)?E)?", name)
+    if match is not None:
+        return " ".join(filter(None, (match[1], {"i": "int32", "l": "int64"}.get(match[2], ""), match[3])))
     types = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
     match = re.search(r"merge_kernelI(f|6__half|13__nv_bfloat16)(f|6__half|13__nv_bfloat16|S\d_)Lb([01])", name)
     if match is None:
@@ -156,3 +161,18 @@ def test_merge_rounds_what_it_must_round(cubins: dict[tuple[str, str], list[Kern
 def operations(name: str, sass: str) -> int:
     """How many of them; FADD2 and its like make two."""
     return len(re.findall(rf"\b{name}\b", sass)) + 2 * len(re.findall(rf"\b{name}2\b", sass))
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="needs cuobjdump, of the CUDA toolkit or the triton wheel")
+def test_segments_sort_by_shuffles_and_number_by_votes(cubins: dict[tuple[str, str], list[Kernel]]) -> None:
+    """A few times as many shuffles as a thread has keys: the sort's loops are not unrolled."""
+    for (stem, arch), kernels in cubins.items():
+        for kernel in kernels if stem == "segments" else []:
+            name, _, size = (readable(kernel.name) + "  ").split(" ")[:3]
+            where = f"{readable(kernel.name)}, sm_{arch}"
+            shuffles = operations(r"SHFL\.BFLY", kernel.sass)
+            assert bool(shuffles) == (name in ("segments", "sort")), where
+            assert shuffles <= (6 if size == "64" else 24), f"{where}: {shuffles} shuffles"
+            if name in ("segments", "scatter"):
+                assert re.search(r"VOTE\S*", kernel.sass), where
+                assert re.search(r"POPC", kernel.sass), where
