@@ -66,3 +66,28 @@ def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
                     for function in IN_PLACE.get(op, (op.replace("adapter_block", "lora_linear"),)):
                         assert callable(getattr(module, function))
                     assert module.describe(call)
+
+
+def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = backends.Call("segments", "cpu", torch.int32, torch.int32, None, 4, 1, 1, 0, 2)
+    with backends.forcing(None):
+        assert backends.forced() is None
+    with backends.forcing("cpu"), pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot serve segments"):
+        backends.choose(call)
+    with backends.forcing("cpu"):
+        assert backends.choose(call, "reference").backend == "reference"
+    server, seen = backends.module("reference"), []
+    serve = server.multi_lora_linear
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen.append(backends.forced())
+        return serve(*args, **kwargs)
+
+    monkeypatch.setattr(server, "multi_lora_linear", watched)
+    monkeypatch.setenv("PEFTK_BACKEND", "reference")
+    layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
+    ids = torch.tensor([-1, -1])
+    for backend in (None, "reference"):
+        functional.multi_lora_linear(torch.randn(2, 8), layer.weight, None, layer.bank, ids, backend=backend)
+    assert seen == [None, "reference"]
+    assert backends.forced() is None

@@ -1,4 +1,4 @@
-"""The tokens of a batch in the order of their adapters: the specification of `triton_kernels/segments.py`."""
+"""The tokens of a batch in the order of their adapters: the specification of `segments.cu` and `segments.py`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ def checks(target: Target) -> Iterator[Check]:
         if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
             yield from _tiles(target)
             yield from _launches(target)
-            yield from _segments(target)
+        if backend != "reference" and cannot_serve(backend, "segments", target.device) is None:
+            yield from _segments(backend, target)
 
 
 def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -261,10 +262,9 @@ def _launches(target: Target) -> Iterator[Check]:
                 yield Check("parity", "triton", "every way to launch", name, run)
 
 
-def _segments(target: Target) -> Iterator[Check]:
+def _segments(backend: str, target: Target) -> Iterator[Check]:
     """To the integer what the specification says."""
-    from peftk.triton_kernels.segments import segments
-
+    segments = backends.module(backend).segments
     sizes = (1, 70) if target.rehearses else (1, 64, 65, 256, 1024, 1025, 4097, 131072)
     for M in sizes:
         for adapters in (0, 1, 40) if target.rehearses else (0, 1, 64, 5000):
@@ -277,7 +277,7 @@ def _segments(target: Target) -> Iterator[Check]:
                         raise WrongError(f"{name}: expected {expected}, got {tensor}")
                 return 0.0
 
-            yield Check("parity", "triton", "segments", f"M={M}, {adapters} adapters", run)
+            yield Check("parity", backend, "segments", f"M={M}, {adapters} adapters", run)
 
 
 def _short(dtype: torch.dtype) -> str:
