@@ -127,6 +127,19 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return [kernel for some in found for kernel in some]
 
 
+def shared(kernel: Kernel) -> int:
+    """Bytes of shared memory that the launcher gives a block."""
+    cuda = pytest.importorskip("peftk._cuda")
+    last = int(match[0]) if (match := re.search(r"\d+$", kernel.types)) else 0
+    if kernel.kind == "lora_linear":
+        return int(cuda.plan_lora_linear(8 * last, 64, 64, 1, 132).shared)
+    if kernel.kind in ("segments", "sort", "scan", "scatter"):
+        return int(cuda.segments_shared(last if kernel.kind == "segments" else 2000))
+    if kernel.kind == "restore":
+        return 0
+    return int(cuda.merge_tile(0 if kernel.types.startswith("fp32") else 1)[2])
+
+
 needs_cuobjdump = pytest.mark.skipif(
     CUOBJDUMP is None, reason="needs cuobjdump, of the CUDA toolkit or the triton wheel"
 )
@@ -135,13 +148,15 @@ needs_cuobjdump = pytest.mark.skipif(
 def test_registers_spills_and_shared_memory(
     kernels: list[Kernel], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All shared memory is the launcher's to give; tests/on_host looks at how much."""
-    lines = [f"  registers, {request.node.callspec.params['kernels']}"]
+    """All shared memory is the launcher's to give, and lets two blocks share a processor that has 164 KiB (sm_80)."""
+    lines = [f"  {request.node.callspec.params['kernels']}{'registers, bytes of shared memory':>55}"]
     for kernel in sorted(kernels):
         assert kernel.spills == 0, f"{kernel}: {kernel.spills} bytes spilled"
         assert kernel.registers <= LIMITS[kernel.kind].registers, f"{kernel}: {kernel.registers} registers"
         assert kernel.shared == 0, f"{kernel}: {kernel.shared} bytes of static shared memory"
-        lines.append(f"  {kernel!s:<40}{kernel.registers:>4}")
+        given = shared(kernel)
+        assert given <= 80 * 1024, f"{kernel}: {given} bytes of shared memory"
+        lines.append(f"  {kernel!s:<40}{kernel.registers:>4}{given:>8}")
     with capsys.disabled():
         print("", *lines, sep="\n")
 

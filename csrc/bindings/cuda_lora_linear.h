@@ -19,7 +19,8 @@ inline void define_lora_linear(pybind11::module_& module) {
         .def_readonly("shrink_tiles", &LoraLinearPlan::shrink_tiles)
         .def_readonly("expand_tiles", &LoraLinearPlan::expand_tiles)
         .def_readonly("partials", &LoraLinearPlan::partials)
-        .def_readonly("counters", &LoraLinearPlan::counters);
+        .def_readonly("counters", &LoraLinearPlan::counters)
+        .def_readonly("shared", &LoraLinearPlan::shared);
     module.def("plan_lora_linear", &plan_lora_linear, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("z_pages"),
                py::arg("processors"));
 

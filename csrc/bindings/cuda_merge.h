@@ -45,7 +45,7 @@ inline void define_merge(pybind11::module_& module) {
         "merge_tile",
         [](int dtype) {
             const MergeTile tile = merge_tile(dtype_of("dtype", dtype));
-            return std::pair(tile.rows, tile.columns);
+            return std::tuple(tile.rows, tile.columns, tile.shared);
         },
         py::arg("dtype"));
     define_merge_launch(

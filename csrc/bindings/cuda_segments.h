@@ -11,6 +11,7 @@ namespace peftk::cuda {
 inline void define_segments(pybind11::module_& module) {
     namespace py = pybind11;
     module.def("segments_workspace", &segments_workspace, py::arg("M"), py::arg("adapters"));
+    module.def("segments_shared", &segments_shared, py::arg("M"));
     module.def(
         "segments",
         [](uintptr_t ids, int64_t stride, bool wide, int64_t M, int64_t adapters, uintptr_t order, uintptr_t sorted_ids,

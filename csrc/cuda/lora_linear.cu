@@ -98,6 +98,10 @@ LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors
     plan.partials = plan.expand_parts;
     if (plan.expand_splits > 1) plan.partials += int64_t(plan.expand_tiles) * rows * expand::kColumns;
     plan.counters = tickets::kArrivals + z_tiles + y_tiles;
+    plan.shared = M <= 8    ? sizeof(Shared<1>)
+                  : M <= 16 ? sizeof(Shared<2>)
+                  : M <= 32 ? sizeof(Shared<4>)
+                            : sizeof(Shared<8>);
     return plan;
 }
 

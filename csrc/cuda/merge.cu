@@ -162,8 +162,8 @@ Status with_types(const MergeList& list, const Call& call) {
 }  // namespace
 
 MergeTile merge_tile(Dtype weight_dtype) {
-    if (weight_dtype == Dtype::kFloat32) return {Tile<float>::kDown, Tile<float>::kAcross};
-    return {Tile<__half>::kDown, Tile<__half>::kAcross};
+    if (weight_dtype == Dtype::kFloat32) return {Tile<float>::kDown, Tile<float>::kAcross, sizeof(Shared<float>)};
+    return {Tile<__half>::kDown, Tile<__half>::kAcross, sizeof(Shared<__half>)};
 }
 
 Status merge(const MergeList& list, const MergeNotes& notes, int device, cudaStream_t stream) {

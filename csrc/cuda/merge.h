@@ -53,6 +53,7 @@ struct MergeNotes {
 
 struct MergeTile {
     int rows, columns;
+    int shared;  // bytes of a block
 };
 MergeTile merge_tile(Dtype weight_dtype);
 

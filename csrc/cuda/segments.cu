@@ -404,6 +404,13 @@ int64_t segments_workspace(int64_t M, int64_t adapters) {
     return M <= kTile ? 0 : ceil_div(M, kTile) * (kTile + adapters + 1);
 }
 
+int64_t segments_shared(int64_t M) {
+    if (M <= 64) return sizeof(Keys<64>);
+    if (M <= 256) return sizeof(Keys<256>);
+    if (M <= kTile) return sizeof(Keys<kTile>);
+    return std::max({sizeof(Keys<kTile>), sizeof(Strips), sizeof(Numbers)});
+}
+
 Status segments(const SegmentsArgs& args, int device, cudaStream_t stream) {
     if (args.adapters > kMostAdapters) return Unsupported::kAdapters;
     if (args.M > kMostRows) return Unsupported::kRows;

@@ -27,6 +27,9 @@ struct SegmentsArgs {
 // How many int32 of workspace a call needs.
 int64_t segments_workspace(int64_t M, int64_t adapters);
 
+// Bytes of shared memory of a block of the launch, or of the largest of the three.
+int64_t segments_shared(int64_t M);
+
 // Enqueues one launch for up to 1,024 rows and three beyond, of grids that depend on M and adapters alone; nothing
 // waits for the device. Answers kAdapters for more than 2^20 adapters and kRows for more rows than places in int32.
 Status segments(const SegmentsArgs& args, int device, cudaStream_t stream);

@@ -235,7 +235,8 @@ def _list(layers: Layers) -> tuple[int, ...]:
 
 
 def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    return _cuda.merge_tile(DTYPES[dtype])
+    rows, columns, _ = _cuda.merge_tile(DTYPES[dtype])
+    return rows, columns
 
 
 def _merge(layers: Layers, notes: Notes, raw: Raw) -> None:
