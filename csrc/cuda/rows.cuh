@@ -47,7 +47,7 @@ __device__ inline void sort_rows(const LoraLinearArgs& args, Rows<kRows>& rows) 
     __syncthreads();
 }
 
-// After sort_rows: the segments, without their adapters.
+// After sort_rows: the segments, without their adapters. They are there after the next barrier.
 template <int kRows>
 __device__ inline void find_segments(const LoraLinearArgs& args, Rows<kRows>& rows) {
     const int place = threadIdx.x;
@@ -64,7 +64,6 @@ __device__ inline void find_segments(const LoraLinearArgs& args, Rows<kRows>& ro
         }
         if (place == args.M - 1) rows.segment_count = segment + 1;
     }
-    __syncthreads();
 }
 
 // The adapters of all segments in one slice of y's columns. The caller sees to it that nobody still reads the last
