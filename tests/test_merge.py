@@ -515,14 +515,15 @@ def test_the_receipt_needs_neither_the_factors_nor_the_scaling() -> None:
     assert same_bits(weight, case.weight)
 
 
-def test_the_cuda_backend_says_what_it_cannot_serve() -> None:
+def test_the_cuda_backend_says_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = pytest.importorskip("peftk.backends.cuda", reason="needs peftk._cuda, which nvcc builds")
 
     def call(op: str, device: str, dtype: torch.dtype) -> Call:
         return Call(op, device, dtype, dtype, torch.float32, 8, 8, 8, 4, 1)
 
     assert cuda.cannot_serve(call("merge", "cuda", torch.bfloat16)) is None
-    assert "lora_linear" in cuda.cannot_serve(call("lora_linear", "cuda", torch.bfloat16))
+    assert "adapter_block" in cuda.cannot_serve(call("adapter_block", "cuda", torch.bfloat16))
     assert "cpu" in cuda.cannot_serve(call("unmerge", "cpu", torch.bfloat16))
     assert "float64" in cuda.cannot_serve(call("merge", "cuda", torch.float64))
 

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/merge_args.h"
+#include "bindings/dtype_arg.h"
 #include "cpu/checksum.h"
 #include "cpu/merge.h"
 
@@ -26,8 +26,14 @@ inline MergeSide merge_side(const std::optional<MergeSideArgs>& args) {
         throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
                                     std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
     }
-    return {merge_factors(lora_A, lora_B, ends.data(), scaling.data(), int64_t(ends.size()), ends.back(), dtype),
-            reinterpret_cast<int8_t*>(code), nullptr};
+    const MergeFactors factors{reinterpret_cast<const void*>(lora_A),
+                               reinterpret_cast<const void*>(lora_B),
+                               ends.data(),
+                               scaling.data(),
+                               int64_t(ends.size()),
+                               ends.back(),
+                               dtype_of("adapter_dtype", dtype)};
+    return {factors, reinterpret_cast<int8_t*>(code), nullptr};
 }
 
 inline std::vector<RawWeight> raw_weights(uintptr_t index, uintptr_t bits, int64_t count, Dtype dtype) {

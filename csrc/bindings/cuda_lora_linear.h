@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/cuda_status.h"
-#include "bindings/merge_args.h"
+#include "bindings/dtype_arg.h"
 #include "cuda/lora_linear.h"
 
 namespace peftk::cuda {

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "bindings/cuda_status.h"
-#include "bindings/merge_args.h"
+#include "bindings/dtype_arg.h"
 #include "cuda/merge.h"
 
 namespace peftk::cuda {

@@ -1,24 +1,11 @@
-// What merge and unmerge share on every device: the adapters, and the one-byte code that makes them exact.
+// What merge and unmerge share on every device: the one-byte code that makes them exact.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
 #include "common/host_device.h"
 
 namespace peftk {
-
-// The adapters of one merge, side by side. Adapter t has the ranks from ends[t - 1] (0 for the first) to ends[t] - 1:
-//
-//     d_t = fl(scaling[t] * chain of fma over its ranks, ascending, from +0);   d = d_0, then d = fl(d + d_t) in order
-struct MergeFactors {
-    const void* lora_A;    // [R, K], dense
-    const void* lora_B;    // [N, R], dense
-    const int64_t* ends;   // [adapters], ascending; the last one is R
-    const float* scaling;  // [adapters]
-    int64_t adapters, R;
-    Dtype dtype;
-};
 
 // The code: from W″ = round(fl(W' - d)) to W, counted in representable values in sign-magnitude order. `Uints` are
 // lanes of the type `Lane`, or one; the bits of a 16-bit weight in lanes of 32 come sign-extended, with kMagnitude =

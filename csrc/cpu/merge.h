@@ -3,10 +3,23 @@
 
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/merge.h"
 #include "cpu/levels.h"
 
 namespace peftk {
+
+// The adapters of one merge, side by side. Adapter t has the ranks from ends[t - 1] (0 for the first) to ends[t] - 1:
+//
+//     d_t = fl(scaling[t] * chain of fma over its ranks, ascending, from +0);   d = d_0, then d = fl(d + d_t) in order
+struct MergeFactors {
+    const void* lora_A;    // [R, K], dense
+    const void* lora_B;    // [N, R], dense
+    const int64_t* ends;   // [adapters], ascending; the last one is R
+    const float* scaling;  // [adapters]
+    int64_t adapters, R;
+    Dtype dtype;
+};
 
 // A weight whose distance has no code: its place in the flattened W, and its bits.
 struct RawWeight {

@@ -16,17 +16,17 @@ struct MergeLayer {
     void* weight;    // [N, K], contiguous rows
     int64_t stride;  // elements from row to row
     int64_t N, K;
-    int8_t* code;           // [N, K], dense
-    const void* lora_A;     // [R, K], dense: of all adapters of the layer, side by side
-    const void* lora_B;     // [N, R], dense
-    int64_t R;              // of the layer's adapters together
-    int64_t first_adapter;  // in `ends` and `scaling`
-    int64_t end_adapter;    //
-    int64_t tiles_across;   //
-    int64_t first_tile;     // how many tiles, rows and weights the layers before it have
-    int64_t first_row;      //
-    int64_t first_weight;   //
-    int64_t aligned;        // 1 where rows of W start on 16 bytes, and rows of the code likewise: on 16 elements' bytes
+    int8_t* code;        // [N, K], dense
+    const void* lora_A;  // [R, K], dense: of all adapters of the layer, side by side
+    const void* lora_B;  // [N, R], dense
+    int64_t R;           // of the layer's adapters together
+    // in `ends` and `scaling`
+    int64_t first_adapter, end_adapter;
+    int64_t tiles_across;
+    // how many tiles, rows and weights the layers before it have
+    int64_t first_tile, first_row, first_weight;
+    // 1 where W's rows start on 16 bytes, and those of the code on as many bytes as these have elements
+    int64_t aligned;
 };
 static_assert(sizeof(MergeLayer) == 15 * sizeof(int64_t), "the table's rows have 15 fields of 64 bits");
 
