@@ -1,5 +1,14 @@
 """Random cases and what they should give. They ship, in `peftk.selftest`: users' machines are held to the same."""
 
-from peftk.selftest.cases import DTYPES, Case, double, expected, expected_grads, random_case
+from peftk.selftest.cases import (
+    DTYPES,
+    Case,
+    decode_adapter,
+    decode_case,
+    double,
+    expected,
+    expected_grads,
+    random_case,
+)
 
-__all__ = ["DTYPES", "Case", "double", "expected", "expected_grads", "random_case"]
+__all__ = ["DTYPES", "Case", "decode_adapter", "decode_case", "double", "expected", "expected_grads", "random_case"]

@@ -65,7 +65,7 @@ def run(where: Target, console: Console, *, sections: Sequence[str] = SECTIONS, 
 def _checks(section: str, where: Target, measured: dict[str, list[list[Record]]]) -> Iterator[Check]:
     if section == "parity":
         yield from parity.checks(where)
-    elif where.name != "cpu" and "triton" in where.backends:
+    elif where.name != "cpu" and {"triton", "cuda"} & set(where.backends):
         if section == "behaviour":
             yield from behaviour.checks(where, behaviour.tools(where))
         else:

@@ -1,4 +1,4 @@
-"""What the Triton backend promises beside its results: the same bits, CUDA graphs, streams, no wait, few launches.
+"""What the GPU backends promise beside their results: the same bits, CUDA graphs, streams, no wait, few launches.
 
 What only a GPU has comes as an argument (`Tools`), so that the code of every check runs anywhere.
 """
@@ -43,19 +43,30 @@ def tools(target: Target) -> Tools:
 
 
 def checks(target: Target, given: Tools) -> Iterator[Check]:
-    for name, make in works(target):
+    """Of every backend for GPUs that runs here."""
+    if "cuda" in target.backends:
+        yield from _of("cuda", dict(decode_works(target)), target, given)
+    if "triton" in target.backends:
+        yield from _of("triton", dict(works(target)), target, given)
+        yield from _of_torch(target, given)
+
+
+def _of(backend: str, kinds: dict[str, Callable[[], Work]], target: Target, given: Tools) -> Iterator[Check]:
+    for name, make in kinds.items():
 
         def check(op: str, run: Callable[[Work], object], name: str = name, make: Callable[[], Work] = make) -> Check:
-            return Check("behaviour", "triton", op, name, lambda: (run(make()), 0.0)[1])
+            return Check("behaviour", backend, op, name, lambda: (run(make()), 0.0)[1])
 
         yield check("same bits twice", repeats)
         yield check("counters at zero", leaves_counters)
         yield check("launches", functools.partial(launched, count=given.kernels))
         yield check("no waiting", functools.partial(waits_for_nothing, forbid_sync=given.forbid_sync))
         yield check("CUDA graph", functools.partial(replays, capture=given.capture))
-    makers = [make for _, make in works(target)]
-    rounds = 1 if target.rehearses else 8
-    yield Check("behaviour", "triton", "streams", "4 at once", lambda: side_by_side(makers, given.streams, rounds))
+    makers, rounds = list(kinds.values()), 1 if target.rehearses else 8
+    yield Check("behaviour", backend, "streams", "4 at once", lambda: side_by_side(makers, given.streams, rounds))
+
+
+def _of_torch(target: Target, given: Tools) -> Iterator[Check]:
     for rank in (17,) if target.rehearses else (1, 8, 17):
         for many in (False, True):
             name = f"{'many adapters up to' if many else 'one adapter of'} rank {rank}"
@@ -64,6 +75,28 @@ def checks(target: Target, given: Tools) -> Iterator[Check]:
     for many in (False, True):
         name = "many adapters" if many else "one adapter"
         yield Check("behaviour", "triton", "opcheck", name, functools.partial(opchecks, target.device, many))
+
+
+def decode_works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
+    """A decode step of every kind, which CUDA C++ serves: forward alone."""
+    shapes = (
+        ((3, 64, 40), (20, 136, 70)) if target.device == "cpu" else ((1, 1024, 768), (16, 4096, 1024), (64, 1000, 520))
+    )
+    kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool], ...] = (
+        ("base layer alone", "linear", (None,), False),
+        ("one adapter", "linear", (17,), False),
+        ("many adapters", "linear", (1, 8, None, 17, 0, 64), True),
+        ("packed outputs", "packed", (1, 8, None, 17, 0, 64), True),
+    )
+    for shape in shapes:
+        for kind, form, ranks, many in kinds:
+
+            def make(shape=shape, form=form, ranks=ranks, many=many) -> Work:  # type: ignore[no-untyped-def]
+                dtype = torch.bfloat16
+                case = made(shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True)
+                return Work(case, "cuda", trains=False)
+
+            yield f"{kind}, M={shape[0]} K={shape[1]} N={shape[2]}", make
 
 
 def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
@@ -118,16 +151,16 @@ def leaves_counters(work: Work) -> None:
 
 
 def launched(work: Work, *, count: Callable[[Callable[[], object]], list[str]]) -> None:
-    """One launch forward, two backward; ids that no route holds are sorted before each."""
+    """One launch forward, two backward; Triton sorts ids that no route holds before each."""
     ranks = [a.rank for a in work.case.adapters if a is not None]
-    sort = [] if work.case.ids is None else launches.of_segments(work.case.x.shape[0])
+    sort = [] if work.case.ids is None or work.backend == "cuda" else launches.of_segments(work.case.x.shape[0])
     forward = [*sort, "lora_linear_kernel"]
     backward = [*sort, "lora_linear_kernel", *(["wgrad_kernel"] if ranks else [])]
     work.run()  # what is compiled and copied once is no launch of this call
-    for name, run, expected in (
-        ("forward", work.forward, forward),
-        ("forward and backward", work.run, forward + backward),
-    ):
+    runs = [("forward", work.forward, forward)]
+    if work.leaves:
+        runs.append(("forward and backward", work.run, forward + backward))
+    for name, run, expected in runs:
         found = count(run)
         if collections.Counter(found) != collections.Counter(expected):
             raise WrongError(f"{name}: expected the launches {expected}, got {found}")

@@ -161,6 +161,71 @@ def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_
     return Case(x, weight, bias, adapters, torch.tensor(ids, dtype=torch.int32))
 
 
+def _normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """A copy that starts one element after the beginning of its heap block, which ends where it ends."""
+    block = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return block[1:].view(tensor.shape).copy_(tensor)
+
+
+def decode_adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank: int) -> Adapter:
+    """B along its ranks or its rows, any of the tensors at an odd address."""
+    seed = rng.getrandbits(30)
+    bias_B = _normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
+    if rank == 0:
+        return Adapter((), (), 1.0, "identity", None, _normal(N, dtype=dtype, seed=seed))
+    A = _normal(rank, K, dtype=dtype, seed=seed + 1, scale=K**-0.5)
+    B = _normal(N, rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)
+    if rng.random() < 0.4:
+        B = _normal(rank, N, dtype=dtype, seed=seed + 2, scale=rank**-0.5).t()
+    elif rng.random() < 0.3:
+        B = _normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
+    if rng.random() < 0.2:
+        A = _shifted(A)
+    if rng.random() < 0.2:
+        B = _shifted(B) if B.is_contiguous() else _shifted(B.t().contiguous()).t()
+    activation = rng.choice(["identity", *activations.CODES])
+    bias_A = _normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
+    return Adapter((A,), (B,), rng.choice([0.5, 1.0, -1.5]), activation, bias_A, bias_B)
+
+
+def decode_case(seed: int, M: int | None = None) -> Case:
+    """What a decode step may ask for: 1 to 64 rows in 16 bits, every rank and kind of adapter, ids in any order."""
+    rng = random.Random(seed)
+    M = M or rng.choice([1, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64])
+    K = rng.choice([8, 16, 24, 56, 64, 72, 120, 128, 136, 264, 512, 1032])
+    N = rng.choice([1, 2, 7, 15, 16, 17, 63, 64, 65, 96, 129, 192])
+    dtype = rng.choice([torch.bfloat16, torch.float16])
+    adapter_dtype = rng.choice([dtype, dtype, torch.float32])
+    ranks = [0, 1, 2, 3, 8, 15, 16, 17, 32, 33, 64, 65, 80]
+    count = rng.choice([0, 1, 1, 2, 3, 5, 9, 64])
+    if count == 64:
+        ranks = [0, 1, 4, 16]
+    adapters: list[Adapter | None] = [decode_adapter(rng, N, K, adapter_dtype, rng.choice(ranks)) for _ in range(count)]
+    ids: Tensor | None = None
+    if count == 0:
+        adapters = [None]
+    elif count > 1 or rng.random() < 0.5:
+        if rng.random() < 0.3:
+            adapters[rng.randrange(count)] = None
+        taken = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
+        drawn = [rng.choice(taken) for _ in range(M)]
+        ids = torch.tensor(sorted(drawn) if rng.random() < 0.2 else drawn, dtype=torch.int32)
+    x = _normal(M, K, dtype=dtype, seed=seed + 1)
+    if rng.random() < 0.2:
+        x = _normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
+    elif rng.random() < 0.2:
+        x = _shifted(x)
+    weight = _normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
+    if rng.random() < 0.2:
+        weight = _normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
+    bias = _normal(N, dtype=rng.choice([dtype, torch.float32]), seed=seed + 3) if rng.random() < 0.6 else None
+    return Case(x, weight, bias, tuple(adapters), ids)
+
+
 def double(adapter: Adapter | None) -> Adapter | None:
     """The same values in fp64."""
     if adapter is None:

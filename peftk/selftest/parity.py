@@ -14,7 +14,7 @@ from peftk import activations, backends, functional, reference
 from peftk.backends import Call
 from peftk.bank import AdapterBank
 from peftk.benchmark import agree
-from peftk.selftest.cases import Case, random_case
+from peftk.selftest.cases import Case, decode_case, random_case
 from peftk.selftest.check import Check, Target, WrongError, same_bits
 from peftk.selftest.plans import PLANS, planned
 from peftk.selftest.work import Form, Work, made, serves
@@ -24,6 +24,7 @@ SHAPES = ((1, 64, 48), (5, 33, 17), (16, 128, 256), (70, 96, 200))
 RANKS = (1, 3, 16, 40)
 SCALING = 0.5
 TINY = ((5, 33, 17),)  # for the interpreter
+DECODE = ((1, 64, 48), (5, 40, 17), (33, 128, 256), (64, 96, 200))  # for CUDA C++, which serves no others
 
 Sweep = Callable[[str, str, torch.dtype, "Shapes"], Iterator[Check]]
 Shapes = tuple[tuple[int, int, int], ...]
@@ -38,19 +39,21 @@ def checks(target: Target) -> Iterator[Check]:
         if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
             yield from _tiles(target)
             yield from _launches(target)
+        if backend == "cuda":
+            yield from _decode(target)
         if backend != "reference" and cannot_serve(backend, "segments", target.device) is None:
             yield from _segments(backend, target)
 
 
-def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    return backends.cannot_serve(backend, Call(op, device, dtype, dtype, dtype, 16, 128, 256, 16, 1))
+def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.bfloat16, M: int = 16) -> str | None:
+    return backends.cannot_serve(backend, Call(op, device, dtype, dtype, dtype, M, 128, 256, 16, 1))
 
 
 def _sweeps(backend: str, target: Target) -> Iterator[Check]:
-    shapes = TINY if target.rehearses else SHAPES
     for op, sweeps in _SWEEPS.items():
         for dtype in DTYPES:
             if cannot_serve(backend, op, target.device, dtype) is None:
+                shapes = TINY if target.rehearses else DECODE if backend == "cuda" and op != "merge" else SHAPES
                 for sweep in sweeps:
                     yield from sweep(backend, target.device, dtype, shapes)
 
@@ -151,7 +154,8 @@ def _no_rows(backend: str, device: str, dtype: torch.dtype, shapes: Shapes) -> I
             raise WrongError(f"expected shape [0, 32], got {list(y.shape)}")
         return 0.0
 
-    yield Check("parity", backend, "lora_linear", f"{_short(dtype)} without rows", run)
+    if cannot_serve(backend, "lora_linear", device, dtype, M=0) is None:
+        yield Check("parity", backend, "lora_linear", f"{_short(dtype)} without rows", run)
 
 
 def _merge(backend: str, inputs: _Inputs) -> float:
@@ -195,6 +199,16 @@ def _random(backend: str, target: Target) -> Iterator[Check]:
                 return Work(draw(seed).to(target.device), backend, dropout_p=dropout_p).error()
 
             yield Check("parity", backend, "random cases", f"random case {seed}", run)
+
+
+def _decode(target: Target) -> Iterator[Check]:
+    """What CUDA C++ serves, drawn at random: forward alone."""
+    for seed in range(400):
+
+        def run(seed: int = seed) -> float:
+            return Work(decode_case(seed).to(target.device), "cuda", trains=False).error()
+
+        yield Check("parity", "cuda", "random decode steps", f"random decode step {seed}", run)
 
 
 def _forms(backend: str, target: Target) -> Iterator[Check]:

@@ -19,13 +19,18 @@ Form = Literal["linear", "series", "packed"]
 
 
 class Work:
-    """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64."""
+    """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64.
 
-    def __init__(self, case: Case, backend: str, *, dropout_p: float = 0.0, need_dx: bool = True) -> None:
+    trains: if not, there are no gradients, only y.
+    """
+
+    def __init__(
+        self, case: Case, backend: str, *, dropout_p: float = 0.0, need_dx: bool = True, trains: bool = True
+    ) -> None:
         self.case, self.backend, self.dropout_p = case, backend, dropout_p
-        x = case.x
+        x, need_dx = case.x, need_dx and trains
         x.requires_grad_(need_dx)
-        self.trained = [t.requires_grad_() for t in autograd.flat_tensors(case.adapters)]
+        self.trained = [t.requires_grad_() for t in autograd.flat_tensors(case.adapters)] if trains else []
         self.leaves = [x, *self.trained] if need_dx else self.trained
         self.table = None if case.ids is None else case.table()
         self.dy = torch.empty(x.shape[0], case.out_features, dtype=x.dtype, device=x.device)
@@ -61,6 +66,8 @@ class Work:
             if a is not None
             for name in ["A", "B"] * len(a.pages_A) + ["a"] * (a.bias_A is not None) + ["β"] * (a.bias_B is not None)
         ]
+        if not self.leaves:
+            return ["y"]
         return ["y", *(["dX"] if self.case.x.requires_grad else []), *tensors]
 
     def refill(self, number: int) -> None:
@@ -79,9 +86,14 @@ class Work:
         rest = {"dropout_p": self.dropout_p, "seed": self.seed}
         with torch.no_grad():
             y, y_terms, K = expected(self.case, **rest)  # type: ignore[arg-type]
+            if not self.leaves:
+                return self._worst(actual, [(y, y_terms, K)])
             dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, **rest)  # type: ignore[arg-type]
         exact = [(y, y_terms, K), *([(dx, dx_terms, terms)] if self.case.x.requires_grad else [])]
         exact += [(g, t, terms) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
+        return self._worst(actual, exact)
+
+    def _worst(self, actual: list[Tensor], exact: list[tuple[Tensor, Tensor, int]]) -> float:
         worst = 0.0
         for name, one, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
             error = excess(one, value, magnitude, contraction)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _cuda, activations, backends, functional, reference
+from peftk import _cuda, backends, functional, reference
 from peftk.backends import cuda as backend
 from peftk.backends import workspace
 from peftk.table import Adapter
 from tests import numerics
-from tests.cases import Case, double, expected
+from tests.cases import Case, decode_adapter, decode_case, double, expected
 from tests.on_host.conftest import Executor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -25,67 +25,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def shifted(tensor: Tensor) -> Tensor:
-    """A copy that starts one element after the beginning of its heap block, which ends where it ends."""
-    block = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
-    return block[1:].view(tensor.shape).copy_(tensor)
-
-
-def adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank: int) -> Adapter:
-    """B along its ranks or its rows, any of the tensors at an odd address."""
-    seed = rng.getrandbits(30)
-    bias_B = normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
-    if rank == 0:
-        return Adapter((), (), 1.0, "identity", None, normal(N, dtype=dtype, seed=seed))
-    A = normal(rank, K, dtype=dtype, seed=seed + 1, scale=K**-0.5)
-    B = normal(N, rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)
-    if rng.random() < 0.4:
-        B = normal(rank, N, dtype=dtype, seed=seed + 2, scale=rank**-0.5).t()
-    elif rng.random() < 0.3:
-        B = normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
-    if rng.random() < 0.2:
-        A = shifted(A)
-    if rng.random() < 0.2:
-        B = shifted(B) if B.is_contiguous() else shifted(B.t().contiguous()).t()
-    activation = rng.choice(["identity", *activations.CODES])
-    bias_A = normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
-    return Adapter((A,), (B,), rng.choice([0.5, 1.0, -1.5]), activation, bias_A, bias_B)
-
-
-def decode_case(seed: int, M: int | None = None) -> Case:
-    """What a decode step may ask for: 1 to 64 rows, every rank and kind of adapter, ids in any order."""
-    rng = random.Random(seed)
-    M = M or rng.choice([1, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64])
-    K = rng.choice([8, 16, 24, 56, 64, 72, 120, 128, 136, 264, 512, 1032])
-    N = rng.choice([1, 2, 7, 15, 16, 17, 63, 64, 65, 96, 129, 192])
-    dtype = rng.choice([BF16, F16])
-    adapter_dtype = rng.choice([dtype, dtype, F32])
-    ranks = [0, 1, 2, 3, 8, 15, 16, 17, 32, 33, 64, 65, 80]
-    count = rng.choice([0, 1, 1, 2, 3, 5, 9, 64])
-    if count == 64:
-        ranks = [0, 1, 4, 16]
-    adapters: list[Adapter | None] = [adapter(rng, N, K, adapter_dtype, rng.choice(ranks)) for _ in range(count)]
-    ids: Tensor | None = None
-    if count == 0:
-        adapters = [None]
-    elif count > 1 or rng.random() < 0.5:
-        if rng.random() < 0.3:
-            adapters[rng.randrange(count)] = None
-        taken = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
-        drawn = [rng.choice(taken) for _ in range(M)]
-        ids = torch.tensor(sorted(drawn) if rng.random() < 0.2 else drawn, dtype=torch.int32)
-    x = normal(M, K, dtype=dtype, seed=seed + 1)
-    if rng.random() < 0.2:
-        x = normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
-    elif rng.random() < 0.2:
-        x = shifted(x)
-    weight = normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
-    if rng.random() < 0.2:
-        weight = normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
-    bias = normal(N, dtype=rng.choice([dtype, F32]), seed=seed + 3) if rng.random() < 0.6 else None
-    return Case(x, weight, bias, tuple(adapters), ids)
 
 
 def run(case: Case, *, save_z: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +70,7 @@ def test_random_more(executor: Executor, processors: Callable[[int], None], seed
 @pytest.mark.parametrize("M", range(1, 65))
 def test_every_number_of_rows(executor: Executor, M: int) -> None:
     rng = random.Random(M)
-    adapters = tuple(adapter(rng, 66, 72, BF16, rank) for rank in (5, 0, 20))
+    adapters = tuple(decode_adapter(rng, 66, 72, BF16, rank) for rank in (5, 0, 20))
     ids = torch.tensor([rng.choice([-1, 0, 1, 2]) for _ in range(M)], dtype=torch.int32)
     x, weight = normal(M, 72, dtype=BF16, seed=M), normal(66, 72, dtype=BF16, seed=0, scale=72**-0.5)
     check(Case(x, weight, None, adapters, ids), executor)
@@ -145,7 +84,7 @@ def test_saved_z(executor: Executor, processors: Callable[[int], None], dtype: t
     processors(132)
     rng = random.Random(count)
     x, weight = normal(19, 264, dtype=dtype, seed=1), normal(40, 264, dtype=dtype, seed=2, scale=264**-0.5)
-    adapters = tuple(adapter(rng, 40, 264, dtype, rank) for rank in (21, 3, 40)[:count])
+    adapters = tuple(decode_adapter(rng, 40, 264, dtype, rank) for rank in (21, 3, 40)[:count])
     ids = torch.tensor([i % (count + 1) - 1 for i in range(19)], dtype=torch.int32) if count > 1 else None
     case = Case(x, weight, None, adapters, ids)
     _, z = run(case, save_z=True)
@@ -174,7 +113,7 @@ def test_saved_z(executor: Executor, processors: Callable[[int], None], dtype: t
 def test_an_adapter_with_inf_or_nan_keeps_it_to_its_rows(value: float, adapter_dtype: torch.dtype) -> None:
     rng = random.Random(0)
     x, weight = normal(20, 64, dtype=BF16, seed=1), normal(70, 64, dtype=BF16, seed=2)
-    good = [adapter(rng, 70, 64, adapter_dtype, rank) for rank in (18, 5, 16)]
+    good = [decode_adapter(rng, 70, 64, adapter_dtype, rank) for rank in (18, 5, 16)]
     ids = torch.tensor([i % 4 - 1 for i in range(20)], dtype=torch.int32)
     y, _ = run(Case(x, weight, None, tuple(good), ids))
     for name in ("pages_A", "pages_B"):
@@ -199,7 +138,7 @@ def test_packed_outputs(executor: Executor, columns: tuple[int, ...]) -> None:
     """Slices of y's columns with adapters of their own: each has its pages of z."""
     rng = random.Random(columns[1])
     slices = [
-        [adapter(rng, to - start, 72, BF16, rank) for rank in ranks]
+        [decode_adapter(rng, to - start, 72, BF16, rank) for rank in ranks]
         for start, to, ranks in zip(columns, columns[1:], ((3, 20), (33, 0), (16, 16)), strict=False)
     ]
     x = normal(11, 72, dtype=BF16, seed=1)
@@ -212,7 +151,7 @@ def test_packed_outputs(executor: Executor, columns: tuple[int, ...]) -> None:
 def test_an_infinite_slice_leaves_its_neighbour_alone() -> None:
     rng = random.Random(0)
     x, weight = normal(3, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2)
-    good = [adapter(rng, 17, 64, BF16, 4), adapter(rng, 23, 64, BF16, 4)]
+    good = [decode_adapter(rng, 17, 64, BF16, 4), decode_adapter(rng, 23, 64, BF16, 4)]
     ids = torch.zeros(3, dtype=torch.int32)
     y, _ = run(Case(x, weight, None, tuple(good), ids, (0, 17, 40)))
     infinite = dataclasses.replace(good[0], pages_A=(torch.full_like(good[0].pages_A[0], float("inf")),))
@@ -256,7 +195,7 @@ def test_ids_outside_mean_the_base_layer() -> None:
         normal(6, 64, dtype=BF16, seed=1),
         normal(40, 64, dtype=BF16, seed=2),
         None,
-        (adapter(rng, 40, 64, BF16, 5), None),
+        (decode_adapter(rng, 40, 64, BF16, 5), None),
         torch.tensor([0, 2, -7, 2**31 - 1, -(2**31), 1], dtype=torch.int32),
     )
     y, _ = run(case)
