@@ -1,7 +1,8 @@
 """csrc/cuda/lora_linear.cu, compiled by g++ and executed under the sanitizers.
 
-tests/on_host/lora_linear.py holds it to the fp64 reference through the Python API; tests/cuda_on_host/lora_linear_races.cpp
-holds it to sums in fp64 without Python: under the race detector, and once for each of many mutants.
+tests/on_host/lora_linear.py holds it to the fp64 reference through the Python API, tests/on_host/selftest.py runs what
+`peftk selftest --device cuda` asks of it; tests/cuda_on_host/lora_linear_races.cpp holds it to sums in fp64 without
+Python: under the race detector, and once for each of many mutants.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ FEWER_FORMS = (
 
 
 def test_within_the_bound_of_fp64() -> None:
-    run("not full", "lora_linear")
+    run("not full", "lora_linear", "selftest")
 
 
 @pytest.mark.full
 def test_within_the_bound_of_fp64_at_length() -> None:
-    run("full", "lora_linear")
+    run("full", "lora_linear", "selftest")
 
 
 def drive(

@@ -79,9 +79,9 @@ def _of_torch(target: Target, given: Tools) -> Iterator[Check]:
 
 def decode_works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
     """A decode step of every kind, which CUDA C++ serves: forward alone."""
-    shapes = (
-        ((3, 64, 40), (20, 136, 70)) if target.device == "cpu" else ((1, 1024, 768), (16, 4096, 1024), (64, 1000, 520))
-    )
+    shapes: tuple[tuple[int, int, int], ...] = ((1, 1024, 768), (16, 4096, 1024), (64, 1000, 520))
+    if target.device == "cpu":  # on the host, in tests
+        shapes = ((3, 64, 40), (20, 136, 70))
     kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool], ...] = (
         ("base layer alone", "linear", (None,), False),
         ("one adapter", "linear", (17,), False),
@@ -157,7 +157,7 @@ def launched(work: Work, *, count: Callable[[Callable[[], object]], list[str]]) 
     forward = [*sort, "lora_linear_kernel"]
     backward = [*sort, "lora_linear_kernel", *(["wgrad_kernel"] if ranks else [])]
     work.run()  # what is compiled and copied once is no launch of this call
-    runs = [("forward", work.forward, forward)]
+    runs: list[tuple[str, Callable[[], object], list[str]]] = [("forward", work.forward, forward)]
     if work.leaves:
         runs.append(("forward and backward", work.run, forward + backward))
     for name, run, expected in runs:

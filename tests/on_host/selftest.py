@@ -42,7 +42,7 @@ STAND_INS = behaviour.Tools(
 PARITY = list(parity.checks(HERE))
 
 
-@pytest.mark.parametrize("check", behaviour.checks(HERE, STAND_INS), ids=str)
+@pytest.mark.parametrize("check", list(behaviour.checks(HERE, STAND_INS)), ids=str)
 def test_behaviour(check: Check) -> None:
     check.run()
 
