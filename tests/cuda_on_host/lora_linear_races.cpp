@@ -1,9 +1,7 @@
 // csrc/cuda/lora_linear.cu in random schedules, against sums in fp64: for the race detector, and for mutants.
 //
-// lora_linear_races CASES: 0 if all are right. Rows 1 … 16; x, W and adapters in fp16, or x and W in bf16 with adapters in
-// fp32.
-#include "cuda/lora_linear.h"
-
+// lora_linear_races CASES: 0 if all are right. Rows 1 … 16; x, W and adapters in fp16, or x and W in bf16 with adapters
+// in fp32.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "common/activation.h"
+#include "cuda/lora_linear.h"
 
 namespace {
 
