@@ -154,6 +154,7 @@ def race(*changes: Change) -> str | None:
     return report and report[0]
 
 
+@pytest.mark.full
 def test_no_races() -> None:
     assert race() is None
 

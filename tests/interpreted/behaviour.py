@@ -55,7 +55,8 @@ def test_what_needs_a_gpu_with_stand_ins(check: Check) -> None:
     check.run()
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32,), pytest.param(parity.DTYPES, marks=pytest.mark.full)], ids=len)
+@pytest.mark.full
+@pytest.mark.parametrize("dtypes", [(torch.float32,), parity.DTYPES], ids=len)
 def test_the_whole_command(
     dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:

@@ -53,7 +53,13 @@ def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
     return receipts
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+PAIRS = [
+    pytest.param(dtype, other, marks=() if dtype == other else pytest.mark.full)
+    for dtype, other in itertools.product(DTYPES, DTYPES)
+]
+
+
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=str)
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))
     assert sum(len(receipt.raw_index) for receipt in receipts) > 100
