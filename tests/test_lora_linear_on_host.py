@@ -190,7 +190,7 @@ def survives(path: str, before: str, after: str, how: str = "") -> str | None:
     """What the driver said of a mutant that it should have noticed, or None."""
     said = []
     # ThreadSanitizer takes a hundred times as long for a case
-    for sanitizer, cases in (("thread", 20),) if how == RACE else (("address", 150), ("thread", 20)):
+    for sanitizer, cases in (("thread", 20),) if how == RACE else (("address", 1000), ("thread", 20)):
         done = drive(sanitizer, cases, path, (before, after))
         report = REPORT.search(done.stderr)
         said.append(report[0] if report else done.stdout.strip())

@@ -90,8 +90,8 @@ LoraAdapter draw_adapter(Dtype dtype, int N, int K) {
 bool right(uint64_t seed) {
     random_bits.seed(unsigned(seed));
     const Dtype dtype = chance(0.5) ? kFloat16 : kBFloat16, adapter_dtype = dtype == kFloat16 ? kFloat16 : kFloat32;
-    const int widths[] = {8, 64, 72, 136, 264, 520}, heights[] = {1, 7, 64, 66, 130};
-    const int M = draw(1, 16), K = widths[draw(0, 5)], N = heights[draw(0, 4)];
+    const int widths[] = {8, 64, 72, 264, 520, 1032, 1032}, heights[] = {1, 7, 64, 66, 130};
+    const int M = draw(1, 16), K = widths[draw(0, 6)], N = heights[draw(0, 4)];
     const int count = draw(0, 5), slices = N >= 64 && count ? draw(1, 2) : 1;
     const int columns[] = {0, slices == 2 ? N / 3 : N, N};
     const Held x = make(dtype, M * K, 1), weight = make(dtype, N * K, 1 / std::sqrt(K));
