@@ -90,7 +90,7 @@ LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors
     // Expand: two blocks for every processor, of four steps or more, as long as the parts are a sixteenth of W's bytes.
     const int y_tiles = int(divide_up(N, expand::kColumns)), steps = int(divide_up(K, expand::kStep));
     const int most = std::clamp(std::min(K / (32 * rows), steps / 4), 1, 8);
-    plan.expand_splits = std::clamp(2 * processors / y_tiles, 1, most);
+    plan.expand_splits = std::clamp(2 * processors / std::max(y_tiles, 1), 1, most);
     plan.expand_splits = int(divide_up(steps, divide_up(steps, plan.expand_splits)));  // none of them empty
     plan.expand_tiles = y_tiles * plan.expand_splits;
 

@@ -53,7 +53,7 @@ def cannot_serve(call: Call) -> str | None:
         for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
             if dtype is not None and dtype not in DTYPES:
                 return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
-        return None
+        return _too_old()
     return _cannot_serve_linear(call)
 
 

@@ -203,6 +203,81 @@ def test_ids_outside_mean_the_base_layer() -> None:
     assert torch.equal(y, run(inside)[0])
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The same values, with others between them."""
+    return torch.stack([tensor, torch.full_like(tensor, 99.0)], dim=-1)[..., 0]
+
+
+def test_tensors_that_lie_apart_are_copied() -> None:
+    """What the kernel takes dense: the same bits as from dense tensors."""
+    weight = normal(40, 64, dtype=BF16, seed=1, scale=0.1)
+    dense = [normal(5, 64, dtype=BF16, seed=2, scale=0.1), normal(40, 5, dtype=BF16, seed=3)]
+    biases = [normal(5, dtype=BF16, seed=4), normal(40, dtype=BF16, seed=5)]
+    bias, x = normal(40, dtype=BF16, seed=6), normal(4, 64, dtype=BF16, seed=7)
+    expected, _ = run(Case(x, weight, bias, (Adapter((dense[0],), (dense[1],), 1.5, "relu", *biases),), None))
+    A, B, a, b = map(apart, (*dense, *biases))
+    y, _ = run(Case(x, weight, apart(bias), (Adapter((A,), (B,), 1.5, "relu", a, b),), None))
+    assert torch.equal(y, expected)
+
+
+def test_rows_of_x_anywhere() -> None:
+    """Columns or rows apart, rows at addresses that 16 does not divide, one row for all."""
+    weight, row = normal(40, 64, dtype=BF16, seed=1, scale=0.1), normal(1, 64, dtype=BF16, seed=2)
+    wide = normal(4, 68, dtype=BF16, seed=3)
+    for x in (wide[:, :64], wide[:, 1:65], wide[:, :64].t().contiguous().t(), apart(wide[:, :64]), row.expand(4, 64)):
+        expected, _ = run(Case(x.contiguous(), weight, None, (None,), None))
+        assert torch.equal(run(Case(x, weight, None, (None,), None))[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ids_of_either_dtype_and_any_stride(dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    adapters = tuple(decode_adapter(rng, 40, 64, BF16, rank) for rank in (5, 16, 9))
+    x, weight = normal(5, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2, scale=0.1)
+    ids = torch.tensor([2, 0, -1, 1, 0], dtype=torch.int32)
+    expected, _ = run(Case(x, weight, None, adapters, ids))
+    assert torch.equal(run(Case(x, weight, None, adapters, apart(ids.to(dtype))))[0], expected)
+
+
+@pytest.mark.parametrize("M", [8, 16, 32, 64])
+def test_splits_at_every_height(executor: Executor, processors: Callable[[int], None], M: int) -> None:
+    """Both kinds of tiles, two of each: their parts lie side by side."""
+    processors(132)
+    K = 64 * M
+    plan = _cuda.plan_lora_linear(M, 70, K, 2, 132)
+    assert plan.expand_splits == 2
+    assert plan.shrink_splits > 1
+    x, weight = normal(M, K, dtype=BF16, seed=1), normal(70, K, dtype=BF16, seed=2, scale=K**-0.5)
+    adapters = tuple(decode_adapter(random.Random(M), 70, K, BF16, rank) for rank in (20, 3))
+    ids = torch.tensor([m % 3 - 1 for m in range(M)], dtype=torch.int32)
+    check(Case(x, weight, None, adapters, ids), executor)
+
+
+@pytest.mark.parametrize("adapter_dtype", [BF16, F32], ids=str)
+def test_long_sums_of_one_sign(
+    executor: Executor, processors: Callable[[int], None], adapter_dtype: torch.dtype
+) -> None:
+    """What tensor cores cut adds up there; a bias that takes nearly all of y away leaves it to be seen."""
+    processors(1)
+    K = 65536
+    x, weight, A = (normal(rows, K, dtype=BF16, seed=rows).abs() for rows in (1, 2, 3))
+    exact = (x.double() @ weight.double().t())[0]
+    check(Case(x, weight, -exact.float(), (None,), None), executor)
+    B = torch.zeros(2, 3, dtype=adapter_dtype)
+    _, z = run(Case(x, weight, None, (Adapter((A.to(adapter_dtype),), (B,), 1.0),), None), save_z=True)
+    assert z is not None
+    expected_z = x.double() @ A.double().t()
+    numerics.check(z.double(), expected_z, expected_z, K, dtype=F32)
+
+
+def test_more_counters_than_a_stream_begins_with(executor: Executor) -> None:
+    N = 64 * 1024
+    x, weight = normal(1, 8, dtype=BF16, seed=1), normal(N, 8, dtype=BF16, seed=2)
+    workspace.forget(x.device)
+    A, B = normal(1, 8, dtype=BF16, seed=3), normal(N, 1, dtype=BF16, seed=4)
+    check(Case(x, weight, None, (Adapter((A,), (B,), 1.0),), None), executor)
+
+
 def test_through_the_public_functions() -> None:
     x, weight = normal(2, 3, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2, scale=0.1)
     A, B = normal(8, 64, dtype=BF16, seed=3, scale=0.1), normal(40, 8, dtype=BF16, seed=4, scale=0.1)
@@ -232,19 +307,41 @@ def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> No
     assert reason in str(backend.cannot_serve(call._replace(**change)))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "merge", "unmerge", "segments"])
+def test_older_gpus_are_left_to_others(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """No kernel is built for them, and a launch would fail where another backend serves."""
+    monkeypatch.setattr(_cuda, "device", "cuda")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    call = backends.Call(op, "cuda", BF16, BF16, BF16, M=4, K=64, N=64, rank=16, adapters=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert backend.cannot_serve(call) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "compute capability 8.0" in str(backend.cannot_serve(call))
+
+
 def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
-    def launch(M: int = 4, K: int = 64, dtype: torch.dtype = BF16, low: torch.dtype = BF16, shift: int = 0) -> None:
-        x, weight = torch.zeros(M, K, dtype=dtype), torch.zeros(8 * K + 1, dtype=dtype)[shift:]
+    def launch(
+        M: int = 4,
+        K: int = 64,
+        dtype: torch.dtype = BF16,
+        low: torch.dtype = BF16,
+        shifts: tuple[int, int] = (0, 0),
+        apart: tuple[int, int] = (0, 0),
+    ) -> None:
+        x, weight = (torch.zeros(8 * (K + 4) + 1, dtype=dtype)[shift:] for shift in shifts)
+        x_stride, weight_stride = (K + more for more in apart)
         plan = _cuda.plan_lora_linear(M, 8, K, 0, 4)
         none = _cuda.Adapters.none(backend.DTYPES[low])
         y = torch.full((M, 8), 3.0, dtype=dtype)
         code = backend.DTYPES[dtype]
         counters = torch.zeros(plan.counters, dtype=torch.int32)
-        addresses = x.data_ptr(), K, weight.data_ptr(), K, 0, 0, y.data_ptr(), 0, False, 0
+        addresses = x.data_ptr(), x_stride, weight.data_ptr(), weight_stride, 0, 0, y.data_ptr(), 0, False, 0
         try:
             _cuda.lora_linear(*addresses, none, M, 8, K, code, plan, 0, counters.data_ptr(), 0, 0)
         finally:
-            assert (y == 0).all() if not shift and (M, K, dtype, low) == (4, 64, BF16, BF16) else (y == 3).all()
+            right = (M, K, dtype, low) == (4, 64, BF16, BF16) and not any((*shifts, *apart))
+            assert (y == (0 if right else 3)).all()
 
     launch()
     for arguments, message in (
@@ -252,7 +349,11 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
         ({"K": 60}, "K: expected a multiple of 8"),
         ({"dtype": F32}, "dtype: expected a combination"),
         ({"low": F16}, "dtype: expected a combination"),
-        ({"shift": 1}, "rows that start at multiples of 16 bytes"),
+        *(
+            ({name: pair}, "rows that start at multiples of 16 bytes")
+            for name, one in (("shifts", 1), ("apart", 4))
+            for pair in ((one, 0), (0, one))
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             launch(**arguments)  # type: ignore[arg-type]
@@ -260,7 +361,7 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
 
 def test_plans_leave_no_split_empty_and_parts_small() -> None:
     for M, N, K, pages, processors in itertools.product(
-        (1, 8, 9, 64), (1, 64, 1000, 4096, 28672), (8, 64, 136, 1000, 4096, 14336), (0, 1, 4, 32), (1, 132)
+        (1, 8, 9, 64), (0, 1, 64, 1000, 4096, 28672), (8, 64, 136, 1000, 4096, 14336), (0, 1, 4, 32), (1, 132)
     ):
         plan = _cuda.plan_lora_linear(M, N, K, pages, processors)
         groups, tiles, rows = -(-M // 8) * pages, -(-N // 64), 8 if M <= 8 else 16 if M <= 16 else 64

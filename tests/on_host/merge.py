@@ -309,6 +309,24 @@ def test_what_is_refused() -> None:
     _cuda.merge(0, 0, 0, 0, 0, 0, 0, *places, 0, 0, 0)  # no tiles: no launch
 
 
+def test_a_remerge_that_is_refused_leaves_what_was_merged() -> None:
+    case = merge_case(6, 20, 70, 16, F32, F32, size=0.5, padding=0)
+    receipt = backend.merge_(case.weight, case.factors)
+    merged = case.weight.clone()
+    bad = adapters([torch.ones(1, 70)], [torch.full((20, 1), float("inf"))], [1.0])
+    with pytest.raises(ValueError, match="finite"):
+        backend.remerge_(case.weight, receipt, bad)
+    unchanged([case.weight], [merged])
+
+
+def test_weights_beyond_32_bits_are_refused() -> None:
+    for shape in ((2**31 - 2**16 + 1, 1), (1, 2**31)):
+        weight = torch.zeros(1, 1).expand(shape)
+        weight = weight if shape[1] == 1 else torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        with pytest.raises(ValueError, match=r"weight: expected at most 2147418112 rows and columns"):
+            backend.checksum(weight)
+
+
 def test_explained() -> None:
     assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="cuda").kernel
     assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="cuda").kernel
