@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -95,14 +96,23 @@ def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt],
             raise
 
 
+_TOGETHER = 2**30  # weights
+
+
 def _groups(
     op: str, weights: Sequence[Tensor], factors: Sequence[Factors], backend: str | None
 ) -> list[tuple[ModuleType, list[int]]]:
-    """Layers that one call of a backend may take together: of one device, one dtype, and one of the adapters."""
+    """Layers that one call of a backend may take together: of one device, one dtype, and one of the adapters.
+
+    Kernels count the weights that they keep raw in int32, so layers stay together for about 2³⁰ weights.
+    """
     groups: dict[tuple[object, ...], tuple[ModuleType, list[int]]] = {}
+    counts: collections.Counter[tuple[object, ...]] = collections.Counter()
     for layer, (weight, side) in enumerate(zip(weights, factors, strict=True)):
         server = _server(op, weight, side, backend)
-        key = (server.__name__, weight.device, weight.dtype, side.lora_A.dtype)
+        kind = (server.__name__, weight.device, weight.dtype, side.lora_A.dtype)
+        counts[kind] += weight.numel()
+        key = (*kind, counts[kind] // _TOGETHER)
         groups.setdefault(key, (server, []))[1].append(layer)
     return list(groups.values())
 

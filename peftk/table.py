@@ -86,6 +86,7 @@ class AdapterTable:
     scaling: Tensor
     biases: Tensor
     columns: tuple[int, ...] = ()
+    ends: Tensor | None = None  # of slices: int32 [slices + 1, 2], first column and first page of z
 
     @property
     def slices(self) -> int:
@@ -139,6 +140,9 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
         ):
             if expected != got:
                 raise ValueError(f"banks[{number}]: expected {name} {expected} as in the first one, got {got}")
+    columns = tuple(itertools.accumulate(sizes, initial=0))
+    adapters = tuple(adapter for table in tables for adapter in table.adapters)
+    ends = list(zip(columns, z_pages(adapters, len(tables)), strict=True))
     rows, pages = [], 0
     for table in tables:
         moved = table.rows.clone()
@@ -146,7 +150,7 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
         pages += table.pages.shape[0]
         rows.append(moved)
     return AdapterTable(
-        adapters=tuple(adapter for table in tables for adapter in table.adapters),
+        adapters=adapters,
         dtype=first.dtype,
         device=first.device,
         max_rank=max(table.max_rank for table in tables),
@@ -154,7 +158,8 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
         rows=torch.cat(rows),
         scaling=torch.cat([table.scaling for table in tables]),
         biases=torch.cat([table.biases for table in tables]),
-        columns=tuple(itertools.accumulate(sizes, initial=0)),
+        columns=columns,
+        ends=torch.tensor(ends, dtype=torch.int32, device=first.device),
     )
 
 

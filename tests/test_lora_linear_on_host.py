@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from tests.host_cuda import HOST, REPORT, ROOT, executed, needs_host_cuda, program, replaced, run
+from tests.host_cuda import HOST, REPORT, ROOT, caught, executed, needs_host_cuda, program, replaced, run
 
 pytestmark = needs_host_cuda
 
@@ -161,6 +161,7 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "the first page of B for all": (EXPAND, "adapter.first_page + next.page", "adapter.first_page"),
     "the first slice's z for all": (
         EXPAND, "args.adapters.z_pages + z_page) * kPage", "args.adapters.z_pages) * kPage"),
+    "segments of rows that are not there": (EXPAND, "place < args.M ? rows.segment[place] : -1", "rows.segment[place]"),
     "v without scaling": (EXPAND, "adapter.scaling * activate", "activate"),
     "v without activation": (EXPAND, "activate(adapter.activation, z[q])", "z[q]"),
     "z beyond the rank": (EXPAND, "if (r + q < adapter.rank) v[q]", "v[q]"),
@@ -204,3 +205,20 @@ def survives(path: str, before: str, after: str, how: str = "") -> str | None:
 ])  # fmt: skip
 def test_mutants_are_noticed(mutant: str) -> None:
     assert survives(*MUTANTS[mutant]) is None
+
+
+# What the driver's short sums do not show.
+LONG_SUMS = {
+    "the sum over K on the tensor cores": (
+        EXPAND,
+        ("float part[kTiles][4] = {};", "float(&part)[kTiles][4] = sum;"), ("sum[j][c] += part[j][c]", "(void)0")),
+    "a slab's sum on the tensor cores": (
+        SHRINK, ("    float part[4] = {};", "    float(&part)[4] = sum;"), ("sum[c] += part[c]", "(void)0")),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", LONG_SUMS)
+def test_long_sums_are_not_cut(mutant: str) -> None:
+    path, *changes = LONG_SUMS[mutant]
+    assert caught(path, changes, "lora_linear", "-k", "long_sums") == "wrong"

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
     if (shared.raw > 0) {
         if (threadIdx.x == 0) shared.first_slot = atomicAdd(notes.raw_count, shared.raw);
         __syncthreads();
-        if (shared.first_slot > notes.room - shared.raw) return;
+        if (shared.first_slot < 0 || shared.first_slot > notes.room - shared.raw) return;  // below 0: 2^31 raw weights
         for (slot += shared.first_slot; raw; raw &= raw - 1, ++slot) {
             const int output = __ffs(raw) - 1, n = output / T::kColumns, c = output % T::kColumns;
             notes.raw_keys[slot] = layer.first_weight + (place.row + n) * layer.K + place.column + c;

@@ -131,7 +131,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. Blocks sort the ids themselves."""
-    adapters, _ = _adapters(table)
+    adapters = _adapters(table)
     y, z = _lora_linear(
         x, weight, bias, adapters, table.slice_pages[-1], ids.to(torch.int32).contiguous(), save_z=save_z
     )
@@ -142,15 +142,12 @@ def multi_lora_linear(
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _adapters(table: AdapterTable) -> tuple[_cuda.Adapters, Tensor | None]:
-    """The table as the launcher takes it, and the slices of packed outputs, which it points to."""
+def _adapters(table: AdapterTable) -> _cuda.Adapters:
+    """The table as the launcher takes it."""
     found = _ADAPTERS.get(table)
     if found is None:
-        slices = None
-        if table.slices > 1:
-            ends = list(zip(table.columns, table.slice_pages, strict=True))
-            slices = torch.tensor(ends, dtype=torch.int32, device=table.device)
-        adapters = _cuda.Adapters.of_table(
+        slices = table.ends if table.slices > 1 else None
+        found = _ADAPTERS[table] = _cuda.Adapters.of_table(
             table.pages.data_ptr(),
             table.rows.data_ptr(),
             table.scaling.data_ptr(),
@@ -161,7 +158,6 @@ def _adapters(table: AdapterTable) -> tuple[_cuda.Adapters, Tensor | None]:
             table.slice_pages[-1],
             DTYPES[table.dtype],
         )
-        found = _ADAPTERS[table] = (adapters, slices)
     return found
 
 

@@ -236,9 +236,7 @@ def _many(table: AdapterTable) -> kernels.Adapters:
     lie_B = _common(_lie(page.t()) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0
     if table.slices > 1:
-        aligned = 1 if any(column % 16 for column in table.columns) else 16
-        ends = list(zip(table.columns, table.slice_pages, strict=True))
-        slices = torch.tensor(ends, dtype=torch.int32, device=table.device)
+        slices, aligned = table.ends, 1 if any(column % 16 for column in table.columns) else 16
     source = kernels.Many(
         table.pages, table.rows, table.scaling, table.biases, slices, table.count, table.slices, aligned
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _cuda, functional, reference
+from peftk import _cuda, functional, merge, reference
 from peftk.backends import cuda as backend
 from peftk.backends import merge_layers
 from peftk.backends import reference as reference_backend
@@ -330,3 +330,25 @@ def test_weights_beyond_32_bits_are_refused() -> None:
 def test_explained() -> None:
     assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="cuda").kernel
     assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="cuda").kernel
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_very_long_lists_take_several_launches(
+    executor: Executor, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """Raw weights are counted in int32. All are merged, or none."""
+    monkeypatch.setattr(merge, "_TOGETHER", 3000)
+    cases = [merge_case(seed, 40, 50, 3, torch.float32, torch.float32, size=0.1, padding=0) for seed in range(4)]
+    weights = [case.weight.clone() for case in cases]
+    factors = [case.factors for case in cases]
+    if refused:
+        factors[3].lora_A.fill_(float("inf"))
+        with pytest.raises(ValueError, match="layer 3"):
+            merge.merge_layers_(weights, factors, "cuda")
+    else:
+        receipts = merge.merge_layers_(weights, factors, "cuda")
+        assert executor.statistics.launches == 3
+        for weight, case in zip(weights, cases, strict=True):
+            assert same_bits(weight, reference.merge(case.weight, case.factors)[0])
+        merge.unmerge_layers_(weights, receipts, "cuda")
+    assert all(same_bits(weight, case.weight) for weight, case in zip(weights, cases, strict=True))
