@@ -31,7 +31,7 @@ FEWER_FORMS = (
 
 
 def test_within_the_bound_of_fp64() -> None:
-    run("not full", "lora_linear", "selftest")
+    run("not full", "lora_linear", "selftest", "devices")
 
 
 @pytest.mark.full

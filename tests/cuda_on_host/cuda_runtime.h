@@ -142,11 +142,13 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = cuda_on_host::current_device;
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
-    return device == 0 ? cudaSuccess : cuda_on_host::answer(cudaErrorInvalidDevice);
+    if (device < 0 || device >= cuda_on_host::kDevices) return cuda_on_host::answer(cudaErrorInvalidDevice);
+    cuda_on_host::current_device = device;
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }

@@ -27,6 +27,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_host {
 
 Statistics statistics;
+int current_device = 0;
 
 namespace {
 
@@ -378,6 +379,7 @@ extern "C" {
 void cuda_on_host_seed(uint64_t seed) { state = (seed + 1) * 0x9e3779b97f4a7c15; }
 void cuda_on_host_limit_resident(unsigned blocks) { limit = blocks; }
 Statistics* cuda_on_host_statistics() { return &statistics; }
+int cuda_on_host_current_device() { return current_device; }
 }
 
 void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, void (*kernel)(const void*),
@@ -394,6 +396,7 @@ void run_grid(const char* text, dim3 grid, dim3 threads, size_t shared_bytes, vo
     memcpy(statistics.grid, &grid, sizeof grid);
     memcpy(statistics.threads, &threads, sizeof threads);
     statistics.shared_bytes = shared_bytes;
+    statistics.device = uint64_t(current_device);
 
     std::vector<uint64_t> waiting(uint64_t(grid.x) * grid.y * grid.z);
     std::iota(waiting.begin(), waiting.end(), 0);

@@ -30,8 +30,12 @@ struct Statistics {
     uint64_t resident;             // most blocks at once
     unsigned grid[3], threads[3];  // of the last launch
     uint64_t shared_bytes;
+    uint64_t device;  // the current one at the last launch
 };
 extern Statistics statistics;
+
+constexpr int kDevices = 2;  // alike, and of one memory: launchers choose one and leave the choice as it was
+extern int current_device;
 
 // The schedule is a function of the seed and of what was launched since. At most so many blocks are resident at once,
 // a number drawn for each launch; 0 is the executor's own limit.
@@ -39,6 +43,7 @@ extern Statistics statistics;
 extern "C" void cuda_on_host_seed(uint64_t seed);
 extern "C" void cuda_on_host_limit_resident(unsigned blocks);
 extern "C" Statistics* cuda_on_host_statistics();
+extern "C" int cuda_on_host_current_device();
 #pragma GCC visibility pop
 
 // Runs kernel(arguments) for every thread of the grid. `text` names the launch in reports.

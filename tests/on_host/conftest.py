@@ -35,6 +35,7 @@ class Statistics(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint64),
+        ("device", ctypes.c_uint64),
     ]
 
 
@@ -45,6 +46,9 @@ class Executor:
         self._library = library
         library.cuda_on_host_statistics.restype = ctypes.POINTER(Statistics)
         self.statistics: Statistics = library.cuda_on_host_statistics().contents
+
+    def current_device(self) -> int:
+        return int(self._library.cuda_on_host_current_device())
 
     def seed(self, seed: int) -> None:
         self._library.cuda_on_host_seed(ctypes.c_uint64(seed))
