@@ -305,7 +305,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="merge: size: expected a grid"):
         _cuda.merge(0, 0, 0, 1, 2**31, 0, 0, *places, 0, 0, 0)
     with pytest.raises(RuntimeError, match="unmerge: cudaErrorInvalidDevice"):
-        _cuda.unmerge(0, 0, 0, 1, 1, 0, 0, 0, 1, 0)
+        _cuda.unmerge(0, 0, 0, 1, 1, 0, 0, 0, 2, 0)
     _cuda.merge(0, 0, 0, 0, 0, 0, 0, *places, 0, 0, 0)  # no tiles: no launch
 
 
