@@ -8,7 +8,18 @@ from peftk.selftest.cases import (
     double,
     expected,
     expected_grads,
+    normal,
     random_case,
 )
 
-__all__ = ["DTYPES", "Case", "decode_adapter", "decode_case", "double", "expected", "expected_grads", "random_case"]
+__all__ = [
+    "DTYPES",
+    "Case",
+    "decode_adapter",
+    "decode_case",
+    "double",
+    "expected",
+    "expected_grads",
+    "normal",
+    "random_case",
+]

@@ -194,6 +194,14 @@ def executed(built: Path, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, timeout=600)
 
 
+def driven(
+    stem: str, sanitizer: str, mutants: dict[str, str] | None, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """tests/cuda_on_host/<stem>_races.cpp with csrc/cuda/<stem>.cu, run to its end."""
+    sources = [HOST / f"{stem}_races.cpp", ROOT / f"csrc/cuda/{stem}.cu"]
+    return executed(program(sources, sanitizer, mutants), *arguments)
+
+
 REPORT = re.compile(
     r"AddressSanitizer: [\w-]+|ThreadSanitizer: [\w -]+|runtime error: [^\n]*|cuda_on_host: ERROR: [^\n]*"
 )
@@ -209,13 +217,21 @@ def replaced(path: str, *changes: tuple[str, str]) -> str:
     return text
 
 
-def caught(path: str, changes: Sequence[tuple[str, str]], stem: str, *arguments: str) -> str | None:
-    """How a mutant of csrc/…/<file>, a source or a header, shows in tests/on_host/<stem>.py: the first line of a
-    report, "wrong" where a test fails without one, or None: not at all. `arguments` go to pytest (-k …)."""
-    done = pytest_on(module({path: replaced(path, *changes)}), "not full", [stem], *arguments)
+def shown(done: subprocess.CompletedProcess[str]) -> str | None:
+    """What pytest or a driver found: the first line of a report, "wrong" where it failed without one, or None."""
     report = REPORT.search(done.stderr)
-    if report:
-        return report[0]
-    # pytest's own exit status: anything but passed or failed is a mistake of the test
-    assert done.returncode in (0, 1), f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
-    return "wrong" if done.returncode else None
+    # an exit status that is neither passed nor failed, and not reported, is a mistake of the test
+    assert report or done.returncode in (0, 1), f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
+    return report[0].strip() if report else "wrong" if done.returncode else None
+
+
+def caught(mutants: dict[str, str], stem: str, *arguments: str) -> str | None:
+    """How mutants, as `module` takes them, show in tests/on_host/<stem>.py. `arguments` go to pytest (-k …)."""
+    return shown(pytest_on(module(mutants), "not full", [stem], *arguments))
+
+
+def race(stem: str, mutants: dict[str, str] | None = None, *arguments: object) -> str | None:
+    """How a kernel, or mutants of it, show under the race detector."""
+    found = shown(driven(stem, "thread", mutants, *arguments))
+    assert found is None or re.match(r"ThreadSanitizer: data race|cuda_on_host: ERROR|wrong", found), found
+    return found

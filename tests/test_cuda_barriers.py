@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from tests.host_cuda import HOST, REPORT, ROOT, executed, needs_host_cuda, program, replaced
+from tests.host_cuda import ROOT, driven, needs_host_cuda, replaced, shown
 from tests.test_lora_linear_on_host import FEWER_FORMS
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
@@ -46,7 +46,5 @@ def test_is_needed(stem: str, path: str, number: int) -> None:
     text = (ROOT / path).read_text()
     begin, end = list(BARRIER.finditer(text))[number].span()
     mutants = {source: replaced(source, *fewer)} | {path: f"{text[:begin]};{text[end:]}"}
-    done = executed(program([HOST / f"{stem}_races.cpp", ROOT / source], "thread", mutants), *arguments)
-    line = text[:begin].count("\n") + 1
-    assert done.returncode, f"{path}:{line}: nothing shows without it"
-    assert REPORT.search(done.stderr) or done.returncode == 1, f"{path}:{line}: {done.stderr}"
+    found = shown(driven(stem, "thread", mutants, *arguments))
+    assert found is not None, f"{path}:{text[:begin].count(chr(10)) + 1}: nothing shows without it"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.host_cuda import HOST, REPORT, ROOT, executed, module, needs_host_cuda, program, pytest_on, replaced, run
+from tests.host_cuda import caught, needs_host_cuda, race, replaced, run
 
 pytestmark = needs_host_cuda
 MERGE, TILE = "csrc/cuda/merge.cu", "csrc/cuda/merge_tile.cuh"
@@ -46,15 +46,9 @@ def changed(*changes: Change) -> dict[str, str]:
     return {path: replaced(path, *some) for path, some in of.items()}
 
 
-def caught(*changes: Change) -> str | None:
-    """How a mutant shows: the first line of a report, "wrong" where a test fails without one, or None: not at all."""
-    done = pytest_on(module(changed(*changes)), "not full", ["merge"], "-k", TESTS)
-    report = REPORT.search(done.stderr)
-    if report:
-        return report[0]
-    # pytest's own exit status: anything but passed or failed is a mistake of the test
-    assert done.returncode in (0, 1), f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
-    return "wrong" if done.returncode else None
+def found(*changes: Change) -> str | None:
+    """How a mutant shows in these tests."""
+    return caught(changed(*changes), "merge", "-k", TESTS)
 
 
 BEFORE_READ = "            __syncthreads();\n            for (int r = 0"
@@ -128,43 +122,32 @@ BARRIERS = [name for name in WRONG if name.startswith("no barrier")]
 
 @pytest.mark.parametrize("mutant", [mark(name) for name in WRONG if name not in BARRIERS])
 def test_mutants_are_caught(mutant: str) -> None:
-    assert caught(WRONG[mutant]) is not None
+    assert found(WRONG[mutant]) is not None
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mutant", REPORTED)
 def test_mutants_are_reported(mutant: str) -> None:
     change, expected = REPORTED[mutant]
-    assert re.search(expected, caught(change) or "")
+    assert re.search(expected, found(change) or "")
 
 
 @pytest.mark.full
 def test_what_is_compiled_of_a_mutant_passes() -> None:
-    assert caught() is None
-
-
-def race(*changes: Change) -> str | None:
-    """How the source, or a mutant of it, shows under the race detector."""
-    built = program([HOST / "merge_races.cpp", ROOT / MERGE], "thread", changed(*changes))
-    done = executed(built)
-    report = re.search(
-        r"WARNING: ThreadSanitizer: data race|cuda_on_host: ERROR: [^\n]*|: wrong", done.stderr + done.stdout
-    )
-    assert report or done.returncode == 0, done.stderr
-    return report and report[0]
+    assert found() is None
 
 
 @pytest.mark.full
 def test_no_races() -> None:
-    assert race() is None
+    assert race("merge", changed()) is None
 
 
 @pytest.mark.parametrize("mutant", [mark(name) for name in (*BARRIERS, "row sums are not added up")])
 def test_races_are_caught(mutant: str) -> None:
-    assert race(WRONG[mutant]) is not None
+    assert race("merge", changed(WRONG[mutant])) is not None
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mutant", BARRIERS)
 def test_a_missing_barrier_gives_wrong_bits_too(mutant: str) -> None:
-    assert caught(WRONG[mutant]) is not None
+    assert found(WRONG[mutant]) is not None

@@ -3,17 +3,14 @@ the specification; tests/cuda_on_host/segments_races.cpp finds no race in it; an
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
+import itertools
 
 import pytest
 
-from tests.host_cuda import HOST, OPTIONS, ROOT, caught, needs_host_cuda, program, replaced, run
+from tests.host_cuda import caught, needs_host_cuda, race, replaced, run
 
 pytestmark = needs_host_cuda
 SOURCE = "csrc/cuda/segments.cu"
-REPORT = re.compile(r"WARNING: ThreadSanitizer: data race|cuda_on_host: ERROR: [^\n]*|adapters: wrong")
 
 
 def mark(name: str, full: bool) -> object:
@@ -33,25 +30,19 @@ def test_equal_to_the_specification_at_length() -> None:
 SHAPES = ((1, 3), (64, 300), (200, 3), (1000, 3), (2100, 20))
 
 
-def race(*changes: tuple[str, str], shapes: tuple[tuple[int, int], ...] = SHAPES) -> str | None:
+def found(*changes: tuple[str, str], shapes: tuple[tuple[int, int], ...] = SHAPES) -> str | None:
     """How the source, or a mutant of it, shows under the race detector."""
-    source = ROOT / SOURCE
-    built = program([HOST / "segments_races.cpp", source], "thread", {source: replaced(SOURCE, *changes)})
-    command = [str(built), *(str(size) for shape in shapes for size in shape)]
-    done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True)
-    report = REPORT.search(done.stderr + done.stdout)
-    assert report or done.returncode == 0, done.stderr
-    return report and report[0]
+    return race("segments", {SOURCE: replaced(SOURCE, *changes)}, *itertools.chain(*shapes))
 
 
 def test_no_races() -> None:
-    assert race() is None
+    assert found() is None
 
 
 @pytest.mark.full
 def test_no_races_at_length() -> None:
     """Also where segments are numbered in two chunks: a scan with many threads, for which the detector takes time."""
-    assert race(shapes=((1000, 300), (5000, 40), (1030, 1030))) is None
+    assert found(shapes=((1000, 300), (5000, 40), (1030, 1030))) is None
 
 
 BARRIER = "__syncthreads();\n"
@@ -127,15 +118,15 @@ DEFAULT = ("ids narrowed before they are compared",)
 
 @pytest.mark.parametrize("mutant", [mark(name, name not in tuple(RACES)[:1]) for name in RACES])
 def test_races_are_caught(mutant: str) -> None:
-    assert race(RACES[mutant]) is not None
+    assert found(RACES[mutant]) is not None
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mutant", REPORTED)
 def test_accesses_outside_and_lost_threads_are_reported(mutant: str) -> None:
-    assert caught(SOURCE, [REPORTED[mutant]], "segments") not in (None, "wrong")
+    assert caught({SOURCE: replaced(SOURCE, REPORTED[mutant])}, "segments") not in (None, "wrong")
 
 
 @pytest.mark.parametrize("mutant", [mark(name, name not in DEFAULT) for name in WRONG])
 def test_mutants_are_caught(mutant: str) -> None:
-    assert caught(SOURCE, WRONG[mutant], "segments") is not None
+    assert caught({SOURCE: replaced(SOURCE, *WRONG[mutant])}, "segments") is not None

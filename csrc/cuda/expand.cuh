@@ -262,7 +262,7 @@ __device__ inline void add_adapters(const LoraLinearArgs& args, const LoraLinear
                 if (waited) {
                     __syncthreads();
                 } else {
-                    tickets::wait_for(args.counters, plan.shrink_tiles / plan.shrink_splits);
+                    tickets::wait_for(args.counters, plan.z_tiles);
                     waited = true;
                 }
                 store_v(args, rows, slice.first_page, first, shared);
@@ -379,8 +379,7 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
             parts[(split * kTiles + j) * kThreads] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
-        const int shrink_wholes = plan.shrink_tiles / plan.shrink_splits;
-        int* arrivals = args.counters + tickets::kArrivals + shrink_wholes + whole;
+        int* arrivals = args.counters + tickets::kArrivals + plan.z_tiles + whole;
         if (!tickets::arrive_last(arrivals, splits, to_all)) return;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {

@@ -6,6 +6,7 @@
 #include "cuda/lora_linear.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/expand.cuh"
 #include "cuda/shrink.cuh"
@@ -38,8 +39,14 @@ __global__ void __launch_bounds__(expand::kThreads, 3) lora_linear_kernel(LoraLi
     tickets::leave(args.counters);
 }
 
-// The products of the tensor cores are 8 rows wide: 1, 2, 4 or 8 of them.
-int tiles_of(int M) { return M <= 8 ? 1 : M <= 16 ? 2 : M <= 32 ? 4 : 8; }
+// The products of the tensor cores are 8 rows wide. `body` gets how many of them M rows take, as a constant.
+template <typename Body>
+auto with_tiles(int M, Body body) {
+    if (M <= 8) return body(std::integral_constant<int, 1>{});
+    if (M <= 16) return body(std::integral_constant<int, 2>{});
+    if (M <= 32) return body(std::integral_constant<int, 4>{});
+    return body(std::integral_constant<int, 8>{});
+}
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -61,12 +68,7 @@ Status launch(const LoraLinearArgs& args, const LoraLinearPlan& plan, cudaStream
 
 template <typename T, typename A>
 Status for_rows(const LoraLinearArgs& args, const LoraLinearPlan& plan, cudaStream_t stream) {
-    switch (tiles_of(args.M)) {
-        case 1: return launch<T, A, 1>(args, plan, stream);
-        case 2: return launch<T, A, 2>(args, plan, stream);
-        case 4: return launch<T, A, 4>(args, plan, stream);
-        default: return launch<T, A, 8>(args, plan, stream);
-    }
+    return with_tiles(args.M, [&](auto tiles) { return launch<T, A, decltype(tiles)::value>(args, plan, stream); });
 }
 
 template <typename T>
@@ -80,12 +82,13 @@ Status for_adapters(const LoraLinearArgs& args, const LoraLinearPlan& plan, cuda
 
 LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors) {
     LoraLinearPlan plan = {};
-    const int rows = 8 * tiles_of(M);
+    const int rows = 8 * with_tiles(M, [](auto tiles) { return int(tiles); });
     // Shrink: a tile for every processor, of one step or more. Who sums the splits reads 32 parts at most.
     const int z_tiles = int(divide_up(M, shrink::kRows)) * z_pages;
     const int shrink_steps = int(divide_up(K, shrink::kStep));
     plan.shrink_splits = std::clamp(processors / std::max(z_tiles, 1), 1, std::min(shrink_steps, 32));
     plan.shrink_splits = int(divide_up(shrink_steps, divide_up(shrink_steps, plan.shrink_splits)));
+    plan.z_tiles = z_tiles;
     plan.shrink_tiles = z_tiles * plan.shrink_splits;
     // Expand: two blocks for every processor, of four steps or more, as long as the parts are a sixteenth of W's bytes.
     const int y_tiles = int(divide_up(N, expand::kColumns)), steps = int(divide_up(K, expand::kStep));
@@ -98,10 +101,7 @@ LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors
     plan.partials = plan.expand_parts;
     if (plan.expand_splits > 1) plan.partials += int64_t(plan.expand_tiles) * rows * expand::kColumns;
     plan.counters = tickets::kArrivals + z_tiles + y_tiles;
-    plan.shared = M <= 8    ? sizeof(Shared<1>)
-                  : M <= 16 ? sizeof(Shared<2>)
-                  : M <= 32 ? sizeof(Shared<4>)
-                            : sizeof(Shared<8>);
+    plan.shared = with_tiles(M, [](auto tiles) { return int(sizeof(Shared<decltype(tiles)::value>)); });
     return plan;
 }
 

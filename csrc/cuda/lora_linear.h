@@ -58,7 +58,8 @@ struct LoraLinearPlan {
     int64_t partials;                      // floats
     int64_t expand_parts;                  // where those of the expand tiles begin
     int64_t counters;
-    int32_t shared;  // bytes of a block
+    int32_t z_tiles;  // shrink tiles, their splits taken together
+    int32_t shared;   // bytes of a block
 };
 
 constexpr int kMostRows = 64;

@@ -381,15 +381,25 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaSt
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// `body` gets the least number of keys that one block sorts for M rows, as a constant.
+template <typename Body>
+auto with_size(int64_t M, Body body) {
+    if (M <= 64) return body(std::integral_constant<int, 64>{});
+    if (M <= 256) return body(std::integral_constant<int, 256>{});
+    return body(std::integral_constant<int, kTile>{});
+}
+
 template <typename Id>
 cudaError_t for_ids(const SegmentsArgs& args, cudaStream_t stream) {
     const Tiles tiles(args);
     const int64_t columns = tiles.columns, count = std::max<int64_t>(tiles.count, 1);
     const int64_t shares = std::min(ceil_div(columns, kGroups), std::max<int64_t>(kMostBlocks / count, 1));
     const dim3 grid = {unsigned(count), unsigned(shares)};
-    if (args.M <= 64) return launch<Keys<64>>(segments_kernel<Id, 64>, grid, kThreads, stream, args);
-    if (args.M <= 256) return launch<Keys<256>>(segments_kernel<Id, 256>, grid, kThreads, stream, args);
-    if (args.M <= kTile) return launch<Keys<kTile>>(segments_kernel<Id, kTile>, grid, kThreads, stream, args);
+    if (args.M <= kTile)
+        return with_size(args.M, [&](auto size) {
+            constexpr int kSize = decltype(size)::value;
+            return launch<Keys<kSize>>(segments_kernel<Id, kSize>, grid, kThreads, stream, args);
+        });
 
     cudaError_t error = launch<Keys<kTile>>(sort_kernel<Id>, grid, kThreads, stream, args, tiles);
     if (error != cudaSuccess) return error;
@@ -405,10 +415,8 @@ int64_t segments_workspace(int64_t M, int64_t adapters) {
 }
 
 int64_t segments_shared(int64_t M) {
-    if (M <= 64) return sizeof(Keys<64>);
-    if (M <= 256) return sizeof(Keys<256>);
-    if (M <= kTile) return sizeof(Keys<kTile>);
-    return std::max({sizeof(Keys<kTile>), sizeof(Strips), sizeof(Numbers)});
+    const int64_t keys = with_size(M, [](auto size) { return int64_t(sizeof(Keys<decltype(size)::value>)); });
+    return M <= kTile ? keys : std::max<int64_t>({keys, sizeof(Strips), sizeof(Numbers)});
 }
 
 Status segments(const SegmentsArgs& args, int device, cudaStream_t stream) {

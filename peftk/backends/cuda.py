@@ -80,8 +80,8 @@ def _too_old() -> str | None:
 def describe(call: Call) -> str:
     """What a call launches, for `peftk.explain`."""
     if call.op == "segments":
-        one = _cuda.segments_workspace(call.M, call.adapters) == 0
-        return "1 launch: segments_kernel" if one else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
+        alone = _cuda.segments_workspace(call.M, call.adapters) == 0
+        return "1 launch: segments_kernel" if alone else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
     if call.op == "merge":
         return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
     if call.op == "unmerge":
@@ -146,13 +146,12 @@ def _adapters(table: AdapterTable) -> _cuda.Adapters:
     """The table as the launcher takes it."""
     found = _ADAPTERS.get(table)
     if found is None:
-        slices = table.ends if table.slices > 1 else None
         found = _ADAPTERS[table] = _cuda.Adapters.of_table(
             table.pages.data_ptr(),
             table.rows.data_ptr(),
             table.scaling.data_ptr(),
             table.biases.data_ptr(),
-            0 if slices is None else slices.data_ptr(),
+            0 if table.ends is None else table.ends.data_ptr(),
             table.slices,
             table.count,
             table.slice_pages[-1],

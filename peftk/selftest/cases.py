@@ -112,36 +112,36 @@ def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_
     N = rng.choice([1, 2, 7, 16, 24, 63, 64, 129, rng.randint(1, max_width)])
     many = rng.random() < 0.6 if many is None else many
 
-    def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     def adapter() -> Adapter | None:
         kind = rng.random()
         if many and kind < 0.08:
             return None
-        bias_B = normal(N, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        bias_B = draw(N, dtype=adapter_dtype) if rng.random() < 0.4 else None
         if kind < 0.18:
-            return Adapter((), (), 1.0, "identity", None, normal(N, dtype=adapter_dtype))
+            return Adapter((), (), 1.0, "identity", None, draw(N, dtype=adapter_dtype))
         rank = rng.choice([1, 2, 3, 4, 8, 15, 16, 17, 32, 64, rng.randint(1, 256)])
-        A = normal(rank, K, dtype=adapter_dtype, scale=K**-0.5)
-        B = normal(N, rank, dtype=adapter_dtype, scale=rank**-0.5)
+        A = draw(rank, K, dtype=adapter_dtype, scale=K**-0.5)
+        B = draw(N, rank, dtype=adapter_dtype, scale=rank**-0.5)
         if rng.random() < 0.3:
             B = B.t().contiguous().t()
         activation = rng.choice(["identity"] * 4 + list(activations.CODES))
-        bias_A = normal(rank, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        bias_A = draw(rank, dtype=adapter_dtype) if rng.random() < 0.4 else None
         return Adapter((A,), (B,), rng.choice([0.5, 1.0, 2.0, -1.5]), activation, bias_A, bias_B)
 
-    x = normal(M, K, dtype=x_dtype)
+    x = draw(M, K, dtype=x_dtype)
     if rng.random() < 0.2:
-        x = normal(M, K + 5, dtype=x_dtype)[:, 2 : K + 2]  # row stride, unaligned
+        x = draw(M, K + 5, dtype=x_dtype)[:, 2 : K + 2]  # row stride, unaligned
     elif rng.random() < 0.15:
-        x = normal(K, M, dtype=x_dtype).t()
-    weight = normal(N, K, dtype=weight_dtype, scale=K**-0.5)
+        x = draw(K, M, dtype=x_dtype).t()
+    weight = draw(N, K, dtype=weight_dtype, scale=K**-0.5)
     if rng.random() < 0.15:
-        weight = normal(N, K + 3, dtype=weight_dtype, scale=K**-0.5)[:, 1 : K + 1]
+        weight = draw(N, K + 3, dtype=weight_dtype, scale=K**-0.5)[:, 1 : K + 1]
     elif rng.random() < 0.15:
-        weight = normal(K, N, dtype=weight_dtype, scale=K**-0.5).t()
-    bias = normal(N, dtype=weight_dtype) if rng.random() < 0.5 else None
+        weight = draw(K, N, dtype=weight_dtype, scale=K**-0.5).t()
+    bias = draw(N, dtype=weight_dtype) if rng.random() < 0.5 else None
     if not many:
         one = adapter() if rng.random() < 0.9 else None
         return Case(x, weight, bias, (one,), None)
@@ -161,7 +161,7 @@ def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_
     return Case(x, weight, bias, adapters, torch.tensor(ids, dtype=torch.int32))
 
 
-def _normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
@@ -174,21 +174,21 @@ def _shifted(tensor: Tensor) -> Tensor:
 def decode_adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank: int) -> Adapter:
     """B along its ranks or its rows, any of the tensors at an odd address."""
     seed = rng.getrandbits(30)
-    bias_B = _normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
+    bias_B = normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
     if rank == 0:
-        return Adapter((), (), 1.0, "identity", None, _normal(N, dtype=dtype, seed=seed))
-    A = _normal(rank, K, dtype=dtype, seed=seed + 1, scale=K**-0.5)
-    B = _normal(N, rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)
+        return Adapter((), (), 1.0, "identity", None, normal(N, dtype=dtype, seed=seed))
+    A = normal(rank, K, dtype=dtype, seed=seed + 1, scale=K**-0.5)
+    B = normal(N, rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)
     if rng.random() < 0.4:
-        B = _normal(rank, N, dtype=dtype, seed=seed + 2, scale=rank**-0.5).t()
+        B = normal(rank, N, dtype=dtype, seed=seed + 2, scale=rank**-0.5).t()
     elif rng.random() < 0.3:
-        B = _normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
+        B = normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
     if rng.random() < 0.2:
         A = _shifted(A)
     if rng.random() < 0.2:
         B = _shifted(B) if B.is_contiguous() else _shifted(B.t().contiguous()).t()
     activation = rng.choice(["identity", *activations.CODES])
-    bias_A = _normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
+    bias_A = normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
     return Adapter((A,), (B,), rng.choice([0.5, 1.0, -1.5]), activation, bias_A, bias_B)
 
 
@@ -214,15 +214,15 @@ def decode_case(seed: int, M: int | None = None) -> Case:
         taken = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
         drawn = [rng.choice(taken) for _ in range(M)]
         ids = torch.tensor(sorted(drawn) if rng.random() < 0.2 else drawn, dtype=torch.int32)
-    x = _normal(M, K, dtype=dtype, seed=seed + 1)
+    x = normal(M, K, dtype=dtype, seed=seed + 1)
     if rng.random() < 0.2:
-        x = _normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
+        x = normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
     elif rng.random() < 0.2:
         x = _shifted(x)
-    weight = _normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
+    weight = normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
     if rng.random() < 0.2:
-        weight = _normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
-    bias = _normal(N, dtype=rng.choice([dtype, torch.float32]), seed=seed + 3) if rng.random() < 0.6 else None
+        weight = normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
+    bias = normal(N, dtype=rng.choice([dtype, torch.float32]), seed=seed + 3) if rng.random() < 0.6 else None
     return Case(x, weight, bias, tuple(adapters), ids)
 
 

@@ -21,20 +21,10 @@ from peftk.selftest import behaviour, parity, target
 from peftk.selftest.check import Check, WrongError
 from peftk.selftest.plans import planned
 from peftk.selftest.work import Form, Work, made
+from tests.stand_ins import rerun
 
 HERE = target("interpreter")
 WORKS = dict(behaviour.works(HERE))
-
-
-def rerun(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
-    """What a captured graph does: the same calls again, into the same tensors."""
-    results = run()
-
-    def replay() -> None:
-        for result, new in zip(results, run(), strict=True):
-            result.copy_(new)
-
-    return results, replay
 
 
 def nothing_new(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:

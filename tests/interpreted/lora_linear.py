@@ -17,15 +17,11 @@ from peftk.triton_kernels import config
 from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
 from peftk.triton_kernels.philox import keep
 from tests import numerics
-from tests.cases import Case, double, expected, random_case
+from tests.cases import Case, double, expected, normal, random_case
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, BF16, F32), (F32, BF16, BF16), (F32, F16, F16)]
 MORE_MIXES = [(F16, F16, F32), (F32, F32, BF16), (F32, BF16, F32), (BF16, F32, F32), (F16, F32, F16)]
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def adapter(rank: int, K: int, N: int, dtype: torch.dtype, activation: str, seed: int, biases: bool = True) -> Adapter:

@@ -17,14 +17,10 @@ from peftk.backends import cuda as backend
 from peftk.backends import workspace
 from peftk.table import Adapter
 from tests import numerics
-from tests.cases import Case, decode_adapter, decode_case, double, expected
+from tests.cases import Case, decode_adapter, decode_case, double, expected, normal
 from tests.on_host.conftest import Executor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def run(case: Case, *, save_z: bool = False) -> tuple[Tensor, Tensor | None]:

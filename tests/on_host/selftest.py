@@ -8,24 +8,13 @@ import os
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
 
 from peftk.selftest import behaviour, parity
 from peftk.selftest.check import Check, Target
 from tests.on_host.conftest import Executor
+from tests.stand_ins import rerun
 
 HERE = Target("cpu", "cpu", ("cuda",))
-
-
-def rerun(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
-    """What a captured graph does: the same calls again, into the same tensors."""
-    results = run()
-
-    def replay() -> None:
-        for result, new in zip(results, run(), strict=True):
-            result.copy_(new)
-
-    return results, replay
 
 
 def kernels(run: Callable[[], object]) -> list[str]:
