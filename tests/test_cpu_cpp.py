@@ -56,7 +56,8 @@ def sanitized(variant: str, flags: list[str], level: str) -> list[Path]:
     platform.machine() == "aarch64" or not (shutil.which(CROSS_CXX) and shutil.which(QEMU)),
     reason=f"needs {CROSS_CXX} and {QEMU} on another machine: apt-get install g++-aarch64-linux-gnu qemu-user",
 )
-@pytest.mark.parametrize("count", [36, pytest.param(240, marks=full)])
+@full
+@pytest.mark.parametrize("count", [36, 240])
 def test_parity_on_aarch64_under_qemu(count: int) -> None:
     setup = cpp_build.load_setup("aarch64", [CROSS_CXX])
     programs = cpp_build.programs(*PARITY, variant="aarch64", setup=setup)

@@ -36,7 +36,7 @@ def work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need
     return Work(case, "triton", dropout_p=dropout_p, need_dx=need_dx)
 
 
-@pytest.mark.parametrize(("rank", "dropout_p"), [(1, 0.0), (8, 0.0), (17, 0.25)])
+@pytest.mark.parametrize(("rank", "dropout_p"), [pytest.param(1, 0.0, marks=pytest.mark.full), (8, 0.0), (17, 0.25)])
 @pytest.mark.parametrize("many", [False, True])
 def test_compiled_and_eager_give_the_same_bits(rank: int, dropout_p: float, many: bool) -> None:
     """The custom op saves z [M, R] by itself, the eager call a view of [M, z_width]."""

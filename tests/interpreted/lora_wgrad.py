@@ -152,7 +152,7 @@ def test_activations(activation: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", list(PATTERNS))
-@pytest.mark.parametrize("mix", MIXES[:2])
+@pytest.mark.parametrize("mix", [MIXES[0], pytest.param(MIXES[1], marks=pytest.mark.full)])
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
     adapters = tuple(
         adapter(r, 40, 37, mix[2], "identity", 10 * i, biases=i % 2 == 0)

@@ -49,7 +49,7 @@ def test_few_rows(M: int, adapters: int) -> None:
     check(random_ids(M, adapters), adapters)
 
 
-@pytest.mark.parametrize("M", [255, 256, 257, 1023, 1024])
+@pytest.mark.parametrize("M", [255, 256, 257, pytest.param(1023, marks=pytest.mark.full), 1024])
 def test_heights_of_one_launch(M: int) -> None:
     check(random_ids(M, 20, dtype=I64), 20)
 
@@ -70,7 +70,7 @@ def test_more_tiles_than_a_scan_takes_at_once(small_tiles: int) -> None:
     check(random_ids(64 * 17 + 5, 7), 7)
 
 
-@pytest.mark.parametrize("adapters", [62, 63, 64, 5000])
+@pytest.mark.parametrize("adapters", [62, 63, 64, pytest.param(5000, marks=pytest.mark.full)])
 def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
     """A tile goes through 64 groups at a time here; group 0 is the base layer's."""
     ids = random_ids(130, adapters, adapters)
