@@ -10,10 +10,10 @@ from peftk.bank import AdapterBank, PackedBank
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.methods.lora import LoraConfig
+from peftk.methods.plan import freeze
 from peftk.model import (
-    LoraConfig,
     count_parameters,
-    freeze,
     inject,
     load_adapter,
     merge_adapter,
