@@ -7,6 +7,7 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 from peftk import functional
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
+from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
@@ -15,9 +16,7 @@ from peftk.methods.plan import freeze
 from peftk.model import (
     count_parameters,
     inject,
-    load_adapter,
     merge_adapter,
-    save_adapter,
     unmerge_adapter,
 )
 from peftk.nn import LoRALinear, MultiLoRALinear
