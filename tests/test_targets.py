@@ -94,6 +94,11 @@ def test_layer_numbers(module: str, pattern: object, number: int | None) -> None
     assert layer_number(module, pattern) == number
 
 
+def test_all_linear_of_some_layers() -> None:
+    model = model_of(["layers.0.linear", "layers.1.linear", "linear"])
+    assert list(target_linears(model, "all-linear", layers_to_transform=[1])) == ["layers.1.linear"]
+
+
 def test_names() -> None:
     assert matches(["query"], "a.query")
     assert matches(["query"], "query")
