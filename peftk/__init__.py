@@ -10,6 +10,7 @@ from peftk.bank import AdapterBank, PackedBank
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.peft_model import accelerate, decelerate
 from peftk.model import (
     LoraConfig,
     count_parameters,
@@ -36,7 +37,9 @@ __all__ = [
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
+    "accelerate",
     "count_parameters",
+    "decelerate",
     "explain",
     "freeze",
     "functional",
