@@ -7,17 +7,16 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 from peftk import functional
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
+from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.methods.lora import LoraConfig
+from peftk.methods.plan import freeze
 from peftk.model import (
-    LoraConfig,
     count_parameters,
-    freeze,
     inject,
-    load_adapter,
     merge_adapter,
-    save_adapter,
     unmerge_adapter,
 )
 from peftk.nn import LoRALinear, MultiLoRALinear

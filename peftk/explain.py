@@ -97,7 +97,7 @@ def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
         dropout = False
     else:
         raise TypeError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
-    weight: Tensor = layer.weight
+    weight = layer.matrix
     N, K = weight.shape
     rows = M if x is None else x.numel() // x.shape[-1]
     x_dtype = weight.dtype if x is None else x.dtype

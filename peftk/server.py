@@ -14,9 +14,9 @@ from peftk import checks
 from peftk import route as routes
 from peftk.interop import peft_checkpoint
 from peftk.interop.peft_checkpoint import CheckpointError, LoadedAdapter
-from peftk.model import bypassed, replace_module
+from peftk.methods.plan import replace_module
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import replaceable
+from peftk.nn.replace import bypassed, fan_in_fan_out, replaceable
 
 
 class MultiAdapter:
@@ -141,7 +141,9 @@ class MultiAdapter:
                 raise CheckpointError(f"{path}: {module}: {error}") from error
         if bypassed(found):
             raise CheckpointError(f"{path}: {module}: expected a linear that is called, got one that MHA reads itself")
-        N, K = cast(Tensor, found.weight).shape
+        turned = found.fan_in_fan_out if isinstance(found, MultiLoRALinear) else fan_in_fan_out(found)
+        weight = cast(Tensor, found.weight)
+        N, K = weight.t().shape if turned else weight.shape
         if adapter.lora_A.shape[1] != K or adapter.lora_B.shape[0] != N:
             raise CheckpointError(
                 f"{path}: {module}: expected lora_A [R, {K}] and lora_B [{N}, R], "
@@ -155,9 +157,8 @@ class MultiAdapter:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""
         if module in self._layers:
             return self._layers[module]
-        linear = self.model.get_submodule(module)
         layer = MultiLoRALinear.from_linear(
-            cast(nn.Linear, linear), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
+            self.model.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
         layer.served = True
         return layer

@@ -136,7 +136,7 @@ def test_bad_hyper_parameters(arguments: dict, error: type[Exception], message: 
 
 def test_only_linears_are_replaced() -> None:
     for cls in (LoRALinear, MultiLoRALinear):
-        with pytest.raises(TypeError, match=r"linear: expected an nn.Linear, got Conv1d"):
+        with pytest.raises(TypeError, match=r"linear: expected an nn.Linear or a Conv1D, got Conv1d"):
             cls.from_linear(nn.Conv1d(2, 2, 1))
 
 

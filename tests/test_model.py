@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import peftk
 from peftk import CheckpointError, LoraConfig, LoRALinear, MultiAdapter, MultiLoRALinear
@@ -105,9 +106,7 @@ def test_a_whole_model_is_merged_and_unmerged_or_not_at_all() -> None:
 
 def test_no_match_changes_nothing() -> None:
     model = small_model()
-    with pytest.raises(
-        ValueError, match=r"target_modules: expected to match some nn.Linear of the model \(block.query"
-    ):
+    with pytest.raises(ValueError, match=r"target_modules: expected to match some linear of the model \(block.query"):
         peftk.inject(model, LoraConfig(target_modules=["nonesuch"]))
     assert all(p.requires_grad for p in model.parameters())
 
@@ -504,3 +503,90 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path: pathlib.Path, mon
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     with pytest.raises(ValueError, match="model: expected LoRALinear layers"):
         peftk.save_adapter(small_model(), tmp_path)
+
+
+class TwoLayers(torch.nn.Module):
+    """Named as transformers' models are: layers by number, a head beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = lambda: torch.nn.ModuleDict({n: torch.nn.Linear(16, 16) for n in ("query", "value", "dense")})  # noqa: E731
+        self.layer = torch.nn.ModuleList([block(), block()])
+        self.norm = torch.nn.LayerNorm(16)
+        self.classifier = torch.nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.layer:
+            x = self.norm(x + block["dense"](torch.relu(block["query"](x)) * block["value"](x)))
+        return self.classifier(x)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "trained"),
+    [
+        ({"target_modules": ["query"], "layers_to_transform": 1}, ["layer.1.query"], []),
+        ({"target_modules": ["query"], "layers_to_transform": [0], "layers_pattern": "layer"}, ["layer.0.query"], []),
+        ({"exclude_modules": ["dense", "value"], "modules_to_save": ["classifier"]}, ["layer.0.query", "layer.1.query"],
+         ["classifier.weight", "classifier.bias"]),
+        ({"target_modules": r"layer\.0\.(query|value)", "bias": "lora_only"}, ["layer.0.query", "layer.0.value"],
+         ["layer.0.query.bias", "layer.0.value.bias"]),
+        ({"target_modules": ["layer.1.dense"], "bias": "all"}, ["layer.1.dense"],
+         [f"layer.{i}.{n}.bias" for i in (0, 1) for n in ("query", "value", "dense")]
+         + ["norm.bias", "classifier.bias"]),
+    ],
+)  # fmt: skip
+def test_what_a_lora_config_trains(fields: dict, layers: list[str], trained: list[str]) -> None:  # type: ignore[type-arg]
+    model, x = TwoLayers(), torch.randn(2, 5, 16)
+    before = model(x)
+    assert peftk.inject(model, peftk.LoraConfig(r=2, **fields)) == layers
+    assert_close(model(x), before)
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {f"{layer}.lora_{half}" for layer in layers for half in "AB"} | set(trained)
+    model(x).square().sum().backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == names
+
+
+def test_several_configs_go_in_together_or_not_at_all() -> None:
+    model = TwoLayers()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    good, bad = peftk.LoraConfig(target_modules=["query"]), peftk.LoraConfig(target_modules=["query"], r=4)
+    for configs in ([good, bad], [good, peftk.LoraConfig(target_modules=["value"], modules_to_save=["nonesuch"])]):
+        with pytest.raises(ValueError, match=r"replaced already|nonesuch"):
+            peftk.inject(model, configs)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+        assert not list(lora_layers(model))
+    peftk.inject(model, [good, peftk.LoraConfig(target_modules=["value"], r=4)])
+    peftk.inject(model, peftk.LoraConfig(target_modules=["dense"], r=1))  # the earlier ones stay, and train
+    assert {name: layer.r for name, layer in lora_layers(model) if layer.lora_A.requires_grad} == {
+        f"layer.{i}.{name}": r for i in (0, 1) for name, r in (("query", 8), ("value", 4), ("dense", 1))
+    }
+
+
+def test_a_weight_that_one_method_holds_frozen_trains_in_no_other() -> None:
+    model = TwoLayers()
+    peftk.inject(model, peftk.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"expected layer\.0\.query\.weight to train in no other method"):
+        peftk.inject(model, peftk.LoraConfig(target_modules=["value"], modules_to_save=["layer.0"]))
+    assert [name for name, _ in lora_layers(model)] == ["layer.0.query", "layer.1.query"]
+
+
+def test_conv1d_reads_its_weight_as_it_is_stored() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    conv, x = Conv1D(24, 16), torch.randn(5, 16)
+    layer = peftk.LoRALinear.from_linear(conv, r=3)
+    assert layer.weight is conv.weight
+    assert_close(layer(x), conv(x))
+    torch.nn.init.normal_(layer.lora_B)
+    expected = conv(x) + layer.scaling * x @ layer.lora_A.t() @ layer.lora_B.t()
+    assert_close(layer(x), expected)
+    before = conv.weight.detach().clone()
+    layer.merge()
+    assert_close(conv(x), expected, rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    assert torch.equal(conv.weight, before)
+    multi = peftk.MultiLoRALinear.from_linear(conv, max_adapters=2)
+    multi.add_adapter("one", layer.lora_A, layer.lora_B, layer.scaling)
+    assert_close(multi(x, torch.zeros(5, dtype=torch.int32)), expected)

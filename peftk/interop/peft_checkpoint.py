@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from peftk import checks
+from peftk.methods.targets import pattern_value
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -100,14 +101,6 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """s = lora_alpha / r, or lora_alpha / √r for rsLoRA (dimensionless)."""
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-
-
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the module's name from a dot on."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

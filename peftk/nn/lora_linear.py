@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from peftk import checks, functional
 from peftk.functional import MergeReceipt
+from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
-from peftk.nn.replace import replaceable, take_place
+from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(FrozenLinear):
     """y = xWᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, with W and bias frozen, A [r, K] and B [N, r] trainable.
 
     s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). A starts as kaiming-uniform, B as zero, so a
@@ -26,6 +27,8 @@ class LoRALinear(nn.Module):
     Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
     """
 
+    adapter_parameters = ("lora_A", "lora_B")
+
     def __init__(
         self,
         weight: Tensor,
@@ -36,25 +39,23 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
     ) -> None:
-        super().__init__()
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: expected an integer of 1 or more, got {r!r}")
         if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
         checks.dropout(lora_dropout, None, weight.device)
-        checks.base(weight.detach(), None if bias is None else bias.detach())
+        N, K = linear_shape(weight, bias, fan_in_fan_out)
         if adapter_dtype is None:
             # as HF PEFT: adapters of a 16-bit model train in fp32
             adapter_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         checks.adapter_dtype(adapter_dtype, weight.dtype)
-        lora_A = torch.empty(r, weight.shape[1], dtype=adapter_dtype, device=weight.device)
-        lora_B = torch.empty(weight.shape[0], r, dtype=adapter_dtype, device=weight.device)
+        lora_A = torch.empty(r, K, dtype=adapter_dtype, device=weight.device)
+        lora_B = torch.empty(N, r, dtype=adapter_dtype, device=weight.device)
         # nothing can fail from here on: now the linear's own parameters are touched
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.receipt: MergeReceipt | None = None
@@ -63,7 +64,7 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         r: int = 8,
         lora_alpha: float | None = None,
@@ -71,19 +72,22 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> LoRALinear:
-        """The layer that replaces `linear`. lora_alpha None means r (s = 1); adapter_dtype None means fp32.
+        """The layer that replaces `linear` (nn.Linear or Conv1D).
+
+        lora_alpha None means r (s = 1); adapter_dtype None means fp32.
 
         Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
         """
-        replaceable(linear)
+        base = replaceable(linear)
         layer = cls(
-            linear.weight,
-            linear.bias,
+            base.weight,
+            base.bias,
             r=r,
             lora_alpha=r if lora_alpha is None else lora_alpha,
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             adapter_dtype=adapter_dtype,
+            fan_in_fan_out=fan_in_fan_out(linear),
         )
         return take_place(layer, linear)
 
@@ -94,7 +98,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        weight, bias = own(self, "weight"), own(self, "bias")
+        weight, bias = self.matrix, own(self, "bias")
         if self.receipt is not None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         lora_A, lora_B = own(self, "lora_A"), own(self, "lora_B")
@@ -116,7 +120,7 @@ class LoRALinear(nn.Module):
         Raises ValueError where W + s·BA would not be finite; nothing has changed then.
         """
         if self.receipt is None:
-            self.receipt = functional.merge_(self.weight.detach(), self.lora_A, self.lora_B, self.scaling)
+            self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
 
     def unmerge(self) -> None:
         """Gives W back every bit that it had before `merge`, whatever A and B have become. Nothing where not merged.
@@ -124,7 +128,7 @@ class LoRALinear(nn.Module):
         Raises ValueError where W is not what the merge left; nothing has changed then.
         """
         if self.receipt is not None:
-            functional.unmerge_(self.weight.detach(), self.receipt.to(self.weight.device))
+            functional.unmerge_(self.matrix.detach(), self.receipt.to(self.weight.device))
             self.receipt = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -138,7 +142,5 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
-        )
+        rest = f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, merged={self.merged}"
+        return f"{super().extra_repr()}, {rest}"

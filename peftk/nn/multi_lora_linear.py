@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, route
 from peftk.bank import AdapterBank
+from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
-from peftk.nn.replace import replaceable, take_place
+from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 from peftk.table import Adapter
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(FrozenLinear):
     """y[m] = x[m]Wᵀ + bias + s_i · act(x[m]A_iᵀ + a_i) B_iᵀ + β_i, i = ids[m]; -1 is the base layer alone.
 
     Adapters come and go by name (`add_adapter`, `remove_adapter`); `adapter_id(name)` is the number that ids hold.
@@ -30,28 +31,33 @@ class MultiLoRALinear(nn.Module):
         *,
         max_adapters: int,
         adapter_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
     ) -> None:
-        super().__init__()
-        checks.base(weight.detach(), None if bias is None else bias.detach())
+        N, K = linear_shape(weight, bias, fan_in_fan_out)
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         checks.adapter_dtype(dtype, weight.dtype)
-        self.out_features, self.in_features = weight.shape
-        self.bank = AdapterBank(self.in_features, self.out_features, max_adapters, dtype, weight.device)
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        bank = AdapterBank(K, N, max_adapters, dtype, weight.device)
+        super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
+        self.bank = bank
         self.trained = nn.ModuleDict()
         self.served = False  # by a MultiAdapter, whose routes count where no ids are given
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None
+        cls, linear: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None
     ) -> MultiLoRALinear:
         """The layer that replaces `linear`; adapters are held in adapter_dtype, None meaning the weight's.
 
-        Raises TypeError or ValueError for what is not an nn.Linear or a bad number; `linear` is unchanged then.
+        Raises TypeError or ValueError for what is no nn.Linear or Conv1D or a bad number; `linear` is unchanged then.
         """
-        replaceable(linear)
-        layer = cls(linear.weight, linear.bias, max_adapters=max_adapters, adapter_dtype=adapter_dtype)
+        base = replaceable(linear)
+        layer = cls(
+            base.weight,
+            base.bias,
+            max_adapters=max_adapters,
+            adapter_dtype=adapter_dtype,
+            fan_in_fan_out=fan_in_fan_out(linear),
+        )
         return take_place(layer, linear)
 
     def add_adapter(
@@ -110,7 +116,7 @@ class MultiLoRALinear(nn.Module):
         if ids is None and self.served:
             current = route.current(trains=torch.is_grad_enabled() or self.training)
             ids = None if current is None else current.rows(x)
-        weight, bias = own(self, "weight"), own(self, "bias")
+        weight, bias = self.matrix, own(self, "bias")
         if ids is None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         if weight.shape != (self.out_features, self.in_features):  # it can be replaced; the adapters' pages stay
@@ -126,10 +132,7 @@ class MultiLoRALinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"adapters={len(self.bank.names)} of {len(self.bank.slots)}"
-        )
+        return f"{super().extra_repr()}, adapters={len(self.bank.names)} of {len(self.bank.slots)}"
 
 
 class _TrainedAdapter(nn.Module):
@@ -139,6 +142,8 @@ class _TrainedAdapter(nn.Module):
     lora_B: nn.Parameter | None
     bias_A: nn.Parameter | None
     bias_B: nn.Parameter | None
+
+    adapter_parameters = ("lora_A", "lora_B", "bias_A", "bias_B")
 
     def __init__(self, scaling: float, activation: str) -> None:
         super().__init__()

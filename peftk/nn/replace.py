@@ -1,8 +1,9 @@
-"""What may stand in for an nn.Linear, and how it takes its place."""
+"""Which modules are linears that a drop-in layer may stand in for, and how it takes their place."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import sys
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -19,17 +20,39 @@ _HOOKS = (
 )
 
 
-def replaceable(linear: nn.Module) -> None:
-    """Raises TypeError unless `linear` computes what an nn.Linear computes, with a weight of its own."""
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
-        raise TypeError(f"linear: expected nn.Linear's own forward, got {type(linear).__name__} with another")
+def fan_in_fan_out(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, a linear whose weight is stored [K, N]. The layer says so, no config."""
+    transformers = sys.modules.get("transformers.pytorch_utils")  # without it, nobody has made a Conv1D
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or fan_in_fan_out(module)
+
+
+def replaceable(linear: nn.Module) -> nn.Linear:
+    """The module as a linear, whose weight and bias a Conv1D has too.
+
+    Raises TypeError unless it computes what a linear layer computes, with a weight of its own.
+    """
+    if not is_linear(linear):
+        raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
+    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
+    name = "nn.Linear" if kind is nn.Linear else "Conv1D"
+    if type(linear).forward is not kind.forward or "forward" in linear.__dict__:
+        raise TypeError(f"linear: expected {name}'s own forward, got {type(linear).__name__} with another")
     if "weight" not in linear._parameters:
         raise TypeError("linear: expected a weight that is a Parameter, got one that is computed (weight_norm, …)")
+    return cast(nn.Linear, linear)
 
 
-def take_place(layer: Layer, linear: nn.Linear) -> Layer:
+def bypassed(linear: nn.Module) -> bool:
+    """nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing."""
+    return isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def take_place(layer: Layer, linear: nn.Module) -> Layer:
     """Gives `layer` the mode and the hooks of the linear that it replaces."""
     for hooks in _HOOKS:
         getattr(layer, hooks).update(getattr(linear, hooks))

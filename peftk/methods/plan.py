@@ -1,0 +1,137 @@
+"""What a config would do to a model, and how that is carried out: all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import nn
+
+from peftk.nn.frozen_linear import FrozenLinear
+
+
+class Attached(Protocol):
+    """An adapter that hangs on an existing module by hooks, as a submodule of it; the module stays what it is."""
+
+    def attach(self, module: nn.Module) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config would do to a model.
+
+    layers: by module name, what takes the module's place. attached: module name and the adapter to hang on it.
+    trained: names of the model's own parameters that train in place.
+    """
+
+    layers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    attached: Sequence[tuple[str, Attached]] = ()
+    trained: Sequence[str] = ()
+
+
+class Config(Protocol):
+    """A method's hyper-parameters. `plan` does all the checks; it may freeze weights, and changes nothing else."""
+
+    def plan(self, model: nn.Module) -> Plan: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """The record that a model keeps of a plan that was carried out: names only, so that it survives any copy."""
+
+    config: Config
+    layers: tuple[str, ...]
+    attached: tuple[str, ...]
+    trained: tuple[str, ...]
+
+
+_RECORD = "_peftk_injected"
+
+
+def injections(model: nn.Module) -> tuple[Injection, ...]:
+    """What was injected into the model, in order."""
+    return model.__dict__.get(_RECORD, ())
+
+
+def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
+    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
+        undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
+        done = []
+        for config in configs:
+            plan = config.plan(model)
+            for name, layer in plan.layers.items():
+                _replace(model, name, layer, undo)
+            for name, adapter in plan.attached:
+                adapter.attach(model.get_submodule(name))
+                undo.callback(adapter.detach)
+            record = Injection(
+                config, tuple(plan.layers), tuple(name for name, _ in plan.attached), tuple(plan.trained)
+            )
+            model.__dict__[_RECORD] = (*injections(model), record)
+            done.append(record)
+        freeze(model)
+        undo.pop_all()
+    return done
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Makes every parameter frozen but those of adapters and those that a method trains in place; returns the model.
+
+    Raises ValueError where a method trains a weight in place that the kernels of another hold frozen.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = {id(parameters[name]) for record in injections(model) for name in record.trained}
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenLinear) and id(module.weight) in trained:
+            raise ValueError(
+                f"trained: expected {path}.weight to train in no other method than that of {type(module).__name__}, "
+                "which holds it frozen"
+            )
+        trained |= {id(p) for p in adapter_parameters(module).values()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(id(parameter) in trained)
+    return model
+
+
+def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the Parameters that this module itself (none of its children) adds to a model."""
+    names: Sequence[str] = getattr(module, "adapter_parameters", ())
+    return {name: parameter for name in names if (parameter := module._parameters.get(name)) is not None}
+
+
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` where the module `name` is."""
+    with contextlib.ExitStack() as undo:
+        _replace(model, name, layer, undo)
+        undo.pop_all()
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module, undo: contextlib.ExitStack) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # its inference fast path reads linear1.weight itself and would pass the adapter by
+        _set(parent, "activation_relu_or_gelu", 0, undo)
+    steps = parent_name.split(".")
+    for depth in range(len(steps)):
+        above = model.get_submodule(".".join(steps[:depth]))
+        if isinstance(above, nn.TransformerEncoder):
+            # only that fast path takes the nested tensors that it makes of padded batches
+            _set(above, "use_nested_tensor", False, undo)
+    _set(parent, child, layer, undo)
+
+
+def _set(owner: nn.Module, name: str, value: object, undo: contextlib.ExitStack) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _require_gradients(before: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, required in before:
+        parameter.requires_grad_(required)
