@@ -109,11 +109,11 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def first_output(output: Any) -> Tensor:
     """The hidden states among a module's outputs: the tensor, or the first of several."""
-    value = output
-    if isinstance(output, (tuple, list)) and output:
-        value = output[0]
-    elif isinstance(output, Mapping) and output:
-        value = next(iter(output.values()))
+    value: Any = None
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list, Mapping)) and output:
+        value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(value, Tensor):
         raise TypeError(f"output: expected a tensor, or several of which it is the first, got {type(output).__name__}")
     return value
@@ -125,8 +125,12 @@ def with_first(output: Any, value: Tensor) -> Any:
         return value
     if isinstance(output, Mapping):  # transformers' ModelOutput too
         key = next(iter(output))
-        if dataclasses.is_dataclass(output) and not isinstance(output, type):
-            return dataclasses.replace(output, **{key: value})
-        return type(output)({**output, key: value})  # type: ignore[call-arg]
+        return _replaced(output, key, value)
     rest = (value, *output[1:])
     return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+
+def _replaced(output: Any, key: str, value: Tensor) -> Any:
+    if dataclasses.is_dataclass(output):
+        return dataclasses.replace(output, **{key: value})  # type: ignore[type-var]
+    return type(output)({**output, key: value})

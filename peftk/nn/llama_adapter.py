@@ -50,6 +50,7 @@ class LlamaAdapter(Attached):
     """
 
     name = "llama_adapter"
+    adapter_parameters = ("prompt", "gate")
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ def _rotation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor,
     found = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
     if not isinstance(found, tuple) or len(found) != 2:
         raise TypeError(
-            f"position_embeddings: expected (cos, sin) among the attention layer's arguments, got {type(found).__name__}"
+            f"position_embeddings: expected (cos, sin) among the attention's arguments, got {type(found).__name__}"
         )
     return found
 

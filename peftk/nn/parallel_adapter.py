@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from peftk import activations, checks, functional
 from peftk.nn.attached import Attached, Caught, first_input, first_output, part, with_first
-from peftk.nn.bottleneck import Bottleneck, default_dtype
+from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, default_dtype, reset_bottleneck
+from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
-from peftk.nn.replace import replaceable, take_place
+from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 
 
 class ParallelAdapter(Attached, Bottleneck):
@@ -78,7 +79,7 @@ class ParallelAdapter(Attached, Bottleneck):
         return with_first(output, (y + self(x)).to(y.dtype))
 
 
-class ParallelAdapterLinear(Bottleneck):
+class ParallelAdapterLinear(FrozenLinear):
     """y = xWᵀ + bias + s · act(x Aᵀ + a) Bᵀ + β as one fused operation: stands where an nn.Linear stood.
 
     W and bias are the linear's own Parameters, frozen; lora_A [R, K], lora_B [N, R], bias_A [R] and bias_B [N] train.
@@ -86,6 +87,8 @@ class ParallelAdapterLinear(Bottleneck):
 
     Source: He et al. 2021.
     """
+
+    adapter_parameters = PARAMETERS
 
     def __init__(
         self,
@@ -96,51 +99,58 @@ class ParallelAdapterLinear(Bottleneck):
         activation: str = "relu",
         scaling: float = 4.0,
         adapter_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
     ) -> None:
-        checks.base(weight.detach(), None if bias is None else bias.detach())
+        N, K = linear_shape(weight, bias, fan_in_fan_out)
         dtype = default_dtype(weight) if adapter_dtype is None else adapter_dtype
         checks.adapter_dtype(dtype, weight.dtype)
-        N, K = weight.shape
-        super().__init__(K, N, bottleneck, activation, scaling, dtype, weight.device)
+        parameters = bottleneck_parameters(K, N, bottleneck, activation, scaling, dtype, weight.device)
         # nothing can fail from here on: now the linear's own parameters are touched
-        self.weight = weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
+        super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
+        self.bottleneck, self.activation, self.scaling = bottleneck, activation, float(scaling)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         bottleneck: int,
         activation: str = "relu",
         scaling: float = 4.0,
         adapter_dtype: torch.dtype | None = None,
     ) -> ParallelAdapterLinear:
-        """The layer that replaces `linear`. bottleneck: R; adapter_dtype None means fp32.
+        """The layer that replaces `linear` (nn.Linear or Conv1D). bottleneck: R; adapter_dtype None means fp32.
 
         Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
         """
-        replaceable(linear)
+        base = replaceable(linear)
         layer = cls(
-            linear.weight,
-            linear.bias,
+            base.weight,
+            base.bias,
             bottleneck=bottleneck,
             activation=activation,
             scaling=scaling,
             adapter_dtype=adapter_dtype,
+            fan_in_fan_out=fan_in_fan_out(linear),
         )
         return take_place(layer, linear)
 
+    def reset_parameters(self) -> None:
+        """A kaiming-uniform, B, a and β zero: nothing is added."""
+        reset_bottleneck(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
+        A, B, a, beta = (own(self, name) for name in PARAMETERS)
         return functional.lora_linear_unchecked(
-            x,
-            own(self, "weight"),
-            own(self, "bias"),
-            own(self, "lora_A"),
-            own(self, "lora_B"),
-            self.scaling,
-            self.activation,
-            own(self, "bias_A"),
-            own(self, "bias_B"),
+            x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, bottleneck={self.bottleneck}, activation={self.activation}, "
+            f"scaling={self.scaling:g}"
         )
