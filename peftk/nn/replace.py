@@ -37,6 +37,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or fan_in_fan_out(module)
 
 
+def plain(linear: nn.Module) -> bool:
+    """Whether a linear computes what its class computes: not a subclass with a forward of its own (quantised, …)."""
+    if isinstance(linear, FrozenLinear):
+        return True
+    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
+    return type(linear).forward is kind.forward and "forward" not in linear.__dict__
+
+
 def replaceable(linear: nn.Module) -> nn.Linear:
     """The module as a linear, whose weight and bias a Conv1D has too.
 
@@ -44,11 +52,8 @@ def replaceable(linear: nn.Module) -> nn.Linear:
     """
     if not is_linear(linear):
         raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
-    if isinstance(linear, FrozenLinear):
-        return cast(nn.Linear, linear)
-    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
-    name = "nn.Linear" if kind is nn.Linear else "Conv1D"
-    if type(linear).forward is not kind.forward or "forward" in linear.__dict__:
+    if not plain(linear):
+        name = "Conv1D" if fan_in_fan_out(linear) else "nn.Linear"
         raise TypeError(f"linear: expected {name}'s own forward, got {type(linear).__name__} with another")
     if "weight" not in linear._parameters:
         raise TypeError("linear: expected a weight that is a Parameter, got one that is computed (weight_norm, …)")
