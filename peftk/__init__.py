@@ -5,6 +5,7 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 """
 
 from peftk import functional
+from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
@@ -14,7 +15,6 @@ from peftk.interop.peft_checkpoint import CheckpointError
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import freeze
 from peftk.model import (
-    count_parameters,
     inject,
     merge_adapter,
     unmerge_adapter,
@@ -35,6 +35,7 @@ __all__ = [
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
+    "ParameterCount",
     "count_parameters",
     "explain",
     "freeze",
