@@ -12,6 +12,7 @@ from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import freeze
 from peftk.model import (
@@ -36,7 +37,9 @@ __all__ = [
     "MultiLoRALinear",
     "PackedBank",
     "ParameterCount",
+    "accelerate",
     "count_parameters",
+    "decelerate",
     "explain",
     "freeze",
     "functional",
