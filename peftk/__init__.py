@@ -10,7 +10,7 @@ from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.files import CheckpointError
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import freeze
 from peftk.model import (

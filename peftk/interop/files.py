@@ -1,7 +1,8 @@
 """A checkpoint's two files, whichever library's: a JSON config and a safetensors file of weights.
 
-All formats call the config `adapter_config.json`. What tells them apart is in it: HF PEFT's has "peft_type", peftk's own
-"peftk", and AdapterHub's neither, but a "config" beside a "model_type". Only safetensors are read: a pickle can run code.
+All formats call the config `adapter_config.json`. What tells them apart is in it: HF PEFT's has "peft_type", peftk's
+own "peftk", and AdapterHub's neither, but a "config" beside a "model_type". Only safetensors are read: a pickle can run
+code.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
     return tensors
 
 
-def write(path: str | os.PathLike[str], config: Mapping[str, Any], weights_file: str, weights: Mapping[str, Tensor]) -> None:
+def write(
+    path: str | os.PathLike[str], config: Mapping[str, Any], weights_file: str, weights: Mapping[str, Tensor]
+) -> None:
     """Writes both files beside their places and then moves them there, the weights first.
 
     A failure leaves an earlier checkpoint as it was.
@@ -97,7 +100,9 @@ def write(path: str | os.PathLike[str], config: Mapping[str, Any], weights_file:
     place = folder(path)
     if place.exists() and not place.is_dir():
         raise ValueError(f"path: expected a folder, got the file {place}")
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".saving-") as scratch:

@@ -241,7 +241,9 @@ def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str,
             )
     rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
     if rank != lora_A.shape[0]:
-        raise CheckpointError(f"{where}: {name}: expected rank {rank} of {CONFIG_FILE}, got factors of {lora_A.shape[0]}")
+        raise CheckpointError(
+            f"{where}: {name}: expected rank {rank} of {CONFIG_FILE}, got factors of {lora_A.shape[0]}"
+        )
     lora_alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
     adapter = LoadedAdapter(lora_A, lora_B, float(lora_alpha), bool(config.get("use_rslora")), lora_bias)
     if not abs(adapter.scaling) <= torch.finfo(torch.float32).max:
