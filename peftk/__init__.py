@@ -11,6 +11,7 @@ from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.files import CheckpointError
+from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import freeze
 from peftk.model import (
@@ -35,7 +36,9 @@ __all__ = [
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
+    "accelerate",
     "count_parameters",
+    "decelerate",
     "explain",
     "freeze",
     "functional",

@@ -30,7 +30,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"output.dense": 11},
     },
     "all": {"r": 1, "target_modules": "all-linear"},
-    "layers": {"r": 3, "target_modules": ["query", "value"], "layers_to_transform": [1], "exclude_modules": ["value"]},
+    "layers": {
+        "r": 3,
+        "lora_alpha": 9,
+        "target_modules": ["query", "dense"],
+        "layers_to_transform": [1],
+        "exclude_modules": ["query"],
+    },
     "lora_bias": {"r": 3, "lora_alpha": 6, "target_modules": ["key", "dense"], "lora_bias": True},
     "lora_only": {"r": 3, "target_modules": ["query", "value"], "bias": "lora_only"},
     "all biases": {"r": 3, "target_modules": ["query", "dense"], "bias": "all"},
@@ -92,11 +98,7 @@ def hidden(model: nn.Module, rows: slice = slice(None)) -> torch.Tensor:
     torch.manual_seed(1)
     batch = {"input_ids": torch.randint(0, 100, (7, 6)), "attention_mask": torch.ones(7, 6, dtype=torch.int64)}
     batch["attention_mask"][1, 4:] = 0
-    if (
-        "T5" in repr(type(model))
-        or hasattr(model, "decoder")
-        or "T5" in type(getattr(model, "base_model", None)).__name__
-    ):
+    if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"][:, :4]
     with torch.inference_mode():
         return model(**{name: value[rows] for name, value in batch.items()})[0]
