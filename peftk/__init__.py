@@ -11,7 +11,7 @@ from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.files import CheckpointError
 from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.bitfit import BitFitConfig
 from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
