@@ -12,8 +12,13 @@ from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_model import accelerate, decelerate
+from peftk.methods.bitfit import BitFitConfig
+from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
+from peftk.methods.llama_adapter import LlamaAdapterConfig
 from peftk.methods.lora import LoraConfig
+from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
+from peftk.methods.series import SeriesAdapterConfig
 from peftk.model import (
     count_parameters,
     inject,
@@ -29,13 +34,20 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
     "BackendError",
+    "BitFitConfig",
     "CheckpointError",
+    "FullConfig",
+    "HeadConfig",
+    "LlamaAdapterConfig",
     "LoRALinear",
     "LoraConfig",
     "MergeReceipt",
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
+    "ParallelAdapterConfig",
+    "SeriesAdapterConfig",
+    "TopLayersConfig",
     "accelerate",
     "count_parameters",
     "decelerate",

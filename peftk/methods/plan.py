@@ -9,15 +9,8 @@ from typing import Protocol
 
 from torch import nn
 
+from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
-
-
-class Attached(Protocol):
-    """An adapter that hangs on an existing module by hooks, as a submodule of it; the module stays what it is."""
-
-    def attach(self, module: nn.Module) -> None: ...
-
-    def detach(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +65,10 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
             for name, layer in plan.layers.items():
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
-                adapter.attach(model.get_submodule(name))
-                undo.callback(adapter.detach)
+                _leave_fast_path(model, name, undo)
+                module = model.get_submodule(name)
+                adapter.attach(module)
+                undo.callback(adapter.detach, module)
             record = Injection(
                 config, tuple(plan.layers), tuple(name for name, _ in plan.attached), tuple(plan.trained)
             )
@@ -123,18 +118,22 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module, undo: contextlib.ExitStack) -> None:
+    _leave_fast_path(model, name, undo)
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # its inference fast path reads linear1.weight itself and would pass the adapter by
-        _set(parent, "activation_relu_or_gelu", 0, undo)
-    steps = parent_name.split(".")
-    for depth in range(len(steps)):
+    _set(model.get_submodule(parent_name), child, layer, undo)
+
+
+def _leave_fast_path(model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:
+    """Takes the modules around and at `name` off torch's inference fast path, which would pass adapters by."""
+    steps = name.split(".")
+    for depth in range(len(steps) + 1):
         above = model.get_submodule(".".join(steps[:depth]))
+        if isinstance(above, nn.TransformerEncoderLayer):
+            # it reads linear1.weight itself
+            _set(above, "activation_relu_or_gelu", 0, undo)
         if isinstance(above, nn.TransformerEncoder):
             # only that fast path takes the nested tensors that it makes of padded batches
             _set(above, "use_nested_tensor", False, undo)
-    _set(parent, child, layer, undo)
 
 
 def _set(owner: nn.Module, name: str, value: object, undo: contextlib.ExitStack) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import bypassed, is_linear, replaceable
 
@@ -114,8 +115,13 @@ def target_linears(
 
 
 def target_modules(model: nn.Module, field: str, names: Names) -> dict[str, nn.Module]:
-    """Any modules that are meant, by name, each once. Raises ValueError where nothing matches."""
-    found = {name: module for name, module in model.named_modules() if name and matches(names, name)}
+    """Any modules that are meant, by name, each once, but adapters. Raises ValueError where nothing matches."""
+    adapters = [name for name, module in model.named_modules() if isinstance(module, Attached)]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and matches(names, name) and not any(f"{name}.".startswith(f"{adapter}.") for adapter in adapters)
+    }
     if not found:
         some = ", ".join([n for n, _ in model.named_modules() if n][:8])
         raise ValueError(f"{field}: expected to match some module of the model ({some}, …), got {names!r}")
