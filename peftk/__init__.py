@@ -5,6 +5,7 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 """
 
 from peftk import functional
+from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
@@ -21,7 +22,6 @@ from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.model import (
-    count_parameters,
     inject,
     merge_adapter,
     unmerge_adapter,
@@ -48,6 +48,7 @@ __all__ = [
     "MultiLoRALinear",
     "PackedBank",
     "ParallelAdapterConfig",
+    "ParameterCount",
     "SeriesAdapterConfig",
     "TopLayersConfig",
     "accelerate",
