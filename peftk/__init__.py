@@ -13,6 +13,7 @@ from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_model import accelerate, decelerate
+from peftk.methods.adapterhub import AdapterHubConfig
 from peftk.methods.bitfit import BitFitConfig
 from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
 from peftk.methods.llama_adapter import LlamaAdapterConfig
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterBank",
+    "AdapterHubConfig",
     "BackendError",
     "BitFitConfig",
     "CheckpointError",
