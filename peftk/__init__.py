@@ -5,12 +5,14 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 """
 
 from peftk import functional
+from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.files import CheckpointError
+from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.bitfit import BitFitConfig
 from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
 from peftk.methods.llama_adapter import LlamaAdapterConfig
@@ -19,7 +21,6 @@ from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.model import (
-    count_parameters,
     inject,
     merge_adapter,
     unmerge_adapter,
@@ -45,9 +46,12 @@ __all__ = [
     "MultiLoRALinear",
     "PackedBank",
     "ParallelAdapterConfig",
+    "ParameterCount",
     "SeriesAdapterConfig",
     "TopLayersConfig",
+    "accelerate",
     "count_parameters",
+    "decelerate",
     "explain",
     "freeze",
     "functional",

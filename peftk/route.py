@@ -128,18 +128,25 @@ def current(*, trains: bool) -> Route | None:
 
     trains: whether a backward may follow, so that checkpoints on the way must remember the route.
     """
+    return remembered(_current.get(), trains=trains, name=_LEFT)
+
+
+def remembered(value: T | None, *, trains: bool, name: str) -> T | None:
+    """`value`, left under `name` with the checkpoints on the way; within a recomputation, what the forward left there.
+
+    trains: as in `current`.
+    """
     if torch.compiler.is_compiling():
-        return _current.get()
-    route = _current.get()
+        return value
     recomputes = torch._C._current_graph_task_id() != -1
     if not (trains or recomputes):
-        return route
+        return value
     checkpoints = list(_checkpoints())
     if recomputes:
-        route = next((getattr(c, _LEFT) for c in checkpoints if hasattr(c, _LEFT)), route)
+        value = next((getattr(c, name) for c in checkpoints if hasattr(c, name)), value)
     for checkpoint in checkpoints:
-        setattr(checkpoint, _LEFT, route)
-    return route
+        setattr(checkpoint, name, value)
+    return value
 
 
 def _checkpoints() -> Iterator[object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -50,8 +50,12 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
     return model.__dict__.get(_RECORD, ())
 
 
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
-    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
+@contextlib.contextmanager
+def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
+    """Plans and carries out one config after the other, and freezes all else.
+
+    Where one fails, or what is done within the `with`, none has happened.
+    """
     with contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
         undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
@@ -71,8 +75,14 @@ def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
             model.__dict__[_RECORD] = (*injections(model), record)
             done.append(record)
         freeze(model)
+        yield done
         undo.pop_all()
-    return done
+
+
+def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
+    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
+    with carrying_out(model, configs) as done:
+        return done
 
 
 def freeze(model: nn.Module) -> nn.Module:

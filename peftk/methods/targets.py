@@ -93,7 +93,9 @@ def target_linears(
     if exclude_modules is not None:
         found = {n: m for n, m in found.items() if not matches(exclude_modules, n)}
     if layers_to_transform is not None:
-        found = {n: m for n, m in found.items() if layer_number(n, layers_pattern) in layers_to_transform}
+        # a name given in full is meant wherever it lies
+        full = () if isinstance(target_modules, str) else target_modules
+        found = {n: m for n, m in found.items() if n in full or layer_number(n, layers_pattern) in layers_to_transform}
     # what trains whole gets no adapter besides
     found = {n: m for n, m in found.items() if not any(inside(n, kept) for kept in modules_to_save)}
     if not found:

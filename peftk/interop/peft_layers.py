@@ -1,0 +1,267 @@
+"""The classes that a PEFT model's layers get from `peftk.accelerate`. Imported where there is such a model: needs peft.
+
+They are subclasses of PEFT's own under PEFT's names, which add no state but what says `_peftk_`: a layer changes its
+class and stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS, LoraLayer
+from peft.tuners.lora.model import LoraModel as PeftLoraModel
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from peftk import functional, table
+from peftk.interop import peft_batch, peft_merge, peft_reasons
+from peftk.interop.peft_batch import Batch
+from peftk.interop.peft_reasons import Base, Factors
+from peftk.table import Adapter, AdapterTable
+
+_UNUSED = frozenset(VARIANT_KWARG_KEYS)  # what plain LoRA is given and does not look at
+
+
+class _Made(NamedTuple):
+    """A table, and where the adapters lay that it was made of."""
+
+    where: list[Any]
+    table: AdapterTable
+
+
+class _Recorded(NamedTuple):
+    """Adapters for torch.compile, which takes tensors rather than a table of addresses."""
+
+    adapters: tuple[Adapter | None, ...]
+    device: torch.device
+    columns: tuple[int, ...] = ()
+
+
+class Linear(lora.Linear):  # type: ignore[misc]
+    """PEFT's lora.Linear with forward, merge and unmerge by peftk's kernels where they can serve.
+
+    Base layer and active adapters are one call, and so is a mixed batch. What `reason` names keeps PEFT's own code.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch = peft_batch.at_hand(kwargs.pop("adapter_names", None))
+        if not args and not (kwargs and kwargs.keys() - _UNUSED):
+            y = self._served(x, batch)
+            if y is not None:
+                return y
+        if batch is not None:
+            kwargs["adapter_names"] = batch.names
+        return super().forward(x, *args, **kwargs)
+
+    def _served(self, x: Tensor, batch: Batch | None) -> Tensor | None:
+        """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
+        base = peft_reasons.runs(self._modules["base_layer"])
+        if type(base) is str or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
+            return None
+        weight, bias = base
+        if batch is not None:
+            self._check_forward_args(x, adapter_names=batch.names)
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        if batch is not None:
+            return self._mixed(x, base, batch)
+        if self.merged_adapters:
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        active = self._active_adapter
+        adapters = self._adapters((active,) if type(active) is str else active, weight)
+        if type(adapters) is str:
+            return None
+        found = [adapter for adapter in adapters if adapter is not None]
+        if not found:
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        if len(found) > 1:
+            if any(adapter.dropout_p for adapter in found):
+                return None  # a mask for each
+            one = _together(found)
+        else:
+            one = found[0]
+            if one[2] is not None or type(one[3]) is not float:
+                one = _together(found)
+        lora_A, lora_B, bias_B, scaling, dropout_p = one
+        return functional.lora_linear_unchecked(
+            x, weight, bias, lora_A, lora_B, scaling, "identity", None, bias_B, dropout_p
+        )
+
+    def _adapters(self, names: Sequence[str], weight: Tensor) -> list[Factors | None] | str:
+        """Those of the names, None for one that the layer lacks; or the reason why they are PEFT's to compute."""
+        found = []
+        for name in names:
+            adapter = peft_reasons.factors(self, name, weight)
+            if type(adapter) is str:
+                return adapter
+            found.append(adapter)
+        return found
+
+    def _mixed(self, x: Tensor, base: Base, batch: Batch) -> Tensor | None:
+        weight, bias = base
+        adapters = self._adapters(batch.unique, weight)
+        if type(adapters) is str:
+            return None
+        dropouts = {adapter.dropout_p for adapter in adapters if adapter is not None}
+        if len(dropouts) > 1:
+            return None
+        if not dropouts:
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        ids = batch.route.rows(x)
+        return functional.multi_lora_linear_unchecked(
+            x, weight, bias, self._table(batch.unique, adapters), ids, dropouts.pop()
+        )
+
+    def _table(self, names: tuple[str, ...], adapters: list[Factors | None]) -> Any:
+        """What the kernels read of the adapters, by their place in `names`; made anew when one has moved."""
+        present = [adapter for adapter in adapters if adapter is not None]
+        device = present[0].lora_A.device
+        if torch.compiler.is_compiling():
+            return _Recorded(tuple(map(_adapter, adapters)), device)
+        dtypes = {adapter.lora_A.dtype for adapter in present}
+        if len(dtypes) > 1 or any(a.bias_B is not None or type(a.scaling) is not float for a in present):
+            folded = [None if adapter is None else _together([adapter]) for adapter in adapters]
+            return table.build(tuple(map(_adapter, folded)), dtype=torch.float32, device=device)
+        where = [names, *(None if adapter is None else _where(adapter) for adapter in adapters)]
+        made: _Made | None = self.__dict__.get("_peftk_table")
+        if made is None or made.where != where:
+            built = table.build(tuple(map(_adapter, adapters)), dtype=dtypes.pop(), device=device)
+            made = self.__dict__["_peftk_table"] = _Made(where, built)
+        return made.table
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's, several adapters in one pass over W; `unmerge` gives back every bit.
+
+        Raises ValueError where W would not be finite, with and without safe_merge; nothing has changed then.
+        """
+        if peft_merge.reason(self, self.active_adapters if adapter_names is None else adapter_names) is not None:
+            super().merge(safe_merge, adapter_names)
+            return
+        names = check_adapters_to_merge(self, adapter_names)
+        if names:
+            peft_merge.merge(self, names, safe_merge=safe_merge)
+
+    def unmerge(self) -> None:
+        """As PEFT's; what `merge` above has merged comes out exactly."""
+        if not peft_merge.live(self):
+            super().unmerge()
+            return
+        peft_merge.unmerge(self, super().unmerge)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_peftk_table"}  # it holds addresses
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float()  # exact; the tensor itself where it is fp32
+
+
+def _together(adapters: Sequence[Factors]) -> Factors:
+    """Several adapters that are active together as one, scaling 1: the factors side by side, s folded in, in fp32."""
+    bias = None
+    for adapter in adapters:
+        if adapter.bias_B is not None:
+            term = _wide(adapter.bias_B) * adapter.scaling
+            bias = term if bias is None else bias + term
+    lora_A = torch.cat([_wide(adapter.lora_A) for adapter in adapters])
+    lora_B = torch.cat([_wide(adapter.lora_B) * adapter.scaling for adapter in adapters], dim=1)
+    return Factors(lora_A, lora_B, bias, 1.0, adapters[0].dropout_p)
+
+
+def _adapter(factors: Factors | None) -> Adapter:
+    """For a table; one that adds nothing where the layer lacks an adapter."""
+    if factors is None:
+        return Adapter((), (), 1.0)
+    return Adapter((factors.lora_A,), (factors.lora_B,), factors.scaling, bias_B=factors.bias_B)  # type: ignore[arg-type]
+
+
+def _where(factors: Factors) -> tuple[Any, ...]:
+    """All that a table says of an adapter. The table keeps the tensors too, which may be others at the same address."""
+    A, B = factors.lora_A, factors.lora_B
+    return (id(A), A.data_ptr(), A.shape, A.stride(), id(B), B.data_ptr(), B.shape, B.stride(), factors.scaling)
+
+
+class LoraModel(PeftLoraModel):  # type: ignore[misc]
+    """PEFT's LoraModel whose new layers are accelerated too, and whose mixed batches train."""
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        module: nn.Module = PeftLoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        swap(module)
+        return module
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+        names = kwargs.get("adapter_names")
+        return hooks if names is None else self._mixed_batch(hooks, names)
+
+    @contextlib.contextmanager
+    def _mixed_batch(self, hooks: contextlib.AbstractContextManager[None], names: Sequence[str]) -> Iterator[None]:
+        if torch.is_grad_enabled():
+            for module in self.modules():
+                if type(module) is not Linear and isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
+                    _remind(module)
+        # PEFT refuses names where this module, which has no forward of its own, says that it trains
+        training, self.training = self.training, False
+        try:
+            hooks.__enter__()
+        finally:
+            self.training = training
+        try:
+            with peft_batch.entered(names):
+                yield
+        finally:
+            hooks.__exit__(None, None, None)  # PEFT leaves its hooks behind where it sees an exception
+
+
+def _remind(module: nn.Module) -> None:
+    """A layer that stays PEFT's gets a hook that gives it the names again when a checkpoint runs it again."""
+    if _names_again not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_names_again, with_kwargs=True, prepend=True)
+
+
+def _names_again(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    batch = peft_batch.at_hand(kwargs.get("adapter_names"))
+    return None if batch is None else (args, {**kwargs, "adapter_names": batch.names})
+
+
+def swap(model: nn.Module) -> int:
+    """Gives PEFT's classes in `model` ours; returns how many modules are ours then."""
+    count = 0
+    for module in model.modules():
+        if type(module) is lora.Linear:
+            module.__class__ = Linear
+        elif type(module) is PeftLoraModel:
+            module.__class__ = LoraModel
+        count += type(module) in (Linear, LoraModel)
+    return count
+
+
+def swap_back(model: nn.Module) -> int:
+    """The opposite; returns how many were ours. Raises ValueError where a layer is merged, before anything changes."""
+    for name, module in model.named_modules():
+        if type(module) is Linear and peft_merge.live(module):
+            raise ValueError(
+                f"peft_model: expected unmerged layers, got {name} with {', '.join(module.merged_adapters)} merged by "
+                "peftk, which PEFT could not unmerge exactly; call unmerge_adapter() first"
+            )
+    count = 0
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _names_again]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        count += type(module) in (Linear, LoraModel)
+        if type(module) is Linear:
+            module.__class__ = lora.Linear
+            for name in [name for name in module.__dict__ if name.startswith("_peftk_")]:
+                del module.__dict__[name]
+        elif type(module) is LoraModel:
+            module.__class__ = PeftLoraModel
+    return count

@@ -1,0 +1,133 @@
+"""What of an HF PEFT LoRA layer our kernels can compute with, or the reason in words why PEFT's own code keeps it.
+
+Asked in every call, since PEFT's users change layers between calls in any way they like; so these are plain look-ups,
+by the shortest way to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_KERNELS_HAVE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Base(NamedTuple):
+    """weight [N, K] (of a Conv1D its transposed view), bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Factors(NamedTuple):
+    """One adapter as it lies: s · (dropout(x) Aᵀ Bᵀ + β). scaling is a tensor where PEFT made it one."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias_B: Tensor | None
+    scaling: float | Tensor
+    dropout_p: float
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call does more than the forward of the module's class."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def base(module: nn.Module) -> Base | str:
+    """W and the bias of a base layer, to read and to merge into."""
+    kind = type(module)
+    transposed = kind is Conv1D
+    if kind is not nn.Linear and not transposed and not _linear(kind):
+        return f"the base layer is a {kind.__name__}, not an nn.Linear or Conv1D"
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return "the base layer's weight is computed" if weight is None else f"the weight is a {type(weight).__name__}"
+    if bias is None:
+        if "bias" not in parameters:
+            return "the base layer's bias is computed"
+    elif type(bias) is not nn.Parameter and type(bias) is not Tensor:
+        return f"the base layer's bias is a {type(bias).__name__}"
+    elif bias.device != weight.device or bias.dtype not in _KERNELS_HAVE:
+        return f"the base layer's bias is {bias.dtype} on {bias.device}"
+    if weight.dtype not in _KERNELS_HAVE:
+        return f"the base layer is {str(weight.dtype).removeprefix('torch.')}"
+    if not (weight.is_cpu or weight.is_cuda):
+        return f"peftk has no kernels for {weight.device.type}"
+    if weight.dim() != 2:
+        return f"the base layer's weight has the shape {list(weight.shape)}"
+    return Base(weight.t() if transposed else weight, bias)
+
+
+def _linear(kind: type[nn.Module]) -> bool:
+    """A subclass that computes what nn.Linear does. What MultiheadAttention has as out_proj is not called at all."""
+    mha = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward and kind is not mha
+
+
+def runs(module: nn.Module) -> Base | str:
+    """`base`, where a call of the base layer may be ours."""
+    found = base(module)
+    if type(found) is str:
+        return found
+    if hooked(module):
+        return "the base layer has hooks or a forward of its own"
+    if found[0].requires_grad:  # type: ignore[union-attr]
+        return "the base layer's weight trains"
+    return found
+
+
+def takes(x: Any, weight: Tensor, *, casts: bool) -> str | None:
+    """Why x is not for our kernels; None where it is. casts: PEFT's switch `cast_input_dtype_enabled`."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}"
+    if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype} and the base layer {weight.dtype}"  # PEFT raises torch's error
+    if not casts:
+        return "casting of x is switched off"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    return None
+
+
+def factors(layer: Any, name: str, weight: Tensor) -> Factors | str | None:
+    """An adapter of the layer; None where the layer has none of this name."""
+    modules = layer._modules
+    down = modules["lora_A"]._modules.get(name)
+    if down is None:
+        return None
+    up, dropout = modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is not plain LoRA"
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        return f"lora_A and lora_B are {type(down).__name__} and {type(up).__name__}"
+    if hooked(down) or hooked(up) or hooked(dropout):
+        return "lora_A, lora_B or lora_dropout have hooks or a forward of their own"
+    dropout_p = 0.0
+    if type(dropout) is nn.Dropout:
+        dropout_p = float(dropout.p) if dropout.training else 0.0
+        if dropout_p >= 1.0:
+            return "dropout leaves nothing"
+    elif type(dropout) is not nn.Identity:
+        return f"lora_dropout is a {type(dropout).__name__}"
+    lora_A, lora_B, bias_B = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
+    for tensor in (lora_A, lora_B, bias_B) if bias_B is not None else (lora_A, lora_B):
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"lora_A or lora_B has a {type(tensor).__name__} for a parameter"
+        if tensor.device != weight.device:
+            return f"lora_A or lora_B is on {tensor.device}, the base layer on {weight.device}"
+        if tensor.dtype is not lora_A.dtype or tensor.dtype not in _KERNELS_HAVE:  # type: ignore[union-attr]
+            return f"lora_A or lora_B is {str(tensor.dtype).removeprefix('torch.')}"
+    if down._parameters.get("bias") is not None:
+        return "lora_A has a bias"
+    return Factors(lora_A, lora_B, bias_B, layer.scaling[name], dropout_p)  # type: ignore[arg-type]
