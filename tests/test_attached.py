@@ -27,6 +27,7 @@ from peftk.table import Adapter
 from tests import numerics
 from tests.cases import Case, expected
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Pair = collections.namedtuple("Pair", ["states", "rest"])
 
@@ -37,8 +38,9 @@ def randomised(module: nn.Module, seed: int = 0) -> Any:
     with torch.no_grad():
         for part in module.modules():
             for name in getattr(part, "adapter_parameters", ()):
-                parameter = part.get_parameter(name)
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+                parameter = part._parameters.get(name)
+                if parameter is not None:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
     return module
 
 
