@@ -220,6 +220,54 @@ def test_llama_adapter_computes_what_pefts_adaption_prompt_does(layers: int) -> 
     torch.testing.assert_close(run(model), run(theirs))
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "qwen3", "t5"])
+def test_llama_adapter_asks_with_the_layers_own_queries(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the model's own attention function gets them: rotated, normalised, scaled."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = MODELS[family]().double()
+    plain = copy.deepcopy(model)
+    names = peftk.inject(model, peftk.LlamaAdapterConfig(adapter_len=L))
+    randomised(model)
+    adapters = [model.get_submodule(name).llama_adapter for name in names]
+    below = {"bert": "self"}.get(family, "")
+    asked = {id(plain.get_submodule(f"{n}.{below}".rstrip("."))): a for n, a in zip(names, adapters, strict=True)}
+
+    def projected(module: Any, P: Tensor, head: int) -> list[Tensor]:
+        if family == "gpt2":
+            made = module.c_attn(P)[:, D:].chunk(2, dim=-1)
+        elif family == "t5":
+            made = module.k(P), module.v(P)
+        elif family == "bert":
+            made = module.key(P), module.value(P)
+        else:
+            made = module.k_proj(P), module.v_proj(P)
+        k, v = (t.view(L, -1, head).transpose(0, 1) for t in made)
+        k = module.k_norm(k) if family == "qwen3" else k
+        return [t.repeat_interleave(HEADS // t.shape[0], dim=0) for t in (k, v)]
+
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module: Any, query: Tensor, *args: Any, scaling: float, **kwargs: Any) -> tuple[Tensor, None]:
+        heads = own(module, query, *args, scaling=scaling, **kwargs)[0]
+        adapter = asked.get(id(module))
+        if adapter is None:
+            return heads, None
+        k, v = projected(module, adapter.prompt, query.shape[-1])
+        found = torch.softmax(scaling * query @ k.mT, dim=-1) @ v
+        return heads + (torch.tanh(adapter.gate)[:, None, None] * found).transpose(1, 2), None
+
+    found = run(model)
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+        wanted = run(plain)
+    torch.testing.assert_close(found, wanted)
+    parameters = [p for adapter in adapters for p in adapter.parameters()]
+    grads = [torch.autograd.grad(y.square().sum(), parameters) for y in (found, wanted)]
+    torch.testing.assert_close(*grads)
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "t5"])
 def test_generate_with_a_cache(family: str) -> None:
     model = MODELS[family]()
