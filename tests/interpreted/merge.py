@@ -62,7 +62,7 @@ PAIRS = [
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=str)
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))
-    assert sum(len(receipt.raw_index) for receipt in receipts) > 100
+    assert sum(len(receipt.raw_values) for receipt in receipts) > 100
 
 
 @pytest.mark.full
@@ -172,7 +172,7 @@ def test_more_raw_weights_than_there_is_room_for() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "merge_kernel", Counted())
         (receipt,) = check([weight], [adapters([A], [B], [1.0])])
-        assert len(receipt.raw_index) > 16_000
+        assert len(receipt.raw_values) > 16_000
         assert len(launches) == 2
         launches.clear()
         check([weight], [adapters([A], [B * 1e-6], [1.0])])

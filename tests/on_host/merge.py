@@ -81,7 +81,7 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     seed = TYPES.index((dtype, adapter_dtype))
     executor.seed(seed)
     receipts = check(*layers(dtype, adapter_dtype, seed))
-    assert sum(len(receipt.raw_index) for receipt in receipts) > 1500  # more than there was room for at first
+    assert sum(len(receipt.raw_values) for receipt in receipts) > 1500  # more than there was room for at first
     assert executor.statistics.launches == 5  # merge twice, sum_rows, unmerge, restore
     assert executor.statistics.resident > 1
     assert executor.statistics.threads[0] == 256
@@ -159,7 +159,7 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
     A, B = torch.randn(4, 200, generator=generator), torch.randn(70, 4, generator=generator) * 1e4
     factors = [adapters([A], [B], [1.0]), adapters([A], [B[:3]], [1.0])]
     receipt, _ = check([weight.clone(), weight[:3].clone()], factors)
-    assert len(receipt.raw_index) > 12_000
+    assert len(receipt.raw_values) > 12_000
     assert executor.statistics.launches == 5
     executor.reset()
     check([weight.clone()], [adapters([A], [B * 1e-6], [1.0])])
@@ -179,7 +179,7 @@ def test_room_to_the_last_raw_weight(executor: Executor) -> None:
         weight[: 128 * 64 // 256 + 1024 + more] = 1.3e-3
         executor.reset()
         (receipt,) = check([weight.view(128, 64)], [adapters([torch.ones(1, 64)], [torch.full((128, 1), 1e4)], [1.0])])
-        assert len(receipt.raw_index) == 1056 + more
+        assert len(receipt.raw_values) == 1056 + more
         assert executor.statistics.launches == 4 + more
 
 
