@@ -34,12 +34,12 @@ PEFTK_INLINE uint64_t mask_of(Bytes lanes) {
 template <class V>
 PEFTK_INLINE V read_some(const uint8_t* from, int64_t bytes) {
     V v{};
-    memcpy(&v, from, bytes < int64_t(sizeof v) ? bytes : sizeof v);
+    bytes < int64_t(sizeof v) ? memcpy(&v, from, bytes) : memcpy(&v, from, sizeof v);  // a call, or one instruction
     return v;
 }
 template <class V>
 PEFTK_INLINE void write_some(uint8_t* to, V v, int64_t bytes) {
-    memcpy(to, &v, bytes < int64_t(sizeof v) ? bytes : sizeof v);
+    bytes < int64_t(sizeof v) ? memcpy(to, &v, bytes) : memcpy(to, &v, sizeof v);
 }
 
 }  // namespace
