@@ -8,18 +8,15 @@ from peftk import functional
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
+from peftk.combine import combine, combine_checkpoints
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.peft_checkpoint import CheckpointError
+from peftk.interop.peft_checkpoint import CheckpointError, LoadedAdapter
 from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import freeze
-from peftk.model import (
-    count_parameters,
-    inject,
-    merge_adapter,
-    unmerge_adapter,
-)
+from peftk.model import count_parameters, inject
+from peftk.model_merge import merge_adapter, merged, switch_adapter, unmerge_adapter
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.server import MultiAdapter
 from peftk.tuning import tune
@@ -31,12 +28,15 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "LoRALinear",
+    "LoadedAdapter",
     "LoraConfig",
     "MergeReceipt",
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
     "accelerate",
+    "combine",
+    "combine_checkpoints",
     "count_parameters",
     "decelerate",
     "explain",
@@ -45,7 +45,9 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge_adapter",
+    "merged",
     "save_adapter",
+    "switch_adapter",
     "tune",
     "unmerge_adapter",
 ]

@@ -1,6 +1,9 @@
 // Merges in place at every SIMD level that runs here, from W to one set of adapters, on to another and back: every W'
 // and the W that comes back, bit by bit, as docs/merge.md says, on fenced memory, with one thread and with three; and
 // a merge that is refused.
+#include <new>
+#include <stdexcept>
+
 #include "common/merge.h"
 #include "cpu/merge.h"
 #include "parity.h"
