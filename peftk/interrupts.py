@@ -19,6 +19,7 @@ class Held:
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
         self.waiting: list[tuple[int, FrameType | None]] = []
+        self.ended = False
 
     def deliver(self) -> None:
         """Calls the handlers of what has come, here; they may raise."""
@@ -26,8 +27,16 @@ class Held:
             number, frame = self.waiting.pop(0)
             self.handlers[number](number, frame)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.waiting.append((number, frame))
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.ended:  # not yet put back
+            self.handlers[number](number, frame)
+        else:
+            self.waiting.append((number, frame))
+
+    def put_back(self) -> None:
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self.note:  # else somebody has set another meanwhile
+                signal.signal(number, handler)
 
 
 _outermost: Held | None = None
@@ -52,11 +61,13 @@ def held() -> Iterator[Held]:
             handler = signal.getsignal(number)
             if callable(handler):
                 mine.handlers[number] = handler
-                signal.signal(number, mine._note)
+                signal.signal(number, mine.note)
         _outermost = mine
         yield mine
     finally:
-        _outermost = None
-        for number, handler in mine.handlers.items():
-            signal.signal(number, handler)
+        _outermost, mine.ended = None, True
+        try:
+            mine.put_back()
+        finally:
+            mine.put_back()  # a handler that was put back may have raised just then
         mine.deliver()
