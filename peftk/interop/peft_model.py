@@ -81,7 +81,9 @@ class Explanation(NamedTuple):
         lines = []
         for title, groups in (("on peftk's kernels", self.peftk), ("on PEFT's own code", self.peft)):
             lines.append(f"{sum(map(len, groups.values()))} layers {title}")
-            lines += [f"  {len(names)}: {why}   ({names[0]}{', …' if names[1:] else ''})" for why, names in groups.items()]
+            lines += [
+                f"  {len(names)}: {why}   ({names[0]}{', …' if names[1:] else ''})" for why, names in groups.items()
+            ]
         return "\n".join(lines)
 
 

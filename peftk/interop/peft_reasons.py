@@ -132,7 +132,9 @@ def factors(layer: Any, name: str, weight: Tensor) -> Factors | str | None:
         return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}"
     if not _together(lora_A, weight) or not _together(lora_B, weight):  # type: ignore[arg-type]
         return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}, the base layer {_short(weight)}"
-    if bias_B is not None and (type(bias_B) not in _TENSORS or bias_B.dtype is not dtype or not _together(bias_B, weight)):
+    if bias_B is not None and (
+        type(bias_B) not in _TENSORS or bias_B.dtype is not dtype or not _together(bias_B, weight)
+    ):
         return f"lora_B's bias is {_short(bias_B)}"
     if "bias" not in up._parameters or down._parameters.get("bias") is not None:
         return "lora_A has a bias, or lora_B's is computed"
