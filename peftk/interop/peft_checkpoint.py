@@ -19,6 +19,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from peftk.methods.lora import BIASES, LoraConfig
 from peftk.methods.targets import inside, pattern_value
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LARGEST = sys.float_info.max
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B, _B_BIAS, _BASE_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer.bias"
@@ -188,7 +190,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
     for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
             raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
