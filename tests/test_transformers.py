@@ -15,7 +15,15 @@ import transformers
 from torch import Tensor, nn
 
 import peftk
-from peftk import LoraConfig, MultiAdapter
+from peftk import (
+    BitFitConfig,
+    HeadConfig,
+    LlamaAdapterConfig,
+    LoraConfig,
+    MultiAdapter,
+    ParallelAdapterConfig,
+    SeriesAdapterConfig,
+)
 from peftk.model import lora_layers
 
 VOCABULARY, WIDTH = 64, 32
@@ -51,7 +59,28 @@ BUILDS: list[Build] = [bert, gpt2, llama, t5]
 each_model = pytest.mark.parametrize("build", BUILDS)
 each_generator = pytest.mark.parametrize("build", [gpt2, llama, t5])
 
-METHODS: dict[str, Any] = {"lora": LoraConfig(r=4, lora_alpha=8)}
+LORA = LoraConfig(r=4, lora_alpha=8, exclude_modules=["classifier"])  # which trains whole
+METHODS: dict[str, Any] = {
+    "lora": LORA,
+    "series": SeriesAdapterConfig(bottleneck=8),
+    "parallel": ParallelAdapterConfig(bottleneck=8),
+    "bitfit": BitFitConfig(),
+    "llama_adapter": LlamaAdapterConfig(adapter_len=4),
+    "three": [LORA, SeriesAdapterConfig(bottleneck=8), LlamaAdapterConfig(adapter_len=4)],
+}
+
+
+def with_method(*default: tuple[Build, str], builds: Sequence[Build] = BUILDS) -> pytest.MarkDecorator:
+    """Every method on each model that has what it adapts (Llama and T5 have no biases); `full` but for `default`."""
+    return pytest.mark.parametrize(
+        ("build", "method"),
+        [
+            pytest.param(build, method, marks=() if (build, method) in default else pytest.mark.full)
+            for build in builds
+            for method in METHODS
+            if method != "bitfit" or build in (bert, gpt2)
+        ],
+    )
 
 
 def made(build: Build) -> nn.Module:
@@ -106,8 +135,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transformers.logging.enable_progress_bar()
 
 
-@each_model
-@pytest.mark.parametrize("method", METHODS)
+@with_method((bert, "three"), (gpt2, "lora"), (gpt2, "bitfit"), (llama, "lora"), (t5, "series"))
 def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: str) -> None:
     model = made(build)
     before = logits(model)
@@ -232,6 +260,23 @@ def test_generate_alone_is_generate_in_a_batch(build: Build, tmp_path: pathlib.P
         assert torch.equal(found[i, -6:], by_itself[0, -6:])
 
 
+@with_method((gpt2, "three"), (t5, "three"), (llama, "llama_adapter"), builds=[gpt2, llama, t5])
+def test_generate_with_a_cache_is_generate_without(build: Build, method: str) -> None:
+    """Each step alone with the cache gives what the whole text gives at once, greedily and with beams."""
+    model, (prompts, mask) = made(build), padded_prompts()
+    plain = generated(model, prompts, mask, **GREEDY)
+    peftk.inject(model, METHODS[method])
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
+    for beams in (1, 2):
+        decoding = {**GREEDY, "num_beams": beams}
+        found = generated(model, prompts, mask, **decoding)
+        assert torch.equal(found, generated(model, prompts, mask, **decoding, use_cache=False))
+        assert not torch.equal(found, plain)
+
+
 def test_generate_refuses_a_route_of_another_batch(tmp_path: pathlib.Path) -> None:
     server, _ = serving(llama, tmp_path)
     prompts, mask = padded_prompts()
@@ -275,27 +320,32 @@ def losses(made: Any) -> list[float]:
 
 
 TRAINED = [
-    pytest.param(build, checkpointing, marks=() if default else pytest.mark.full)
-    for build, checkpointing, default in (
-        (bert, False, True),
-        (bert, True, False),
-        (gpt2, False, False),
-        (gpt2, True, True),
-        (llama, False, False),
-        (llama, True, False),
-        (t5, False, False),
-        (t5, True, False),
+    pytest.param(build, method, checkpointing, marks=() if default else pytest.mark.full)
+    for build, method, checkpointing, default in (
+        (bert, "lora", False, True),
+        (bert, "lora", True, False),
+        (bert, "parallel", True, False),
+        (gpt2, "lora", False, False),
+        (gpt2, "lora", True, False),
+        (bert, "bitfit", True, False),
+        (llama, "lora", False, False),
+        (llama, "three", True, True),
+        (t5, "lora", True, False),
+        (t5, "three", False, False),
+        (t5, "parallel", True, False),
     )
 ]
 
 
-@pytest.mark.parametrize(("build", "checkpointing"), TRAINED)
-def test_trainer_trains_and_resumes(build: Build, checkpointing: bool, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("build", "method", "checkpointing"), TRAINED)
+def test_trainer_trains_and_resumes(build: Build, method: str, checkpointing: bool, tmp_path: pathlib.Path) -> None:
     """A run that is resumed from its checkpoint in the middle ends in the same bits as the one that wasn't cut."""
 
     def injected() -> nn.Module:
         model = made(build)
-        peftk.inject(model, LoraConfig(r=4, lora_alpha=8, modules_to_save=["classifier"] if build is bert else None))
+        peftk.inject(model, METHODS[method])
+        if build is bert:
+            peftk.inject(model, HeadConfig())
         return model
 
     model = injected()
