@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftk.interop import files, own_checkpoint, peft_checkpoint
+from peftk.interop import adapterhub_checkpoint, files, own_checkpoint, peft_checkpoint
+from peftk.interop.adapterhub_checkpoint import LoadedBottlenecks
 from peftk.interop.files import CheckpointError
+from peftk.methods.adapterhub import AdapterHubConfig, as_adapterhub
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import Config, adapter_parameters, carrying_out, injections
 from peftk.methods.targets import inside, pattern_value
@@ -34,17 +36,20 @@ class _Contents(NamedTuple):
 def save_adapter(model: nn.Module, path: Path, *, format: str | None = None) -> None:
     """Writes what `inject` put into a model, and what trains of the model itself, into a folder.
 
-    format: "peft" (LoRA; HF PEFT and `MultiAdapter.load` read it), "peftk" (any methods, several at once), or None for
-    the first of them that can hold it.
+    format: "peft" (LoRA; HF PEFT and `MultiAdapter.load` read it), "peftk" (any methods, several at once), None for the
+    first of these that can hold it, or "adapterhub" (bottleneck adapters; the adapters library reads it).
 
     Raises ValueError where the model holds no adapter or the format cannot hold what it holds. A failure leaves an
     earlier checkpoint as it was.
     """
-    if format not in (None, "peft", "peftk"):
-        raise ValueError(f"format: expected 'peft', 'peftk' or None, got {format!r}")
+    if format is not None and format not in files.FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(files.FORMATS)} or None, got {format!r}")
     names = trained_names(model)
     if not names:
         raise ValueError("model: expected LoRALinear layers or other adapters (peftk.inject puts them in), got none")
+    if format == "adapterhub":
+        _save_adapterhub(model, path)
+        return
     reason = _beyond_peft(model, names)
     if format == "peft" and reason is not None:
         raise ValueError(f"format: expected what a LoRA checkpoint of HF PEFT can hold, got {reason}")
@@ -57,7 +62,7 @@ def save_adapter(model: nn.Module, path: Path, *, format: str | None = None) -> 
 
 
 def load_adapter(model: nn.Module, path: Path) -> None:
-    """Loads a checkpoint of HF PEFT or peftk into a model.
+    """Loads a checkpoint of HF PEFT (LoRA), AdapterHub (bottleneck adapters) or peftk into a model.
 
     A model without adapters is injected first, by the checkpoint's config. One with adapters must hold and train
     exactly what the checkpoint brings; its LoRA layers take lora_alpha and use_rslora over, too.
@@ -74,12 +79,14 @@ def load_adapter(model: nn.Module, path: Path) -> None:
         loaded = peft_checkpoint.load(folder)
         with _injected(model, [loaded.lora_config()], path):
             _fill(model, _of_peft(model, loaded), path)
-    elif kind == "peftk":
+    elif kind == "adapterhub":
+        bottlenecks = adapterhub_checkpoint.load(folder)
+        with _injected(model, [bottlenecks.config], path):
+            _fill(model, _of_adapterhub(model, bottlenecks), path)
+    else:
         configs, tensors = own_checkpoint.load(folder)
         with _injected(model, configs, path):
             _fill(model, _of_peftk(model, configs, tensors, path), path)
-    else:
-        raise CheckpointError(f"{path}: expected a checkpoint of HF PEFT or peftk, got one of {kind}")
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -272,6 +279,51 @@ def _target_modules(model: nn.Module, layers: Mapping[str, LoRALinear]) -> list[
     return sorted(layers)
 
 
+# AdapterHub's format
+
+
+def _of_adapterhub(model: nn.Module, loaded: LoadedBottlenecks) -> _Contents:
+    try:
+        ours, modules = _adapterhub(model)
+    except ValueError as error:
+        raise CheckpointError(f"{loaded.path}: expected a model with bottleneck adapters alone: {error}") from error
+    for field in ("placement", "activation", "scaling"):
+        theirs, held = getattr(loaded.config, field), getattr(ours, field)
+        if theirs != held:
+            raise CheckpointError(f"{loaded.path}: expected the model's {field}, {held!r}, got {theirs!r}")
+    # a checkpoint of a model with a head fits its base model, and the other way round
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {key.removeprefix(prefix): module for key, module in modules.items()}
+    adapters = {key.removeprefix(prefix): parts for key, parts in loaded.adapters.items()}
+    _same(loaded.path, "adapters in exactly the model's places", adapters, modules)
+    tensors = {f"{modules[key]}.{part}": tensor for key, parts in adapters.items() for part, tensor in parts.items()}
+    return _Contents(tensors, {})
+
+
+def _save_adapterhub(model: nn.Module, path: Path) -> None:
+    try:
+        config, modules = _adapterhub(model)
+    except ValueError as error:
+        raise ValueError(f"format: expected what a checkpoint of AdapterHub can hold: {error}") from error
+    adapters = {key: dict(model.get_submodule(module).named_parameters()) for key, module in modules.items()}
+    about = {
+        "model_type": getattr(getattr(model, "config", None), "model_type", None),
+        "model_class": type(model).__name__,
+        "hidden_size": next(iter(adapters.values()))["lora_A"].shape[1],
+    }
+    adapterhub_checkpoint.save(path, config, adapters, about)
+
+
+def _adapterhub(model: nn.Module) -> tuple[AdapterHubConfig, dict[str, str]]:
+    """The model's one method as AdapterHub says it. Raises ValueError where it cannot, or there are several."""
+    records = injections(model)
+    if len(records) != 1:
+        raise ValueError(
+            f"model: expected one method, got {', '.join(type(r.config).__name__ for r in records) or 'none'}"
+        )
+    return as_adapterhub(model, records[0].config)
+
+
 # peftk's own format
 
 
@@ -285,7 +337,7 @@ def _of_peftk(model: nn.Module, configs: Sequence[Config], tensors: Mapping[str,
         if isinstance(config, LoraConfig):
             for name in record.layers:
                 alphas[name] = (float(pattern_value(config.alpha_pattern, name, config.lora_alpha)), config.use_rslora)
-        elif config != record.config:
+        elif own_checkpoint.fields_of(config) != own_checkpoint.fields_of(record.config):
             raise CheckpointError(f"{path}: expected the model's {record.config!r}, got {config!r}")
     _same(path, "tensors for exactly what the model trains", tensors, trained_names(model))
     return _Contents(tensors, alphas)

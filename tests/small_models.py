@@ -37,9 +37,7 @@ def llama() -> nn.Module:
 def qwen3() -> nn.Module:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        **_SIZES, intermediate_size=48, max_position_embeddings=32, num_key_value_heads=2, head_dim=16
-    )
+    config = Qwen3Config(**_SIZES, intermediate_size=48, max_position_embeddings=32, num_key_value_heads=2, head_dim=16)
     return _made(Qwen3ForCausalLM, config)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -56,6 +58,11 @@ SERVED = ("few", "patterns", "all", "layers", "lora_bias", "lora_only")
 
 
 def bert() -> nn.Module:
+    return copy.deepcopy(_bert())
+
+
+@functools.cache
+def _bert() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100
@@ -64,6 +71,11 @@ def bert() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
+    return copy.deepcopy(_gpt2())
+
+
+@functools.cache
+def _gpt2() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=100, bos_token_id=0, eos_token_id=0
@@ -72,6 +84,11 @@ def gpt2() -> nn.Module:
 
 
 def t5() -> nn.Module:
+    return copy.deepcopy(_t5())
+
+
+@functools.cache
+def _t5() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100, decoder_start_token_id=0
@@ -111,7 +128,7 @@ def trained_by_peft(name: str) -> nn.Module:
     torch.manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
     return model
 
 
@@ -130,7 +147,7 @@ def test_from_peft_to_peftk_to_peft(tmp_path: pathlib.Path, name: str) -> None:
     unchanged = hidden(ours)
     peftk.load_adapter(ours, tmp_path / "theirs")
     assert not torch.allclose(hidden(ours), unchanged, atol=1e-3)
-    torch.testing.assert_close(hidden(ours), hidden(theirs), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(hidden(ours), hidden(theirs), atol=1e-5, rtol=1e-5)
     trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert peftk.count_parameters(ours).trainable == sum(theirs.get_parameter(n).numel() for n in trained)
 
@@ -150,11 +167,11 @@ def test_from_peftk_to_peft_and_back(tmp_path: pathlib.Path, name: str) -> None:
     torch.manual_seed(3)
     for parameter in ours.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
     peftk.save_adapter(ours, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
     theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
-    torch.testing.assert_close(hidden(theirs), hidden(ours), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(hidden(theirs), hidden(ours), atol=1e-5, rtol=1e-5)
     injected, plain = make(), make()
     peftk.inject(injected, peftk.LoraConfig(**config))
     for again in (injected, plain):
@@ -179,7 +196,7 @@ def test_checkpoints_of_peft_are_served(tmp_path: pathlib.Path) -> None:
     for row, name in enumerate(route):
         torch.testing.assert_close(mixed[row], outputs[name][row], atol=1e-5, rtol=1e-5)
         assert name is None or not torch.allclose(mixed[row], outputs[None][row], atol=1e-3)
-    assert torch.equal(hidden(base), outputs[None])
+    torch.testing.assert_close(hidden(base), outputs[None], atol=1e-5, rtol=1e-5)
 
 
 def test_conv1d_and_t5_are_served(tmp_path: pathlib.Path) -> None:

@@ -20,6 +20,7 @@ from peftk.interop import files
 from peftk.interop.files import CONFIG_FILE, CheckpointError
 from peftk.methods.plan import Config
 from peftk.methods.registry import CONFIGS
+from peftk.nn.llama_adapter import Projections
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 VERSION = 1
@@ -50,17 +51,22 @@ def _encode(config: Config) -> dict[str, Any]:
     name = type(config).__name__
     if CONFIGS.get(name) is not type(config):
         raise ValueError(f"config: expected one of {', '.join(CONFIGS)}, got {name}")
-    fields = dataclasses.fields(CONFIGS[name])
-    return {"method": name, **{field.name: _plain(getattr(config, field.name)) for field in fields}}
+    return {"method": name, **fields_of(config)}
 
 
-def _plain(value: Any) -> Any:
+def fields_of(config: Any) -> dict[str, Any]:
+    """A config's fields as JSON gives them back: two configs say the same where these are equal."""
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def plain(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -73,11 +79,12 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise CheckpointError(f"{file}: expected fields of {kind.__name__}, got {', '.join(unknown)}")
-    for name in fields.keys() & {"adapter_dtype", "dtype"}:
-        if fields[name] is not None and fields[name] not in _DTYPES:
-            raise CheckpointError(f"{file}: expected {name} to be one of {', '.join(_DTYPES)}, got {fields[name]!r}")
-        fields[name] = _DTYPES.get(fields[name])
+    dtype, projections = fields.get("adapter_dtype"), fields.get("projections")
     try:
+        if dtype is not None:
+            fields["adapter_dtype"] = _DTYPES[dtype]
+        if projections is not None:
+            fields["projections"] = Projections(*projections)
         return kind(**fields)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{file}: {kind.__name__}: {error}") from error

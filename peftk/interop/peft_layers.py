@@ -64,8 +64,8 @@ class Linear(lora.Linear):  # type: ignore[misc]
         if type(base) is str or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
             return None
         weight, bias = base
-        if batch is not None:
-            self._check_forward_args(x, adapter_names=batch.names)
+        if batch is not None and (len(x) != len(batch.names) or self.merged_adapters):
+            return None  # PEFT says what is wrong
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -74,8 +74,8 @@ class Linear(lora.Linear):  # type: ignore[misc]
             return self._mixed(x, base, batch)
         if self.merged_adapters:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
-        active = self._active_adapter
-        adapters = self._adapters((active,) if type(active) is str else active, weight)
+        names = self._active_adapter
+        adapters = self._adapters((names,) if type(names) is str else names, weight)
         if type(adapters) is str:
             return None
         found = [adapter for adapter in adapters if adapter is not None]
@@ -93,6 +93,23 @@ class Linear(lora.Linear):  # type: ignore[misc]
         return functional.lora_linear_unchecked(
             x, weight, bias, lora_A, lora_B, scaling, "identity", None, bias_B, dropout_p
         )
+
+    def active(self) -> tuple[list[Factors], Tensor] | str:
+        """The adapters that a call would compute with now (none while disabled or merged) and W, or why they are PEFT's."""
+        if "forward" in self.__dict__:
+            return "the layer's forward was replaced"
+        base = peft_reasons.runs(self.base_layer)
+        if isinstance(base, str):
+            return base
+        if self.disable_adapters or self.merged:
+            return [], base[0]
+        found = self._adapters(self.active_adapters, base[0])
+        if isinstance(found, str):
+            return found
+        adapters = [adapter for adapter in found if adapter is not None]
+        if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):
+            return "several adapters are active with dropout, each with a mask of its own"
+        return adapters, base[0]
 
     def _adapters(self, names: Sequence[str], weight: Tensor) -> list[Factors | None] | str:
         """Those of the names, None for one that the layer lacks; or the reason why they are PEFT's to compute."""
@@ -114,7 +131,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
             return None
         if not dropouts:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
-        ids = batch.route.rows(x)
+        ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
         return functional.multi_lora_linear_unchecked(
             x, weight, bias, self._table(batch.unique, adapters), ids, dropouts.pop()
         )
@@ -146,7 +163,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
             return
         names = check_adapters_to_merge(self, adapter_names)
         if names:
-            peft_merge.merge(self, names, safe_merge=safe_merge)
+            peft_merge.merge(self, names)
 
     def unmerge(self) -> None:
         """As PEFT's; what `merge` above has merged comes out exactly."""

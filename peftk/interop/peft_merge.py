@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from peftk import functional
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
+from peftk.interop.peft_reasons import Base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +35,18 @@ def reason(layer: Any, names: list[str]) -> str | None:
     if isinstance(found, str):
         return found
     for name in names:
-        adapter = peft_reasons.factors(layer, name, found.weight)
+        adapter = peft_reasons.factors(layer, name, found[0])
         if isinstance(adapter, str):
             return adapter
     return None
 
 
-def merge(layer: Any, names: list[str], *, safe_merge: bool) -> None:
+def merge(layer: Any, names: list[str]) -> None:
     """W ← W + Σ s·BA in one pass for all names that the layer has; all that can go wrong does before anything changes.
 
     Raises ValueError where the outcome would not be finite, RuntimeError for a bias without a place in the base layer.
     """
-    weight, bias = peft_reasons.base(layer.base_layer)
+    weight, bias = cast(Base, peft_reasons.base(layer.base_layer))
     adapters = {name: peft_reasons.factors(layer, name, weight) for name in names}
     adapters = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     if not adapters:
