@@ -27,31 +27,53 @@ from peftk import (
 from peftk.model import lora_layers
 
 VOCABULARY, WIDTH = 64, 32
+DISTINCT = {"initializer_range": 0.2}  # weights that give distinct tokens, where the usual 0.02 repeats one
 
 
 def bert() -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=64))
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**DISTINCT, **sizes, intermediate_size=64)
+    )
 
 
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
+        **DISTINCT,
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return transformers.GPT2LMHeadModel(config)
 
 
 def llama() -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32)
+    config = transformers.LlamaConfig(
+        **DISTINCT, **sizes, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
     )
-    return transformers.T5ForConditionalGeneration(config)
+    model = transformers.T5ForConditionalGeneration(config)
+    # tied to the embeddings, it would give each token again, for ever
+    model.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH))
+    return model
 
 
 Build = Callable[[], nn.Module]
@@ -59,7 +81,7 @@ BUILDS: list[Build] = [bert, gpt2, llama, t5]
 each_model = pytest.mark.parametrize("build", BUILDS)
 each_generator = pytest.mark.parametrize("build", [gpt2, llama, t5])
 
-LORA = LoraConfig(r=4, lora_alpha=8, exclude_modules=["classifier"])  # which trains whole
+LORA = LoraConfig(r=4, lora_alpha=8)
 METHODS: dict[str, Any] = {
     "lora": LORA,
     "series": SeriesAdapterConfig(bottleneck=8),
@@ -102,12 +124,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(model: nn.Module, steps: int = 6) -> list[float]:
-    """The losses of some steps of AdamW on one batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    """The losses of some steps of AdamW on one batch, without dropout."""
+    optimizer = torch.optim.AdamW([p for p in model.eval().parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
         loss = model(**one_batch(model)).loss
@@ -115,7 +133,6 @@ def trained(model: nn.Module, steps: int = 6) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    model.eval()
     return losses
 
 
@@ -148,6 +165,21 @@ def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: 
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     count = peftk.count_parameters(model)
     assert count.trainable == sum(values[name].numel() for name in moved)
+
+
+def test_what_trains_whole_gets_no_adapter() -> None:
+    """BitFit and LoRA on every linear leave out a head that trains already; its bias trains with it, counted once."""
+    for config in (BitFitConfig(), LORA):
+        model = made(bert)
+        peftk.inject(model, [HeadConfig(), config])
+        assert type(model.classifier) is nn.Linear
+        assert model.classifier.weight.requires_grad
+        assert model.classifier.bias.requires_grad
+        assert peftk.count_parameters(model).by_method()["head"].parameters == 2 * WIDTH + 2
+        refused = made(bert)
+        with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to train in no other method"):
+            peftk.inject(refused, [config, HeadConfig()])
+        assert type(refused.classifier) is nn.Linear
 
 
 @each_model
@@ -269,7 +301,7 @@ def test_generate_with_a_cache_is_generate_without(build: Build, method: str) ->
     torch.manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
-            nn.init.normal_(p, std=0.5)
+            p.data += 0.5 * torch.randn_like(p)
     for beams in (1, 2):
         decoding = {**GREEDY, "num_beams": beams}
         found = generated(model, prompts, mask, **decoding)
@@ -343,9 +375,8 @@ def test_trainer_trains_and_resumes(build: Build, method: str, checkpointing: bo
 
     def injected() -> nn.Module:
         model = made(build)
-        peftk.inject(model, METHODS[method])
-        if build is bert:
-            peftk.inject(model, HeadConfig())
+        # the head first: what trains whole gets no adapter
+        peftk.inject(model, [HeadConfig(), METHODS[method]] if build is bert else METHODS[method])
         return model
 
     model = injected()
