@@ -157,9 +157,11 @@ PUBLISHED = [
     # LayerNorms and head, which train besides there
     (bert_large, SeriesAdapterConfig(bottleneck=64), "series adapter", 24 * 2 * (2 * 1024 * 64 + 1024 + 64), 1.86),
     (bert, SeriesAdapterConfig(bottleneck=64), "series adapter", 2_379_264, 2.13),
-    # Pfeiffer et al. 2020: one a layer, d/a = 16; AdapterHub's adapter_summary() says 894,528 for BERT-base
+    # Pfeiffer et al. 2020: one a layer, d/a = 16; what
+    # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
     (bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81),
-    # He et al. 2021, table 6: parallel adapters beside the MLP, a = 512
+    (bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61),
+    # He et al. 2021: parallel adapters beside the MLP
     (bert, ParallelAdapterConfig(bottleneck=512), "parallel adapter", 12 * (2 * 768 * 512 + 768 + 512), 7.95),
     # Ben Zaken et al. 2021, table 1: 0.09 % of BERT-base, 0.08 % of BERT-large
     (bert, BitFitConfig(), "BitFit", bitfit_parameters(12, 768) + 2 * 768, 0.09),

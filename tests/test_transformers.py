@@ -15,35 +15,65 @@ import transformers
 from torch import Tensor, nn
 
 import peftk
-from peftk import LoraConfig, MultiAdapter
+from peftk import (
+    BitFitConfig,
+    HeadConfig,
+    LlamaAdapterConfig,
+    LoraConfig,
+    MultiAdapter,
+    ParallelAdapterConfig,
+    SeriesAdapterConfig,
+)
 from peftk.model import lora_layers
 
 VOCABULARY, WIDTH = 64, 32
+DISTINCT = {"initializer_range": 0.2}  # weights that give distinct tokens, where the usual 0.02 repeats one
 
 
 def bert() -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, intermediate_size=64))
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**DISTINCT, **sizes, intermediate_size=64)
+    )
 
 
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2
+        **DISTINCT,
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     return transformers.GPT2LMHeadModel(config)
 
 
 def llama() -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32)
+    config = transformers.LlamaConfig(
+        **DISTINCT, **sizes, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=32
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
     )
-    return transformers.T5ForConditionalGeneration(config)
+    model = transformers.T5ForConditionalGeneration(config)
+    # tied to the embeddings, it would give each token again, for ever
+    model.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH))
+    return model
 
 
 Build = Callable[[], nn.Module]
@@ -51,7 +81,28 @@ BUILDS: list[Build] = [bert, gpt2, llama, t5]
 each_model = pytest.mark.parametrize("build", BUILDS)
 each_generator = pytest.mark.parametrize("build", [gpt2, llama, t5])
 
-METHODS: dict[str, Any] = {"lora": LoraConfig(r=4, lora_alpha=8)}
+LORA = LoraConfig(r=4, lora_alpha=8)
+METHODS: dict[str, Any] = {
+    "lora": LORA,
+    "series": SeriesAdapterConfig(bottleneck=8),
+    "parallel": ParallelAdapterConfig(bottleneck=8),
+    "bitfit": BitFitConfig(),
+    "llama_adapter": LlamaAdapterConfig(adapter_len=4),
+    "three": [LORA, SeriesAdapterConfig(bottleneck=8), LlamaAdapterConfig(adapter_len=4)],
+}
+
+
+def with_method(*default: tuple[Build, str], builds: Sequence[Build] = BUILDS) -> pytest.MarkDecorator:
+    """Every method on each model that has what it adapts (Llama and T5 have no biases); `full` but for `default`."""
+    return pytest.mark.parametrize(
+        ("build", "method"),
+        [
+            pytest.param(build, method, marks=() if (build, method) in default else pytest.mark.full)
+            for build in builds
+            for method in METHODS
+            if method != "bitfit" or build in (bert, gpt2)
+        ],
+    )
 
 
 def made(build: Build) -> nn.Module:
@@ -73,12 +124,8 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(model: nn.Module, steps: int = 6) -> list[float]:
-    """The losses of some steps of AdamW on one batch."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    """The losses of some steps of AdamW on one batch, without dropout."""
+    optimizer = torch.optim.AdamW([p for p in model.eval().parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
         loss = model(**one_batch(model)).loss
@@ -86,7 +133,6 @@ def trained(model: nn.Module, steps: int = 6) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    model.eval()
     return losses
 
 
@@ -106,8 +152,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transformers.logging.enable_progress_bar()
 
 
-@each_model
-@pytest.mark.parametrize("method", METHODS)
+@with_method((bert, "three"), (gpt2, "lora"), (gpt2, "bitfit"), (llama, "lora"), (t5, "series"))
 def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: str) -> None:
     model = made(build)
     before = logits(model)
@@ -120,6 +165,21 @@ def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: 
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     count = peftk.count_parameters(model)
     assert count.trainable == sum(values[name].numel() for name in moved)
+
+
+def test_what_trains_whole_gets_no_adapter() -> None:
+    """BitFit and LoRA on every linear leave out a head that trains already; its bias trains with it, counted once."""
+    for config in (BitFitConfig(), LORA):
+        model = made(bert)
+        peftk.inject(model, [HeadConfig(), config])
+        assert type(model.classifier) is nn.Linear
+        assert model.classifier.weight.requires_grad
+        assert model.classifier.bias.requires_grad
+        assert peftk.count_parameters(model).by_method()["head"].parameters == 2 * WIDTH + 2
+        refused = made(bert)
+        with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to train in no other method"):
+            peftk.inject(refused, [config, HeadConfig()])
+        assert type(refused.classifier) is nn.Linear
 
 
 @each_model
@@ -232,6 +292,23 @@ def test_generate_alone_is_generate_in_a_batch(build: Build, tmp_path: pathlib.P
         assert torch.equal(found[i, -6:], by_itself[0, -6:])
 
 
+@with_method((gpt2, "three"), (t5, "three"), (llama, "llama_adapter"), builds=[gpt2, llama, t5])
+def test_generate_with_a_cache_is_generate_without(build: Build, method: str) -> None:
+    """Each step alone with the cache gives what the whole text gives at once, greedily and with beams."""
+    model, (prompts, mask) = made(build), padded_prompts()
+    plain = generated(model, prompts, mask, **GREEDY)
+    peftk.inject(model, METHODS[method])
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.5 * torch.randn_like(p)
+    for beams in (1, 2):
+        decoding = {**GREEDY, "num_beams": beams}
+        found = generated(model, prompts, mask, **decoding)
+        assert torch.equal(found, generated(model, prompts, mask, **decoding, use_cache=False))
+        assert not torch.equal(found, plain)
+
+
 def test_generate_refuses_a_route_of_another_batch(tmp_path: pathlib.Path) -> None:
     server, _ = serving(llama, tmp_path)
     prompts, mask = padded_prompts()
@@ -275,27 +352,31 @@ def losses(made: Any) -> list[float]:
 
 
 TRAINED = [
-    pytest.param(build, checkpointing, marks=() if default else pytest.mark.full)
-    for build, checkpointing, default in (
-        (bert, False, True),
-        (bert, True, False),
-        (gpt2, False, False),
-        (gpt2, True, True),
-        (llama, False, False),
-        (llama, True, False),
-        (t5, False, False),
-        (t5, True, False),
+    pytest.param(build, method, checkpointing, marks=() if default else pytest.mark.full)
+    for build, method, checkpointing, default in (
+        (bert, "lora", False, True),
+        (bert, "lora", True, False),
+        (bert, "parallel", True, False),
+        (gpt2, "lora", False, False),
+        (gpt2, "lora", True, False),
+        (bert, "bitfit", True, False),
+        (llama, "lora", False, False),
+        (llama, "three", True, True),
+        (t5, "lora", True, False),
+        (t5, "three", False, False),
+        (t5, "parallel", True, False),
     )
 ]
 
 
-@pytest.mark.parametrize(("build", "checkpointing"), TRAINED)
-def test_trainer_trains_and_resumes(build: Build, checkpointing: bool, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("build", "method", "checkpointing"), TRAINED)
+def test_trainer_trains_and_resumes(build: Build, method: str, checkpointing: bool, tmp_path: pathlib.Path) -> None:
     """A run that is resumed from its checkpoint in the middle ends in the same bits as the one that wasn't cut."""
 
     def injected() -> nn.Module:
         model = made(build)
-        peftk.inject(model, LoraConfig(r=4, lora_alpha=8, modules_to_save=["classifier"] if build is bert else None))
+        # the head first: what trains whole gets no adapter
+        peftk.inject(model, [HeadConfig(), METHODS[method]] if build is bert else METHODS[method])
         return model
 
     model = injected()
