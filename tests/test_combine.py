@@ -111,7 +111,9 @@ def test_cat_is_the_weighted_sum() -> None:
     model = peft_model((2, 5, 1))
     adapters, weights = [loaded(model, name)["first"] for name in "012"], [0.5, -1.5, 2.0]
     combined = peftk.combine(adapters, weights, "cat")
-    expected = sum(w * a.scaling * a.lora_B.double() @ a.lora_A.double() for w, a in zip(weights, adapters, strict=True))
+    expected = sum(
+        w * a.scaling * a.lora_B.double() @ a.lora_A.double() for w, a in zip(weights, adapters, strict=True)
+    )
     torch.testing.assert_close(combined.lora_B.double() @ combined.lora_A.double(), expected, rtol=1e-5, atol=1e-6)
     # and so is a merge with weights, which needs no new adapter
     W = torch.zeros(40, 24)
