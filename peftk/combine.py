@@ -213,8 +213,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         first = adapters[0]
         if lora_A.shape[1] != first.lora_A.shape[1] or lora_B.shape[0] != first.lora_B.shape[0]:
             raise ValueError(
-                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} like the first, "
-                f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
+                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} "
+                f"like the first, got {list(lora_A.shape)} and {list(lora_B.shape)}"
             )
         if len({lora_A.device, lora_B.device, first.lora_A.device}) > 1:
             raise ValueError(f"adapter {number}: expected on {first.lora_A.device} like the first, got {lora_A.device}")

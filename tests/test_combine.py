@@ -177,5 +177,5 @@ def test_what_is_refused() -> None:
     for adapters, weights, method, options, error, message in cases:
         with pytest.raises(error, match=message):
             peftk.combine(adapters, weights, method, **options)
-    with pytest.raises(ValueError, match="^layer: adapters: expected one rank"):
+    with pytest.raises(ValueError, match=r"^layer: adapters: expected one rank"):
         peftk.combine_checkpoints([{"layer": a}, {"layer": other}], [1, 1], "linear")

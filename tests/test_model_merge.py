@@ -85,7 +85,7 @@ def test_merged_ends_at_an_exception_too_and_leaves_what_was_merged_before() -> 
     first, second, third = layers_of(model)
     first.merge()
     kept = first.weight.clone()
-    with pytest.raises(KeyError, match="inside"), peftk.merged(model):
+    with pytest.raises(KeyError, match="inside"), peftk.merged(model):  # noqa: PT012
         second.unmerge()  # somebody else's business
         raise KeyError("inside")
     assert (first.merged, second.merged, third.merged) == (True, False, False)
@@ -101,11 +101,11 @@ def test_merged_refuses_what_cannot_be_merged_or_has_changed() -> None:
     with torch.no_grad():
         B = last.lora_B.clone()
         last.lora_B[0, 0] = float("inf")
-        with pytest.raises(ValueError, match="^2: weight: expected W"), peftk.merged(model):
+        with pytest.raises(ValueError, match=r"^2: weight: expected W"), peftk.merged(model):
             pytest.fail("it was merged")
         assert same(weights(model), before)
         last.lora_B.copy_(B)
-        with pytest.raises(ValueError, match="^2: weight: expected the bits"), peftk.merged(model):
+        with pytest.raises(ValueError, match=r"^2: weight: expected the bits"), peftk.merged(model):  # noqa: PT012
             kept = last.weight[0, 0].clone()
             last.weight[0, 0] += 1
         assert all(layer.merged for layer in layers_of(model))
@@ -258,7 +258,7 @@ def calls_of(action: str, name: str) -> bool:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_ctrl_c_in_any_call(monkeypatch: pytest.MonkeyPatch, place: tuple[object, str], action: str) -> None:
-    """A real signal, after the call's work and before anyone has its result: it waits, and then nothing has happened."""
+    """A real signal, after the call's work and before anyone has its result: it waits, then nothing has happened."""
     where, name = place
     original = getattr(where, name)
     if not calls_of(action, name):
@@ -329,7 +329,7 @@ def test_signals_at_random_moments(alarms: None, rounds: int) -> None:
 
 
 def test_signals_are_held_for_the_outermost_only() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts.held():
+    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noqa: PT012
         with interrupts.held() as inner:
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
