@@ -5,17 +5,25 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 """
 
 from peftk import functional
+from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.combine import combine, combine_checkpoints
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.peft_checkpoint import CheckpointError, LoadedAdapter
+from peftk.interop.files import CheckpointError
+from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.interop.peft_model import accelerate, decelerate
+from peftk.methods.adapterhub import AdapterHubConfig
+from peftk.methods.bitfit import BitFitConfig
+from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
+from peftk.methods.llama_adapter import LlamaAdapterConfig
 from peftk.methods.lora import LoraConfig
+from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
-from peftk.model import count_parameters, inject
+from peftk.methods.series import SeriesAdapterConfig
+from peftk.model import inject
 from peftk.model_merge import merge_adapter, merged, switch_adapter, unmerge_adapter
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.server import MultiAdapter
@@ -25,8 +33,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterBank",
+    "AdapterHubConfig",
     "BackendError",
+    "BitFitConfig",
     "CheckpointError",
+    "FullConfig",
+    "HeadConfig",
+    "LlamaAdapterConfig",
     "LoRALinear",
     "LoadedAdapter",
     "LoraConfig",
@@ -34,6 +47,10 @@ __all__ = [
     "MultiAdapter",
     "MultiLoRALinear",
     "PackedBank",
+    "ParallelAdapterConfig",
+    "ParameterCount",
+    "SeriesAdapterConfig",
+    "TopLayersConfig",
     "accelerate",
     "combine",
     "combine_checkpoints",

@@ -1,9 +1,8 @@
-"""A whole model: put adapters in, count."""
+"""A whole model: put adapters in, find them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import nn
 
@@ -27,28 +26,6 @@ def inject(model: nn.Module, config: Config | Sequence[Config]) -> list[str]:
         raise TypeError(f"config: expected a config of peftk or a list of them, got {config!r}")
     done = carry_out(model, configs)
     return [name for record in done for name in (*record.layers, *record.attached)]
-
-
-class ParameterCount(NamedTuple):
-    """|Φ| parameters are trained, of |Θ| in all (adapters included); ratio = |Φ|/|Θ|."""
-
-    trainable: int
-    total: int
-
-    @property
-    def ratio(self) -> float:
-        return self.trainable / self.total if self.total else 0.0
-
-    def __str__(self) -> str:
-        return f"|Φ| = {self.trainable:,} trainable of |Θ| = {self.total:,} parameters ({100 * self.ratio:.3f} %)"
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts each parameter once, however many modules share it."""
-    parameters = list(model.parameters())
-    return ParameterCount(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad), total=sum(p.numel() for p in parameters)
-    )
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

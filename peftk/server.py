@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,23 @@ from torch import Tensor, nn
 from peftk import checks
 from peftk import route as routes
 from peftk.interop import peft_checkpoint
-from peftk.interop.peft_checkpoint import CheckpointError, LoadedAdapter
+from peftk.interop.files import CheckpointError
+from peftk.interop.peft_checkpoint import LoadedCheckpoint
 from peftk.methods.plan import replace_module
 from peftk.nn import MultiLoRALinear
 from peftk.nn.replace import bypassed, fan_in_fan_out, replaceable
+
+
+class _Served(NamedTuple):
+    """What one linear adds for an adapter: s·BAx + β."""
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+    bias: Tensor | None
+
+
+_NOTHING = _Served(None, None, 1.0, None)
 
 
 class MultiAdapter:
@@ -52,6 +65,10 @@ class MultiAdapter:
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Loads an HF PEFT LoRA checkpoint under a name.
 
+        A trained bias is served as its difference from the model's, β = trained − base, taken in fp64 and rounded once
+        to the dtype in which adapters are held; lora_bias as s·b. Modules that train whole (modules_to_save) and
+        trained biases of anything but linears (LayerNorms) cannot be mixed by token and are refused.
+
         Raises ValueError for a name in use or when `max_adapters` are loaded, CheckpointError for a checkpoint that is
         damaged or does not fit the model. Every other adapter goes on serving; nothing has changed then.
         """
@@ -62,18 +79,15 @@ class MultiAdapter:
         slot = next((s for s in range(self.max_adapters) if s not in self._slots.values()), None)
         if slot is None:
             raise ValueError(f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already")
-        adapters = peft_checkpoint.load(path)
-        for module, adapter in adapters.items():
-            self._check(module, adapter, path)
+        adapters = self._served(peft_checkpoint.load(path))
         layers = {module: self._layer(module) for module in adapters}
         # all is checked: from here on only memory can run out, and then every layer forgets the name again
         everywhere = {**self._layers, **layers}
         try:
             for module, layer in everywhere.items():
-                found = adapters.get(module)
                 # a layer that this checkpoint leaves alone gets an adapter that adds nothing
-                factors = (None, None, 1.0) if found is None else (found.lora_A, found.lora_B, found.scaling)
-                layer.add_adapter(name, *factors, slot=slot)
+                found = adapters.get(module, _NOTHING)
+                layer.add_adapter(name, found.lora_A, found.lora_B, found.scaling, bias=found.bias, slot=slot)
         except BaseException:
             for layer in everywhere.values():
                 if name in layer.bank.names:
@@ -126,32 +140,70 @@ class MultiAdapter:
             raise ValueError(f"name: expected a loaded adapter ({', '.join(self._slots) or 'none'}), got {name!r}")
         return self._slots[name]
 
-    def _check(self, module: str, adapter: LoadedAdapter, path: str | os.PathLike[str]) -> None:
-        """Raises CheckpointError where the model has no linear of this name and shape."""
+    def _served(self, loaded: LoadedCheckpoint) -> dict[str, _Served]:
+        """What each linear of the model gets. Raises CheckpointError where the checkpoint does not fit the model."""
+        path = loaded.path
+        if loaded.saved:
+            raise CheckpointError(
+                f"{path}: expected adapters alone, which a batch can mix by token, got modules that train whole "
+                f"(modules_to_save): {', '.join(sorted(loaded.saved)[:4])}; peftk.load_adapter takes them"
+            )
+        served = {}
+        for module, adapter in loaded.adapters.items():
+            N, K = self._shape(module, path)
+            if adapter.lora_A.shape[1] != K or adapter.lora_B.shape[0] != N:
+                raise CheckpointError(
+                    f"{path}: {module}: expected lora_A [R, {K}] and lora_B [{N}, R], "
+                    f"got {list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
+                )
+            bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
+            served[module] = _Served(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
+        for name, bias in loaded.biases.items():
+            module = name.removesuffix(".bias")
+            change = self._change(module, bias, path)
+            if change is not None:
+                self._shape(module, path)  # only a linear can add it
+                before = served.get(module, _NOTHING)
+                served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
+        for module, found in served.items():
+            dtype = self.adapter_dtype or cast(Tensor, self.model.get_submodule(module).weight).dtype
+            tensors = [tensor for tensor in (found.lora_A, found.lora_B, found.bias) if tensor is not None]
+            if not all(bool(tensor.to(dtype).isfinite().all()) for tensor in tensors):
+                raise CheckpointError(f"{path}: {module}: expected factors that {dtype} holds, got larger ones")
+        return served
+
+    def _change(self, module: str, bias: Tensor, path: os.PathLike[str]) -> Tensor | None:
+        """β [N] = the trained bias − the model's, in fp64; None where it is the model's to the bit."""
+        base = getattr(self._module(module, path), "bias", None)
+        if not isinstance(base, Tensor) or base.shape != bias.shape:
+            got = "none" if base is None else list(base.shape)
+            raise CheckpointError(f"{path}: {module}: expected a bias {list(bias.shape)} in the model, got {got}")
+        change = bias.to(base.device).double() - base.detach().double()
+        return change if bool(change.any()) else None
+
+    def _module(self, module: str, path: os.PathLike[str]) -> nn.Module:
         try:
-            found = self.model.get_submodule(module)
+            return self.model.get_submodule(module)
         except AttributeError as error:
             raise CheckpointError(f"{path}: expected modules that the model has, got {module!r}") from error
-        if isinstance(found, MultiLoRALinear) and self._layers.get(module) is not found:
-            raise CheckpointError(f"{path}: {module}: expected a linear of this server's, got another server's layer")
-        if not isinstance(found, MultiLoRALinear):
-            try:
-                replaceable(found)
-            except TypeError as error:
-                raise CheckpointError(f"{path}: {module}: {error}") from error
+
+    def _shape(self, module: str, path: os.PathLike[str]) -> tuple[int, int]:
+        """N, K of the model's linear of this name. Raises CheckpointError where it has none."""
+        found = self._module(module, path)
+        if isinstance(found, MultiLoRALinear):
+            if self._layers.get(module) is not found:
+                raise CheckpointError(
+                    f"{path}: {module}: expected a linear of this server's, got another server's layer"
+                )
+            return found.out_features, found.in_features
+        try:
+            linear = replaceable(found)
+        except TypeError as error:
+            raise CheckpointError(f"{path}: {module}: {error}") from error
         if bypassed(found):
             raise CheckpointError(f"{path}: {module}: expected a linear that is called, got one that MHA reads itself")
-        turned = found.fan_in_fan_out if isinstance(found, MultiLoRALinear) else fan_in_fan_out(found)
-        weight = cast(Tensor, found.weight)
-        N, K = weight.t().shape if turned else weight.shape
-        if adapter.lora_A.shape[1] != K or adapter.lora_B.shape[0] != N:
-            raise CheckpointError(
-                f"{path}: {module}: expected lora_A [R, {K}] and lora_B [{N}, R], "
-                f"got {list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
-            )
-        dtype = self.adapter_dtype or cast(Tensor, found.weight).dtype
-        if not all(bool(factor.to(dtype).isfinite().all()) for factor in (adapter.lora_A, adapter.lora_B)):
-            raise CheckpointError(f"{path}: {module}: expected factors that {dtype} holds, got larger ones")
+        N, K = linear.weight.t().shape if fan_in_fan_out(found) else linear.weight.shape
+        return N, K
 
     def _layer(self, module: str) -> MultiLoRALinear:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""

@@ -1,101 +1,174 @@
 """HF PEFT's LoRA checkpoints: the one place that knows the format.
 
 A checkpoint is a folder with `adapter_config.json` (peft_type "LORA", hyper-parameters) and
-`adapter_model.safetensors`, with keys `base_model.model.<module>.lora_A.weight` [R, K] and `….lora_B.weight` [N, R].
+`adapter_model.safetensors`. Every key begins with `base_model.model.`, and then
+
+    <linear>.lora_A.weight [R, K]   <linear>.lora_B.weight [N, R]   whatever way the linear stores its own weight
+    <linear>.lora_B.bias [N]        with lora_bias: b of s·(BAx + b)
+    <linear>.base_layer.bias [N]    with bias "all" or "lora_only": the trained bias of an adapted linear
+    <module>.bias                   with bias "all": the trained bias of any other module
+    <module>.<parameter or buffer>  of a module in modules_to_save, which trains whole
+
 The scaling is lora_alpha / r, or lora_alpha / √r with use_rslora, where rank_pattern and alpha_pattern give a module
-its own. Only safetensors are read: a pickle can run code. Source: peft 0.21, utils/save_and_load.py and its files.
+its own. Source: peft 0.21, utils/save_and_load.py and its files.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from peftk import checks
-from peftk.methods.targets import pattern_value
+from peftk.interop import files
+from peftk.interop.files import CONFIG_FILE, CheckpointError
+from peftk.methods.lora import BIASES, LoraConfig
+from peftk.methods.targets import inside, pattern_value
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LARGEST = sys.float_info.max
+_PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_FACTORS = (".lora_A.weight", ".lora_B.weight")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why. Nothing has been loaded."""
+_A, _B, _B_BIAS, _BASE_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer.bias"
 
 
 class LoadedAdapter(NamedTuple):
-    """One module's adapter as it lies in a checkpoint."""
+    """One linear's adapter as it lies in a checkpoint: s·(BAx + b), b being lora_bias or nothing."""
 
     lora_A: Tensor
     lora_B: Tensor
     lora_alpha: float
     use_rslora: bool
+    lora_bias: Tensor | None = None
 
     @property
     def scaling(self) -> float:
         return scaling(self.lora_alpha, self.lora_A.shape[0], self.use_rslora)
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, LoadedAdapter]:
-    """Reads a LoRA checkpoint whole: module name → its factors and scaling.
+@dataclasses.dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A whole LoRA checkpoint, checked in itself.
 
-    Raises CheckpointError for a missing, truncated or corrupt file, a method other than LoRA, a LoRA variant that is
-    more than `s·BA` (DoRA, trained biases, further trained modules), or factors that do not belong together.
+    adapters: by the linear's name. biases: trained biases of the base model, by their names there (`<module>.bias`).
+    saved: parameters and buffers of the modules that train whole, by their names in the base model.
     """
-    folder = _folder(path)
-    config = _read_config(folder)
-    tensors = _read_weights(folder)
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        suffix = next((s for s in _FACTORS if key.endswith(s)), None)
-        if suffix is None or not key.startswith(_PREFIX):
-            raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: expected keys {_PREFIX}<module>.lora_{{A,B}}.weight, got {key!r}"
+
+    path: Path
+    config: Mapping[str, Any]
+    adapters: Mapping[str, LoadedAdapter]
+    biases: Mapping[str, Tensor]
+    saved: Mapping[str, Tensor]
+
+    def lora_config(self, adapter_dtype: torch.dtype | None = None) -> LoraConfig:
+        """What `peftk.inject` needs to put this checkpoint's adapters in."""
+        config = self.config
+        # PEFT names heads that a model may not have ("classifier" and "score" for SEQ_CLS): keep those that were saved
+        kept = [m for m in config.get("modules_to_save") or () if any(_within(name, m) for name in self.saved)]
+        try:
+            return LoraConfig(
+                r=config["r"],
+                lora_alpha=config["lora_alpha"],
+                target_modules=config.get("target_modules"),  # type: ignore[arg-type]  # its own check tells
+                exclude_modules=config.get("exclude_modules") or None,
+                layers_to_transform=config.get("layers_to_transform"),
+                layers_pattern=config.get("layers_pattern") or None,
+                lora_dropout=config.get("lora_dropout") or 0.0,
+                use_rslora=bool(config.get("use_rslora")),
+                rank_pattern=config.get("rank_pattern") or {},
+                alpha_pattern=config.get("alpha_pattern") or {},
+                bias=config.get("bias") or "none",
+                lora_bias=bool(config.get("lora_bias")),
+                modules_to_save=kept or None,
+                adapter_dtype=adapter_dtype,
             )
-        halves.setdefault(key[len(_PREFIX) : -len(suffix)], {})[suffix] = tensor
-    if not halves:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: expected LoRA factors, got no tensor")
-    return {name: _adapter(folder, name, pair, config) for name, pair in halves.items()}
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path / CONFIG_FILE}: {error}") from error
 
 
-def save(path: str | os.PathLike[str], adapters: Mapping[str, tuple[Tensor, Tensor]], config: dict[str, Any]) -> None:
-    """Writes a checkpoint that HF PEFT reads: module name → (A, B), and the config's fields.
+def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
+    """Reads a LoRA checkpoint whole.
 
-    Both files are written beside their places and then moved there, the weights first: a failure leaves an earlier
-    checkpoint as it was.
+    Raises CheckpointError for a missing, truncated or corrupt file, another method than LoRA, a LoRA variant that is
+    more than `s·BA` and biases (DoRA, aLoRA, …) or changes the base model (PiSSA, OLoRA, …), a tensor that the config
+    does not account for, and tensors that do not belong together.
     """
-    folder = _folder(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"path: expected a folder, got the file {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    folder = files.folder(path)
+    config = files.read_config(folder)
+    _check_config(folder / CONFIG_FILE, config)
+    tensors = files.read_weights(folder, WEIGHTS_FILE, pickled=_PICKLED)
+    where = folder / WEIGHTS_FILE
+    parts: dict[str, dict[str, Tensor]] = {}
+    biases, saved = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        suffix = next((s for s in (_A, _B, _B_BIAS) if name.endswith(s)), None)
+        if name == key:
+            raise CheckpointError(f"{where}: expected keys {_PREFIX}<module>.lora_{{A,B}}.weight and such, got {key!r}")
+        if suffix is not None:
+            parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
+        elif any(_within(name, module) for module in config.get("modules_to_save") or ()):
+            # with bias "all", PEFT writes the same bias again under the names of its wrapper's insides
+            if not re.search(r"\.(modules_to_save|original_module)\.([^.]+\.)*bias$", name):
+                saved[name] = tensor
+        elif _is_bias(name, config.get("bias")):
+            biases[name.removesuffix(_BASE_BIAS) + ".bias" if name.endswith(_BASE_BIAS) else name] = tensor
+        else:
+            raise CheckpointError(f"{where}: expected no tensor that {CONFIG_FILE} does not account for, got {key!r}")
+    if not parts:
+        raise CheckpointError(f"{where}: expected LoRA factors, got none")
+    adapters = {name: _adapter(where, name, found, config) for name, found in parts.items()}
+    for name, bias in biases.items():
+        if not bias.is_floating_point() or bias.dim() != 1:
+            raise CheckpointError(f"{where}: {name}: expected a bias of shape [N], got {bias.dtype} {list(bias.shape)}")
+    return LoadedCheckpoint(folder, config, adapters, biases, saved)
+
+
+def load_factors(path: str | os.PathLike[str]) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that holds nothing but s·BA.
+
+    Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
+    """
+    loaded = load(path)
+    beside = [*loaded.biases, *loaded.saved, *(n for n, a in loaded.adapters.items() if a.lora_bias is not None)]
+    if beside:
+        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+    return loaded.adapters
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    adapters: Mapping[str, Sequence[Tensor | None]],
+    biases: Mapping[str, Tensor] | None = None,
+    saved: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a checkpoint that HF PEFT reads.
+
+    Args:
+        config: the config's fields, without peft_type.
+        adapters: by the linear's name (A, B) or (A, B, lora_bias).
+        biases, saved: as in `LoadedCheckpoint`, by their names in the base model.
+
+    A failure leaves an earlier checkpoint as it was.
+    """
+    weights: dict[str, Tensor] = {}
     for name, factors in adapters.items():
-        for suffix, factor in zip(_FACTORS, factors, strict=True):
-            tensors[_PREFIX + name + suffix] = factor.detach().cpu().contiguous()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        weights, text = Path(scratch) / WEIGHTS_FILE, Path(scratch) / CONFIG_FILE
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        text.write_text(json.dumps({"peft_type": "LORA", **config}, indent=2, sort_keys=True) + "\n")
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(text, folder / CONFIG_FILE)
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path: expected the path of a folder, got {path!r}")
-    return Path(path)
+        for suffix, factor in zip((_A, _B, _B_BIAS), factors, strict=False):
+            if factor is not None:
+                weights[_PREFIX + name + suffix] = factor
+    for name, bias in (biases or {}).items():
+        module = name.removesuffix(".bias")
+        weights[_PREFIX + (module + _BASE_BIAS if module in adapters else name)] = bias
+    weights |= {_PREFIX + name: tensor for name, tensor in (saved or {}).items()}
+    files.write(path, {"peft_type": "LORA", **config}, WEIGHTS_FILE, weights)
 
 
 def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
@@ -103,20 +176,21 @@ def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: expected a folder with {CONFIG_FILE}, got none there")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected JSON, got an error: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"{file}: expected peft_type 'LORA', got {kind!r}")
-    for field in ("r", "lora_alpha"):
+def _within(parameter: str, module: str) -> bool:
+    """Whether a parameter belongs to a module whose dotted name ends with `module`."""
+    return inside(parameter.rpartition(".")[0], module)
+
+
+def _is_bias(name: str, mode: Any) -> bool:
+    return name.endswith(_BASE_BIAS) if mode == "lora_only" else mode == "all" and name.endswith(".bias")
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
+    for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(field)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
             raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
@@ -126,19 +200,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
         pattern = config.get(field) or {}
         try:
             numbers = [float(value) for key, value in pattern.items() if re.compile(key)]
-        except (AttributeError, TypeError, ValueError, re.error) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
             raise CheckpointError(f"{file}: expected {field} to map patterns to numbers, got {pattern!r}") from error
         if not all(math.isfinite(number) for number in numbers):
             raise CheckpointError(f"{file}: expected finite numbers in {field}, got {pattern!r}")
-    return config
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise CheckpointError(f"{file}: expected modules_to_save to be a list of names, got {saved!r}")
 
 
 # What a field of the config may hold without changing what s·BA computes. Fields that are not here must be empty.
 _PLAIN_FIELDS = {
     *("peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
-    *("fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_bias"),
+    # each layer knows how it stores its weight; PEFT turns this flag over while it goes through a model
+    "fan_in_fan_out",
+    *("runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 # These change the base model's weights too, when PEFT loads the adapter.
@@ -147,51 +225,43 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def _is_plain(field: str, value: Any) -> bool:
     if field == "bias":
-        return bool(value == "none")
+        return value in BIASES
     if field == "init_lora_weights":
         return not (isinstance(value, str) and value.lower().startswith(_CHANGES_BASE))
     return field in _PLAIN_FIELDS
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        pickled = sorted(p.name for p in folder.glob("adapter_model.bin"))
+def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LoadedAdapter:
+    wanted = (_A, _B, _B_BIAS) if config.get("lora_bias") else (_A, _B)
+    if parts.keys() != set(wanted):
         raise CheckpointError(
-            f"{folder}: expected {WEIGHTS_FILE}, got {pickled[0] if pickled else 'none'} there"
-            + (" (pickled files are not read: loading one can run code)" if pickled else "")
+            f"{where}: expected {' and '.join(name + s for s in wanted)} of {CONFIG_FILE}, "
+            f"got only {' and '.join(name + s for s in sorted(parts))}"
         )
-    try:
-        return safetensors.torch.load_file(file)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: expected a whole safetensors file, got an error: {error}") from error
-
-
-def _adapter(folder: Path, name: str, pair: dict[str, Tensor], config: dict[str, Any]) -> LoadedAdapter:
-    missing = [suffix for suffix in _FACTORS if suffix not in pair]
-    if missing:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE}: expected {name}{missing[0]}, got only its other half")
-    lora_A, lora_B = (pair[suffix] for suffix in _FACTORS)
+    lora_A, lora_B, lora_bias = parts[_A], parts[_B], parts.get(_B_BIAS)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: {name}: expected lora_A [R, K] and lora_B [N, R], "
+            f"{where}: {name}: expected lora_A [R, K] and lora_B [N, R], "
             f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
         )
-    for suffix, tensor in pair.items():
-        if tensor.dtype not in checks.FLOATS or not bool(tensor.isfinite().all()):
+    if lora_bias is not None and lora_bias.shape != lora_B.shape[:1]:
+        raise CheckpointError(
+            f"{where}: {name}: expected a bias [{lora_B.shape[0]}] of lora_B, got {list(lora_bias.shape)}"
+        )
+    for suffix, tensor in parts.items():
+        if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{folder / WEIGHTS_FILE}: {name}{suffix}: expected finite values in fp32, bf16 or fp16, "
-                f"got {tensor.dtype}"
+                f"{where}: {name}{suffix}: expected finite values in fp32, bf16 or fp16, got {tensor.dtype}"
             )
     rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
     if rank != lora_A.shape[0]:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE}: {name}: expected rank {rank} of {CONFIG_FILE}, got factors of {lora_A.shape[0]}"
+            f"{where}: {name}: expected rank {rank} of {CONFIG_FILE}, got factors of {lora_A.shape[0]}"
         )
     lora_alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-    adapter = LoadedAdapter(lora_A, lora_B, float(lora_alpha), bool(config.get("use_rslora")))
+    adapter = LoadedAdapter(lora_A, lora_B, float(lora_alpha), bool(config.get("use_rslora")), lora_bias)
     if not abs(adapter.scaling) <= torch.finfo(torch.float32).max:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: {name}: expected a scaling that fp32 holds, got {adapter.scaling}"
+            f"{where.parent / CONFIG_FILE}: {name}: expected a scaling that fp32 holds, got {adapter.scaling}"
         )
     return adapter

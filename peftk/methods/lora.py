@@ -32,6 +32,7 @@ class LoraConfig:
     whole, or "all-linear": every linear but the model's output embedding. exclude_modules takes some of them out.
     layers_to_transform: numbers of the layers to adapt, None for all; layers_pattern: the name before that number.
     rank_pattern and alpha_pattern give modules their own r and lora_alpha.
+    lora_bias: whether the adapters have a bias of their own, s·(BAx + b).
     bias: which biases of the base model train besides: "none", "all", or "lora_only" (those of adapted linears).
     modules_to_save: names of modules that train whole, a new classification head, say.
     fan_in_fan_out: nothing to say; each layer knows how it stores its weight. Taken for PEFT's sake.
@@ -51,6 +52,7 @@ class LoraConfig:
     exclude_modules: Names | None = None
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Names | None = None
+    lora_bias: bool = False
     bias: str = "none"
     modules_to_save: Sequence[str] | None = None
     fan_in_fan_out: bool = False
@@ -118,6 +120,7 @@ class LoraConfig:
                     lora_dropout=self.lora_dropout,
                     use_rslora=self.use_rslora,
                     adapter_dtype=self.adapter_dtype,
+                    lora_bias=self.lora_bias,
                 )
             layers[name] = made[id(linear)]
         return Plan(layers=layers, trained=list(dict.fromkeys(trained)))

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
 
+from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
-
-
-class Attached(Protocol):
-    """An adapter that hangs on an existing module by hooks, as a submodule of it; the module stays what it is."""
-
-    def attach(self, module: nn.Module) -> None: ...
-
-    def detach(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +50,12 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
     return model.__dict__.get(_RECORD, ())
 
 
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
-    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
+@contextlib.contextmanager
+def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
+    """Plans and carries out one config after the other, and freezes all else.
+
+    Where one fails, or what is done within the `with`, none has happened.
+    """
     with contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
         undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
@@ -68,16 +65,30 @@ def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
             for name, layer in plan.layers.items():
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
-                adapter.attach(model.get_submodule(name))
-                undo.callback(adapter.detach)
+                _leave_fast_path(model, name, undo)
+                module = model.get_submodule(name)
+                adapter.attach(module)
+                undo.callback(adapter.detach, module)
             record = Injection(
                 config, tuple(plan.layers), tuple(name for name, _ in plan.attached), tuple(plan.trained)
             )
             model.__dict__[_RECORD] = (*injections(model), record)
             done.append(record)
         freeze(model)
+        yield done
         undo.pop_all()
-    return done
+
+
+def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
+    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
+    with carrying_out(model, configs) as done:
+        return done
+
+
+def trained_in_place(model: nn.Module) -> set[int]:
+    """id() of the model's own parameters that an injected method trains in place."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {id(parameters[name]) for record in injections(model) for name in record.trained}
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -86,9 +97,9 @@ def freeze(model: nn.Module) -> nn.Module:
     Raises ValueError where a method trains a weight in place that the kernels of another hold frozen.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = {id(parameters[name]) for record in injections(model) for name in record.trained}
+    trained = trained_in_place(model)
     for path, module in model.named_modules():
-        if isinstance(module, FrozenLinear) and id(module.weight) in trained:
+        if isinstance(module, FrozenLinear) and not module.adds_nothing and id(module.weight) in trained:
             raise ValueError(
                 f"trained: expected {path}.weight to train in no other method than that of {type(module).__name__}, "
                 "which holds it frozen"
@@ -113,18 +124,22 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module, undo: contextlib.ExitStack) -> None:
+    _leave_fast_path(model, name, undo)
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # its inference fast path reads linear1.weight itself and would pass the adapter by
-        _set(parent, "activation_relu_or_gelu", 0, undo)
-    steps = parent_name.split(".")
-    for depth in range(len(steps)):
+    _set(model.get_submodule(parent_name), child, layer, undo)
+
+
+def _leave_fast_path(model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:
+    """Takes the modules around and at `name` off torch's inference fast path, which would pass adapters by."""
+    steps = name.split(".")
+    for depth in range(len(steps) + 1):
         above = model.get_submodule(".".join(steps[:depth]))
+        if isinstance(above, nn.TransformerEncoderLayer):
+            # it reads linear1.weight itself
+            _set(above, "activation_relu_or_gelu", 0, undo)
         if isinstance(above, nn.TransformerEncoder):
             # only that fast path takes the nested tensors that it makes of padded batches
             _set(above, "use_nested_tensor", False, undo)
-    _set(parent, child, layer, undo)
 
 
 def _set(owner: nn.Module, name: str, value: object, undo: contextlib.ExitStack) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from peftk.methods.plan import trained_in_place
+from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import bypassed, is_linear, replaceable
 
@@ -83,7 +85,8 @@ def target_linears(
     candidates = linears(model)
     if target_modules == ALL_LINEAR:
         head = _output_embedding(model)
-        found = {n: m for n, m in candidates.items() if m is not head and not bypassed(m)}
+        whole = trained_in_place(model)
+        found = {n: m for n, m in candidates.items() if m is not head and not bypassed(m) and id(m.weight) not in whole}
     else:
         found = {n: m for n, m in candidates.items() if matches(target_modules, n)}
         taken = [n for n, m in model.named_modules() if isinstance(m, FrozenLinear) and matches(target_modules, n)]
@@ -114,8 +117,13 @@ def target_linears(
 
 
 def target_modules(model: nn.Module, field: str, names: Names) -> dict[str, nn.Module]:
-    """Any modules that are meant, by name, each once. Raises ValueError where nothing matches."""
-    found = {name: module for name, module in model.named_modules() if name and matches(names, name)}
+    """Any modules that are meant, by name, each once, but adapters. Raises ValueError where nothing matches."""
+    adapters = [name for name, module in model.named_modules() if isinstance(module, Attached)]
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and matches(names, name) and not any(f"{name}.".startswith(f"{adapter}.") for adapter in adapters)
+    }
     if not found:
         some = ", ".join([n for n, _ in model.named_modules() if n][:8])
         raise ValueError(f"{field}: expected to match some module of the model ({some}, …), got {names!r}")

@@ -1,6 +1,21 @@
-"""Drop-in layers over the fused operation."""
+"""Drop-in layers and attached adapters over the fused operations."""
 
+from peftk.nn.attached import Attached
+from peftk.nn.bitfit import BitFitLinear
+from peftk.nn.llama_adapter import LlamaAdapter, Projections
 from peftk.nn.lora_linear import LoRALinear
 from peftk.nn.multi_lora_linear import MultiLoRALinear
+from peftk.nn.parallel_adapter import ParallelAdapter, ParallelAdapterLinear
+from peftk.nn.series_adapter import SeriesAdapter
 
-__all__ = ["LoRALinear", "MultiLoRALinear"]
+__all__ = [
+    "Attached",
+    "BitFitLinear",
+    "LlamaAdapter",
+    "LoRALinear",
+    "MultiLoRALinear",
+    "ParallelAdapter",
+    "ParallelAdapterLinear",
+    "Projections",
+    "SeriesAdapter",
+]

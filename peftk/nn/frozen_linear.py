@@ -25,6 +25,8 @@ class FrozenLinear(nn.Module):
 
     # the Parameters that this layer adds to the model, which train
     adapter_parameters: tuple[str, ...] = ()
+    # whether another layer may take its place as it would take the linear's
+    adds_nothing = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, fan_in_fan_out: bool = False) -> None:
         """Raises TypeError or ValueError, before it touches the Parameters, where they are no linear layer's."""

@@ -20,6 +20,7 @@ class LoRALinear(FrozenLinear):
 
     s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). A starts as kaiming-uniform, B as zero, so a
     new layer computes what the linear did. `weight` and `bias` are the linear's own Parameters, not copies.
+    lora_bias=True adds s · b, b [N] trainable and zero at first; it is added while merged, too.
 
     In eval mode, under no_grad, in training, under torch.compile and autocast it behaves as nn.Linear does; for
     precision see `peftk.functional.lora_linear`. While merged, W holds W + s·BA (and so does a state_dict taken then).
@@ -27,7 +28,8 @@ class LoRALinear(FrozenLinear):
     Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
     """
 
-    adapter_parameters = ("lora_A", "lora_B")
+    adapter_parameters = ("lora_A", "lora_B", "lora_bias")
+    lora_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class LoRALinear(FrozenLinear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         fan_in_fan_out: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"r: expected an integer of 1 or more, got {r!r}")
@@ -58,6 +61,7 @@ class LoRALinear(FrozenLinear):
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
+        self.register_parameter("lora_bias", nn.Parameter(lora_B.new_empty(N)) if lora_bias else None)
         self.receipt: MergeReceipt | None = None
         self.reset_parameters()
 
@@ -71,6 +75,7 @@ class LoRALinear(FrozenLinear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        lora_bias: bool = False,
     ) -> LoRALinear:
         """The layer that replaces `linear` (nn.Linear or Conv1D).
 
@@ -88,22 +93,27 @@ class LoRALinear(FrozenLinear):
             use_rslora=use_rslora,
             adapter_dtype=adapter_dtype,
             fan_in_fan_out=fan_in_fan_out(linear),
+            lora_bias=lora_bias,
         )
         return take_place(layer, linear)
 
     def reset_parameters(self) -> None:
-        """A kaiming-uniform (as nn.Linear's own weight), B zero: the identity."""
+        """A kaiming-uniform (as nn.Linear's own weight), B and b zero: the identity."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
         weight, bias = self.matrix, own(self, "bias")
+        lora_bias = own(self, "lora_bias")
+        beta = None if lora_bias is None else self.scaling * lora_bias
         if self.receipt is not None:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0, bias_B=beta)
         lora_A, lora_B = own(self, "lora_A"), own(self, "lora_B")
         p = self.lora_dropout if self.training else 0.0
-        return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, dropout_p=p)
+        return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
 
     @property
     def scaling(self) -> float:

@@ -7,6 +7,8 @@ from typing import TypeVar, cast
 
 from torch import nn
 
+from peftk.nn.frozen_linear import FrozenLinear
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 _HOOKS = (
@@ -22,13 +24,25 @@ _HOOKS = (
 
 def fan_in_fan_out(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear whose weight is stored [K, N]. The layer says so, no config."""
+    if isinstance(module, FrozenLinear):
+        return module.fan_in_fan_out
     transformers = sys.modules.get("transformers.pytorch_utils")  # without it, nobody has made a Conv1D
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D."""
+    """nn.Linear, transformers' Conv1D, or a layer of ours that adds no parameter to them (BitFit's)."""
+    if isinstance(module, FrozenLinear):
+        return module.adds_nothing
     return isinstance(module, nn.Linear) or fan_in_fan_out(module)
+
+
+def plain(linear: nn.Module) -> bool:
+    """Whether a linear computes what its class computes: not a subclass with a forward of its own (quantised, …)."""
+    if isinstance(linear, FrozenLinear):
+        return True
+    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
+    return type(linear).forward is kind.forward and "forward" not in linear.__dict__
 
 
 def replaceable(linear: nn.Module) -> nn.Linear:
@@ -38,9 +52,8 @@ def replaceable(linear: nn.Module) -> nn.Linear:
     """
     if not is_linear(linear):
         raise TypeError(f"linear: expected an nn.Linear or a Conv1D, got {type(linear).__name__}")
-    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
-    name = "nn.Linear" if kind is nn.Linear else "Conv1D"
-    if type(linear).forward is not kind.forward or "forward" in linear.__dict__:
+    if not plain(linear):
+        name = "Conv1D" if fan_in_fan_out(linear) else "nn.Linear"
         raise TypeError(f"linear: expected {name}'s own forward, got {type(linear).__name__} with another")
     if "weight" not in linear._parameters:
         raise TypeError("linear: expected a weight that is a Parameter, got one that is computed (weight_norm, …)")
@@ -53,7 +66,8 @@ def bypassed(linear: nn.Module) -> bool:
 
 
 def take_place(layer: Layer, linear: nn.Module) -> Layer:
-    """Gives `layer` the mode and the hooks of the linear that it replaces."""
+    """Gives `layer` the mode and the hooks of the linear that it replaces, and the adapters that hang on it."""
+    layer._modules.update(linear._modules)
     for hooks in _HOOKS:
         getattr(layer, hooks).update(getattr(linear, hooks))
     return layer.train(linear.training)

@@ -1,0 +1,90 @@
+"""peftk's own checkpoints: any methods, several at once.
+
+A folder with `adapter_config.json`, {"peftk": version, "methods": [{"method": class of the config, its fields …}, …]},
+in the order in which they were injected, and `adapter_model.safetensors`, which holds exactly the parameters that
+train, the methods' own and the model's, by their names in the injected model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftk import checks
+from peftk.interop import files
+from peftk.interop.files import CONFIG_FILE, CheckpointError
+from peftk.methods.plan import Config
+from peftk.methods.registry import CONFIGS
+from peftk.nn.llama_adapter import Projections
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+VERSION = 1
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
+
+
+def load(path: str | os.PathLike[str]) -> tuple[list[Config], dict[str, Tensor]]:
+    """The methods' configs in order, and what they trained. Raises CheckpointError for a checkpoint that is damaged."""
+    folder = files.folder(path)
+    config = files.read_config(folder)
+    file = folder / CONFIG_FILE
+    if config.get("peftk") != VERSION:
+        raise CheckpointError(f"{file}: expected peftk {VERSION}, got {config.get('peftk')!r}")
+    methods = config.get("methods")
+    if not isinstance(methods, list) or not methods or not all(isinstance(method, dict) for method in methods):
+        raise CheckpointError(f"{file}: expected methods to be a list of configs, got {methods!r}")
+    configs = [_decode(file, method) for method in methods]
+    return configs, files.read_weights(folder, WEIGHTS_FILE, pickled="adapter_model.bin")
+
+
+def save(path: str | os.PathLike[str], configs: Sequence[Config], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint. Raises ValueError for a config of none of peftk's methods."""
+    methods = [_encode(config) for config in configs]
+    files.write(path, {"peftk": VERSION, "methods": methods}, WEIGHTS_FILE, tensors)
+
+
+def _encode(config: Config) -> dict[str, Any]:
+    name = type(config).__name__
+    if CONFIGS.get(name) is not type(config):
+        raise ValueError(f"config: expected one of {', '.join(CONFIGS)}, got {name}")
+    return {"method": name, **fields_of(config)}
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """A config's fields as JSON gives them back: two configs say the same where these are equal."""
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def plain(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    return value
+
+
+def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
+    kind = CONFIGS.get(str(method.get("method")))
+    if kind is None:
+        raise CheckpointError(f"{file}: expected a method of {', '.join(CONFIGS)}, got {method.get('method')!r}")
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields = {name: value for name, value in method.items() if name != "method"}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise CheckpointError(f"{file}: expected fields of {kind.__name__}, got {', '.join(unknown)}")
+    dtype, projections = fields.get("adapter_dtype"), fields.get("projections")
+    try:
+        if dtype is not None:
+            fields["adapter_dtype"] = _DTYPES[dtype]
+        if projections is not None:
+            fields["projections"] = Projections(*projections)
+        return kind(**fields)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"{file}: {kind.__name__}: {error}") from error

@@ -1,0 +1,272 @@
+"""Bottleneck adapters exactly where the adapters library (AdapterHub) puts them, per architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftk import activations, checks
+from peftk.methods import architectures
+from peftk.methods.architectures import FAMILIES
+from peftk.methods.parallel import ParallelAdapterConfig
+from peftk.methods.places import check_layers
+from peftk.methods.plan import Plan
+from peftk.methods.series import SeriesAdapterConfig
+from peftk.nn.attached import Attached, attachable
+from peftk.nn.bottleneck import default_dtype
+from peftk.nn.parallel_adapter import ParallelAdapter
+from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
+from peftk.nn.series_adapter import SeriesAdapter
+
+SERIES, BEFORE_NORM, AFTER_NORM, PARALLEL = PLACEMENTS = ("series", "before_norm", "after_norm", "parallel")
+ATTENTION, OUTPUT, CROSS = ROLES = ("attention_adapter", "output_adapter", "cross_adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A block of a layer with its skip, by names below the layer ("" is the layer itself).
+
+    key: the module under which AdapterHub keeps the adapter. x is what `source`, a part of `owner`, gets first; h what
+    `sink` returns, and z = x + h. norm: the LayerNorm that takes z, where the model normalises behind the skip. stream:
+    the module that returns z, where it normalises before.
+    """
+
+    key: str
+    owner: str
+    source: str
+    sink: str
+    norm: str | None = None
+    stream: str | None = None
+
+
+def _t5(key: str) -> Site:
+    return Site(key, key, "layer_norm", "dropout", stream="")
+
+
+_SITES: dict[str, dict[str, Site]] = {
+    "bert": {
+        ATTENTION: Site("attention.output", "attention", "self", "output.dropout", norm="output.LayerNorm"),
+        OUTPUT: Site("output", "", "intermediate", "output.dropout", norm="output.LayerNorm"),
+    },
+    "gpt2": {
+        ATTENTION: Site("attention_adapters", "", "ln_1", "attn"),
+        OUTPUT: Site("output_adapters", "", "ln_2", "mlp", stream=""),
+    },
+    "llama": {
+        ATTENTION: Site("attention_adapters", "", "input_layernorm", "self_attn"),
+        OUTPUT: Site("output_adapters", "", "post_attention_layernorm", "mlp", stream=""),
+    },
+    "t5 encoder": {ATTENTION: _t5("layer.0"), OUTPUT: _t5("layer.1")},
+    "t5 decoder": {ATTENTION: _t5("layer.0"), CROSS: _t5("layer.1"), OUTPUT: _t5("layer.2")},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundSite:
+    """A site of a model: AdapterHub's key for it there, the number of its layer, and dotted names of its modules."""
+
+    role: str
+    number: int
+    key: str
+    owner: str
+    source: str
+    sink: str
+    norm: str | None
+    stream: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterHubConfig:
+    """Bottleneck adapters f(v) = s·act(v Aᵀ + a)Bᵀ + β as a BnConfig of the adapters library means them.
+
+    mh_adapter, output_adapter, cross_adapter: behind attention, behind the feed-forward block, behind cross-attention
+    (T5's decoder). With x before a block's skip, h what the block adds to it and z = x + h, placement says what becomes
+    of them:
+
+        "series"       h + f(h) in place of h: Houlsby's, DoubleSeqBnConfig
+        "before_norm"  z + f(LN(z)) in place of z, before the LayerNorm: Pfeiffer's, SeqBnConfig, in models that
+                       normalise behind the skip (BERT); z + f(z) in those that do so before (GPT-2, Llama, T5)
+        "after_norm"   LN(z) + f(LN(z)) in place of LN(z); z + f(z) in models that normalise before the skip
+        "parallel"     h + f(x) in place of h: ParBnConfig; x is taken before the LayerNorm where there is one
+
+    reduction_factor: R = d // reduction_factor, 1 at least; one number, or numbers by layer ({"1": 8, "default": 16}).
+    activation: relu, gelu, gelu_tanh, silu or identity. leave_out: numbers of layers without adapters; decoder layers
+    count on from the encoder's. adapter_dtype: None means fp32 (fp64 in an fp64 model).
+
+    |Φ| = 2·d·R + R + d a place. Source: Poth et al. 2023; Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2021.
+    """
+
+    mh_adapter: bool = True
+    output_adapter: bool = True
+    cross_adapter: bool = False
+    reduction_factor: float | Mapping[str, float] = 16
+    placement: str = SERIES
+    activation: str = "relu"
+    scaling: float = 1.0
+    leave_out: Sequence[int] = ()
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self._roles:
+            raise ValueError(
+                "mh_adapter: expected at least one of mh_adapter, output_adapter and cross_adapter, got none"
+            )
+        factors: Mapping[str, Any]
+        if isinstance(self.reduction_factor, Mapping):
+            factors = {f"reduction_factor[{key!r}]": value for key, value in self.reduction_factor.items()}
+            if not factors or not all(isinstance(key, str) for key in self.reduction_factor):
+                raise ValueError(f"reduction_factor: expected layer numbers as strings, got {self.reduction_factor!r}")
+        else:
+            factors = {"reduction_factor": self.reduction_factor}
+        for name, factor in factors.items():
+            if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
+                raise ValueError(f"{name}: expected a number above 0, got {factor!r}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        if self.activation not in activations.CODES:
+            raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {self.activation!r}")
+        checks.adapter_shapes(1, 1, None, None, self.scaling)
+        check_layers("leave_out", self.leave_out)
+        if self.adapter_dtype is not None:
+            checks.adapter_dtype(self.adapter_dtype)
+
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        wanted = (self.mh_adapter, self.output_adapter, self.cross_adapter)
+        return tuple(role for role, here in zip(ROLES, wanted, strict=True) if here)
+
+    def sites(self, model: nn.Module) -> list[FoundSite]:
+        """The sites that get an adapter. Raises ValueError where the model's layers are of no known family."""
+        found = [s for s in sites(model) if s.role in self._roles and s.number not in self.leave_out]
+        if not found:
+            raise ValueError(f"leave_out: expected to leave some adapter, got {list(self.leave_out)}")
+        return found
+
+    def bottleneck(self, d: int, layer: int) -> int:
+        """R in a layer. Raises ValueError where the mapping of reduction factors says none."""
+        factor = self.reduction_factor
+        if isinstance(factor, Mapping):
+            found = factor.get(str(layer), factor.get("default"))
+            if found is None:
+                raise ValueError(f"reduction_factor: expected one of layer {layer} or a default, got {dict(factor)!r}")
+            factor = found
+        return max(1, int(d // factor))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises ValueError or TypeError where the model is of no known family or has such adapters already."""
+        return Plan(attached=[self._adapter(model, site) for site in self.sites(model)])
+
+    def _adapter(self, model: nn.Module, site: FoundSite) -> tuple[str, Attached]:
+        d, weight = architectures.width_out(model, site.sink)
+        kind, where = _kind(self.placement, site)
+        parts = {}
+        if kind in (ParallelAdapter, StreamAdapter):
+            parts = {name: getattr(site, name)[len(where) :].lstrip(".") for name in ("source", "sink")}
+        attachable(model.get_submodule(where), site.role)
+        adapter = kind(
+            d,
+            self.bottleneck(d, site.number),
+            activation=self.activation,
+            scaling=self.scaling,
+            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            device=weight.device,
+            **parts,
+        )
+        adapter.name = site.role
+        return where, adapter
+
+
+def as_adapterhub(model: nn.Module, config: Any) -> tuple[AdapterHubConfig, dict[str, str]]:
+    """What AdapterHub calls the adapters that a config has put into a model: its config, and their modules by its keys.
+
+    Raises ValueError for a config that puts them where AdapterHub has no place for them.
+    """
+    if isinstance(config, AdapterHubConfig):
+        return config, {site.key: f"{holder(config.placement, site)}.{site.role}" for site in config.sites(model)}
+    if not isinstance(config, (SeriesAdapterConfig, ParallelAdapterConfig)):
+        raise ValueError(f"config: expected bottleneck adapters, got {type(config).__name__}")
+    where = {config.where} if isinstance(config.where, str) else set(config.where)
+    roles = {ATTENTION: "attention", OUTPUT: "mlp"}
+    if not where <= set(roles.values()):
+        raise ValueError(f"where: expected attention and mlp, where AdapterHub has adapters too, got {config.where!r}")
+    placement = SERIES if isinstance(config, SeriesAdapterConfig) else PARALLEL
+    paths, widths = {}, {}
+    for site in sites(model):
+        if roles.get(site.role) in where and site.number not in config.leave_out:
+            path = f"{holder(placement, site)}.{placement}_adapter"
+            adapter = dict(model.named_modules()).get(path)
+            if not isinstance(adapter, (SeriesAdapter, ParallelAdapter)):
+                raise ValueError(
+                    f"where: expected {site.source}'s input to be what the adapter takes, as AdapterHub's does, "
+                    "got one behind a LayerNorm"
+                )
+            paths[site.key], widths[str(site.number)] = path, _reduction_factor(adapter.in_features, adapter.bottleneck)
+    one = len(set(widths.values())) == 1
+    return (
+        AdapterHubConfig(
+            mh_adapter="attention" in where,
+            output_adapter="mlp" in where,
+            reduction_factor=next(iter(widths.values())) if one else widths,
+            placement=placement,
+            activation=config.activation,
+            scaling=config.scaling,
+            leave_out=config.leave_out,
+        ),
+        paths,
+    )
+
+
+def _reduction_factor(d: int, R: int) -> float:
+    """The number with which d // it is R."""
+    factor = d / R
+    while int(d // factor) < R:
+        factor = math.nextafter(factor, 0.0)
+    return factor
+
+
+def sites(model: nn.Module) -> list[FoundSite]:
+    """Every site of the model, in the order of its layers. Raises ValueError where its layers aren't known."""
+    found = []
+    for layer in architectures.known_layers(model, "model"):
+        family = next(name for name, family in FAMILIES.items() if family is layer.family)
+        for role, site in _SITES.get(family, {}).items():
+            owner = layer.path(site.owner)
+            below = {
+                name: None if part is None else ".".join(n for n in (owner, part) if n)
+                for name, part in (("norm", site.norm), ("stream", site.stream))
+            }
+            found.append(
+                FoundSite(
+                    role,
+                    layer.number,
+                    layer.path(site.key),
+                    owner,
+                    f"{owner}.{site.source}",
+                    f"{owner}.{site.sink}",
+                    below["norm"],
+                    below["stream"],
+                )
+            )
+    if not found:
+        raise ValueError(f"model: expected layers as of {', '.join(_SITES)}, got those of {type(model).__name__}")
+    return found
+
+
+def holder(placement: str, site: FoundSite) -> str:
+    """The name of the module that the adapter of a placement hangs on."""
+    return _kind(placement, site)[1]
+
+
+def _kind(placement: str, site: FoundSite) -> tuple[Any, str]:
+    if placement == PARALLEL:
+        return ParallelAdapter, site.owner
+    if placement == SERIES:
+        return SeriesAdapter, site.sink
+    if site.norm is not None:
+        return (NormAdapter if placement == BEFORE_NORM else SeriesAdapter), site.norm
+    return (StreamAdapter, site.owner) if site.stream is None else (SeriesAdapter, site.stream)

@@ -1,0 +1,81 @@
+"""BitFit: only biases train. Source: Ben Zaken et al. 2021."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from peftk.methods import architectures
+from peftk.methods.plan import Plan, adapter_parameters, trained_in_place
+from peftk.methods.targets import Names, check_names, matches
+from peftk.nn.attached import Attached
+from peftk.nn.bitfit import BitFitLinear
+from peftk.nn.replace import bypassed, is_linear, plain
+
+ALL = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class BitFitConfig:
+    """Trains biases in place, and nothing else; linears whose bias trains are served by peftk's kernels.
+
+    biases: "all"; or which ones, as names that end the dotted names of their modules (["query", "intermediate.dense"]),
+    or one regular expression that matches these whole. "query", "key" and "value" are also known where a model calls
+    them otherwise (q_proj); where one linear makes all three (GPT-2), they train together or not at all.
+
+    |Φ| = the biases' elements: nothing is added to the model.
+    """
+
+    biases: Names = ALL
+
+    def __post_init__(self) -> None:
+        check_names("biases", self.biases, keyword=ALL)
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises ValueError where a name matches no module that has a bias."""
+        biases = _biases(model)
+        if self.biases == ALL:
+            wanted = set(biases)
+        elif isinstance(self.biases, str):
+            wanted = {name for name in biases if matches(self.biases, name)}
+        else:
+            wanted = set().union(*(self._named(model, name, biases) for name in self.biases))
+        if not wanted:
+            raise ValueError(f"biases: expected to match some module that has a bias, got {self.biases!r}")
+        layers, whole = {}, trained_in_place(model)  # a head that trains, say, needs no kernel of ours for its bias
+        for name in biases:
+            module = model.get_submodule(name)
+            if not (name in wanted and name and is_linear(module) and plain(module)) or bypassed(module):
+                continue
+            if id(module.weight) not in whole:
+                layers[name] = BitFitLinear.from_linear(module)
+        trained = [f"{module}.{name}".lstrip(".") for module in biases if module in wanted for name in biases[module]]
+        return Plan(layers=layers, trained=trained)
+
+    def _named(self, model: nn.Module, name: str, biases: dict[str, list[str]]) -> set[str]:
+        found = {module for module in biases if matches([name], module)}
+        layers = [layer for layer in architectures.layers(model) if name in layer.family.linears]
+        for layer in layers:
+            linear = layer.path(layer.family.linears[name])
+            together = {role for role, other in layer.family.linears.items() if layer.path(other) == linear}
+            if not together <= set(self.biases):
+                raise ValueError(
+                    f"biases: expected {', '.join(sorted(together))} together, which are one linear {linear}, "
+                    f"got {self.biases!r}"
+                )
+            found |= {linear} & biases.keys()
+        if not found:
+            raise ValueError(f"biases: expected to match some module that has a bias, got {name!r}")
+        return found
+
+
+def _biases(model: nn.Module) -> dict[str, list[str]]:
+    """By module, the names of its own biases; none of adapters'."""
+    found = {}
+    for name, module in model.named_modules():
+        names = [bias for bias in module._parameters if "bias" in bias and module._parameters[bias] is not None]
+        names = [bias for bias in names if bias not in adapter_parameters(module)]
+        if names and not isinstance(module, Attached):
+            found[name] = names
+    return found

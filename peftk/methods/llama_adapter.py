@@ -1,0 +1,112 @@
+"""LLaMA-Adapter: a learnt prompt that attention layers attend to behind a zero gate. Source: Zhang et al. 2023."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from peftk import checks
+from peftk.methods import architectures
+from peftk.methods.plan import Plan
+from peftk.methods.targets import Names, check_names, target_modules
+from peftk.nn.attached import attachable, part
+from peftk.nn.bottleneck import default_dtype
+from peftk.nn.llama_adapter import LlamaAdapter, Projections
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaAdapterConfig:
+    """A prompt of adapter_len positions with zero-initialised gates for the self-attention of the topmost layers.
+
+    adapter_len: L (10 in the paper). adapter_layers: how many of the topmost layers, of encoder and decoder each; None
+    for all (the paper: 30 of 32). adapter_dtype: None means fp32 (fp64 in an fp64 model).
+    attention and projections: for a model of no known family, its attention modules (names that end their dotted names,
+    or a regular expression) and the names of their parts. num_heads: None for what the model's config says.
+
+    |Φ| = L·d + heads a layer.
+    """
+
+    adapter_len: int = 10
+    adapter_layers: int | None = None
+    adapter_dtype: torch.dtype | None = None
+    attention: Names | None = None
+    projections: Projections | None = None
+    num_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = (
+            ("adapter_len", self.adapter_len),
+            ("adapter_layers", self.adapter_layers),
+            ("num_heads", self.num_heads),
+        )
+        for name, count in counts:
+            if count is None and name != "adapter_len":
+                continue
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"{name}: expected an integer of 1 or more, got {count!r}")
+        if self.adapter_dtype is not None:
+            checks.adapter_dtype(self.adapter_dtype)
+        if (self.attention is None) != (self.projections is None):
+            raise ValueError("attention: expected attention and projections together, got one of them")
+        if self.attention is not None:
+            check_names("attention", self.attention)
+            if self.adapter_layers is not None:
+                raise ValueError("adapter_layers: expected None where attention names the layers, got a number")
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises ValueError or TypeError where the model's attention isn't known, or is of another kind."""
+        attention = self._attention(model)
+        heads = self.num_heads
+        if heads is None:
+            heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+        if not isinstance(heads, int):
+            raise ValueError(f"num_heads: expected a number where the model has no config that says it, got {heads!r}")
+        return Plan(
+            attached=[
+                (name, self._adapter(name, model.get_submodule(name), projections, heads, scaling))
+                for name, projections, scaling in attention
+            ]
+        )
+
+    def _attention(self, model: nn.Module) -> list[tuple[str, Projections, float | None]]:
+        if self.attention is not None and self.projections is not None:
+            return [(name, self.projections, None) for name in target_modules(model, "attention", self.attention)]
+        known = architectures.known_layers(model, "attention")
+        found = []
+        for layer in architectures.topmost(known, self.adapter_layers, "adapter_layers"):
+            family, name = layer.family, layer.path(layer.family.attention)
+            if family.projections is None:
+                raise ValueError(f"attention: expected one that calls its projections, got {layer.name}'s")
+            attention, projections = model.get_submodule(name), family.projections
+            if all(hasattr(attention, norm) for norm in ("q_norm", "k_norm")):
+                projections = projections._replace(query_norm="q_norm", key_norm="k_norm")
+            found.append((name, projections, family.scaling))
+        return found
+
+    def _adapter(
+        self, name: str, attention: nn.Module, projections: Projections, heads: int, scaling: float | None
+    ) -> LlamaAdapter:
+        attachable(attention, LlamaAdapter.name)
+        shapes = {p: architectures.linear_shape(part(attention, p)) for p in projections[:4]}
+        for p, shape in shapes.items():
+            if shape is None:
+                raise ValueError(f"projections: expected {name}.{p} to be a linear, got another module")
+        (made, _), (_, d), (_, inner) = (shapes[p] for p in (projections.query, projections.key, projections.output))  # type: ignore[misc]
+        packed = projections.key == projections.query
+        if inner % heads or (made <= inner or (made - inner) % 2 if packed else made != inner):
+            raise ValueError(
+                f"projections: expected {name}.{projections.query} to make the {inner} numbers of {heads} queries that "
+                f"{projections.output} takes" + (", and keys and values" if packed else "") + f", got {made}"
+            )
+        weight = next(part(attention, projections.key).parameters(recurse=False))
+        return LlamaAdapter(
+            d,
+            heads,
+            projections,
+            adapter_len=self.adapter_len,
+            scaling=scaling,
+            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            device=weight.device,
+        )

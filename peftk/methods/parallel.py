@@ -1,0 +1,69 @@
+"""Parallel adapters: y = f(x) + s·act(x Aᵀ + a)Bᵀ + β beside a block or a linear. Source: He et al. 2021."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from peftk.methods import architectures
+from peftk.methods.architectures import MLP
+from peftk.methods.places import BottleneckConfig, Place, places
+from peftk.methods.plan import Plan
+from peftk.methods.targets import Names
+from peftk.nn.attached import attachable
+from peftk.nn.bottleneck import default_dtype
+from peftk.nn.parallel_adapter import ParallelAdapter, ParallelAdapterLinear
+from peftk.nn.replace import bypassed, is_linear
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelAdapterConfig(BottleneckConfig):
+    """A bottleneck adapter beside blocks or linears of a model.
+
+    where: "mlp" (the default, where the paper found it best), "attention", and any modules, as names that end their
+    dotted names, or one regular expression that matches them whole. A linear is replaced by one fused operation; a
+    block stays and is added to. scaling: s, 4 in the paper. The rest as in `SeriesAdapterConfig`.
+
+    |Φ| = R·(K + N) + R + N a place, K and N being the widths of what it takes and returns.
+    """
+
+    where: Names = (MLP,)
+    scaling: float = 4.0
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises ValueError or TypeError where nothing matches, or no adapter can stand beside what matches."""
+        layers, attached = {}, []
+        for place in places(model, self.where, self.leave_out):
+            module = model.get_submodule(place.sink)
+            if is_linear(module) and place.source == place.sink:
+                if bypassed(module):
+                    raise ValueError(
+                        f"where: expected linears that are called, got {place.sink}, whose weight MHA reads itself"
+                    )
+                layers[place.sink] = ParallelAdapterLinear.from_linear(
+                    module,
+                    bottleneck=self.width(architectures.width_in(model, place.source)),
+                    activation=self.activation,
+                    scaling=self.scaling,
+                    adapter_dtype=self.adapter_dtype,
+                )
+            else:
+                attached.append((place.owner, self._beside(model, place)))
+        return Plan(layers=layers, attached=attached)
+
+    def _beside(self, model: nn.Module, place: Place) -> ParallelAdapter:
+        attachable(model.get_submodule(place.owner), ParallelAdapter.name)
+        K = architectures.width_in(model, place.source)
+        N, weight = architectures.width_out(model, place.sink)
+        return ParallelAdapter(
+            K,
+            self.width(K),
+            N,
+            activation=self.activation,
+            scaling=self.scaling,
+            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            device=weight.device,
+            source=place.below(place.source),
+            sink=place.below(place.sink),
+        )

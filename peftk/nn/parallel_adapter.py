@@ -1,0 +1,156 @@
+"""ParallelAdapter and ParallelAdapterLinear: a bottleneck adapter beside a whole block, and beside one linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from peftk import activations, checks, functional
+from peftk.nn.attached import Attached, Caught, first_input, first_output, part, with_first
+from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, default_dtype, reset_bottleneck
+from peftk.nn.frozen_linear import FrozenLinear, linear_shape
+from peftk.nn.parameters import own
+from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+
+
+class ParallelAdapter(Attached, Bottleneck):
+    """y = block(x) + s · act(x Aᵀ + a) Bᵀ + β beside a block with input x [..., K] and output [..., N]: the block's
+    own output when new.
+
+    lora_A [R, K], lora_B [N, R], bias_A [R], bias_B [N], all trainable. `attach(module)` hangs it on `module`: x is
+    what its part `source` gets as first argument, and the sum is what its part `sink` returns (both "", the module
+    itself, unless told otherwise: BERT's feed-forward block is two modules). source runs before sink, in one thread.
+
+    No kernel adds to a tensor that another module made, so this runs as plain torch operations: the adapter in its own
+    dtype (fp32 unless told otherwise), the sum in the wider one of the two, rounded once to the block's dtype.
+
+    Source: He et al. 2021 (there beside the feed-forward block, with s = 4).
+    """
+
+    name = "parallel_adapter"
+
+    def __init__(
+        self,
+        in_features: int,
+        bottleneck: int,
+        out_features: int | None = None,
+        *,
+        activation: str = "relu",
+        scaling: float = 4.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        source: str = "",
+        sink: str = "",
+    ) -> None:
+        """in_features: K; out_features: N, None meaning K; bottleneck: R. Raises as `SeriesAdapter` does."""
+        N = in_features if out_features is None else out_features
+        super().__init__(in_features, N, bottleneck, activation, scaling, dtype, device)
+        self.source, self.sink, self.caught = source, sink, Caught()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → s · act(x Aᵀ + a) Bᵀ + β [..., N], in the adapter's dtype (autocast's where that is on)."""
+        z = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A, self.bias_A)
+        return self.scaling * nn.functional.linear(activations.apply(self.activation, z), self.lora_B) + self.bias_B
+
+    def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
+        source, sink = part(module, self.source), part(module, self.sink)
+        if source is sink:
+            return [lambda: source.register_forward_hook(self._beside, with_kwargs=True)]
+        return [
+            lambda: source.register_forward_pre_hook(self._catch, with_kwargs=True),
+            lambda: sink.register_forward_hook(self._add),
+        ]
+
+    def _beside(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        return self._sum(output, first_input(args, kwargs))
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.caught.kept = first_input(args, kwargs)
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._sum(output, self.caught.take(self.source or "the module"))
+
+    def _sum(self, output: Any, x: Tensor) -> Any:
+        y = first_output(output)
+        return with_first(output, (y + self(x)).to(y.dtype))
+
+
+class ParallelAdapterLinear(FrozenLinear):
+    """y = xWᵀ + bias + s · act(x Aᵀ + a) Bᵀ + β as one fused operation: stands where an nn.Linear stood.
+
+    W and bias are the linear's own Parameters, frozen; lora_A [R, K], lora_B [N, R], bias_A [R] and bias_B [N] train.
+    B, a and β start as zero, so a new layer computes what the linear did. Precision: `peftk.functional.lora_linear`.
+
+    Source: He et al. 2021.
+    """
+
+    adapter_parameters = PARAMETERS
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        bottleneck: int,
+        activation: str = "relu",
+        scaling: float = 4.0,
+        adapter_dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
+    ) -> None:
+        N, K = linear_shape(weight, bias, fan_in_fan_out)
+        dtype = default_dtype(weight) if adapter_dtype is None else adapter_dtype
+        checks.adapter_dtype(dtype, weight.dtype)
+        parameters = bottleneck_parameters(K, N, bottleneck, activation, scaling, dtype, weight.device)
+        # nothing can fail from here on: now the linear's own parameters are touched
+        super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
+        self.bottleneck, self.activation, self.scaling = bottleneck, activation, float(scaling)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        bottleneck: int,
+        activation: str = "relu",
+        scaling: float = 4.0,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> ParallelAdapterLinear:
+        """The layer that replaces `linear` (nn.Linear or Conv1D). bottleneck: R; adapter_dtype None means fp32.
+
+        Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
+        """
+        base = replaceable(linear)
+        layer = cls(
+            base.weight,
+            base.bias,
+            bottleneck=bottleneck,
+            activation=activation,
+            scaling=scaling,
+            adapter_dtype=adapter_dtype,
+            fan_in_fan_out=fan_in_fan_out(linear),
+        )
+        return take_place(layer, linear)
+
+    def reset_parameters(self) -> None:
+        """A kaiming-uniform, B, a and β zero: nothing is added."""
+        reset_bottleneck(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → y [..., N], in x's dtype."""
+        A, B, a, beta = (own(self, name) for name in PARAMETERS)
+        return functional.lora_linear_unchecked(
+            x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, bottleneck={self.bottleneck}, activation={self.activation}, "
+            f"scaling={self.scaling:g}"
+        )

@@ -1,0 +1,263 @@
+"""peftk's own checkpoints: any methods and mixtures of them; which format a model is saved in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import peftk
+from peftk.interop import files
+from peftk.methods.plan import injections
+
+transformers = pytest.importorskip("transformers")
+
+
+def make(architecture: str) -> nn.Module:
+    torch.manual_seed(0)
+    if architecture == "bert":
+        config = transformers.BertConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40
+        )
+        return transformers.BertForSequenceClassification(config).eval()
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=24,
+        vocab_size=40,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+MODELS = {architecture: make(architecture) for architecture in ("bert", "llama")}
+LORA = peftk.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+SERIES = peftk.SeriesAdapterConfig(reduction_factor=4, leave_out=(0,), adapter_dtype=torch.bfloat16)
+METHODS: dict[str, tuple[str, Any]] = {
+    "series": ("bert", SERIES),
+    "parallel": ("llama", peftk.ParallelAdapterConfig(bottleneck=3, where=["down_proj", "self_attn"])),
+    "bitfit": ("bert", peftk.BitFitConfig(biases=["query", "output.dense"])),
+    "llama_adapter": ("llama", peftk.LlamaAdapterConfig(adapter_len=3, adapter_layers=1)),
+    "head": ("bert", peftk.HeadConfig()),
+    "top": ("bert", peftk.TopLayersConfig(1)),
+    "full": ("bert", peftk.FullConfig()),
+    "adapterhub": ("bert", peftk.AdapterHubConfig(reduction_factor={"0": 4, "default": 8}, placement="before_norm")),
+    "lora and series": ("bert", [LORA, SERIES]),
+    "two loras": (
+        "llama",
+        [
+            peftk.LoraConfig(r=2, target_modules=["q_proj"], bias="all"),
+            peftk.LoraConfig(r=3, target_modules=["v_proj"]),
+        ],
+    ),
+}
+
+
+def plain(architecture: str) -> nn.Module:
+    return copy.deepcopy(MODELS[architecture])
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        return model(input_ids=torch.randint(0, 40, (2, 5))).logits
+
+
+def trained(name: str) -> nn.Module:
+    architecture, configs = METHODS[name]
+    model = plain(architecture)
+    peftk.inject(model, configs)
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_comes_back(tmp_path: pathlib.Path, name: str) -> None:
+    model = trained(name)
+    peftk.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert files.checkpoint_format(config) == "peftk"
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert weights.keys() == own.keys()
+    assert all(torch.equal(weights[n], own[n]) for n in own)
+    architecture, configs = METHODS[name]
+    injected, without = plain(architecture), plain(architecture)
+    peftk.inject(injected, configs)
+    assert torch.allclose(output(injected), output(without), atol=1e-6)
+    for other in (injected, without):
+        assert not torch.allclose(output(other), output(model), atol=1e-3)
+        peftk.load_adapter(other, tmp_path)
+        assert torch.equal(output(other), output(model))
+        assert peftk.count_parameters(other) == peftk.count_parameters(model)
+        assert [r.layers + r.attached + r.trained for r in injections(other)] == [
+            r.layers + r.attached + r.trained for r in injections(model)
+        ]
+
+
+def test_scalings_that_a_checkpoint_brought_are_saved(tmp_path: pathlib.Path) -> None:
+    one, other = plain("llama"), plain("llama")
+    peftk.inject(one, peftk.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"], use_rslora=True))
+    peftk.save_adapter(one, tmp_path / "peft")
+    peftk.inject(other, peftk.LoraConfig(r=2, target_modules=["q_proj"]))
+    peftk.load_adapter(other, tmp_path / "peft")
+    peftk.save_adapter(other, tmp_path / "own", format="peftk")
+    last = plain("llama")
+    peftk.load_adapter(last, tmp_path / "own")
+    for model in (other, last):
+        layers = [m for m in model.modules() if isinstance(m, peftk.LoRALinear)]
+        assert {(layer.lora_alpha, layer.use_rslora) for layer in layers} == {(7.0, True)}
+
+
+def test_lora_alone_is_saved_for_peft_and_the_rest_is_not(tmp_path: pathlib.Path) -> None:
+    model = plain("bert")
+    peftk.inject(model, LORA)
+    peftk.save_adapter(model, tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    for name, reason in (
+        ("series", "got SeriesAdapterConfig"),
+        ("lora and series", "got SeriesAdapterConfig"),
+        ("two loras", "bias all and none at once"),
+        ("bitfit", "got BitFitConfig"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"LoRA checkpoint of HF PEFT can hold, got.*{reason.removeprefix('got ')}"
+        ):
+            peftk.save_adapter(trained(name), tmp_path / "no", format="peft")
+    with pytest.raises(ValueError, match="format: expected one of peft, adapterhub, peftk or None, got 'pickle'"):
+        peftk.save_adapter(model, tmp_path / "no", format="pickle")
+    with pytest.raises(ValueError, match="model: expected LoRALinear layers or other adapters"):
+        peftk.save_adapter(plain("bert"), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_lora_linear_put_in_by_hand_is_saved(tmp_path: pathlib.Path) -> None:
+    def by_hand() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(peftk.LoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_bias=True), nn.Linear(4, 2))
+
+    one, other = by_hand(), by_hand()
+    for parameter in (one[0].lora_A, one[0].lora_B, one[0].lora_bias):
+        nn.init.normal_(parameter)
+    peftk.save_adapter(one, tmp_path)
+    peftk.load_adapter(other, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(one(x), other(x))
+    one[0].merge()
+    torch.testing.assert_close(one(x), other(x))
+    with pytest.raises(ValueError, match="expected 0 to be unmerged"):
+        peftk.load_adapter(one, tmp_path)
+
+
+def test_lora_bias_trains_and_is_the_identity_at_first() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 3)
+    layer = peftk.LoRALinear.from_linear(copy.deepcopy(linear), r=2, lora_alpha=6, lora_bias=True)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(layer(x), linear(x))
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.lora_bias.grad, torch.full((3,), 3.0 * 5))  # s · the number of rows
+    assert peftk.count_parameters(layer).trainable == 2 * 4 + 3 * 2 + 3
+
+
+def _json(**fields: Any) -> Callable[..., None]:
+    return lambda weights, config: config.update(fields)
+
+
+def _method(**fields: Any) -> Callable[..., None]:
+    return lambda weights, config: config["methods"][0].update(fields)
+
+
+def _drop(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del weights[next(iter(weights))]
+
+
+def _reshape(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    key = next(iter(weights))
+    weights[key] = weights[key][:-1].contiguous()
+
+
+def _overflow(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    key = next(key for key in weights if "lora_A" in key)
+    weights[key] = torch.full_like(weights[key], 1e300, dtype=torch.float64)
+
+
+SPOILT: dict[str, tuple[Callable[..., None], str]] = {
+    "another version": (_json(peftk=2), "expected peftk 1, got 2"),
+    "no methods": (_json(methods=[]), "expected methods to be a list of configs"),
+    "methods of another kind": (_json(methods="LoraConfig"), "expected methods to be a list of configs"),
+    "another method": (_method(method="os.system"), "expected a method of AdapterHubConfig.*got 'os.system'"),
+    "a field more": (_method(hidden=1), "expected fields of LoraConfig, got hidden"),
+    "a bad field": (_method(r=0), "LoraConfig: r: expected an integer of 1 or more"),
+    "a bad dtype": (_method(adapter_dtype="int8"), "LoraConfig: 'int8'"),
+    "other targets": (_method(target_modules=["nowhere"]), "fits the model"),
+    "another rank": (_method(r=3), r"expected torch.float32 \[3, 16\], got .* \[2, 16\]"),
+    "a tensor is missing": (_drop, "tensors for exactly what the model trains; missing there"),
+    "a tensor more": (lambda w, c: w.update(x=torch.ones(1)), r"what the model trains.*unknown here: \['x'\]"),
+    "another shape": (_reshape, "expected torch.float"),
+    "values that are too large": (_overflow, "expected values that torch.[a-z0-9]* holds, got larger ones"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
+    peftk.save_adapter(trained("lora and series"), tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    spoil, message = SPOILT[how]
+    spoil(weights, config)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = plain("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(peftk.CheckpointError, match=message):
+        peftk.load_adapter(model, tmp_path)
+    assert injections(model) == ()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in MODELS["bert"].named_modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_another_method_does_not_fit(tmp_path: pathlib.Path) -> None:
+    peftk.save_adapter(trained("series"), tmp_path)
+    model = plain("bert")
+    peftk.inject(model, peftk.BitFitConfig())
+    with pytest.raises(peftk.CheckpointError, match="the model's methods, BitFitConfig, got SeriesAdapterConfig"):
+        peftk.load_adapter(model, tmp_path)
+    other = plain("bert")
+    peftk.inject(other, peftk.SeriesAdapterConfig(reduction_factor=4, leave_out=(0,), activation="gelu"))
+    with pytest.raises(peftk.CheckpointError, match=r"activation='gelu'.*got.*activation='relu'"):
+        peftk.load_adapter(other, tmp_path)
+
+
+def test_every_truncation_is_refused(tmp_path: pathlib.Path) -> None:
+    peftk.save_adapter(trained("series"), tmp_path)
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = plain("bert")
+    for name, data in whole.items():
+        for length in sorted({*range(9), *range(9, len(data), 131), len(data) - 2}):
+            (tmp_path / name).write_bytes(data[:length])
+            with pytest.raises(peftk.CheckpointError):
+                peftk.load_adapter(model, tmp_path)
+        (tmp_path / name).write_bytes(data)
+    peftk.load_adapter(model, tmp_path)
+
+
+def test_configs_of_three_libraries_are_told_apart() -> None:
+    assert files.checkpoint_format({"peft_type": "IA3", "config": {}, "model_type": "bert"}) == "peft"
+    assert files.checkpoint_format({"config": {}, "model_type": "bert", "name": "x"}) == "adapterhub"
+    assert files.checkpoint_format({"peftk": 1, "methods": []}) == "peftk"
+    for other in ({}, {"config": {}}, {"model_type": "bert"}):
+        with pytest.raises(peftk.CheckpointError, match="expected a config of HF PEFT"):
+            files.checkpoint_format(other)
