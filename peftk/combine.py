@@ -204,6 +204,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
     for number, adapter in enumerate(adapters):
         if not isinstance(adapter, LoadedAdapter):
             raise TypeError(f"adapters: expected LoadedAdapter, got {type(adapter).__name__} as number {number}")
+        if adapter.lora_bias is not None:
+            raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method here combines")
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(

@@ -171,6 +171,7 @@ def test_what_is_refused() -> None:
         ([a, "b"], [1, 1], "svd", {}, TypeError, "adapters: expected LoadedAdapter, got str as number 1"),
         ([a, other], [1, 1], "linear", {}, ValueError, r"adapters: expected one rank for linear .* got \[2, 3\]"),
         ([a, narrow], [1, 1], "cat", {}, ValueError, "adapter 1: expected K = 6 and N = 4"),
+        ([a._replace(lora_bias=torch.ones(4))], [1], "cat", {}, ValueError, "adapter 0: lora_bias: expected None"),
         ([torn], [1], "cat", {}, ValueError, r"adapter 0: expected lora_A \[R, K\]"),
         ([a, huge], [1, 2], "cat", {}, ValueError, "adapters: expected a combination that torch.float32 holds"),
     ]

@@ -165,11 +165,17 @@ def test_a_switch_that_is_refused_changes_nothing() -> None:
     good = adapters_of(model, 1)
     name = list(good)[-1]
     nan = good[name]._replace(lora_B=good[name].lora_B * float("nan"))
+    biased = good[name]._replace(lora_bias=torch.ones(24))
     narrow = good[name]._replace(lora_A=good[name].lora_A[:, :-1])
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
     for wrong, error, message in (
         ({**good, name: nan}, ValueError, f"^{name}: weight: expected W"),
         ({**good, name: narrow}, ValueError, f"^{name}: lora_A: expected"),
+        (
+            {**good, name: good[name]._replace(lora_bias=torch.ones(24))},
+            ValueError,
+            f"^{name}: lora_bias: expected None",
+        ),
         ({**good, name: good[name][:2]}, TypeError, "adapters: expected a LoadedAdapter"),
         ({**good, "other": good[name]}, ValueError, "unknown: .'other'"),
         ({name: good[name]}, ValueError, "missing: .'0', '1'"),
