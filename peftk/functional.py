@@ -362,8 +362,9 @@ def merge_layers_(
 ) -> list[MergeReceipt]:
     """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
 
-    That holds whatever is raised meanwhile. A Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton backends merge all layers in one launch (one for each device and pair of dtypes), other
-    backends one after another.
+    That holds whatever is raised meanwhile; a Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton
+    backends merge all layers of a device and pair of dtypes in one launch (of at most 2²⁸ weights), other backends one
+    after another.
 
     Args:
         weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.
