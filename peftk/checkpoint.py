@@ -107,7 +107,7 @@ def _injected(model: nn.Module, configs: Sequence[Config], path: Path) -> Any:
     with contextlib.ExitStack() as undo:
         try:
             undo.enter_context(carrying_out(model, configs))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: expected a checkpoint that fits the model: {error}") from error
         yield
 

@@ -113,7 +113,7 @@ def combine_checkpoints(
         CheckpointError: a folder cannot be read. TypeError, ValueError: as `combine`, with the module's name.
     """
     _one_weight_each(adapters, weights)
-    loaded = [one if isinstance(one, Mapping) else peft_checkpoint.load(one) for one in adapters]
+    loaded = [one if isinstance(one, Mapping) else peft_checkpoint.load_factors(one) for one in adapters]
     combined = {}
     for name in dict.fromkeys(name for one in loaded for name in one):
         present = [(one[name], weight) for one, weight in zip(loaded, weights, strict=True) if name in one]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftk import backends
-from peftk.backends import Call, Choice
+from peftk.backends import Call
 from peftk.interop import peft_model
-from peftk.interop.peft_model import Explanation
 
 OPS = (
     "lora_linear",
@@ -27,10 +26,6 @@ OPS = (
 )
 
 
-@overload
-def explain(what: str, x: None = None, **form: Any) -> Choice: ...
-@overload
-def explain(what: nn.Module, x: Tensor | None = None, **form: Any) -> Any: ...
 def explain(
     what: str | nn.Module,
     x: Tensor | None = None,
@@ -46,7 +41,7 @@ def explain(
     device: str | torch.device = "cpu",
     dropout: bool = False,
     backend: str | None = None,
-) -> Choice | Explanation:
+) -> Any:  # Choice or Explanation, by what is asked
     """The backend that would serve a call, why, and why the preferred ones would not. Nothing is computed.
 
     Three ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`; `explain(layer, x)` with a

@@ -68,7 +68,7 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
         CheckpointError, ValueError, TypeError: the adapters are not the model's, a W is not what its merge left, or a
             W + s·BA would not be finite. Nothing has changed then: layers are merged as they were, or unmerged.
     """
-    loaded = adapters if isinstance(adapters, Mapping) else peft_checkpoint.load(adapters)
+    loaded = adapters if isinstance(adapters, Mapping) else peft_checkpoint.load_factors(adapters)
     layers = list(lora_layers(model))
     names = {name for name, _ in layers}
     if not layers:
@@ -93,7 +93,7 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
             if lora_A.shape != layer.lora_A.shape:
                 layer.lora_A.grad = layer.lora_B.grad = None
             layer.lora_A.data, layer.lora_B.data = lora_A, lora_B  # the Parameters stay: an optimizer may know them
-            layer.r, layer.lora_alpha, layer.use_rslora = lora_A.shape[0], *loaded[name][2:]
+            layer.r, layer.lora_alpha, layer.use_rslora = lora_A.shape[0], loaded[name].lora_alpha, loaded[name].use_rslora
             layer.receipt = receipt
 
 

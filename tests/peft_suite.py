@@ -1,6 +1,6 @@
 """A pytest plugin that runs HF PEFT's own tests on accelerated layers.
 
-    pytest -p tests.peft_suite <checkout of peft>/tests/test_custom_models.py -k lora
+    cd <checkout of peft>; PYTHONPATH=<peftk>:<peftk>/tests pytest -p peft_suite tests/test_custom_models.py -k lora
 
 Every LoRA layer that PEFT makes is accelerated as it is made, whatever the test makes it with; the first lines of the
 summary say how many calls of layers our kernels served, so that a run in which they served none does not look like a
@@ -38,13 +38,13 @@ def _accelerate_what_is_made() -> None:
         peft_layers.swap(module)
         return module
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if type(self) is PeftLoraModel:
             self.__class__ = peft_layers.LoraModel
 
     PeftLoraModel._create_new_module = staticmethod(create_new_module)
-    PeftLoraModel.__init__ = __init__
+    PeftLoraModel.__init__ = made
 
 
 def _count() -> None:

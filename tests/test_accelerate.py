@@ -169,7 +169,7 @@ def test_forward_and_gradients(form: str, dtype: torch.dtype, adapters: str) -> 
 @pytest.mark.parametrize("kind", ["a", "b"])
 @pytest.mark.parametrize("active", [["default"], ["default", "other"]])
 def test_a_layer_is_within_the_bound(dtype: torch.dtype, kind: str, active: list[str]) -> None:
-    plain, accelerated = pair("default", "other", dtype=dtype, lora_bias=True, target_modules=["a", "b"])
+    _, accelerated = pair("default", "other", dtype=dtype, lora_bias=True, target_modules=["a", "b"])
     layer = getattr(accelerated.base_model.model, kind)
     layer.set_adapter(active)
     x = torch.randn(M, layer.in_features).to(dtype)
@@ -207,7 +207,7 @@ def test_bad_arguments() -> None:
         peftk.accelerate(peft.get_peft_model(Two(), peft.IA3Config(target_modules=["a"], feedforward_modules=[])))
     with pytest.raises(ValueError, match="peft_model: expected an accelerated model"):
         peftk.decelerate(pair()[0])
-    with pytest.raises(TypeError, match="peft_model: expected an nn.Module"):
+    with pytest.raises(TypeError, match=r"peft_model: expected an nn\.Module"):
         peftk.decelerate(3)
 
 
@@ -679,7 +679,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool) -> None:
-    plain, accelerated = pair(lora_dropout=0.3)
+    _, accelerated = pair(lora_dropout=0.3)
     x = torch.randn(M, K, requires_grad=True)
     accelerated.train()
     found = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pathlib
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -337,6 +339,19 @@ def test_several_methods_at_once(order: list[str]) -> None:
     assert all(g.abs().max() > 0 for n, g in grads.items() if not n.endswith("key.bias"))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_head_trains_whole_beside_bitfit(order: int) -> None:
+    model = MODELS["bert"]()
+    before = run(model)
+    peftk.inject(model, [peftk.BitFitConfig(), peftk.HeadConfig()][::order])
+    torch.testing.assert_close(run(model), before)
+    run(model).square().sum().backward()
+    assert model.classifier.weight.grad.abs().max() > 0
+    assert {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("bias")} == {
+        "classifier.weight"
+    }
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_copies(family: str) -> None:
     methods = [m for m in ("series", "lora", "parallel", "llama", "bitfit") if (family, m) not in NOT_FOR]
@@ -571,3 +586,11 @@ def test_the_table_knows_every_attention() -> None:
     with pytest.raises(ValueError, match=r"where: expected a model with layers of a known family \(bert, gpt2"):
         peftk.inject(decoder, METHODS["series"])
     assert LlamaAdapter.name == "llama_adapter"
+
+
+@pytest.mark.parametrize("page", ["series_adapter", "parallel_adapter", "bitfit", "llama_adapter", "layers"])
+def test_the_lines_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "methods" / f"{page}.md").read_text()
+    [lines] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(lines, page, "exec"), {})
+    assert "|Φ| = " in capsys.readouterr().out

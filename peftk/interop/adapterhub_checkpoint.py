@@ -180,7 +180,7 @@ def _config(file: Path, outer: Mapping[str, Any]) -> AdapterHubConfig:
             scaling=float(scaling),
             leave_out=fields.get("leave_out") or (),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
 
 

@@ -86,5 +86,5 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
         if projections is not None:
             fields["projections"] = Projections(*projections)
         return kind(**fields)
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{file}: {kind.__name__}: {error}") from error

@@ -3,8 +3,8 @@
 PEFT hands the names to every layer, which turns them into lists of indices, adapter by adapter. Here they become ids
 once, in one `peftk.route.Route` that all layers share, and so is what is derived from it (the sort of the rows).
 
-Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are left
-with the checkpoints that a forward runs in, and the recomputation finds them there.
+Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are
+left with the checkpoints that a forward runs in, and the recomputation finds them there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def entered(names: Sequence[str]) -> Iterator[None]:
 
 
 def at_hand(names: Sequence[str] | None) -> Batch | None:
-    """The batch of a layer that was given `names` (None: no mixed batch); within a recomputation, that of the forward."""
+    """The batch of a layer that was given `names` (None: no mixed batch); in a recomputation, that of the forward."""
     if torch.compiler.is_compiling():
         return None if names is None else Batch(names, trains=False)
     batch = None

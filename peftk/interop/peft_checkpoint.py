@@ -19,6 +19,7 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from peftk.methods.lora import BIASES, LoraConfig
 from peftk.methods.targets import inside, pattern_value
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_LARGEST = sys.float_info.max
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B, _B_BIAS, _BASE_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer.bias"
@@ -129,6 +131,18 @@ def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     return LoadedCheckpoint(folder, config, adapters, biases, saved)
 
 
+def load_factors(path: str | os.PathLike[str]) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that holds nothing but s·BA.
+
+    Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
+    """
+    loaded = load(path)
+    beside = [*loaded.biases, *loaded.saved, *(n for n, a in loaded.adapters.items() if a.lora_bias is not None)]
+    if beside:
+        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+    return loaded.adapters
+
+
 def save(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -176,7 +190,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
     for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
             raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:

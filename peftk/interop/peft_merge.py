@@ -1,4 +1,4 @@
-"""merge() and unmerge() of an accelerated PEFT layer: exact, by receipts that lie on the layer beside `merged_adapters`.
+"""merge() and unmerge() of an accelerated PEFT layer: exact, by receipts on the layer beside its `merged_adapters`.
 
 `merged_adapters` stays PEFT's: the names in the order of merging. Receipts say which of them, from the end, are taken
 out at once and exactly; what else is at the end (a variant, or merged before the layer was accelerated) is PEFT's to
@@ -58,7 +58,7 @@ def merge(layer: Any, names: list[str]) -> None:
             receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
         except ValueError as error:
             raise ValueError(f"{_broken(adapters)}: {error}") from error
-        if biases is not None:
+        if bias is not None and biases is not None:
             bias.data.copy_(biases[1])
     layer.merged_adapters.extend(adapters)
     layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
@@ -85,7 +85,7 @@ def _broken(adapters: dict[str, Any]) -> str:
 
 
 def unmerge(layer: Any, peft_unmerge: Any) -> None:
-    """Takes out all merged adapters, the last merged first. peft_unmerge: PEFT's own method, for those without receipt."""
+    """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
     while layer.merged_adapters:
         receipts = live(layer)
         last = receipts[-1] if receipts else None
@@ -121,7 +121,7 @@ def _exactly(layer: Any, merged: Merged) -> bool:
             stacklevel=3,
         )
         return False
-    if merged.biases is not None:
+    if bias is not None and merged.biases is not None:
         bias.data.copy_(before)
     return True
 

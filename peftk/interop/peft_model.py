@@ -89,7 +89,9 @@ class Explanation(NamedTuple):
 
 def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanation:
     """For `peftk.explain`: of one layer its Choice, of a model all layers'. M: rows of x."""
-    from peftk.interop.peft_layers import Linear, LoraLayer
+    from peft.tuners.lora import LoraLayer
+
+    from peftk.interop.peft_layers import Linear
 
     if isinstance(model, LoraLayer):
         return _choice(model, M, backend)
@@ -107,7 +109,9 @@ def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanati
 
 def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     """What would serve a call of the layer as it stands, without names of a mixed batch."""
-    from peftk.interop.peft_layers import Linear, lora
+    from peft.tuners import lora
+
+    from peftk.interop.peft_layers import Linear
 
     if type(layer) is not Linear:
         kind = type(layer).__name__
@@ -115,7 +119,7 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     found = layer.active()
     if isinstance(found, str):
         return Choice("peft", found, ())
-    adapters, weight = found
+    weight, adapters = found
     dtype: torch.dtype | None = adapters[0].lora_A.dtype if len(adapters) == 1 else torch.float32 if adapters else None
     rank, dropout = sum(a.lora_A.shape[0] for a in adapters), any(a.dropout_p for a in adapters)
     N, K = weight.shape

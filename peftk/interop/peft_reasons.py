@@ -82,11 +82,11 @@ def _linear(kind: type[nn.Module]) -> bool:
 def runs(module: nn.Module) -> Base | str:
     """`base`, where a call of the base layer may be ours."""
     found = base(module)
-    if type(found) is str:
+    if isinstance(found, str):
         return found
     if hooked(module):
         return "the base layer has hooks or a forward of its own"
-    if found[0].requires_grad:  # type: ignore[union-attr]
+    if found[0].requires_grad:
         return "the base layer's weight trains"
     return found
 

@@ -99,7 +99,7 @@ def freeze(model: nn.Module) -> nn.Module:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = trained_in_place(model)
     for path, module in model.named_modules():
-        if isinstance(module, FrozenLinear) and id(module.weight) in trained:
+        if isinstance(module, FrozenLinear) and not module.adds_nothing and id(module.weight) in trained:
             raise ValueError(
                 f"trained: expected {path}.weight to train in no other method than that of {type(module).__name__}, "
                 "which holds it frozen"
