@@ -9,9 +9,11 @@ from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
 from peftk.checkpoint import load_adapter, save_adapter
+from peftk.combine import combine, combine_checkpoints
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.files import CheckpointError
+from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.adapterhub import AdapterHubConfig
 from peftk.methods.bitfit import BitFitConfig
@@ -21,11 +23,8 @@ from peftk.methods.lora import LoraConfig
 from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
 from peftk.methods.series import SeriesAdapterConfig
-from peftk.model import (
-    inject,
-    merge_adapter,
-    unmerge_adapter,
-)
+from peftk.model import inject
+from peftk.model_merge import merge_adapter, merged, switch_adapter, unmerge_adapter
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.server import MultiAdapter
 from peftk.tuning import tune
@@ -42,6 +41,7 @@ __all__ = [
     "HeadConfig",
     "LlamaAdapterConfig",
     "LoRALinear",
+    "LoadedAdapter",
     "LoraConfig",
     "MergeReceipt",
     "MultiAdapter",
@@ -52,6 +52,8 @@ __all__ = [
     "SeriesAdapterConfig",
     "TopLayersConfig",
     "accelerate",
+    "combine",
+    "combine_checkpoints",
     "count_parameters",
     "decelerate",
     "explain",
@@ -60,7 +62,9 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge_adapter",
+    "merged",
     "save_adapter",
+    "switch_adapter",
     "tune",
     "unmerge_adapter",
 ]

@@ -11,8 +11,11 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
+from peftk.methods.bitfit import ALL, BitFitConfig
+from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
+from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import adapter_parameters, injections
-from peftk.nn.lora_linear import LoRALinear
+from peftk.nn import LlamaAdapter, LoRALinear, ParallelAdapter, ParallelAdapterLinear, SeriesAdapter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms. d: width of the model; K, N: inputs and outputs of a linear; all give numbers of parameters.
@@ -208,7 +211,8 @@ class ParameterCount(_Totals):
         base = ("base model", "", f"{self.base_parameters:,}")
         table.add_row(*base, *_formula("12·n·d²", self.base_parameters, self.closed_form))
         for what, memory in (("gradients", self.gradients()), (optimizer, self.optimizer_state(optimizer))):
-            table.add_row(what, "", _size(memory.needed), "full", _size(memory.full), f"−{_size(memory.saved)}")
+            saved = f"−{_size(memory.saved)}" if memory.saved else "0"
+            table.add_row(what, "", _size(memory.needed), "full", _size(memory.full), saved)
         return table
 
     def _method(self, name: str, parts: list[Part]) -> MethodCount:
@@ -228,13 +232,6 @@ _IN_PLACE = {
     "BitFit": ("11·n·d", bitfit_parameters),
     "top layers": ("12·n·d²", transformer_parameters),
     "full": ("12·n·d²", transformer_parameters),
-}
-_OF_CONFIG = {
-    "LoraConfig": "LoRA, in place",
-    "BitFitConfig": "BitFit",
-    "HeadConfig": "head",
-    "TopLayersConfig": "top layers",
-    "FullConfig": "full",
 }
 
 
@@ -256,10 +253,14 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         if own:
             method, formula, closed_form = _added_by(module)
             added.update({id(p): (name, method, formula, closed_form) for p in own})
+    for name, p in named.items():
+        layer = _of_peft(name)
+        if layer is not None and id(p) not in added:
+            added[id(p)] = (layer, "LoRA of HF PEFT", "", None)
     every = dict(model.named_parameters(remove_duplicate=False))
     in_place: dict[int, str] = {}
     for record in injections(model):
-        method = _OF_CONFIG.get(type(record.config).__name__, type(record.config).__name__.removesuffix("Config"))
+        method = _in_place(record.config)
         for name in record.trained:
             in_place.setdefault(id(every[name]), method)
     parts: dict[tuple[str, str], Part] = {}
@@ -291,10 +292,45 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 def _added_by(module: nn.Module) -> tuple[str, str, int | None]:
     """Method, closed form and what it gives, for a module that adds parameters."""
-    if isinstance(module, LoRALinear):
-        K, N = module.in_features, module.out_features
-        return "LoRA", "r·(K + N)", lora_parameters(K, N, module.r)
-    return type(module).__name__, "", None
+    match module:
+        case LoRALinear(in_features=K, out_features=N, r=r):
+            if module.lora_bias is not None:
+                return "LoRA", "r·(K + N) + N", lora_parameters(K, N, r) + N
+            return "LoRA", "r·(K + N)", lora_parameters(K, N, r)
+        case SeriesAdapter(in_features=d, bottleneck=a):
+            return "series adapter", "2·d·a + a + d", bottleneck_parameters(d, a)
+        case ParallelAdapter(in_features=K, out_features=N, bottleneck=a):
+            return "parallel adapter", "a·(K + N) + a + N", parallel_parameters(K, N, a)
+        case ParallelAdapterLinear(in_features=K, out_features=N, bottleneck=a):
+            return "parallel adapter", "a·(K + N) + a + N", parallel_parameters(K, N, a)
+        case LlamaAdapter(num_heads=heads):
+            length, d = module.prompt.shape
+            return "LLaMA-Adapter", "L·d + heads", prompt_parameters(length, d, heads)
+    return "of a bank", "", None  # MultiLoRALinear's, of any kind
+
+
+def _in_place(config: object) -> str:
+    """The method of a config that trains parameters of the model's own."""
+    match config:
+        case LoraConfig():
+            return "LoRA, in place"
+        case BitFitConfig(biases=biases) if biases != ALL:
+            return f"BitFit of {biases if isinstance(biases, str) else ', '.join(biases)}"
+        case BitFitConfig():
+            return "BitFit"
+        case HeadConfig():
+            return "head"
+        case TopLayersConfig():
+            return "top layers"
+        case FullConfig():
+            return "full"
+    return type(config).__name__
+
+
+def _of_peft(parameter: str) -> str | None:
+    """The layer that HF PEFT gave this parameter to, by the parameter's name; None for any other parameter."""
+    found = re.match(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.", parameter)
+    return found and found[1]
 
 
 def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:

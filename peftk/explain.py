@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from peftk import backends
-from peftk.backends import Call, Choice
+from peftk.backends import Call
+from peftk.interop import peft_model
 
 OPS = (
     "lora_linear",
@@ -38,11 +41,12 @@ def explain(
     device: str | torch.device = "cpu",
     dropout: bool = False,
     backend: str | None = None,
-) -> Choice:
+) -> Any:  # Choice or Explanation, by what is asked
     """The backend that would serve a call, why, and why the preferred ones would not. Nothing is computed.
 
-    Two ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`, or `explain(layer, x)` with a
-    LoRALinear or MultiLoRALinear and an input (or M=).
+    Three ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`; `explain(layer, x)` with a
+    LoRALinear, a MultiLoRALinear or a LoRA layer of HF PEFT and an input (or M=); `explain(peft_model)` with a whole
+    model of HF PEFT: which of its layers run on peftk's kernels, and which keep PEFT's own code and why.
 
     Args:
         what: one of lora_linear, multi_lora_linear, adapter_block, multi_adapter_block, their _backward, merge,
@@ -52,12 +56,15 @@ def explain(
         backend: what would be forced (else PEFTK_BACKEND is looked at, as in a call).
 
     Returns:
-        Choice: `.backend`, `.reason`, `.rejected`; print it to read it.
+        Choice: `.backend`, `.reason`, `.rejected`; print it to read it. The backend "peft" is PEFT's own code.
+        Explanation, of a whole model: `.peftk` and `.peft`, which map what serves, or why not, to names of layers.
 
     Raises:
         ValueError, TypeError: an unknown operation or layer.
         BackendError: the forced backend could not serve this call.
     """
+    if isinstance(what, nn.Module) and peft_model.has_lora(what):
+        return peft_model.explain(what, M if x is None else x.numel() // x.shape[-1], backend)
     if isinstance(what, nn.Module):
         call = _of_layer(what, x, M)
     else:
@@ -79,8 +86,7 @@ def explain(
             adapters,
             dropout,
         )
-    choice = backends.choose(call, backend)
-    return choice._replace(kernel=backends.module(choice.backend).describe(call))
+    return backends.explained(call, backend)
 
 
 def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:

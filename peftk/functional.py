@@ -11,7 +11,8 @@ fp64 inputs are served by the reference, in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ __all__ = [
     "multi_adapter_block",
     "multi_lora_linear",
     "remerge_",
+    "remerge_layers_",
     "unmerge_",
     "unmerge_layers_",
 ]
@@ -304,7 +306,7 @@ def merge_(
             Or sequences of one length, for several adapters of any ranks in one pass; one s may serve them all.
 
     Returns:
-        MergeReceipt: about one byte a weight, besides A and B.
+        MergeReceipt: about half a byte a weight where ΔW is not several times W, besides A and B (docs/merge.md).
 
     Raises:
         TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
@@ -360,7 +362,7 @@ def merge_layers_(
 ) -> list[MergeReceipt]:
     """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
 
-    The CUDA C++ and Triton backends merge all layers in one launch (one for each device and pair of dtypes), other
+    That holds whatever is raised meanwhile. A Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton backends merge all layers in one launch (one for each device and pair of dtypes), other
     backends one after another.
 
     Args:
@@ -373,17 +375,35 @@ def merge_layers_(
     Raises:
         TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.
     """
-    _sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
-    each = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
-    _sequences(weights=weights, scaling=each)
-    factors = []
-    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
-        try:
-            factors.append(_factors(*arguments))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {layer}: {error}") from None
-    checks.apart(weights)
-    return merge.merge_layers_(weights, factors, backend)
+    return merge.merge_layers_(weights, _layers(weights, lora_A, lora_B, scaling), backend)
+
+
+def remerge_layers_(
+    weights: Sequence[Tensor],
+    receipts: Sequence[MergeReceipt | None],
+    lora_A: Sequence[Tensor | Sequence[Tensor]],
+    lora_B: Sequence[Tensor | Sequence[Tensor]],
+    scaling: float | Sequence[float | Sequence[float]] = 1.0,
+    *,
+    backend: str | None = None,
+) -> list[MergeReceipt]:
+    """`remerge_` of many layers: each from what its receipt says it holds (None: the base layer) to these adapters.
+
+    All change over, or none: whatever is raised, those that had changed go back to the merge before, to the bit, and
+    `receipts` still undo it.
+
+    Args: as in `merge_layers_` and `unmerge_layers_`.
+
+    Raises:
+        TypeError, ValueError: as both, with the number of the layer.
+    """
+    factors = _layers(weights, lora_A, lora_B, scaling)
+    _sequences(weights=weights, receipts=receipts)
+    for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
+        if receipt is not None:
+            with _numbered(layer):
+                _merged(weight, receipt)
+    return merge.remerge_layers_(weights, receipts, factors, backend)
 
 
 def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
@@ -394,12 +414,32 @@ def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt],
     """
     _sequences(weights=weights, receipts=receipts)
     for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
-        try:
+        with _numbered(layer):
             _merged(weight, receipt)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {layer}: {error}") from None
     checks.apart(weights)
     merge.unmerge_layers_(weights, receipts, backend)
+
+
+def _layers(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list[Factors]:
+    """The adapters of many layers' merges, checked and copied."""
+    _sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
+    each = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
+    _sequences(weights=weights, scaling=each)
+    factors = []
+    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
+        with _numbered(layer):
+            factors.append(_factors(*arguments))
+    checks.apart(weights)
+    return factors
+
+
+@contextlib.contextmanager
+def _numbered(layer: int) -> Iterator[None]:
+    """An error says which layer it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {layer}: {error}") from None
 
 
 def _sequences(**arguments: Any) -> None:
@@ -417,7 +457,7 @@ def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
     _receipt(receipt)
     checks.floating("weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape {list(receipt.code.shape)} of the merge, got {list(weight.shape)}")
+        raise ValueError(f"weight: expected shape {list(receipt.shape)} of the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
 
 

@@ -32,3 +32,9 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For models so small that threads would only wait for each other."""
+    torch.set_num_threads(1)

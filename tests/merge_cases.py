@@ -100,7 +100,8 @@ def bits(weight: Tensor) -> Tensor:
 
 
 def check_receipt(ours: MergeReceipt, theirs: MergeReceipt) -> None:
+    assert ours.code.dtype == theirs.code.dtype
     assert torch.equal(ours.code, theirs.code)
-    assert torch.equal(ours.raw_index, theirs.raw_index)
+    assert torch.equal(ours.far, theirs.far)
     assert torch.equal(bits(ours.raw_values), bits(theirs.raw_values))
     assert ours.checksum == theirs.checksum

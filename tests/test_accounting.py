@@ -13,7 +13,16 @@ from rich.console import Console
 from torch import nn
 
 import peftk
-from peftk import LoraConfig
+from peftk import (
+    BitFitConfig,
+    FullConfig,
+    HeadConfig,
+    LlamaAdapterConfig,
+    LoraConfig,
+    ParallelAdapterConfig,
+    SeriesAdapterConfig,
+    TopLayersConfig,
+)
 from peftk.accounting import (
     OPTIMIZER_TENSORS,
     bitfit_parameters,
@@ -130,6 +139,102 @@ def test_totals_that_others_print() -> None:
     assert peftk.count_parameters(model) == (8_388_608, 6_666_862_592)
     assert peftk.count_parameters(bert()).total == 109_482_240
     assert round(peftk.count_parameters(gpt3()).total / 1e9) == 175
+
+
+def llama_7b() -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    return on_meta(transformers.LlamaForCausalLM, config)
+
+
+def bert_large() -> nn.Module:
+    return bert(1024, 24)
+
+
+PUBLISHED = [
+    # Houlsby et al. 2019, section 2.1: 2·m·d + d + m an adapter, two a layer; their 64 is 2.1 % of BERT-large with its
+    # LayerNorms and head, which train besides there
+    (bert_large, SeriesAdapterConfig(bottleneck=64), "series adapter", 24 * 2 * (2 * 1024 * 64 + 1024 + 64), 1.86),
+    (bert, SeriesAdapterConfig(bottleneck=64), "series adapter", 2_379_264, 2.13),
+    # Pfeiffer et al. 2020: one a layer, d/a = 16; what
+    # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
+    (bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81),
+    (bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61),
+    # He et al. 2021: parallel adapters beside the MLP
+    (bert, ParallelAdapterConfig(bottleneck=512), "parallel adapter", 12 * (2 * 768 * 512 + 768 + 512), 7.95),
+    # Ben Zaken et al. 2021, table 1: 0.09 % of BERT-base, 0.08 % of BERT-large
+    (bert, BitFitConfig(), "BitFit", bitfit_parameters(12, 768) + 2 * 768, 0.09),
+    (bert_large, BitFitConfig(), "BitFit", bitfit_parameters(24, 1024) + 2 * 1024, 0.08),
+    # Zhang et al. 2023: 1.2 M for LLaMA-7B, prompts of 10 in the topmost 30 layers
+    (llama_7b, LlamaAdapterConfig(adapter_len=10, adapter_layers=30), "LLaMA-Adapter", 30 * (10 * 4096 + 32), 0.02),
+]
+
+
+@pytest.mark.parametrize(("build", "config", "method", "trainable", "percent"), PUBLISHED)
+def test_published_counts_of_other_methods(
+    build: Callable[[], nn.Module], config: Any, method: str, trainable: int, percent: float
+) -> None:
+    model = build()
+    peftk.inject(model, config)
+    count = peftk.count_parameters(model)
+    assert count.trainable == trainable
+    assert round(100 * count.ratio, 2) == percent
+    found = count.by_method()
+    assert found.keys() == {method}
+    # BitFit's closed form leaves out the embeddings' LayerNorm and the pooler, the others' nothing
+    assert found[method].difference == (2 * (count.width or 0) if method == "BitFit" else 0)
+
+
+def test_a_layer_and_the_whole_model() -> None:
+    for config, method, closed_form in (
+        (TopLayersConfig(k=2), "top layers", transformer_parameters(2, 32)),
+        (FullConfig(), "full", transformer_parameters(2, 32)),
+        (HeadConfig(), "head", None),
+    ):
+        model = small()
+        peftk.inject(model, config)
+        count = peftk.count_parameters(model)
+        found = count.by_method()[method]
+        assert (found.parameters, found.closed_form) == (count.trainable, closed_form)
+        assert count.base_parameters == count.total
+    assert found.parameters == 32 * 2 + 2
+
+
+def test_several_methods_at_once() -> None:
+    model = small()
+    configs = [
+        LoraConfig(r=4, target_modules=["query"]),
+        LoraConfig(r=4, target_modules=["value"], lora_bias=True),
+        SeriesAdapterConfig(bottleneck=8),
+        ParallelAdapterConfig(bottleneck=8, where=["key"]),
+        LlamaAdapterConfig(adapter_len=5),
+        BitFitConfig(biases=["query", "key"]),
+    ]
+    for config in configs:
+        peftk.inject(model, config)
+    counts = peftk.count_parameters(model)
+    found = counts.by_method()
+    assert {name: (method.modules, method.parameters, method.difference) for name, method in found.items()} == {
+        "LoRA": (4, 2 * (4 * 64 + 4 * 64 + 32), 0),
+        "series adapter": (4, 4 * (2 * 32 * 8 + 8 + 32), 0),
+        "parallel adapter": (2, 2 * (8 * 64 + 8 + 32), 0),
+        "LLaMA-Adapter": (2, 2 * (5 * 32 + 2), 0),
+        "BitFit of query, key": (4, 4 * 32, None),
+    }
+    assert found["LoRA"].formula == "r·(K + N) + r·(K + N) + N"
+    assert sum(method.parameters for method in found.values()) == counts.trainable
+
+
+def test_a_peft_model_is_counted_too() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(small(), config)
+    count = peftk.count_parameters(model)
+    assert count == model.get_nb_trainable_parameters()
+    assert count.by_method()["LoRA of HF PEFT"].parameters == 4 * 4 * 64
+    assert count.by_method()["other"].parameters == 32 * 2 + 2  # the classifier, a copy of which it trains
 
 
 @pytest.mark.full

@@ -15,13 +15,15 @@
 
 namespace peftk {
 
-// lora_A, lora_B, the end of each adapter's ranks, their scalings, their dtype, the code
-using MergeSideArgs = std::tuple<uintptr_t, uintptr_t, std::vector<int64_t>, std::vector<float>, int, uintptr_t>;
+// lora_A, lora_B, the end of each adapter's ranks, their scalings, their dtype, the halves, the far codes and how many,
+// the raw values and how many. The last four are of a side that W comes from.
+using MergeSideArgs = std::tuple<uintptr_t, uintptr_t, std::vector<int64_t>, std::vector<float>, int, uintptr_t,
+                                 uintptr_t, int64_t, uintptr_t, int64_t>;
 
 // Points into `args`.
 inline MergeSide merge_side(const std::optional<MergeSideArgs>& args) {
     if (!args) return {};
-    const auto& [lora_A, lora_B, ends, scaling, dtype, code] = *args;
+    const auto& [lora_A, lora_B, ends, scaling, dtype, halves, far, far_count, raws, raw_count] = *args;
     if (ends.empty() || ends.size() != scaling.size()) {
         throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
                                     std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
@@ -33,17 +35,8 @@ inline MergeSide merge_side(const std::optional<MergeSideArgs>& args) {
                                int64_t(ends.size()),
                                ends.back(),
                                dtype_of("adapter_dtype", dtype)};
-    return {factors, reinterpret_cast<int8_t*>(code), nullptr};
-}
-
-inline std::vector<RawWeight> raw_weights(uintptr_t index, uintptr_t bits, int64_t count, Dtype dtype) {
-    std::vector<RawWeight> raws(count);
-    for (int64_t i = 0; i < count; i++) {
-        raws[i].index = reinterpret_cast<const int64_t*>(index)[i];
-        raws[i].bits =
-            dtype == kFloat32 ? reinterpret_cast<const uint32_t*>(bits)[i] : reinterpret_cast<const uint16_t*>(bits)[i];
-    }
-    return raws;
+    return {factors,   reinterpret_cast<uint8_t*>(halves),  nullptr,  reinterpret_cast<const int8_t*>(far),
+            far_count, reinterpret_cast<const void*>(raws), raw_count};
 }
 
 template <class Bits>
@@ -59,25 +52,25 @@ inline void bind_merge(pybind11::module_& module) {
     module.def(
         "remerge",
         [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, const std::optional<MergeSideArgs>& from,
-           uintptr_t raw_index, uintptr_t raw_bits, int64_t raws, const std::optional<MergeSideArgs>& to, int threads) {
+           const std::optional<MergeSideArgs>& to, int threads) {
             MergePass pass{};
             pass.weight = reinterpret_cast<void*>(weight);
             pass.stride = stride, pass.N = N, pass.K = K, pass.dtype = dtype_of("dtype", dtype);
             pass.from = merge_side(from), pass.to = merge_side(to);
-            MergeResult result;
-            {
-                const py::gil_scoped_release release;
-                result = remerge(pass, raw_weights(raw_index, raw_bits, raws, pass.dtype), threads);
-            }
-            py::array_t<int64_t> index(py::ssize_t(result.raws.size()));
-            int64_t* at = index.mutable_data();
-            for (const RawWeight& raw : result.raws) *at++ = raw.index;
-            return py::make_tuple(
-                result.finite, result.checksum, index,
-                pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
+            py::tuple outcome;
+            const py::gil_scoped_release release;
+            // made while the pass can still be undone: there may be no memory for it
+            remerge(pass, threads, [&](const MergeResult& result) {
+                const py::gil_scoped_acquire acquire;
+                outcome = py::make_tuple(
+                    result.finite, result.checksum,
+                    py::array_t<int8_t>(py::ssize_t(result.far.size()), result.far.data()),
+                    pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
+            });
+            return outcome;
         },
         py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("from_side"),
-        py::arg("raw_index"), py::arg("raw_bits"), py::arg("raws"), py::arg("to_side"), py::arg("threads"));
+        py::arg("to_side"), py::arg("threads"));
     module.def(
         "checksum",
         [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, int threads) {

@@ -17,6 +17,12 @@ constexpr int kRaw = 127;        // the distance does not fit: the caller keeps 
 constexpr int kZero = -128;      // W was +0
 constexpr int kFarthest = -127;  // distances from here to kRaw - 1 have codes
 
+// What a receipt holds of it is the same once more at half the size: codes from kHalfFarthest to kHalfFar - 1 as they
+// are, +0 as kHalfZero, and kHalfFar for any other, which follows apart, as a byte, in order of place.
+constexpr int kHalfFar = 7;
+constexpr int kHalfZero = -8;
+constexpr int kHalfFarthest = -7;
+
 // Bits to their place in the order: +0 is 0, -0 is -1, and so on outwards. It is its own inverse.
 template <typename Lane, Lane kMagnitude, typename Uints>
 PEFTK_HOST_DEVICE inline Uints order(Uints bits) {

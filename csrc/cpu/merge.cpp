@@ -3,6 +3,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/checksum.h"
 #include "cpu/scratch.h"
@@ -33,34 +36,129 @@ void pack(Level level, MergeSide& side, int64_t K, float* packed, int threads) {
 
 bool before(const RawWeight& a, const RawWeight& b) { return a.index < b.index; }
 
-void run(Level level, const MergePass& pass, std::vector<MergeTask>& tasks, int threads) {
-    auto rows_of = [&](int64_t i) {
-        MergeTask& task = tasks[i];
-        PEFTK_CALL(level, merge_rows, (pass, task));
-        if (pass.undoing) return;
-        std::sort(task.raws.begin(), task.raws.end(), before);
-        if (pass.to.factors.adapters) {  // the rows are in the second-level cache
-            task.checksum =
-                checksum_of_rows(level, pass.weight, pass.stride, task.first_row, task.rows, pass.K, pass.dtype);
-        }
-    };
-    parallel_for(int64_t(tasks.size()), threads, rows_of);
+int64_t bytes_of_row(int64_t K) { return (K + 1) / 2; }
+
+int8_t* codes_in_cache(ScratchSlot slot, const MergePass& pass, int64_t rows) {
+    return static_cast<int8_t*>(scratch(slot, rows * pass.code_stride));
 }
 
-// Brings every block that the pass has written back to `from`, through the code and the raw weights of `to`. Allocates
-// nothing: on this thread all scratch is there.
-void undo(Level level, MergePass pass, std::vector<MergeTask>& tasks) {
+// A task's codes of a side, a byte each.
+void unpack(Level level, const MergePass& pass, const MergeSide& side, const MergeTask& task, const int8_t* far,
+            int8_t* codes) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < task.rows; i++) {
+        const uint8_t* halves = side.halves + (task.first_row + i) * bytes_of_row(pass.K);
+        PEFTK_CALL(level, merge_unpack_codes, (halves, pass.K, far, codes + i * pass.code_stride, &count));
+    }
+}
+
+// And of `to` packed: the halves where they belong, the others in the task.
+void pack_codes(Level level, const MergePass& pass, MergeTask& task) {
+    int64_t count = 0;
+    int8_t* far = static_cast<int8_t*>(scratch(kFarSlot, task.rows * pass.K));
+    for (int64_t i = 0; i < task.rows; i++) {
+        int8_t* codes = task.code_to + i * pass.code_stride;
+        std::fill(codes + pass.K, codes + pass.code_stride, int8_t(0));
+        uint8_t* halves = pass.to.halves + (task.first_row + i) * bytes_of_row(pass.K);
+        PEFTK_CALL(level, merge_pack_codes, (codes, pass.K, halves, far, &count));
+    }
+    task.far.assign(far, far + count);
+}
+
+uint32_t bits_at(const void* raws, Dtype dtype, int64_t i) {
+    return dtype == kFloat32 ? static_cast<const uint32_t*>(raws)[i] : static_cast<const uint16_t*>(raws)[i];
+}
+
+// The raw weights of `from` in a task's rows, with their places.
+std::vector<RawWeight> find_raws(const MergePass& pass, const MergeTask& task, int64_t count) {
+    std::vector<RawWeight> raws;
+    raws.reserve(count);
+    for (int64_t i = 0; i < task.rows && int64_t(raws.size()) < count; i++) {
+        const int8_t *codes = task.code_from + i * pass.code_stride, *code = codes, *end = codes + pass.K;
+        for (; (code = static_cast<const int8_t*>(memchr(code, merge_code::kRaw, end - code))); code++) {
+            const uint32_t bits = bits_at(pass.from.raws, pass.dtype, task.first_raw + int64_t(raws.size()));
+            raws.push_back({(task.first_row + i) * pass.K + (code - codes), bits});
+        }
+    }
+    return raws;
+}
+
+// Where each task finds its codes of `from`.
+void find_first(Level level, const MergePass& pass, std::vector<MergeTask>& tasks, int threads) {
+    const int64_t row = bytes_of_row(pass.K);
+    auto count = [&](int64_t i) {
+        MergeTask& task = tasks[i];
+        PEFTK_CALL(level, merge_count_far, (pass.from.halves + task.first_row * row, task.rows * row, &task.first_far));
+    };
+    parallel_for(int64_t(tasks.size()), threads, count);
+    const int8_t* far = pass.from.far;
+    int64_t fars = 0, raws = 0;
+    for (MergeTask& task : tasks) {
+        const int64_t more = task.first_far;
+        task.first_far = fars, task.first_raw = raws;
+        fars += more;
+        if (fars > pass.from.far_count) break;
+        raws += std::count(far + task.first_far, far + fars, int8_t(merge_code::kRaw));
+    }
+    if (fars != pass.from.far_count || raws != pass.from.raw_count) {
+        throw std::invalid_argument("receipt: expected as many far codes and raw values as its code calls for, got " +
+                                    std::to_string(pass.from.far_count) + " and " +
+                                    std::to_string(pass.from.raw_count));
+    }
+}
+
+// Brings the blocks that a task has written back to `from`, through the codes `code_to` and the raw weights of `to`.
+// Allocates nothing: on this thread all scratch is there.
+void undo(Level level, MergePass pass, MergeTask& task) {
     int never = 0;
     std::swap(pass.from, pass.to);
-    pass.to.code = pass.from.code;  // a block's is read before it is written; nobody needs it any more
     pass.undoing = true;
     pass.stop = &never;
-    for (MergeTask& task : tasks) {
-        std::sort(task.raws.begin(), task.raws.end(), before);  // one that was interrupted has not done it
-        task.raws_from = task.raws.data(), task.raws_from_end = task.raws_from + task.raws.size();
-        task.most_blocks = task.blocks;
+    std::sort(task.raws.begin(), task.raws.end(), before);
+    task.raws_from = task.raws.data(), task.raws_from_end = task.raws_from + task.raws.size();
+    task.code_from = task.code_to;  // a block's are read before they are written; nobody needs them any more
+    task.most_blocks = task.blocks;
+    PEFTK_CALL(level, merge_rows, (pass, task));
+    task.whole = false;
+}
+
+// A task from W as it was to all of its results, or to W as it was.
+void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_end) {
+    task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
+    std::vector<RawWeight> raws_from;
+    if (pass.from.factors.adapters) {
+        int8_t* codes = codes_in_cache(kCodesFromSlot, pass, task.rows);
+        task.code_from = codes;
+        unpack(level, pass, pass.from, task, pass.from.far + task.first_far, codes);
+        raws_from = find_raws(pass, task, raw_end - task.first_raw);
     }
-    run(level, pass, tasks, 1);
+    task.raws_from = raws_from.data(), task.raws_from_end = task.raws_from + raws_from.size();
+    try {
+        PEFTK_CALL(level, merge_rows, (pass, task));
+        if (task.whole && pass.to.factors.adapters) {
+            std::sort(task.raws.begin(), task.raws.end(), before);
+            // the rows are in the second-level cache
+            task.checksum =
+                checksum_of_rows(level, pass.weight, pass.stride, task.first_row, task.rows, pass.K, pass.dtype);
+            pack_codes(level, pass, task);
+        }
+    } catch (...) {
+        undo(level, pass, task);
+        throw;
+    }
+    if (!task.whole) undo(level, pass, task);
+}
+
+// Brings every task that has ended back to `from`. Allocates nothing, as above.
+void undo_all(Level level, const MergePass& pass, std::vector<MergeTask>& tasks) {
+    auto undo_one = [&](int64_t i) {
+        MergeTask& task = tasks[i];
+        if (!task.whole) return;
+        task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
+        if (pass.to.factors.adapters) unpack(level, pass, pass.to, task, task.far.data(), task.code_to);
+        undo(level, pass, task);
+    };
+    parallel_for(int64_t(tasks.size()), 1, undo_one);
 }
 
 }  // namespace
@@ -71,45 +169,51 @@ const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_
 
 void keep_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
 
-MergeResult remerge(MergePass pass, const std::vector<RawWeight>& raws, int threads) {
+void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& hand_over) {
     const Level level = level_in_use();
     const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
     const int64_t work = pass.N * pass.K * (ranks + 8);  // the code costs about as much as eight ranks
     threads = int(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
 
-    // All that undo needs, on this thread, before W changes.
+    // All that undoing needs, on this thread, before W changes.
     float* packed = static_cast<float*>(scratch(kFactorSlot, groups_of(pass.K) * kMergeGroup * ranks * sizeof(float)));
     scratch(kRowsSlot, kMergeTaskRows * ranks * sizeof(float));
+    pass.code_stride = groups_of(pass.K) * kMergeGroup;
+    codes_in_cache(kCodesToSlot, pass, kMergeTaskRows);
     std::vector<MergeTask> tasks((pass.N + kMergeTaskRows - 1) / kMergeTaskRows);
     for (size_t i = 0; i < tasks.size(); i++) {
         tasks[i].first_row = int64_t(i) * kMergeTaskRows;
         tasks[i].rows = std::min(kMergeTaskRows, pass.N - tasks[i].first_row);
         tasks[i].most_blocks = INT64_MAX;
-        tasks[i].raws_from = raws.data(), tasks[i].raws_from_end = raws.data() + raws.size();
     }
+    if (pass.from.factors.adapters) find_first(level, pass, tasks, threads);
     pack(level, pass.from, pass.K, packed, threads);
     pack(level, pass.to, pass.K, packed + groups_of(pass.K) * kMergeGroup * pass.from.factors.R, threads);
-    if (pass.to.factors.adapters) prefer_huge_pages(pass.to.code, pass.N * pass.K);
+    if (pass.to.factors.adapters) prefer_huge_pages(pass.to.halves, pass.N * bytes_of_row(pass.K));
 
     int stop = 0;
     pass.undoing = false;
     pass.stop = &stop;
-    MergeResult result{true, 0, {}};
+    auto run_one = [&](int64_t i) {
+        run_task(level, pass, tasks[i], i + 1 < int64_t(tasks.size()) ? tasks[i + 1].first_raw : pass.from.raw_count);
+    };
     try {
-        run(level, pass, tasks, threads);
+        parallel_for(int64_t(tasks.size()), threads, run_one);
         if (!stop) {
+            MergeResult result{true, 0, {}, {}};
             for (MergeTask& task : tasks) {
+                result.far.insert(result.far.end(), task.far.begin(), task.far.end());
                 result.raws.insert(result.raws.end(), task.raws.begin(), task.raws.end());
                 result.checksum += task.checksum;
             }
-            return result;
+            return hand_over(result);
         }
     } catch (...) {
-        undo(level, pass, tasks);
+        undo_all(level, pass, tasks);
         throw;
     }
-    undo(level, pass, tasks);
-    return {false, 0, {}};
+    undo_all(level, pass, tasks);
+    hand_over({false, 0, {}, {}});
 }
 
 }  // namespace peftk

@@ -93,6 +93,12 @@ def choose(call: Call, forced: str | None = None) -> Choice:
     return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
 
 
+def explained(call: Call, forced: str | None = None) -> Choice:
+    """`choose`, with what the backend says of the kernel that would run."""
+    choice = choose(call, forced)
+    return choice._replace(kernel=module(choice.backend).describe(call))
+
+
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftk_forced", default=None)
 _UNFORCED = contextlib.nullcontext()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.activations import CODES
 from peftk.backends.merge_args import DTYPES, NotFiniteError, in_rows, rows
-from peftk.receipt import MergeReceipt
+from peftk.receipt import MergeReceipt, halves
 from peftk.reference import ALL, AdapterGrads, Wanted
 from peftk.reference.merge import Factors
 from peftk.table import Adapter, AdapterTable
@@ -230,7 +230,8 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
     with in_rows([weight]) as (W,):
-        _cpu.remerge(*_weight(W), *_from(receipt), None, torch.get_num_threads())
+        code, far = halves(receipt)
+        _cpu.remerge(*_weight(W), _side(receipt.factors, code, far, receipt.raw_values), None, torch.get_num_threads())
 
 
 def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
@@ -244,32 +245,34 @@ def checksum(weight: Tensor) -> int:
 
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
     """From W, or from W' with other adapters, to W' with these: one pass, in place."""
-    code = weight.new_empty(weight.shape, dtype=torch.int8)
+    N, K = weight.shape
+    code = weight.new_empty(N, (K + 1) // 2, dtype=torch.uint8)
+    old = None if receipt is None else halves(receipt)  # held until the call is over
+    from_side = None if receipt is None or old is None else _side(receipt.factors, *old, receipt.raw_values)
     with in_rows([weight]) as (W,):
-        finite, total, index, bits = _cpu.remerge(
-            *_weight(W), *_from(receipt), _side(factors, code), torch.get_num_threads()
-        )
+        finite, total, far, bits = _cpu.remerge(*_weight(W), from_side, _side(factors, code), torch.get_num_threads())
         if not finite:
             raise NotFiniteError
-    return MergeReceipt(factors, code, torch.from_numpy(index), torch.from_numpy(bits).view(weight.dtype), total)
+    return MergeReceipt(factors, code, torch.from_numpy(far), torch.from_numpy(bits).view(weight.dtype), total)
 
 
 def _weight(weight: Tensor) -> tuple[int, ...]:
     return (weight.data_ptr(), weight.stride(0), *weight.shape, DTYPES[weight.dtype])
 
 
-def _side(factors: Factors, code: Tensor) -> tuple[Any, ...]:
-    """Adapters and their code. Addresses: the caller keeps the tensors alive."""
+def _side(
+    factors: Factors, code: Tensor, far: Tensor | None = None, raw_values: Tensor | None = None
+) -> tuple[Any, ...]:
+    """Adapters and their code, two weights a byte. Addresses: the caller keeps the tensors alive.
+
+    A receipt's tensors are contiguous: made here, or by `to`. far and raw_values: of what W holds before the call.
+    """
     A, B, ends, scaling = factors
-    return A.data_ptr(), B.data_ptr(), ends, scaling, DTYPES[A.dtype], code.data_ptr()
-
-
-def _from(receipt: MergeReceipt | None) -> tuple[Any, ...]:
-    """What W holds before the call, and its raw weights. A receipt's tensors are contiguous: made here, or by `to`."""
-    if receipt is None:
-        return None, 0, 0, 0
-    index, values = receipt.raw_index, receipt.raw_values
-    return _side(receipt.factors, receipt.code), index.data_ptr(), values.data_ptr(), len(index)
+    return (
+        *(A.data_ptr(), B.data_ptr(), ends, scaling, DTYPES[A.dtype], code.data_ptr()),
+        *((0, 0) if far is None else (far.data_ptr(), len(far))),
+        *((0, 0) if raw_values is None else (raw_values.data_ptr(), len(raw_values))),
+    )
 
 
 def _dense(weight: Tensor | None) -> Tensor | None:

@@ -12,12 +12,20 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class NotFiniteError(ValueError):
-    """W + ΔW would not be finite; W is as it was. layer: which of those that were to be merged."""
+class LayerError(ValueError):
+    """What is wrong with a layer; layer: which of those of the call. All are as they were."""
+
+    def __init__(self, message: str, layer: int) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+class NotFiniteError(LayerError):
+    """W + ΔW would not be finite."""
 
     def __init__(self, layer: int = 0) -> None:
-        super().__init__("weight: expected W + s·BA to be finite in every element, got inf or NaN; W is unchanged")
-        self.layer = layer
+        message = "weight: expected W + s·BA to be finite in every element, got inf or NaN; W is unchanged"
+        super().__init__(message, layer)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftk.backends.merge_args import NotFiniteError, in_rows, rows
-from peftk.receipt import MergeReceipt
+from peftk.receipt import MergeReceipt, bytewise, packed
 from peftk.reference.merge import Factors
 
 # A row of the table, int64. Rows of W are contiguous, code [N, K], A [R, K] and B [N, R] dense.
@@ -150,10 +150,9 @@ class InPlace(NamedTuple):
 
     def _unmerge(self, weights: Sequence[Tensor], receipts: Sequence[MergeReceipt]) -> None:
         """Each weight as it was before the merge that wrote its receipt: a launch, and one for the raw weights."""
-        layers = self._layers(
-            weights, [receipt.code for receipt in receipts], [receipt.factors for receipt in receipts]
-        )
-        keys = [receipt.raw_index + first for receipt, first in zip(receipts, layers.first_weight, strict=False)]
+        codes, places = zip(*(bytewise(receipt) for receipt in receipts), strict=True)
+        layers = self._layers(weights, codes, [receipt.factors for receipt in receipts])
+        keys = [index + first for index, first in zip(places, layers.first_weight, strict=False)]
         raw = Raw(torch.cat(keys), torch.cat([receipt.raw_values for receipt in receipts]))
         self.unmerge(layers, torch.ones(layers.tiles, dtype=torch.int8, device=layers.device))
         self.restore(layers, raw)
@@ -243,13 +242,7 @@ def _receipts(
     values = torch.cat([part.values for part in full] + [last.values[:count]])[order]
     bounds = torch.searchsorted(keys, torch.tensor(layers.first_weight, device=keys.device)).tolist()
     return [
-        MergeReceipt(
-            factors[i],
-            codes[i],
-            keys[bounds[i] : bounds[i + 1]] - layers.first_weight[i],
-            values[bounds[i] : bounds[i + 1]].clone(),
-            checksum,
-        )
+        packed(factors[i], codes[i], values[bounds[i] : bounds[i + 1]].clone(), checksum)
         for i, checksum in enumerate(_checksums(layers, row_sums))
     ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from peftk import reference
 from peftk.backends.merge_args import NotFiniteError
 from peftk.backends.segments import Segments
-from peftk.receipt import MergeReceipt
+from peftk.receipt import MergeReceipt, bytewise, packed
 from peftk.reference import (
     checksum,
     lora_linear,
@@ -67,8 +67,9 @@ def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeRe
 
 
 def _base(weight: Tensor, receipt: MergeReceipt) -> Tensor:
-    base = unmerge(weight, receipt.factors, receipt.code)
-    base.view(-1)[receipt.raw_index] = receipt.raw_values
+    code, raw_index = bytewise(receipt)
+    base = unmerge(weight, receipt.factors, code)
+    base.view(-1)[raw_index] = receipt.raw_values
     return base
 
 
@@ -76,7 +77,6 @@ def _merge_from(weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
     new, code = merge(base, factors)
     if not bool(new.isfinite().all()):
         raise NotFiniteError
-    raw_index = (code == RAW).flatten().nonzero().flatten()
-    receipt = MergeReceipt(factors, code, raw_index, base.flatten()[raw_index], checksum(new))
+    receipt = packed(factors, code, base[code == RAW], checksum(new))
     weight.copy_(new)
     return receipt

@@ -3,8 +3,8 @@
 PEFT hands the names to every layer, which turns them into lists of indices, adapter by adapter. Here they become ids
 once, in one `peftk.route.Route` that all layers share, and so is what is derived from it (the sort of the rows).
 
-Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are left
-with the checkpoints that a forward runs in, and the recomputation finds them there.
+Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are
+left with the checkpoints that a forward runs in, and the recomputation finds them there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from peftk import route
 from peftk.route import Route
@@ -30,11 +31,14 @@ class Batch:
         self.unique = tuple(sorted(set(names) - {BASE}))
         self._others: dict[tuple[str, ...], Batch] = {}
 
+    def ids(self) -> Tensor:
+        """int32, one a sample."""
+        numbers = {BASE: -1, **{name: number for number, name in enumerate(self.unique)}}
+        return torch.tensor([numbers[name] for name in self.names], dtype=torch.int32, device="cpu")
+
     @functools.cached_property
     def route(self) -> Route:
-        numbers = {name: number for number, name in enumerate(self.unique)}
-        numbers[BASE] = -1
-        return Route(torch.tensor([numbers[name] for name in self.names], dtype=torch.int32, device="cpu"))
+        return Route(self.ids())
 
     def of(self, names: Sequence[str]) -> Batch:
         """This batch, or one of other names in the same forward: generate() expands beams in the decoder alone."""
@@ -60,7 +64,9 @@ def entered(names: Sequence[str]) -> Iterator[None]:
 
 
 def at_hand(names: Sequence[str] | None) -> Batch | None:
-    """The batch of a layer that was given `names` (None: no mixed batch); within a recomputation, that of the forward."""
+    """The batch of a layer that was given `names` (None: no mixed batch); in a recomputation, that of the forward."""
+    if torch.compiler.is_compiling():
+        return None if names is None else Batch(names, trains=False)
     batch = None
     if names is not None:
         shared = _entered.get()

@@ -131,6 +131,18 @@ def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     return LoadedCheckpoint(folder, config, adapters, biases, saved)
 
 
+def load_factors(path: str | os.PathLike[str]) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that holds nothing but s·BA.
+
+    Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
+    """
+    loaded = load(path)
+    beside = [*loaded.biases, *loaded.saved, *(n for n, a in loaded.adapters.items() if a.lora_bias is not None)]
+    if beside:
+        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+    return loaded.adapters
+
+
 def save(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],

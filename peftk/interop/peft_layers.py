@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners import lora
@@ -42,7 +42,7 @@ class _Recorded(NamedTuple):
     columns: tuple[int, ...] = ()
 
 
-class Linear(lora.Linear):  # type: ignore[misc]
+class Linear(lora.Linear):
     """PEFT's lora.Linear with forward, merge and unmerge by peftk's kernels where they can serve.
 
     Base layer and active adapters are one call, and so is a mixed batch. What `reason` names keeps PEFT's own code.
@@ -60,12 +60,12 @@ class Linear(lora.Linear):  # type: ignore[misc]
 
     def _served(self, x: Tensor, batch: Batch | None) -> Tensor | None:
         """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
-        base = peft_reasons.runs(self._modules["base_layer"])
-        if type(base) is str or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
+        base = peft_reasons.runs(cast(nn.Module, self._modules["base_layer"]))
+        if isinstance(base, str) or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
             return None
         weight, bias = base
-        if batch is not None:
-            self._check_forward_args(x, adapter_names=batch.names)
+        if batch is not None and (len(x) != len(batch.names) or self.merged_adapters):
+            return None  # PEFT says what is wrong
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -74,9 +74,9 @@ class Linear(lora.Linear):  # type: ignore[misc]
             return self._mixed(x, base, batch)
         if self.merged_adapters:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
-        active = self._active_adapter
-        adapters = self._adapters((active,) if type(active) is str else active, weight)
-        if type(adapters) is str:
+        names = self._active_adapter
+        adapters = self._adapters((names,) if isinstance(names, str) else names, weight)
+        if isinstance(adapters, str):
             return None
         found = [adapter for adapter in adapters if adapter is not None]
         if not found:
@@ -91,15 +91,32 @@ class Linear(lora.Linear):  # type: ignore[misc]
                 one = _together(found)
         lora_A, lora_B, bias_B, scaling, dropout_p = one
         return functional.lora_linear_unchecked(
-            x, weight, bias, lora_A, lora_B, scaling, "identity", None, bias_B, dropout_p
+            x, weight, bias, lora_A, lora_B, cast(float, scaling), "identity", None, bias_B, dropout_p
         )
+
+    def active(self) -> tuple[Tensor, list[Factors]] | str:
+        """What a call would compute with now, W and adapters (none while disabled or merged), or why that is PEFT's."""
+        if "forward" in self.__dict__:
+            return "the layer's forward was replaced"
+        base = peft_reasons.runs(self.base_layer)
+        if isinstance(base, str):
+            return base
+        if self.disable_adapters or self.merged:
+            return base[0], []
+        found = self._adapters(self.active_adapters, base[0])
+        if isinstance(found, str):
+            return found
+        adapters = [adapter for adapter in found if adapter is not None]
+        if len(adapters) > 1 and any(adapter.dropout_p for adapter in adapters):
+            return "several adapters are active with dropout, each with a mask of its own"
+        return base[0], adapters
 
     def _adapters(self, names: Sequence[str], weight: Tensor) -> list[Factors | None] | str:
         """Those of the names, None for one that the layer lacks; or the reason why they are PEFT's to compute."""
-        found = []
+        found: list[Factors | None] = []
         for name in names:
             adapter = peft_reasons.factors(self, name, weight)
-            if type(adapter) is str:
+            if isinstance(adapter, str):
                 return adapter
             found.append(adapter)
         return found
@@ -107,14 +124,14 @@ class Linear(lora.Linear):  # type: ignore[misc]
     def _mixed(self, x: Tensor, base: Base, batch: Batch) -> Tensor | None:
         weight, bias = base
         adapters = self._adapters(batch.unique, weight)
-        if type(adapters) is str:
+        if isinstance(adapters, str):
             return None
         dropouts = {adapter.dropout_p for adapter in adapters if adapter is not None}
         if len(dropouts) > 1:
             return None
         if not dropouts:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
-        ids = batch.route.rows(x)
+        ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
         return functional.multi_lora_linear_unchecked(
             x, weight, bias, self._table(batch.unique, adapters), ids, dropouts.pop()
         )
@@ -146,7 +163,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
             return
         names = check_adapters_to_merge(self, adapter_names)
         if names:
-            peft_merge.merge(self, names, safe_merge=safe_merge)
+            peft_merge.merge(self, names)
 
     def unmerge(self) -> None:
         """As PEFT's; what `merge` above has merged comes out exactly."""
@@ -185,10 +202,11 @@ def _adapter(factors: Factors | None) -> Adapter:
 def _where(factors: Factors) -> tuple[Any, ...]:
     """All that a table says of an adapter. The table keeps the tensors too, which may be others at the same address."""
     A, B = factors.lora_A, factors.lora_B
-    return (id(A), A.data_ptr(), A.shape, A.stride(), id(B), B.data_ptr(), B.shape, B.stride(), factors.scaling)
+    kind = (A.dtype, A.shape, B.shape, factors.scaling)
+    return (id(A), A.data_ptr(), A.stride(), id(B), B.data_ptr(), B.stride(), *kind)
 
 
-class LoraModel(PeftLoraModel):  # type: ignore[misc]
+class LoraModel(PeftLoraModel):
     """PEFT's LoraModel whose new layers are accelerated too, and whose mixed batches train."""
 
     @staticmethod
@@ -197,10 +215,14 @@ class LoraModel(PeftLoraModel):  # type: ignore[misc]
         swap(module)
         return module
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-        hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         names = kwargs.get("adapter_names")
-        return hooks if names is None else self._mixed_batch(hooks, names)
+        if names is None:
+            return super()._enable_peft_forward_hooks(*args, **kwargs)
+        # PEFT refuses names where this module says that it trains; so another says it, with the same modules inside
+        evaluating = PeftLoraModel.__new__(PeftLoraModel)
+        evaluating.__dict__.update(self.__dict__, training=False)
+        return self._mixed_batch(evaluating._enable_peft_forward_hooks(*args, **kwargs), names)
 
     @contextlib.contextmanager
     def _mixed_batch(self, hooks: contextlib.AbstractContextManager[None], names: Sequence[str]) -> Iterator[None]:
@@ -208,12 +230,7 @@ class LoraModel(PeftLoraModel):  # type: ignore[misc]
             for module in self.modules():
                 if type(module) is not Linear and isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                     _remind(module)
-        # PEFT refuses names where this module, which has no forward of its own, says that it trains
-        training, self.training = self.training, False
-        try:
-            hooks.__enter__()
-        finally:
-            self.training = training
+        hooks.__enter__()
         try:
             with peft_batch.entered(names):
                 yield
@@ -259,9 +276,9 @@ def swap_back(model: nn.Module) -> int:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
         count += type(module) in (Linear, LoraModel)
         if type(module) is Linear:
-            module.__class__ = lora.Linear
+            module.__class__ = lora.Linear  # type: ignore[assignment]
             for name in [name for name in module.__dict__ if name.startswith("_peftk_")]:
                 del module.__dict__[name]
         elif type(module) is LoraModel:
-            module.__class__ = PeftLoraModel
+            module.__class__ = PeftLoraModel  # type: ignore[assignment]
     return count

@@ -1,4 +1,4 @@
-"""merge() and unmerge() of an accelerated PEFT layer: exact, by receipts that lie on the layer beside `merged_adapters`.
+"""merge() and unmerge() of an accelerated PEFT layer: exact, by receipts on the layer beside its `merged_adapters`.
 
 `merged_adapters` stays PEFT's: the names in the order of merging. Receipts say which of them, from the end, are taken
 out at once and exactly; what else is at the end (a variant, or merged before the layer was accelerated) is PEFT's to
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from peftk import functional
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
+from peftk.interop.peft_reasons import Base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +35,18 @@ def reason(layer: Any, names: list[str]) -> str | None:
     if isinstance(found, str):
         return found
     for name in names:
-        adapter = peft_reasons.factors(layer, name, found.weight)
+        adapter = peft_reasons.factors(layer, name, found[0])
         if isinstance(adapter, str):
             return adapter
     return None
 
 
-def merge(layer: Any, names: list[str], *, safe_merge: bool) -> None:
+def merge(layer: Any, names: list[str]) -> None:
     """W ← W + Σ s·BA in one pass for all names that the layer has; all that can go wrong does before anything changes.
 
     Raises ValueError where the outcome would not be finite, RuntimeError for a bias without a place in the base layer.
     """
-    weight, bias = peft_reasons.base(layer.base_layer)
+    weight, bias = cast(Base, peft_reasons.base(layer.base_layer))
     adapters = {name: peft_reasons.factors(layer, name, weight) for name in names}
     adapters = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     if not adapters:
@@ -57,7 +58,7 @@ def merge(layer: Any, names: list[str], *, safe_merge: bool) -> None:
             receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
         except ValueError as error:
             raise ValueError(f"{_broken(adapters)}: {error}") from error
-        if biases is not None:
+        if bias is not None and biases is not None:
             bias.data.copy_(biases[1])
     layer.merged_adapters.extend(adapters)
     layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
@@ -84,7 +85,7 @@ def _broken(adapters: dict[str, Any]) -> str:
 
 
 def unmerge(layer: Any, peft_unmerge: Any) -> None:
-    """Takes out all merged adapters, the last merged first. peft_unmerge: PEFT's own method, for those without receipt."""
+    """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
     while layer.merged_adapters:
         receipts = live(layer)
         last = receipts[-1] if receipts else None
@@ -120,7 +121,7 @@ def _exactly(layer: Any, merged: Merged) -> bool:
             stacklevel=3,
         )
         return False
-    if merged.biases is not None:
+    if bias is not None and merged.biases is not None:
         bias.data.copy_(before)
     return True
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
+
+from peftk import backends
+from peftk.backends import Call, Choice
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,7 +34,7 @@ def accelerate(peft_model: Model) -> Model:
     """
     if not isinstance(peft_model, nn.Module):
         raise TypeError(f"peft_model: expected an nn.Module, got {type(peft_model).__name__}")
-    if not _layers_of_peft(peft_model):
+    if not has_lora(peft_model):
         raise ValueError(f"peft_model: expected LoRA layers of HF PEFT, got {type(peft_model).__name__} without")
     from peftk.interop import peft_layers
 
@@ -61,7 +65,65 @@ def is_accelerated(model: nn.Module) -> bool:
     return layers is not None and any(type(m) in (layers.Linear, layers.LoraModel) for m in model.modules())
 
 
-def _layers_of_peft(model: nn.Module) -> bool:
-    """Whether any module is LoRA's of PEFT, which is not imported where nobody has imported it."""
+def has_lora(model: nn.Module) -> bool:
+    """Whether any module is a LoRA layer of PEFT, which is not imported where nobody has imported it."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     return layer is not None and any(isinstance(module, layer.LoraLayer) for module in model.modules())
+
+
+class Explanation(NamedTuple):
+    """peftk: what serves → names of layers; peft: why PEFT's own code is kept → names of layers."""
+
+    peftk: dict[str, list[str]]
+    peft: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = []
+        for title, groups in (("on peftk's kernels", self.peftk), ("on PEFT's own code", self.peft)):
+            lines.append(f"{sum(map(len, groups.values()))} layers {title}")
+            lines += [
+                f"  {len(names)}: {why}   ({names[0]}{', …' if names[1:] else ''})" for why, names in groups.items()
+            ]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanation:
+    """For `peftk.explain`: of one layer its Choice, of a model all layers'. M: rows of x."""
+    from peft.tuners.lora import LoraLayer
+
+    from peftk.interop.peft_layers import Linear
+
+    if isinstance(model, LoraLayer):
+        return _choice(model, M, backend)
+    explanation = Explanation({}, {})
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            choice = _choice(module, M, backend)
+            if choice.backend == "peft":
+                explanation.peft.setdefault(choice.reason, []).append(name)
+            else:
+                assert type(module) is Linear
+                explanation.peftk.setdefault(f"{choice.backend}: {choice.kernel}", []).append(name)
+    return explanation
+
+
+def _choice(layer: Any, M: int, backend: str | None) -> Choice:
+    """What would serve a call of the layer as it stands, without names of a mixed batch."""
+    from peft.tuners import lora
+
+    from peftk.interop.peft_layers import Linear
+
+    if type(layer) is not Linear:
+        kind = type(layer).__name__
+        return Choice("peft", f"not accelerated: lora.{kind}" if type(layer) is lora.Linear else f"lora.{kind}", ())
+    found = layer.active()
+    if isinstance(found, str):
+        return Choice("peft", found, ())
+    weight, adapters = found
+    dtype: torch.dtype | None = adapters[0].lora_A.dtype if len(adapters) == 1 else torch.float32 if adapters else None
+    rank, dropout = sum(a.lora_A.shape[0] for a in adapters), any(a.dropout_p for a in adapters)
+    N, K = weight.shape
+    call = Call(
+        "lora_linear", weight.device.type, weight.dtype, weight.dtype, dtype, M, K, N, rank, len(adapters[:1]), dropout
+    )
+    return backends.explained(call, backend)

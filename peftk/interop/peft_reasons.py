@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_KERNELS_HAVE = (torch.float32, torch.bfloat16, torch.float16)
+_KERNELS_HAVE = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_TENSORS = frozenset((nn.Parameter, Tensor))  # exactly: what a subclass computes is its own affair
 
-
-class Base(NamedTuple):
-    """weight [N, K] (of a Conv1D its transposed view), bias [N] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
+Base = tuple[Tensor, Tensor | None]  # weight [N, K] (of a Conv1D its transposed view), bias [N]
 
 
 class Factors(NamedTuple):
@@ -34,12 +30,13 @@ class Factors(NamedTuple):
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call does more than the forward of the module's class."""
+    own = module.__dict__
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -50,23 +47,30 @@ def base(module: nn.Module) -> Base | str:
     if kind is not nn.Linear and not transposed and not _linear(kind):
         return f"the base layer is a {kind.__name__}, not an nn.Linear or Conv1D"
     parameters = module._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+    weight, bias = parameters.get("weight"), parameters.get("bias", module)
+    if type(weight) not in _TENSORS:
         return "the base layer's weight is computed" if weight is None else f"the weight is a {type(weight).__name__}"
-    if bias is None:
-        if "bias" not in parameters:
-            return "the base layer's bias is computed"
-    elif type(bias) is not nn.Parameter and type(bias) is not Tensor:
-        return f"the base layer's bias is a {type(bias).__name__}"
-    elif bias.device != weight.device or bias.dtype not in _KERNELS_HAVE:
-        return f"the base layer's bias is {bias.dtype} on {bias.device}"
-    if weight.dtype not in _KERNELS_HAVE:
-        return f"the base layer is {str(weight.dtype).removeprefix('torch.')}"
-    if not (weight.is_cpu or weight.is_cuda):
-        return f"peftk has no kernels for {weight.device.type}"
-    if weight.dim() != 2:
-        return f"the base layer's weight has the shape {list(weight.shape)}"
-    return Base(weight.t() if transposed else weight, bias)
+    if weight.dtype not in _KERNELS_HAVE:  # type: ignore[union-attr]
+        return f"the base layer is {_short(weight)}"
+    if not (weight.is_cpu or weight.is_cuda):  # type: ignore[union-attr]
+        return f"peftk has no kernels for {_short(weight)}"
+    if weight.dim() != 2:  # type: ignore[union-attr]
+        return f"the base layer's weight has the shape {list(weight.shape)}"  # type: ignore[union-attr]
+    if bias is not None:
+        if type(bias) not in _TENSORS:
+            return "the base layer's bias is computed or of a type of its own"
+        if bias.dtype not in _KERNELS_HAVE or not _together(bias, weight):  # type: ignore[arg-type]
+            return f"the base layer's bias is {_short(bias)}"
+    return (weight.t() if transposed else weight), bias  # type: ignore[union-attr,return-value]
+
+
+def _together(one: Tensor, other: Tensor) -> bool:
+    """On one device: `one.device == other.device` in half the time."""
+    return one.is_cpu == other.is_cpu and one.get_device() == other.get_device() and not one.is_meta
+
+
+def _short(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def _linear(kind: type[nn.Module]) -> bool:
@@ -78,18 +82,18 @@ def _linear(kind: type[nn.Module]) -> bool:
 def runs(module: nn.Module) -> Base | str:
     """`base`, where a call of the base layer may be ours."""
     found = base(module)
-    if type(found) is str:
+    if isinstance(found, str):
         return found
     if hooked(module):
         return "the base layer has hooks or a forward of its own"
-    if found[0].requires_grad:  # type: ignore[union-attr]
+    if found[0].requires_grad:
         return "the base layer's weight trains"
     return found
 
 
 def takes(x: Any, weight: Tensor, *, casts: bool) -> str | None:
     """Why x is not for our kernels; None where it is. casts: PEFT's switch `cast_input_dtype_enabled`."""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if type(x) not in _TENSORS:
         return f"x is a {type(x).__name__}"
     if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype} and the base layer {weight.dtype}"  # PEFT raises torch's error
@@ -121,13 +125,17 @@ def factors(layer: Any, name: str, weight: Tensor) -> Factors | str | None:
     elif type(dropout) is not nn.Identity:
         return f"lora_dropout is a {type(dropout).__name__}"
     lora_A, lora_B, bias_B = down._parameters.get("weight"), up._parameters.get("weight"), up._parameters.get("bias")
-    for tensor in (lora_A, lora_B, bias_B) if bias_B is not None else (lora_A, lora_B):
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-            return f"lora_A or lora_B has a {type(tensor).__name__} for a parameter"
-        if tensor.device != weight.device:
-            return f"lora_A or lora_B is on {tensor.device}, the base layer on {weight.device}"
-        if tensor.dtype is not lora_A.dtype or tensor.dtype not in _KERNELS_HAVE:  # type: ignore[union-attr]
-            return f"lora_A or lora_B is {str(tensor.dtype).removeprefix('torch.')}"
-    if down._parameters.get("bias") is not None:
-        return "lora_A has a bias"
+    if type(lora_A) not in _TENSORS or type(lora_B) not in _TENSORS:
+        return "lora_A or lora_B is computed or of a type of its own"
+    dtype = lora_A.dtype  # type: ignore[union-attr]
+    if dtype not in _KERNELS_HAVE or lora_B.dtype is not dtype:  # type: ignore[union-attr]
+        return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}"
+    if not _together(lora_A, weight) or not _together(lora_B, weight):  # type: ignore[arg-type]
+        return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}, the base layer {_short(weight)}"
+    if bias_B is not None and (
+        type(bias_B) not in _TENSORS or bias_B.dtype is not dtype or not _together(bias_B, weight)
+    ):
+        return f"lora_B's bias is {_short(bias_B)}"
+    if "bias" not in up._parameters or down._parameters.get("bias") is not None:
+        return "lora_A has a bias, or lora_B's is computed"
     return Factors(lora_A, lora_B, bias_B, layer.scaling[name], dropout_p)  # type: ignore[arg-type]

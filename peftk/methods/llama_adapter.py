@@ -57,6 +57,7 @@ class LlamaAdapterConfig:
 
     def plan(self, model: nn.Module) -> Plan:
         """Raises ValueError or TypeError where the model's attention isn't known, or is of another kind."""
+        attention = self._attention(model)
         heads = self.num_heads
         if heads is None:
             heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
@@ -65,7 +66,7 @@ class LlamaAdapterConfig:
         return Plan(
             attached=[
                 (name, self._adapter(name, model.get_submodule(name), projections, heads, scaling))
-                for name, projections, scaling in self._attention(model)
+                for name, projections, scaling in attention
             ]
         )
 

@@ -85,15 +85,21 @@ def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
         return done
 
 
+def trained_in_place(model: nn.Module) -> set[int]:
+    """id() of the model's own parameters that an injected method trains in place."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {id(parameters[name]) for record in injections(model) for name in record.trained}
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Makes every parameter frozen but those of adapters and those that a method trains in place; returns the model.
 
     Raises ValueError where a method trains a weight in place that the kernels of another hold frozen.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained = {id(parameters[name]) for record in injections(model) for name in record.trained}
+    trained = trained_in_place(model)
     for path, module in model.named_modules():
-        if isinstance(module, FrozenLinear) and id(module.weight) in trained:
+        if isinstance(module, FrozenLinear) and not module.adds_nothing and id(module.weight) in trained:
             raise ValueError(
                 f"trained: expected {path}.weight to train in no other method than that of {type(module).__name__}, "
                 "which holds it frozen"

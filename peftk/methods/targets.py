@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftk.methods.plan import trained_in_place
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import bypassed, is_linear, replaceable
@@ -84,7 +85,8 @@ def target_linears(
     candidates = linears(model)
     if target_modules == ALL_LINEAR:
         head = _output_embedding(model)
-        found = {n: m for n, m in candidates.items() if m is not head and not bypassed(m)}
+        whole = trained_in_place(model)
+        found = {n: m for n, m in candidates.items() if m is not head and not bypassed(m) and id(m.weight) not in whole}
     else:
         found = {n: m for n, m in candidates.items() if matches(target_modules, n)}
         taken = [n for n, m in model.named_modules() if isinstance(m, FrozenLinear) and matches(target_modules, n)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 
 
@@ -13,6 +14,8 @@ class BitFitLinear(FrozenLinear):
 
     No parameter is added, so its state_dict is that of the linear. Served beside other adapters (`MultiLoRALinear`),
     the adapter is β = trained bias − the base model's. Precision: `peftk.functional.lora_linear`.
+
+    Where another method trains W too (a head that trains whole), torch's linear serves it.
 
     Source: Ben Zaken et al. 2021.
     """
@@ -33,3 +36,9 @@ class BitFitLinear(FrozenLinear):
         """
         base = replaceable(linear)
         return take_place(cls(base.weight, base.bias, fan_in_fan_out=fan_in_fan_out(linear)), linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] → y [..., N], in x's dtype."""
+        if own(self, "weight").requires_grad:  # which no kernel has a gradient for
+            return nn.functional.linear(x, self.matrix, own(self, "bias"))
+        return super().forward(x)

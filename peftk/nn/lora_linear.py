@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftk import checks, functional
+from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
@@ -130,7 +130,8 @@ class LoRALinear(FrozenLinear):
         Raises ValueError where W + s·BA would not be finite; nothing has changed then.
         """
         if self.receipt is None:
-            self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
+            with interrupts.held():  # a merged W and its receipt are not to be parted
+                self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
 
     def unmerge(self) -> None:
         """Gives W back every bit that it had before `merge`, whatever A and B have become. Nothing where not merged.
@@ -138,8 +139,9 @@ class LoRALinear(FrozenLinear):
         Raises ValueError where W is not what the merge left; nothing has changed then.
         """
         if self.receipt is not None:
-            functional.unmerge_(self.matrix.detach(), self.receipt.to(self.weight.device))
-            self.receipt = None
+            with interrupts.held():
+                functional.unmerge_(self.matrix.detach(), self.receipt.to(self.weight.device))
+                self.receipt = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):

@@ -1,6 +1,9 @@
 // Merges in place at every SIMD level that runs here, from W to one set of adapters, on to another and back: every W'
 // and the W that comes back, bit by bit, as docs/merge.md says, on fenced memory, with one thread and with three; and
 // a merge that is refused.
+#include <new>
+#include <stdexcept>
+
 #include "common/merge.h"
 #include "cpu/merge.h"
 #include "parity.h"
@@ -70,11 +73,29 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
     memcpy(infinite.data(), c.B.data(), c.N * c.R * bytes_of(c.B.dtype));
     const uint32_t bits = c.B.dtype == kFloat32 ? 0x7f800000 : c.B.dtype == kBFloat16 ? 0x7f80 : 0x7c00;
     memcpy(infinite.at(c.N - 1, 0), &bits, bytes_of(c.B.dtype));
-    Fenced code(c.N * c.K, random.chance(0.7)), other_code(c.N * c.K, random.chance(0.7));
+    const int64_t code_bytes = c.N * ((c.K + 1) / 2);
+    Fenced code(code_bytes, random.chance(0.7)), other_code(code_bytes, random.chance(0.7));
     const auto side = [&](const std::vector<int64_t>& ends, Fenced& its_code) {
         const MergeFactors factors{c.A.data(),           c.B.data(), ends.data(),     scaling.data(),
                                    int64_t(ends.size()), c.R,        Dtype(c.A.dtype)};
-        return MergeSide{factors, reinterpret_cast<int8_t*>(its_code.data()), nullptr};
+        MergeSide to{};
+        to.factors = factors, to.halves = reinterpret_cast<uint8_t*>(its_code.data());
+        return to;
+    };
+    // what a merge has left, as the next one takes it
+    MergeResult result;
+    std::vector<char> raws;
+    const auto left = [&](MergeSide of) {
+        const int64_t size = bytes_of(c.weight.dtype);
+        raws.resize(result.raws.size() * size);
+        for (size_t i = 0; i < result.raws.size(); i++) memcpy(&raws[i * size], &result.raws[i].bits, size);
+        of.far = result.far.data(), of.far_count = int64_t(result.far.size());
+        of.raws = raws.data(), of.raw_count = int64_t(result.raws.size());
+        return of;
+    };
+    const auto keep = [&](const MergeResult& its_result) { result = its_result; };
+    const auto refused = [&](const MergeResult& its_result) {
+        if (its_result.finite) report(at_work, "infinity was not refused");
     };
     MergePass pass{};
     pass.weight = weight.data(), pass.stride = weight.row, pass.N = c.N, pass.K = c.K;
@@ -90,20 +111,43 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
             for (int64_t n = 0; n < c.N; n++) memcpy(weight.at(n, 0), c.weight.at(n, 0), row_bytes);
 
             pass.from = {}, pass.to = side(one, code);
-            MergeResult result = remerge(pass, {}, threads);
+            remerge(pass, threads, keep);
             if (!result.finite || elements(weight) != first) report(where, "W' has other bits");
 
-            pass.from = pass.to, pass.to = side(two, other_code);
-            result = remerge(pass, result.raws, threads);
+            pass.from = left(pass.to), pass.to = side(two, other_code);
+            remerge(pass, threads, keep);
             if (!result.finite || elements(weight) != second) report(where, "the second W' has other bits");
 
-            pass.from = pass.to, pass.to = side(one, code), pass.to.factors.lora_B = infinite.data();
-            if (remerge(pass, result.raws, threads).finite) report(where, "infinity was not refused");
+            pass.from = left(pass.to), pass.to = side(one, code), pass.to.factors.lora_B = infinite.data();
+            remerge(pass, threads, refused);
             if (elements(weight) != second) report(where, "a refused merge left other bits");
 
             pass.to = {};
-            remerge(pass, result.raws, threads);
+            const auto no_memory = [](const MergeResult&) { throw std::bad_alloc(); };
+            try {
+                remerge(pass, threads, no_memory);
+                report(where, "an exception was lost");
+            } catch (const std::bad_alloc&) {
+                if (elements(weight) != second) report(where, "an unmerge that failed at its end left other bits");
+            }
+            const int64_t far_count = pass.from.far_count++;
+            try {
+                remerge(pass, threads, keep);
+                report(where, "a far code too many was not refused");
+            } catch (const std::invalid_argument&) {
+                if (elements(weight) != second) report(where, "a receipt that was refused left other bits");
+            }
+            pass.from.far_count = far_count;
+            remerge(pass, threads, keep);
             if (elements(weight) != base) report(where, "unmerge gives other bits");
+
+            pass.from = {}, pass.to = side(one, code);
+            try {
+                remerge(pass, threads, no_memory);
+                report(where, "an exception was lost");
+            } catch (const std::bad_alloc&) {
+                if (elements(weight) != base) report(where, "a merge that failed at its end left other bits");
+            }
             if (!weight.gaps_untouched()) report(where, "bytes around a matrix were written");
         }
     }

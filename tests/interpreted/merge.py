@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ PAIRS = [
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=str)
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))
-    assert sum(len(receipt.raw_index) for receipt in receipts) > 100
+    assert sum(len(receipt.raw_values) for receipt in receipts) > 100
 
 
 @pytest.mark.full
@@ -143,17 +144,51 @@ def test_what_is_not_finite_is_refused_and_nothing_has_changed() -> None:
 
 
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
     weights, factors = layers(F32, F32, size=3.0)
     merged = copies(weights)
+    pack = merge_layers.packed
+    for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
+        calls = []
 
-    def no_memory(*_: object) -> None:
-        raise torch.OutOfMemoryError("none left")
+        def failing(*args: Any) -> MergeReceipt:
+            calls.append(args)
+            if len(calls) == at:  # noqa: B023
+                raise error  # noqa: B023
+            return pack(*args)
 
-    monkeypatch.setattr(merge_layers, "_receipts", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        backend.merge_layers_(merged, factors)
-    for weight, new in zip(weights, merged, strict=True):
-        assert torch.equal(bits(new), bits(weight))
+        with monkeypatch.context() as patch:
+            patch.setattr(merge_layers, "packed", failing)
+            with pytest.raises(error):
+                backend.merge_layers_(merged, factors)
+        for weight, new in zip(weights, merged, strict=True):
+            assert torch.equal(bits(new), bits(weight))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 100.0, 1e5], ids=["halves", "bytes", "weights"])
+def test_receipts_of_every_form_on_another_backend(ratio: float) -> None:
+    """The same receipt wherever it is made, and wherever it is used: to unmerge, and to switch, a list at once."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(9, K, generator=generator).bfloat16() for K in (33, 64)]
+    A = [torch.randn(3, K, generator=generator) for K in (33, 64)]
+    B = [torch.randn(9, 3, generator=generator) * ratio for _ in weights]
+    left, merged = {}, copies(weights)
+    for name in ("triton", "cpu"):
+        merged = copies(weights)
+        left[name] = functional.merge_layers_(merged, A, B, backend=name)
+    for mine, theirs in zip(*left.values(), strict=True):
+        check_receipt(mine, theirs)
+    forms = {(receipt.code.dtype, receipt.code.numel() > 0) for receipt in left["cpu"]}
+    assert forms == {{1.0: (torch.uint8, True), 100.0: (torch.int8, True), 1e5: (torch.int8, False)}[ratio]}
+    small = [factor / ratio for factor in B]
+    for first, second in (("triton", "cpu"), ("cpu", "triton"), ("triton", "reference")):
+        again = copies(merged)
+        switched = functional.remerge_layers_(again, left[first], A, small, 0.5, backend=second)
+        functional.unmerge_layers_(again, switched, backend=first)
+        straight = copies(merged)
+        functional.unmerge_layers_(straight, left[first], backend=second)
+        for W, *backs in zip(weights, again, straight, strict=True):
+            assert all(torch.equal(bits(back), bits(W)) for back in backs)
 
 
 def test_more_raw_weights_than_there_is_room_for() -> None:
@@ -172,7 +207,7 @@ def test_more_raw_weights_than_there_is_room_for() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "merge_kernel", Counted())
         (receipt,) = check([weight], [adapters([A], [B], [1.0])])
-        assert len(receipt.raw_index) > 16_000
+        assert len(receipt.raw_values) > 16_000
         assert len(launches) == 2
         launches.clear()
         check([weight], [adapters([A], [B * 1e-6], [1.0])])

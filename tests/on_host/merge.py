@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peftk import _cuda, functional, merge, reference
 from peftk.backends import cuda as backend
 from peftk.backends import merge_layers
 from peftk.backends import reference as reference_backend
+from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
 from tests.merge_cases import DTYPES, bits, check_receipt, copies, merge_case, same_bits, several
@@ -58,7 +60,7 @@ def unchanged(weights: list[Tensor], before: list[Tensor]) -> None:
         assert torch.equal(bits(new), bits(weight))
 
 
-def check(weights: list[Tensor], factors: list[Factors]) -> list[peftk.receipt.MergeReceipt]:
+def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
     """In place: all notes of the reference, W' and W; undone by the reference, and what that merged undone here."""
     before = copies(weights)
     receipts = backend.merge_layers_(weights, factors)
@@ -81,7 +83,7 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     seed = TYPES.index((dtype, adapter_dtype))
     executor.seed(seed)
     receipts = check(*layers(dtype, adapter_dtype, seed))
-    assert sum(len(receipt.raw_index) for receipt in receipts) > 1500  # more than there was room for at first
+    assert sum(len(receipt.raw_values) for receipt in receipts) > 1500  # more than there was room for at first
     assert executor.statistics.launches == 5  # merge twice, sum_rows, unmerge, restore
     assert executor.statistics.resident > 1
     assert executor.statistics.threads[0] == 256
@@ -140,16 +142,51 @@ def test_at_the_edge_of_what_is_finite() -> None:
 
 
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, factors = layers(F32, BF16)
-    before = copies(weights)
+    """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
+    weights, factors = layers(F32, F32, size=3.0)
+    merged = copies(weights)
+    pack = merge_layers.packed
+    for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
+        calls = []
 
-    def no_memory(*_: object) -> None:
-        raise torch.OutOfMemoryError("none left")
+        def failing(*args: Any) -> MergeReceipt:
+            calls.append(args)
+            if len(calls) == at:  # noqa: B023
+                raise error  # noqa: B023
+            return pack(*args)
 
-    monkeypatch.setattr(merge_layers, "_receipts", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        backend.merge_layers_(weights, factors)
-    unchanged(weights, before)
+        with monkeypatch.context() as patch:
+            patch.setattr(merge_layers, "packed", failing)
+            with pytest.raises(error):
+                backend.merge_layers_(merged, factors)
+        for weight, new in zip(weights, merged, strict=True):
+            assert torch.equal(bits(new), bits(weight))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 100.0, 1e5], ids=["halves", "bytes", "weights"])
+def test_receipts_of_every_form_on_another_backend(ratio: float) -> None:
+    """The same receipt wherever it is made, and wherever it is used: to unmerge, and to switch, a list at once."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(9, K, generator=generator).bfloat16() for K in (33, 64)]
+    A = [torch.randn(3, K, generator=generator) for K in (33, 64)]
+    B = [torch.randn(9, 3, generator=generator) * ratio for _ in weights]
+    left, merged = {}, copies(weights)
+    for name in ("cuda", "cpu"):
+        merged = copies(weights)
+        left[name] = functional.merge_layers_(merged, A, B, backend=name)
+    for mine, theirs in zip(*left.values(), strict=True):
+        check_receipt(mine, theirs)
+    forms = {(receipt.code.dtype, receipt.code.numel() > 0) for receipt in left["cpu"]}
+    assert forms == {{1.0: (torch.uint8, True), 100.0: (torch.int8, True), 1e5: (torch.int8, False)}[ratio]}
+    small = [factor / ratio for factor in B]
+    for first, second in (("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "reference")):
+        again = copies(merged)
+        switched = functional.remerge_layers_(again, left[first], A, small, 0.5, backend=second)
+        functional.unmerge_layers_(again, switched, backend=first)
+        straight = copies(merged)
+        functional.unmerge_layers_(straight, left[first], backend=second)
+        for W, *backs in zip(weights, again, straight, strict=True):
+            assert all(torch.equal(bits(back), bits(W)) for back in backs)
 
 
 def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
@@ -159,7 +196,7 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
     A, B = torch.randn(4, 200, generator=generator), torch.randn(70, 4, generator=generator) * 1e4
     factors = [adapters([A], [B], [1.0]), adapters([A], [B[:3]], [1.0])]
     receipt, _ = check([weight.clone(), weight[:3].clone()], factors)
-    assert len(receipt.raw_index) > 12_000
+    assert len(receipt.raw_values) > 12_000
     assert executor.statistics.launches == 5
     executor.reset()
     check([weight.clone()], [adapters([A], [B * 1e-6], [1.0])])
@@ -179,7 +216,7 @@ def test_room_to_the_last_raw_weight(executor: Executor) -> None:
         weight[: 128 * 64 // 256 + 1024 + more] = 1.3e-3
         executor.reset()
         (receipt,) = check([weight.view(128, 64)], [adapters([torch.ones(1, 64)], [torch.full((128, 1), 1e4)], [1.0])])
-        assert len(receipt.raw_index) == 1056 + more
+        assert len(receipt.raw_values) == 1056 + more
         assert executor.statistics.launches == 4 + more
 
 

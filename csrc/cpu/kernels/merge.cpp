@@ -259,17 +259,13 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
     const T* const ahead = i + kRows < task.rows ? weight + kRows * pass.stride : weight - i * pass.stride + columns;
     const size_t bytes = columns * sizeof(T);
     Block<T> block;
-    for (int n = 0; n < kRows && pass.to.factors.adapters; n++) {
-        for (int64_t j = 0; j < columns; j += 64)
-            __builtin_prefetch(&pass.to.code[(first + n) * pass.K + column + j], 1);
-    }
     for (int n = 0; n < kRows; n++) {
         copy(block.weight[n], weight + n * pass.stride, bytes);
         for (int64_t j = columns; j < padded; j++) block.weight[n][j] = T{};
     }
     if (pass.from.factors.adapters) {
         for (int n = 0; n < kRows; n++) {
-            copy(block.code[n], pass.from.code + (first + n) * pass.K + column, columns);
+            copy(block.code[n], task.code_from + (i + n) * pass.code_stride + column, columns);
             for (int64_t j = columns; j < padded; j++) block.code[n][j] = 0;
         }
         round_block<T, true, kRows>(pass.from, rows.b_from + i * pass.from.factors.R, column, padded, block, ahead,
@@ -298,7 +294,7 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
     }
     for (int n = 0; n < kRows; n++) {
         if (pass.to.factors.adapters) {
-            copy(pass.to.code + (first + n) * pass.K + column, block.code[n], columns);
+            copy(task.code_to + (i + n) * pass.code_stride + column, block.code[n], columns);
             copy(weight + n * pass.stride, block.merged[n], bytes);
         } else {
             copy(weight + n * pass.stride, block.weight[n], bytes);
@@ -326,6 +322,7 @@ static void rows_of(const MergePass& pass, MergeTask& task, Rows& rows) {
             i += tall ? kTileRows : 1;
         }
     }
+    task.whole = true;
 }
 
 template <class Adapter>
@@ -361,7 +358,7 @@ void merge_rows(const MergePass& pass, MergeTask& task) {
     widen(from.lora_B, from.dtype, task.first_row * from.R, b, task.rows * from.R);
     widen(to.lora_B, to.dtype, task.first_row * to.R, b + task.rows * from.R, task.rows * to.R);
     Rows rows{b, b + task.rows * from.R, {}};
-    task.blocks = 0;
+    task.blocks = 0, task.whole = false;
     for (int64_t i = 0; i < task.rows; i++) {
         rows.next[i] = first_raw(task.raws_from, task.raws_from_end, (task.first_row + i) * pass.K);
     }
