@@ -58,7 +58,8 @@ def output(model: nn.Module, record: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-6)
+    # whole models in fp32, sums in another order, by another transformers on another machine
+    torch.testing.assert_close(one, other, atol=5e-6, rtol=5e-6)
 
 
 def test_the_fixtures_are_whole() -> None:

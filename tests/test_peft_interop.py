@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "exclude_modules": ["query"],
     },
     "lora_bias": {"r": 3, "lora_alpha": 6, "target_modules": ["key", "dense"], "lora_bias": True},
-    "lora_only": {"r": 3, "target_modules": ["query", "value"], "bias": "lora_only"},
+    "lora_only": {"r": 3, "target_modules": ["query", "value"], "bias": "lora_only", "lora_bias": True},
     "all biases": {"r": 3, "target_modules": ["query", "dense"], "bias": "all"},
     "saved": {"r": 3, "target_modules": ["query"], "modules_to_save": ["pooler"]},
     "everything": {
