@@ -118,7 +118,8 @@ def combine_checkpoints(
     for name in dict.fromkeys(name for one in loaded for name in one):
         present = [(one[name], weight) for one, weight in zip(loaded, weights, strict=True) if name in one]
         try:
-            combined[name] = combine(*map(list, zip(*present, strict=True)), combination_type, **options)  # type: ignore[arg-type]
+            chosen, shares = [adapter for adapter, _ in present], [weight for _, weight in present]
+            combined[name] = combine(chosen, shares, combination_type, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return combined
@@ -191,7 +192,7 @@ def _check_options(
         raise ValueError(f"majority_sign_method: expected total or frequency, got {majority_sign_method!r}")
     if combination_type.removesuffix("_svd") in _PRUNED:
         least = "0 <" if combination_type.startswith("dare") else "0 ≤"
-        if not _is_number(density) or not 0 <= density <= 1 or (density == 0 and least == "0 <"):
+        if density is None or not _is_number(density) or not 0 <= density <= 1 or (density == 0 and least == "0 <"):
             raise ValueError(f"density: expected {least} density ≤ 1 for {combination_type}, got {density!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
         raise ValueError(f"svd_rank: expected an integer of 1 or more, got {svd_rank!r}")

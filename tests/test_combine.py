@@ -139,7 +139,7 @@ def test_checkpoints_that_do_not_have_the_same_modules(tmp_path: Path) -> None:
     model = peft_model((3, 3))
     first, second = loaded(model, "0"), loaded(model, "1")
     config = {"r": 3, "lora_alpha": 5.0, "target_modules": ["first"]}
-    peft_checkpoint.save(tmp_path, {"first": second["first"][:2]}, config)
+    peft_checkpoint.save(tmp_path, config, {"first": second["first"][:2]})
     combined = peftk.combine_checkpoints([first, tmp_path], [1.0, 2.0], "linear")
     assert list(combined) == ["first", "second"]
     both = peftk.combine([first["first"], second["first"]], [1.0, 2.0], "linear")
