@@ -16,6 +16,7 @@ from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import adapter_parameters, injections
 from peftk.nn import LlamaAdapter, LoRALinear, ParallelAdapter, ParallelAdapterLinear, SeriesAdapter
+from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms. d: width of the model; K, N: inputs and outputs of a linear; all give numbers of parameters.
@@ -297,7 +298,11 @@ def _added_by(module: nn.Module) -> tuple[str, str, int | None]:
             if module.lora_bias is not None:
                 return "LoRA", "r·(K + N) + N", lora_parameters(K, N, r) + N
             return "LoRA", "r·(K + N)", lora_parameters(K, N, r)
-        case SeriesAdapter(in_features=d, bottleneck=a):
+        case (
+            SeriesAdapter(in_features=d, bottleneck=a)
+            | NormAdapter(in_features=d, bottleneck=a)
+            | StreamAdapter(in_features=d, bottleneck=a)
+        ):
             return "series adapter", "2·d·a + a + d", bottleneck_parameters(d, a)
         case ParallelAdapter(in_features=K, out_features=N, bottleneck=a):
             return "parallel adapter", "a·(K + N) + a + N", parallel_parameters(K, N, a)

@@ -204,6 +204,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
     for number, adapter in enumerate(adapters):
         if not isinstance(adapter, LoadedAdapter):
             raise TypeError(f"adapters: expected LoadedAdapter, got {type(adapter).__name__} as number {number}")
+        if adapter.lora_bias is not None:
+            raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method here combines")
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(
@@ -213,8 +215,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         first = adapters[0]
         if lora_A.shape[1] != first.lora_A.shape[1] or lora_B.shape[0] != first.lora_B.shape[0]:
             raise ValueError(
-                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} like the first, "
-                f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
+                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} "
+                f"like the first, got {list(lora_A.shape)} and {list(lora_B.shape)}"
             )
         if len({lora_A.device, lora_B.device, first.lora_A.device}) > 1:
             raise ValueError(f"adapter {number}: expected on {first.lora_A.device} like the first, got {lora_A.device}")

@@ -14,6 +14,7 @@ from torch import nn
 
 import peftk
 from peftk import (
+    AdapterHubConfig,
     BitFitConfig,
     FullConfig,
     HeadConfig,
@@ -161,6 +162,8 @@ PUBLISHED = [
     # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
     (bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81),
     (bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61),
+    (bert, AdapterHubConfig(), "series adapter", 1_789_056, 1.61),
+    (bert, AdapterHubConfig(mh_adapter=False, placement="before_norm"), "series adapter", 894_528, 0.81),
     # He et al. 2021: parallel adapters beside the MLP
     (bert, ParallelAdapterConfig(bottleneck=512), "parallel adapter", 12 * (2 * 768 * 512 + 768 + 512), 7.95),
     # Ben Zaken et al. 2021, table 1: 0.09 % of BERT-base, 0.08 % of BERT-large
@@ -226,6 +229,7 @@ def test_several_methods_at_once() -> None:
     assert sum(method.parameters for method in found.values()) == counts.trainable
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's call
 def test_a_peft_model_is_counted_too() -> None:
     import peft
 

@@ -168,18 +168,21 @@ def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: 
 
 
 def test_what_trains_whole_gets_no_adapter() -> None:
-    """BitFit and LoRA on every linear leave out a head that trains already; its bias trains with it, counted once."""
-    for config in (BitFitConfig(), LORA):
+    """LoRA on every linear leaves out a head that trains already; BitFit goes beside it in either order."""
+    model = made(bert)
+    peftk.inject(model, [HeadConfig(), LORA])
+    assert type(model.classifier) is nn.Linear
+    assert model.classifier.weight.requires_grad
+    assert peftk.count_parameters(model).by_method()["head"].parameters == 2 * WIDTH + 2
+    for configs in ([HeadConfig(), BitFitConfig()], [BitFitConfig(), HeadConfig()]):
         model = made(bert)
-        peftk.inject(model, [HeadConfig(), config])
-        assert type(model.classifier) is nn.Linear
-        assert model.classifier.weight.requires_grad
-        assert model.classifier.bias.requires_grad
-        assert peftk.count_parameters(model).by_method()["head"].parameters == 2 * WIDTH + 2
-        refused = made(bert)
-        with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to train in no other method"):
-            peftk.inject(refused, [config, HeadConfig()])
-        assert type(refused.classifier) is nn.Linear
+        peftk.inject(model, configs)
+        biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
+        assert peftk.count_parameters(model).trainable == 2 * WIDTH + biases
+    refused = made(bert)
+    with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to train in no other method"):
+        peftk.inject(refused, [LORA, HeadConfig()])
+    assert type(refused.classifier) is nn.Linear
 
 
 @each_model

@@ -7,7 +7,7 @@ import dataclasses
 from torch import nn
 
 from peftk.methods import architectures
-from peftk.methods.plan import Plan, adapter_parameters, trained_in_place
+from peftk.methods.plan import Plan, adapter_parameters
 from peftk.methods.targets import Names, check_names, matches
 from peftk.nn.attached import Attached
 from peftk.nn.bitfit import BitFitLinear
@@ -43,12 +43,10 @@ class BitFitConfig:
             wanted = set().union(*(self._named(model, name, biases) for name in self.biases))
         if not wanted:
             raise ValueError(f"biases: expected to match some module that has a bias, got {self.biases!r}")
-        layers, whole = {}, trained_in_place(model)  # a head that trains, say, needs no kernel of ours for its bias
+        layers = {}
         for name in biases:
             module = model.get_submodule(name)
-            if not (name in wanted and name and is_linear(module) and plain(module)) or bypassed(module):
-                continue
-            if id(module.weight) not in whole:
+            if name in wanted and name and is_linear(module) and plain(module) and not bypassed(module):
                 layers[name] = BitFitLinear.from_linear(module)
         trained = [f"{module}.{name}".lstrip(".") for module in biases if module in wanted for name in biases[module]]
         return Plan(layers=layers, trained=trained)
