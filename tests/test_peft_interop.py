@@ -422,9 +422,11 @@ def test_pickled_weights_are_not_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_saved_embedding_that_is_the_head_too_is_refused(tmp_path: pathlib.Path) -> None:
+    about = gpt2().config
+
     def gpt() -> nn.Module:
         torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(gpt2().config)
+        return transformers.GPT2LMHeadModel(about)
 
     model = peft.get_peft_model(gpt(), peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"]))
     model.save_pretrained(tmp_path)  # PEFT trains a copy, which the head does not see
@@ -433,9 +435,11 @@ def test_a_saved_embedding_that_is_the_head_too_is_refused(tmp_path: pathlib.Pat
 
 
 def test_a_head_that_only_other_models_have_is_no_matter(tmp_path: pathlib.Path) -> None:
+    about = bert().config
+
     def headed() -> nn.Module:
         torch.manual_seed(0)
-        return transformers.BertForSequenceClassification(bert().config).eval()
+        return transformers.BertForSequenceClassification(about).eval()
 
     # for SEQ_CLS, PEFT's config names "classifier" and "score", of which a model has one
     config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
