@@ -422,11 +422,35 @@ def test_pickled_weights_are_not_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_saved_embedding_that_is_the_head_too_is_refused(tmp_path: pathlib.Path) -> None:
+    about = gpt2().config
+
     def gpt() -> nn.Module:
         torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(gpt2().config)
+        return transformers.GPT2LMHeadModel(about)
 
     model = peft.get_peft_model(gpt(), peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"]))
     model.save_pretrained(tmp_path)  # PEFT trains a copy, which the head does not see
     with pytest.raises(peftk.CheckpointError, match=r"share no weight with others.*lm_head"):
         peftk.load_adapter(gpt(), tmp_path)
+
+
+def test_a_head_that_only_other_models_have_is_no_matter(tmp_path: pathlib.Path) -> None:
+    about = bert().config
+
+    def headed() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.BertForSequenceClassification(about).eval()
+
+    # for SEQ_CLS, PEFT's config names "classifier" and "score", of which a model has one
+    config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(headed(), config).eval()
+    torch.manual_seed(2)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
+    theirs.save_pretrained(tmp_path)
+    assert "score" in json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    ours = headed()
+    peftk.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(hidden(ours), hidden(theirs), atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.classifier.weight, theirs.base_model.model.classifier.modules_to_save.default.weight)
