@@ -1,4 +1,4 @@
-"""MiniLM under plain HF PEFT and under `peftk.accelerate`, side by side: python bench/accelerated_peft.py [seconds a row].
+"""MiniLM under plain HF PEFT and under `peftk.accelerate`, side by side.
 
 A LoRA of rank 16 on every linear. Both sides start from one PEFT model and are compared numerically before they are
 timed; every repetition runs each once, and the medians are divided (`peftk.benchmark.timing`).
