@@ -102,6 +102,13 @@ def block(
     _beside(x, "the adapter", first.device, first.dtype)
 
 
+def block_input(x: Tensor, lora_A: Tensor) -> None:
+    """x [..., K] before a series adapter with A [R, K]."""
+    if width(x) != lora_A.shape[1]:
+        raise ValueError(f"x: expected shape [..., K] with K = {lora_A.shape[1]}, got {list(x.shape)}")
+    _beside(x, "the adapter", lora_A.device, lora_A.dtype)
+
+
 def block_bank(x: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """x [..., K] beside a bank of series adapters."""
     width(x)

@@ -118,7 +118,8 @@ def combine_checkpoints(
     for name in dict.fromkeys(name for one in loaded for name in one):
         present = [(one[name], weight) for one, weight in zip(loaded, weights, strict=True) if name in one]
         try:
-            combined[name] = combine(*map(list, zip(*present, strict=True)), combination_type, **options)  # type: ignore[arg-type]
+            chosen, shares = [adapter for adapter, _ in present], [weight for _, weight in present]
+            combined[name] = combine(chosen, shares, combination_type, **options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return combined
@@ -191,7 +192,7 @@ def _check_options(
         raise ValueError(f"majority_sign_method: expected total or frequency, got {majority_sign_method!r}")
     if combination_type.removesuffix("_svd") in _PRUNED:
         least = "0 <" if combination_type.startswith("dare") else "0 ≤"
-        if not _is_number(density) or not 0 <= density <= 1 or (density == 0 and least == "0 <"):
+        if density is None or not _is_number(density) or not 0 <= density <= 1 or (density == 0 and least == "0 <"):
             raise ValueError(f"density: expected {least} density ≤ 1 for {combination_type}, got {density!r}")
     if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool) or svd_rank < 1):
         raise ValueError(f"svd_rank: expected an integer of 1 or more, got {svd_rank!r}")
@@ -204,6 +205,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
     for number, adapter in enumerate(adapters):
         if not isinstance(adapter, LoadedAdapter):
             raise TypeError(f"adapters: expected LoadedAdapter, got {type(adapter).__name__} as number {number}")
+        if adapter.lora_bias is not None:
+            raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method here combines")
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(
@@ -213,8 +216,8 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         first = adapters[0]
         if lora_A.shape[1] != first.lora_A.shape[1] or lora_B.shape[0] != first.lora_B.shape[0]:
             raise ValueError(
-                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} like the first, "
-                f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
+                f"adapter {number}: expected K = {first.lora_A.shape[1]} and N = {first.lora_B.shape[0]} "
+                f"like the first, got {list(lora_A.shape)} and {list(lora_B.shape)}"
             )
         if len({lora_A.device, lora_B.device, first.lora_A.device}) > 1:
             raise ValueError(f"adapter {number}: expected on {first.lora_A.device} like the first, got {lora_A.device}")

@@ -241,8 +241,37 @@ def adapter_block(
     Source: Houlsby et al. 2019.
     """
     checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    return _block(x, lora_A, lora_B, float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend)
+
+
+def adapter_block_unchecked(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+) -> Tensor:
+    """`adapter_block` for modules, which checked the adapter when they were made: only x is looked at."""
+    checks.block_input(x, lora_A)
+    return _block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B, 0.0, None, None)
+
+
+def _block(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
     x, seed = _dropping(_autocast(x), dropout_p, seed)
-    rest = (None, None, lora_A, lora_B, bias_A, bias_B, float(scaling), activation, dropout_p, seed, backend)
+    rest = (None, None, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
     return compiled.lora_linear(x, *rest)[0] if _recorded() else autograd.lora_linear(x, *rest)
 
 
@@ -362,8 +391,9 @@ def merge_layers_(
 ) -> list[MergeReceipt]:
     """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
 
-    That holds whatever is raised meanwhile. A Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton backends merge all layers in one launch (one for each device and pair of dtypes), other
-    backends one after another.
+    That holds whatever is raised meanwhile; a Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton
+    backends merge all layers of a device and pair of dtypes in one launch (of at most 2²⁸ weights), other backends one
+    after another.
 
     Args:
         weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.

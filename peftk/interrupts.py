@@ -19,7 +19,6 @@ class Held:
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
         self.waiting: list[tuple[int, FrameType | None]] = []
-        self.ended = False
 
     def deliver(self) -> None:
         """Calls the handlers of what has come, here; they may raise."""
@@ -28,10 +27,7 @@ class Held:
             self.handlers[number](number, frame)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.ended:  # not yet put back
-            self.handlers[number](number, frame)
-        else:
-            self.waiting.append((number, frame))
+        self.waiting.append((number, frame))
 
     def put_back(self) -> None:
         for number, handler in self.handlers.items():
@@ -65,7 +61,7 @@ def held() -> Iterator[Held]:
         _outermost = mine
         yield mine
     finally:
-        _outermost, mine.ended = None, True
+        _outermost = None
         try:
             mine.put_back()
         finally:

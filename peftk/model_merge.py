@@ -93,7 +93,8 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
             if lora_A.shape != layer.lora_A.shape:
                 layer.lora_A.grad = layer.lora_B.grad = None
             layer.lora_A.data, layer.lora_B.data = lora_A, lora_B  # the Parameters stay: an optimizer may know them
-            layer.r, layer.lora_alpha, layer.use_rslora = lora_A.shape[0], loaded[name].lora_alpha, loaded[name].use_rslora
+            layer.r, layer.lora_alpha = lora_A.shape[0], loaded[name].lora_alpha
+            layer.use_rslora = loaded[name].use_rslora
             layer.receipt = receipt
 
 
@@ -101,6 +102,8 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> tuple[Ten
     """Its factors where the layer is and in the dtype of the layer's own, as copies."""
     if not isinstance(adapter, LoadedAdapter):
         raise TypeError(f"adapters: expected a LoadedAdapter for {name}, got {type(adapter).__name__}")
+    if adapter.lora_bias is not None:
+        raise ValueError(f"{name}: lora_bias: expected None, which is all that W can take in, got a bias")
     like = layer.lora_A.detach()
     lora_A, lora_B = (torch.empty_like(t, dtype=like.dtype, device=like.device).copy_(t) for t in adapter[:2])
     try:

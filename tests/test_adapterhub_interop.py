@@ -28,6 +28,12 @@ transformers = pytest.importorskip("transformers")
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "adapterhub"
 ARCHITECTURES = sorted(folder.name for folder in FIXTURES.iterdir())
 CHECKPOINTS = sorted(str(file.parent.relative_to(FIXTURES)) for file in FIXTURES.glob("*/*/adapter.safetensors"))
+# one of each placement, site and kind of config; the rest in the exhaustive run
+SAMPLE = (
+    *("bert/after_ln", "bert/houlsby", "bert/mapping", "bert/parallel_both", "bert/pfeiffer", "gpt2/after_ln"),
+    *("gpt2/parallel_both", "llama/mapping", "roberta/pfeiffer", "t5/cross", "t5/parallel_both", "t5/pfeiffer"),
+)
+SAMPLED = [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.full) for name in CHECKPOINTS]
 WITHOUT_LIBRARY = importlib.util.find_spec("adapters") is None
 
 
@@ -58,12 +64,14 @@ def output(model: nn.Module, record: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=2e-6, rtol=2e-6)
+    # whole models in fp32, sums in another order, by another transformers on another machine
+    torch.testing.assert_close(one, other, atol=5e-6, rtol=5e-6)
 
 
 def test_the_fixtures_are_whole() -> None:
     assert ARCHITECTURES == ["bert", "gpt2", "llama", "roberta", "t5"]
     assert len(CHECKPOINTS) == 31
+    assert set(SAMPLE) < set(CHECKPOINTS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -72,7 +80,7 @@ def test_the_base_models_are_the_librarys(architecture: str) -> None:
     close(output(model(architecture), record), record["base"])
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", SAMPLED)
 def test_outputs_are_the_librarys(tmp_path: pathlib.Path, checkpoint: str) -> None:
     architecture, name = checkpoint.split("/")
     record, ours = recorded(architecture), model(architecture)

@@ -345,6 +345,11 @@ def test_one_adapter_of_a_kind_a_module() -> None:
 
 
 def test_errors_at_the_first_call() -> None:
+    with pytest.raises(ValueError, match=r"x: expected shape \[..., K\] with K = 12, got \[2, 13\]"):
+        SeriesAdapter(12, 2)(normal(2, 13))
+    with pytest.raises(TypeError, match="x: expected a dtype that mixes with the adapter's"):
+        SeriesAdapter(12, 2)(normal(2, 12, dtype=torch.float64))
+
     class Module(nn.Module):
         def forward(self, x: Any) -> Any:
             return None

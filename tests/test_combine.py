@@ -111,7 +111,9 @@ def test_cat_is_the_weighted_sum() -> None:
     model = peft_model((2, 5, 1))
     adapters, weights = [loaded(model, name)["first"] for name in "012"], [0.5, -1.5, 2.0]
     combined = peftk.combine(adapters, weights, "cat")
-    expected = sum(w * a.scaling * a.lora_B.double() @ a.lora_A.double() for w, a in zip(weights, adapters, strict=True))
+    expected = sum(
+        w * a.scaling * a.lora_B.double() @ a.lora_A.double() for w, a in zip(weights, adapters, strict=True)
+    )
     torch.testing.assert_close(combined.lora_B.double() @ combined.lora_A.double(), expected, rtol=1e-5, atol=1e-6)
     # and so is a merge with weights, which needs no new adapter
     W = torch.zeros(40, 24)
@@ -137,7 +139,7 @@ def test_checkpoints_that_do_not_have_the_same_modules(tmp_path: Path) -> None:
     model = peft_model((3, 3))
     first, second = loaded(model, "0"), loaded(model, "1")
     config = {"r": 3, "lora_alpha": 5.0, "target_modules": ["first"]}
-    peft_checkpoint.save(tmp_path, {"first": second["first"][:2]}, config)
+    peft_checkpoint.save(tmp_path, config, {"first": second["first"][:2]})
     combined = peftk.combine_checkpoints([first, tmp_path], [1.0, 2.0], "linear")
     assert list(combined) == ["first", "second"]
     both = peftk.combine([first["first"], second["first"]], [1.0, 2.0], "linear")
@@ -169,11 +171,12 @@ def test_what_is_refused() -> None:
         ([a, "b"], [1, 1], "svd", {}, TypeError, "adapters: expected LoadedAdapter, got str as number 1"),
         ([a, other], [1, 1], "linear", {}, ValueError, r"adapters: expected one rank for linear .* got \[2, 3\]"),
         ([a, narrow], [1, 1], "cat", {}, ValueError, "adapter 1: expected K = 6 and N = 4"),
+        ([a._replace(lora_bias=torch.ones(4))], [1], "cat", {}, ValueError, "adapter 0: lora_bias: expected None"),
         ([torn], [1], "cat", {}, ValueError, r"adapter 0: expected lora_A \[R, K\]"),
         ([a, huge], [1, 2], "cat", {}, ValueError, "adapters: expected a combination that torch.float32 holds"),
     ]
     for adapters, weights, method, options, error, message in cases:
         with pytest.raises(error, match=message):
             peftk.combine(adapters, weights, method, **options)
-    with pytest.raises(ValueError, match="^layer: adapters: expected one rank"):
+    with pytest.raises(ValueError, match=r"^layer: adapters: expected one rank"):
         peftk.combine_checkpoints([{"layer": a}, {"layer": other}], [1, 1], "linear")

@@ -40,7 +40,12 @@ NOT_FOR = {
     *itertools.product(["gpt2", "t5"], ["head"]),
     ("torch_encoder", "llama"),
 }
-CASES = [case for case in itertools.product(MODELS, METHODS) if case not in NOT_FOR]
+# Qwen 3 differs from Llama in what its attention does to queries and keys
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.full] if case[0] == "qwen3" and case[1] != "llama" else [])
+    for case in itertools.product(MODELS, METHODS)
+    if case not in NOT_FOR
+]
 REPLACING = ("lora", "parallel linear", "bitfit")
 
 
@@ -352,7 +357,7 @@ def test_a_head_trains_whole_beside_bitfit(order: int) -> None:
     }
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "qwen3"])
 def test_copies(family: str) -> None:
     methods = [m for m in ("series", "lora", "parallel", "llama", "bitfit") if (family, m) not in NOT_FOR]
     model = MODELS[family]()

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from peftk import functional
+from peftk import functional, interrupts
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
 from peftk.interop.peft_reasons import Base
@@ -51,7 +51,7 @@ def merge(layer: Any, names: list[str]) -> None:
     adapters = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     if not adapters:
         return
-    with torch.no_grad():
+    with torch.no_grad(), interrupts.held():  # a merged W and its receipt are not to be parted
         biases = _biases(bias, adapters)
         columns = [list(column) for column in zip(*adapters.values(), strict=True)]
         try:
@@ -60,8 +60,8 @@ def merge(layer: Any, names: list[str]) -> None:
             raise ValueError(f"{_broken(adapters)}: {error}") from error
         if bias is not None and biases is not None:
             bias.data.copy_(biases[1])
-    layer.merged_adapters.extend(adapters)
-    layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
+        layer.merged_adapters.extend(adapters)
+        layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
 
 
 def _biases(bias: Tensor | None, adapters: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -90,10 +90,12 @@ def unmerge(layer: Any, peft_unmerge: Any) -> None:
         receipts = live(layer)
         last = receipts[-1] if receipts else None
         if last is not None and tuple(layer.merged_adapters[-len(last.names) :]) == last.names:
-            layer._peftk_merged = receipts[:-1]
-            if _exactly(layer, last):
-                del layer.merged_adapters[-len(last.names) :]
-                continue
+            with interrupts.held():
+                exactly = _exactly(layer, last)
+                layer._peftk_merged = receipts[:-1]
+                if exactly:
+                    del layer.merged_adapters[-len(last.names) :]
+                    continue
         below = layer.merged_adapters[:-1]
         del layer.merged_adapters[:-1]
         try:

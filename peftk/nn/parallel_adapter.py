@@ -144,7 +144,7 @@ class ParallelAdapterLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        A, B, a, beta = (own(self, name) for name in PARAMETERS)
+        A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
         return functional.lora_linear_unchecked(
             x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta
         )

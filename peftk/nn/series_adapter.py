@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftk import functional
 from peftk.nn.attached import Attached, first_output, with_first
-from peftk.nn.bottleneck import PARAMETERS, Bottleneck
+from peftk.nn.bottleneck import Bottleneck
 from peftk.nn.parameters import own
 
 
@@ -42,16 +42,8 @@ class SeriesAdapter(Attached, Bottleneck):
 
     def forward(self, h: Tensor) -> Tensor:
         """h [..., d] → y [..., d], in h's dtype."""
-        A, B, a, beta = (own(self, name) for name in PARAMETERS)
-        return functional.adapter_block(
-            h,
-            A,
-            B,
-            self.scaling,
-            activation=self.activation,
-            bias_A=a,
-            bias_B=beta,
-        )
+        A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
+        return functional.adapter_block_unchecked(h, A, B, self.scaling, self.activation, a, beta)
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         return [lambda: module.register_forward_hook(self._behind)]

@@ -18,7 +18,7 @@ _FARTHEST = -7
 
 
 def pack(code: Tensor) -> tuple[Tensor, Tensor]:
-    """code int8 [N, K] → halves uint8 [N, ⌈K/2⌉] and the far codes, int8, in order of place. A function of code alone."""
+    """code int8 [N, K] → halves uint8 [N, ⌈K/2⌉] and the far codes, int8, in order of place."""
     near = (code >= _FARTHEST) & (code < HALF_FAR)
     zero = code == ZERO
     half = torch.where(near, code, torch.where(zero, HALF_ZERO, HALF_FAR).to(torch.int8))

@@ -152,7 +152,7 @@ def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None
         calls = []
 
         def failing(*args: Any) -> MergeReceipt:
-            calls.append(args)
+            calls.append(args)  # noqa: B023
             if len(calls) == at:  # noqa: B023
                 raise error  # noqa: B023
             return pack(*args)
