@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from peftk.methods.bitfit import ALL, BitFitConfig
@@ -17,6 +15,9 @@ from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import adapter_parameters, injections
 from peftk.nn import LlamaAdapter, LoRALinear, ParallelAdapter, ParallelAdapterLinear, SeriesAdapter
 from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms. d: width of the model; K, N: inputs and outputs of a linear; all give numbers of parameters.
@@ -199,6 +200,9 @@ class ParameterCount(_Totals):
 
     def table(self, optimizer: str = "adam") -> Table:
         """A rich table, for `rich.print`: each method, counted and from its closed form, and the bytes it saves."""
+        from rich import box
+        from rich.table import Table
+
         table = Table(
             title=str(self), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True
         )

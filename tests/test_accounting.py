@@ -26,6 +26,7 @@ from peftk import (
 )
 from peftk.accounting import (
     OPTIMIZER_TENSORS,
+    Part,
     bitfit_parameters,
     bottleneck_parameters,
     lora_parameters,
@@ -315,6 +316,15 @@ def test_methods_layers_and_modules_each_parameter_once() -> None:
     assert count.by_layer() == {"bert.encoder.layer.0": a_layer, "bert.encoder.layer.1": a_layer, "": 66}
     assert count.by_module()["bert.encoder.layer.1.attention.self.key"] == key + 32
     assert sum(count.by_module().values()) == sum(count.by_layer().values()) == count.trainable
+
+
+def test_a_layer_is_the_outermost_that_has_a_number() -> None:
+    def layer(module: str) -> str:
+        return Part("LoRA", module, 1, 4, True).layer
+
+    assert layer("decoder.block.11.layer.0.SelfAttention.q") == "decoder.block.11"
+    assert (layer("h.3"), layer("0.linear")) == ("h.3", "0")
+    assert (layer("classifier"), layer("layer3.conv2d"), layer("")) == ("", "", "")
 
 
 def test_what_no_config_trains_is_counted_as_other() -> None:
