@@ -60,6 +60,8 @@ class Linear(lora.Linear):
 
     def _served(self, x: Tensor, batch: Batch | None) -> Tensor | None:
         """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
+        if self._disable_adapters and self.merged_adapters and batch is None:
+            self.unmerge()  # before W is looked at: PEFT's way may give it other storage
         base = peft_reasons.runs(cast(nn.Module, self._modules["base_layer"]))
         if isinstance(base, str) or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
             return None
@@ -67,8 +69,6 @@ class Linear(lora.Linear):
         if batch is not None and (len(x) != len(batch.names) or self.merged_adapters):
             return None  # PEFT says what is wrong
         if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         if batch is not None:
             return self._mixed(x, base, batch)
