@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
+from peftk import functional
+from peftk.backends import merge_layers
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 
@@ -105,3 +111,51 @@ def check_receipt(ours: MergeReceipt, theirs: MergeReceipt) -> None:
     assert torch.equal(ours.far, theirs.far)
     assert torch.equal(bits(ours.raw_values), bits(theirs.raw_values))
     assert ours.checksum == theirs.checksum
+
+
+# |ΔW| in units of |W|, for which a receipt of bf16 takes each of its forms
+FORMS = {1.0: (torch.uint8, True), 100.0: (torch.int8, True), 1e5: (torch.int8, False)}
+
+
+def check_forms_across_backends(name: str, ratio: float) -> None:
+    """The same receipt wherever it is made, and wherever it is used: to unmerge, and to switch, a list at once."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(9, K, generator=generator).bfloat16() for K in (33, 64)]
+    A = [torch.randn(3, K, generator=generator) for K in (33, 64)]
+    B = [torch.randn(9, 3, generator=generator) * ratio for _ in weights]
+    left, merged = {}, copies(weights)
+    for backend in (name, "cpu"):
+        merged = copies(weights)
+        left[backend] = functional.merge_layers_(merged, A, B, backend=backend)
+    for mine, theirs in zip(*left.values(), strict=True):
+        check_receipt(mine, theirs)
+    assert {(receipt.code.dtype, receipt.code.numel() > 0) for receipt in left["cpu"]} == {FORMS[ratio]}
+    small = [factor / ratio for factor in B]
+    for first, second in ((name, "cpu"), ("cpu", name), (name, "reference")):
+        again = copies(merged)
+        switched = functional.remerge_layers_(again, left[first], A, small, 0.5, backend=second)
+        functional.unmerge_layers_(again, switched, backend=first)
+        straight = copies(merged)
+        functional.unmerge_layers_(straight, left[first], backend=second)
+        for W, *backs in zip(weights, again, straight, strict=True):
+            assert all(torch.equal(bits(back), bits(W)) for back in backs)
+
+
+def check_failures_while_packing(
+    backend: ModuleType, weights: list[Tensor], factors: list[Factors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
+    merged, pack = copies(weights), merge_layers.packed
+    for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
+        failing = mock.Mock(side_effect=[*[pack] * (at - 1), error])
+
+        def packed(*args: Any, failing: mock.Mock = failing) -> MergeReceipt:
+            return failing()(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(merge_layers, "packed", packed)
+            with pytest.raises(error):
+                backend.merge_layers_(merged, factors)
+        assert failing.call_count == at
+        for weight, new in zip(weights, merged, strict=True):
+            assert torch.equal(bits(new), bits(weight))

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftk import activations, checks
 from peftk.methods import architectures
 from peftk.methods.architectures import FAMILIES
 from peftk.methods.parallel import ParallelAdapterConfig
-from peftk.methods.places import check_layers
+from peftk.methods.places import check_bottleneck
 from peftk.methods.plan import Plan
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.nn.attached import Attached, attachable
@@ -128,12 +127,7 @@ class AdapterHubConfig:
                 raise ValueError(f"{name}: expected a number above 0, got {factor!r}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
-        if self.activation not in activations.CODES:
-            raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {self.activation!r}")
-        checks.adapter_shapes(1, 1, None, None, self.scaling)
-        check_layers("leave_out", self.leave_out)
-        if self.adapter_dtype is not None:
-            checks.adapter_dtype(self.adapter_dtype)
+        check_bottleneck(self)
 
     @property
     def _roles(self) -> tuple[str, ...]:

@@ -89,12 +89,7 @@ class BottleneckConfig:
         if factor is not None and (not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0):
             raise ValueError(f"reduction_factor: expected a number above 0, got {factor!r}")
         check_names("where", self.where)
-        if self.activation not in activations.CODES:
-            raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {self.activation!r}")
-        checks.adapter_shapes(1, 1, None, None, self.scaling)
-        check_layers("leave_out", self.leave_out)
-        if self.adapter_dtype is not None:
-            checks.adapter_dtype(self.adapter_dtype)
+        check_bottleneck(self)
 
     def width(self, d: int) -> int:
         """R: the bottleneck, or d / reduction_factor, 1 at least."""
@@ -102,6 +97,16 @@ class BottleneckConfig:
             return self.bottleneck
         assert self.reduction_factor is not None
         return max(1, int(d / self.reduction_factor))
+
+
+def check_bottleneck(config: Any) -> None:
+    """Raises ValueError or TypeError for activation, scaling, leave_out or adapter_dtype of a bottleneck's config."""
+    if config.activation not in activations.CODES:
+        raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {config.activation!r}")
+    checks.adapter_shapes(1, 1, None, None, config.scaling)
+    check_layers("leave_out", config.leave_out)
+    if config.adapter_dtype is not None:
+        checks.adapter_dtype(config.adapter_dtype)
 
 
 def check_layers(field: str, numbers: Any) -> None:

@@ -6,7 +6,6 @@ import itertools
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,18 @@ from peftk.backends import reference as reference_backend
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
-from tests.merge_cases import DTYPES, bits, check_receipt, copies, merge_case, same_bits, several
+from tests.merge_cases import (
+    DTYPES,
+    FORMS,
+    bits,
+    check_failures_while_packing,
+    check_forms_across_backends,
+    check_receipt,
+    copies,
+    merge_case,
+    same_bits,
+    several,
+)
 from tests.on_host.conftest import Executor
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -142,51 +152,12 @@ def test_at_the_edge_of_what_is_finite() -> None:
 
 
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
-    weights, factors = layers(F32, F32, size=3.0)
-    merged = copies(weights)
-    pack = merge_layers.packed
-    for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
-        calls = []
-
-        def failing(*args: Any) -> MergeReceipt:
-            calls.append(args)  # noqa: B023
-            if len(calls) == at:  # noqa: B023
-                raise error  # noqa: B023
-            return pack(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(merge_layers, "packed", failing)
-            with pytest.raises(error):
-                backend.merge_layers_(merged, factors)
-        for weight, new in zip(weights, merged, strict=True):
-            assert torch.equal(bits(new), bits(weight))
+    check_failures_while_packing(backend, *layers(F32, F32, size=3.0), monkeypatch)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 100.0, 1e5], ids=["halves", "bytes", "weights"])
+@pytest.mark.parametrize("ratio", FORMS)
 def test_receipts_of_every_form_on_another_backend(ratio: float) -> None:
-    """The same receipt wherever it is made, and wherever it is used: to unmerge, and to switch, a list at once."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(9, K, generator=generator).bfloat16() for K in (33, 64)]
-    A = [torch.randn(3, K, generator=generator) for K in (33, 64)]
-    B = [torch.randn(9, 3, generator=generator) * ratio for _ in weights]
-    left, merged = {}, copies(weights)
-    for name in ("cuda", "cpu"):
-        merged = copies(weights)
-        left[name] = functional.merge_layers_(merged, A, B, backend=name)
-    for mine, theirs in zip(*left.values(), strict=True):
-        check_receipt(mine, theirs)
-    forms = {(receipt.code.dtype, receipt.code.numel() > 0) for receipt in left["cpu"]}
-    assert forms == {{1.0: (torch.uint8, True), 100.0: (torch.int8, True), 1e5: (torch.int8, False)}[ratio]}
-    small = [factor / ratio for factor in B]
-    for first, second in (("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "reference")):
-        again = copies(merged)
-        switched = functional.remerge_layers_(again, left[first], A, small, 0.5, backend=second)
-        functional.unmerge_layers_(again, switched, backend=first)
-        straight = copies(merged)
-        functional.unmerge_layers_(straight, left[first], backend=second)
-        for W, *backs in zip(weights, again, straight, strict=True):
-            assert all(torch.equal(bits(back), bits(W)) for back in backs)
+    check_forms_across_backends("cuda", ratio)
 
 
 def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
