@@ -60,16 +60,14 @@ class Linear(lora.Linear):
 
     def _served(self, x: Tensor, batch: Batch | None) -> Tensor | None:
         """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
-        if self._disable_adapters and self.merged_adapters and batch is None:
-            self.unmerge()  # before W is looked at: PEFT's way may give it other storage
+        if self._disable_adapters:
+            return None  # the base layer itself, so that outputs are the base model's to the bit
         base = peft_reasons.runs(cast(nn.Module, self._modules["base_layer"]))
         if isinstance(base, str) or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
             return None
         weight, bias = base
         if batch is not None and (len(x) != len(batch.names) or self.merged_adapters):
             return None  # PEFT says what is wrong
-        if self._disable_adapters:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         if batch is not None:
             return self._mixed(x, base, batch)
         if self.merged_adapters:
@@ -95,13 +93,15 @@ class Linear(lora.Linear):
         )
 
     def active(self) -> tuple[Tensor, list[Factors]] | str:
-        """What a call would compute with now, W and adapters (none while disabled or merged), or why that is PEFT's."""
+        """What a call would compute with now, W and adapters (none while merged), or why that is PEFT's."""
         if "forward" in self.__dict__:
             return "the layer's forward was replaced"
+        if self.disable_adapters:
+            return "adapters are disabled, which leaves the base layer itself"
         base = peft_reasons.runs(self.base_layer)
         if isinstance(base, str):
             return base
-        if self.disable_adapters or self.merged:
+        if self.merged:
             return base[0], []
         found = self._adapters(self.active_adapters, base[0])
         if isinstance(found, str):
