@@ -12,7 +12,7 @@ from tests.test_lora_linear_triton import interpret
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", None])
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", [0, *(pytest.param(n, marks=pytest.mark.full) for n in range(1, 4))])
 def test_random(backend: str | None, chunk: int) -> None:
     for seed in range(chunk * 20, (chunk + 1) * 20):
         try:

@@ -91,7 +91,7 @@ def adds_in_order(c: Compiled, target: int | str) -> None:
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["one", "many"])
-@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("rank", [pytest.param(16, marks=pytest.mark.full), 64])
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("target", every(TARGETS, MORE_TARGETS))
 def test_compiles(target: int | str, dtype: torch.dtype, rank: int, many: bool) -> None:

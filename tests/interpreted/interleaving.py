@@ -38,7 +38,7 @@ def split_sum(schedule: Schedule) -> Outcome:
     )
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=pytest.mark.full)])
 @pytest.mark.parametrize("run", [relay, split_sum])
 def test_right_in_every_schedule(run: Callable[[Schedule], Outcome], count: int) -> None:
     outcomes = [run(schedule) for schedule in schedules(count)]

@@ -57,7 +57,7 @@ def run(many: bool, schedule: Schedule) -> Outcome:
     return outcome(schedule, lambda: launch(many), standard, lambda: workspace._counters(device, 0))
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(12, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
 @pytest.mark.parametrize("many", [False, True])
 def test_right_in_every_schedule(many: bool, count: int) -> None:
     outcomes = [run(many, schedule) for schedule in schedules(count)]
