@@ -197,7 +197,7 @@ def _adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[
     z = dropped @ adapter.lora_A.to(acc).t()
     if adapter.bias_A is not None:
         z = z + adapter.bias_A.to(acc)
-    v = activations.apply(adapter.activation, z)
+    v = _activated(adapter.activation, z)
     return adapter.scaling * (v @ adapter.lora_B.to(acc).t()) + delta, z
 
 
@@ -216,7 +216,12 @@ def _adapter_backward(
     u = (dy @ adapter.lora_B.to(acc)) * activations.derivative(adapter.activation, z)
     return s * (u @ adapter.lora_A.to(acc)), AdapterGrads(
         lora_A=grad(adapter.lora_A, wanted.lora_A, lambda: s * (u.t() @ dropped)),
-        lora_B=grad(adapter.lora_B, wanted.lora_B, lambda: s * (dy.t() @ activations.apply(adapter.activation, z))),
+        lora_B=grad(adapter.lora_B, wanted.lora_B, lambda: s * (dy.t() @ _activated(adapter.activation, z))),
         bias_A=grad(adapter.bias_A, wanted.bias_A, lambda: s * u.sum(0)),
         bias_B=d_bias_B,
     )
+
+
+def _activated(name: str, z: Tensor) -> Tensor:
+    """act(z), rounded once: torch's gelu in fp32 loses relative precision below zero on some processors (1 + erf)."""
+    return z if name == "identity" else activations.apply(name, z.double()).to(z.dtype)
