@@ -17,8 +17,8 @@ from peftk.methods.places import check_bottleneck
 from peftk.methods.plan import Plan
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.nn.attached import Attached, attachable
-from peftk.nn.bottleneck import default_dtype
 from peftk.nn.parallel_adapter import ParallelAdapter
+from peftk.nn.parameters import dtype_beside
 from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
 from peftk.nn.series_adapter import SeriesAdapter
 
@@ -167,7 +167,7 @@ class AdapterHubConfig:
             self.bottleneck(d, site.number),
             activation=self.activation,
             scaling=self.scaling,
-            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            dtype=dtype_beside(weight, self.adapter_dtype),
             device=weight.device,
             **parts,
         )

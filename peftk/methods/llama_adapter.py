@@ -12,8 +12,8 @@ from peftk.methods import architectures
 from peftk.methods.plan import Plan
 from peftk.methods.targets import Names, check_names, target_modules
 from peftk.nn.attached import attachable, part
-from peftk.nn.bottleneck import default_dtype
 from peftk.nn.llama_adapter import LlamaAdapter, Projections
+from peftk.nn.parameters import dtype_beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,6 @@ class LlamaAdapterConfig:
             projections,
             adapter_len=self.adapter_len,
             scaling=scaling,
-            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            dtype=dtype_beside(weight, self.adapter_dtype),
             device=weight.device,
         )

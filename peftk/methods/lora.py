@@ -13,6 +13,7 @@ from peftk.methods.plan import Plan
 from peftk.methods.targets import (
     ALL_LINEAR,
     Names,
+    check_layers,
     check_names,
     check_regex,
     inside,
@@ -83,10 +84,7 @@ class LoraConfig:
         by_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if self.layers_to_transform is not None and by_regex:  # which can say the layers itself; PEFT refuses it, too
             raise ValueError("layers_to_transform: expected target_modules to be names, got a regular expression")
-        if any(not isinstance(layer, int) or isinstance(layer, bool) or layer < 0 for layer in self._layers or ()):
-            raise ValueError(
-                f"layers_to_transform: expected layer numbers of 0 or more, got {self.layers_to_transform!r}"
-            )
+        check_layers("layers_to_transform", self._layers or ())
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {self.bias!r}")
         saved = self.modules_to_save

@@ -12,8 +12,8 @@ from peftk.methods.places import BottleneckConfig, Place, places
 from peftk.methods.plan import Plan
 from peftk.methods.targets import Names
 from peftk.nn.attached import attachable
-from peftk.nn.bottleneck import default_dtype
 from peftk.nn.parallel_adapter import ParallelAdapter, ParallelAdapterLinear
+from peftk.nn.parameters import dtype_beside
 from peftk.nn.replace import bypassed, is_linear
 
 
@@ -62,7 +62,7 @@ class ParallelAdapterConfig(BottleneckConfig):
             N,
             activation=self.activation,
             scaling=self.scaling,
-            dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+            dtype=dtype_beside(weight, self.adapter_dtype),
             device=weight.device,
             source=place.below(place.source),
             sink=place.below(place.sink),

@@ -12,7 +12,7 @@ from torch import nn
 from peftk import activations, checks
 from peftk.methods import architectures
 from peftk.methods.architectures import ROLES, Block
-from peftk.methods.targets import Names, check_names, layer_number, target_modules
+from peftk.methods.targets import Names, check_layers, check_names, layer_number, target_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,3 @@ def check_bottleneck(config: Any) -> None:
     check_layers("leave_out", config.leave_out)
     if config.adapter_dtype is not None:
         checks.adapter_dtype(config.adapter_dtype)
-
-
-def check_layers(field: str, numbers: Any) -> None:
-    if isinstance(numbers, str) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-        raise ValueError(f"{field}: expected layer numbers of 0 or more, got {numbers!r}")

@@ -12,7 +12,7 @@ from peftk.methods.places import BottleneckConfig, places
 from peftk.methods.plan import Plan
 from peftk.methods.targets import Names
 from peftk.nn.attached import attachable
-from peftk.nn.bottleneck import default_dtype
+from peftk.nn.parameters import dtype_beside
 from peftk.nn.series_adapter import SeriesAdapter
 
 
@@ -42,7 +42,7 @@ class SeriesAdapterConfig(BottleneckConfig):
                 self.width(d),
                 activation=self.activation,
                 scaling=self.scaling,
-                dtype=default_dtype(weight) if self.adapter_dtype is None else self.adapter_dtype,
+                dtype=dtype_beside(weight, self.adapter_dtype),
                 device=weight.device,
             )
             attached.append((place.sink, adapter))

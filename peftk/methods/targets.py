@@ -26,6 +26,11 @@ def check_names(field: str, names: Any, *, keyword: str | None = None) -> None:
         raise ValueError(f"{field}: expected names, a regular expression{also}, got {names!r}")
 
 
+def check_layers(field: str, numbers: Any) -> None:
+    if isinstance(numbers, str) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+        raise ValueError(f"{field}: expected layer numbers of 0 or more, got {numbers!r}")
+
+
 def check_regex(field: str, pattern: Any) -> None:
     try:
         re.compile(pattern)

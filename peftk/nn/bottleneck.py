@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftk import checks
 
 PARAMETERS = ("lora_A", "lora_B", "bias_A", "bias_B")
-
-
-def default_dtype(weight: Tensor) -> torch.dtype:
-    """Of an adapter beside `weight`: fp32, as HF PEFT trains adapters of 16-bit models; fp64 beside fp64."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def bottleneck_parameters(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
-from peftk.nn.parameters import own
+from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 
 
@@ -50,9 +50,7 @@ class LoRALinear(FrozenLinear):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
         checks.dropout(lora_dropout, None, weight.device)
         N, K = linear_shape(weight, bias, fan_in_fan_out)
-        if adapter_dtype is None:
-            # as HF PEFT: adapters of a 16-bit model train in fp32
-            adapter_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        adapter_dtype = dtype_beside(weight, adapter_dtype)
         checks.adapter_dtype(adapter_dtype, weight.dtype)
         lora_A = torch.empty(r, K, dtype=adapter_dtype, device=weight.device)
         lora_B = torch.empty(N, r, dtype=adapter_dtype, device=weight.device)

@@ -11,9 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from peftk import activations, checks, functional
 from peftk.nn.attached import Attached, Caught, first_input, first_output, part, with_first
-from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, default_dtype, reset_bottleneck
+from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, reset_bottleneck
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
-from peftk.nn.parameters import own
+from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 
 
@@ -102,7 +102,7 @@ class ParallelAdapterLinear(FrozenLinear):
         fan_in_fan_out: bool = False,
     ) -> None:
         N, K = linear_shape(weight, bias, fan_in_fan_out)
-        dtype = default_dtype(weight) if adapter_dtype is None else adapter_dtype
+        dtype = dtype_beside(weight, adapter_dtype)
         checks.adapter_dtype(dtype, weight.dtype)
         parameters = bottleneck_parameters(K, N, bottleneck, activation, scaling, dtype, weight.device)
         # nothing can fail from here on: now the linear's own parameters are touched
