@@ -4,6 +4,8 @@
 PYTHON ?= python3
 CXX ?= g++
 ARGS ?=
+# A process a core, as far as memory has room for them; PARALLEL= runs the tests in one.
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,14 +16,14 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full test-matrix test-gpu lint format bench build clean distclean
+.PHONY: help demo test test-full test-long test-gpu lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
 	@echo "make test       the tests, except the exhaustive ones"
 	@echo "make test-full  the exhaustive tests that make test leaves out"
-	@echo "make test-matrix  every Triton configuration compiled for every target: hours (make test-full has a sample)"
+	@echo "make test-long  what takes hours and of which make test-full has a sample: no part of the CI"
 	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
 	@echo "make lint       ruff, mypy, clang-format: check only"
@@ -34,13 +36,13 @@ demo: $(BUILT)
 	$(BIN)/peftk demo $(ARGS)
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-matrix: $(BUILT)
-	$(BIN)/python -m pytest -m matrix $(ARGS)
+test-long: $(BUILT)
+	$(BIN)/python -m pytest -m long $(PARALLEL) $(ARGS)
 
 test-full: $(BUILT)
-	$(BIN)/python -m pytest -m full $(ARGS)
+	$(BIN)/python -m pytest -m full $(PARALLEL) $(ARGS)
 
 test-gpu: $(BUILT)
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -24,6 +24,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from tests.tiers import MARKERS
+
 ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "tests/cuda_on_host"
 BUILD = ROOT / "build/on_host"
@@ -166,10 +168,10 @@ def program(sources: Sequence[Path], sanitizer: str, mutants: dict[str, str] | N
 # ---- Running
 
 
-def pytest_on(built: Path, marker: str, stems: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def pytest_on(built: Path, tier: str, stems: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest on tests/on_host/<stem>.py, where `built` is peftk._cuda."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=no", "-p", "no:cacheprovider", "-m", marker]
-    command += [*arguments, *(f"tests/on_host/{stem}.py" for stem in stems)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=no", "-p", "no:cacheprovider"]
+    command += ["-m", MARKERS[tier], *arguments, *(f"tests/on_host/{stem}.py" for stem in stems)]
     environment = {
         **os.environ,
         **OPTIONS,
@@ -181,9 +183,11 @@ def pytest_on(built: Path, marker: str, stems: Sequence[str], *arguments: str) -
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def run(marker: str, *stems: str) -> None:
-    """The tests of tests/on_host/<stem>.py with this marker pass."""
-    done = pytest_on(module(), marker, stems)
+def run(tier: str, *stems: str) -> None:
+    """The tests of tests/on_host/<stem>.py of this tier pass."""
+    done = pytest_on(module(), tier, stems)
+    if tier != "default" and done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(f"no {tier} tests in {', '.join(stems)}")
     assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
     assert " passed" in done.stdout
 
@@ -227,7 +231,7 @@ def shown(done: subprocess.CompletedProcess[str]) -> str | None:
 
 def caught(mutants: dict[str, str], stem: str, *arguments: str) -> str | None:
     """How mutants, as `module` takes them, show in tests/on_host/<stem>.py. `arguments` go to pytest (-k …)."""
-    return shown(pytest_on(module(mutants), "not full", [stem], *arguments))
+    return shown(pytest_on(module(mutants), "default", [stem], *arguments))
 
 
 def race(stem: str, mutants: dict[str, str] | None = None, *arguments: object) -> str | None:

@@ -8,7 +8,6 @@ import torch
 import peftk
 from peftk import compiled, functional
 from tests import adapter_block
-from tests.test_lora_linear_triton import interpret
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", None])
@@ -19,15 +18,6 @@ def test_random(backend: str | None, chunk: int) -> None:
             adapter_block.check(seed, backend, max_rows=60, max_width=200)
         except AssertionError as error:
             raise AssertionError(f"case {seed}: {error}") from error
-
-
-def test_parity_in_the_interpreter() -> None:
-    interpret("not full", "adapter_block", "packed")
-
-
-@pytest.mark.full
-def test_parity_in_the_interpreter_at_length() -> None:
-    interpret("full", "adapter_block", "packed")
 
 
 def tensors(K: int = 12, R: int = 4) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -91,3 +93,18 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
         functional.multi_lora_linear(torch.randn(2, 8), layer.weight, None, layer.bank, ids, backend=backend)
     assert seen == [None, "reference"]
     assert backends.forced() is None
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
+def test_triton_refuses_cpu_tensors_where_nothing_interprets() -> None:
+    pytest.importorskip("triton")
+    call = backends.Call("lora_linear", "cpu", *[torch.float32] * 3, 1, 8, 8, 4, 1)
+    with pytest.raises(backends.BackendError, match="TRITON_INTERPRET=1"):
+        backends.choose(call, "triton")
+    merge = call._replace(op="merge", device="cuda", x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    assert backends.cannot_serve("triton", merge._replace(adapter_dtype=torch.float16)) is None
+    assert "float64" in str(backends.cannot_serve("triton", merge._replace(adapter_dtype=torch.float64)))
+    assert backends.cannot_serve("triton", call._replace(device="cuda")) is None
+    for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
+        mix = call._replace(device="cuda", x_dtype=x, weight_dtype=weight)
+        assert word in str(backends.cannot_serve("triton", mix))

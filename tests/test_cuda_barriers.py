@@ -11,6 +11,7 @@ import pytest
 
 from tests.host_cuda import ROOT, driven, needs_host_cuda, replaced, shown
 from tests.test_lora_linear_on_host import FEWER_FORMS
+from tests.tiers import spread
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 LORA_LINEAR = "csrc/cuda/lora_linear.cu"
@@ -32,7 +33,7 @@ BARRIERS = [
     for number in range(len(BARRIER.findall((ROOT / "csrc/cuda" / name).read_text())))
 ]
 
-pytestmark = [pytest.mark.full, needs_host_cuda]
+pytestmark = needs_host_cuda
 
 
 def test_every_file_with_barriers_is_here() -> None:
@@ -40,7 +41,7 @@ def test_every_file_with_barriers_is_here() -> None:
     assert found == {name for names in FILES.values() for name in names}
 
 
-@pytest.mark.parametrize(("stem", "path", "number"), BARRIERS)
+@pytest.mark.parametrize(("stem", "path", "number"), spread(BARRIERS, default=0, full=5))
 def test_is_needed(stem: str, path: str, number: int) -> None:
     arguments, source, fewer = DRIVERS[stem]
     text = (ROOT / path).read_text()

@@ -7,13 +7,12 @@ Python: under the race detector, and once for each of many mutants.
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
 import subprocess
 
 import pytest
 
 from tests.host_cuda import REPORT, caught, driven, needs_host_cuda, replaced, run
+from tests.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
 
@@ -32,13 +31,9 @@ FEWER_FORMS = (
 )
 
 
-def test_within_the_bound_of_fp64() -> None:
-    run("not full", "lora_linear", "selftest", "devices")
-
-
-@pytest.mark.full
-def test_within_the_bound_of_fp64_at_length() -> None:
-    run("full", "lora_linear", "selftest")
+@pytest.mark.parametrize("tier", TIERS)
+def test_within_the_bound_of_fp64(tier: str) -> None:
+    run(tier, "lora_linear", "selftest", "devices")
 
 
 def drive(
@@ -52,17 +47,9 @@ def drive(
     return driven("lora_linear", sanitizer, mutants, cases)
 
 
-FULL = pytest.mark.full
-
-
 @pytest.mark.parametrize(
     ("sanitizer", "cases"),
-    [
-        ("address", 100),
-        ("thread", 5),
-        pytest.param("address", 1000, marks=FULL),
-        pytest.param("thread", 30, marks=FULL),
-    ],
+    spread([("address", 100), ("address", 1000), ("thread", 5), ("thread", 30)], default=2, full=2),
 )
 def test_no_races_and_right_sums(sanitizer: str, cases: int) -> None:
     done = drive(sanitizer, cases)
@@ -202,17 +189,9 @@ def survives(path: str, before: str, after: str, how: str = "") -> str | None:
     return f"expected {how or 'something wrong'}, got {said}"
 
 
-@pytest.mark.parametrize("mutant", ["z published without release", "a stage overwritten while it is read"])
-def test_a_mutant_is_noticed(mutant: str) -> None:
+@pytest.mark.parametrize("mutant", spread(MUTANTS, default=2, full=8))
+def test_mutants_are_noticed(mutant: str) -> None:
     assert survives(*MUTANTS[mutant]) is None
-
-
-@pytest.mark.full
-def test_all_mutants_are_noticed() -> None:
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(lambda mutant: survives(*mutant), MUTANTS.values())
-        survivors = [f"{name}: {verdict}" for name, verdict in zip(MUTANTS, verdicts, strict=True) if verdict]
-    assert not survivors, "\n".join(survivors)
 
 
 # What the driver's short sums do not show.
@@ -225,8 +204,7 @@ LONG_SUMS = {
 }  # fmt: skip
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mutant", LONG_SUMS)
+@pytest.mark.parametrize("mutant", spread(LONG_SUMS, default=0, full=1))
 def test_long_sums_are_not_cut(mutant: str) -> None:
     path, *changes = LONG_SUMS[mutant]
     assert caught({path: replaced(path, *changes)}, "lora_linear", "-k", "long_sums") == "wrong"

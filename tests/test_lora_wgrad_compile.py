@@ -19,8 +19,8 @@ from peftk.reference import Wanted
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_wgrad as kernels
 from peftk.triton_kernels.lora_linear import Adapters, Many, One
-from tests.sampling import sampled
 from tests.test_triton_compile import BF16, F16, F32, MORE_TARGETS, TARGETS, TENSOR_CORES, fits
+from tests.tiers import spread
 from tests.triton_aot import Compiled, compiling
 
 
@@ -106,7 +106,7 @@ MIXED = itertools.product(
 )
 
 
-@pytest.mark.parametrize(("target", "mix", "rank", "many"), sampled(MIXED, 9), ids=str)
+@pytest.mark.parametrize(("target", "mix", "rank", "many"), spread(MIXED, default=0, full=8), ids=str)
 def test_compiles_mixed_dtypes(target: int | str, mix: tuple[torch.dtype, torch.dtype], rank: int, many: bool) -> None:
     fits(compile_wgrad(target, *mix, rank, many=many), target)
 
@@ -120,7 +120,7 @@ def odd_forms() -> list[Any]:
         for K in (4096, 4095)
         for r in (16, 64)
     ]
-    return [*some, *sampled([form for form in more if form not in some], 5)]
+    return [*some, *spread([form for form in more if form not in some], default=0, full=5)]
 
 
 @pytest.mark.parametrize(("target", "dtype", "K", "rank"), odd_forms())

@@ -8,18 +8,15 @@ import re
 import pytest
 
 from tests.host_cuda import caught, needs_host_cuda, race, replaced, run
+from tests.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
 MERGE, TILE = "csrc/cuda/merge.cu", "csrc/cuda/merge_tile.cuh"
 
 
-def test_bits_of_the_reference() -> None:
-    run("not full", "merge")
-
-
-@pytest.mark.full
-def test_bits_of_the_reference_at_length() -> None:
-    run("full", "merge")
+@pytest.mark.parametrize("tier", TIERS)
+def test_bits_of_the_reference(tier: str) -> None:
+    run(tier, "merge")
 
 
 # A mutant is compiled for fp32 and bf16 weights and fp32 adapters only; these tests need no others.
@@ -110,23 +107,15 @@ REPORTED: dict[str, tuple[Change, str]] = {
     ),
 }
 
-DEFAULT = ("bisection goes one too far", "no barrier before the tile is judged")  # of wrong bits, and of races
-
-
-def mark(name: str) -> object:
-    return name if name in DEFAULT else pytest.param(name, marks=pytest.mark.full)
-
-
 BARRIERS = [name for name in WRONG if name.startswith("no barrier")]
 
 
-@pytest.mark.parametrize("mutant", [mark(name) for name in WRONG if name not in BARRIERS])
+@pytest.mark.parametrize("mutant", spread([name for name in WRONG if name not in BARRIERS], default=1, full=5))
 def test_mutants_are_caught(mutant: str) -> None:
     assert found(WRONG[mutant]) is not None
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mutant", REPORTED)
+@pytest.mark.parametrize("mutant", spread(REPORTED, default=0, full=1))
 def test_mutants_are_reported(mutant: str) -> None:
     change, expected = REPORTED[mutant]
     assert re.search(expected, found(change) or "")
@@ -142,12 +131,11 @@ def test_no_races() -> None:
     assert race("merge", changed()) is None
 
 
-@pytest.mark.parametrize("mutant", [mark(name) for name in (*BARRIERS, "row sums are not added up")])
+@pytest.mark.parametrize("mutant", spread([*BARRIERS, "row sums are not added up"], default=1, full=2))
 def test_races_are_caught(mutant: str) -> None:
     assert race("merge", changed(WRONG[mutant])) is not None
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mutant", BARRIERS)
+@pytest.mark.parametrize("mutant", spread(BARRIERS, default=0, full=1))
 def test_a_missing_barrier_gives_wrong_bits_too(mutant: str) -> None:
     assert found(WRONG[mutant]) is not None

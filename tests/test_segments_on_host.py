@@ -8,22 +8,15 @@ import itertools
 import pytest
 
 from tests.host_cuda import caught, needs_host_cuda, race, replaced, run
+from tests.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
 SOURCE = "csrc/cuda/segments.cu"
 
 
-def mark(name: str, full: bool) -> object:
-    return pytest.param(name, marks=pytest.mark.full) if full else name
-
-
-def test_equal_to_the_specification() -> None:
-    run("not full", "segments")
-
-
-@pytest.mark.full
-def test_equal_to_the_specification_at_length() -> None:
-    run("full", "segments")
+@pytest.mark.parametrize("tier", TIERS)
+def test_equal_to_the_specification(tier: str) -> None:
+    run(tier, "segments")
 
 
 # Rows and adapters: each kernel, with blocks that share the ends and with several tiles.
@@ -113,20 +106,18 @@ WRONG = {
     "earlier tiles forgotten": (("(tile > 0 && at < rows ? before[group[i]] : 0)", "0"),),
     "segments numbered anew in each chunk": (("found += here;", "found = here;"),),
 }
-DEFAULT = ("ids narrowed before they are compared",)
 
 
-@pytest.mark.parametrize("mutant", [mark(name, name not in tuple(RACES)[:1]) for name in RACES])
+@pytest.mark.parametrize("mutant", spread(RACES, default=1, full=2))
 def test_races_are_caught(mutant: str) -> None:
     assert found(RACES[mutant]) is not None
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("mutant", REPORTED)
+@pytest.mark.parametrize("mutant", spread(REPORTED, default=0, full=1))
 def test_accesses_outside_and_lost_threads_are_reported(mutant: str) -> None:
     assert caught({SOURCE: replaced(SOURCE, REPORTED[mutant])}, "segments") not in (None, "wrong")
 
 
-@pytest.mark.parametrize("mutant", [mark(name, name not in DEFAULT) for name in WRONG])
+@pytest.mark.parametrize("mutant", spread(WRONG, default=1, full=5))
 def test_mutants_are_caught(mutant: str) -> None:
     assert caught({SOURCE: replaced(SOURCE, *WRONG[mutant])}, "segments") is not None

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from peftk.backends.segments import Segments
 from peftk.triton_kernels import config
 from peftk.triton_kernels import lora_linear as kernels
-from tests.sampling import sampled
+from tests.tiers import spread
 from tests.triton_aot import Compiled, compiling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -151,7 +151,7 @@ EVERY_FORM = [
 ]
 
 
-@pytest.mark.parametrize(("target", "mix", "M", "form"), sampled(EVERY_FORM, 23), ids=str)
+@pytest.mark.parametrize(("target", "mix", "M", "form"), spread(EVERY_FORM, default=0, full=24), ids=str)
 def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> None:
     fits(compile_call(target, M, mix, **FORMS[form]), target)
 
@@ -159,7 +159,7 @@ def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> 
 def odd_forms() -> list[Any]:
     some = [(90, BF16, 4095), (90, BF16, 4096)]
     more = [(t, d, K) for t in [*TARGETS, "gfx942"] for d in (F32, BF16, F16) for K in (4096, 4095)]
-    return [*some, *(pytest.param(*form, marks=pytest.mark.full) for form in more if form not in some)]
+    return [*some, *spread([form for form in more if form not in some], default=0, full=5)]
 
 
 @pytest.mark.parametrize(("target", "dtype", "K"), odd_forms())

@@ -1,4 +1,4 @@
-"""Runs `tests/interpreted/tuner.py`, and compiles what a tuner may choose for GPUs that are not there."""
+"""Compiles what a tuner may choose for GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
 from peftk.triton_kernels import config
-from tests.sampling import sampled
-from tests.test_lora_linear_triton import interpret
 from tests.test_lora_wgrad_compile import compile_wgrad
 from tests.test_triton_compile import BF16, F16, MORE_TARGETS, TARGETS, compile_call, fits
+from tests.tiers import spread
 
-# Everything that `tuner` measures. In the default run one of them.
-DEFAULT = {(90, BF16, 64, True, False)}
+# Everything that `tuner` measures.
 FORMS = [
     (target, dtype, M, many, backward)
     for target in [*TARGETS, *MORE_TARGETS]
@@ -29,19 +27,11 @@ FORMS = [
 ]
 
 
-def marked(forms: list[Any], default: set[Any]) -> list[Any]:
-    return [*default, *sampled([form for form in forms if form not in default], 11)]
-
-
 def name(target: int | str) -> int | str:
     return "hip" if isinstance(target, str) else target
 
 
-def test_tuning_in_the_interpreter() -> None:
-    interpret("not full", "tuner")
-
-
-@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), marked(FORMS, DEFAULT))
+@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=1, full=6))
 def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
     shape = config.Form(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape()
     for plan in config.candidates(shape, name(target)):
@@ -57,7 +47,7 @@ WGRADS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "dtype", "rank", "many"), marked(WGRADS, {(90, BF16, 64, True)}))
+@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=1, full=4))
 def test_candidates_for_gradients_compile(target: int | str, dtype: Any, rank: int, many: bool) -> None:
     pages = config.wgrad_pages(rank, dtype, name(target))
     for block in config.wgrad_candidates(pages, many, True, dtype, name(target)):

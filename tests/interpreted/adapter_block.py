@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.adapter_block import check
+from tests.tiers import spread
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(s, marks=pytest.mark.full) for s in range(4, 80))])
+@pytest.mark.parametrize("seed", spread(range(80), default=3, full=12))
 def test_random(seed: int) -> None:
     check(seed, "triton")

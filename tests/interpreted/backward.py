@@ -7,9 +7,10 @@ import torch
 
 from tests.cases import random_case
 from tests.test_gradients import check_gradients
+from tests.tiers import spread
 
 
-@pytest.mark.parametrize("number", [*range(12), *(pytest.param(n, marks=pytest.mark.full) for n in range(12, 120))])
+@pytest.mark.parametrize("number", spread(range(120), default=8, full=20))
 def test_random_gradients(number: int) -> None:
     case = random_case(20_000 + number, max_rows=40, max_width=80)
     dtypes = {case.x.dtype, case.weight.dtype, *(t.dtype for a in case.adapters if a is not None for t in a.tensors())}

@@ -22,6 +22,7 @@ from peftk.selftest.check import Check, WrongError
 from peftk.selftest.plans import planned
 from peftk.selftest.work import Form, Work, made
 from tests.stand_ins import rerun
+from tests.tiers import spread
 
 HERE = target("interpreter")
 WORKS = dict(behaviour.works(HERE))
@@ -40,7 +41,10 @@ STAND_INS = behaviour.tools(HERE)._replace(
 NEED_A_GPU = ("CUDA graph", "no waiting", "streams")
 
 
-@pytest.mark.parametrize("check", [c for c in behaviour.checks(HERE, STAND_INS) if c.op in NEED_A_GPU], ids=str)
+WITH_STAND_INS = [check for check in behaviour.checks(HERE, STAND_INS) if check.op in NEED_A_GPU]
+
+
+@pytest.mark.parametrize("check", spread(WITH_STAND_INS, default=8, full=8), ids=str)
 def test_what_needs_a_gpu_with_stand_ins(check: Check) -> None:
     check.run()
 

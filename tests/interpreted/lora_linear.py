@@ -18,6 +18,7 @@ from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
 from peftk.triton_kernels.philox import keep
 from tests import numerics
 from tests.cases import Case, double, expected, normal, random_case
+from tests.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, BF16, F32), (F32, BF16, BF16), (F32, F16, F16)]
@@ -70,13 +71,12 @@ def test_interpreted() -> None:
     assert INTERPRETED.value
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_random(seed: int) -> None:
     check(random_case(seed, max_rows=40, max_width=80))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(1000, 1120))
+@pytest.mark.parametrize("seed", spread(range(1000, 1120), default=0, full=15))
 def test_random_more(seed: int) -> None:
     check(random_case(seed))
 

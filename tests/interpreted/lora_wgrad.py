@@ -19,6 +19,7 @@ from peftk.triton_kernels.segments import segments
 from tests import numerics
 from tests.cases import Case, double, expected_grads, random_case
 from tests.interpreted.lora_linear import BF16, F32, MIXES, PATTERNS, adapter, make, normal
+from tests.tiers import spread
 
 GRADS = AdapterGrads._fields
 
@@ -115,8 +116,7 @@ def test_random(seed: int, ranges: None) -> None:
     check(random_case(20_000 + seed, max_rows=40, max_width=80), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", spread(range(80), default=0, full=10))
 def test_random_more(seed: int, ranges: None) -> None:
     check(random_case(30_000 + seed), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 

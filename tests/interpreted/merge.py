@@ -29,6 +29,7 @@ from tests.merge_cases import (
     same_bits,
     several,
 )
+from tests.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LIST = [((1, 1), (1,)), ((50, 200), (8, 3)), ((33, 65), (5,)), ((40, 64), (1, 16, 2)), ((7, 128), (33,))]
@@ -63,20 +64,15 @@ def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
     return receipts
 
 
-PAIRS = [
-    pytest.param(dtype, other, marks=() if dtype == other else pytest.mark.full)
-    for dtype, other in itertools.product(DTYPES, DTYPES)
-]
-
-
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=3, full=2), ids=str
+)
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))
     assert sum(len(receipt.raw_values) for receipt in receipts) > 100
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", spread(range(60), default=0, full=10))
 def test_random_cases(seed: int) -> None:
     rng = random.Random(seed)
     dtype, adapter_dtype = rng.choice(DTYPES), rng.choice(DTYPES)
@@ -136,20 +132,23 @@ def test_undone_on_another_backend(count: int) -> None:
         assert torch.equal(bits(weight), bits(case.weight))
 
 
-def test_what_is_not_finite_is_refused_and_nothing_has_changed() -> None:
+POISONS = list(zip(DTYPES, (float("inf"), float("nan"), 3e38), strict=True))
+
+
+@pytest.mark.parametrize(("last", "poison"), spread(itertools.product((False, True), POISONS), default=2, full=4))
+def test_what_is_not_finite_is_refused_and_nothing_has_changed(last: bool, poison: tuple[torch.dtype, float]) -> None:
     """Wherever it is in the list; layers and tiles that were merged before it come back."""
-    poisons = zip(DTYPES, (float("inf"), float("nan"), 3e38), strict=True)
-    for (dtype, bad), last in itertools.product(poisons, (False, True)):
-        weights, factors = layers(dtype, F32, size=3.0)
-        place = 3 if last else 1
-        factors[place].lora_B[-1 if last else 0] = bad
-        factors[place].lora_A[:, -1 if last else 0] = 1e38
-        merged = copies(weights)
-        with pytest.raises(ValueError, match="finite") as error:
-            backend.merge_layers_(merged, factors)
-        assert error.value.layer == place
-        for weight, new in zip(weights, merged, strict=True):
-            assert torch.equal(bits(new), bits(weight))
+    dtype, bad = poison
+    weights, factors = layers(dtype, F32, size=3.0)
+    place = 3 if last else 1
+    factors[place].lora_B[-1 if last else 0] = bad
+    factors[place].lora_A[:, -1 if last else 0] = 1e38
+    merged = copies(weights)
+    with pytest.raises(ValueError, match="finite") as error:
+        backend.merge_layers_(merged, factors)
+    assert error.value.layer == place
+    for weight, new in zip(weights, merged, strict=True):
+        assert torch.equal(bits(new), bits(weight))
 
 
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +209,8 @@ def test_strides() -> None:
 
 def test_through_the_public_functions() -> None:
     """Lists of mixed dtypes; refusals name the layer; a graph that saved W notices."""
-    weights, factors = zip(*(pair for d in DTYPES for pair in zip(*layers(d, F32, seed=3), strict=True)), strict=True)
+    pairs = (list(zip(*layers(d, F32, seed=3), strict=True))[:3] for d in DTYPES)
+    weights, factors = zip(*itertools.chain.from_iterable(pairs), strict=True)
     weights, merged = list(weights), copies(list(weights))
     A = [[f.lora_A[s:e] for s, e in zip((0, *f.ends), f.ends, strict=False)] for f in factors]
     B = [[f.lora_B[:, s:e] for s, e in zip((0, *f.ends), f.ends, strict=False)] for f in factors]

@@ -15,6 +15,7 @@ from tests import numerics
 from tests.cases import Case, expected, expected_grads
 from tests.interpreted.lora_linear import BF16, F16, F32, adapter, normal
 from tests.test_gradients import flatten
+from tests.tiers import spread
 
 
 def packed_case(
@@ -41,7 +42,7 @@ def packed_case(
     return x, weight, bias, packed, ids
 
 
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(s, marks=pytest.mark.full) for s in range(4, 16))])
+@pytest.mark.parametrize("seed", spread(range(16), default=2, full=4))
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=str)
 def test_forward_and_gradients(seed: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, weight, bias, packed, ids = packed_case(seed, *dtypes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import pathlib
 import weakref
 from typing import Any
@@ -16,6 +17,7 @@ from peftk import route
 from peftk.backends.segments import MOST_ADAPTERS, Segments
 from peftk.triton_kernels import segments as kernels
 from tests.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
+from tests.tiers import spread
 
 
 def check(ids: Tensor, adapters: int) -> Segments:
@@ -36,8 +38,7 @@ def test_patterns_in_one_launch(pattern: str, M: int) -> None:
     check(PATTERNS[pattern](M, 41).to(I32), 41)
 
 
-@pytest.mark.parametrize("M", [65, 150])
-@pytest.mark.parametrize("pattern", list(PATTERNS))
+@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (65, 150)), default=6, full=9))
 def test_patterns_in_three_launches(pattern: str, M: int, small_tiles: int) -> None:
     check(PATTERNS[pattern](M, 41), 41)
     check(PATTERNS[pattern](M, 200).to(I32), 200)
@@ -49,7 +50,7 @@ def test_few_rows(M: int, adapters: int) -> None:
     check(random_ids(M, adapters), adapters)
 
 
-@pytest.mark.parametrize("M", [255, 256, 257, pytest.param(1023, marks=pytest.mark.full), 1024])
+@pytest.mark.parametrize("M", spread([256, 255, 1023, 257, 1024], default=3, full=2))
 def test_heights_of_one_launch(M: int) -> None:
     check(random_ids(M, 20, dtype=I64), 20)
 
@@ -59,8 +60,7 @@ def test_three_launches_from_a_tile_on(M: int) -> None:
     check(random_ids(M, 100), 100)
 
 
-@pytest.mark.parametrize("tiles", [2, 7])
-@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize(("tiles", "more"), spread(itertools.product((2, 7), (-1, 0, 1)), default=3, full=3))
 def test_tiles_that_are_full_or_not(tiles: int, more: int, small_tiles: int) -> None:
     check(random_ids(64 * tiles + more, 3), 3)
     check(random_ids(64 * tiles + more, 0), 0)
@@ -70,7 +70,7 @@ def test_more_tiles_than_a_scan_takes_at_once(small_tiles: int) -> None:
     check(random_ids(64 * 17 + 5, 7), 7)
 
 
-@pytest.mark.parametrize("adapters", [62, 63, 64, pytest.param(5000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("adapters", spread([63, 62, 64, 5000], default=2, full=2))
 def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
     """A tile goes through 64 groups at a time here; group 0 is the base layer's."""
     ids = random_ids(130, adapters, adapters)

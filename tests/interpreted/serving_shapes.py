@@ -19,6 +19,7 @@ from peftk.table import Adapter
 from tests import numerics
 from tests.cases import Case, expected
 from tests.interpreted.lora_linear import BF16, F16, normal
+from tests.tiers import spread
 
 TOKENS = 3
 FEW = 24  # the other side of a layer
@@ -62,16 +63,15 @@ MORE = list(itertools.product((1, 4, 16, 32), (1, 8, 32, 128), (1, 4, 8, 16, 32,
 @pytest.mark.parametrize("shrink", [True, False], ids=["shrink", "expand"])
 @pytest.mark.parametrize(
     ("batches", "adapters", "rank", "slices"),
-    [*SOME, *(pytest.param(*case, marks=pytest.mark.full) for case in MORE)],
+    [*SOME, *spread(MORE, default=0, full=3)],
 )
 def test_hidden_size_2049(batches: int, adapters: int, rank: int, slices: int, shrink: bool) -> None:
     hidden = 2049 if batches * rank <= 256 else 257  # an interpreter takes minutes for the largest
     check(batches, adapters, rank, hidden, slices, BF16 if (batches + rank) % 2 else F16, shrink)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("shrink", [True, False], ids=["shrink", "expand"])
-@pytest.mark.parametrize("parts", [2, 8, 64])
-@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize(
+    ("hidden", "parts", "shrink"), spread(itertools.product(HIDDEN, (2, 8, 64), (True, False)), default=0, full=4)
+)
 def test_hidden_sizes(hidden: int, parts: int, shrink: bool) -> None:
     check(4, 4, 32, hidden // parts, 1 + hidden % 3, F16 if parts % 16 else BF16, shrink)

@@ -19,6 +19,7 @@ from peftk.table import Adapter
 from tests import numerics
 from tests.cases import Case, decode_adapter, decode_case, double, expected, normal
 from tests.on_host.conftest import Executor
+from tests.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -55,8 +56,7 @@ def test_random(executor: Executor, processors: Callable[[int], None], seed: int
     check(decode_case(seed), executor)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(1000, 1300))
+@pytest.mark.parametrize("seed", spread(range(1000, 1300), default=0, full=60))
 def test_random_more(executor: Executor, processors: Callable[[int], None], seed: int) -> None:
     executor.seed(seed)
     processors((1, 4, 30, 132)[seed % 4])

@@ -32,6 +32,7 @@ from tests.merge_cases import (
     several,
 )
 from tests.on_host.conftest import Executor
+from tests.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = list(itertools.product(DTYPES, DTYPES))
@@ -99,7 +100,7 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     assert executor.statistics.threads[0] == 256
 
 
-@pytest.mark.parametrize("part", [0, 1, *(pytest.param(i, marks=pytest.mark.full) for i in range(2, 12))])
+@pytest.mark.parametrize("part", spread(range(12), default=2, full=3))
 def test_random_shapes(executor: Executor, part: int) -> None:
     """Around tiles, vectors and chunks, and anything between; 60 layers a part."""
     rng = random.Random(part)

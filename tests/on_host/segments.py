@@ -14,6 +14,7 @@ from peftk.backends import cuda as backend
 from peftk.backends import segments as sorting
 from tests.on_host.conftest import Executor
 from tests.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
+from tests.tiers import spread
 
 
 def check(ids: Tensor, adapters: int) -> sorting.Segments:
@@ -132,9 +133,10 @@ def test_one_sort_serves_every_layer_of_a_route(executor: Executor) -> None:
         assert all(map(torch.equal, forced, first))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("adapters", [1, 64, 1023, 5000])
-@pytest.mark.parametrize("M", [33, 129, 513, 1024, 1025, 4097, 17 * 1024 + 5])
+@pytest.mark.parametrize(
+    ("M", "adapters"),
+    spread(itertools.product([33, 129, 513, 1024, 1025, 4097, 17 * 1024 + 5], [1, 64, 1023, 5000]), default=0, full=9),
+)
 def test_at_length(M: int, adapters: int) -> None:
     """The last height gives a strip of the scan more tiles than one."""
     check(random_ids(M, adapters, M, I64), adapters)

@@ -13,6 +13,7 @@ from peftk.selftest import behaviour, parity
 from peftk.selftest.check import Check, Target
 from tests.on_host.conftest import Executor
 from tests.stand_ins import rerun
+from tests.tiers import spread
 
 HERE = Target("cpu", "cpu", ("cuda",))
 
@@ -44,11 +45,7 @@ def test_parity_has_every_operation() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    [
-        pytest.param(check, marks=() if i % 40 == 0 else pytest.mark.full)
-        for i, check in enumerate(PARITY)
-        if "131072" not in check.case
-    ],
+    spread([check for check in PARITY if "131072" not in check.case], default=10, full=40),
     ids=str,
 )
 def test_parity(check: Check) -> None:

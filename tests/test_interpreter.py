@@ -1,0 +1,32 @@
+"""Runs each file of `tests/interpreted/` in a process where TRITON_INTERPRET=1 was set before triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiers import MARKERS, TIERS
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+FILES = Path(__file__).with_name("interpreted").glob("*.py")
+STEMS = sorted(path.stem for path in FILES if "def test_" in path.read_text())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_in_the_interpreter(stem: str, tier: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", MARKERS[tier], "-W", "ignore::RuntimeWarning"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        [*command, f"tests/interpreted/{stem}.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    if tier != "default" and done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(f"no {tier} tests in {stem}")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert " passed" in done.stdout
