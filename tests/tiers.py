@@ -7,29 +7,24 @@ from typing import Any
 
 import pytest
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 FULL, LONG = pytest.mark.full, pytest.mark.long
 # To run the tiers of other files: what pytest's -m takes for each.
 MARKERS = {"default": "not full and not long", "full": "full", "long": "long"}
 TIERS = ["default", pytest.param("full", marks=FULL), pytest.param("long", marks=LONG)]
 
 
-def spread(cases: Iterable[Any], *, default: int, full: int) -> list[Any]:
-    """Parameters: `default` of the cases in every run, `full` more in the full one, evenly spread; the rest is long.
+def spread(cases: Iterable[Any], *, default: int, full: int | None = None) -> list[Any]:
+    """Parameters: `default` of the cases in every run, `full` more, or all, in the full one; the rest is long.
 
-    A case that is a plain tuple has a value for each of several arguments.
+    The first is among the default ones; the others lie evenly, in the order of multiples of the golden ratio, with
+    which no argument of a product keeps step. A plain tuple has a value for each of several arguments.
     """
     cases = list(cases)
-    numbers = list(range(len(cases)))
-    chosen = evenly(numbers, default)
-    more = evenly([number for number in numbers if number not in chosen], full)
-    marks = {number: () for number in chosen} | {number: (FULL,) for number in more}
+    drawn = sorted(range(len(cases)), key=lambda number: number * GOLDEN_RATIO % 1)
+    last = len(cases) if full is None else default + full
+    marks = {number: () for number in drawn[:default]} | {number: (FULL,) for number in drawn[default:last]}
     return [
         pytest.param(*(case if type(case) is tuple else (case,)), marks=marks.get(number, (LONG,)))
         for number, case in enumerate(cases)
     ]
-
-
-def evenly(numbers: list[int], count: int) -> list[int]:
-    """`count` of them, or all; the first among them."""
-    count = min(count, len(numbers))
-    return [numbers[i * len(numbers) // count] for i in range(count)]

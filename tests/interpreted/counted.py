@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from unittest import mock
@@ -23,6 +24,7 @@ from peftk.triton_kernels import config, lora_wgrad
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.segments import segments
 from tests.counting import counting
+from tests.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 WANTED = Wanted(lora_A=True, lora_B=True, bias_A=False, bias_B=False)
@@ -103,21 +105,25 @@ PATTERNS = {
 RANKS = (33, 16, 8, 7, 20, 1, 4, 64)
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
-@pytest.mark.parametrize("save_z", [False, True])
+@pytest.mark.parametrize(("pattern", "save_z"), spread(itertools.product(PATTERNS, (False, True)), default=6))
 def test_forward(pattern: str, save_z: bool) -> None:
     ids = PATTERNS[pattern]
     forward(make(96, 80, RANKS, ids, adapter_biases=save_z, bias=save_z), ids, save_z=save_z)
 
 
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 300, 40), (3, 1100, 33), (17, 70, 37), (50, 40, 130)])
-@pytest.mark.parametrize("many", [False, True])
-def test_shapes_and_splits(M: int, K: int, N: int, many: bool) -> None:
+SHAPES = [(1, 300, 40), (3, 1100, 33), (17, 70, 37), (50, 40, 130)]
+
+
+@pytest.mark.parametrize(("many", "shape"), spread(itertools.product((False, True), SHAPES), default=3))
+def test_shapes_and_splits(many: bool, shape: tuple[int, int, int]) -> None:
+    M, K, N = shape
     ids = tuple(i % 4 - 1 for i in range(M)) if many else None
     forward(make(K, N, (20, 5, 16), ids, M), ids)
 
 
-@pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16), (F32, BF16), (F16, F32)])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), spread([(F32, BF16), (BF16, F32), (F16, F16), (F32, F32), (F16, F32)], default=2)
+)
 def test_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     for ids in (None, (0, 1, 1, -1) * 5):
         forward(make(70, 37, (17, 9), ids, 20, dtype=dtype, adapter_dtype=adapter_dtype), ids)
@@ -132,14 +138,13 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("change", list(PLANS))
-@pytest.mark.parametrize("pattern", ["one", "random"])
+@pytest.mark.parametrize(("pattern", "change"), spread(itertools.product(("random", "one"), PLANS), default=6))
 def test_plans(change: str, pattern: str) -> None:
     with planned(**PLANS[change]):
         forward(make(96, 80, RANKS, PATTERNS[pattern]), PATTERNS[pattern])
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
+@pytest.mark.parametrize("pattern", spread(PATTERNS, default=4))
 def test_backward(pattern: str) -> None:
     ids = PATTERNS[pattern]
     batch = make(96, 80, RANKS, ids)
@@ -154,7 +159,7 @@ def test_backward(pattern: str) -> None:
     same(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter", backward=True)))
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "long ranges"])
+@pytest.mark.parametrize("pattern", spread(["long ranges", *PATTERNS], default=4))
 def test_wgrad(pattern: str) -> None:
     ids = (1,) * 30 + (0,) * 150 + (3,) * 20 if pattern == "long ranges" else PATTERNS[pattern]
     batch = make(48, 40, (20, 4, 16, 33, 8, 1, 7, 50), ids)

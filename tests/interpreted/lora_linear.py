@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import triton
@@ -82,14 +84,9 @@ def test_random_more(seed: int) -> None:
 
 
 RANKS = (1, 3, 16, 17, 64, 100)
-RANKS_AND_MIXES = [
-    pytest.param(rank, mix, marks=() if i % 3 == j else pytest.mark.full)
-    for i, rank in enumerate(RANKS)
-    for j, mix in enumerate(MIXES[:3])
-]
 
 
-@pytest.mark.parametrize(("rank", "mix"), RANKS_AND_MIXES)
+@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product(RANKS, MIXES[:3]), default=4))
 def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     ranks = (rank, 1, 0, 33)
     acts = list(CODES)
@@ -98,15 +95,16 @@ def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype
     check(make(mix, (*adapters, None), [i % 6 - 1 for i in range(19)]))
 
 
-@pytest.mark.parametrize("mix", [*MIXES[3:], *(pytest.param(m, marks=pytest.mark.full) for m in MORE_MIXES)])
+@pytest.mark.parametrize("mix", spread([(mix,) for mix in (*MIXES[3:], *MORE_MIXES)], default=2))
 def test_mixed_dtypes(mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     adapters = (adapter(17, 70, 37, mix[2], "gelu", 0), adapter(5, 70, 37, mix[2], "identity", 9, biases=False))
     check(make(mix, adapters[:1], None))
     check(make(mix, adapters, sorted(i % 3 - 1 for i in range(19))))
 
 
-@pytest.mark.parametrize("activation", list(CODES))
-@pytest.mark.parametrize("ids", [None, [0] * 19, list(range(19))], ids=["one", "by segment", "by row"])
+@pytest.mark.parametrize(
+    ("activation", "ids"), spread(itertools.product(CODES, (None, [0] * 19, list(range(19)))), default=5)
+)
 def test_activations(activation: str, ids: list[int] | None) -> None:
     adapters = tuple(adapter(5, 70, 37, F32, activation, 7 * i) for i in range(19 if ids and ids[1] else 1))
     check(make(MIXES[0], adapters, ids))
@@ -122,8 +120,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
-@pytest.mark.parametrize("mix", MIXES[:2])
+@pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=4))
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     ranks = (4, 16, 0, 7, 20, 1, 33, 8)
     adapters = tuple(adapter(r, 70, 37, mix[2], "identity", 10 * i, biases=i % 2 == 0) for i, r in enumerate(ranks))
@@ -141,11 +138,12 @@ def test_ids_outside_the_bank_are_the_base_layer(dtype: torch.dtype) -> None:
     assert torch.equal(run(case), wilder)
 
 
-@pytest.mark.parametrize(
-    ("M", "N", "K"), [(0, 37, 70), (1, 1, 1), (1, 37, 70), (16, 32, 32), (17, 33, 33), (5, 40, 300)]
-)
-@pytest.mark.parametrize("mix", MIXES[:2])
-def test_shapes(M: int, N: int, K: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+SHAPES = [(0, 37, 70), (1, 1, 1), (1, 37, 70), (16, 32, 32), (17, 33, 33), (5, 40, 300)]
+
+
+@pytest.mark.parametrize(("shape", "mix"), spread(itertools.product(SHAPES, MIXES[:2]), default=6))
+def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+    M, N, K = shape
     adapters = (adapter(5, K, N, mix[2], "silu", 0), adapter(20, K, N, mix[2], "identity", 7))
     check(make(mix, adapters[:1], None, M, K, N))
     check(make(mix, adapters, [i % 3 - 1 for i in range(M)], M, K, N))
@@ -176,9 +174,10 @@ def test_strides_and_pages() -> None:
     assert torch.equal(dense, run(Case(x, weight, None, (paged,), None)))
 
 
-@pytest.mark.parametrize("K", [64, 37])
-@pytest.mark.parametrize("ids", [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]])
-@pytest.mark.parametrize("mix", MIXES[:2])
+IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]
+
+
+@pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=4))
 def test_dropout_and_z(K: int, ids: list[int] | None, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     """The reference's mask to the bit, and the z that backward needs. z is fp32 and is held to the fp32 bound."""
     p, seed = 0.3, torch.tensor([0x123456789ABCDEF])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -121,14 +122,7 @@ def test_random_more(seed: int, ranges: None) -> None:
     check(random_case(30_000 + seed), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
 
-RANKS_AND_MIXES = [
-    pytest.param(rank, mix, marks=() if i % 3 == j else pytest.mark.full)
-    for i, rank in enumerate((1, 16, 17, 512, 64, 100))
-    for j, mix in enumerate(MIXES[:3])
-]
-
-
-@pytest.mark.parametrize(("rank", "mix"), RANKS_AND_MIXES)
+@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product((1, 16, 17, 512, 64, 100), MIXES[:3]), default=5))
 def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     K, N = (40, 24) if rank < 512 else (24, 16)
     acts = list(activations.CODES)
@@ -137,7 +131,7 @@ def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype
     check(make(mix, (*adapters, None), [i % 6 - 1 for i in range(37)], 37, K, N))
 
 
-@pytest.mark.parametrize("mix", MIXES[3:])
+@pytest.mark.parametrize("mix", spread([(mix,) for mix in MIXES[3:]], default=2))
 def test_mixed_dtypes(mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     adapters = (adapter(17, 70, 37, mix[2], "gelu", 0), adapter(5, 70, 37, mix[2], "identity", 9, biases=False))
     check(make(mix, adapters[:1], None))
@@ -151,8 +145,7 @@ def test_activations(activation: str) -> None:
     check(make(MIXES[0], adapters, [i % 2 for i in range(19)]))
 
 
-@pytest.mark.parametrize("pattern", list(PATTERNS))
-@pytest.mark.parametrize("mix", [MIXES[0], pytest.param(MIXES[1], marks=pytest.mark.full)])
+@pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=4))
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
     adapters = tuple(
         adapter(r, 40, 37, mix[2], "identity", 10 * i, biases=i % 2 == 0)
@@ -164,9 +157,12 @@ def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dt
             assert not any(grad.any() for grad in of_adapter if grad is not None), "zeros for one who isn't there"
 
 
-@pytest.mark.parametrize("mix", MIXES[:2])
-@pytest.mark.parametrize(("M", "N", "K"), [(0, 37, 70), (1, 1, 1), (1, 37, 70), (16, 32, 32), (65, 33, 97)])
-def test_shapes(M: int, N: int, K: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
+SHAPES = [(0, 37, 70), (1, 1, 1), (1, 37, 70), (16, 32, 32), (65, 33, 97)]
+
+
+@pytest.mark.parametrize(("shape", "mix"), spread(itertools.product(SHAPES, MIXES[:2]), default=5))
+def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
+    M, N, K = shape
     adapters = (adapter(5, K, N, mix[2], "silu", 0), adapter(20, K, N, mix[2], "identity", 7))
     check(make(mix, adapters[:1], None, M, K, N))
     check(make(mix, adapters, [i % 3 - 1 for i in range(M)], M, K, N))
@@ -203,16 +199,17 @@ def same_bits(grads: list[AdapterGrads | None], expected: list[AdapterGrads | No
             assert grad is None or torch.equal(grad, other)
 
 
-@pytest.mark.parametrize("K", [64, 37])
-@pytest.mark.parametrize("ids", [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]], ids=["one", "two", "many"])
-@pytest.mark.parametrize("mix", MIXES[:2])
+IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]
+
+
+@pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=4))
 def test_dropout(K: int, ids: list[int] | None, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     """The reference's mask to the bit: one element more or less would be far outside the bound."""
     adapters = tuple(adapter(5 + 4 * i, K, 24, mix[2], "gelu", 9 * i) for i in range(7))
     check(make(mix, adapters if ids else adapters[:1], ids, 20, K, 24), dropout_p=0.3)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("value", spread([float("nan"), float("inf")], default=1))
 def test_a_row_never_meets_another_adapter(value: float, ranges: None) -> None:
     """inf and NaN in the rows of one adapter, and of the base layer, stay out of all other gradients."""
     ids = [0] * 20 + [1, 2, -1] * 5 + [2] * 17
