@@ -44,7 +44,15 @@ def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
 
 
 def direct_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
 ) -> Tensor | None:
     """y of a call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
 
@@ -53,7 +61,8 @@ def direct_lora_linear(
     server = _direct_server()
     if server is None:
         return None
-    return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, backends.direct_up_to(weight.dtype))
+    limit = 0 if weight is None else backends.direct_up_to(weight.dtype)
+    return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
 
 
 def direct_multi_lora_linear(

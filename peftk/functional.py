@@ -102,10 +102,9 @@ def lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
-    plain = activation == "identity" and bias_A is None and bias_B is None and dropout_p == 0.0 and backend is None
     recorded = _recorded()
-    if plain and not recorded:
-        direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling)
+    if dropout_p == 0.0 and backend is None and not recorded:
+        direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B)
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
@@ -254,6 +253,10 @@ def adapter_block_unchecked(
     bias_B: Tensor | None,
 ) -> Tensor:
     """`adapter_block` for modules, which checked the adapter when they were made: only x is looked at."""
+    if not _recorded():
+        direct = dispatch.direct_lora_linear(x, None, None, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        if direct is not None:
+            return direct
     checks.block_input(x, lora_A)
     return _block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B, 0.0, None, None)
 

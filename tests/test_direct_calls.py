@@ -10,7 +10,9 @@ from torch import Tensor
 
 import peftk
 from peftk import backends, dispatch, functional
+from peftk.activations import CODES
 from peftk.backends import measured
+from peftk.nn import ParallelAdapterLinear, SeriesAdapter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K, R = 37, 29, 5
@@ -65,6 +67,54 @@ def test_same_bits_as_the_ordinary_way(dtype, adapter_dtype):
             expected = functional.lora_linear_unchecked(x, weight, b, *a, 0.7, backend="cpu")
             assert y.dtype == dtype
             assert torch.equal(y, expected), name
+
+
+@pytest.mark.parametrize("activation", list(CODES))
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
+    """Beside a weight, and without one: a series adapter."""
+    weight, bias, A, B = layer(dtype, adapter_dtype)
+    up, a = tensor(K, R, dtype=adapter_dtype), tensor(R, dtype=adapter_dtype)
+    for name, x in inputs(dtype).items():
+        for W, b, up_of, N_of in ((weight, bias, B, N), (None, None, up, K)):
+            beta = tensor(N_of, dtype=adapter_dtype, seed=1)
+            for biases in ((a, beta), (None, beta), (a, None), (None, None)):
+                y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, activation, *biases)
+                rest = (A, up_of, 0.7, activation, *biases, 0.0, None, "cpu")
+                ordinary = (
+                    functional._block(x, *rest) if W is None else functional.lora_linear_unchecked(x, W, b, *rest)
+                )
+                assert y is not None, name
+                assert y.dtype == dtype
+                assert torch.equal(y, ordinary), name
+
+
+def test_adapters_that_are_not_plain_go_the_ordinary_way():
+    weight, bias, A, B = layer()
+    x, a, beta = tensor(4, K), tensor(R), tensor(N)
+
+    def call(x=x, weight=weight, bias=bias, A=A, B=B, a=a, beta=beta):
+        return dispatch.direct_lora_linear(x, weight, bias, A, B, 0.7, "relu", a, beta)
+
+    assert call() is not None
+    for change in (
+        {"a": tensor(R + 1)},
+        {"a": tensor(2 * R)[::2]},
+        {"a": a.half()},
+        {"a": a[None]},
+        {"beta": tensor(N + 1)},
+        {"beta": beta.double()},
+        {"A": None, "B": None},
+        {"weight": None},  # with a bias, and B is not square with A
+        {"weight": None, "bias": None},
+        {"weight": None, "bias": tensor(K), "B": tensor(K, R), "beta": None},
+    ):
+        assert call(**change) is None, change
+    series = {"weight": None, "bias": None, "B": tensor(K, R), "beta": None}
+    assert call(**series) is not None
+    assert call(x=x[:, 1:], **series) is None
+    assert call(x=x[:0], **series) is None
+    assert call(x=x.double(), **series) is None
 
 
 def test_weights_that_lie_transposed_or_apart():
@@ -216,10 +266,19 @@ def test_layers_take_the_short_way(monkeypatch):
     single = peftk.LoRALinear.from_linear(torch.nn.Linear(K, N), r=R)
     multi = peftk.MultiLoRALinear.from_linear(linear, max_adapters=2)
     multi.add_adapter("a", tensor(R, K), tensor(N, R))
+    series = SeriesAdapter(K, R)
+    parallel = ParallelAdapterLinear.from_linear(torch.nn.Linear(K, N), bottleneck=R)
+    for adapter in (series, parallel):
+        adapter.lora_B.normal_()
     x = tensor(2, K)
-    expected = single(x), multi(x, torch.tensor([0, -1])), multi(x)
-    monkeypatch.setattr(functional, "_prepared", None)
-    got = single(x), multi(x, torch.tensor([0, -1])), multi(x)
+
+    def served():
+        return single(x), multi(x, torch.tensor([0, -1])), multi(x), series(x), parallel(x)
+
+    expected = served()
+    for ordinary in ("_prepared", "_block"):
+        monkeypatch.setattr(functional, ordinary, None)
+    got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 

@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <stdexcept>
@@ -18,13 +19,9 @@
 
 namespace peftk {
 
-// x [..., K] whose rows have one stride, W [N, K] contiguous along either side, bias [N]; M·N·K up to `limit`.
-static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
-                             LinearArgs* args) {
-    View weight, bias;
-    if (!view_of(weight_object, &weight)) return false;
-    if (x.ndim < 1 || weight.ndim != 2 || x.size(x.ndim - 1) != weight.size(1) || x.stride(x.ndim - 1) != 1)
-        return false;
+// x [..., K] whose rows have one stride.
+static inline bool rows_of(const View& x, LinearArgs* args) {
+    if (x.ndim < 1 || x.stride(x.ndim - 1) != 1) return false;
     int64_t M = 1, row = -1;
     for (int64_t dim = x.ndim - 2; dim >= 0; dim--) {
         if (x.size(dim) == 1) continue;
@@ -32,33 +29,61 @@ static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* b
         if (x.strides[dim] != M * row) return false;
         M *= x.size(dim);
     }
-    if (row < 0) row = weight.size(1);
-    args->M = M, args->N = weight.size(0), args->K = weight.size(1);
+    args->M = M, args->K = x.size(x.ndim - 1);
+    args->x = x.data, args->x_stride = row < 0 ? args->K : row, args->x_dtype = float_dtype(x);
+    return M > 0 && args->K > 0 && args->x_dtype >= 0;
+}
+
+// x as above, W [N, K] contiguous along either side, bias [N]; M·N·K up to `limit`. Without W (the identity: a series
+// adapter) y is to hold x, and there is no bias.
+static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
+                             LinearArgs* args) {
+    View weight, bias;
+    if (!rows_of(x, args)) return false;
+    if (weight_object == Py_None) {
+        args->N = args->K, args->over_base = true, args->weight_dtype = -1;
+        return bias_object == Py_None;
+    }
+    if (!view_of(weight_object, &weight) || weight.ndim != 2 || weight.size(1) != args->K) return false;
+    args->N = weight.size(0);
     const double work = work_of(*args, true);
     if (work == 0 || work > limit) return false;
-    args->x = x.data, args->x_stride = row, args->x_dtype = float_dtype(x);
     args->weight = weight.data, args->weight_dtype = float_dtype(weight);
     args->weight_n = weight.stride(0), args->weight_k = weight.stride(1);
-    if (args->x_dtype < 0 || args->weight_dtype < 0 || (args->weight_n != 1 && args->weight_k != 1)) return false;
+    if (args->weight_dtype < 0 || (args->weight_n != 1 && args->weight_k != 1)) return false;
     if (bias_object == Py_None) return true;
     if (!view_of(bias_object, &bias)) return false;
     args->bias = bias.data, args->bias_dtype = float_dtype(bias);
     return bias.ndim == 1 && bias.size(0) == args->N && bias.stride(0) == 1 && args->bias_dtype >= 0;
 }
 
-// A [R, K] with contiguous rows and B [N, R], or neither.
-static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scaling, const LinearArgs& linear,
+// The address of a bias [size] of this dtype, or 0 for None.
+static inline bool adapter_bias_of(PyObject* object, int64_t size, int dtype, uintptr_t* address) {
+    View bias;
+    *address = 0;
+    if (object == Py_None) return true;
+    if (!view_of(object, &bias) || bias.ndim != 1 || bias.size(0) != size || bias.stride(0) != 1) return false;
+    *address = reinterpret_cast<uintptr_t>(bias.data);
+    return float_dtype(bias) == dtype;
+}
+
+// A [R, K] with contiguous rows, B [N, R], biases [R] and [N] or None; or none of them.
+static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scaling, int activation,
+                              PyObject* bias_A_object, PyObject* bias_B_object, const LinearArgs& linear,
                               Adapters* adapters) {
     View A, B;
-    if (A_object == Py_None && B_object == Py_None) return true;
+    uintptr_t bias_A, bias_B;
+    if (A_object == Py_None && B_object == Py_None) return bias_A_object == Py_None && bias_B_object == Py_None;
     if (!view_of(A_object, &A) || !view_of(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
     const int64_t R = A.size(0), N = linear.N, K = linear.K;
     const int dtype = float_dtype(A);
     if (R < 1 || R > std::numeric_limits<int>::max() || A.size(1) != K || A.stride(1) != 1) return false;
     if (B.size(0) != N || B.size(1) != R || dtype < 0 || float_dtype(B) != dtype) return false;
+    if (!adapter_bias_of(bias_A_object, R, dtype, &bias_A) || !adapter_bias_of(bias_B_object, N, dtype, &bias_B))
+        return false;
     const auto address = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data); };
-    *adapters = table_of_one(address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], int(R), 0,
-                             scaling, 0, 0, dtype);
+    *adapters = table_of_one(address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], int(R),
+                             activation, scaling, bias_A, bias_B, dtype);
     return true;
 }
 
@@ -105,6 +130,18 @@ static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N,
     return result;
 }
 
+// y ← x: what a series adapter adds to.
+static inline void copy_rows(const LinearArgs& args) {
+    const size_t item = size_t(size_of(args.x_dtype)), row = size_t(args.K) * item;
+    const char* x = static_cast<const char*>(args.x);
+    char* y = static_cast<char*>(args.y);
+    if (args.x_stride == args.K) {
+        std::memcpy(y, x, size_t(args.M) * row);
+        return;
+    }
+    for (int64_t m = 0; m < args.M; m++) std::memcpy(y + size_t(m) * row, x + m * args.x_stride * int64_t(item), row);
+}
+
 // Runs the kernel for a call that has passed, and gives y back.
 static inline PyObject* served(PyObject* x_object, const View& x, LinearArgs& args) {
     PyObject* y = new_output(x_object, x, args.N, &args.y);
@@ -115,7 +152,8 @@ static inline PyObject* served(PyObject* x_object, const View& x, LinearArgs& ar
     args.y_stride = args.N;
     try {
         const Level level = level_in_use();
-        without_gil(work_of(args, true), [&] {
+        without_gil(work_of(args, !args.over_base), [&] {
+            if (args.over_base) copy_rows(args);
             const Order order = order_by_adapter(args.ids, args.M, args.adapters);
             PEFTK_CALL(level, lora_linear, (args, order));
         });
@@ -146,17 +184,18 @@ static inline PyObject* guarded(Body body) {
     return nullptr;
 }
 
-// (x, weight, bias, lora_A, lora_B, scaling, limit, threads) → y or None
+// (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads) → y or None
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 8) return PyErr_Format(PyExc_TypeError, "expected 8 arguments, got %zd", count);
+    if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
     return guarded([&]() -> PyObject* {
         View x;
         LinearArgs args{};
-        const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[6]);
-        args.threads = int(PyLong_AsLong(in[7]));
+        const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[9]);
+        const int activation = int(PyLong_AsLong(in[6]));
+        args.threads = int(PyLong_AsLong(in[10]));
         if (PyErr_Occurred()) return nullptr;
         if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
-            !adapter_of(in[3], in[4], float(scaling), args, &args.adapters)) {
+            !adapter_of(in[3], in[4], float(scaling), activation, in[7], in[8], args, &args.adapters)) {
             Py_RETURN_NONE;
         }
         return served(in[0], x, args);

@@ -101,15 +101,22 @@ def lora_linear(
 
 def direct_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
     limit: int,
 ) -> Tensor | None:
-    """y where x is a plain tensor and M·N·K ≤ limit, in a fraction of `lora_linear`'s overhead; None elsewhere."""
-    return _cpu.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, limit, torch.get_num_threads())
+    """y where x is a plain tensor and M·N·K ≤ limit, in a fraction of `lora_linear`'s overhead; None elsewhere.
+
+    weight None: the identity, y = x + the adapter, at any size.
+    """
+    adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
+    return _cpu.direct_lora_linear(x, weight, bias, *adapter, limit, torch.get_num_threads())
 
 
 def direct_multi_lora_linear(
