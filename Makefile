@@ -35,6 +35,9 @@ help:
 demo: $(BUILT)
 	$(BIN)/peftk demo $(ARGS)
 
+# Threads that wait for each other in turning round and round would take the time of other processes.
+test test-full test-long: export OMP_WAIT_POLICY ?= passive
+
 test: $(BUILT)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 

@@ -40,6 +40,7 @@ def test_parity_under_address_and_undefined_behaviour_sanitizer(level: str) -> N
     check_parity(sanitized(f"asan-{level}", flags, level), 48, [level])
 
 
+@full
 def test_parity_under_thread_sanitizer() -> None:
     # Who reads and writes what is the same at every level.
     check_parity(sanitized("tsan", ["-O1", "-g1", "-fsanitize=thread"], "portable"), 24, ["portable"])

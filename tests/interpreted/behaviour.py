@@ -44,7 +44,7 @@ NEED_A_GPU = ("CUDA graph", "no waiting", "streams")
 WITH_STAND_INS = [check for check in behaviour.checks(HERE, STAND_INS) if check.op in NEED_A_GPU]
 
 
-@pytest.mark.parametrize("check", spread(WITH_STAND_INS, default=8, full=8), ids=str)
+@pytest.mark.parametrize("check", spread(WITH_STAND_INS, default=5, full=6), ids=str)
 def test_what_needs_a_gpu_with_stand_ins(check: Check) -> None:
     check.run()
 
@@ -129,7 +129,7 @@ def test_a_graph_that_keeps_its_inputs_is_found() -> None:
         behaviour.replays(a_work(), capture=nothing_new)
 
 
-@pytest.mark.parametrize("kept", ["ids", "seed"])
+@pytest.mark.parametrize("kept", spread(["ids", "seed"], default=1))
 def test_a_graph_that_keeps_ids_or_seed_is_found(kept: str) -> None:
     """As one that sorted before the capture would."""
     work = a_work()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import pathlib
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from peftk import compiled, dispatch, functional
 from peftk.selftest import launches
 from peftk.selftest.work import Work, made
 from tests.test_model import two_adapters
+from tests.tiers import spread
 
 RANKS = [1, 8, 17]
 ONE, WGRAD, SORT = "lora_linear_kernel", "wgrad_kernel", "segments_kernel"
@@ -105,8 +107,7 @@ def tiny(many: bool) -> tuple[nn.Module, Tensor] | tuple[nn.Module, Tensor, Tens
     return layer, x, torch.tensor([1, 0])
 
 
-@pytest.mark.parametrize("need_dx", [True, False], ids=["dX", "no dX"])
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(("need_dx", "many"), spread(itertools.product((True, False), (True, False)), default=2))
 def test_one_launch_forward_and_two_backward(need_dx: bool, many: bool) -> None:
     """ids that no route holds are sorted for each."""
     given = work((17, 1, 0, None) if many else (17,), many, need_dx=need_dx)

@@ -18,6 +18,7 @@ from peftk.triton_kernels.segments import segments
 from tests.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.interpreted.lora_linear import F32, adapter, make, normal
 from tests.mutants import mutant
+from tests.tiers import spread
 
 M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
 SCHEDULES = schedules(12)
@@ -70,7 +71,7 @@ def run(name: str, schedule: Schedule) -> Outcome:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", ["one", "many", "backward, one", "backward, many"])
+@pytest.mark.parametrize("name", spread(["many", "backward, one", "backward, many", "one"], default=2))
 def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     split = config.lora_linear
     polls = 0
@@ -123,7 +124,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(MUTANTS))
+@pytest.mark.parametrize("name", spread(MUTANTS, default=5))
 def test_mutants_are_found(name: str) -> None:
     verdict, module, *changes = MUTANTS[name]
     expected("one")

@@ -42,8 +42,10 @@ def packed_case(
     return x, weight, bias, packed, ids
 
 
-@pytest.mark.parametrize("seed", spread(range(16), default=2, full=4))
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=str)
+DTYPES = [(F32, F32), (BF16, BF16), (F16, F32)]
+
+
+@pytest.mark.parametrize(("dtypes", "seed"), spread(itertools.product(DTYPES, range(16)), default=4, full=12), ids=str)
 def test_forward_and_gradients(seed: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, weight, bias, packed, ids = packed_case(seed, *dtypes)
     dropout_p, key = (0.25, torch.tensor([seed])) if seed % 3 == 0 else (0.0, None)
