@@ -33,7 +33,8 @@ def test_parity(count: int) -> None:
 
 
 # The widest level has the most masked tails; the others come from the same source.
-@pytest.mark.parametrize("level", [pytest.param(name, marks=full) for name in _cpu.simd_levels()[:-1]] + ["widest"])
+@full
+@pytest.mark.parametrize("level", [*_cpu.simd_levels()[:-1], "widest"])
 def test_parity_under_address_and_undefined_behaviour_sanitizer(level: str) -> None:
     level = _cpu.simd_levels()[-1] if level == "widest" else level
     flags = ["-O1", "-g1", "-fsanitize=address,undefined"]

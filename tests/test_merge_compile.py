@@ -17,6 +17,7 @@ from peftk.backends import triton as backend
 from peftk.reference.merge import Factors
 from peftk.triton_kernels import config
 from peftk.triton_kernels import merge as kernels
+from tests.tiers import spread
 from tests.triton_aot import Compiled, compiling
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -84,16 +85,10 @@ def accesses_are_wide(c: Compiled, dtype: torch.dtype) -> None:
     assert not re.search(r"(atom|red)\.[\w.]*\.(f32|f16|bf16|f64)", c.assembly)
 
 
-def mixes() -> list[object]:
-    """By default one mix of dtypes a target, in turn; in the full run all."""
-    return [
-        pytest.param(t, *mix, marks=() if i % len(MIXES) == j else pytest.mark.full, id=f"{t}-{mix[0]}-{mix[1]}")
-        for i, t in enumerate(TARGETS)
-        for j, mix in enumerate(MIXES)
-    ]
+EVERY_MIX = [(target, *mix) for target in TARGETS for mix in MIXES]
 
 
-@pytest.mark.parametrize(("target", "dtype", "adapter_dtype"), mixes())
+@pytest.mark.parametrize(("target", "dtype", "adapter_dtype"), spread(EVERY_MIX, default=4, full=10), ids=str)
 def test_compiles(target: int | str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     compiled = compile_merge(target, dtype, adapter_dtype, [(4096, 4096, (16,))])
     assert [c.kernel for c in compiled] == list(KERNELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -13,9 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from peftk.triton_kernels import config
 from peftk.triton_kernels import segments as kernels
+from tests.tiers import spread
 from tests.triton_aot import Compiled, compiling
 
-TARGETS = [80, 90, 100, 120, *(pytest.param(target, marks=pytest.mark.full) for target in (86, 89, "gfx942"))]
+TARGETS = [90, 80, 100, 120, 86, 89, "gfx942"]
 KERNELS = ("segments_kernel", "sort_kernel", "scan_kernel", "scatter_kernel")
 LARGE = list(KERNELS[1:])
 INTEGERS = (torch.int32, torch.int64)
@@ -28,8 +30,7 @@ def compile_segments(target: int | str, M: int, adapters: int, dtype: torch.dtyp
     return compiled
 
 
-@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "dtype"), spread(itertools.product(TARGETS, INTEGERS), default=3, full=5), ids=str)
 def test_compiles(target: int | str, dtype: torch.dtype) -> None:
     """One launch up to 1,024 rows, three beyond; nothing spills, no atomics."""
     for M, launches in (

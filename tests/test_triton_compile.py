@@ -133,7 +133,7 @@ def protocol(c: Compiled) -> None:
 
 @pytest.mark.parametrize(
     ("target", "mix", "M", "many"),
-    spread(itertools.product(TARGETS, MIXES, (16, 4096), (False, True)), default=16),
+    spread(itertools.product(TARGETS, MIXES, (16, 4096), (False, True)), default=10),
     ids=str,
 )
 def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:

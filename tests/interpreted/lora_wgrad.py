@@ -112,7 +112,7 @@ def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", spread(range(8), default=4))
 def test_random(seed: int, ranges: None) -> None:
     check(random_case(20_000 + seed, max_rows=40, max_width=80), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
@@ -232,7 +232,7 @@ def test_a_row_never_meets_another_adapter(value: float, ranges: None) -> None:
 SUBSETS = [Wanted(*(bool(bits >> kind & 1) for kind in range(4))) for bits in range(16)]
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("many", spread([False, True], default=1))
 def test_only_what_is_wanted(many: bool) -> None:
     """Every subset of one adapter's gradients, beside another's that wants all: the bits of all of them together."""
     adapters = (adapter(20, 40, 37, F32, "silu", 0), adapter(3, 40, 37, F32, "identity", 7))

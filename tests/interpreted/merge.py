@@ -65,7 +65,7 @@ def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=3, full=2), ids=str
+    ("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=2, full=3), ids=str
 )
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))

@@ -31,8 +31,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     return 64
 
 
-@pytest.mark.parametrize("M", [1, 40])
-@pytest.mark.parametrize("pattern", list(PATTERNS))
+@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (1, 40)), default=8))
 def test_patterns_in_one_launch(pattern: str, M: int) -> None:
     check(PATTERNS[pattern](M, 41), 41)
     check(PATTERNS[pattern](M, 41).to(I32), 41)
