@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.host_cuda import HOST, REPORT, executed, needs_host_cuda, program
+from tests.tiers import spread
 
 pytestmark = needs_host_cuda
 
@@ -107,8 +108,7 @@ def test_what_is_broken_is_noticed(check: str) -> None:
             assert re.search(expected, report), report
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("check", [*BROKEN, *MANUALS])
+@pytest.mark.parametrize("check", spread([*BROKEN, *MANUALS], default=0, full=12))
 def test_what_is_right_passes_in_every_schedule(check: str) -> None:
     for sanitizer, seeds in zip(SANITIZERS, (1000, 30), strict=True):
         assert shown(sanitizer, check, "right", seeds) is None
