@@ -73,7 +73,7 @@ def test_interpreted() -> None:
     assert INTERPRETED.value
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", spread(range(24), default=10))
 def test_random(seed: int) -> None:
     check(random_case(seed, max_rows=40, max_width=80))
 

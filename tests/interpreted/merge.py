@@ -109,7 +109,7 @@ def test_minus_zero_stays() -> None:
     assert bool(weight.signbit().all())
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F16, pytest.param(BF16, marks=pytest.mark.full)], ids=str)
 def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
     """Widened, rounded on and beside ties, and numbered: all of them, denormals included."""
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
@@ -119,7 +119,7 @@ def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
     check([torch.where(reference.merge(weight, factors)[0].isfinite(), weight, 1.0)], [factors])
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [3, pytest.param(1, marks=pytest.mark.full)])
 def test_undone_on_another_backend(count: int) -> None:
     case = merge_case(6, 40, 70, 16, BF16, F32, size=0.5, padding=0)
     case.weight.clamp_(-1e4, 1e4)
