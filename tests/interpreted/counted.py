@@ -105,7 +105,7 @@ PATTERNS = {
 RANKS = (33, 16, 8, 7, 20, 1, 4, 64)
 
 
-@pytest.mark.parametrize(("pattern", "save_z"), spread(itertools.product(PATTERNS, (False, True)), default=6))
+@pytest.mark.parametrize(("pattern", "save_z"), spread(itertools.product(PATTERNS, (False, True)), default=4))
 def test_forward(pattern: str, save_z: bool) -> None:
     ids = PATTERNS[pattern]
     forward(make(96, 80, RANKS, ids, adapter_biases=save_z, bias=save_z), ids, save_z=save_z)
@@ -138,7 +138,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize(("pattern", "change"), spread(itertools.product(("random", "one"), PLANS), default=6))
+@pytest.mark.parametrize(("pattern", "change"), spread(itertools.product(("random", "one"), PLANS), default=4))
 def test_plans(change: str, pattern: str) -> None:
     with planned(**PLANS[change]):
         forward(make(96, 80, RANKS, PATTERNS[pattern]), PATTERNS[pattern])

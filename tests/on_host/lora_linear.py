@@ -49,7 +49,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda count: monkeypatch.setattr(workspace, "processors", lambda device: count)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", spread(range(60), default=30))
 def test_random(executor: Executor, processors: Callable[[int], None], seed: int) -> None:
     executor.seed(seed)
     processors((1, 4, 30, 132)[seed % 4])
