@@ -4,8 +4,9 @@
 PYTHON ?= python3
 CXX ?= g++
 ARGS ?=
-# A process a core, as far as memory has room for them; PARALLEL= runs the tests in one.
-PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
+# A process a core, as far as memory has room for them; `make test PARALLEL=` runs the tests in one. (Not ?=: GNU parallel
+# has options of its own in a variable of this name.)
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
 	@echo "make test       the tests, except the exhaustive ones"
-	@echo "make test-full  the exhaustive tests that make test leaves out"
+	@echo "make test-full  more cases of the same: half an hour on two cores"
 	@echo "make test-long  what takes hours and of which make test-full has a sample: no part of the CI"
 	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"

@@ -240,28 +240,11 @@ def adapter_block(
     Source: Houlsby et al. 2019.
     """
     checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    return _block(x, lora_A, lora_B, float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend)
+    rest = (float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend)
+    return adapter_block_unchecked(x, lora_A, lora_B, *rest)
 
 
 def adapter_block_unchecked(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    activation: str,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
-) -> Tensor:
-    """`adapter_block` for modules, which checked the adapter when they were made: only x is looked at."""
-    if not _recorded():
-        direct = dispatch.direct_lora_linear(x, None, None, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-        if direct is not None:
-            return direct
-    checks.block_input(x, lora_A)
-    return _block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B, 0.0, None, None)
-
-
-def _block(
     x: Tensor,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -269,13 +252,21 @@ def _block(
     activation: str,
     bias_A: Tensor | None,
     bias_B: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
+    """`adapter_block` for modules, which checked the adapter when they were made: only x is looked at."""
+    recorded = _recorded()
+    if dropout_p == 0.0 and seed is None and backend is None and not recorded:
+        direct = dispatch.direct_lora_linear(x, None, None, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        if direct is not None:
+            return direct
+    if lora_A is not None:
+        checks.block_input(x, lora_A)
     x, seed = _dropping(_autocast(x), dropout_p, seed)
     rest = (None, None, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
-    return compiled.lora_linear(x, *rest)[0] if _recorded() else autograd.lora_linear(x, *rest)
+    return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
 
 def multi_adapter_block(

@@ -141,6 +141,21 @@ def check_forms_across_backends(name: str, ratio: float) -> None:
             assert all(torch.equal(bits(back), bits(W)) for back in backs)
 
 
+def check_refusal(
+    backend: ModuleType, weights: list[Tensor], factors: list[Factors], bad: float, place: int, *, last: bool
+) -> None:
+    """With a bad number in the first, or last, row of layer `place`: the layer is named, and every bit stays."""
+    edge = -1 if last else 0
+    factors[place].lora_B[edge] = bad
+    factors[place].lora_A[:, edge] = 1e38
+    before = copies(weights)
+    with pytest.raises(ValueError, match="finite") as error:
+        backend.merge_layers_(weights, factors)
+    assert error.value.layer == place
+    for weight, new in zip(before, weights, strict=True):
+        assert torch.equal(bits(new), bits(weight))
+
+
 def check_failures_while_packing(
     backend: ModuleType, weights: list[Tensor], factors: list[Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:

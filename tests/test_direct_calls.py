@@ -81,9 +81,10 @@ def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
             for biases in ((a, beta), (None, beta), (a, None), (None, None)):
                 y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, activation, *biases)
                 rest = (A, up_of, 0.7, activation, *biases, 0.0, None, "cpu")
-                ordinary = (
-                    functional._block(x, *rest) if W is None else functional.lora_linear_unchecked(x, W, b, *rest)
-                )
+                if W is None:
+                    ordinary = functional.adapter_block_unchecked(x, *rest)
+                else:
+                    ordinary = functional.lora_linear_unchecked(x, W, b, *rest)
                 assert y is not None, name
                 assert y.dtype == dtype
                 assert torch.equal(y, ordinary), name
@@ -276,7 +277,7 @@ def test_layers_take_the_short_way(monkeypatch):
         return single(x), multi(x, torch.tensor([0, -1])), multi(x), series(x), parallel(x)
 
     expected = served()
-    for ordinary in ("_prepared", "_block"):
+    for ordinary in ("_prepared", "_dropping"):
         monkeypatch.setattr(functional, ordinary, None)
     got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -107,19 +106,10 @@ def test_compiles_mixed_dtypes(target: int | str, mix: tuple[torch.dtype, torch.
     fits(compile_wgrad(target, *mix, rank, many=many), target)
 
 
-def odd_forms() -> list[Any]:
-    some = [(90, BF16, 4095, 64)]
-    more = [
-        (t, d, K, r)
-        for t in [*TARGETS, *MORE_TARGETS]
-        for d in (F32, BF16, F16)
-        for K in (4096, 4095)
-        for r in (16, 64)
-    ]
-    return [*some, *spread([form for form in more if form not in some], default=0, full=5)]
+ODD_FORMS = itertools.product([90, 80, 100, 120, *MORE_TARGETS], (BF16, F32, F16), (4095, 4096), (64, 16))
 
 
-@pytest.mark.parametrize(("target", "dtype", "K", "rank"), odd_forms())
+@pytest.mark.parametrize(("target", "dtype", "K", "rank"), spread(ODD_FORMS, default=1, full=5), ids=str)
 def test_compiles_with_dropout_and_odd_widths(target: int | str, dtype: torch.dtype, K: int, rank: int) -> None:
     for many in (False, True):
         c = compile_wgrad(target, dtype, dtype, rank, many=many, dropout_p=0.1, K=K, N=K)

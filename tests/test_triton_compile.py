@@ -157,13 +157,10 @@ def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> 
     fits(compile_call(target, M, mix, **FORMS[form]), target)
 
 
-def odd_forms() -> list[Any]:
-    some = [(90, BF16, 4095)]
-    more = [(t, d, K) for t in [*TARGETS, "gfx942"] for d in (F32, BF16, F16) for K in (4096, 4095)]
-    return [*some, *spread([form for form in more if form not in some], default=0, full=5)]
+ODD_FORMS = itertools.product([90, 80, 100, 120, "gfx942"], (BF16, F32, F16), (4095, 4096))
 
 
-@pytest.mark.parametrize(("target", "dtype", "K"), odd_forms())
+@pytest.mark.parametrize(("target", "dtype", "K"), spread(ODD_FORMS, default=1, full=5), ids=str)
 def test_compiles_with_dropout_unaligned_rows_and_odd_widths(target: int | str, dtype: torch.dtype, K: int) -> None:
     for many in (False, True):
         mix = (dtype, dtype, dtype)

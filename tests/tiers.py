@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 FULL, LONG = pytest.mark.full, pytest.mark.long
-# To run the tiers of other files: what pytest's -m takes for each.
+# For files that run in a process of their own: what its -m takes for each.
 MARKERS = {"default": "not full and not long", "full": "full", "long": "long"}
 TIERS = ["default", pytest.param("full", marks=FULL), pytest.param("long", marks=LONG)]
 
@@ -28,3 +29,11 @@ def spread(cases: Iterable[Any], *, default: int, full: int | None = None) -> li
         pytest.param(*(case if type(case) is tuple else (case,)), marks=marks.get(number, (LONG,)))
         for number, case in enumerate(cases)
     ]
+
+
+def judge(done: subprocess.CompletedProcess[str], tier: str) -> None:
+    """What a pytest process that ran a tier of some files has to say: skips where they have nothing of the tier."""
+    if tier != "default" and done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(f"no {tier} tests in these files")
+    assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
+    assert " passed" in done.stdout

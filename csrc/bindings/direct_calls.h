@@ -135,10 +135,6 @@ static inline void copy_rows(const LinearArgs& args) {
     const size_t item = size_t(size_of(args.x_dtype)), row = size_t(args.K) * item;
     const char* x = static_cast<const char*>(args.x);
     char* y = static_cast<char*>(args.y);
-    if (args.x_stride == args.K) {
-        std::memcpy(y, x, size_t(args.M) * row);
-        return;
-    }
     for (int64_t m = 0; m < args.M; m++) std::memcpy(y + size_t(m) * row, x + m * args.x_stride * int64_t(item), row);
 }
 

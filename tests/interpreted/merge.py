@@ -24,6 +24,7 @@ from tests.merge_cases import (
     check_failures_while_packing,
     check_forms_across_backends,
     check_receipt,
+    check_refusal,
     copies,
     merge_case,
     same_bits,
@@ -139,16 +140,7 @@ POISONS = list(zip(DTYPES, (float("inf"), float("nan"), 3e38), strict=True))
 def test_what_is_not_finite_is_refused_and_nothing_has_changed(last: bool, poison: tuple[torch.dtype, float]) -> None:
     """Wherever it is in the list; layers and tiles that were merged before it come back."""
     dtype, bad = poison
-    weights, factors = layers(dtype, F32, size=3.0)
-    place = 3 if last else 1
-    factors[place].lora_B[-1 if last else 0] = bad
-    factors[place].lora_A[:, -1 if last else 0] = 1e38
-    merged = copies(weights)
-    with pytest.raises(ValueError, match="finite") as error:
-        backend.merge_layers_(merged, factors)
-    assert error.value.layer == place
-    for weight, new in zip(weights, merged, strict=True):
-        assert torch.equal(bits(new), bits(weight))
+    check_refusal(backend, *layers(dtype, F32, size=3.0), bad, 3 if last else 1, last=last)
 
 
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from tests.merge_cases import (
     check_failures_while_packing,
     check_forms_across_backends,
     check_receipt,
+    check_refusal,
     copies,
     merge_case,
     same_bits,
@@ -127,14 +128,7 @@ def test_random_shapes(executor: Executor, part: int) -> None:
 def test_what_is_not_finite_is_refused_and_every_bit_stays(dtype: torch.dtype, bad: float) -> None:
     """Wherever it is in the list, tiles and layers that were merged before it come back."""
     for place, last in ((0, False), (3, True), (5, True)):
-        weights, factors = layers(dtype, F32)
-        factors[place].lora_B[-1 if last else 0] = bad
-        factors[place].lora_A[:, -1 if last else 0] = 1e38
-        before = copies(weights)
-        with pytest.raises(ValueError, match="finite") as error:
-            backend.merge_layers_(weights, factors)
-        assert error.value.layer == place
-        unchanged(weights, before)
+        check_refusal(backend, *layers(dtype, F32), bad, place, last=last)
 
 
 def test_at_the_edge_of_what_is_finite() -> None:
