@@ -150,6 +150,7 @@ def not_plain() -> dict[str, list]:
         "sparse": [x.to_sparse(), weight, bias, A, B],
         "scalar": [x.sum(), weight, bias, A, B],
         "too few inputs": [x[:, 1:].contiguous(), weight, bias, A, B],
+        "too few inputs without an adapter": [x[:, 1:].contiguous(), weight, bias, None, None],
         "no rows": [x[:0], weight, bias, A, B],
         "strided inputs": [tensor(4, 2 * K)[:, ::2], weight, bias, A, B],
         "rows with two strides": [tensor(4, 5, K)[:, :3], weight, bias, A, B],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 
-from tests.tiers import FULL, LONG, spread
+import pytest
+
+from tests.tiers import FULL, LONG, judge, spread
 
 
 def values(cases: list, *marks: object) -> list:
@@ -25,3 +28,22 @@ def test_no_argument_keeps_step_with_the_choice() -> None:
     for a, b, c in itertools.product((2, 3, 4, 6), repeat=3):
         chosen = values(spread(itertools.product(range(a), range(b), range(c)), default=max(a, b, c) + 2))
         assert all(len(set(argument)) > 1 for argument in zip(*chosen, strict=True)), (a, b, c, chosen)
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "tier", "verdict"),
+    [
+        (0, "3 passed", "default", None),
+        (1, "1 failed, 3 passed", "default", AssertionError),
+        (0, "3 skipped", "full", AssertionError),
+        (5, "no tests ran", "default", AssertionError),
+        (5, "no tests ran", "full", pytest.skip.Exception),
+    ],
+)
+def test_a_tiers_run_is_judged(status: int, output: str, tier: str, verdict: type[BaseException] | None) -> None:
+    done = subprocess.CompletedProcess([], status, stdout=output, stderr="")
+    if verdict is None:
+        judge(done, tier)
+    else:
+        with pytest.raises(verdict):
+            judge(done, tier)
