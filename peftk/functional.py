@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftk import autograd, checks, compiled, dispatch, merge, route
+from peftk.lasting import lasting
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
@@ -490,6 +491,7 @@ def _receipt(receipt: MergeReceipt) -> None:
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
 
 
+@lasting()
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
