@@ -47,6 +47,7 @@ SCRATCH = Path(tempfile.gettempdir(), f"peftk-mutants{str(ROOT).replace('/', '-'
 ORIGINAL, MUTANT = SCRATCH / "original", SCRATCH / "mutant"
 SEED = 13
 SECONDS, FULL_SECONDS = 180, 4 * 3600
+STILL = 60  # seconds without a sign of life: a hang
 
 # How many, and in which files: those that compute, not those that measure or show. What is compiled for processors that
 # few have (NEON, AVX-512) and what only nvcc reads is left to the tests of the build.
@@ -293,19 +294,20 @@ def sources() -> list[Path]:
 
 
 def prepare() -> None:
-    """The tree as it is, in a copy with its modules compiled; files that have not changed keep their time for ninja."""
+    """The tree as it is and its modules, in a copy; files that have not changed keep their time for ninja."""
     tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in tracked.stdout.split():
         source, target = ROOT / name, ORIGINAL / name
         if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    for module in (ROOT / "peftk").glob("_cuda*.so"):
+    for module in (ROOT / "peftk").glob("_*.so"):
         shutil.copy(module, ORIGINAL / "peftk")
+    if (compiled := ROOT / "build/on_host").exists():  # by the content of the sources: no mutant's, and many mutants'
+        shutil.copytree(compiled, ORIGINAL / "build/on_host", dirs_exist_ok=True)
     link = ORIGINAL / "peftk/triton_kernels"
     if not link.is_symlink():
         link.symlink_to("../triton_kernels")
-    build(ORIGINAL).check_returncode()
 
 
 BUILD = """
@@ -337,59 +339,75 @@ def tests_of(path: str) -> list[str]:
     return [f"tests/{test}" for test in tests]
 
 
-def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tuple[str, str]:
-    """Whether tests of a tree pass: "survived", "caught" or "too long"; and the first that failed."""
-    until = time.monotonic() + seconds
+def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tuple[str, str, float]:
+    """How tests of a tree end, "survived", "caught", "too long" or "hangs"; the first that failed; and how long.
+
+    Seconds are those of the processor, so that whatever else runs here decides nothing.
+    """
+    total = 0.0
     for test in tests:
         interpreted = {"TRITON_INTERPRET": "1"} if test.startswith("tests/interpreted") else {}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-W", "ignore::RuntimeWarning", *options, test]
         with tempfile.TemporaryFile("w+") as output:
+            out = {"stdout": output, "stderr": subprocess.STDOUT, "text": True}
+            # a session of its own: all its processes end with it
             process = subprocess.Popen(
-                command,
-                cwd=tree,
-                env=environment(tree) | interpreted,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its own children end with it
+                command, cwd=tree, env=environment(tree) | interpreted, start_new_session=True, **out
             )
+            used, moved = 0.0, time.monotonic()
             try:
-                code = process.wait(max(until - time.monotonic(), 1))
-            except subprocess.TimeoutExpired:
-                return "too long", test
+                while (code := process.poll()) is None and total + used < seconds and time.monotonic() - moved < STILL:
+                    time.sleep(0.2)
+                    if (now := processor_time(process.pid)) > used:
+                        used, moved = now, time.monotonic()
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             output.seek(0)
             text = output.read()
+        total += used
+        if code is None:
+            return "too long" if total >= seconds else "hangs", test, total
+        assert code in range(4), text  # otherwise it is no test that failed
         if code:
             found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.M)
-            return "caught", found[1] if found else f"{test}: {text[-300:]}"
-    return "survived", ""
+            return "caught", found[1] if found else f"{test}: {text[-300:]}", total
+    return "survived", "", total
+
+
+def processor_time(session: int) -> float:
+    """Seconds that the processes of a session have used, and those of their children that have ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def attempt(
     mutant: dict[str, Any], passed: dict[str, bool], tests: Sequence[str], seconds: float, *options: str
 ) -> dict[str, Any]:
     """One mutant in a tree of its own. passed: what is known of single tests without a mutant; more is added."""
+    if mutant["group"] == "C++":  # so that a mutant compiles no more than what it touches
+        build(ORIGINAL).check_returncode()
     text = mutated(ORIGINAL, mutant)
     if not text:
         return {"status": "gone"}
     shutil.rmtree(MUTANT, ignore_errors=True)
     shutil.copytree(ORIGINAL, MUTANT, symlinks=True)
     (MUTANT / mutant["path"]).write_text(text)
-    begin = time.monotonic()
     if mutant["group"] == "C++" and build(MUTANT).returncode:
         return {"status": "does not compile"}
-    status, failed = run(MUTANT, tests, seconds, *options)
-    seconds = round(time.monotonic() - begin)
+    status, failed, used = run(MUTANT, tests, seconds, *options)
     if status == "caught" and failed.startswith("tests/"):
         if failed not in passed:
-            passed[failed] = run(ORIGINAL, [failed], seconds + 60, *options)[0] == "survived"
+            passed[failed] = run(ORIGINAL, [failed], seconds, *options)[0] == "survived"
         if not passed[failed]:
             status = "fails without it"
-    return {"status": status, "seconds": seconds, "by": failed}
+    return {"status": status, "seconds": round(used), "by": failed}
 
 
 def run_all(numbers: Sequence[int], stage: str) -> None:
