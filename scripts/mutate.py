@@ -476,6 +476,7 @@ def main() -> None:
     parser.add_argument("command", choices=["draw", "run", "full", "report"])
     parser.add_argument("--only", type=int, nargs="+", default=[], metavar="NUMBER", help="these, again")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell, tests would never get one
     if arguments.command == "draw":
         draw()
     elif arguments.command == "run":
