@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftk import activations
+from peftk import activations, storage
 from peftk.table import Adapter, AdapterTable
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -26,6 +26,15 @@ def floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def dense(name: str, tensor: Tensor) -> None:
+    """A tensor whose elements lie in memory as its shape and strides say: the only ones with an address to read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    found = storage.reason(tensor)
+    if found is not None:
+        raise TypeError(f"{name}: expected a dense tensor, got {found}")
 
 
 def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
