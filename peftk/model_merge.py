@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftk import checks, functional, interrupts
 from peftk.interop import peft_checkpoint
 from peftk.interop.peft_checkpoint import LoadedAdapter
+from peftk.lasting import lasting
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
 
@@ -98,6 +99,7 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
             layer.receipt = receipt
 
 
+@lasting()
 def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> tuple[Tensor, Tensor]:
     """Its factors where the layer is and in the dtype of the layer's own, as copies."""
     if not isinstance(adapter, LoadedAdapter):

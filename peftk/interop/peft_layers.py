@@ -205,8 +205,7 @@ def _adapter(factors: Factors | None) -> Adapter:
 def _where(factors: Factors) -> tuple[Any, ...]:
     """All that a table says of an adapter. The table keeps the tensors too, which may be others at the same address."""
     A, B = factors.lora_A, factors.lora_B
-    kind = (A.dtype, A.shape, B.shape, factors.scaling)
-    return (id(A), A.data_ptr(), A.stride(), id(B), B.data_ptr(), B.stride(), *kind)
+    return (factors.scaling, id(A), *table.place(A), id(B), *table.place(B))
 
 
 class LoraModel(PeftLoraModel):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
+from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
@@ -31,6 +32,7 @@ class LoRALinear(FrozenLinear):
     adapter_parameters = ("lora_A", "lora_B", "lora_bias")
     lora_bias: nn.Parameter | None
 
+    @lasting()
     def __init__(
         self,
         weight: Tensor,
