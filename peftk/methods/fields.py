@@ -37,7 +37,8 @@ def names(field: str, value: Any, *, keyword: str | None = None) -> str | tuple[
 
 def optional_names(field: str, value: Any) -> str | tuple[str, ...] | None:
     """`names`, or None for None and for nothing at all, which PEFT takes for None."""
-    return None if value is None or value == "" or _listed(value) == [] else names(field, value)
+    nothing = value is None or (value == "" if isinstance(value, str) else _listed(value) == [])
+    return None if nothing else names(field, value)
 
 
 def optional_list(field: str, value: Any) -> tuple[str, ...] | None:

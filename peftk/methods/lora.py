@@ -102,7 +102,8 @@ class LoraConfig:
             check_layers_pattern(pattern)
         if layers is not None:
             numbers = fields.layer_numbers("layers_to_transform", layers)
-            if not numbers and layers != []:  # PEFT takes an empty list, and nothing else that is empty, for None
+            # PEFT takes an empty list, and nothing else that is empty, for None
+            if not numbers and not isinstance(layers, list):
                 raise ValueError(f"layers_to_transform: expected some layer number, got {layers!r}")
             layers = numbers or None
         fields.settle(self, layers_to_transform=layers, layers_pattern=pattern)

@@ -119,8 +119,9 @@ def target_linears(
         full = frozenset(() if isinstance(target_modules, str) else target_modules)
         numbers = {name: layer_number(name, layers_pattern) for name in left if name not in full}
         found = [name for name in left if name not in numbers or numbers[name] in layers_to_transform]
+    experts = _experts(modules, target_modules, exclude_modules)
     if not found:
-        raise ValueError(_nothing(target_modules, modules, wanted, left))
+        raise ValueError(_nothing(target_modules, modules, wanted, left) + (f"; {experts}" if experts else ""))
     for name in found:
         _check_target(name, modules[name])
         for kept in modules_to_save:
@@ -129,6 +130,8 @@ def target_linears(
                     f"modules_to_save: expected modules without adapters, got {kept!r}, for which {name} trains whole, "
                     "and it is a target; exclude_modules takes it out of these"
                 )
+    if experts:
+        warn(f"target_modules: {experts}")
     if target_modules != ALL_LINEAR:
         _warn_of_targets(target_modules, modules, left, found)
     if exclude_modules is not None:
@@ -250,6 +253,23 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], modules_to_s
         and id(module.weight) not in whole
         and not any(inside(name, kept) for kept in modules_to_save)
     ]
+
+
+def _experts(modules: Mapping[str, nn.Module], target_modules: Names, exclude_modules: Names | None) -> str | None:
+    """In words, that the targets are meant to hold a Parameter in which transformers keeps the weights of all experts.
+
+    It had linears of these names before, one an expert. PEFT adapts the Parameter; no kernel here does.
+    """
+    for module, owner in modules.items():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.dim() == 3 and name.endswith("_proj"):
+                named = [
+                    f"{module}.{one}" for one in ((name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,))
+                ]
+                meant = target_modules == ALL_LINEAR or matched(target_modules, named)
+                if meant and not (exclude_modules is not None and matched(exclude_modules, named)):
+                    return f"{named[0]} is one Parameter of all experts, no linear, and gets no adapter"
+    return None
 
 
 def _check_target(name: str, module: nn.Module) -> None:
