@@ -15,7 +15,7 @@ from peftk import route as routes
 from peftk.interop import peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedCheckpoint
-from peftk.methods.plan import replace_module
+from peftk.methods.plan import replace_module, without_peft
 from peftk.nn import MultiLoRALinear
 from peftk.nn.replace import bypassed, fan_in_fan_out, replaceable
 
@@ -47,6 +47,7 @@ class MultiAdapter:
     def __init__(self, model: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        without_peft(model)
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
         if adapter_dtype is not None:
