@@ -95,8 +95,11 @@ class LoraConfig:
     def _layers(self) -> Sequence[int] | None:
         return [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError or TypeError where nothing matches, or what matches cannot be replaced."""
+    def wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+        """The linears to adapt, by every name, and the names of the model's own parameters that train besides.
+
+        Raises ValueError or TypeError where nothing matches, or what matches cannot be replaced.
+        """
         saved = self.modules_to_save or ()
         targets = target_linears(
             model,
@@ -106,7 +109,11 @@ class LoraConfig:
             layers_pattern=self.layers_pattern,
             modules_to_save=saved,
         )
-        trained = [*_saved_parameters(model, saved), *self._biases(model, targets)]
+        return targets, list(dict.fromkeys([*_saved_parameters(model, saved), *self._biases(model, targets)]))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises as `wanted`."""
+        targets, trained = self.wanted(model)
         made: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
         layers = {}
         for name, linear in targets.items():
@@ -121,7 +128,7 @@ class LoraConfig:
                     lora_bias=self.lora_bias,
                 )
             layers[name] = made[id(linear)]
-        return Plan(layers=layers, trained=list(dict.fromkeys(trained)))
+        return Plan(layers=layers, trained=trained)
 
     def _biases(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
         if self.bias == "none":
