@@ -166,7 +166,7 @@ def _origin(model: nn.Module) -> _Origin:
 def _about(model: nn.Module) -> dict[str, str | None]:
     """What a config says of the base model: as the loaded checkpoint's did, else the model's name alone."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    fields = {**dict.fromkeys(files.ABOUT), "base_model_name_or_path": name if isinstance(name, str) else None}
+    fields = {**dict.fromkeys(files.ABOUT), "base_model_name_or_path": name if isinstance(name, str) and name else None}
     return {**fields, **_origin(model).about}
 
 

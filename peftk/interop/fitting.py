@@ -164,7 +164,7 @@ def _linear(layer: FrozenLinear) -> nn.Module:
         kind = conv1d() if layer.fan_in_fan_out else nn.Linear
         sizes = (layer.in_features, layer.out_features)
         linear: nn.Module = kind(*(reversed(sizes) if layer.fan_in_fan_out else sizes))
-    linear._parameters.update(layer._parameters)  # of which an adapter's are not in the way
+    linear._parameters.update({"weight": layer._parameters["weight"], "bias": layer._parameters.get("bias")})
     return linear
 
 
