@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftk import checks, table
+from peftk import checks, storage, table
 from peftk.table import PAGE, Adapter, AdapterTable
 
 _CHUNK_PAGES = 64
@@ -71,12 +71,16 @@ class _Made(NamedTuple):
     table: AdapterTable
 
 
-def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[Any, ...]]:
-    """What a table says of the lent adapters, all but the tensors' values."""
-    return [
-        (a.scaling, a.activation, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in a.tensors()))
-        for a in (adapter() for adapter in lent)
-    ]
+def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[Any, ...]] | None:
+    """What a table says of the lent adapters, all but the tensors' values; None where no kernel can read one."""
+    found: list[tuple[Any, ...]] = []
+    for adapter in lent:
+        a = adapter()
+        tensors = a.tensors()
+        if not storage.dense(*tensors):
+            return None
+        found.append((a.scaling, a.activation, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)))
+    return found
 
 
 class AdapterBank:
@@ -135,6 +139,9 @@ class AdapterBank:
         slot = self.free_slot(name, slot)
         pool = self.pool
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
+            if tensor is not None and pool.device.type != "meta":
+                checks.dense(key, tensor)
         biases = [
             None if b is None else b.detach().to(pool.device, pool.dtype, copy=True).contiguous()
             for b in (bias_A, bias_B)
@@ -204,8 +211,11 @@ class AdapterBank:
     def device(self) -> torch.device:
         return self.pool.device
 
-    def table(self) -> AdapterTable:
-        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved."""
+    def table(self) -> AdapterTable | None:
+        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved.
+
+        None where a lent adapter's tensors are for torch to compute with (`peftk.storage`).
+        """
         made = self._made
         if made is not None and made.version == self._version and made.where == _where(made.lent):
             return made.table
@@ -214,6 +224,8 @@ class AdapterBank:
         where = _where(lent)
         for adapter in lent:
             self._check_lent(adapter())
+        if where is None:
+            return None
         made = _Made(version, lent, where, table.build(self.adapters, dtype=self.dtype, device=self.device))
         self._made = made
         return made.table
@@ -242,7 +254,8 @@ class AdapterBank:
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
-        table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
+        if storage.dense(*adapter.tensors()):
+            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
 
     def _views(self, pages: list[int], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(pages)]
@@ -313,9 +326,14 @@ class PackedBank:
     def device(self) -> torch.device:
         return self.banks[0].device
 
-    def table(self) -> AdapterTable:
-        """What the kernels read; made anew when a bank's is."""
-        tables = [bank.table() for bank in self.banks]
+    def table(self) -> AdapterTable | None:
+        """What the kernels read; made anew when a bank's is. None where `AdapterBank.table` is."""
+        tables: list[AdapterTable] = []
+        for bank in self.banks:
+            found = bank.table()
+            if found is None:
+                return None
+            tables.append(found)
         packed = self._packed
         if packed is None or any(old is not new for old, new in zip(packed[0], tables, strict=True)):
             packed = self._packed = (tables, table.pack(tables, self.sizes))

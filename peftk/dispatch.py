@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peftk import backends, checks
+from peftk import backends, checks, storage
 from peftk.reference import AdapterGrads, Wanted
 from peftk.table import Adapter, AdapterTable
 
@@ -70,14 +70,16 @@ def direct_multi_lora_linear(
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
     server = _direct_server()
-    if server is None or table.slices > 1:
+    if server is None or table.slices > 1 or table.device.type != "cpu":
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
 
 
 def _direct_server() -> ModuleType | None:
     """The cpu backend, where a call may go to it directly."""
-    return None if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") else _cpu()
+    if torch.is_grad_enabled() or storage.tangents() or torch.is_autocast_enabled("cpu"):
+        return None
+    return _cpu()
 
 
 @functools.cache
@@ -120,6 +122,7 @@ def lora_linear_backward(
     wanted: Wanted,
 ) -> tuple[Tensor | None, AdapterGrads]:
     """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted."""
+    backend = _reads_back(dy, (x, weight, z, seed, *(() if adapter is None else adapter.tensors())), backend)
     rows = x.reshape(-1, x.shape[-1])
     server = backends.module(_choose("lora_linear_backward", rows, weight, adapter, dropout_p, backend))
     dx, grads = server.lora_linear_backward(
@@ -173,6 +176,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted],
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted."""
+    backend = _reads_back(dy, (x, weight, z, seed, ids), backend)
     rows = x.reshape(-1, x.shape[-1])
     server = backends.module(_choose("multi_lora_linear_backward", rows, weight, table, dropout_p, backend))
     with backends.forcing(backend):
@@ -189,6 +193,19 @@ def multi_lora_linear_backward(
             wanted=wanted,
         )
     return None if dx is None else dx.reshape(x.shape), grads
+
+
+def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None) -> str | None:
+    """The backend that a backward is to use. Plain torch for a dy that is no dense tensor, as in a vmapped backward.
+
+    Raises RuntimeError where what the forward saved has been freed since.
+    """
+    if storage.dense(dy, *saved):
+        return backend
+    for name, tensor in (("dy", dy), *(("a saved tensor", tensor) for tensor in saved if tensor is not None)):
+        if not storage.by_torch(tensor):
+            raise RuntimeError(f"backward: expected {name} that is dense, got {storage.reason(tensor)}")
+    return backend or "reference"
 
 
 def _choose(

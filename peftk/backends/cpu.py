@@ -24,8 +24,6 @@ from peftk.table import Adapter, AdapterTable
 if TYPE_CHECKING:
     from peftk.backends import Call
 
-_cpu.plain_tensors(torch.Tensor, torch.nn.Parameter)
-
 _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 
 
