@@ -54,10 +54,10 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
     of_embeddings = embeddings(model)
     for name, value in loaded.base.items():
         if name not in places or id(places[name]) not in of_embeddings:
-            got = "none of that name" if name not in places else "another weight of the model"
+            got = f"{name}, another weight of the model" if name in places else f"{name}, which the model does not have"
             raise CheckpointError(
-                f"{path}: expected no tensor that its config does not account for, but of the model's embeddings, "
-                f"got {name}, {got}"
+                f"{path}: expected no tensor that its config does not account for, but those of the model's "
+                f"embeddings, got {got}"
             )
         if value.shape != places[name].shape:
             raise CheckpointError(
@@ -133,29 +133,32 @@ def saved_names(model: nn.Module, modules_to_save: Collection[str] | None) -> li
 
 
 def without_layers(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> nn.Module:
-    """The model as it was before these layers of ours took the places of linears.
+    """The model as it was before these layers of ours took the places of linears, and modules in it were compiled.
 
     The modules above them are copies that share everything else with the model's, which stays as it is.
     """
     copies: dict[str, nn.Module] = {}
 
-    def copied(name: str) -> nn.Module:
-        if name not in copies:
-            module = model.get_submodule(name)
-            copies[name] = twin = module.__new__(type(module))
+    def parent_of(name: str) -> dict[str, nn.Module | None]:
+        parent = name.rpartition(".")[0]
+        if parent not in copies:
+            module = model.get_submodule(parent)
+            copies[parent] = twin = module.__new__(type(module))
             twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
-            if name:
-                parent, _, child = name.rpartition(".")
-                copied(parent)._modules[child] = twin
-        return copies[name]
+            if parent:
+                parent_of(parent)[parent.rpartition(".")[2]] = twin
+        return copies[parent]._modules
 
     plain: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         if id(layer) not in plain:
             plain[id(layer)] = _linear(layer)
-        parent, _, child = name.rpartition(".")
-        copied(parent)._modules[child] = plain[id(layer)]
-    return copied("") if layers else model
+        parent_of(name)[name.rpartition(".")[2]] = plain[id(layer)]
+    compiled = [name for name, module in model.named_modules() if name and "_orig_mod" in module._modules]
+    for name in reversed(compiled):  # what lies inside of another comes first
+        inner = copies.get(name, model.get_submodule(name))._modules["_orig_mod"]
+        parent_of(name)[name.rpartition(".")[2]] = inner
+    return copies.get("", model)
 
 
 def _linear(layer: FrozenLinear) -> nn.Module:

@@ -147,10 +147,10 @@ def _beside(
         module, _, last = key.rpartition(".")
         inner = module.removesuffix(_BASE)
         name = f"{inner}.{last}" if inner in adapted and last in ("weight", "bias") else key
+        if _INSIDES.sub(".", key) in tensors and _INSIDES.search(key):
+            continue  # PEFT may write what it saves whole again, under the names of its wrapper's insides
         if any(within(key, kept) for kept in config.get("modules_to_save") or ()):
-            # PEFT may write what it saves whole again, under the names of its wrapper's insides
-            if not _INSIDES.search(key):
-                saved[key] = tensor
+            saved[key] = tensor
         elif _is_bias(key, config.get("bias")):
             biases[name] = tensor
         elif last == "weight" or (last == "bias" and f"{module}.weight" in tensors):
