@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftk import checks, table
+from peftk import checks, storage, table
 from peftk.lasting import lasting
 from peftk.table import PAGE, Adapter, AdapterTable
 
@@ -74,13 +74,20 @@ class _Made(NamedTuple):
     table: AdapterTable
 
 
-def _where(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]]:
+def _where(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]] | None:
     """What a table says of lent adapters: which tensors they are, and all of these but their values.
 
-    Another Parameter in the same memory is another tensor: gradients go to the one that the table has. The table that
-    this is kept beside holds the tensors, so that no later one gets the id() of one of them.
+    None where no kernel can read one of them. Another Parameter in the same memory is another tensor: gradients go to
+    the one that the table has. The table that this is kept beside holds the tensors, so that no later one gets the id()
+    of one of them.
     """
-    return [(a.scaling, a.activation, *((id(t), *table.place(t)) for t in a.tensors())) for a in adapters]
+    found: list[tuple[Any, ...]] = []
+    for a in adapters:
+        tensors = a.tensors()
+        if not storage.dense(*tensors):
+            return None
+        found.append((a.scaling, a.activation, *((id(t), *table.place(t)) for t in tensors)))
+    return found
 
 
 def _adapter(slot: Adapter | Callable[[], Adapter] | None) -> Adapter | None:
@@ -145,6 +152,9 @@ class AdapterBank:
         slot = self.free_slot(name, slot)
         pool = self.pool
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
+            if tensor is not None and pool.device.type != "meta":
+                checks.dense(key, tensor)
         biases = [
             None if b is None else b.detach().to(pool.device, pool.dtype, copy=True).contiguous()
             for b in (bias_A, bias_B)
@@ -213,8 +223,11 @@ class AdapterBank:
     def device(self) -> torch.device:
         return self.pool.device
 
-    def table(self) -> AdapterTable:
-        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved."""
+    def table(self) -> AdapterTable | None:
+        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved.
+
+        None where a lent adapter's tensors are for torch to compute with (`peftk.storage`).
+        """
         made = self._made
         if made is not None and made.version == self._version and made.where == _where([a() for a in made.lent]):
             return made.table
@@ -225,10 +238,13 @@ class AdapterBank:
         now = [adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None]
         for adapter in now:
             self._check_lent(adapter)
+        where = _where(now)
+        if where is None:
+            return None
         built = table.build(adapters, dtype=self.dtype, device=self.device)
         self._made = None
         if all(tensor.grad_fn is None for adapter in now for tensor in adapter.tensors()):  # else it holds a graph
-            self._made = _Made(version, list(lent.values()), _where(now), built)
+            self._made = _Made(version, list(lent.values()), where, built)
         return built
 
     @lasting()
@@ -256,7 +272,8 @@ class AdapterBank:
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
-        table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
+        if storage.dense(*adapter.tensors()):
+            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
 
     def _views(self, pages: list[int], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(pages)]
@@ -327,9 +344,14 @@ class PackedBank:
     def device(self) -> torch.device:
         return self.banks[0].device
 
-    def table(self) -> AdapterTable:
-        """What the kernels read; made anew when a bank's is."""
-        tables = [bank.table() for bank in self.banks]
+    def table(self) -> AdapterTable | None:
+        """What the kernels read; made anew when a bank's is. None where `AdapterBank.table` is."""
+        tables: list[AdapterTable] = []
+        for bank in self.banks:
+            found = bank.table()
+            if found is None:
+                return None
+            tables.append(found)
         packed = self._packed
         if packed is None or any(old is not new for old, new in zip(packed[0], tables, strict=True)):
             packed = self._packed = (tables, table.pack(tables, self.sizes))

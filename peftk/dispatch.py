@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from peftk import backends, checks
+from peftk import backends, checks, storage
 from peftk.reference import AdapterGrads, Wanted
 from peftk.table import Adapter, AdapterTable
 
@@ -70,14 +70,16 @@ def direct_multi_lora_linear(
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
     server = _direct_server()
-    if server is None or table.slices > 1:
+    if server is None or table.slices > 1 or table.device.type != "cpu":
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
 
 
 def _direct_server() -> ModuleType | None:
     """The cpu backend, where a call may go to it directly."""
-    return None if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") else _cpu()
+    if torch.is_grad_enabled() or storage.tangents() or torch.is_autocast_enabled("cpu"):
+        return None
+    return _cpu()
 
 
 @functools.cache
@@ -131,6 +133,7 @@ def lora_linear_backward(
 
     x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
     """
+    backend = _reads_back(dy, (x, weight, z, seed, *(() if adapter is None else adapter.tensors())), backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
         checks.fits("adapter", adapter, rows.shape[1], K)
@@ -191,6 +194,7 @@ def multi_lora_linear_backward(
 
     x, z: as in `lora_linear_backward`.
     """
+    backend = _reads_back(dy, (x, weight, z, seed, ids), backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:
@@ -225,6 +229,19 @@ def _backward_rows(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple
 
 def _other_rank(before: int, now: int) -> RuntimeError:
     return RuntimeError(f"lora_A: expected the {before} ranks of the forward, got {now}")
+
+
+def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None) -> str | None:
+    """The backend that a backward is to use. Plain torch for a dy that is no dense tensor, as in a vmapped backward.
+
+    Raises RuntimeError where what the forward saved has been freed since.
+    """
+    if storage.dense(dy, *saved):
+        return backend
+    for name, tensor in (("dy", dy), *(("a saved tensor", tensor) for tensor in saved if tensor is not None)):
+        if not storage.by_torch(tensor):
+            raise RuntimeError(f"backward: expected {name} that is dense, got {storage.reason(tensor)}")
+    return backend or "reference"
 
 
 def _choose(

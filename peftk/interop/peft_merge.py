@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from peftk import functional, interrupts
+from peftk import functional, interrupts, storage
 from peftk.backends.merge_args import write
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
@@ -36,11 +36,13 @@ def reason(layer: Any, names: list[str]) -> str | None:
     found = peft_reasons.base(layer.base_layer)
     if isinstance(found, str):
         return found
+    tensors = list(found)
     for name in names:
         adapter = peft_reasons.factors(layer, name, found[0])
         if isinstance(adapter, str):
             return adapter
-    return None
+        tensors += () if adapter is None else adapter.tensors()
+    return next((why for t in tensors if t is not None and storage.by_torch(t) and (why := storage.reason(t))), None)
 
 
 def merge(layer: Any, names: list[str]) -> None:

@@ -124,6 +124,15 @@ class LoRALinear(FrozenLinear):
     def merged(self) -> bool:
         return self.receipt is not None
 
+    def base_weight(self) -> Tensor:
+        """`weight` as it is where nothing is merged: itself, or while merged a copy."""
+        weight = self.weight.detach()
+        if self.receipt is None:
+            return weight
+        base = weight.clone()
+        functional.unmerge_(base.t() if self.fan_in_fan_out else base, self.receipt.to(base.device))
+        return base
+
     def merge(self) -> None:
         """W ← W + s·BA; the layer then costs what its base costs. Nothing happens where it is merged already.
 

@@ -62,10 +62,10 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """One adapter for every row (None: the base layer alone). Returns y [M, N] and, if asked, z [M, R] in fp32."""
     acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
-    y = _base(x, weight, bias, acc)
+    y = base_term(x, weight, bias, acc)
     z = None
     if adapter is not None:
-        delta, z = _adapter_term(_dropped(x, dropout_p, seed, acc), adapter, acc)
+        delta, z = adapter_term(with_dropout(x, dropout_p, seed, acc), adapter, acc)
         y = y + delta
     return y.to(x.dtype), z if save_z else None
 
@@ -86,14 +86,14 @@ def multi_lora_linear(
     Returns y [M, N] and, if asked, z [M, table.z_width].
     """
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
-    y = _base(x, weight, bias, acc)
+    y = base_term(x, weight, bias, acc)
     z = torch.zeros(x.shape[0], table.z_width, dtype=acc, device=x.device)
-    dropped = _dropped(x, dropout_p, seed, acc)
+    dropped = with_dropout(x, dropout_p, seed, acc)
     for entry, adapter in enumerate(table.adapters):
         if adapter is None:
             continue
         rows = (ids == entry % table.count).nonzero().flatten()
-        delta, z_rows = _adapter_term(dropped[rows], adapter, acc)
+        delta, z_rows = adapter_term(dropped[rows], adapter, acc)
         y[rows, slice(*table.columns_of(entry, y.shape[1]))] += delta
         if z_rows is not None:
             z[rows, table.z_from(entry) : table.z_from(entry) + adapter.rank] = z_rows
@@ -182,7 +182,7 @@ def _in(dy: Tensor, weight: Tensor | None) -> int:
     return dy.shape[1] if weight is None else weight.shape[1]
 
 
-def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+def base_term(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
     y = x.to(acc).clone() if weight is None else x.to(acc) @ weight.to(acc).t()
     return y if bias is None else y + bias.to(acc)
 
@@ -204,11 +204,11 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor:
+def with_dropout(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor:
     return _times(x.to(acc), _dropout_factor(x, x.shape[1], p, seed, acc))
 
 
-def _adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
     delta = dropped.new_zeros(()) if adapter.bias_B is None else adapter.bias_B.to(acc)
     if adapter.lora_A is None or adapter.lora_B is None:
         return delta, None
