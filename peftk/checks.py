@@ -5,14 +5,13 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from peftk import activations, storage
+from peftk import activations, memory, storage
 from peftk.table import Adapter, AdapterTable
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -229,16 +228,9 @@ def writable(name: str, tensor: Tensor) -> None:
 
 
 def apart(weights: Sequence[Tensor]) -> None:
-    """No two share memory, by the addresses of their first and last elements."""
-    spans = []
-    for layer, weight in enumerate(weights):
-        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-        spans.append((str(weight.device), weight.data_ptr(), weight.data_ptr() + last * weight.itemsize, layer))
-    spans.sort()
-    for (device, _, end, one), (next_device, start, _, other) in itertools.pairwise(spans):
-        if device == next_device and start <= end:
-            first, second = sorted((one, other))
-            raise ValueError(f"weights: expected no two in the same memory, got layers {first} and {second} in one")
+    """No two share memory."""
+    for one, other in memory.overlapping(weights):
+        raise ValueError(f"weights: expected no two in the same memory, got layers {one} and {other} in one")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:

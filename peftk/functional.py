@@ -480,6 +480,7 @@ def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
     """What unmerging looks at before it looks at values."""
     _receipt(receipt)
     checks.floating("weight", weight)
+    checks.dense("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape {list(receipt.shape)} of the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
@@ -493,6 +494,7 @@ def _receipt(receipt: MergeReceipt) -> None:
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
+    checks.dense("weight", weight)
     checks.writable("weight", weight)
     if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
         if lora_A is None:

@@ -36,9 +36,12 @@ def accelerate(peft_model: Model) -> Model:
         raise TypeError(f"peft_model: expected an nn.Module, got {type(peft_model).__name__}")
     if not has_lora(peft_model):
         raise ValueError(f"peft_model: expected LoRA layers of HF PEFT, got {type(peft_model).__name__} without")
-    from peftk.interop import peft_layers
+    from peftk.interop import peft_layers, peft_merge
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap(peft_model)
+    with all_or_none(peft_model):
+        peft_layers.swap(peft_model)
+        peft_merge.note_shared(peft_model)
     return peft_model
 
 
@@ -54,8 +57,10 @@ def decelerate(peft_model: Model) -> Model:
     if not is_accelerated(peft_model):
         raise ValueError(f"peft_model: expected an accelerated model, got {type(peft_model).__name__} that is not")
     from peftk.interop import peft_layers
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap_back(peft_model)
+    with all_or_none(peft_model):
+        peft_layers.swap_back(peft_model)
     return peft_model
 
 

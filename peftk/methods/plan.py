@@ -9,8 +9,10 @@ from typing import Protocol
 
 from torch import nn
 
+from peftk.nn import merging, shared
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.lora_linear import LoRALinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
             model.__dict__[_RECORD] = (*injections(model), record)
             done.append(record)
         freeze(model)
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+        shared.note(model, merging.places(layers))
         yield done
         undo.pop_all()
 
