@@ -141,8 +141,8 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
             f"{name}: {computed[0]}: expected a Parameter, got one that is computed (parametrize, prune, …)"
         )
     if (adapter.lora_bias is None) != (layer.lora_bias is None):
-        wanted, got = ("none", "one") if layer.lora_bias is None else ("one", "none")
-        raise ValueError(f"{name}: lora_bias: expected {wanted}, as the layer has {wanted}, got {got}")
+        expected = "None, as the layer has none, got a bias" if layer.lora_bias is None else "a bias, got None"
+        raise ValueError(f"{name}: lora_bias: expected {expected}")
     like = layer.lora_A.detach()
     lora_A, lora_B, lora_bias = (
         None if t is None else torch.empty_like(t, dtype=like.dtype, device=like.device).copy_(t)

@@ -312,6 +312,11 @@ def swap(model: nn.Module) -> int:
     return count
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """What PEFT's LoraModel has been put around, whose names are those of checkpoints; else the model itself."""
+    return next((module.model for module in model.modules() if isinstance(module, PeftLoraModel)), model)
+
+
 def swap_back(model: nn.Module) -> int:
     """The opposite; returns how many were ours. Raises ValueError where a layer is merged, before anything changes."""
     for name, module in model.named_modules():

@@ -41,7 +41,7 @@ def accelerate(peft_model: Model) -> Model:
 
     with all_or_none(peft_model):
         peft_layers.swap(peft_model)
-        peft_merge.note_shared(peft_model)
+        peft_merge.note_shared(peft_layers.inside(peft_model))
     return peft_model
 
 
