@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from peftk.methods.plan import Config, carry_out
+from peftk.methods.plan import Config, carrying_out
 from peftk.nn import LoRALinear
 
 
@@ -24,8 +24,9 @@ def inject(model: nn.Module, config: Config | Sequence[Config]) -> list[str]:
     configs = [config] if hasattr(config, "plan") else config
     if not isinstance(configs, Sequence) or not configs or not all(hasattr(one, "plan") for one in configs):
         raise TypeError(f"config: expected a config of peftk or a list of them, got {config!r}")
-    done = carry_out(model, configs)
-    return [name for record in done for name in (*record.layers, *record.attached)]
+    with carrying_out(model, configs) as done:
+        names = [name for record in done for name in (*record.layers, *record.attached)]
+    return names
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -52,6 +52,13 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
     return model.__dict__.get(_RECORD, ())
 
 
+def _record(model: nn.Module, records: tuple[Injection, ...] | None) -> None:
+    if records is None:
+        model.__dict__.pop(_RECORD, None)
+    else:
+        model.__dict__[_RECORD] = records
+
+
 @contextlib.contextmanager
 def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
     """Plans and carries out one config after the other, and freezes all else.
@@ -60,7 +67,7 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
     """
     with contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
-        undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
+        undo.callback(_record, model, model.__dict__.get(_RECORD))
         done = []
         for config in configs:
             plan = config.plan(model)
@@ -81,12 +88,6 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
         shared.note(model, merging.places(layers))
         yield done
         undo.pop_all()
-
-
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
-    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
-    with carrying_out(model, configs) as done:
-        return done
 
 
 def trained_in_place(model: nn.Module) -> set[int]:
