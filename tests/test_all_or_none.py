@@ -23,7 +23,8 @@ K = 12
 def sweep(make: Callable[[], Any], act: Callable[[Any], object], folders: tuple[str, ...], places: int | None) -> None:
     """At `places` calls, evenly among all; None: at each."""
     act(make())  # what is done once in a process is done
-    total = count(lambda model=make(): act(model), folders)
+    model = make()
+    total = count(lambda: act(model), folders)
     assert total > 3
     left, step = [], 1.0 if places is None else max(total / places, 1.0)
     for number in range(int(total / step)):
