@@ -63,7 +63,7 @@ def save_adapter(model: nn.Module, path: Path, *, format: str | None = None) -> 
     """
     if format is not None and format not in files.FORMATS:
         raise ValueError(f"format: expected one of {', '.join(files.FORMATS)} or None, got {format!r}")
-    model = unwrapped(model)
+    model = _checked(model)
     names = trained_names(model)
     if not names:
         raise ValueError("model: expected LoRALinear layers or other adapters (peftk.inject puts them in), got none")
@@ -89,7 +89,7 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model, ValueError where a
     layer is merged; the model is as it was then, without adapters if it had none.
     """
-    model = unwrapped(model)
+    model = _checked(model)
     folder = files.folder(path)
     kind = files.checkpoint_format(files.read_config(folder))
     for name, layer in lora_layers(model):
@@ -108,6 +108,12 @@ def load_adapter(model: nn.Module, path: Path) -> None:
         own = own_checkpoint.load(folder)
         with _injected(model, own.configs, path):
             _fill(model, _of_peftk(model, own, path), path)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    return unwrapped(model)
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -390,6 +396,8 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
                 alphas[name] = (float(pattern_value(config.alpha_pattern, name, config.lora_alpha)), config.use_rslora)
         elif _says(config) != _says(record.config):
             raise CheckpointError(f"{path}: expected the model's {record.config!r}, got {config!r}")
+    by_hand = layers.keys() - alphas.keys()
+    files.same_names(path, "scalings of the LoRALinear layers that no method put in", own.scalings, by_hand)
     of_embeddings, values = fitting.embeddings(model), dict(fitting.named_values(model))
     for name in own.embeddings:
         if name not in values or id(values[name]) not in of_embeddings:

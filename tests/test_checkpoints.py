@@ -200,7 +200,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "another method": (_method(method="os.system"), "expected a method of AdapterHubConfig.*got 'os.system'"),
     "a field more": (_method(hidden=1), "expected fields of LoraConfig, got hidden"),
     "a bad field": (_method(r=0), "LoraConfig: r: expected an integer of 1 or more"),
-    "a bad dtype": (_method(adapter_dtype="int8"), "LoraConfig: 'int8'"),
+    "a bad dtype": (_method(adapter_dtype="int8"), "LoraConfig: adapter_dtype: expected one of float32.*got .int8."),
     "other targets": (_method(target_modules=["nowhere"]), "fits the model"),
     "another rank": (_method(r=3), r"expected rank 3 of adapter_config.json, got lora_A \[2, 16\]"),
     "a tensor is missing": (_drop, "tensors for exactly what the model trains; missing there"),
