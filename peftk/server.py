@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from peftk import route as routes
 from peftk.interop import peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedCheckpoint
+from peftk.methods import trial
 from peftk.methods.plan import replace_module
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import bypassed, fan_in_fan_out, replaceable
+from peftk.nn.replace import fan_in_fan_out, replaceable
+from peftk.nn.watched import watch
 
 
 class _Served(NamedTuple):
@@ -42,9 +44,17 @@ class MultiAdapter:
 
     Linears become MultiLoRALinear in place, when the first checkpoint that has them is loaded; outside of `route`, and
     for None, the model computes what it did. adapter_dtype: in which adapters are held; None means each weight's own.
+    example_inputs: as `peftk.inject`'s, to see which linears the model calls.
     """
 
-    def __init__(self, model: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_adapters: int = 64,
+        adapter_dtype: torch.dtype | None = None,
+        example_inputs: Any = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
@@ -56,6 +66,10 @@ class MultiAdapter:
         self.adapter_dtype = adapter_dtype
         self._slots: dict[str, int] = {}
         self._layers: dict[str, MultiLoRALinear] = {}
+        if example_inputs is not None:
+            trial.arguments(model, example_inputs)
+        self._example_inputs = example_inputs
+        self._found: trial.Seen | None = None
 
     @property
     def names(self) -> list[str]:
@@ -200,10 +214,20 @@ class MultiAdapter:
             linear = replaceable(found)
         except TypeError as error:
             raise CheckpointError(f"{path}: {module}: {error}") from error
-        if bypassed(found):
-            raise CheckpointError(f"{path}: {module}: expected a linear that is called, got one that MHA reads itself")
+        reader = self._seen().reader(found)
+        if reader is not None:
+            raise CheckpointError(
+                f"{path}: {module}: expected a linear that is called, got one whose weight {reader} reads itself"
+            )
         N, K = linear.weight.t().shape if fan_in_fan_out(found) else linear.weight.shape
         return N, K
+
+    def _seen(self) -> trial.Seen:
+        """What one run of the model showed, before any of its linears was replaced."""
+        if self._found is None:
+            self._found = trial.look(self.model, self._example_inputs)
+            self._example_inputs = None
+        return self._found
 
     def _layer(self, module: str) -> MultiLoRALinear:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""
@@ -213,4 +237,5 @@ class MultiAdapter:
             self.model.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
         layer.served = True
+        watch(layer, module, self._seen().read.get(self.model.get_submodule(module)))
         return layer

@@ -10,7 +10,7 @@ from torch import nn
 from peftk import checks
 from peftk.methods import architectures
 from peftk.methods.plan import Plan
-from peftk.methods.targets import Names, check_names, target_modules
+from peftk.methods.targets import Names, called, check_names, target_modules
 from peftk.nn.attached import attachable, part
 from peftk.nn.llama_adapter import LlamaAdapter, Projections
 from peftk.nn.parameters import dtype_beside
@@ -63,6 +63,10 @@ class LlamaAdapterConfig:
             heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
         if not isinstance(heads, int):
             raise ValueError(f"num_heads: expected a number where the model has no config that says it, got {heads!r}")
+        for name, projections, _ in attention:
+            for projection in (projections.query, projections.output):
+                part(model.get_submodule(name), projection)
+                called(model, "projections", f"{name}.{projection}")
         return Plan(
             attached=[
                 (name, self._adapter(name, model.get_submodule(name), projections, heads, scaling))

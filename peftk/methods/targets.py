@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from peftk.methods.plan import trained_in_place
+from peftk.methods.trial import seen
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
-from peftk.nn.replace import bypassed, is_linear, replaceable
+from peftk.nn.replace import is_linear, replaceable
 
 ALL_LINEAR = "all-linear"
 Names = str | Sequence[str]
@@ -91,7 +92,8 @@ def target_linears(
     if target_modules == ALL_LINEAR:
         head = _output_embedding(model)
         whole = trained_in_place(model)
-        found = {n: m for n, m in candidates.items() if m is not head and not bypassed(m) and id(m.weight) not in whole}
+        reader = seen(model).reader
+        found = {n: m for n, m in candidates.items() if m is not head and id(m.weight) not in whole and not reader(m)}
     else:
         found = {n: m for n, m in candidates.items() if matches(target_modules, n)}
         taken = [n for n, m in model.named_modules() if isinstance(m, FrozenLinear) and matches(target_modules, n)]
@@ -114,11 +116,16 @@ def target_linears(
         raise ValueError("model: expected a module that contains linears, got an nn.Linear; use LoRALinear.from_linear")
     for name, linear in found.items():
         replaceable(linear)
-        if bypassed(linear):
-            raise ValueError(
-                f"target_modules: expected linears that are called, got {name}, whose weight MHA reads itself"
-            )
+        called(model, "target_modules", name)
     return found
+
+
+def called(model: nn.Module, field: str, name: str) -> None:
+    """Raises ValueError where that is a linear whose weight the model reads, and which it does not call."""
+    module = model.get_submodule(name)
+    reader = seen(model).reader(module) if is_linear(module) else None
+    if reader is not None:
+        raise ValueError(f"{field}: expected linears that are called, got {name}, whose weight {reader} reads itself")
 
 
 def target_modules(model: nn.Module, field: str, names: Names) -> dict[str, nn.Module]:
