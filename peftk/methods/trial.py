@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import random
 import sys
 import time
@@ -122,32 +123,65 @@ class _OutOfTimeError(Exception):
 
 
 class _Trial(Reads):
-    """Ends a run that takes too long."""
+    """Guesses values where a model asks for them, and ends a run that takes too long."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], deadline: float) -> None:
         super().__init__(model, layers)
-        self.deadline = time.monotonic() + SECONDS
+        self.deadline = deadline
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
         if time.monotonic() > self.deadline:
             raise _OutOfTimeError
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return _guess(func, *args)
+
+
+def _guess(func: Any, x: Tensor, *args: Any) -> Any:
+    """One for a number, no for a question, and all elements where those are wanted that are not zero."""
+    aten = torch.ops.aten
+    if func is aten._local_scalar_dense.default:
+        return x.dtype != torch.bool and (1.0 if x.is_floating_point() else 1)
+    if func is aten.nonzero.default:
+        return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
+    if func is aten.index.Tensor:
+        indices = []
+        for index in args[0]:
+            masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+            indices += index.nonzero().unbind(1) if masks else [index]
+        return aten.index.Tensor(x, indices)
+    raise NotImplementedError(f"{func} on tensors without values")
 
 
 def _run(model: nn.Module, linears: Sequence[nn.Module], inputs: Iterable[_Inputs], seen: Seen) -> bool:
     """Whether the model took one of these inputs all the way."""
+    deadline, inputs = time.monotonic() + SECONDS, list(inputs)
     try:
         with _nothing_left_behind(model):
             mode = _fake_mode(model)
-            shadow, originals = _shadow(model, linears, mode.from_tensor)
-            trial = _Trial(shadow, originals)
-            try:
-                return any(_goes_through(shadow, one, mode, trial) for one in inputs)
-            finally:
-                seen.read.update((originals[layer], reader) for layer, reader in trial.read.items())
-                seen.called.update(originals[layer] for layer in trial.called)
+            # some operations on fake tensors are for 16 bit alone
+            for fake in (mode.from_tensor, lambda tensor: _in_16_bit(mode.from_tensor(tensor))):
+                shadow, originals = _shadow(model, linears, fake)
+                trial = _Trial(shadow, originals, deadline)
+                try:
+                    if any(_goes_through(shadow, one, mode, trial) for one in inputs):
+                        return True
+                finally:
+                    seen.read.update((originals[layer], reader) for layer, reader in trial.read.items())
+                    seen.called.update(originals[layer] for layer in trial.called)
     except Exception:  # a model's own code, of which anything may come
-        return False
+        pass
+    return False
+
+
+def _in_16_bit(tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.to(torch.bfloat16)
+    return nn.Parameter(half, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else half
 
 
 def _goes_through(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) -> bool:
@@ -243,12 +277,15 @@ def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
     spaces = _spaces(model)
     before = {cache: cache.cache_info() for cache in _caches(spaces)}
     fast = torch.backends.mha.get_fastpath_enabled()
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # which says at length what could not run
+    silent, logger.disabled = logger.disabled, True
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
             torch.backends.mha.set_fastpath_enabled(False)  # which a module leaves that gets adapters
             yield
     finally:
+        logger.disabled = silent
         torch.backends.mha.set_fastpath_enabled(fast)
         random.setstate(python_state)
         if numpy is not None:
