@@ -25,9 +25,10 @@ class _Span(NamedTuple):
 class Reads(TorchDispatchMode):
     """While it is on, finds which of `layers` have a weight that is read elsewhere than in their own forward.
 
-    A weight is read where an operation takes it, or a view, cast or copy of it, together with a tensor of other origin
-    (tensors without dimensions aside, which are numbers). Looking at its dtype or its norm is not reading, nor a copy
-    for a log. A module that has the same Parameter itself (a tied embedding) reads its own.
+    A weight is read where an operation takes it, or a view, cast or copy of it, together with a tensor of other
+    origin. A tensor without dimensions is a number, which has none. So looking at its dtype is not reading, nor is a
+    copy for a log, nor a norm that is added to a loss. A module that has the same Parameter itself (a tied embedding)
+    reads its own.
 
     read: the layers, and the class of the module that reads each. called: those that computed with their own.
     """
@@ -46,7 +47,7 @@ class Reads(TorchDispatchMode):
         kwargs = kwargs or {}
         found: list[_Span] = []
         other_data = False
-        for tensor in tensors((args, kwargs)):
+        for tensor in tensors([*args, *kwargs.values()]):
             spans = self._of(tensor)
             found += spans
             other_data |= not spans and tensor.dim() > 0
@@ -57,7 +58,7 @@ class Reads(TorchDispatchMode):
         if outside and not other_data:
             for tensor in tensors(result):
                 storage = _storage(tensor)
-                if storage is not None and storage._cdata not in self._spans:
+                if storage is not None and storage._cdata not in self._spans and tensor.dim() > 0:
                     self._copies[storage._cdata] = (StorageWeakRef(storage), outside)
         return result
 
@@ -120,7 +121,7 @@ def _storage(tensor: Tensor) -> Any:
         return None
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
+def _extent(tensor: Tensor) -> tuple[Any, Any]:
     """The bytes of its storage among which its elements lie."""
     size = tensor.element_size()
     begin = tensor.storage_offset() * size

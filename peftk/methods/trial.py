@@ -148,7 +148,7 @@ def _guess(func: Any, x: Tensor, *args: Any) -> Any:
     if func is aten.nonzero.default:
         return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
     if func is aten.index.Tensor:
-        indices = []
+        indices: list[Tensor | None] = []
         for index in args[0]:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
             indices += index.nonzero().unbind(1) if masks else [index]
@@ -238,8 +238,10 @@ def _shadow(
             else:
                 memo.update((id(t), fake(t)) for t in _tensors(value) if id(t) not in memo)
     for module in modules:
-        ours = isinstance(module, FrozenLinear)
-        memo[id(module)] = _Base(module, memo) if ours else type(module).__new__(type(module))
+        if isinstance(module, FrozenLinear):
+            memo[id(module)] = _Base(module, memo)
+        else:
+            memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
         if not isinstance(module, FrozenLinear):
             memo[id(module)].__dict__.update(

@@ -37,7 +37,7 @@ class _Watch:
             warnings.warn(
                 f"peftk: {reader} computes with the weight of {self.name} itself, where an adapter of that layer does "
                 "nothing; it cannot be merged, and is best left out",
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -70,23 +70,25 @@ def mergeable(layer: nn.Module) -> None:
 
 def handed_out(layer: nn.Module, weight: Any) -> Any:
     """What `layer.weight` gives: the weight; an alias of it to another module's forward."""
-    watch: _Watch | None = layer.__dict__.get(_KEY)
-    if watch is None or watch.left == 0 or watch.reader is not None or type(weight) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(weight) not in _PLAIN:
         return weight
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    watch: _Watch | None = layer.__dict__.get(_KEY)
+    if watch is None or watch.left == 0 or watch.reader is not None or torch._C._are_functorch_transforms_active():
         return weight
     asking = next(modules_in_forward(), layer)
     if asking is layer:
         return weight
     watch.left -= 1
-    return _of([(watch, type(asking).__name__)], weight)
+    alias: Any = _of([(watch, type(asking).__name__)], weight)
+    alias._is_param = isinstance(weight, nn.Parameter)  # what torch asks a subclass
+    return alias
 
 
-class WatchedWeight(nn.Parameter):
-    """An alias of one or several layers' weights, or what was made of nothing else (a view, a cast, a copy).
+class WatchedWeight(Tensor):
+    """An alias of one or several layers' weights, or what was made of nothing else: a view, a cast, a copy.
 
-    An operation that takes it together with a tensor of other origin computes with it. Tensors without dimensions are
-    numbers here: a norm that is added to a loss is none of it.
+    An operation that takes it together with a tensor of other origin computes with it. A tensor without dimensions is a
+    number here, and has no origin: a norm that is added to a loss is no reader.
     """
 
     _origins: list[tuple[_Watch, str]]
@@ -94,21 +96,20 @@ class WatchedWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [tensor for tensor in tensors((args, kwargs)) if isinstance(tensor, cls) or tensor.dim() > 0]
-        origins = [origin for tensor in given if isinstance(tensor, cls) for origin in tensor._origins]
+        given = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-            made = list(tensors(result))
-        if not made:
-            return result
-        if any(not isinstance(tensor, cls) for tensor in given):
+            computes = any(tensor.dim() > 0 for tensor in tensors(result))
+        origins = [origin for tensor in given if isinstance(tensor, cls) for origin in tensor._origins]
+        if computes and any(not isinstance(tensor, cls) for tensor in given):
             for watch, reader in origins:
                 watch.found(reader)
-            return result
-        return _of(origins, result) if type(result) in _PLAIN else result
+        elif computes and type(result) in _PLAIN:
+            return _of(origins, result)
+        return result
 
 
-def _of(origins: Any, tensor: Tensor) -> Tensor:
+def _of(origins: list[tuple[_Watch, str]], tensor: Tensor) -> WatchedWeight:
     alias = tensor.as_subclass(WatchedWeight)
     alias._origins = origins
     return alias
@@ -121,8 +122,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from tensors(item)
-    elif isinstance(value, dict):
-        yield from tensors(tuple(value.values()))
 
 
 def modules_in_forward() -> Iterator[nn.Module]:
