@@ -96,8 +96,8 @@ class WatchedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
         with torch._C.DisableTorchFunctionSubclass():
+            given = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
             result = func(*args, **kwargs)
             computes = any(tensor.dim() > 0 for tensor in tensors(result))
         origins = [origin for tensor in given if isinstance(tensor, cls) for origin in tensor._origins]
