@@ -11,7 +11,8 @@ from peft import LoraConfig as PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from peftk.methods.targets import check_names, inside, layer_number, matches, target_linears, target_modules
+from peftk.methods import fields
+from peftk.methods.targets import inside, layer_number, matches, target_linears, target_modules
 
 NAMES = [
     "embeddings.word",
@@ -23,7 +24,7 @@ NAMES = [
     "transformer.h.10.attn.c_attn",
     "classifier",
     "classifier.dense",
-    "my_classifier.out",
+    "my_head.out",
 ]
 
 
@@ -105,9 +106,10 @@ def test_names() -> None:
     assert not matches(["query"], "a.myquery")
     assert not matches("query", "a.query")
     assert inside("model.classifier.dense", "classifier")
-    assert not inside("model.my_classifier", "classifier")
+    assert inside("model.my_classifier", "classifier")  # PEFT's rule for what trains whole: not from a dot on
+    assert not inside("model.classifiers", "classifier")
     for wrong in ("", "(", [], [""], [3], 5, None):
         with pytest.raises(ValueError, match="field: expected"):
-            check_names("field", wrong)
+            fields.names("field", wrong)
     with pytest.raises(ValueError, match="field: expected to match"):
         target_modules(nn.Linear(2, 2), "field", ["x"])

@@ -46,9 +46,9 @@ def accelerate(peft_model: Model) -> Model:
     layers = {name: module for name, module in peft_model.named_modules() if type(module) is peft_layers.Linear}
     new = {name: layer for name, layer in layers.items() if not watched.is_watched(layer)}
     if new:
-        found = trial.look(peft_model, layers=new.values())
+        found = trial.look(peft_model, layers=set(new.values()))
         for name, layer in new.items():
-            watched.watch(layer, name, found.read.get(layer))
+            watched.watch(layer, name, found.read.get(name))
     return peft_model
 
 

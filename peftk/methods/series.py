@@ -8,9 +8,10 @@ from torch import nn
 
 from peftk.methods import architectures
 from peftk.methods.architectures import ATTENTION, MLP
+from peftk.methods.fields import Names
 from peftk.methods.places import BottleneckConfig, places
 from peftk.methods.plan import Plan
-from peftk.methods.targets import Names, called
+from peftk.methods.targets import called
 from peftk.nn.attached import attachable
 from peftk.nn.parameters import dtype_beside
 from peftk.nn.series_adapter import SeriesAdapter

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
@@ -19,9 +20,8 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from peftk.methods.sample_inputs import is_transformers, sample_inputs
 from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import is_linear
 
+_KEY = "_peftk_look"
 SECONDS = 10.0  # after which a run is given up
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _CALLS = ("forward", "_compiled_call_impl")  # of one module alone: compiled ones, and those with hooks of accelerate
@@ -39,63 +40,103 @@ _CALLS = ("forward", "_compiled_call_impl")  # of one module alone: compiled one
 _Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
-class Seen:
-    """What runs of a model have shown: linears that it called, and those that it read, with the class that did."""
+class Seen(NamedTuple):
+    """What runs of a model have shown, by names of its linears: which were called, and which class reads which."""
 
-    def __init__(self) -> None:
-        self.read: dict[nn.Module, str] = {}
-        self.called: set[nn.Module] = set()
+    called: frozenset[str]
+    read: dict[str, str]
 
-    def reader(self, linear: nn.Module) -> str | None:
-        """The class that reads the linear's weight, where nothing calls it: an adapter there would do nothing."""
-        if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "MultiheadAttention"  # known without a run
-        return None if linear in self.called else self.read.get(linear)
+
+_NOTHING = Seen(frozenset(), {})
+
+
+@dataclasses.dataclass
+class _Look:
+    """A run of a model that is made when its outcome is asked for."""
+
+    model: nn.Module | None
+    example_inputs: Any
+    outcome: Seen | None = None
+
+    def seen(self) -> Seen:
+        if self.outcome is None:
+            assert self.model is not None
+            self.outcome = look(self.model, self.example_inputs)
+            self.model = self.example_inputs = None
+        return self.outcome
 
 
 @contextlib.contextmanager
 def looking(model: nn.Module, example_inputs: Any = None) -> Iterator[None]:
-    """Within, `seen(model)` runs it once, with example_inputs, and only if asked.
+    """Within, `seen(model)` runs the model, once and only if asked. If all goes well the model keeps the outcome.
 
     Raises TypeError where example_inputs are not what the model's forward takes.
     """
+    before = model.__dict__.get(_KEY)
     if example_inputs is not None:
         arguments(model, example_inputs)
-    token = _looking.set((model, functools.cache(lambda: look(model, example_inputs))))
+    elif before is not None:
+        yield
+        return
+    now = model.__dict__[_KEY] = _Look(model, example_inputs)
+    done = False
     try:
         yield
+        done = True
     finally:
-        _looking.reset(token)
+        kept = now if done and now.outcome is not None else before
+        if kept is None:
+            del model.__dict__[_KEY]
+        else:
+            model.__dict__[_KEY] = kept
 
 
 def seen(model: nn.Module) -> Seen:
-    """What a run of the model shows."""
-    found = _looking.get()
-    return look(model) if found is None or found[0] is not model else found[1]()
+    """What is known of the model, which runs for it only within `looking`."""
+    found: _Look | None = model.__dict__.get(_KEY)
+    return _NOTHING if found is None else found.seen()
 
 
-_looking: ContextVar[tuple[nn.Module, Callable[[], Seen]] | None] = ContextVar("looking", default=None)
+def reader(model: nn.Module, name: str, linear: nn.Module) -> str | None:
+    """The class that reads the weight of a linear which is never called: an adapter there would do nothing."""
+    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention"  # known without a run
+    name, found = _plain(name), seen(model)
+    return None if name in found.called else found.read.get(name)
 
 
-def look(model: nn.Module, example_inputs: Any = None, *, layers: Iterable[nn.Module] | None = None) -> Seen:
+def partly_read(model: nn.Module, name: str) -> str | None:
+    """The class that reads the weight of this linear, called or not."""
+    return seen(model).read.get(_plain(name))
+
+
+def look(model: nn.Module, example_inputs: Any = None, *, layers: Collection[nn.Module] | None = None) -> Seen:
     """Runs the model with example_inputs; without them, the models of transformers in it, with inputs made for them.
 
-    layers: what is looked at, None for all linears. Raises TypeError where example_inputs are not what the model's
-    forward takes.
+    layers: what is looked at, None for all linears.
     """
-    seen = Seen()
-    linears = list(filter(is_linear, model.modules()) if layers is None else layers)
+    linears = [module for module in model.modules() if (is_linear(module) if layers is None else module in layers)]
+    called: set[nn.Module] = set()
+    read: dict[nn.Module, str] = {}
     if example_inputs is not None:
-        _run(model, linears, [arguments(model, example_inputs)], seen)
-        return seen
-    waiting = [model]
+        _run(model, linears, [arguments(model, example_inputs)], called, read)
+    waiting = [model] if example_inputs is None else []
     while waiting:
         module = waiting.pop()
         inside = set(module.modules())
         within = [linear for linear in linears if linear in inside]
-        if within and not (is_transformers(module) and _run(module, within, _sampled(module), seen)):
+        if within and not (is_transformers(module) and _run(module, within, _sampled(module), called, read)):
             waiting += module.children()
-    return seen
+    names = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    return Seen(
+        frozenset(name for name, module in names.items() if module in called),
+        {name: read[module] for name, module in names.items() if module in read},
+    )
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile puts between a compiled module and its name."""
+    return name.replace("_orig_mod.", "")
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> _Inputs:
@@ -156,8 +197,14 @@ def _guess(func: Any, x: Tensor, *args: Any) -> Any:
     raise NotImplementedError(f"{func} on tensors without values")
 
 
-def _run(model: nn.Module, linears: Sequence[nn.Module], inputs: Iterable[_Inputs], seen: Seen) -> bool:
-    """Whether the model took one of these inputs all the way."""
+def _run(
+    model: nn.Module,
+    linears: Sequence[nn.Module],
+    inputs: Iterable[_Inputs],
+    called: set[nn.Module],
+    read: dict[nn.Module, str],
+) -> bool:
+    """Whether the model took one of these inputs all the way. Adds to `called` and `read` what was seen."""
     deadline, inputs = time.monotonic() + SECONDS, list(inputs)
     try:
         with _nothing_left_behind(model):
@@ -170,8 +217,8 @@ def _run(model: nn.Module, linears: Sequence[nn.Module], inputs: Iterable[_Input
                     if any(_goes_through(shadow, one, mode, trial) for one in inputs):
                         return True
                 finally:
-                    seen.read.update((originals[layer], reader) for layer, reader in trial.read.items())
-                    seen.called.update(originals[layer] for layer in trial.called)
+                    called.update(originals[layer] for layer in trial.called)
+                    read.update((originals[layer], by) for layer, by in trial.read.items())
     except Exception:  # a model's own code, of which anything may come
         pass
     return False
