@@ -102,7 +102,8 @@ TESTS = {
     "peftk/backends/gemm.py": ["test_gemm.py", "test_tuning.py"],
     "peftk/backends/kept.py": ["test_tuning.py", "test_gemm.py"],
     "peftk/backends/measured.py": ["test_tuning.py", "test_gemm.py"],
-    "peftk/backends/merge*": ["test_merge.py", "interpreted/merge.py", "test_model_merge.py"],
+    "peftk/backends/merge_layers.py": ["interpreted/merge.py", "interpreted/behaviour.py", "test_merge_on_host.py"],
+    "peftk/backends/merge_args.py": ["test_model_merge.py", "interpreted/merge.py", "test_merge.py"],
     "peftk/backends/triton.py": ["interpreted/lora_linear.py", "interpreted/lora_wgrad.py", "interpreted/behaviour.py"],
     "peftk/backends/workspace.py": ["interpreted/behaviour.py", "interpreted/lora_linear.py"],
     "peftk/backends/segments.py": ["interpreted/segments.py"],
@@ -358,7 +359,7 @@ def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tupl
             used, moved = 0.0, time.monotonic()
             try:
                 while (code := process.poll()) is None and total + used < seconds and time.monotonic() - moved < STILL:
-                    time.sleep(0.2)
+                    time.sleep(0.5)
                     if (now := processor_time(process.pid)) > used:
                         used, moved = now, time.monotonic()
             finally:

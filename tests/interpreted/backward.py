@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,8 +25,9 @@ def test_random_gradients(number: int) -> None:
     check_gradients(case, dy, "triton", dropout_p, seed)
 
 
-@pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("which", ["x", "weight", "A", "B", "dy"])
+@pytest.mark.parametrize(
+    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B", "dy"), (False, True)), default=4)
+)
 def test_rows_beyond_32_bits(which: str, many: bool) -> None:
     dy = normal(4, 4, dtype=torch.bfloat16, seed=9)
     check_gradients(with_far_rows(which, many), far_apart(dy) if which == "dy" else dy, "triton", 0.0, None)

@@ -193,8 +193,9 @@ def with_far_rows(which: str, many: bool) -> Case:
     return Case(x, weight, None, (Adapter((A,), (B,), 0.5),), ids)
 
 
-@pytest.mark.parametrize("many", [False, True])
-@pytest.mark.parametrize("which", ["x", "weight", "A", "B"])
+@pytest.mark.parametrize(
+    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B"), (False, True)), default=4)
+)
 def test_rows_beyond_32_bits(which: str, many: bool) -> None:
     check(with_far_rows(which, many))
 
