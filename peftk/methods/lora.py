@@ -14,7 +14,6 @@ from peftk.methods.plan import Plan, of_adapter
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_layers_pattern,
-    inside,
     pattern_value,
     saved_modules,
     target_linears,
@@ -161,7 +160,7 @@ class LoraConfig:
 def _saved_parameters(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
     """The parameters of the modules that train whole, but those of adapters.
 
-    Raises ValueError or TypeError for names that mean no such modules, and for a parameter that has another name before.
+    Raises ValueError or TypeError for names that mean no such modules, and for a parameter with another name before it.
     """
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, None] = {}
