@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from peftk.interop import peft_checkpoint
-from peftk.interop.peft_checkpoint import LoadedAdapter
+from peftk.interop.files import CheckpointError
+from peftk.interop.peft_checkpoint import LoadedAdapter, LoadedCheckpoint
 
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("svd", "linear", "cat", *_PRUNED, *(f"{name}_svd" for name in _PRUNED))
@@ -113,7 +114,9 @@ def combine_checkpoints(
         CheckpointError: a folder cannot be read. TypeError, ValueError: as `combine`, with the module's name.
     """
     _one_weight_each(adapters, weights)
-    loaded = [one if isinstance(one, Mapping) else peft_checkpoint.load_factors(one) for one in adapters]
+    read = [one if isinstance(one, Mapping) else peft_checkpoint.load_factors(one) for one in adapters]
+    _one_base([one for one in read if isinstance(one, LoadedCheckpoint)])
+    loaded = [one.adapters if isinstance(one, LoadedCheckpoint) else one for one in read]
     combined = {}
     for name in dict.fromkeys(name for one in loaded for name in one):
         present = [(one[name], weight) for one, weight in zip(loaded, weights, strict=True) if name in one]
@@ -123,6 +126,21 @@ def combine_checkpoints(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return combined
+
+
+def _one_base(checkpoints: Sequence[LoadedCheckpoint]) -> None:
+    """Raises CheckpointError unless what checkpoints bring of the base model is one and the same, and adapted.
+
+    PEFT saves W of an adapted embedding beside its adapter. Of another embedding it does so where its size was changed.
+    """
+    seen: dict[str, LoadedCheckpoint] = {}
+    for one in checkpoints:
+        for name, value in one.base.items():
+            first = seen.setdefault(name, one)
+            if name.rpartition(".")[0] not in one.adapters or not torch.equal(first.base[name], value):
+                raise CheckpointError(
+                    f"{one.path}: expected LoRA factors alone, got {name} of a base model whose embeddings have changed"
+                )
 
 
 def _mixed(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from peftk.methods.plan import Config, carry_out
+from peftk.methods.plan import Config, carry_out, unwrapped
 from peftk.nn import LoRALinear
 
 
@@ -27,7 +27,7 @@ def inject(model: nn.Module, config: Config | Sequence[Config]) -> list[str]:
         of_peft = next((type(one).__name__ for one in some if hasattr(one, "peft_type")), None)
         what = f"HF PEFT's {of_peft}; peftk.LoraConfig has its fields for LoRA" if of_peft else repr(config)
         raise TypeError(f"config: expected a config of peftk or a list of them, got {what}")
-    done = carry_out(model, configs)
+    done = carry_out(unwrapped(model), configs)
     return [name for record in done for name in (*record.layers, *record.attached)]
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peftk import checks, functional, interrupts
-from peftk.interop import peft_checkpoint
+from peftk.interop import fitting, peft_checkpoint
 from peftk.interop.peft_checkpoint import LoadedAdapter
+from peftk.lasting import lasting
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
 
@@ -68,8 +69,8 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
         CheckpointError, ValueError, TypeError: the adapters are not the model's, a W is not what its merge left, or a
             W + s·BA would not be finite. Nothing has changed then: layers are merged as they were, or unmerged.
     """
-    loaded = adapters if isinstance(adapters, Mapping) else peft_checkpoint.load_factors(adapters)
     layers = list(lora_layers(model))
+    loaded = adapters if isinstance(adapters, Mapping) else _read(model, dict(layers), adapters)
     names = {name for name, _ in layers}
     if not layers:
         raise ValueError("model: expected LoRALinear layers (peftk.inject puts them in), got none")
@@ -98,6 +99,21 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
             layer.receipt = receipt
 
 
+def _read(
+    model: nn.Module, layers: Mapping[str, LoRALinear], path: str | os.PathLike[str]
+) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that fits the model's base model and its embeddings."""
+    checkpoint = peft_checkpoint.load_factors(path)
+    fitting.check(fitting.without_layers(model, layers), checkpoint)
+    values = dict(fitting.named_values(model))
+    for name, layer in layers.items():
+        if layer.merged and f"{name}.weight" in checkpoint.base:
+            values[f"{name}.weight"] = layer.base_weight()
+    fitting.same_base(checkpoint, values)
+    return checkpoint.adapters
+
+
+@lasting()
 def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> tuple[Tensor, Tensor]:
     """Its factors where the layer is and in the dtype of the layer's own, as copies."""
     if not isinstance(adapter, LoadedAdapter):

@@ -107,10 +107,10 @@ class LoraConfig:
             layers = numbers or None
         fields.settle(self, layers_to_transform=layers, layers_pattern=pattern)
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError or TypeError where nothing matches, or what matches cannot be adapted, or train whole.
+    def wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+        """The linears to adapt, by every name, and the names of the model's own parameters that train besides.
 
-        Warns of what has no effect on this model.
+        Raises ValueError or TypeError where nothing matches, or what matches cannot be adapted, or train whole.
         """
         saved = _saved_parameters(model, self.modules_to_save or ())
         targets = target_linears(
@@ -121,8 +121,12 @@ class LoraConfig:
             layers_pattern=self.layers_pattern,
             modules_to_save=self.modules_to_save or (),
         )
-        biases = self._biases(model, targets)
-        self._warn(targets, biases)
+        return targets, list(dict.fromkeys([*saved, *self._biases(model, targets)]))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises as `wanted`. Warns of what has no effect on this model."""
+        targets, trained = self.wanted(model)
+        self._warn(targets, self._biases(model, targets))
         made: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
         layers = {}
         for name, linear in targets.items():
@@ -137,7 +141,7 @@ class LoraConfig:
                     lora_bias=self.lora_bias,
                 )
             layers[name] = made[id(linear)]
-        return Plan(layers=layers, trained=list(dict.fromkeys([*saved, *biases])))
+        return Plan(layers=layers, trained=trained)
 
     def _biases(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
         if self.bias == "none":

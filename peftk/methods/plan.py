@@ -52,6 +52,17 @@ _OF_PEFT = (
 )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile, DataParallel or DistributedDataParallel returned for it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def injections(model: nn.Module) -> tuple[Injection, ...]:
     """What was injected into the model, in order."""
     return model.__dict__.get(_RECORD, ())
