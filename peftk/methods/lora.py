@@ -14,7 +14,6 @@ from peftk.methods.plan import Plan, of_adapter
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_layers_pattern,
-    inside,
     pattern_value,
     saved_modules,
     target_linears,
@@ -165,19 +164,16 @@ class LoraConfig:
 def _saved_parameters(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
     """The parameters of the modules that train whole, but those of adapters.
 
-    Raises ValueError or TypeError for names that mean no such modules, and for a parameter that another module has too
-    and calls its own.
+    Raises ValueError or TypeError for names that mean no such modules, and for a parameter with another name before it.
     """
-    modules = saved_modules(model, modules_to_save)
-    parameters = dict(model.named_parameters())
-    owners = {id(parameter): name for name, parameter in parameters.items()}
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, None] = {}
-    for module in modules:
+    for module in saved_modules(model, modules_to_save):
         for name, parameter in model.get_submodule(module).named_parameters(module, remove_duplicate=False):
             first = owners[id(parameter)]
-            if not any(inside(first.rpartition(".")[0], kept) for kept in modules_to_save):
+            if not first.startswith(f"{module}."):
                 raise ValueError(
-                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first}"
+                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first} too"
                 )
             names[first] = None
     return [name for name in names if not of_adapter(model, name)]

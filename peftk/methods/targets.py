@@ -120,7 +120,7 @@ def target_linears(
         full = frozenset(() if isinstance(target_modules, str) else target_modules)
         numbers = {name: layer_number(name, layers_pattern) for name in left if name not in full}
         found = [name for name in left if name not in numbers or numbers[name] in layers_to_transform]
-    experts = _experts(modules, target_modules, exclude_modules)
+    experts = _experts(modules, target_modules)
     if not found:
         raise ValueError(_nothing(target_modules, modules, wanted, left) + (f"; {experts}" if experts else ""))
     for name in found:
@@ -264,7 +264,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], modules_to_s
     ]
 
 
-def _experts(modules: Mapping[str, nn.Module], target_modules: Names, exclude_modules: Names | None) -> str | None:
+def _experts(modules: Mapping[str, nn.Module], target_modules: Names) -> str | None:
     """In words, that the targets are meant to hold a Parameter in which transformers keeps the weights of all experts.
 
     It had linears of these names before, one an expert. PEFT adapts the Parameter; no kernel here does.
@@ -272,12 +272,9 @@ def _experts(modules: Mapping[str, nn.Module], target_modules: Names, exclude_mo
     for module, owner in modules.items():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.dim() == 3 and name.endswith("_proj"):
-                named = [
-                    f"{module}.{one}" for one in ((name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,))
-                ]
-                meant = target_modules == ALL_LINEAR or matched(target_modules, named)
-                if meant and not (exclude_modules is not None and matched(exclude_modules, named)):
-                    return f"{named[0]} is one Parameter of all experts, no linear, and gets no adapter"
+                held = (name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+                if target_modules == ALL_LINEAR or matched(target_modules, [f"{module}.{one}" for one in held]):
+                    return f"{module}.{name} is one Parameter of all experts, no linear, and gets no adapter"
     return None
 
 
@@ -299,11 +296,13 @@ def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
 def _nothing(target_modules: Names, modules: Mapping[str, nn.Module], wanted: list[str], left: list[str]) -> str:
     """Why no target is left, in words."""
     which = "some linear of the model"
+    if target_modules == ALL_LINEAR:
+        which += " that is called, is no output embedding, is not replaced yet and does not train whole"
     if left:
         which += f" in layers_to_transform; {', '.join(left[:8])} lie elsewhere"
     elif wanted:
         which += f" that exclude_modules and modules_to_save leave; {', '.join(wanted[:8])} are taken by them"
-    else:
+    elif target_modules != ALL_LINEAR:
         some = [name for name, module in modules.items() if is_linear(module)]
         which += f" ({', '.join(some[:8]) or 'none'}, …)"
     text = f"target_modules: expected to match {which}, got {target_modules!r}"
