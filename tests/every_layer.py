@@ -78,7 +78,7 @@ class Entry:
         generator = torch.Generator().manual_seed(1)
         first = 0 if empty else 4
         return [
-            torch.randn((first, 3, 2)[: dims - 1] + (K,), generator=generator)
+            torch.randn((*(first, 3, 2)[: dims - 1], K), generator=generator)
             for dims in self.dims
             if not (empty and dims == 1)
         ]
@@ -218,8 +218,10 @@ def multi(base: nn.Linear, variant: str) -> Made:
         else:
             layer.add_adapter(f"a{number}", A, B, 0.5, trainable=trains)
     if variant == "without ids":
-        return Made(layer, lambda x: layer(x), lambda x: _base(layer, x), layer) if False else Made(
-            layer, lambda x: _base(layer, x), layer
+        return (
+            Made(layer, lambda x: layer(x), lambda x: _base(layer, x), layer)
+            if False
+            else Made(layer, lambda x: _base(layer, x), layer)
         )
     count = 0 if variant == "base rows only" else 2
 
