@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftk import autograd, checks, compiled, composed, dispatch, merge, route, storage
+from peftk.lasting import lasting
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
@@ -514,6 +515,7 @@ def _receipt(receipt: MergeReceipt) -> None:
     checks.receipt(receipt)
 
 
+@lasting()
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.dense("weight", weight)

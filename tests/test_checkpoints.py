@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,6 +105,24 @@ def test_every_method_comes_back(tmp_path: pathlib.Path, name: str) -> None:
         assert [r.layers + r.attached + r.trained for r in injections(other)] == [
             r.layers + r.attached + r.trained for r in injections(model)
         ]
+
+
+def test_fields_of_any_form_are_saved(tmp_path: pathlib.Path) -> None:
+    configs = [
+        peftk.LoraConfig(
+            r=np.int64(2),
+            target_modules={"value", "query"},
+            layers_to_transform={1: None}.keys(),
+            alpha_pattern={"query": np.float32(3)},
+        ),
+        peftk.SeriesAdapterConfig(4, where=frozenset(["mlp", "attention"]), leave_out=range(1)),
+    ]
+    model, other = plain("bert"), plain("bert")
+    peftk.inject(model, configs)
+    peftk.save_adapter(model, tmp_path)
+    peftk.load_adapter(other, tmp_path)
+    assert [record.config for record in injections(other)] == configs
+    assert [record.layers for record in injections(other)] == [record.layers for record in injections(model)]
 
 
 def test_scalings_that_a_checkpoint_brought_are_saved(tmp_path: pathlib.Path) -> None:
