@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftk import activations, memory, storage
+from peftk.receipt import MergeReceipt
 from peftk.table import Adapter, AdapterTable
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -23,17 +25,23 @@ def floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}")
+    stored(name, tensor)
+
+
+def stored(name: str, tensor: Tensor) -> None:
+    """A dense tensor, or one that torch computes with as with a dense one (`peftk.storage`)."""
+    if torch.compiler.is_compiling() or storage.dense(tensor):
+        return
+    if not storage.by_torch(tensor):
+        raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(tensor)}")
 
 
 def dense(name: str, tensor: Tensor) -> None:
     """A tensor whose elements lie in memory as its shape and strides say: the only ones with an address to read."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    found = storage.reason(tensor)
-    if found is not None:
-        raise TypeError(f"{name}: expected a dense tensor, got {found}")
+    if not storage.dense(tensor):
+        raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(tensor)}")
 
 
 def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
@@ -54,7 +62,7 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) ->
         raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
 
-def same_device(name: str, tensor: Tensor, device: torch.device, like: str = "weight") -> None:
+def same_device(name: str, tensor: Any, device: torch.device, like: str = "weight") -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: expected on {device} like {like}, got {tensor.device}")
 
@@ -233,6 +241,28 @@ def apart(weights: Sequence[Tensor]) -> None:
         raise ValueError(f"weights: expected no two in the same memory, got layers {one} and {other} in one")
 
 
+def receipt(receipt: MergeReceipt) -> None:
+    """Tensors as a merge makes them, which are read by address."""
+    A, B = receipt.factors.lora_A, receipt.factors.lora_B
+    parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
+    for name, tensor in parts.items():
+        dense(f"receipt.{name}", tensor)
+        same_device(f"receipt.{name}", tensor, receipt.device, "its code")
+        if not tensor.is_contiguous():
+            raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")
+    ranks, (N, K) = receipt.factors.ends[-1], receipt.shape
+    kinds = {torch.uint8: (N, (K + 1) // 2), torch.int8: (N, K) if receipt.code.numel() else (0, 0)}
+    for name, expected, got in (
+        ("lora_A", (A.dtype, [ranks, K]), (A.dtype, list(A.shape))),
+        ("lora_B", (A.dtype, [N, ranks]), (B.dtype, list(B.shape))),
+        ("code", kinds.get(receipt.code.dtype, "uint8 or int8"), tuple(receipt.code.shape)),
+        ("far", (torch.int8, 1), (receipt.far.dtype, receipt.far.dim())),
+        ("raw_values", 1, receipt.raw_values.dim()),
+    ):
+        if got != expected:
+            raise ValueError(f"receipt.{name}: expected {expected}, as the merge made it, got {got}")
+
+
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
     if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p: expected 0 ≤ p < 1, got {p!r}")
@@ -241,6 +271,7 @@ def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
             raise TypeError(f"seed: expected an int64 tensor of one element, got {type(seed).__name__}")
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
+        stored("seed", seed)
         same_device("seed", seed, device)
 
 
@@ -250,6 +281,7 @@ def ids(ids: Tensor, x: Tensor) -> None:
         raise TypeError(f"ids: expected a tensor of adapter numbers, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids: expected dtype int32 or int64, got {ids.dtype}")
+    stored("ids", ids)
     if ids.shape != x.shape[:-1] and not (x.dim() > 2 and ids.shape == x.shape[:1]):
         per_sequence = f" or {list(x.shape[:1])} (per sequence)" if x.dim() > 2 else ""
         raise ValueError(f"ids: expected shape {list(x.shape[:-1])} (per token){per_sequence}, got {list(ids.shape)}")
@@ -276,8 +308,17 @@ def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], N: int, K: 
 def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
     """Every id is -1 or names a taken slot. Raises ValueError with the first that does not."""
     count = table.count
-    taken = table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool()
-    taken = torch.cat([taken, torch.ones(1, dtype=torch.bool, device=ids.device)])  # [-1]: base layer
+    _ids_taken(ids, table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool())
+
+
+def ids_taken(ids: Tensor, taken: Sequence[bool]) -> None:
+    """The same, for slots that are taken or not."""
+    _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))
+
+
+def _ids_taken(ids: Tensor, slots: Tensor) -> None:
+    count = len(slots)
+    taken = torch.cat([slots, torch.ones(1, dtype=torch.bool, device=ids.device)])  # [-1]: base layer
     outside = (ids < -1) | (ids >= count)
     bad = outside | ~taken[torch.where(outside, -1, ids).long()]
     if bad.any():

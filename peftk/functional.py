@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftk import autograd, checks, compiled, dispatch, merge, route
+from peftk import autograd, checks, compiled, composed, dispatch, merge, route, storage
+from peftk.lasting import lasting
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
@@ -108,6 +109,11 @@ def lora_linear_unchecked(
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
+    if composed.serves(recorded, x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed):
+        checks.base(weight, bias)
+        checks.adapter(weight, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+        return composed.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend)
     rest = (weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
     return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
@@ -164,13 +170,14 @@ def multi_lora_linear_unchecked(
     backend: str | None = None,
 ) -> Tensor:
     """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
-    table = _table(bank)
+    recorded = _recorded()
+    table = None if recorded else _table(bank)
     if table is not None and dropout_p == 0.0 and backend is None:
         direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
-    return _multi(x, weight, bias, bank, table, ids, dropout_p, seed, backend)
+    return _multi(x, weight, bias, bank, table, ids, dropout_p, seed, backend, recorded)
 
 
 def _multi(
@@ -183,12 +190,22 @@ def _multi(
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
+    recorded: bool,
 ) -> Tensor:
-    """With a weight or without one (a series adapter). table: the bank's; None where ops are recorded."""
+    """With a weight or without one (a series adapter). table: the bank's; None where no kernel is to read it."""
     checks.ids(ids, x)
+    checks.same_device("bank", bank, x.device, "x")
+    tensors = autograd.flat_tensors(bank.adapters) if table is None or storage.tangents() else []
+    if composed.serves(recorded, x, weight, bias, ids, seed, *tensors):
+        if weight is not None:
+            checks.base(weight, bias)
+        adapters = bank.adapters
+        checks.bank(adapters, bank.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
+        return composed.multi_lora_linear(
+            x, weight, bias, adapters, bank.columns, flat_ids(ids, x), dropout_p, seed, backend
+        )
     if table is None:
-        tensors, layout, scalings = compiled.pack(bank.adapters)
-        packed = (flat_ids(ids, x), tensors, layout, scalings, bank.columns)
+        packed = (flat_ids(ids, x), *compiled.pack(bank.adapters), bank.columns)
         return compiled.multi_lora_linear(x, weight, bias, *packed, dropout_p, seed, backend)[0]
     routed = route.flat(ids)
     flat = flat_ids(ids, x) if routed is None else routed
@@ -196,8 +213,8 @@ def _multi(
 
 
 def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
-    """What the kernels read of a bank; None where ops are recorded, which take its tensors."""
-    return None if _recorded() else bank if isinstance(bank, AdapterTable) else bank.table()
+    """What the kernels read of a bank; None where they can't read a lent adapter."""
+    return bank if isinstance(bank, AdapterTable) else bank.table()
 
 
 def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
@@ -265,6 +282,10 @@ def adapter_block_unchecked(
     if lora_A is not None:
         checks.block_input(x, lora_A)
     x, seed = _dropping(_autocast(x), dropout_p, seed)
+    if composed.serves(recorded, x, lora_A, lora_B, bias_A, bias_B, seed):
+        checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+        return composed.lora_linear(x, None, None, adapter, dropout_p, seed, backend)
     rest = (None, None, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
     return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
@@ -290,7 +311,9 @@ def multi_adapter_block(
     checks.block_bank(x, bank.device, bank.dtype)
     _bank_fits(bank, x.shape[-1], x.shape[-1])
     x, seed = _dropping(_autocast(x), dropout_p, seed)
-    return _multi(x, None, None, bank, _table(bank), ids, dropout_p, seed, backend)
+    recorded = _recorded()
+    table = None if recorded else _table(bank)
+    return _multi(x, None, None, bank, table, ids, dropout_p, seed, backend, recorded)
 
 
 def _recorded() -> bool:
@@ -479,6 +502,7 @@ def _sequences(**arguments: Any) -> None:
 def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
     """What unmerging looks at before it looks at values."""
     _receipt(receipt)
+    checks.dense("weight", weight)
     checks.floating("weight", weight)
     checks.dense("weight", weight)
     if weight.dim() != 2:
@@ -489,17 +513,20 @@ def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
 def _receipt(receipt: MergeReceipt) -> None:
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
+    checks.receipt(receipt)
 
 
+@lasting()
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
+    checks.dense("weight", weight)
     checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
     checks.dense("weight", weight)
     checks.writable("weight", weight)
     if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
         if lora_A is None:
             raise ValueError("lora_A: expected a tensor [R, K], got None")
-        checks.adapter(weight, lora_A, lora_B, scaling)
+        _factor(weight, lora_A, lora_B, scaling)
         return factors((lora_A,), (lora_B,), (float(scaling),))
     count = len(lora_A) if isinstance(lora_A, (list, tuple)) else len(lora_B)
     if isinstance(scaling, (int, float)):
@@ -513,10 +540,17 @@ def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
         if A is None:
             raise ValueError(f"adapter {number}: lora_A: expected a tensor [R, K], got None")
         try:
-            checks.adapter(weight, A, B, s)
+            _factor(weight, A, B, s)
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapter {number}: {error}") from None
     return factors(lora_A, lora_B, [float(s) for s in scaling])
+
+
+def _factor(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> None:
+    """One adapter of a merge."""
+    checks.adapter(weight, lora_A, lora_B, scaling)
+    checks.dense("lora_A", lora_A)
+    checks.dense("lora_B", lora_B)
 
 
 def _prepared(x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:

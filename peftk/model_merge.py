@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from peftk import checks, interrupts
-from peftk.interop import peft_checkpoint
+from peftk.interop import fitting, peft_checkpoint
 from peftk.interop.peft_checkpoint import LoadedAdapter
+from peftk.lasting import lasting
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear, merging, shared
 from peftk.nn.merging import Layers, Merge
@@ -32,7 +33,8 @@ def merge_adapter(model: nn.Module, *, untie: bool = False) -> None:
 
     Raises:
         ValueError, TypeError: with the layer's name: W + s·BA would not be finite, a weight is shared, a lora_bias has
-            no bias to go into, or a weight has no memory (meta). No layer has changed then.
+            no bias to go into, a weight has no memory (meta), or the model is known to read a W itself. No layer has
+            changed then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
     with _alone(model, layers, untie):
@@ -90,8 +92,8 @@ def switch_adapter(
             merge is refused as by `merge_adapter`, or another rank would come under an optimizer. Nothing has changed
             then: layers are merged as they were, or unmerged.
     """
-    loaded = adapters if isinstance(adapters, Mapping) else peft_checkpoint.load_factors(adapters)
     layers = list(lora_layers(model))
+    loaded = adapters if isinstance(adapters, Mapping) else _read(model, dict(layers), adapters)
     names = {name for name, _ in layers}
     if not layers:
         raise ValueError("model: expected LoRALinear layers (peftk.inject puts them in), got none")
@@ -100,8 +102,7 @@ def switch_adapter(
             f"adapters: expected one for each of the model's LoRALinear layers; missing: "
             f"{sorted(names - loaded.keys())}, unknown: {sorted(loaded.keys() - names)}"
         )
-    with torch.inference_mode(False), torch.no_grad():
-        new = [_on_layer(name, layer, loaded[name]) for name, layer in layers]
+    new = [_on_layer(name, layer, loaded[name]) for name, layer in layers]
     _refuse_optimized(layers, new)
     with _alone(model, layers, untie) as undo:
         for (name, layer), one in zip(layers, new, strict=True):
@@ -131,6 +132,21 @@ def _hold(parameter: nn.Parameter, value: Tensor, grad: Tensor | None) -> None:
     parameter.grad = grad
 
 
+def _read(
+    model: nn.Module, layers: Mapping[str, LoRALinear], path: str | os.PathLike[str]
+) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that fits the model's base model and its embeddings."""
+    checkpoint = peft_checkpoint.load_factors(path)
+    fitting.check(fitting.without_layers(model, layers), checkpoint)
+    values = dict(fitting.named_values(model))
+    for name, layer in layers.items():
+        if layer.merged and f"{name}.weight" in checkpoint.base:
+            values[f"{name}.weight"] = layer.base_weight()
+    fitting.same_base(checkpoint, values)
+    return checkpoint.adapters
+
+
+@lasting()
 def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     """Its factors where the layer is and in the dtype of the layer's own, as copies."""
     if not isinstance(adapter, LoadedAdapter):

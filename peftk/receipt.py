@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftk.lasting import lasting
 from peftk.reference import merge_code
 from peftk.reference.merge import RAW, Factors
 
@@ -51,6 +52,7 @@ class MergeReceipt:
         tensors = (self.factors.lora_A, self.factors.lora_B, self.code, self.far, self.raw_values)
         return sum(tensor.nbytes for tensor in tensors)
 
+    @lasting()
     def to(self, device: torch.device) -> MergeReceipt:
         """The same receipt with its tensors on another device, for a W that has moved."""
         lora_A, lora_B = self.factors.lora_A.to(device), self.factors.lora_B.to(device)
@@ -64,6 +66,7 @@ class BiasReceipt(NamedTuple):
     before: Tensor
     after: Tensor
 
+    @lasting()
     def to(self, device: torch.device) -> BiasReceipt:
         return BiasReceipt(self.before.to(device), self.after.to(device))
 
@@ -73,6 +76,7 @@ class BiasReceipt(NamedTuple):
             raise ValueError("bias: expected the bits that the merge left, got others; it was changed since")
 
 
+@lasting()
 def merge_bias(bias: Tensor, terms: Iterable[tuple[Tensor, float]]) -> BiasReceipt:
     """bias + Σ s·b, rounded once to the bias's dtype. Raises ValueError where that would not be finite."""
     after = _wide(bias)

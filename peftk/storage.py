@@ -1,38 +1,62 @@
 """Whether a tensor's elements lie in memory as its shape and strides say. Asked here, before any address is taken.
 
 Kernels read plain dense tensors: `torch.Tensor`, `nn.Parameter`, and subclasses that leave torch's own meaning alone.
-For everything else `reason` says what it is, and `by_torch` whether plain torch operations compute right with it.
+For everything else `reason` says what it is, and `by_torch` whether plain torch operations compute right with it:
+
+    by kernels  dense tensors
+    by torch    subclasses that compute (torchao's, FakeTensor, …), tensors inside of vmap and torch.func, functional
+                ones, meta, negated views, zero tensors; and those with a tangent (forward-mode AD)
+    refused     sparse, MKL-DNN, nested and quantized tensors, DTensors, lazy Parameters, and memory that was freed
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
+
+try:
+    import peftk._cpu as _cpu
+except ImportError:  # without the C++ module the same is asked in Python
+    _cpu = None  # type: ignore[assignment]
 
 _EXACT = (Tensor, nn.Parameter)
 
 
 def dense(*tensors: Tensor | None) -> bool:
-    """Whether kernels may read all of these (None is no tensor)."""
-    return all(tensor is None or reason(tensor) is None for tensor in tensors)
+    """Whether kernels may read all of these together (None is no tensor): each has memory of its own, on one device."""
+    if _cpu is not None and _cpu.dense(*tensors):
+        return True
+    found = [tensor for tensor in tensors if tensor is not None]
+    return all(reason(tensor) is None and tensor.device == found[0].device for tensor in found)
+
+
+def recordable(*tensors: Tensor | None) -> bool:
+    """The same for tensors of which operations are recorded, which have no memory yet: none computes by itself."""
+    return all(
+        tensor is None or type(tensor) in _EXACT or type(tensor).__module__.startswith("torch._subclasses")
+        for tensor in tensors
+    )
 
 
 def reason(tensor: Tensor) -> str | None:
     """What a tensor is that kernels may not read, as in "got …"; None for a plain dense one."""
     kind = type(tensor)
-    if kind not in _EXACT and _means_something(kind):
+    if kind not in _EXACT and _computes(kind):
         return f"a {kind.__name__}, a tensor subclass with operations of its own"
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout != torch.strided:
-        return f"a tensor of layout {tensor.layout}"
+        return f"layout {tensor.layout}"
     if tensor.is_quantized:
         return f"a quantized tensor ({tensor.dtype})"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "a tensor inside of torch.func or vmap"
+        return "a tensor inside of vmap or torch.func"
     if torch._is_functional_tensor(tensor):
         return "a functional tensor"
     if tensor.is_meta:
@@ -45,9 +69,9 @@ def reason(tensor: Tensor) -> str | None:
 
 
 def by_torch(tensor: Tensor) -> bool:
-    """Whether plain torch operations compute with a tensor as with a dense one, though no kernel can read it."""
+    """Whether plain torch operations compute with a tensor as with a dense one, though no kernel may be able to."""
     kind = type(tensor)
-    if kind not in _EXACT and _means_something(kind):
+    if kind not in _EXACT and _computes(kind):
         return not (nn.parameter.is_lazy(tensor) or tensor.is_nested or _distributed(kind))
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         return False
@@ -56,9 +80,24 @@ def by_torch(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor._is_zerotensor() or _short(tensor) is None
 
 
+def computes(tensor: Tensor) -> bool:
+    """Whether it is of a subclass that says itself what operations do with it."""
+    return type(tensor) not in _EXACT and _computes(type(tensor))
+
+
+def tangents() -> bool:
+    """Whether forward-mode AD is at work: tensors may have tangents, of which no kernel knows."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    return tangents() and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
 @functools.cache
-def _means_something(kind: type[Tensor]) -> bool:
-    """Whether a subclass says itself what operations do with it."""
+def _computes(kind: type[Tensor]) -> bool:
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     plain = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
     return function not in plain or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -70,7 +109,7 @@ def _distributed(kind: type[Tensor]) -> bool:
 
 
 def _short(tensor: Tensor) -> str | None:
-    """Where the memory ends before the elements do: freed by untyped_storage().resize_(0), as FSDP and offloading do."""
+    """Memory that ends before the elements do: freed by untyped_storage().resize_, as FSDP and offloading do."""
     if not tensor.numel():
         return None
     try:
@@ -80,3 +119,20 @@ def _short(tensor: Tensor) -> str | None:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needs = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     return None if needs <= has else f"one whose memory has {has} of {needs} bytes (freed or offloaded)"
+
+
+def _introduce() -> None:
+    """Tells the C++ module what plain tensors are. Without these functions of torch's it takes none for plain."""
+    library = ctypes.CDLL(torch._C.__file__)
+    names = ("aoti_torch_get_storage_size", "aoti_torch_get_storage_offset", "_ZN2at6native6is_negERKNS_6TensorE")
+    try:
+        addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
+    except AttributeError:
+        return
+    with torch._C.DisableTorchFunction(), no_dispatch():  # whatever mode this is imported in
+        tensor = torch.empty(0, device="cpu")
+    _cpu.plain_tensors(tensor, nn.Parameter(tensor, requires_grad=False), *addresses)
+
+
+if _cpu is not None:
+    _introduce()

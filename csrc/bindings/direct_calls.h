@@ -219,11 +219,31 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
     });
 }
 
-// (torch.Tensor, torch.nn.Parameter)
+// (a torch.Tensor, an nn.Parameter, and the addresses of what StorageAPI names)
 static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
-    use_tensor_types(in[0], in[1]);
+    if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 arguments, got %zd", count);
+    void* addresses[3];
+    for (int i = 0; i < 3; i++) addresses[i] = PyLong_AsVoidPtr(in[2 + i]);
+    if (PyErr_Occurred()) return nullptr;
+    StorageAPI storage;
+    storage.bytes = reinterpret_cast<decltype(storage.bytes)>(addresses[0]);
+    storage.offset = reinterpret_cast<decltype(storage.offset)>(addresses[1]);
+    storage.is_neg = reinterpret_cast<decltype(storage.is_neg)>(addresses[2]);
+    use_tensor_types(in[0], in[1], storage);
     Py_RETURN_NONE;
+}
+
+// (tensor or None, ...) → whether all are plain dense tensors, on one device
+static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
+    DLTensor view, first;
+    bool any = false;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (in[i] == Py_None) continue;
+        if (!plain_view(in[i], &view)) Py_RETURN_FALSE;
+        if (!any) first = view, any = true;
+        if (view.device_type != first.device_type || view.device_id != first.device_id) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
 }
 
 static inline void bind_direct_calls(PyObject* module) {
@@ -232,6 +252,7 @@ static inline void bind_direct_calls(PyObject* module) {
     };
     static PyMethodDef methods[] = {
         {"plain_tensors", method(plain_tensors), METH_FASTCALL, nullptr},
+        {"dense", method(dense), METH_FASTCALL, nullptr},
         {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL, nullptr},
         {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL, nullptr},
         {nullptr, nullptr, 0, nullptr},

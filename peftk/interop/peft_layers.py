@@ -18,11 +18,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peftk import functional, table
+from peftk import functional, storage, table
 from peftk.interop import peft_batch, peft_merge, peft_reasons
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_reasons import Base, Factors
 from peftk.interop.peft_whole import all_or_none, whole
+from peftk.nn import watched
 from peftk.table import Adapter, AdapterTable
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # what plain LoRA is given and does not look at
@@ -35,12 +36,15 @@ class _Made(NamedTuple):
     table: AdapterTable
 
 
-class _Recorded(NamedTuple):
-    """Adapters for torch.compile, which takes tensors rather than a table of addresses."""
+class _Untabled(NamedTuple):
+    """Adapters for torch.compile and for torch itself, which take tensors rather than a table of addresses."""
 
     adapters: tuple[Adapter | None, ...]
     device: torch.device
     columns: tuple[int, ...] = ()
+
+    def table(self) -> None:
+        """What `AdapterBank.table` gives where no kernel can read an adapter."""
 
 
 class Linear(lora.Linear):
@@ -143,8 +147,8 @@ class Linear(lora.Linear):
         """What the kernels read of the adapters, by their place in `names`; made anew when one has moved."""
         present = [adapter for adapter in adapters if adapter is not None]
         device = present[0].lora_A.device
-        if torch.compiler.is_compiling():
-            return _Recorded(tuple(map(_adapter, adapters)), device)
+        if torch.compiler.is_compiling() or not storage.dense(*(t for a in present for t in a.tensors())):
+            return _Untabled(tuple(map(_adapter, adapters)), device)
         dtypes = {adapter.lora_A.dtype for adapter in present}
         if len(dtypes) > 1 or any(a.bias_B is not None or type(a.scaling) is not float for a in present):
             folded = [None if adapter is None else _together([adapter]) for adapter in adapters]
@@ -155,6 +159,12 @@ class Linear(lora.Linear):
             built = table.build(tuple(map(_adapter, adapters)), dtype=dtypes.pop(), device=device)
             made = self.__dict__["_peftk_table"] = _Made(where, built)
         return made.table
+
+    @property
+    def weight(self) -> Tensor:
+        """As PEFT's: the base layer's, for which other modules ask."""
+        weight: Tensor = watched.handed_out(self, super().weight)
+        return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, untie: bool = False) -> None:
         """As PEFT's, several adapters in one pass over W; `unmerge` gives back every bit.
@@ -212,8 +222,7 @@ def _adapter(factors: Factors | None) -> Adapter:
 def _where(factors: Factors) -> tuple[Any, ...]:
     """All that a table says of an adapter. The table keeps the tensors too, which may be others at the same address."""
     A, B = factors.lora_A, factors.lora_B
-    kind = (A.dtype, A.shape, B.shape, factors.scaling)
-    return (id(A), A.data_ptr(), A.stride(), id(B), B.data_ptr(), B.stride(), *kind)
+    return (factors.scaling, id(A), *table.place(A), id(B), *table.place(B))
 
 
 class LoraModel(PeftLoraModel):

@@ -21,12 +21,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from peftk import functional, interrupts
+from peftk import functional, interrupts, storage
 from peftk import merge as merge_weights
+from peftk.backends.merge_args import write
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
 from peftk.interop.peft_reasons import Base
 from peftk.interop.peft_whole import all_or_none
+from peftk.lasting import lasting
 from peftk.nn import shared
 from peftk.nn.shared import Place
 from peftk.receipt import BiasReceipt, merge_bias
@@ -56,11 +58,13 @@ def reason(layer: Any, names: Sequence[str]) -> str | None:
     found = peft_reasons.base(layer.base_layer)
     if isinstance(found, str):
         return found
+    tensors = list(found)
     for name in names:
         adapter = peft_reasons.factors(layer, name, found[0])
         if isinstance(adapter, str):
             return adapter
-    return None
+        tensors += () if adapter is None else adapter.tensors()
+    return next((why for t in tensors if t is not None and storage.by_torch(t) and (why := storage.reason(t))), None)
 
 
 # ---- one layer ------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
     if not adapters:
         return
     columns = [list(column) for column in zip(*adapters.values(), strict=True)]
-    with torch.no_grad():
+    with lasting():
         try:
             merged_bias = _merged_bias(bias, adapters)
             if merged_bias is not None:
@@ -195,7 +199,7 @@ def _held(layer: Any, names: list[str], receipts: list[Merged]) -> None:
 
 def _set_bias(layer: Any, value: Tensor, before: Tensor, undo: contextlib.ExitStack) -> None:
     undo.callback(_put_bias, layer, before)
-    layer.base_layer.bias.data.copy_(value)
+    write(layer.base_layer.bias.detach(), value)
 
 
 # what undoes a step: PEFT may have sent an offloaded base layer away since
@@ -203,7 +207,7 @@ def _set_bias(layer: Any, value: Tensor, before: Tensor, undo: contextlib.ExitSt
 
 def _put_bias(layer: Any, value: Tensor) -> None:
     with onload_layer(layer):
-        layer.base_layer.bias.data.copy_(value)
+        write(layer.base_layer.bias.detach(), value)
 
 
 def _unmerge_weight(layer: Any, receipt: MergeReceipt) -> None:

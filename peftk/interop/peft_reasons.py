@@ -27,6 +27,9 @@ class Factors(NamedTuple):
     scaling: float | Tensor
     dropout_p: float
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.lora_A, self.lora_B, self.bias_B
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether a call does more than the forward of the module's class."""

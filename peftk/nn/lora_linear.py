@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
+from peftk.lasting import lasting
 from peftk.nn import merging, shared
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
@@ -36,6 +37,7 @@ class LoRALinear(FrozenLinear):
     adapter_parameters = ("lora_A", "lora_B", "lora_bias")
     lora_bias: nn.Parameter | None
 
+    @lasting()
     def __init__(
         self,
         weight: Tensor,
@@ -127,6 +129,15 @@ class LoRALinear(FrozenLinear):
     @property
     def merged(self) -> bool:
         return self.receipt is not None
+
+    def base_weight(self) -> Tensor:
+        """`weight` as it is where nothing is merged: itself, or while merged a copy."""
+        weight = self.weight.detach()
+        if self.receipt is None:
+            return weight
+        base = weight.clone()
+        functional.unmerge_(base.t() if self.fan_in_fan_out else base, self.receipt.to(base.device))
+        return base
 
     def merge(self, *, untie: bool = False) -> None:
         """W ← W + s·BA and bias ← bias + s·b; the layer then costs what its base costs. Nothing where it is merged.

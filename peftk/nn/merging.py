@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from peftk import functional, interrupts
+from peftk.backends.merge_args import write
 from peftk.nn import shared
 from peftk.nn.shared import Place
+from peftk.nn.watched import mergeable
 from peftk.receipt import BiasReceipt, merge_bias
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
     with interrupts.held(), contextlib.ExitStack() as undo:  # a merged W and its receipt are not to be parted
         for (name, layer), one in zip(layers, merges, strict=True):
             with _named(name):
+                mergeable(layer)
                 _check(layer)
                 biases.append(None if one.lora_bias is None else _merged_bias(layer, one.lora_bias, one.scaling))
         for (_, layer), bias in zip(layers, biases, strict=True):
@@ -98,6 +100,7 @@ def unmerge(layers: Layers) -> None:
 
 def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
     """Gives the layer a copy of one of its Parameters, until it is unmerged."""
+    mergeable(layer)
     _check(layer)
     ties = layer.ties
     tie = shared.untie(layer, name)
@@ -134,13 +137,8 @@ def _held_bias(layer: LoRALinear) -> BiasReceipt | None:
 def _set_bias(layer: LoRALinear, value: Tensor, undo: contextlib.ExitStack) -> None:
     assert layer.bias is not None
     bias = layer.bias.detach()
-    undo.callback(_copy, bias, bias.clone())
-    _copy(bias, value)
-
-
-@torch.no_grad()
-def _copy(bias: Tensor, value: Tensor) -> None:
-    bias.copy_(value)
+    undo.callback(write, bias, bias.clone())
+    write(bias, value)
 
 
 @contextlib.contextmanager

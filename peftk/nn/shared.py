@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from peftk import memory
+from peftk.lasting import lasting
 from peftk.receipt import same_bits
 
 _NOTED = "_peftk_shared"
@@ -98,7 +98,7 @@ def untie(owner: nn.Module, name: str) -> Tie:
     """Gives a module a copy of one of its Parameters. Raises MemoryError and such before anything has changed."""
     before = owner._parameters[name]
     assert before is not None
-    with torch.inference_mode(False), torch.no_grad():
+    with lasting():
         own = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
     owner._parameters[name] = own
     return Tie(owner, name, before)
