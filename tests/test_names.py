@@ -22,10 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 import peftk
 from peftk.methods.targets import inside
-from peftk.nn.replace import bypassed
 from tests import architectures
 
-LINEARS = (nn.Linear, Conv1D)
+LINEARS, MHA_OUTPUT = (nn.Linear, Conv1D), nn.modules.linear.NonDynamicallyQuantizableLinear
 # names of layers at the top and below, Conv1D, blocks in blocks, heads that end alike, experts, MHA, tied weights
 DEFAULT = ("bert", "distilbert", "electra", "gpt2", "llama", "mixtral", "siglip", "t5", "swin", "wav2vec2")
 
@@ -70,7 +69,7 @@ def by_peft(base: nn.Module, fields: dict[str, Any]) -> Done:
         if parameter.requires_grad and ".lora_" not in name:
             trained.add(_plain(name))
     # nn.MultiheadAttention never calls this one
-    unused = [name for name in adapted if bypassed(base.get_submodule(name))]
+    unused = [name for name in adapted if isinstance(base.get_submodule(name), MHA_OUTPUT)]
     for name in unused:
         del adapted[name]
     trained -= {f"{name}.bias" for name in unused} if fields["bias"] == "lora_only" else set()
