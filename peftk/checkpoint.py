@@ -21,6 +21,7 @@ from peftk.methods.adapterhub import AdapterHubConfig, as_adapterhub
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped
 from peftk.methods.targets import pattern_value
+from peftk.methods.trial import looking
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
 
@@ -97,9 +98,10 @@ def load_adapter(model: nn.Module, path: Path) -> None:
             raise ValueError(f"model: expected {name} to be unmerged before its adapter changes, got a merged layer")
     if kind == "peft":
         loaded = peft_checkpoint.load(folder)
-        fitting.check(fitting.without_layers(model, dict(_every_lora_layer(model))), loaded)
-        with _injected(model, [loaded.lora_config()], path):
-            _fill(model, _of_peft(model, loaded), path)
+        with looking(model):
+            fitting.check(fitting.without_layers(model, dict(_every_lora_layer(model))), loaded)
+            with _injected(model, [loaded.lora_config()], path):
+                _fill(model, _of_peft(model, loaded), path)
     elif kind == "adapterhub":
         bottlenecks = adapterhub_checkpoint.load(folder)
         with _injected(model, [bottlenecks.config], path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from peftk import route as routes
 from peftk.interop import files, fitting, peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedCheckpoint
+from peftk.methods import trial
 from peftk.methods.plan import replace_module, unwrapped, without_peft
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import bypassed, replaceable
+from peftk.nn.replace import replaceable
+from peftk.nn.watched import watch
 
 
 class _Served(NamedTuple):
@@ -42,9 +44,17 @@ class MultiAdapter:
 
     Linears become MultiLoRALinear in place, when the first checkpoint that has them is loaded; outside of `route`, and
     for None, the model computes what it did. adapter_dtype: in which adapters are held; None means each weight's own.
+    example_inputs: as `peftk.inject`'s, to see which linears the model calls.
     """
 
-    def __init__(self, model: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_adapters: int = 64,
+        adapter_dtype: torch.dtype | None = None,
+        example_inputs: Any = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         without_peft(model)
@@ -58,6 +68,9 @@ class MultiAdapter:
         self.adapter_dtype = adapter_dtype
         self._slots: dict[str, int] = {}
         self._layers: dict[str, MultiLoRALinear] = {}
+        if example_inputs is not None:
+            with trial.looking(self._base, example_inputs):
+                trial.seen(self._base)
 
     @property
     def names(self) -> list[str]:
@@ -81,8 +94,9 @@ class MultiAdapter:
         slot = next((s for s in range(self.max_adapters) if s not in self._slots.values()), None)
         if slot is None:
             raise ValueError(f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already")
-        adapters = self._served(peft_checkpoint.load(path))
-        layers = {module: self._layer(module) for module in adapters}
+        with trial.looking(self._base):
+            adapters = self._served(peft_checkpoint.load(path))
+            layers = {module: self._layer(module) for module in adapters}
         # all is checked: from here on only memory can run out, and then every layer forgets the name again
         everywhere = {**self._layers, **layers}
         try:
@@ -184,8 +198,11 @@ class MultiAdapter:
             replaceable(module)
         except TypeError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
-        if bypassed(module):
-            raise CheckpointError(f"{path}: {name}: expected a linear that is called, got one that MHA reads itself")
+        reader = trial.reader(self._base, name, module)
+        if reader is not None:
+            raise CheckpointError(
+                f"{path}: {name}: expected a linear that is called, got one that {reader} reads itself"
+            )
 
     def _layer(self, module: str) -> MultiLoRALinear:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""
@@ -195,4 +212,5 @@ class MultiAdapter:
             self._base.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
         layer.served = True
+        watch(layer, module, trial.partly_read(self._base, module))
         return layer

@@ -148,7 +148,7 @@ def test_torchs_own_transformer_sees_the_adapter() -> None:
         before = encoder(x)
         with_random_B(encoder)
         assert not torch.allclose(encoder(x), before)
-    with pytest.raises(ValueError, match="out_proj, whose weight MHA reads itself"):
+    with pytest.raises(ValueError, match="out_proj, whose weight MultiheadAttention reads itself"):
         peftk.inject(nn.TransformerEncoderLayer(16, 2, 32), LoraConfig(target_modules=["out_proj"]))
 
 

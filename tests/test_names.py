@@ -18,13 +18,14 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 import peftk
 from peftk.methods.targets import inside
 from tests import architectures
 
-LINEARS, MHA_OUTPUT = (nn.Linear, Conv1D), nn.modules.linear.NonDynamicallyQuantizableLinear
+LINEARS = (nn.Linear, Conv1D)
 # names of layers at the top and below, Conv1D, blocks in blocks, heads that end alike, experts, MHA, tied weights
 DEFAULT = ("bert", "distilbert", "electra", "gpt2", "llama", "mixtral", "siglip", "t5", "swin", "wav2vec2")
 
@@ -69,7 +70,7 @@ def by_peft(base: nn.Module, fields: dict[str, Any]) -> Done:
         if parameter.requires_grad and ".lora_" not in name:
             trained.add(_plain(name))
     # nn.MultiheadAttention never calls this one
-    unused = [name for name in adapted if isinstance(base.get_submodule(name), MHA_OUTPUT)]
+    unused = [name for name in adapted if type(base.get_submodule(name)) is NonDynamicallyQuantizableLinear]
     for name in unused:
         del adapted[name]
     trained -= {f"{name}.bias" for name in unused} if fields["bias"] == "lora_only" else set()
@@ -199,7 +200,7 @@ REFUSED = {
     r"alone, got \S+, of class (\w*Embedding|Conv[123]d|MultiheadAttention)$": "PEFT adapts these, peftk linears only",
     "expected nn.Linear's own forward": "PEFT adapts whatever has nn.Linear for a base class",
     "that is called, is no output embedding": "PEFT puts adapters into what trains whole",
-    "whose weight MHA reads itself": "PEFT's adapter there is never called",
+    "whose weight MultiheadAttention reads itself": "PEFT's adapter there is never called",
     "modules_to_save: expected names of modules that have parameters": "PEFT passes over names that mean nothing",
     "modules_to_save: expected modules with parameters of their own": "PEFT trains a copy, not what others share",
     "modules_to_save: expected modules apart from each other": "PEFT never calls the inner one's copy that it trains",

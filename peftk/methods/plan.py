@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
+from peftk.methods.trial import looking, partly_read
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.watched import watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +71,21 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
 
 
 @contextlib.contextmanager
-def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
-    """Plans and carries out one config after the other, and freezes all else.
+def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
+    """Plans and carries out one config after the other, and freezes all else. example_inputs: as `inject`'s.
 
     Where one fails, or what is done within the `with`, none has happened.
     """
     without_peft(model)
-    with contextlib.ExitStack() as undo:
+    with looking(model, example_inputs), contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
         undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
         done = []
         for config in configs:
             plan = config.plan(model)
             for name, layer in plan.layers.items():
+                if isinstance(layer, FrozenLinear) and not layer.adds_nothing:
+                    watch(layer, name, partly_read(model, name))
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
                 _leave_fast_path(model, name, undo)
@@ -98,9 +102,9 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
         undo.pop_all()
 
 
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
+def carry_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> list[Injection]:
     """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
-    with carrying_out(model, configs) as done:
+    with carrying_out(model, configs, example_inputs) as done:
         return done
 
 

@@ -16,9 +16,10 @@ from torch import nn
 
 from peftk.methods.fields import Names
 from peftk.methods.plan import trained_in_place
+from peftk.methods.trial import reader
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
-from peftk.nn.replace import bypassed, is_linear, replaceable
+from peftk.nn.replace import is_linear, replaceable
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -129,7 +130,7 @@ def target_linears(
     if not found:
         raise ValueError(_nothing(target_modules, modules, wanted, left) + (f"; {experts}" if experts else ""))
     for name in found:
-        _check_target(name, modules[name])
+        _check_target(model, name, modules[name])
         for kept in modules_to_save:
             if inside(name, kept):
                 raise ValueError(
@@ -168,6 +169,14 @@ def saved_modules(model: nn.Module, modules_to_save: Collection[str]) -> list[st
         if around is not None:
             raise ValueError(f"modules_to_save: expected modules apart from each other, got {name}, within {around}")
     return list(found)
+
+
+def called(model: nn.Module, field: str, name: str) -> None:
+    """Raises ValueError where that is a linear whose weight the model reads, and which it does not call."""
+    module = model.get_submodule(name)
+    other = reader(model, name, module) if is_linear(module) else None
+    if other is not None:
+        raise ValueError(f"{field}: expected linears that are called, got {name}, whose weight {other} reads itself")
 
 
 def target_modules(model: nn.Module, field: str, names: Names) -> dict[str, nn.Module]:
@@ -253,9 +262,9 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], modules_to_s
         for name, module in modules.items()
         if is_linear(module)
         and module is not head
-        and not bypassed(module)
         and id(module.weight) not in whole
         and not any(inside(name, kept) for kept in modules_to_save)
+        and reader(model, name, module) is None
     ]
 
 
@@ -273,7 +282,7 @@ def _experts(modules: Mapping[str, nn.Module], target_modules: Names) -> str | N
     return None
 
 
-def _check_target(name: str, module: nn.Module) -> None:
+def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raises ValueError or TypeError unless an adapter can stand beside it."""
     if isinstance(module, FrozenLinear) and not module.adds_nothing:
         raise ValueError(f"target_modules: expected linears, got {name}, which a method has replaced already")
@@ -281,8 +290,7 @@ def _check_target(name: str, module: nn.Module) -> None:
         raise TypeError(
             f"target_modules: expected linears (nn.Linear, Conv1D) alone, got {name}, of class {type(module).__name__}"
         )
-    if bypassed(module):
-        raise ValueError(f"target_modules: expected linears that are called, got {name}, whose weight MHA reads itself")
+    called(model, "target_modules", name)
     try:
         replaceable(module)
     except TypeError as error:

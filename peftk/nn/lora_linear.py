@@ -14,6 +14,7 @@ from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.nn.watched import mergeable
 
 
 class LoRALinear(FrozenLinear):
@@ -136,9 +137,11 @@ class LoRALinear(FrozenLinear):
     def merge(self) -> None:
         """W ← W + s·BA; the layer then costs what its base costs. Nothing happens where it is merged already.
 
-        Raises ValueError where W + s·BA would not be finite; nothing has changed then.
+        Raises ValueError where W + s·BA would not be finite, or the model is known to read W itself; nothing has
+        changed then.
         """
         if self.receipt is None:
+            mergeable(self)
             with interrupts.held():  # a merged W and its receipt are not to be parted
                 self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
 
