@@ -6,12 +6,12 @@ W is frozen, so it has no gradient; the backward of the backward is not defined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftk import dispatch
 from peftk.reference import AdapterGrads, Wanted
@@ -55,6 +55,38 @@ def multi_lora_linear(
         if _wants_grad(x, bias, *tensors):
             return _MultiLoraLinear.apply(x, weight, bias, ids, seed, table, dropout_p, backend, *tensors)
     return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, False)[0]
+
+
+class _Final(torch.autograd.Function):
+    """Gradients as they are, that depend on `sources` in a way nobody can differentiate: an error for who tries."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor | None], *sources: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(grads)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "peftk: expected one backward, got a second through its gradients (create_graph); the transforms of "
+            "torch.func compute these: torch.func.hessian, jvp of grad, …"
+        )
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """As torch's, but whoever differentiates a gradient gets an error even where unused ones are allowed.
+
+    (torch's gradients hang on nothing, so that `torch.autograd.functional.jvp` and `hvp` take their zeros for answers.)
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, dy)
+        if not torch.is_grad_enabled():
+            return grads
+        return _Final.apply(grads, *(t for t in (dy, *ctx.saved_tensors) if t is not None and t.requires_grad))
+
+    return once
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

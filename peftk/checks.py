@@ -45,6 +45,14 @@ def dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(tensor)}")
 
 
+def keeps_tangents(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where forward-mode AD would lose a tangent without a word."""
+    if torch.is_inference_mode_enabled() and storage.has_tangent(*tensors):
+        raise RuntimeError(
+            "x: expected tensors without tangents in inference mode, which drops them; forward-mode AD works in no_grad"
+        )
+
+
 def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
     """fp32, bf16 and fp16 mix with one another; fp64 with nothing."""
     if (dtype == torch.float64) != (other_dtype == torch.float64):
@@ -319,9 +327,12 @@ def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
     _ids_taken(ids, table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool())
 
 
-def ids_taken(ids: Tensor, taken: Sequence[bool]) -> None:
-    """The same, for slots that are taken or not."""
-    _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))
+def ids_in_bank(ids: Tensor, adapters: Sequence[Adapter | None], slices: int) -> None:
+    """The same for adapters by number, of every slice of packed outputs. ids without values are not looked at."""
+    if storage.dense(ids) and look_at_ids(ids.device):
+        count = len(adapters) // slices
+        taken = [any(adapter is not None for adapter in adapters[number::count]) for number in range(count)]
+        _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))
 
 
 def _ids_taken(ids: Tensor, slots: Tensor) -> None:

@@ -65,6 +65,8 @@ def reason(tensor: Tensor) -> str | None:
         return "a negated or conjugated view"
     if tensor._is_zerotensor():
         return "a zero tensor without memory"
+    if not _has_storage(tensor):
+        return "a tensor without storage"
     return _short(tensor)
 
 
@@ -77,7 +79,7 @@ def by_torch(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         return True
-    return tensor.is_meta or tensor._is_zerotensor() or _short(tensor) is None
+    return tensor.is_meta or tensor._is_zerotensor() or not _has_storage(tensor) or _short(tensor) is None
 
 
 def computes(tensor: Tensor) -> bool:
@@ -91,9 +93,10 @@ def tangents() -> bool:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    return tangents() and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+    if not tangents():
+        return False
+    with torch.inference_mode(False):  # where torch does not show them
+        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 @functools.cache
@@ -108,14 +111,18 @@ def _distributed(kind: type[Tensor]) -> bool:
     return module is not None and issubclass(kind, module.DTensor)
 
 
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        return tensor.untyped_storage() is not None
+    except NotImplementedError:  # in a vmapped backward (is_grads_batched), say
+        return False
+
+
 def _short(tensor: Tensor) -> str | None:
     """Memory that ends before the elements do: freed by untyped_storage().resize_, as FSDP and offloading do."""
     if not tensor.numel():
         return None
-    try:
-        has = tensor.untyped_storage().nbytes()
-    except NotImplementedError:
-        return "a tensor without storage"
+    has = tensor.untyped_storage().nbytes()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needs = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     return None if needs <= has else f"one whose memory has {has} of {needs} bytes (freed or offloaded)"

@@ -121,6 +121,8 @@ def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
 ) -> Tensor | None:
     """`direct_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
+    if table.dtype not in DTYPES:
+        return None
     threads = torch.get_num_threads()
     return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
 
