@@ -157,9 +157,7 @@ def adapter_shapes(
     bias_B: Tensor | None = None,
 ) -> None:
     """One adapter for a weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N]."""
-    if (lora_A is None) != (lora_B is None):
-        missing = "lora_A" if lora_A is None else "lora_B"
-        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
+    both_factors(lora_A, lora_B)
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
@@ -179,6 +177,12 @@ def adapter_shapes(
         raise ValueError("bias_A: expected None where there is no lora_A, got a tensor")
     if bias_B is not None:
         shape("bias_B", bias_B, (N,), "[N]")
+
+
+def both_factors(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    if (lora_A is None) != (lora_B is None):
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
 
 
 def adapter(
@@ -222,7 +226,8 @@ def fits(name: str, adapter: Adapter, N: int, K: int) -> None:
             f"{name}: expected as many pages of A as of B, got {len(adapter.pages_A)}, {len(adapter.pages_B)}"
         )
     for A, B in zip(adapter.pages_A, adapter.pages_B, strict=True):
-        if A.shape[-1] != K or B.shape[0] != N or A.shape[0] != B.shape[-1] or A.dtype != B.dtype:
+        ranks = A.shape[:1]
+        if A.shape != (*ranks, K) or B.shape != (N, *ranks) or len(ranks) == 0 or A.dtype != B.dtype:
             raise ValueError(
                 f"{name}: expected lora_A [R, {K}] and lora_B [{N}, R] of one dtype, "
                 f"got {list(A.shape)} {A.dtype} and {list(B.shape)} {B.dtype}"

@@ -31,7 +31,9 @@ def serves(recorded: bool, x: Tensor, *tensors: Tensor | None) -> bool:
     if storage.has_tangent(x, *tensors):
         checks.keeps_tangents(x, *tensors)
         return True
-    return not (storage.recordable(x, *tensors) if recorded else storage.dense(x, *tensors))
+    if recorded:
+        return torch._C._are_functorch_transforms_active() or not storage.recordable(x, *tensors)
+    return not storage.dense(x, *tensors)
 
 
 def lora_linear(
@@ -99,12 +101,16 @@ def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.d
     return y if bias is None else y + bias.to(acc)
 
 
-@contextlib.contextmanager
-def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> contextlib.AbstractContextManager[None]:
     """What torch raises, with what the tensors are. Raises BackendError where another backend is forced."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _explained(op, tensors, backend)
+
+
+@contextlib.contextmanager
+def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+    reasons = (storage.reason(tensor) for tensor in tensors if tensor is not None)
+    got = next((why for why in reasons if why is not None), "a tensor with a tangent")
     forced = backend or backends.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
-    found = [tensor for tensor in tensors if tensor is not None]
-    got = next((why for tensor in found if (why := storage.reason(tensor)) is not None), "a tensor with a tangent")
     if forced != "reference":
         raise backends.BackendError(f"backend {forced!r} was forced and cannot serve {op}: it got {got}")
     try:

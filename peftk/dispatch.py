@@ -27,6 +27,7 @@ def adapter_of(
     activation: str,
 ) -> Adapter | None:
     """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    checks.both_factors(lora_A, lora_B)
     bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)

@@ -422,7 +422,9 @@ WAYS: dict[str, Way] = {
     ),
     "accelerate merge": Way(("weight", "lora_A", "lora_B"), accelerated_merge, after_merge, ONCE),
     "MultiAdapter": Way(
-        (*LINEAR, "ids"), routed, lambda t: formula({**without(t, "bias_A", "bias_B"), **_plain_factors()}, ids=t["ids"].clamp(max=0))
+        (*LINEAR, "ids"),
+        routed,
+        lambda t: formula({**without(t, "bias_A", "bias_B"), **_plain_factors()}, ids=t["ids"].clamp(max=0)),
     ),
     "merge_": Way(("weight", "lora_A", "lora_B"), merged, after_merge, ONCE),
     "merge_layers_": Way(("weight", "lora_A", "lora_B"), merged_layers, lambda t: t["weight"], ONCE),

@@ -219,7 +219,7 @@ KINDS: dict[str, Callable[[Tensor], Made]] = {
     "half": lambda t: (t.half(), t.half().to(t.dtype)),
     "fp64": lambda t: (t.double(), t),
     "fp8": lambda t: (t.to(torch.float8_e4m3fn), None),
-    "int": lambda t: (t.int(), None),
+    "int": lambda t: (t.int(), None if t.is_floating_point() else t),
     "bool": lambda t: (t.bool(), None),
     "complex": lambda t: (t.to(torch.complex64), None),
     "bits": lambda t: (t.to(torch.uint8).view(torch.bits8), None),
