@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full test-long test-gpu lint format bench build clean distclean
+.PHONY: help demo test test-full test-long test-gpu mutants lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-full  more cases of the same: half an hour on two cores"
 	@echo "make test-long  what takes hours and of which make test-full has a sample: no part of the CI"
 	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
+	@echo "make mutants    a hundred small mistakes in the sources, one at a time: do the tests notice? hours; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
 	@echo "make lint       ruff, mypy, clang-format: check only"
 	@echo "make format     ruff and clang-format: rewrite"
@@ -51,6 +52,9 @@ test-full: $(BUILT)
 test-gpu: $(BUILT)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/peftk selftest --device cuda
+
+mutants: $(BUILT)
+	$(BIN)/python scripts/mutate.py run $(ARGS)
 
 bench: $(BUILT)
 	$(BIN)/peftk bench $(ARGS)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peftk import checks, storage, table
+from peftk.lasting import lasting
 from peftk.table import PAGE, Adapter, AdapterTable
 
 _CHUNK_PAGES = 64
@@ -34,6 +35,7 @@ class PagePool:
         self.chunks: list[tuple[Tensor, Tensor]] = []
         self.free: list[int] = []
 
+    @lasting()
     def take(self, count: int) -> list[int]:
         """`count` free pages; grows the pool where there are not enough."""
         while len(self.free) < count:
@@ -55,6 +57,7 @@ class PagePool:
         A, B = self.chunks[number // _CHUNK_PAGES]
         return A.data[number % _CHUNK_PAGES, :ranks], B.data[number % _CHUNK_PAGES, :ranks].t()
 
+    @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts the storage (nn.Module.to and its kin)."""
         self.chunks = [(fn(A), fn(B)) for A, B in self.chunks]
@@ -71,16 +74,25 @@ class _Made(NamedTuple):
     table: AdapterTable
 
 
-def _where(lent: list[Callable[[], Adapter]]) -> list[tuple[Any, ...]] | None:
-    """What a table says of the lent adapters, all but the tensors' values; None where no kernel can read one."""
+def _where(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]] | None:
+    """What a table says of lent adapters: which tensors they are, and all of these but their values.
+
+    None where no kernel can read one of them. Another Parameter in the same memory is another tensor: gradients go to
+    the one that the table has. The table that this is kept beside holds the tensors, so that no later one gets the id()
+    of one of them.
+    """
     found: list[tuple[Any, ...]] = []
-    for adapter in lent:
-        a = adapter()
+    for a in adapters:
         tensors = a.tensors()
         if not storage.dense(*tensors):
             return None
-        found.append((a.scaling, a.activation, *((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)))
+        found.append((a.scaling, a.activation, *((id(t), *table.place(t)) for t in tensors)))
     return found
+
+
+def _adapter(slot: Adapter | Callable[[], Adapter] | None) -> Adapter | None:
+    """What is in a slot now."""
+    return slot if slot is None or isinstance(slot, Adapter) else slot()
 
 
 class AdapterBank:
@@ -120,6 +132,7 @@ class AdapterBank:
             raise ValueError(f"slot: expected a free one, got {slot}, which is taken")
         return slot
 
+    @lasting()
     def add(
         self,
         name: str,
@@ -150,11 +163,10 @@ class AdapterBank:
         pages = pool.take(-(-rank // PAGE))
         adapter = Adapter(*self._views(pages, rank), float(scaling), activation, *biases)
         if lora_A is not None and lora_B is not None:
-            with torch.no_grad():
-                for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
-                    ranks = slice(number * PAGE, number * PAGE + page_A.shape[0])
-                    page_A.copy_(lora_A[ranks])
-                    page_B.copy_(lora_B[:, ranks])
+            for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
+                ranks = slice(number * PAGE, number * PAGE + page_A.shape[0])
+                page_A.copy_(lora_A[ranks])
+                page_B.copy_(lora_B[:, ranks])
         self._own(slot, adapter, pages)
         self.names[name] = slot
         self._version += 1
@@ -191,7 +203,7 @@ class AdapterBank:
     @property
     def adapters(self) -> tuple[Adapter | None, ...]:
         """The adapters by number; None for a free slot."""
-        return tuple(slot if slot is None or isinstance(slot, Adapter) else slot() for slot in self.slots)
+        return tuple(_adapter(slot) for slot in self.slots)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -217,19 +229,25 @@ class AdapterBank:
         None where a lent adapter's tensors are for torch to compute with (`peftk.storage`).
         """
         made = self._made
-        if made is not None and made.version == self._version and made.where == _where(made.lent):
+        if made is not None and made.version == self._version and made.where == _where([a() for a in made.lent]):
             return made.table
         version = self._version  # looked at first: what another thread adds or removes meanwhile makes the table stale
-        lent = [slot for slot in self.slots if slot is not None and not isinstance(slot, Adapter)]
-        where = _where(lent)
-        for adapter in lent:
-            self._check_lent(adapter())
+        slots = list(self.slots)
+        adapters = tuple(_adapter(slot) for slot in slots)  # once: a computed tensor is another one each time
+        lent = {number: slot for number, slot in enumerate(slots) if slot is not None and not isinstance(slot, Adapter)}
+        now = [adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None]
+        for adapter in now:
+            self._check_lent(adapter)
+        where = _where(now)
         if where is None:
             return None
-        made = _Made(version, lent, where, table.build(self.adapters, dtype=self.dtype, device=self.device))
-        self._made = made
-        return made.table
+        built = table.build(adapters, dtype=self.dtype, device=self.device)
+        self._made = None
+        if all(tensor.grad_fn is None for adapter in now for tensor in adapter.tensors()):  # else it holds a graph
+            self._made = _Made(version, list(lent.values()), where, built)
+        return built
 
+    @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts what the bank owns. Lent tensors are moved by the module that owns them."""
         self.pool.apply(fn)

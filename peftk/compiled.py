@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from peftk import activations, autograd, dispatch, table
-from peftk.reference import Wanted
+from peftk.autograd import Reads
+from peftk.reference import Wanted, reads_z
 from peftk.reference.lora_linear import accumulate_dtype
 from peftk.table import Adapter, AdapterTable
 
@@ -60,7 +61,7 @@ def _(x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, drop
 @torch.library.custom_op("peftk::lora_linear_backward", mutates_args=())
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -76,38 +77,57 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B: those that `needs` names, in this order."""
     adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-    z_saved = None if lora_A is None else z
+    wanted = Wanted(*needs[1:])
+    z_saved = z if reads_z(adapter, wanted, needs[0]) else None
     dx, grads = dispatch.lora_linear_backward(
-        dy, x, weight, adapter, z_saved, dropout_p, seed, backend, needs[0], Wanted(*needs[1:])
+        dy, x, weight, adapter, z_saved, dropout_p, seed, backend, needs[0], wanted
     )
-    dx, dA, dB, da, db = (x.new_empty(0) if g is None else g for g in (dx, *grads))
+    dx, dA, dB, da, db = (dy.new_empty(0) if g is None else g for g in (dx, *grads))
     return dx, dA, dB, da, db
 
 
 @lora_linear_backward.register_fake
 def _(dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
-    tensors = (x, lora_A, lora_B, bias_A, bias_B)
+    tensors = (_dx(dy, weight), lora_A, lora_B, bias_A, bias_B)
     return tuple(
-        t.new_empty(t.shape) if need and t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if need and t is not None else dy.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
     )
 
 
+def _dx(dy: Tensor, weight: Tensor | None) -> Tensor:
+    """A tensor like dX [..., K]; without a weight, K is N."""
+    return dy.new_empty((*dy.shape[:-1], dy.shape[-1] if weight is None else weight.shape[1]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend = inputs
-    ctx.save_for_backward(x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, output[1])
-    ctx.rest = (scaling, activation, dropout_p, backend)
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
+    adapter = None if lora_A is None else Adapter((lora_A,), (lora_B,), scaling, activation)
+    reads = Reads.of((adapter,), (Wanted(*needs[1:]),), needs[0])
+    ctx.save_for_backward(
+        x if reads.x else None,
+        weight if reads.weight else None,
+        lora_A if reads.factors else None,
+        lora_B if reads.factors else None,
+        seed,
+        output[1] if reads.z else None,
+    )
+    ctx.shapes = (weight, bias_A if needs[3] else None, bias_B if needs[4] else None)
+    ctx.rest = (None if bias is None else bias.dtype, needs, scaling, activation, dropout_p, backend)
 
 
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, z = ctx.saved_tensors
-    scaling, activation, dropout_p, backend = ctx.rest
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
+    x, saved_weight, lora_A, lora_B, seed, z = ctx.saved_tensors
+    weight, bias_A, bias_B = ctx.shapes
+    bias_dtype, needs, scaling, activation, dropout_p, backend = ctx.rest
+    weight = weight if saved_weight is None else saved_weight
+    z = dy.new_empty(0) if z is None else z
     grads = lora_linear_backward(
         dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs
     )
     dx, dA, dB, da, db = (g if need else None for g, need in zip(grads, needs, strict=True))
-    dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+    dbias = dispatch.bias_grad(dy, bias_dtype) if ctx.needs_input_grad[2] else None
     return dx, None, dbias, dA, dB, da, db, None, None, None, None, None
 
 
@@ -196,7 +216,7 @@ def _(x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed,
 @torch.library.custom_op("peftk::multi_lora_linear_backward", mutates_args=())
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     ids: Tensor,
     tensors: Sequence[Tensor],
@@ -210,40 +230,53 @@ def multi_lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
-    adapters = _table(x, tensors, layout, scalings, columns)
+    adapters = _table(dy, tensors, layout, scalings, columns)
     wanted = autograd.flat_wanted(adapters.adapters, needs[1:])
+    z_saved = z if Reads.of(adapters.adapters, wanted, needs[0]).z else None
     dx, grads = dispatch.multi_lora_linear_backward(
-        dy, x, weight, adapters, ids, z, dropout_p, seed, backend, needs[0], wanted
+        dy, x, weight, adapters, ids, z_saved, dropout_p, seed, backend, needs[0], wanted
     )
     flat = [dx, *autograd.flat_grads(adapters.adapters, grads)]
     # outputs of a custom op may not be views of one another
     return [
-        x.new_empty(0) if g is None or not need else g.contiguous().clone() if g._is_view() else g
+        dy.new_empty(0) if g is None or not need else g.contiguous().clone() if g._is_view() else g
         for g, need in zip(flat, needs, strict=True)
     ]
 
 
 @multi_lora_linear_backward.register_fake
 def _(dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
-    return [t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip((x, *tensors), needs, strict=True)]
+    like = (_dx(dy, weight), *tensors)
+    return [t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(like, needs, strict=True)]
 
 
 def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend = inputs
-    ctx.save_for_backward(x, weight, bias, ids, seed, output[1], *tensors)
-    ctx.rest = (layout, scalings, columns, dropout_p, backend)
+    # needs_input_grad has one answer for the list of tensors
+    needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
+    adapters = _unpack(tensors, layout, scalings)
+    reads = Reads.of(adapters, autograd.flat_wanted(adapters, needs[1:]), needs[0])
+    ctx.save_for_backward(
+        x if reads.x else None,
+        weight if reads.weight else None,
+        ids,
+        seed,
+        output[1] if reads.z else None,
+        *tensors,
+    )
+    ctx.rest = (weight, None if bias is None else bias.dtype, needs, layout, scalings, columns, dropout_p, backend)
 
 
 def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
-    x, weight, bias, ids, seed, z, *tensors = ctx.saved_tensors
-    layout, scalings, columns, dropout_p, backend = ctx.rest
-    # needs_input_grad has one answer for the list of tensors
-    needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
+    x, saved_weight, ids, seed, z, *tensors = ctx.saved_tensors
+    weight, bias_dtype, needs, layout, scalings, columns, dropout_p, backend = ctx.rest
+    weight = weight if saved_weight is None else saved_weight
+    z = dy.new_empty(0) if z is None else z
     found = multi_lora_linear_backward(
         dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs
     )
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
-    dbias = dispatch.bias_grad(dy, bias) if ctx.needs_input_grad[2] else None
+    dbias = dispatch.bias_grad(dy, bias_dtype) if ctx.needs_input_grad[2] else None
     # torch takes an empty list for one of tensors, whose gradient is a list
     plain: list[list[None] | None] = [None if numbers else [] for numbers in (layout, scalings, columns)]
     return dx, None, dbias, None, grads, *plain, None, None, None

@@ -105,14 +105,22 @@ def lora_linear(
     if adapter is not None:
         checks.fits("adapter", adapter, _out(x, weight), x.shape[-1])
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    server = backends.module(_choose("lora_linear", rows, weight, adapter, dropout_p, backend))
+    server = backends.module(_choose("lora_linear", rows, x.shape[-1], weight, adapter, dropout_p, backend))
     y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
-    return y.reshape(*x.shape[:-1], _out(x, weight)), z
+    return _as_output(y, x), z
+
+
+def _as_output(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N], which is ours alone, as [..., N] for x [..., K].
+
+    Not as a view: one that an autograd Function returns may not be changed in place.
+    """
+    return y if x.dim() == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
@@ -122,13 +130,21 @@ def lora_linear_backward(
     need_dx: bool,
     wanted: Wanted,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted."""
-    backend = _reads_back(dy, (x, weight, z, seed, *(() if adapter is None else adapter.tensors())), backend)
-    rows = x.reshape(-1, x.shape[-1])
-    server = backends.module(_choose("lora_linear_backward", rows, weight, adapter, dropout_p, backend))
+    """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted.
+
+    x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
+    """
+    read = (x, weight if need_dx else None, z, seed, *(() if adapter is None else adapter.tensors()))
+    backend = _reads_back(dy, read, backend)
+    rows, x_rows, K = _backward_rows(dy, x, weight)
+    if adapter is not None:
+        checks.fits("adapter", adapter, rows.shape[1], K)
+        if z is not None and z.shape != (rows.shape[0], adapter.rank):
+            raise _other_rank(z.shape[1], adapter.rank)
+    server = backends.module(_choose("lora_linear_backward", rows, K, weight, adapter, dropout_p, backend))
     dx, grads = server.lora_linear_backward(
-        dy.reshape(-1, dy.shape[-1]),
         rows,
+        x_rows,
         weight,
         adapter,
         z,
@@ -137,7 +153,7 @@ def lora_linear_backward(
         need_dx=need_dx,
         wanted=wanted,
     )
-    return None if dx is None else dx.reshape(x.shape), grads
+    return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
 
 
 def multi_lora_linear(
@@ -153,37 +169,46 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] where asked."""
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    name = _choose("multi_lora_linear", rows, weight, table, dropout_p, backend)
+    name = _choose("multi_lora_linear", rows, x.shape[-1], weight, table, dropout_p, backend)
     # the cpu backend looks at ids itself, on its way
     if name != "cpu" and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
     server = backends.module(name)
     with backends.forcing(backend):
         y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
-    return y.reshape(*x.shape[:-1], _out(x, weight)), z
+    return _as_output(y, x), z
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
     need_dx: bool,
     wanted: Sequence[Wanted],
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted."""
-    backend = _reads_back(dy, (x, weight, z, seed, ids), backend)
-    rows = x.reshape(-1, x.shape[-1])
-    server = backends.module(_choose("multi_lora_linear_backward", rows, weight, table, dropout_p, backend))
+    """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted.
+
+    x, z: as in `lora_linear_backward`.
+    """
+    backend = _reads_back(dy, (x, weight if need_dx else None, z, seed, ids), backend)
+    rows, x_rows, K = _backward_rows(dy, x, weight)
+    now = table.current()
+    if now is not table:
+        checks.bank(now.adapters, now.columns, rows.shape[1], K)
+        if z is not None and z.shape[1] != now.z_width:
+            raise _other_rank(z.shape[1], now.z_width)
+        table = now
+    server = backends.module(_choose("multi_lora_linear_backward", rows, K, weight, table, dropout_p, backend))
     with backends.forcing(backend):
         dx, grads = server.multi_lora_linear_backward(
-            dy.reshape(-1, dy.shape[-1]),
             rows,
+            x_rows,
             weight,
             table,
             ids,
@@ -193,7 +218,19 @@ def multi_lora_linear_backward(
             need_dx=need_dx,
             wanted=wanted,
         )
-    return None if dx is None else dx.reshape(x.shape), grads
+    return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
+
+
+def _backward_rows(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
+    """dY [M, N], x [M, K] and K. Raises RuntimeError where the weight got another shape since the forward."""
+    N, K = (dy.shape[-1], dy.shape[-1]) if weight is None else weight.shape
+    if dy.shape[-1] != N or (x is not None and x.shape[-1] != K):
+        raise RuntimeError(f"weight: expected the shape that it had in the forward, got {[N, K]}")
+    return dy.reshape(-1, N), None if x is None else x.reshape(-1, K), K
+
+
+def _other_rank(before: int, now: int) -> RuntimeError:
+    return RuntimeError(f"lora_A: expected the {before} ranks of the forward, got {now}")
 
 
 def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None) -> str | None:
@@ -212,6 +249,7 @@ def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None)
 def _choose(
     op: str,
     rows: Tensor,
+    K: int,
     weight: Tensor | None,
     adapters: Adapter | AdapterTable | None,
     dropout_p: float,
@@ -219,7 +257,7 @@ def _choose(
 ) -> str:
     """The name of the backend that serves one adapter, a table of them, or the base layer alone.
 
-    Without a weight it is a series adapter that is asked for.
+    rows: x, or dY of a backward, which has its dtype too. Without a weight it is a series adapter that is asked for.
     """
     slices = 1
     if adapters is None:
@@ -228,8 +266,8 @@ def _choose(
         dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
-    M, K = rows.shape
-    kind, N = rows.device.type, _out(rows, weight)
+    M, N = rows.shape[0], K if weight is None else weight.shape[0]
+    kind = rows.device.type
     op = op if weight is not None else op.replace("lora_linear", "adapter_block")
     call = backends.Call(
         op,
@@ -259,7 +297,7 @@ def _out(x: Tensor, weight: Tensor | None) -> int:
     return x.shape[-1] if weight is None else weight.shape[0]
 
 
-def bias_grad(dy: Tensor, bias: Tensor) -> Tensor:
+def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ dY over all rows [N], accumulated in fp32 (fp64), in the bias's dtype."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(bias.dtype)
+    return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(dtype)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftk import autograd, checks, compiled, composed, dispatch, merge, route, storage
+from peftk.lasting import lasting
 from peftk.receipt import MergeReceipt
 from peftk.reference.merge import Factors, factors
 from peftk.table import AdapterTable
@@ -151,6 +152,7 @@ def multi_lora_linear(
     checks.base(weight, bias)
     if not hasattr(bank, "adapters"):
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
+    bank = _as_it_lies(bank)
     _bank_fits(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
@@ -214,6 +216,11 @@ def _multi(
 def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
     """What the kernels read of a bank; None where they can't read a lent adapter."""
     return bank if isinstance(bank, AdapterTable) else bank.table()
+
+
+def _as_it_lies(bank: Any) -> Any:
+    """A table of a user's own, made anew where Parameters have moved since. (A bank looks after its own.)"""
+    return bank.current() if isinstance(bank, AdapterTable) and not _recorded() else bank
 
 
 def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
@@ -306,6 +313,7 @@ def multi_adapter_block(
     """
     if not hasattr(bank, "adapters") or bank.columns:
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+    bank = _as_it_lies(bank)
     checks.block_bank(x, bank.device, bank.dtype)
     _bank_fits(bank, x.shape[-1], x.shape[-1])
     x, seed = _dropping(_autocast(x), dropout_p, seed)
@@ -513,6 +521,7 @@ def _receipt(receipt: MergeReceipt) -> None:
     checks.receipt(receipt)
 
 
+@lasting()
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.dense("weight", weight)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftk import backends, interrupts
 from peftk.backends.merge_args import LayerError, NotFiniteError
+from peftk.lasting import lasting
 from peftk.receipt import MergeReceipt, smaller_form, with_bytes, with_weights
 from peftk.reference.merge import Factors
 
@@ -74,7 +75,7 @@ def _merge(
     weights = [weight.detach() for weight in weights]
     groups = _groups("merge", weights, factors, [receipt is None for receipt in before], backend)
     receipts: dict[int, MergeReceipt] = {}
-    with torch.no_grad():
+    with lasting():
         for server, layers in groups:
             _left_by_the_merge(server, layers, weights, before)
         with interrupts.held() as held:
@@ -135,7 +136,7 @@ def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backen
     factors = [receipt.factors for receipt in receipts]
     groups = _groups("unmerge", weights, factors, [True] * len(weights), backend)
     unmerged: list[tuple[ModuleType, int]] = []
-    with torch.no_grad():
+    with lasting():
         for server, layers in groups:
             _left_by_the_merge(server, layers, weights, receipts)
         with interrupts.held() as held:

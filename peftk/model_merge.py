@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from peftk import checks, functional, interrupts
-from peftk.interop import peft_checkpoint
+from peftk.interop import fitting, peft_checkpoint
 from peftk.interop.peft_checkpoint import LoadedAdapter
+from peftk.lasting import lasting
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
+from peftk.nn.watched import mergeable
 
 Layers = Sequence[tuple[str, LoRALinear]]
 
@@ -22,7 +24,8 @@ Layers = Sequence[tuple[str, LoRALinear]]
 def merge_adapter(model: nn.Module) -> None:
     """Merges every LoRALinear of an injected model that isn't merged, all in one go: `functional.merge_layers_`.
 
-    Raises ValueError, with the layer's name, where a W + s·BA would not be finite; no layer has changed then.
+    Raises ValueError, with the layer's name, where a W + s·BA would not be finite, or the model is known to read a W
+    itself; no layer has changed then.
     """
     _merge([(name, layer) for name, layer in lora_layers(model) if not layer.merged])
 
@@ -68,8 +71,8 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
         CheckpointError, ValueError, TypeError: the adapters are not the model's, a W is not what its merge left, or a
             W + s·BA would not be finite. Nothing has changed then: layers are merged as they were, or unmerged.
     """
-    loaded = adapters if isinstance(adapters, Mapping) else peft_checkpoint.load_factors(adapters)
     layers = list(lora_layers(model))
+    loaded = adapters if isinstance(adapters, Mapping) else _read(model, dict(layers), adapters)
     names = {name for name, _ in layers}
     if not layers:
         raise ValueError("model: expected LoRALinear layers (peftk.inject puts them in), got none")
@@ -98,8 +101,31 @@ def switch_adapter(model: nn.Module, adapters: str | os.PathLike[str] | Mapping[
             layer.receipt = receipt
 
 
+def _mergeable(name: str, layer: LoRALinear) -> None:
+    try:
+        mergeable(layer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _read(
+    model: nn.Module, layers: Mapping[str, LoRALinear], path: str | os.PathLike[str]
+) -> Mapping[str, LoadedAdapter]:
+    """The adapters of a checkpoint that fits the model's base model and its embeddings."""
+    checkpoint = peft_checkpoint.load_factors(path)
+    fitting.check(fitting.without_layers(model, layers), checkpoint)
+    values = dict(fitting.named_values(model))
+    for name, layer in layers.items():
+        if layer.merged and f"{name}.weight" in checkpoint.base:
+            values[f"{name}.weight"] = layer.base_weight()
+    fitting.same_base(checkpoint, values)
+    return checkpoint.adapters
+
+
+@lasting()
 def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> tuple[Tensor, Tensor]:
     """Its factors where the layer is and in the dtype of the layer's own, as copies."""
+    _mergeable(name, layer)
     if not isinstance(adapter, LoadedAdapter):
         raise TypeError(f"adapters: expected a LoadedAdapter for {name}, got {type(adapter).__name__}")
     if adapter.lora_bias is not None:
@@ -114,6 +140,8 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> tuple[Ten
 
 
 def _merge(layers: Layers) -> None:
+    for name, layer in layers:
+        _mergeable(name, layer)
     with interrupts.held():  # a merged W and its receipt are not to be parted
         with _named(layers):
             receipts = functional.merge_layers_(

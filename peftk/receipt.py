@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from peftk.lasting import lasting
 from peftk.reference import merge_code
 from peftk.reference.merge import RAW, Factors
 
@@ -49,6 +50,7 @@ class MergeReceipt:
         tensors = (self.factors.lora_A, self.factors.lora_B, self.code, self.far, self.raw_values)
         return sum(tensor.nbytes for tensor in tensors)
 
+    @lasting()
     def to(self, device: torch.device) -> MergeReceipt:
         """The same receipt with its tensors on another device, for a W that has moved."""
         lora_A, lora_B = self.factors.lora_A.to(device), self.factors.lora_B.to(device)

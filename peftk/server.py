@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftk import checks
 from peftk import route as routes
-from peftk.interop import peft_checkpoint
+from peftk.interop import files, fitting, peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedCheckpoint
-from peftk.methods.plan import replace_module
+from peftk.methods import trial
+from peftk.methods.plan import replace_module, unwrapped, without_peft
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import bypassed, fan_in_fan_out, replaceable
+from peftk.nn.replace import replaceable
+from peftk.nn.watched import watch
 
 
 class _Served(NamedTuple):
@@ -42,20 +44,33 @@ class MultiAdapter:
 
     Linears become MultiLoRALinear in place, when the first checkpoint that has them is loaded; outside of `route`, and
     for None, the model computes what it did. adapter_dtype: in which adapters are held; None means each weight's own.
+    example_inputs: as `peftk.inject`'s, to see which linears the model calls.
     """
 
-    def __init__(self, model: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_adapters: int = 64,
+        adapter_dtype: torch.dtype | None = None,
+        example_inputs: Any = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        without_peft(model)
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
         if adapter_dtype is not None:
             checks.adapter_dtype(adapter_dtype)
         self.model = model
+        self._base = unwrapped(model)
         self.max_adapters = max_adapters
         self.adapter_dtype = adapter_dtype
         self._slots: dict[str, int] = {}
         self._layers: dict[str, MultiLoRALinear] = {}
+        if example_inputs is not None:
+            with trial.looking(self._base, example_inputs):
+                trial.seen(self._base)
 
     @property
     def names(self) -> list[str]:
@@ -79,8 +94,9 @@ class MultiAdapter:
         slot = next((s for s in range(self.max_adapters) if s not in self._slots.values()), None)
         if slot is None:
             raise ValueError(f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already")
-        adapters = self._served(peft_checkpoint.load(path))
-        layers = {module: self._layer(module) for module in adapters}
+        with trial.looking(self._base):
+            adapters = self._served(peft_checkpoint.load(path))
+            layers = {module: self._layer(module) for module in adapters}
         # all is checked: from here on only memory can run out, and then every layer forgets the name again
         everywhere = {**self._layers, **layers}
         try:
@@ -97,7 +113,7 @@ class MultiAdapter:
             if module not in self._layers:
                 for other, other_slot in self._slots.items():
                     layer.add_adapter(other, None, None, slot=other_slot)
-                replace_module(self.model, module, layer)
+                replace_module(self._base, module, layer)
                 self._layers[module] = layer
         self._slots[name] = slot
 
@@ -142,75 +158,59 @@ class MultiAdapter:
 
     def _served(self, loaded: LoadedCheckpoint) -> dict[str, _Served]:
         """What each linear of the model gets. Raises CheckpointError where the checkpoint does not fit the model."""
-        path = loaded.path
+        path, dtype = loaded.path, self.adapter_dtype
+        modules = {files.plain_name(name): (name, module) for name, module in self._base.named_modules()}
+        for name in (*loaded.adapters, *(name.rpartition(".")[0] for name in loaded.biases)):
+            where, found = modules.get(name, ("", None))
+            if isinstance(found, MultiLoRALinear) and self._layers.get(where) is not found:
+                raise CheckpointError(f"{path}: {name}: expected a linear of this server's, got another server's layer")
+        fitting.check(fitting.without_layers(self._base, self._layers), loaded)
         if loaded.saved:
             raise CheckpointError(
                 f"{path}: expected adapters alone, which a batch can mix by token, got modules that train whole "
                 f"(modules_to_save): {', '.join(sorted(loaded.saved)[:4])}; peftk.load_adapter takes them"
             )
+        values = dict(fitting.named_values(self._base))
+        fitting.same_base(loaded, values)
         served = {}
-        for module, adapter in loaded.adapters.items():
-            N, K = self._shape(module, path)
-            if adapter.lora_A.shape[1] != K or adapter.lora_B.shape[0] != N:
-                raise CheckpointError(
-                    f"{path}: {module}: expected lora_A [R, {K}] and lora_B [{N}, R], "
-                    f"got {list(adapter.lora_A.shape)} and {list(adapter.lora_B.shape)}"
-                )
+        for name, adapter in loaded.adapters.items():
             bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
-            served[module] = _Served(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
+            served[name] = _Served(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
         for name, bias in loaded.biases.items():
-            module = name.removesuffix(".bias")
-            change = self._change(module, bias, path)
-            if change is not None:
-                self._shape(module, path)  # only a linear can add it
+            own = values[name].detach()
+            change = bias.double() - own.cpu().double()
+            if bool(change.any()):  # else it is the model's to the bit
+                module = name.rpartition(".")[0]
+                self._check_linear(path, module, modules[module][1])  # only a linear can add it
                 before = served.get(module, _NOTHING)
                 served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
-        for module, found in served.items():
-            dtype = self.adapter_dtype or cast(Tensor, self.model.get_submodule(module).weight).dtype
-            tensors = [tensor for tensor in (found.lora_A, found.lora_B, found.bias) if tensor is not None]
-            if not all(bool(tensor.to(dtype).isfinite().all()) for tensor in tensors):
-                raise CheckpointError(f"{path}: {module}: expected factors that {dtype} holds, got larger ones")
-        return served
+        for name, one in served.items():
+            for part, tensor in (("lora_A", one.lora_A), ("lora_B", one.lora_B), ("bias", one.bias)):
+                if tensor is not None:
+                    files.converted(path, f"{name}.{part}", tensor, dtype or values[f"{name}.weight"].dtype)
+        return {modules[name][0]: one for name, one in served.items()}
 
-    def _change(self, module: str, bias: Tensor, path: os.PathLike[str]) -> Tensor | None:
-        """β [N] = the trained bias − the model's, in fp64; None where it is the model's to the bit."""
-        base = getattr(self._module(module, path), "bias", None)
-        if not isinstance(base, Tensor) or base.shape != bias.shape:
-            got = "none" if base is None else list(base.shape)
-            raise CheckpointError(f"{path}: {module}: expected a bias {list(bias.shape)} in the model, got {got}")
-        change = bias.to(base.device).double() - base.detach().double()
-        return change if bool(change.any()) else None
-
-    def _module(self, module: str, path: os.PathLike[str]) -> nn.Module:
+    def _check_linear(self, path: os.PathLike[str], name: str, module: nn.Module) -> None:
+        """Raises CheckpointError where no layer of ours is, nor can take the place of this module."""
+        if isinstance(module, MultiLoRALinear):
+            return
         try:
-            return self.model.get_submodule(module)
-        except AttributeError as error:
-            raise CheckpointError(f"{path}: expected modules that the model has, got {module!r}") from error
-
-    def _shape(self, module: str, path: os.PathLike[str]) -> tuple[int, int]:
-        """N, K of the model's linear of this name. Raises CheckpointError where it has none."""
-        found = self._module(module, path)
-        if isinstance(found, MultiLoRALinear):
-            if self._layers.get(module) is not found:
-                raise CheckpointError(
-                    f"{path}: {module}: expected a linear of this server's, got another server's layer"
-                )
-            return found.out_features, found.in_features
-        try:
-            linear = replaceable(found)
+            replaceable(module)
         except TypeError as error:
-            raise CheckpointError(f"{path}: {module}: {error}") from error
-        if bypassed(found):
-            raise CheckpointError(f"{path}: {module}: expected a linear that is called, got one that MHA reads itself")
-        N, K = linear.weight.t().shape if fan_in_fan_out(found) else linear.weight.shape
-        return N, K
+            raise CheckpointError(f"{path}: {name}: {error}") from error
+        reader = trial.reader(self._base, name, module)
+        if reader is not None:
+            raise CheckpointError(
+                f"{path}: {name}: expected a linear that is called, got one that {reader} reads itself"
+            )
 
     def _layer(self, module: str) -> MultiLoRALinear:
         """The layer that serves `module`: the one in place, or a new one that nothing refers to yet."""
         if module in self._layers:
             return self._layers[module]
         layer = MultiLoRALinear.from_linear(
-            self.model.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
+            self._base.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
         layer.served = True
+        watch(layer, module, trial.partly_read(self._base, module))
         return layer

@@ -27,7 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftk import storage
 from peftk.activations import CODES
+from peftk.lasting import lasting
 
 PAGE = 16
 
@@ -87,6 +89,7 @@ class AdapterTable:
     biases: Tensor
     columns: tuple[int, ...] = ()
     ends: Tensor | None = None  # of slices: int32 [slices + 1, 2], first column and first page of z
+    movable: tuple[tuple[Tensor, Place], ...] = ()  # Parameters, and where they lay when the table was built
 
     @property
     def slices(self) -> int:
@@ -108,6 +111,18 @@ class AdapterTable:
         """Columns of the saved pre-activations z: the largest rank, rounded up to whole pages, of every slice."""
         return self.slice_pages[-1] * PAGE
 
+    def current(self) -> AdapterTable:
+        """This table, or one made anew where a Parameter lies elsewhere by now.
+
+        A backward asks: one that was offloaded after the forward, say, may have come back to other memory.
+        """
+        if all(place(tensor) == where for tensor, where in self.movable):
+            return self
+        each = [self.adapters[j * self.count : (j + 1) * self.count] for j in range(self.slices)]
+        tables = [build(adapters, dtype=self.dtype, device=self.device) for adapters in each]
+        sizes = [end - start for start, end in itertools.pairwise(self.columns)]
+        return pack(tables, sizes) if self.slices > 1 else dataclasses.replace(tables[0], columns=self.columns)
+
     def columns_of(self, entry: int, N: int) -> tuple[int, int]:
         """The columns of y [M, N] that an entry of `adapters` adds to."""
         return (0, N) if self.slices == 1 else self.columns[entry // self.count : entry // self.count + 2]  # type: ignore[return-value]
@@ -115,6 +130,14 @@ class AdapterTable:
     def z_from(self, entry: int) -> int:
         """The first column of z of an entry of `adapters`."""
         return 0 if self.slices == 1 else self.slice_pages[entry // self.count] * PAGE
+
+
+Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor lies: all that a table says of it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
@@ -126,6 +149,7 @@ def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
+@lasting()
 def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
     """One table for a layer whose outputs are slices of these sizes, side by side, each with the adapters of a table.
 
@@ -160,13 +184,15 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
         biases=torch.cat([table.biases for table in tables]),
         columns=columns,
         ends=torch.tensor(ends, dtype=torch.int32, device=first.device),
+        movable=tuple(entry for table in tables for entry in table.movable),
     )
 
 
+@lasting()
 def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:
     """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when they move.
 
-    Raises ValueError where a tensor lies in a way that the layout cannot express.
+    Raises ValueError where a tensor lies in a way that the layout cannot express, TypeError for one without memory.
     """
     pages: list[list[int]] = []
     rows: list[list[int]] = []
@@ -181,6 +207,9 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
                 raise ValueError(
                     f"adapters[{index}]: expected tensors of {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
                 )
+        if device.type != "meta" and not storage.dense(*adapter.tensors()):
+            found = next((why for tensor in adapter.tensors() if (why := storage.reason(tensor)) is not None), "others")
+            raise TypeError(f"adapters[{index}]: expected dense tensors, got {found}")
         rows.append([len(pages), adapter.rank, CODES[adapter.activation], 1])
         biases.append([0 if b is None else _contiguous(b, index).data_ptr() for b in (adapter.bias_A, adapter.bias_B)])
         for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
@@ -209,7 +238,12 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
         rows=torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 4),
         scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32, device=device),
         biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
+        movable=tuple((t, place(t)) for a in adapters if a is not None for t in a.tensors() if _may_move(t)),
     )
+
+
+def _may_move(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
 
 
 def _contiguous(bias: Tensor, index: int) -> Tensor:

@@ -79,7 +79,7 @@ def _compiler() -> bytes:
     return subprocess.run(["g++", "--version"], capture_output=True).stdout
 
 
-def _depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
+def depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
     """The source and the headers of this checkout that it includes, with what `texts` has in their place."""
     found: dict[Path, str] = {}
     waiting = [source]
@@ -96,7 +96,7 @@ def _depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
 
 def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str]) -> Path:
     """The object of `source`, compiled again only where something has changed. `mutants`: text in place of files."""
-    files = _depends_on(source, mutants)
+    files = depends_on(source, mutants)
     digest = hashlib.sha256(_compiler())
     for part in (*flags, *(f"{path.relative_to(ROOT)}\0{text}" for path, text in sorted(files.items()))):
         digest.update(part.encode() + b"\0")
@@ -139,7 +139,7 @@ def _build(sources: dict[Path, list[str]], sanitizer: str, texts: dict[str, str]
     mutants = {ROOT / path: text for path, text in texts.items()}
     executor_flags = [*EXECUTOR_FLAGS, SANITIZERS[sanitizer][1]]
     executor = {HOST / f"{name}.cpp": executor_flags for name in ("executor", "warp", "tensor_cores")}
-    used = set().union(*(_depends_on(source, mutants) for source in sources))
+    used = set().union(*(depends_on(source, mutants) for source in sources))
     unused = mutants.keys() - used
     assert not unused, f"nothing that is compiled includes {', '.join(map(str, unused))}"
     for old in BUILD.glob("*"):  # mutants of former days

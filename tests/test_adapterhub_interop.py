@@ -214,7 +214,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "a part is missing": (_weight("adapter_up.bias", lambda t: None), "expected adapter_up.bias"),
     "another width": (_weight("adapter_up.weight", lambda t: t[1:]), r"expected down \[R, d\]"),
     "nan": (_weight("adapter_down", lambda t: t * torch.nan), "expected finite values"),
-    "integers": (_weight("adapter_down", lambda t: t.long()), "expected floats"),
+    "integers": (_weight("adapter_down", lambda t: t.long()), "expected fp32, bf16, fp16 or fp64, got torch.int64"),
 }
 
 

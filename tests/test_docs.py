@@ -1,18 +1,24 @@
 """The documentation's Python runs, its links lead somewhere, its pictures are what the script draws.
 
-The rule: every ```python block of docs/methods/*.md and of README.md runs, one after the other, in a namespace of its
-page and an empty folder. A block finds `torch`, `nn`, `peftk`, `peft` and `get_peft_model`, and fresh before each one:
+The rule: every ```python block of README.md, docs/*.md and docs/methods/*.md runs, one after the other, in a
+namespace of its page and an empty folder. A block finds `torch`, `nn`, `peftk`, `peft` and `get_peft_model`, and fresh
+before each one:
 
-    model, base_model   a small BERT with a classifier, twice
+    model, base_model   a small BERT with a classifier, twice; in README.md of the size of MiniLM-L6
     config              a LoRA for it, HF PEFT's
     batch               input_ids, attention_mask and labels for it, four sequences
-    alice/, bob/        two LoRA checkpoints of it (once a page)
+    alice/, bob/        two LoRA checkpoints of it that do something (once a page)
 
-What cannot run here is no ```python block, or needs a GPU and says "cuda".
+Blocks assert what they claim. `print(…)  # → text` claims too: the text is what is printed, with … for anything. Of a
+block of `>>>` lines, these run; what they print is another on every machine.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import io
 import pathlib
 import re
 import runpy
@@ -29,30 +35,72 @@ import peftk
 
 ROOT = pathlib.Path(__file__).parent.parent
 METHODS = ROOT / "docs" / "methods"
-PAGES = [ROOT / "README.md", *sorted(METHODS.glob("*.md"))]
 PICTURES = ["bitfit", "layers", "llama_adapter", "lora", "overview", "parallel_adapter", "series_adapter"]
 
 
 def blocks(page: pathlib.Path) -> list[tuple[int, str]]:
-    """The page's python blocks that run here, each with the line it begins at."""
+    """The page's python blocks, each with the line it begins at."""
     text = page.read_text()
-    found = [(text[: m.start(1)].count("\n"), m[1]) for m in re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)]
-    return [(line, code) for line, code in found if "cuda" not in code and not code.startswith(">>>")]
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
+    return [(text[: block.start(1)].count("\n"), block[1]) for block in found]
 
 
-def prepared() -> dict[str, Any]:
-    def bert() -> nn.Module:
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-        )
-        return transformers.BertForSequenceClassification(config).eval()
+README = ROOT / "README.md"
+ALL = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(METHODS.glob("*.md"))]
+PAGES = [page for page in ALL if blocks(page)]
 
+
+@functools.cache
+def made(readme: bool) -> nn.Module:
+    torch.manual_seed(0)
+    hidden_size, layers, vocab_size = (384, 6, 30522) if readme else (32, 2, 64)
+    config = transformers.BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=4 * hidden_size,
+    )
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def prepared(page: pathlib.Path) -> dict[str, Any]:
     ids = torch.randint(3, 64, (4, 8), generator=torch.Generator().manual_seed(1))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-    config = peft.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS")
-    modules = {"torch": torch, "nn": nn, "peftk": peftk, "peft": peft, "get_peft_model": peft.get_peft_model}
-    return {**modules, "model": bert(), "base_model": bert(), "config": config, "batch": batch}
+    return {
+        **{"torch": torch, "nn": nn, "peftk": peftk, "peft": peft, "get_peft_model": peft.get_peft_model},
+        "model": copy.deepcopy(made(page == README)),
+        "base_model": copy.deepcopy(made(page == README)),
+        "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2},
+        "config": peft.LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"),
+    }
+
+
+def checkpoint(name: str, page: pathlib.Path) -> None:
+    model = prepared(page)["model"]
+    peftk.inject(model, peftk.LoraConfig(target_modules=["query", "value"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    peftk.save_adapter(model, name)
+
+
+CLAIM = re.compile(r"^(print\(.*\))  # → (.*)$", re.M)
+
+
+def claims(code: str) -> str:
+    """The code with each claim about what is printed as a call of `claimed`, in the same line."""
+    if code.startswith(">>> "):
+        code = "".join(line[4:] if line.startswith(">>> ") else "\n" for line in code.splitlines(keepends=True))
+    return CLAIM.sub(lambda found: f"with claimed({found[2]!r}): {found[1]}", code)
+
+
+@contextlib.contextmanager
+def claimed(text: str) -> Any:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    pattern = ".*".join(map(re.escape, text.split("…")))
+    assert re.fullmatch(pattern, printed.getvalue().strip()), f"claimed {text!r}, printed {printed.getvalue()!r}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -61,16 +109,30 @@ def test_python_of_the_documentation_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("alice", "bob"):
-        model = prepared()["model"]
-        peftk.inject(model, peftk.LoraConfig(target_modules=["query", "value"]))
-        peftk.save_adapter(model, name)
-    namespace: dict[str, Any] = {}
+        checkpoint(name, page)
+    namespace: dict[str, Any] = {"claimed": claimed}
     for line, code in blocks(page):
-        namespace.update(prepared())
+        namespace.update(prepared(page))
         # compiled under the page's name, at the page's lines: so that a traceback shows them
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is deprecated and will be removed", category=FutureWarning)
-            exec(compile("\n" * line + code, page, "exec"), namespace)
+            exec(compile("\n" * line + claims(code), page, "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    ("printed", "text", "right"),
+    [
+        ("|Φ| = 2,048 of 9,999", "|Φ| = 2,048 of …", True),
+        ("|Φ| = 2,049 of 9,999", "|Φ| = 2,048 of …", False),
+        ("2,048", "2,048", True),
+        ("12,048", "2,048", False),
+        ("", "2,048", False),
+    ],
+)
+def test_a_claim_about_what_is_printed_is_held_against_it(printed: str, text: str, right: bool) -> None:
+    code = f"print({printed!r})  # → {text}\n"
+    with contextlib.nullcontext() if right else pytest.raises(AssertionError, match="claimed"):
+        exec(claims(code), {"claimed": claimed})
 
 
 def test_every_method_has_a_page_with_its_picture_and_code() -> None:

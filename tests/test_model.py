@@ -148,7 +148,7 @@ def test_torchs_own_transformer_sees_the_adapter() -> None:
         before = encoder(x)
         with_random_B(encoder)
         assert not torch.allclose(encoder(x), before)
-    with pytest.raises(ValueError, match="out_proj, whose weight MHA reads itself"):
+    with pytest.raises(ValueError, match="out_proj, whose weight MultiheadAttention reads itself"):
         peftk.inject(nn.TransformerEncoderLayer(16, 2, 32), LoraConfig(target_modules=["out_proj"]))
 
 
@@ -567,7 +567,7 @@ def test_a_weight_that_one_method_holds_frozen_trains_in_no_other() -> None:
     model = TwoLayers()
     peftk.inject(model, peftk.LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match=r"expected layer\.0\.query\.weight to train in no other method"):
-        peftk.inject(model, peftk.LoraConfig(target_modules=["value"], modules_to_save=["layer.0"]))
+        peftk.inject(model, peftk.LoraConfig(target_modules=["value"], modules_to_save=["query"]))
     assert [name for name, _ in lora_layers(model)] == ["layer.0.query", "layer.1.query"]
 
 

@@ -172,6 +172,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """dX [M, columns] in dy's dtype, if needed, and u [M, z_width] in fp32, from dY [M, N] and the forward's z."""
     u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
+    z = u if z is None else z  # where it wasn't saved, none is read
     swapped = None if weight is None else weight.t()
     dx = _launch(
         dy,

@@ -64,7 +64,9 @@ struct LinearArgs {
 
 // dX, and the gradients of every adapter, dense, in the adapters' dtype; addresses as int64, 0: not wanted.
 struct LinearBackwardArgs {
-    LinearArgs forward;  // y unused; z as the forward left it; over_base: dx holds dY · W already
+    // y unused; x only for a dA, W only for dX; z as the forward left it, null where no dB is wanted and every
+    // activation is the identity; over_base: dx holds dY · W already
+    LinearArgs forward;
     const void* dy;
     int64_t dy_stride;
     int dy_dtype;

@@ -82,7 +82,7 @@ def lora_linear(
     """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
     M, N = x.shape[0], _out(x, weight)
-    base = x.clone() if weight is None else base
+    base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
@@ -121,7 +121,7 @@ def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
 ) -> Tensor | None:
     """`direct_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
-    if table.dtype not in DTYPES:
+    if table.dtype not in DTYPES:  # fp64
         return None
     threads = torch.get_num_threads()
     return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
@@ -142,7 +142,7 @@ def multi_lora_linear(
     """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
     M, N = x.shape[0], _out(x, weight)
-    base = x.clone() if weight is None else base
+    base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     # rows of smaller rank leave the rest alone
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
@@ -161,7 +161,7 @@ def multi_lora_linear(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
@@ -173,18 +173,19 @@ def lora_linear_backward(
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
     """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
-    dy, x, weight, adapter = rows(dy), rows(x), _dense(weight), _one_page(adapter)
-    base = dy.clone() if weight is None and need_dx else base
-    dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
-    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy.shape[1], x, wanted)
+    dy, weight, adapter = rows(dy), _dense(weight), _one_page(adapter)
+    x = None if x is None else rows(x)
+    K = _in(dy, x, weight)
+    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
+    grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy, K, wanted)
     _cpu.lora_linear_backward(
-        *_linear(x, weight, dropout_p, seed, base is not None),
+        *_linear_backward(dy, x, weight, K, dropout_p, seed, base is not None),
         *_adapter(adapter),
         dy.data_ptr(),
         dy.stride(0),
         DTYPES[dy.dtype],
         0 if dx is None else dx.data_ptr(),
-        x.shape[1],
+        K,
         0 if z is None else z.data_ptr(),
         0 if z is None else z.stride(0),
         *_addresses(grads),
@@ -194,11 +195,11 @@ def lora_linear_backward(
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -207,25 +208,24 @@ def multi_lora_linear_backward(
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """base: as in `lora_linear_backward`."""
-    dy, x, weight, ids, z = rows(dy), rows(x), _dense(weight), _ids(ids), rows(z)
-    base = dy.clone() if weight is None and need_dx else base
-    dx = base if base is not None else x.new_empty(x.shape) if need_dx else None
+    dy, weight, ids = rows(dy), _dense(weight), _ids(ids)
+    x, z = None if x is None else rows(x), None if z is None else rows(z)
+    K = _in(dy, x, weight)
+    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
     each = [ALL] * len(table.adapters) if wanted is None else wanted
-    grads = [
-        None if a is None else _empty_grads(a, dy.shape[1], x, w) for a, w in zip(table.adapters, each, strict=True)
-    ]
-    addresses = x.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
+    grads = [None if a is None else _empty_grads(a, dy, K, w) for a, w in zip(table.adapters, each, strict=True)]
+    addresses = dy.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
-        *_linear(x, weight, dropout_p, seed, base is not None),
+        *_linear_backward(dy, x, weight, K, dropout_p, seed, base is not None),
         *_table(table),
         ids.data_ptr(),
         dy.data_ptr(),
         dy.stride(0),
         DTYPES[dy.dtype],
         0 if dx is None else dx.data_ptr(),
-        x.shape[1],
-        z.data_ptr(),
-        z.stride(0),
+        K,
+        0 if z is None else z.data_ptr(),
+        0 if z is None else z.stride(0),
         addresses.data_ptr(),
     )
     return dx, grads
@@ -291,6 +291,11 @@ def _out(x: Tensor, weight: Tensor | None) -> int:
     return x.shape[1] if weight is None else weight.shape[0]
 
 
+def _in(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> int:
+    """K, of a backward that may have no x; without a weight it is N."""
+    return x.shape[1] if x is not None else dy.shape[1] if weight is None else weight.shape[1]
+
+
 def _ids(ids: Tensor) -> Tensor:
     if ids.dtype != torch.int32:
         raise ValueError(f"ids: expected int32, got {ids.dtype}")
@@ -309,17 +314,33 @@ def _linear(
     x: Tensor, weight: Tensor | None, dropout_p: float, seed: Tensor | None, over_base: bool = False
 ) -> tuple[int | float, ...]:
     """M, N, K; x; weight, of dtype -1 where its part is there already; dropout; threads."""
+    M, K = x.shape
+    part = (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
+    return M, _out(x, weight), K, *part, *_weight_and_rest(weight, K, dropout_p, seed, over_base)
+
+
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    K: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    over_base: bool,
+) -> tuple[int | float, ...]:
+    """The same for a backward: without x it says the dtype of dX alone."""
+    M, N = dy.shape
+    part = (0, K, DTYPES[dy.dtype]) if x is None else (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
+    return M, N, K, *part, *_weight_and_rest(weight, K, dropout_p, seed, over_base)
+
+
+def _weight_and_rest(
+    weight: Tensor | None, K: int, dropout_p: float, seed: Tensor | None, over_base: bool
+) -> tuple[int | float, ...]:
     if dropout_p and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
-    M, K = x.shape
     n_stride, k_stride = (K, 1) if weight is None else weight.stride()
     return (
-        M,
-        _out(x, weight),
-        K,
-        x.data_ptr(),
-        x.stride()[0],
-        DTYPES[x.dtype],
         0 if weight is None else weight.data_ptr(),
         n_stride,
         k_stride,
@@ -328,6 +349,17 @@ def _linear(
         0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
     )
+
+
+def _room_for_dx(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What dX is added to, where it is there already (without a weight dX begins as dY), and dX [M, K]."""
+    if not need_dx:
+        return None, None
+    if weight is None:
+        base = dy.clone(memory_format=torch.contiguous_format)
+    return base, dy.new_empty(dy.shape[0], K, dtype=dy.dtype if x is None else x.dtype) if base is None else base
 
 
 def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
@@ -367,13 +399,13 @@ def _bias(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
 
 
-def _empty_grads(adapter: Adapter, N: int, x: Tensor, wanted: Wanted) -> AdapterGrads:
+def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> AdapterGrads:
     """Room for the gradients that are wanted, in the shapes of the adapter's dense tensors."""
-    dtype = adapter.tensors()[0].dtype if adapter.tensors() else x.dtype
-    K, R = x.shape[1], adapter.rank
+    dtype = adapter.tensors()[0].dtype if adapter.tensors() else dy.dtype
+    N, R = dy.shape[1], adapter.rank
 
     def room(exists: bool, wants: bool, *shape: int) -> Tensor | None:
-        return x.new_empty(shape, dtype=dtype) if exists and wants else None
+        return dy.new_empty(shape, dtype=dtype) if exists and wants else None
 
     return AdapterGrads(
         room(bool(adapter.pages_A), wanted.lora_A, R, K),

@@ -69,7 +69,7 @@ def multi_lora_linear(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     adapter: Adapter | None,
     z: Tensor | None,
@@ -89,11 +89,11 @@ def lora_linear_backward(
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     table: AdapterTable,
     ids: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,

@@ -33,6 +33,12 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride()[1] == 1 else x.contiguous()
 
 
+def write(weight: Tensor, values: Tensor) -> None:
+    """weight ← values, also where it was made in torch.inference_mode(), outside of which torch refuses to."""
+    with torch.inference_mode(weight.is_inference()):
+        weight.copy_(values)
+
+
 @contextlib.contextmanager
 def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Each W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
@@ -40,6 +46,6 @@ def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     yield held
     for weight, W in zip(weights, held, strict=True):
         if W is not weight:
-            weight.copy_(W)
+            write(weight, W)
         elif not weight.is_inference():
             torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice

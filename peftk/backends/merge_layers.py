@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftk.backends.merge_args import NotFiniteError, in_rows, rows
+from peftk.backends.merge_args import NotFiniteError, in_rows, rows, write
 from peftk.receipt import MergeReceipt, bytewise, packed
 from peftk.reference.merge import Factors
 
@@ -109,7 +109,7 @@ class InPlace(NamedTuple):
         W = weight.clone(memory_format=torch.contiguous_format)
         self._unmerge([W], [receipt])
         (new,) = self._merge([W], [factors])
-        weight.copy_(W)
+        write(weight, W)
         return new
 
     def checksums(self, weights: Sequence[Tensor]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from peftk import reference
-from peftk.backends.merge_args import NotFiniteError
+from peftk.backends.merge_args import NotFiniteError, write
 from peftk.backends.segments import Segments
 from peftk.receipt import MergeReceipt, bytewise, packed
 from peftk.reference import (
@@ -59,7 +59,7 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
-    weight.copy_(_base(weight, receipt))
+    write(weight, _base(weight, receipt))
 
 
 def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
@@ -78,5 +78,5 @@ def _merge_from(weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
     if not bool(new.isfinite().all()):
         raise NotFiniteError
     receipt = packed(factors, code, base[code == RAW], checksum(new))
-    weight.copy_(new)
+    write(weight, new)
     return receipt

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftk import backends, route
+from peftk.lasting import lasting
 
 MOST_ADAPTERS = 2**20  # a key of the kernels, (id + 1) · 1024 + row, fits in int32
 
@@ -45,6 +46,7 @@ def of(ids: Tensor, adapters: int) -> Segments:
     return route.once(ids, (adapters, backends.forced()), lambda: _sorted(ids, adapters))
 
 
+@lasting()
 def _sorted(ids: Tensor, adapters: int) -> Segments:
     call = backends.Call("segments", ids.device.type, ids.dtype, ids.dtype, None, ids.shape[0], 1, 1, 0, adapters)
     found: Segments = backends.module(backends.choose(call).backend).segments(ids, adapters)

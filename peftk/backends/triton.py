@@ -143,7 +143,7 @@ def multi_lora_linear(
 
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
@@ -155,23 +155,24 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, AdapterGrads]:
     """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
     adapters, held = _one(adapter)
-    dx, u = kernels.backward(dy, weight, x.shape[1], adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
+    K = dy.shape[1] if weight is None else weight.shape[1]
+    dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
+    x, z = _unread(x, z, dy, u)
     plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
-    # of a bias alone there is no z, and none is read
-    [grads] = gradients.wgrad(dy, x, u if z is None else z, u, adapters, None, plan, dropout_p=dropout_p, seed=seed)
+    [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=dropout_p, seed=seed)
     del held
     return dx, grads or AdapterGrads(None, None, None, None)
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -180,11 +181,16 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
     adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
-    dx, u = kernels.backward(
-        dy, weight, x.shape[1], adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx
-    )
+    K = dy.shape[1] if weight is None else weight.shape[1]
+    dx, u = kernels.backward(dy, weight, K, adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
+    x, z = _unread(x, z, dy, u)
     plan = _plan(table, wanted, dy.shape[1], x)
     return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
+
+
+def _unread(x: Tensor | None, z: Tensor | None, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """x and z; for one that no gradient reads, another tensor, as a kernel's argument."""
+    return dy if x is None else x, u if z is None else z
 
 
 def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tensor) -> gradients.Plan:

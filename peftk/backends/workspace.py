@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peftk.lasting import lasting
+
 _SLAB = 1 << 18  # counters that wait for graphs to capture their launches; 1 MiB a device
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
@@ -45,6 +47,7 @@ def forget(device: torch.device) -> None:
         del _of_stream[key]
 
 
+@lasting()
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)

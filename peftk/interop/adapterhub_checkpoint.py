@@ -61,11 +61,15 @@ _MEANT = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBottlenecks:
-    """A checkpoint of bottleneck adapters, checked in itself. adapters: by AdapterHub's module, parts by our names."""
+    """A checkpoint of bottleneck adapters, checked in itself. adapters: by AdapterHub's module, parts by our names.
+
+    about: the base model's name as in a PEFT config, where the checkpoint has one.
+    """
 
     path: Path
     config: AdapterHubConfig
     adapters: Mapping[str, Mapping[str, Tensor]]
+    about: Mapping[str, str]
 
 
 def load(path: str | os.PathLike[str]) -> LoadedBottlenecks:
@@ -89,14 +93,14 @@ def load(path: str | os.PathLike[str]) -> LoadedBottlenecks:
             raise CheckpointError(
                 f"{folder / WEIGHTS_FILE}: expected keys <module>.adapters.{name}.adapter_{{down.0,up}}.…, got {key!r}"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{folder / WEIGHTS_FILE}: {key}: expected floats, got {tensor.dtype}")
+        files.finite_floats(folder / WEIGHTS_FILE, key, tensor)
         adapters.setdefault(module, {})[_PARTS[part]] = tensor
     for module, parts in adapters.items():
         _check(folder / WEIGHTS_FILE, module, parts)
         # in fp64: one rounding in all, when it goes into the adapter
         parts["bias_B"] = parts["bias_B"].double() * config.scaling
-    return LoadedBottlenecks(folder, config, adapters)
+    about = files.about({"base_model_name_or_path": outer.get("model_name") or None}, folder / CONFIG_FILE)
+    return LoadedBottlenecks(folder, config, adapters, about)
 
 
 def save(
@@ -108,9 +112,9 @@ def save(
 ) -> None:
     """Writes a checkpoint that the adapters library reads (`load_adapter(path, use_safetensors=True)`).
 
-    adapters: as in `LoadedBottlenecks`. about: model_type, hidden_size and model_class. b = β / s is rounded once in
-    the adapter's dtype. Raises ValueError where scaling is 0, which leaves nothing of β. A failure leaves an earlier
-    checkpoint as it was.
+    adapters: as in `LoadedBottlenecks`. about: model_type, hidden_size, model_class, model_name. b = β / s is rounded
+    once in the adapter's dtype. Raises ValueError where scaling is 0, which leaves nothing of β. A failure leaves an
+    earlier checkpoint as it was.
     """
     if config.scaling == 0:
         raise ValueError("scaling: expected another than 0, with which AdapterHub's adapters add nothing, got 0")
@@ -141,7 +145,7 @@ def save(
         "init_weights": "bert",
         **_SAYS[config.placement],
     }
-    outer = {"config": fields, "name": name, "model_name": "", "version": VERSION, **about}
+    outer = {"config": fields, "name": name, "version": VERSION, **about}
     files.write(path, outer, WEIGHTS_FILE, weights)
 
 

@@ -2,15 +2,19 @@
 
 A folder with `adapter_config.json`, {"peftk": version, "methods": [{"method": class of the config, its fields …}, …]},
 in the order in which they were injected, and `adapter_model.safetensors`, which holds exactly the parameters that
-train, the methods' own and the model's, by their names in the injected model.
+train, the methods' own and the model's, and the buffers of modules that train whole, by their names in the injected
+model. Beside "methods" may stand what a PEFT config says of the base model (`files.ABOUT`), "embeddings": names of
+weights of the base model that an earlier checkpoint brought, and "scalings": lora_alpha and use_rslora of LoRALinear
+layers that no method put in.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +31,60 @@ VERSION = 1
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 
-def load(path: str | os.PathLike[str]) -> tuple[list[Config], dict[str, Tensor]]:
-    """The methods' configs in order, and what they trained. Raises CheckpointError for a checkpoint that is damaged."""
+class OwnCheckpoint(NamedTuple):
+    """A checkpoint, checked in itself. tensors: by their names in the injected model; the others as in the file."""
+
+    configs: Sequence[Config]
+    tensors: Mapping[str, Tensor]
+    scalings: Mapping[str, tuple[float, bool]]
+    embeddings: Sequence[str]
+    about: Mapping[str, str]
+
+
+def load(path: str | os.PathLike[str]) -> OwnCheckpoint:
+    """Reads a checkpoint whole. Raises CheckpointError for one that is damaged."""
     folder = files.folder(path)
     config = files.read_config(folder)
     file = folder / CONFIG_FILE
     if config.get("peftk") != VERSION:
         raise CheckpointError(f"{file}: expected peftk {VERSION}, got {config.get('peftk')!r}")
     methods = config.get("methods")
-    if not isinstance(methods, list) or not methods or not all(isinstance(method, dict) for method in methods):
+    if not isinstance(methods, list) or not all(isinstance(method, dict) for method in methods):
         raise CheckpointError(f"{file}: expected methods to be a list of configs, got {methods!r}")
-    configs = [_decode(file, method) for method in methods]
-    return configs, files.read_weights(folder, WEIGHTS_FILE, pickled="adapter_model.bin")
+    embeddings = config.get("embeddings", [])
+    if not isinstance(embeddings, list) or not all(isinstance(name, str) for name in embeddings):
+        raise CheckpointError(f"{file}: expected embeddings to be a list of names, got {embeddings!r}")
+    return OwnCheckpoint(
+        [_decode(file, method) for method in methods],
+        files.read_weights(folder, WEIGHTS_FILE, pickled="adapter_model.bin"),
+        _scalings(file, config.get("scalings", {})),
+        embeddings,
+        files.about(config, file),
+    )
 
 
-def save(path: str | os.PathLike[str], configs: Sequence[Config], tensors: Mapping[str, Tensor]) -> None:
+def save(path: str | os.PathLike[str], checkpoint: OwnCheckpoint) -> None:
     """Writes a checkpoint. Raises ValueError for a config of none of peftk's methods."""
-    methods = [_encode(config) for config in configs]
-    files.write(path, {"peftk": VERSION, "methods": methods}, WEIGHTS_FILE, tensors)
+    config: dict[str, Any] = {
+        "peftk": VERSION,
+        "methods": [_encode(method) for method in checkpoint.configs],
+        **checkpoint.about,
+    }
+    if checkpoint.scalings:
+        config["scalings"] = checkpoint.scalings
+    if checkpoint.embeddings:
+        config["embeddings"] = list(checkpoint.embeddings)
+    files.write(path, config, WEIGHTS_FILE, checkpoint.tensors)
+
+
+def _scalings(file: os.PathLike[str], scalings: Any) -> dict[str, tuple[float, bool]]:
+    try:
+        found = {name: (float(lora_alpha), bool(use_rslora)) for name, (lora_alpha, use_rslora) in scalings.items()}
+        if all(math.isfinite(lora_alpha) for lora_alpha, _ in found.values()):
+            return found
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        pass
+    raise CheckpointError(f"{file}: expected scalings to give each layer lora_alpha, use_rslora, got {scalings!r}")
 
 
 def _encode(config: Config) -> dict[str, Any]:
@@ -82,8 +122,12 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
     dtype, projections = fields.get("adapter_dtype"), fields.get("projections")
     try:
         if dtype is not None:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
+                raise ValueError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
             fields["adapter_dtype"] = _DTYPES[dtype]
         if projections is not None:
+            if not isinstance(projections, list) or not 4 <= len(projections) <= len(Projections._fields):
+                raise ValueError(f"projections: expected {', '.join(Projections._fields)}, got {projections!r}")
             fields["projections"] = Projections(*projections)
         return kind(**fields)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

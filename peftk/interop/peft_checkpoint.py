@@ -8,6 +8,8 @@ A checkpoint is a folder with `adapter_config.json` (peft_type "LORA", hyper-par
     <linear>.base_layer.bias [N]    with bias "all" or "lora_only": the trained bias of an adapted linear
     <module>.bias                   with bias "all": the trained bias of any other module
     <module>.<parameter or buffer>  of a module in modules_to_save, which trains whole
+    <embedding>.weight, .bias       the base model's own embeddings, where their size has changed
+    <linear>.base_layer.weight      the same of one that is adapted (lm_head)
 
 The scaling is lora_alpha / r, or lora_alpha / √r with use_rslora, where rank_pattern and alpha_pattern give a module
 its own. Source: peft 0.21, utils/save_and_load.py and its files.
@@ -20,7 +22,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _LARGEST = sys.float_info.max
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_A, _B, _B_BIAS, _BASE_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer.bias"
+_A, _B, _B_BIAS, _BASE = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer"
+_NAMED = re.compile(r"(\.lora_[AB])\.default(\.(?:weight|bias))$")
+_INSIDES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 class LoadedAdapter(NamedTuple):
@@ -58,7 +62,8 @@ class LoadedCheckpoint:
     """A whole LoRA checkpoint, checked in itself.
 
     adapters: by the linear's name. biases: trained biases of the base model, by their names there (`<module>.bias`).
-    saved: parameters and buffers of the modules that train whole, by their names in the base model.
+    saved: parameters and buffers of the modules that train whole, by their names in the base model. base: weights of
+    the base model's embeddings, by theirs; frozen. about: what the config says of the base model.
     """
 
     path: Path
@@ -66,12 +71,14 @@ class LoadedCheckpoint:
     adapters: Mapping[str, LoadedAdapter]
     biases: Mapping[str, Tensor]
     saved: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+    about: Mapping[str, str]
 
     def lora_config(self, adapter_dtype: torch.dtype | None = None) -> LoraConfig:
         """What `peftk.inject` needs to put this checkpoint's adapters in."""
         config = self.config
         # PEFT names heads that a model may not have ("classifier" and "score" for SEQ_CLS): keep those that were saved
-        kept = [m for m in config.get("modules_to_save") or () if any(_within(name, m) for name in self.saved)]
+        kept = [m for m in config.get("modules_to_save") or () if any(within(name, m) for name in self.saved)]
         try:
             return LoraConfig(
                 r=config["r"],
@@ -102,60 +109,89 @@ def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     """
     folder = files.folder(path)
     config = files.read_config(folder)
+    kind = files.checkpoint_format(config)
+    if kind != "peft":
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: expected a LoRA checkpoint of HF PEFT, got one of {kind}'s format"
+        )
     _check_config(folder / CONFIG_FILE, config)
     tensors = files.read_weights(folder, WEIGHTS_FILE, pickled=_PICKLED)
     where = folder / WEIGHTS_FILE
     parts: dict[str, dict[str, Tensor]] = {}
-    biases, saved = {}, {}
+    rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        suffix = next((s for s in (_A, _B, _B_BIAS) if name.endswith(s)), None)
-        if name == key:
+        if not key.startswith(_PREFIX):
             raise CheckpointError(f"{where}: expected keys {_PREFIX}<module>.lora_{{A,B}}.weight and such, got {key!r}")
-        if suffix is not None:
-            parts.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
-        elif any(_within(name, module) for module in config.get("modules_to_save") or ()):
-            # with bias "all", PEFT writes the same bias again under the names of its wrapper's insides
-            if not re.search(r"\.(modules_to_save|original_module)\.([^.]+\.)*bias$", name):
-                saved[name] = tensor
-        elif _is_bias(name, config.get("bias")):
-            biases[name.removesuffix(_BASE_BIAS) + ".bias" if name.endswith(_BASE_BIAS) else name] = tensor
-        else:
-            raise CheckpointError(f"{where}: expected no tensor that {CONFIG_FILE} does not account for, got {key!r}")
+        # as in the model itself: no wrappers, and not the name that PEFT gives to an only adapter
+        name = _NAMED.sub(r"\1\2", files.plain_name(key.removeprefix(_PREFIX)))
+        suffix = next((s for s in (_A, _B, _B_BIAS) if name.endswith(s)), None)
+        found = rest if suffix is None else parts.setdefault(name.removesuffix(suffix), {})
+        if (suffix or name) in found:
+            raise CheckpointError(f"{where}: expected one tensor for {name}, got another as {key!r}")
+        found[suffix or name] = tensor
     if not parts:
         raise CheckpointError(f"{where}: expected LoRA factors, got none")
+    biases, saved, base = _beside(where, rest, parts, config)
     adapters = {name: _adapter(where, name, found, config) for name, found in parts.items()}
-    for name, bias in biases.items():
-        if not bias.is_floating_point() or bias.dim() != 1:
-            raise CheckpointError(f"{where}: {name}: expected a bias of shape [N], got {bias.dtype} {list(bias.shape)}")
-    return LoadedCheckpoint(folder, config, adapters, biases, saved)
+    for name, tensor in {**biases, **base}.items():
+        files.finite_floats(where, name, tensor)
+        if name in biases and tensor.dim() != 1:
+            raise CheckpointError(f"{where}: {name}: expected a bias of shape [N], got {list(tensor.shape)}")
+    about = files.about(config, folder / CONFIG_FILE)
+    return LoadedCheckpoint(folder, config, adapters, biases, saved, base, about)
 
 
-def load_factors(path: str | os.PathLike[str]) -> Mapping[str, LoadedAdapter]:
-    """The adapters of a checkpoint that holds nothing but s·BA.
+def _beside(
+    where: Path, tensors: Mapping[str, Tensor], adapted: Collection[str], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What of a checkpoint is no factor: trained biases, modules that train whole, weights of the base model."""
+    biases: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, last = key.rpartition(".")
+        inner = module.removesuffix(_BASE)
+        name = f"{inner}.{last}" if inner in adapted and last in ("weight", "bias") else key
+        if _INSIDES.sub(".", key) in tensors and _INSIDES.search(key):
+            continue  # PEFT may write what it saves whole again, under the names of its wrapper's insides
+        if any(within(key, kept) for kept in config.get("modules_to_save") or ()):
+            saved[key] = tensor
+        elif _is_bias(key, config.get("bias")):
+            biases[name] = tensor
+        elif last == "weight" or (last == "bias" and f"{module}.weight" in tensors):
+            base[name] = tensor
+        elif "lora_embedding_" in key or last == "trainable_tokens_delta":
+            raise CheckpointError(f"{where}: expected adapters of linears alone, got one of an embedding: {key!r}")
+        else:
+            raise CheckpointError(f"{where}: expected no tensor that {CONFIG_FILE} does not account for, got {key!r}")
+    return biases, saved, base
+
+
+def load_factors(path: str | os.PathLike[str]) -> LoadedCheckpoint:
+    """A checkpoint that trains nothing but the factors of s·BA.
 
     Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
     """
     loaded = load(path)
-    beside = [*loaded.biases, *loaded.saved, *(n for n, a in loaded.adapters.items() if a.lora_bias is not None)]
+    own = [f"{name}{_B_BIAS}" for name, adapter in loaded.adapters.items() if adapter.lora_bias is not None]
+    beside = [*loaded.biases, *loaded.saved, *own]
     if beside:
         raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
-    return loaded.adapters
+    return loaded
 
 
 def save(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],
     adapters: Mapping[str, Sequence[Tensor | None]],
-    biases: Mapping[str, Tensor] | None = None,
-    saved: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint that HF PEFT reads.
 
     Args:
         config: the config's fields, without peft_type.
         adapters: by the linear's name (A, B) or (A, B, lora_bias).
-        biases, saved: as in `LoadedCheckpoint`, by their names in the base model.
+        beside: what else `LoadedCheckpoint` has, by its names in the base model.
 
     A failure leaves an earlier checkpoint as it was.
     """
@@ -164,10 +200,9 @@ def save(
         for suffix, factor in zip((_A, _B, _B_BIAS), factors, strict=False):
             if factor is not None:
                 weights[_PREFIX + name + suffix] = factor
-    for name, bias in (biases or {}).items():
-        module = name.removesuffix(".bias")
-        weights[_PREFIX + (module + _BASE_BIAS if module in adapters else name)] = bias
-    weights |= {_PREFIX + name: tensor for name, tensor in (saved or {}).items()}
+    for name, tensor in (beside or {}).items():
+        module, _, last = name.rpartition(".")
+        weights[_PREFIX + (f"{module}{_BASE}.{last}" if module in adapters else name)] = tensor
     files.write(path, {"peft_type": "LORA", **config}, WEIGHTS_FILE, weights)
 
 
@@ -176,22 +211,23 @@ def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def _within(parameter: str, module: str) -> bool:
+def within(parameter: str, module: str) -> bool:
     """Whether a parameter belongs to a module whose dotted name ends with `module`."""
     return inside(parameter.rpartition(".")[0], module)
 
 
 def _is_bias(name: str, mode: Any) -> bool:
-    return name.endswith(_BASE_BIAS) if mode == "lora_only" else mode == "all" and name.endswith(".bias")
+    return name.endswith(f"{_BASE}.bias") if mode == "lora_only" else mode == "all" and name.endswith(".bias")
 
 
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
-    for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        value = config.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
-            raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
+    r, lora_alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise CheckpointError(f"{file}: expected r to be an integer of 1 or more, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= _LARGEST:
+        raise CheckpointError(f"{file}: expected lora_alpha to be a finite number, got {lora_alpha!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
         found = ", ".join(f"{field}={value!r}" for field, value in sorted(unsupported.items()))
@@ -235,8 +271,8 @@ def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str,
     wanted = (_A, _B, _B_BIAS) if config.get("lora_bias") else (_A, _B)
     if parts.keys() != set(wanted):
         raise CheckpointError(
-            f"{where}: expected {' and '.join(name + s for s in wanted)} of {CONFIG_FILE}, "
-            f"got only {' and '.join(name + s for s in sorted(parts))}"
+            f"{where}: expected {' and '.join(name + s for s in wanted)}, as {CONFIG_FILE} says, "
+            f"got {' and '.join(name + s for s in sorted(parts))}"
         )
     lora_A, lora_B, lora_bias = parts[_A], parts[_B], parts.get(_B_BIAS)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
@@ -249,10 +285,7 @@ def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str,
             f"{where}: {name}: expected a bias [{lora_B.shape[0]}] of lora_B, got {list(lora_bias.shape)}"
         )
     for suffix, tensor in parts.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{where}: {name}{suffix}: expected finite values in fp32, bf16 or fp16, got {tensor.dtype}"
-            )
+        files.finite_floats(where, name + suffix, tensor)
     rank = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
     if rank != lora_A.shape[0]:
         raise CheckpointError(

@@ -22,6 +22,7 @@ from peftk import functional, storage, table
 from peftk.interop import peft_batch, peft_merge, peft_reasons
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_reasons import Base, Factors
+from peftk.nn import watched
 from peftk.table import Adapter, AdapterTable
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # what plain LoRA is given and does not look at
@@ -156,6 +157,12 @@ class Linear(lora.Linear):
             made = self.__dict__["_peftk_table"] = _Made(where, built)
         return made.table
 
+    @property
+    def weight(self) -> Tensor:
+        """As PEFT's: the base layer's, for which other modules ask."""
+        weight: Tensor = watched.handed_out(self, super().weight)
+        return weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's, several adapters in one pass over W; `unmerge` gives back every bit.
 
@@ -205,8 +212,7 @@ def _adapter(factors: Factors | None) -> Adapter:
 def _where(factors: Factors) -> tuple[Any, ...]:
     """All that a table says of an adapter. The table keeps the tensors too, which may be others at the same address."""
     A, B = factors.lora_A, factors.lora_B
-    kind = (A.dtype, A.shape, B.shape, factors.scaling)
-    return (id(A), A.data_ptr(), A.stride(), id(B), B.data_ptr(), B.stride(), *kind)
+    return (factors.scaling, id(A), *table.place(A), id(B), *table.place(B))
 
 
 class LoraModel(PeftLoraModel):

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from peftk import functional, interrupts, storage
+from peftk.backends.merge_args import write
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
 from peftk.interop.peft_reasons import Base
+from peftk.lasting import lasting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ def merge(layer: Any, names: list[str]) -> None:
     adapters = {name: adapter for name, adapter in adapters.items() if adapter is not None}
     if not adapters:
         return
-    with torch.no_grad(), interrupts.held():  # a merged W and its receipt are not to be parted
+    with lasting(), interrupts.held():  # a merged W and its receipt are not to be parted
         biases = _biases(bias, adapters)
         columns = [list(column) for column in zip(*adapters.values(), strict=True)]
         try:
@@ -61,7 +63,7 @@ def merge(layer: Any, names: list[str]) -> None:
         except ValueError as error:
             raise ValueError(f"{_broken(adapters)}: {error}") from error
         if bias is not None and biases is not None:
-            bias.data.copy_(biases[1])
+            write(bias.detach(), biases[1])
         layer.merged_adapters.extend(adapters)
         layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
 
@@ -126,7 +128,7 @@ def _exactly(layer: Any, merged: Merged) -> bool:
         )
         return False
     if bias is not None and merged.biases is not None:
-        bias.data.copy_(before)
+        write(bias.detach(), before)
     return True
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftk.methods import architectures
+from peftk.methods import architectures, fields
 from peftk.methods.architectures import FAMILIES
 from peftk.methods.parallel import ParallelAdapterConfig
-from peftk.methods.places import check_bottleneck
+from peftk.methods.places import settle_bottleneck
 from peftk.methods.plan import Plan
 from peftk.methods.series import SeriesAdapterConfig
+from peftk.methods.targets import warn
 from peftk.nn.attached import Attached, attachable
 from peftk.nn.parallel_adapter import ParallelAdapter
 from peftk.nn.parameters import dtype_beside
@@ -107,7 +108,7 @@ class AdapterHubConfig:
     placement: str = SERIES
     activation: str = "relu"
     scaling: float = 1.0
-    leave_out: Sequence[int] = ()
+    leave_out: Collection[int] = ()
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -115,19 +116,19 @@ class AdapterHubConfig:
             raise ValueError(
                 "mh_adapter: expected at least one of mh_adapter, output_adapter and cross_adapter, got none"
             )
-        factors: Mapping[str, Any]
         if isinstance(self.reduction_factor, Mapping):
-            factors = {f"reduction_factor[{key!r}]": value for key, value in self.reduction_factor.items()}
-            if not factors or not all(isinstance(key, str) for key in self.reduction_factor):
+            if not self.reduction_factor or not all(isinstance(key, str) for key in self.reduction_factor):
                 raise ValueError(f"reduction_factor: expected layer numbers as strings, got {self.reduction_factor!r}")
+            factor: Any = {
+                key: fields.above_zero(f"reduction_factor[{key!r}]", value)
+                for key, value in self.reduction_factor.items()
+            }
         else:
-            factors = {"reduction_factor": self.reduction_factor}
-        for name, factor in factors.items():
-            if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < float("inf"):
-                raise ValueError(f"{name}: expected a number above 0, got {factor!r}")
+            factor = fields.above_zero("reduction_factor", self.reduction_factor)
+        fields.settle(self, reduction_factor=factor)
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
-        check_bottleneck(self)
+        settle_bottleneck(self)
 
     @property
     def _roles(self) -> tuple[str, ...]:
@@ -152,7 +153,14 @@ class AdapterHubConfig:
         return max(1, int(d // factor))
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError or TypeError where the model is of no known family or has such adapters already."""
+        """Raises ValueError or TypeError where the model is of no known family or has such adapters already.
+
+        Warns of layers to leave out that the model does not have.
+        """
+        numbers = {site.number for site in sites(model)}
+        for number in self.leave_out:
+            if number not in numbers:
+                warn(f"leave_out: the model has no layer {number}")
         return Plan(attached=[self._adapter(model, site) for site in self.sites(model)])
 
     def _adapter(self, model: nn.Module, site: FoundSite) -> tuple[str, Attached]:

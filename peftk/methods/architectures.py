@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from peftk.methods.targets import Names, matches
+from peftk.methods.fields import Names
+from peftk.methods.targets import target_modules
 from peftk.nn.attached import Attached
 from peftk.nn.llama_adapter import Projections
 from peftk.nn.replace import fan_in_fan_out, is_linear
@@ -165,11 +166,8 @@ def head_parameters(model: nn.Module, modules: Names | None, field: str = "modul
 
     Raises ValueError where a name matches nothing, or a parameter is also the base model's (a tied embedding).
     """
-    parts = {name: module for name, module in model.named_modules() if name}
     if modules is not None:
-        heads = [name for name in parts if matches(modules, name)]
-        if not heads:
-            raise ValueError(f"{field}: expected to match some module of the model, got {modules!r}")
+        heads = list(target_modules(model, field, modules))
     else:
         children = dict(model.named_children())
         base = getattr(model, "base_model_prefix", None)

@@ -6,12 +6,13 @@ import dataclasses
 
 from torch import nn
 
-from peftk.methods import architectures
+from peftk.methods import architectures, fields
+from peftk.methods.fields import Names
 from peftk.methods.plan import Plan, adapter_parameters
-from peftk.methods.targets import Names, check_names, matches
+from peftk.methods.targets import matches
 from peftk.nn.attached import Attached
 from peftk.nn.bitfit import BitFitLinear
-from peftk.nn.replace import bypassed, is_linear, plain
+from peftk.nn.replace import is_linear, plain
 
 ALL = "all"
 
@@ -30,7 +31,7 @@ class BitFitConfig:
     biases: Names = ALL
 
     def __post_init__(self) -> None:
-        check_names("biases", self.biases, keyword=ALL)
+        fields.settle(self, biases=fields.names("biases", self.biases, keyword=ALL))
 
     def plan(self, model: nn.Module) -> Plan:
         """Raises ValueError where a name matches no module that has a bias."""
@@ -46,7 +47,7 @@ class BitFitConfig:
         layers = {}
         for name in biases:
             module = model.get_submodule(name)
-            if name in wanted and name and is_linear(module) and plain(module) and not bypassed(module):
+            if name in wanted and name and is_linear(module) and plain(module):
                 layers[name] = BitFitLinear.from_linear(module)
         trained = [f"{module}.{name}".lstrip(".") for module in biases if module in wanted for name in biases[module]]
         return Plan(layers=layers, trained=trained)

@@ -9,9 +9,9 @@ import dataclasses
 
 from torch import nn
 
-from peftk.methods import architectures
-from peftk.methods.plan import Plan, adapter_parameters
-from peftk.methods.targets import Names, check_names
+from peftk.methods import architectures, fields
+from peftk.methods.fields import Names
+from peftk.methods.plan import Plan, of_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.modules is not None:
-            check_names("modules", self.modules)
+            fields.settle(self, modules=fields.names("modules", self.modules))
 
     def plan(self, model: nn.Module) -> Plan:
         """Raises ValueError where the model has no head, or one that shares a parameter with the rest."""
@@ -48,8 +48,7 @@ class TopLayersConfig:
     layers: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
-            raise ValueError(f"k: expected an integer of 1 or more (HeadConfig trains no layer), got {self.k!r}")
+        fields.settle(self, k=fields.count("k", self.k))
 
     def plan(self, model: nn.Module) -> Plan:
         """Raises ValueError where the model's layers aren't known or fewer than k, or its head shares a parameter."""
@@ -57,7 +56,7 @@ class TopLayersConfig:
         trained = [n for n, _ in model.named_parameters() if any(n.startswith(f"{layer}.") for layer in layers)]
         if self.head:
             trained += architectures.head_parameters(model, None, "head")
-        return Plan(trained=[name for name in trained if not _of_adapter(model, name)])
+        return Plan(trained=[name for name in trained if not of_adapter(model, name)])
 
     def _layers(self, model: nn.Module) -> list[str]:
         if self.layers is None:
@@ -76,9 +75,4 @@ class FullConfig:
     """Full fine-tuning: every parameter trains. What the others are compared with."""
 
     def plan(self, model: nn.Module) -> Plan:
-        return Plan(trained=[name for name, _ in model.named_parameters() if not _of_adapter(model, name)])
-
-
-def _of_adapter(model: nn.Module, name: str) -> bool:
-    module, _, parameter = name.rpartition(".")
-    return parameter in adapter_parameters(model.get_submodule(module))
+        return Plan(trained=[name for name, _ in model.named_parameters() if not of_adapter(model, name)])

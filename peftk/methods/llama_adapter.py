@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from peftk import checks
-from peftk.methods import architectures
+from peftk.methods import architectures, fields
+from peftk.methods.fields import Names
 from peftk.methods.plan import Plan
-from peftk.methods.targets import Names, check_names, target_modules
+from peftk.methods.targets import called, target_modules
 from peftk.nn.attached import attachable, part
 from peftk.nn.llama_adapter import LlamaAdapter, Projections
 from peftk.nn.parameters import dtype_beside
@@ -36,22 +37,16 @@ class LlamaAdapterConfig:
     num_heads: int | None = None
 
     def __post_init__(self) -> None:
-        counts = (
-            ("adapter_len", self.adapter_len),
-            ("adapter_layers", self.adapter_layers),
-            ("num_heads", self.num_heads),
-        )
-        for name, count in counts:
-            if count is None and name != "adapter_len":
-                continue
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}: expected an integer of 1 or more, got {count!r}")
+        fields.settle(self, adapter_len=fields.count("adapter_len", self.adapter_len))
+        for name in ("adapter_layers", "num_heads"):
+            if getattr(self, name) is not None:
+                fields.settle(self, **{name: fields.count(name, getattr(self, name))})
         if self.adapter_dtype is not None:
             checks.adapter_dtype(self.adapter_dtype)
         if (self.attention is None) != (self.projections is None):
             raise ValueError("attention: expected attention and projections together, got one of them")
         if self.attention is not None:
-            check_names("attention", self.attention)
+            fields.settle(self, attention=fields.names("attention", self.attention))
             if self.adapter_layers is not None:
                 raise ValueError("adapter_layers: expected None where attention names the layers, got a number")
 
@@ -63,6 +58,10 @@ class LlamaAdapterConfig:
             heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
         if not isinstance(heads, int):
             raise ValueError(f"num_heads: expected a number where the model has no config that says it, got {heads!r}")
+        for name, projections, _ in attention:
+            for projection in (projections.query, projections.output):
+                part(model.get_submodule(name), projection)
+                called(model, "projections", f"{name}.{projection}")
         return Plan(
             attached=[
                 (name, self._adapter(name, model.get_submodule(name), projections, heads, scaling))

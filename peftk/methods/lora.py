@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from peftk.methods.plan import Plan
+from peftk.methods import fields
+from peftk.methods.fields import Names
+from peftk.methods.plan import Plan, of_adapter
 from peftk.methods.targets import (
     ALL_LINEAR,
-    Names,
-    check_layers,
-    check_names,
-    check_regex,
-    inside,
+    check_layers_pattern,
     pattern_value,
+    saved_modules,
     target_linears,
+    warn,
+    warn_of_pattern,
 )
 from peftk.nn.lora_linear import LoRALinear
+from peftk.nn.replace import fan_in_fan_out
 
 BIASES = ("none", "all", "lora_only")
 
@@ -51,62 +52,81 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     adapter_dtype: torch.dtype | None = None
     exclude_modules: Names | None = None
-    layers_to_transform: Sequence[int] | int | None = None
+    layers_to_transform: Collection[int] | int | None = None
     layers_pattern: Names | None = None
     lora_bias: bool = False
     bias: str = "none"
-    modules_to_save: Sequence[str] | None = None
+    modules_to_save: Collection[str] | None = None
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
-        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+        patterns = {}
+        for name, check in (("rank_pattern", fields.count), ("alpha_pattern", fields.number)):
+            pattern = getattr(self, name)
             if not isinstance(pattern, Mapping):
                 raise TypeError(f"{name}: expected a mapping of module patterns, got {type(pattern).__name__}")
-        for name, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"{name}: expected an integer of 1 or more, got {r!r}")
-        for name, alpha in [
-            ("lora_alpha", self.lora_alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ValueError(f"{name}: expected a finite number, got {alpha!r}")
-        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected 0 ≤ p < 1, got {self.lora_dropout!r}")
-        for name, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
-                check_regex(f"{name}[{key!r}]", key)
-        check_names("target_modules", self.target_modules, keyword=ALL_LINEAR)
-        if self.exclude_modules is not None:
-            check_names("exclude_modules", self.exclude_modules)
-        if self.layers_pattern is not None:
-            check_names("layers_pattern", self.layers_pattern)
-        by_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
-        if self.layers_to_transform is not None and by_regex:  # which can say the layers itself; PEFT refuses it, too
-            raise ValueError("layers_to_transform: expected target_modules to be names, got a regular expression")
-        check_layers("layers_to_transform", self._layers or ())
+                fields.regex(f"{name}[{key!r}]", key)
+            patterns[name] = {key: check(f"{name}[{key!r}]", value) for key, value in pattern.items()}
+        p = fields.number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"lora_dropout: expected 0 ≤ p < 1, got {p!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {self.bias!r}")
-        saved = self.modules_to_save
-        if saved is not None and (isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved)):
-            raise ValueError(f"modules_to_save: expected a list of module names, got {saved!r}")
+        fields.settle(
+            self,
+            **patterns,
+            r=fields.count("r", self.r),
+            lora_alpha=fields.number("lora_alpha", self.lora_alpha),
+            lora_dropout=p,
+            target_modules=fields.names("target_modules", self.target_modules, keyword=ALL_LINEAR),
+            **{name: fields.flag(name, getattr(self, name)) for name in ("use_rslora", "lora_bias", "fan_in_fan_out")},
+            exclude_modules=fields.optional_names("exclude_modules", self.exclude_modules),
+            modules_to_save=fields.optional_list("modules_to_save", self.modules_to_save),
+        )
+        for kept in self.modules_to_save or ():
+            fields.regex(f"modules_to_save[{kept!r}]", kept)  # to PEFT it is one
+        self._settle_layers()
 
-    @property
-    def _layers(self) -> Sequence[int] | None:
-        return [self.layers_to_transform] if isinstance(self.layers_to_transform, int) else self.layers_to_transform
+    def _settle_layers(self) -> None:
+        """As PEFT does, refuses numbers and patterns beside a regular expression, which can say the layers itself."""
+        by_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        for name in ("layers_to_transform", "layers_pattern"):
+            if by_regex and getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected target_modules to be names, got a regular expression")
+        layers, pattern = self.layers_to_transform, fields.optional_names("layers_pattern", self.layers_pattern)
+        if pattern is not None and layers is None:
+            raise ValueError(f"layers_pattern: expected layers_to_transform with it, got {pattern!r} alone")
+        if pattern is not None:
+            check_layers_pattern(pattern)
+        if layers is not None:
+            numbers = fields.layer_numbers("layers_to_transform", layers)
+            # PEFT takes an empty list, and nothing else that is empty, for None
+            if not numbers and not isinstance(layers, list):
+                raise ValueError(f"layers_to_transform: expected some layer number, got {layers!r}")
+            layers = numbers or None
+        fields.settle(self, layers_to_transform=layers, layers_pattern=pattern)
 
-    def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError or TypeError where nothing matches, or what matches cannot be replaced."""
-        saved = self.modules_to_save or ()
+    def wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+        """The linears to adapt, by every name, and the names of the model's own parameters that train besides.
+
+        Raises ValueError or TypeError where nothing matches, or what matches cannot be adapted, or train whole.
+        """
+        saved = _saved_parameters(model, self.modules_to_save or ())
         targets = target_linears(
             model,
             self.target_modules,
             exclude_modules=self.exclude_modules,
-            layers_to_transform=self._layers,
+            layers_to_transform=self.layers_to_transform,  # type: ignore[arg-type]  # __post_init__ made a tuple of it
             layers_pattern=self.layers_pattern,
-            modules_to_save=saved,
+            modules_to_save=self.modules_to_save or (),
         )
-        trained = [*_saved_parameters(model, saved), *self._biases(model, targets)]
+        return targets, list(dict.fromkeys([*saved, *self._biases(model, targets)]))
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Raises as `wanted`. Warns of what has no effect on this model."""
+        targets, trained = self.wanted(model)
+        self._warn(targets, self._biases(model, targets))
         made: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
         layers = {}
         for name, linear in targets.items():
@@ -121,7 +141,7 @@ class LoraConfig:
                     lora_bias=self.lora_bias,
                 )
             layers[name] = made[id(linear)]
-        return Plan(layers=layers, trained=list(dict.fromkeys(trained)))
+        return Plan(layers=layers, trained=trained)
 
     def _biases(self, model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
         if self.bias == "none":
@@ -130,13 +150,30 @@ class LoraConfig:
             return [f"{name}.bias" for name, linear in targets.items() if linear.bias is not None]
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
 
+    def _warn(self, targets: Mapping[str, nn.Module], biases: Sequence[str]) -> None:
+        """Warns of fields that have no effect on these linears."""
+        warn_of_pattern("rank_pattern", self.rank_pattern, targets)
+        warn_of_pattern("alpha_pattern", self.alpha_pattern, targets)
+        if self.bias != "none" and not biases:
+            warn(f"bias: {self.bias!r} trains none, as {'the model' if self.bias == 'all' else 'no target'} has any")
+        stored = next((name for name, linear in targets.items() if not fan_in_fan_out(linear)), None)
+        if self.fan_in_fan_out and stored is not None:
+            warn(f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear; each layer knows how it is stored")
 
-def _saved_parameters(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """The parameters of the modules that train whole. Raises ValueError for a name that matches none."""
-    names = []
-    for kept in modules_to_save:
-        found = [name for name, _ in model.named_parameters() if inside(name.rpartition(".")[0], kept)]
-        if not found:
-            raise ValueError(f"modules_to_save: expected names of modules that have parameters, got {kept!r}")
-        names += found
-    return names
+
+def _saved_parameters(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
+    """The parameters of the modules that train whole, but those of adapters.
+
+    Raises ValueError or TypeError for names that mean no such modules, and for a parameter with another name before it.
+    """
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[str, None] = {}
+    for module in saved_modules(model, modules_to_save):
+        for name, parameter in model.get_submodule(module).named_parameters(module, remove_duplicate=False):
+            first = owners[id(parameter)]
+            if not first.startswith(f"{module}."):
+                raise ValueError(
+                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first} too"
+                )
+            names[first] = None
+    return [name for name in names if not of_adapter(model, name)]

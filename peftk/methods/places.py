@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftk import activations, checks
-from peftk.methods import architectures
+from peftk.methods import architectures, fields
 from peftk.methods.architectures import ROLES, Block
-from peftk.methods.targets import Names, check_layers, check_names, layer_number, target_modules
+from peftk.methods.fields import Names
+from peftk.methods.targets import first_number, target_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Place:
         return name[len(self.owner) :].lstrip(".")
 
 
-def places(model: nn.Module, where: Names, leave_out: Sequence[int]) -> list[Place]:
+def places(model: nn.Module, where: Names, leave_out: Collection[int]) -> list[Place]:
     """The blocks and modules that a config means, but those in the layers that it leaves out.
 
     Raises ValueError where something matches nothing, or a layer to leave out isn't there.
@@ -46,7 +47,7 @@ def places(model: nn.Module, where: Names, leave_out: Sequence[int]) -> list[Pla
     if rest:
         for name in target_modules(model, "where", where if isinstance(where, str) else rest):
             within = architectures.layer_of(name, known)
-            number = layer_number(f"{name}.") if within is None else within.number
+            number = first_number(f"{name}.") if within is None else within.number
             numbers |= set() if number is None else {number}
             if number is None or number not in leave_out:
                 found[name] = Place(name, name, name)
@@ -74,7 +75,7 @@ class BottleneckConfig:
     where: Names = ()
     activation: str = "relu"
     scaling: float = 1.0
-    leave_out: Sequence[int] = ()
+    leave_out: Collection[int] = ()
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -83,13 +84,12 @@ class BottleneckConfig:
                 "bottleneck: expected exactly one of bottleneck and reduction_factor, "
                 f"got {self.bottleneck!r} and {self.reduction_factor!r}"
             )
-        R, factor = self.bottleneck, self.reduction_factor
-        if R is not None and (not isinstance(R, int) or isinstance(R, bool) or R < 1):
-            raise ValueError(f"bottleneck: expected an integer of 1 or more, got {R!r}")
-        if factor is not None and (not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0):
-            raise ValueError(f"reduction_factor: expected a number above 0, got {factor!r}")
-        check_names("where", self.where)
-        check_bottleneck(self)
+        if self.bottleneck is not None:
+            fields.settle(self, bottleneck=fields.count("bottleneck", self.bottleneck))
+        else:
+            fields.settle(self, reduction_factor=fields.above_zero("reduction_factor", self.reduction_factor))
+        fields.settle(self, where=fields.names("where", self.where))
+        settle_bottleneck(self)
 
     def width(self, d: int) -> int:
         """R: the bottleneck, or d / reduction_factor, 1 at least."""
@@ -99,11 +99,18 @@ class BottleneckConfig:
         return max(1, int(d / self.reduction_factor))
 
 
-def check_bottleneck(config: Any) -> None:
-    """Raises ValueError or TypeError for activation, scaling, leave_out or adapter_dtype of a bottleneck's config."""
+def settle_bottleneck(config: Any) -> None:
+    """Checks and settles activation, scaling, leave_out and adapter_dtype of a bottleneck's config.
+
+    Raises ValueError or TypeError.
+    """
     if config.activation not in activations.CODES:
         raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {config.activation!r}")
+    fields.settle(
+        config,
+        scaling=fields.number("scaling", config.scaling),
+        leave_out=fields.layer_numbers("leave_out", config.leave_out),
+    )
     checks.adapter_shapes(1, 1, None, None, config.scaling)
-    check_layers("leave_out", config.leave_out)
     if config.adapter_dtype is not None:
         checks.adapter_dtype(config.adapter_dtype)

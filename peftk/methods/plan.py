@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
+from peftk.methods.trial import looking, partly_read
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.watched import watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,23 @@ class Injection:
 
 
 _RECORD = "_peftk_injected"
+# every layer of an adapter, what wraps a module that trains whole, and the model around them
+_OF_PEFT = (
+    ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+    ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+    ("peft.peft_model", "PeftModel"),
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile, DataParallel or DistributedDataParallel returned for it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def injections(model: nn.Module) -> tuple[Injection, ...]:
@@ -51,18 +71,21 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
 
 
 @contextlib.contextmanager
-def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
-    """Plans and carries out one config after the other, and freezes all else.
+def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
+    """Plans and carries out one config after the other, and freezes all else. example_inputs: as `inject`'s.
 
     Where one fails, or what is done within the `with`, none has happened.
     """
-    with contextlib.ExitStack() as undo:
+    without_peft(model)
+    with looking(model, example_inputs), contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
         undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
         done = []
         for config in configs:
             plan = config.plan(model)
             for name, layer in plan.layers.items():
+                if isinstance(layer, FrozenLinear) and not layer.adds_nothing:
+                    watch(layer, name, partly_read(model, name))
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
                 _leave_fast_path(model, name, undo)
@@ -79,10 +102,25 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
         undo.pop_all()
 
 
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
+def carry_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> list[Injection]:
     """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
-    with carrying_out(model, configs) as done:
+    with carrying_out(model, configs, example_inputs) as done:
         return done
+
+
+def without_peft(model: nn.Module) -> None:
+    """Raises ValueError for a model that holds adapters of HF PEFT, whose own parts no method of ours may adapt."""
+    kinds = tuple(
+        getattr(sys.modules[file], name)
+        for file, name in _OF_PEFT
+        if file in sys.modules and hasattr(sys.modules[file], name)  # without them nobody has made any
+    )
+    found = next((module for module in model.modules() if isinstance(module, kinds)), None)
+    if found is not None:
+        raise ValueError(
+            f"model: expected one without HF PEFT's adapters, got one with a {type(found).__name__}; "
+            "use what its merge_and_unload() returns, or keep it and call peftk.accelerate(model)"
+        )
 
 
 def trained_in_place(model: nn.Module) -> set[int]:
@@ -114,6 +152,12 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the Parameters that this module itself (none of its children) adds to a model."""
     names: Sequence[str] = getattr(module, "adapter_parameters", ())
     return {name: parameter for name in names if (parameter := module._parameters.get(name)) is not None}
+
+
+def of_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a parameter of this name is an adapter's, not the model's own."""
+    module, _, parameter = name.rpartition(".")
+    return parameter in adapter_parameters(model.get_submodule(module))
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from peftk import checks
+from peftk.lasting import lasting
 
 PARAMETERS = ("lora_A", "lora_B", "bias_A", "bias_B")
 
 
+@lasting()
 def bottleneck_parameters(
     K: int,
     N: int,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from peftk import checks, functional
 from peftk.nn.parameters import own
+from peftk.nn.watched import handed_out
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
@@ -38,6 +41,10 @@ class FrozenLinear(nn.Module):
         self.fan_in_fan_out = fan_in_fan_out
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return handed_out(self, found) if name == "weight" else found
 
     @property
     def matrix(self) -> Tensor:

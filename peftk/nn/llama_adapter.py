@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftk import checks
+from peftk.lasting import lasting
 from peftk.nn.attached import Attached, Caught, part
 
 
@@ -52,6 +53,7 @@ class LlamaAdapter(Attached):
     name = "llama_adapter"
     adapter_parameters = ("prompt", "gate")
 
+    @lasting()
     def __init__(
         self,
         width: int,

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
+from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.nn.watched import mergeable
 
 
 class LoRALinear(FrozenLinear):
@@ -31,6 +33,7 @@ class LoRALinear(FrozenLinear):
     adapter_parameters = ("lora_A", "lora_B", "lora_bias")
     lora_bias: nn.Parameter | None
 
+    @lasting()
     def __init__(
         self,
         weight: Tensor,
@@ -122,12 +125,23 @@ class LoRALinear(FrozenLinear):
     def merged(self) -> bool:
         return self.receipt is not None
 
+    def base_weight(self) -> Tensor:
+        """`weight` as it is where nothing is merged: itself, or while merged a copy."""
+        weight = self.weight.detach()
+        if self.receipt is None:
+            return weight
+        base = weight.clone()
+        functional.unmerge_(base.t() if self.fan_in_fan_out else base, self.receipt.to(base.device))
+        return base
+
     def merge(self) -> None:
         """W ← W + s·BA; the layer then costs what its base costs. Nothing happens where it is merged already.
 
-        Raises ValueError where W + s·BA would not be finite; nothing has changed then.
+        Raises ValueError where W + s·BA would not be finite, or the model is known to read W itself; nothing has
+        changed then.
         """
         if self.receipt is None:
+            mergeable(self)
             with interrupts.held():  # a merged W and its receipt are not to be parted
                 self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftk import checks, functional, route
 from peftk.bank import AdapterBank
+from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
@@ -155,11 +156,13 @@ class _TrainedAdapter(nn.Module):
         return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
 
 
+@lasting()
 def _parameter(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
     """The Parameter itself where it serves as it is, else a new one with its values."""
     if tensor is None:
         return None
-    if isinstance(tensor, nn.Parameter) and tensor.dtype == dtype and tensor.device == device:
+    fits = tensor.dtype == dtype and tensor.device == device and not tensor.is_inference()
+    if isinstance(tensor, nn.Parameter) and fits:
         return tensor
     return nn.Parameter(tensor.detach().to(device, dtype, copy=True).contiguous())
 

@@ -26,8 +26,13 @@ def fan_in_fan_out(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear whose weight is stored [K, N]. The layer says so, no config."""
     if isinstance(module, FrozenLinear):
         return module.fan_in_fan_out
-    transformers = sys.modules.get("transformers.pytorch_utils")  # without it, nobody has made a Conv1D
-    return transformers is not None and isinstance(module, transformers.Conv1D)
+    return "transformers.pytorch_utils" in sys.modules and isinstance(module, conv1d())
+
+
+def conv1d() -> type[nn.Module]:
+    """transformers' Conv1D. Where transformers is not loaded, nobody has made one."""
+    kind: type[nn.Module] = sys.modules["transformers.pytorch_utils"].Conv1D
+    return kind
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -41,7 +46,7 @@ def plain(linear: nn.Module) -> bool:
     """Whether a linear computes what its class computes: not a subclass with a forward of its own (quantised, …)."""
     if isinstance(linear, FrozenLinear):
         return True
-    kind = sys.modules["transformers.pytorch_utils"].Conv1D if fan_in_fan_out(linear) else nn.Linear
+    kind = conv1d() if fan_in_fan_out(linear) else nn.Linear
     return type(linear).forward is kind.forward and "forward" not in linear.__dict__
 
 
@@ -58,11 +63,6 @@ def replaceable(linear: nn.Module) -> nn.Linear:
     if "weight" not in linear._parameters:
         raise TypeError("linear: expected a weight that is a Parameter, got one that is computed (weight_norm, …)")
     return cast(nn.Linear, linear)
-
-
-def bypassed(linear: nn.Module) -> bool:
-    """nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing."""
-    return isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def take_place(layer: Layer, linear: nn.Module) -> Layer:

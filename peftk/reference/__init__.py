@@ -8,6 +8,7 @@ from peftk.reference.lora_linear import (
     lora_linear_backward,
     multi_lora_linear,
     multi_lora_linear_backward,
+    reads_z,
 )
 from peftk.reference.merge import checksum, merge, unmerge
 from peftk.reference.segments import segments
@@ -22,6 +23,7 @@ __all__ = [
     "merge",
     "multi_lora_linear",
     "multi_lora_linear_backward",
+    "reads_z",
     "segments",
     "unmerge",
 ]

@@ -100,9 +100,16 @@ def multi_lora_linear(
     return y.to(x.dtype), z if save_z else None
 
 
+def reads_z(adapter: Adapter | None, wanted: Wanted, need_dx: bool) -> bool:
+    """Whether a backward reads z: dB = s·dYᵀ act(z) does, and all that has the slope act'(z) where that isn't 1."""
+    if adapter is None or not adapter.pages_A:
+        return False
+    return wanted.lora_B or (adapter.activation != "identity" and (need_dx or wanted.lora_A or wanted.bias_A))
+
+
 def lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
@@ -112,28 +119,32 @@ def lora_linear_backward(
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """Gradients for x and for the adapter; W is frozen. dy [M, N] → dx [M, K] in x's dtype.
+    """Gradients for x and for the adapter; W is frozen. dy [M, N] → dx [M, K] in x's dtype, which is dy's too.
 
     u = (dY B) ⊙ act'(z);  dX = dY W + mask/(1-p) ⊙ (s·u A);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
+
+    x: None where dA isn't wanted, which alone reads it. z: None where nothing reads it (`reads_z`).
     """
-    acc = accumulate_dtype(x, weight, None if adapter is None else adapter.lora_A)
+    dtype = dy.dtype if x is None else x.dtype
+    acc = accumulate_dtype(dy, x, weight, None if adapter is None else adapter.lora_A)
     dx = _base_dx(dy, weight, acc) if need_dx else None
     grads = AdapterGrads(None, None, None, None)
     if adapter is not None:
-        factor = _dropout_factor(x, dropout_p, seed, acc)
-        dx_adapter, grads = _adapter_backward(dy.to(acc), _times(x.to(acc), factor), adapter, z, acc, wanted)
+        factor = _dropout_factor(dy, _in(dy, weight), dropout_p, seed, acc)
+        dropped = None if x is None else _times(x.to(acc), factor)
+        dx_adapter, grads = _adapter_backward(dy.to(acc), dropped, adapter, z, acc, need_dx, wanted)
         if dx is not None and dx_adapter is not None:
             dx = dx + _times(dx_adapter, factor)
-    return None if dx is None else dx.to(x.dtype), grads
+    return None if dx is None else dx.to(dtype), grads
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     *,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -144,10 +155,11 @@ def multi_lora_linear_backward(
 
     wanted: by entry of table.adapters; None wants everything.
     """
-    acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
+    dtype = dy.dtype if x is None else x.dtype
+    acc = accumulate_dtype(dy, x, weight, *(a.lora_A for a in table.adapters if a is not None))
     dx = _base_dx(dy, weight, acc) if need_dx else None
-    factor = _dropout_factor(x, dropout_p, seed, acc)
-    dropped = _times(x.to(acc), factor)
+    factor = _dropout_factor(dy, _in(dy, weight), dropout_p, seed, acc)
+    dropped = None if x is None else _times(x.to(acc), factor)
     grads: list[AdapterGrads | None] = []
     for entry, adapter in enumerate(table.adapters):
         if adapter is None:
@@ -155,13 +167,19 @@ def multi_lora_linear_backward(
             continue
         rows = (ids == entry % table.count).nonzero().flatten()
         dy_rows = dy[rows, slice(*table.columns_of(entry, dy.shape[1]))].to(acc)
-        z_from = table.z_from(entry)
-        z_rows, wants = z[rows, z_from : z_from + adapter.rank], ALL if wanted is None else wanted[entry]
-        dx_adapter, adapter_grads = _adapter_backward(dy_rows, dropped[rows], adapter, z_rows, acc, wants)
+        z_from, wants = table.z_from(entry), ALL if wanted is None else wanted[entry]
+        z_rows = None if z is None else z[rows, z_from : z_from + adapter.rank]
+        x_rows = None if dropped is None else dropped[rows]
+        dx_adapter, adapter_grads = _adapter_backward(dy_rows, x_rows, adapter, z_rows, acc, need_dx, wants)
         if dx is not None and dx_adapter is not None:
             dx[rows] += dx_adapter if factor is None else dx_adapter * factor[rows]
         grads.append(adapter_grads)
-    return None if dx is None else dx.to(x.dtype), grads
+    return None if dx is None else dx.to(dtype), grads
+
+
+def _in(dy: Tensor, weight: Tensor | None) -> int:
+    """K; without a weight (the identity) it is N."""
+    return dy.shape[1] if weight is None else weight.shape[1]
 
 
 def base_term(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
@@ -173,13 +191,13 @@ def _base_dx(dy: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
     return dy.to(acc).clone() if weight is None else dy.to(acc) @ weight.to(acc)
 
 
-def _dropout_factor(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    """mask / (1 - p) as [M, K], or None without dropout."""
+def _dropout_factor(rows: Tensor, K: int, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    """mask / (1 - p) as [M, K] for so many rows, or None without dropout."""
     if p == 0.0:
         return None
     if seed is None:
         raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
-    return philox.keep_mask(x.shape[0], x.shape[1], p, seed).to(acc) / (1.0 - p)
+    return philox.keep_mask(rows.shape[0], K, p, seed).to(acc) / (1.0 - p)
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -187,7 +205,7 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def with_dropout(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor:
-    return _times(x.to(acc), _dropout_factor(x, p, seed, acc))
+    return _times(x.to(acc), _dropout_factor(x, x.shape[1], p, seed, acc))
 
 
 def adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -202,21 +220,30 @@ def adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[T
 
 
 def _adapter_backward(
-    dy: Tensor, dropped: Tensor, adapter: Adapter, z: Tensor | None, acc: torch.dtype, wanted: Wanted
+    dy: Tensor,
+    dropped: Tensor | None,
+    adapter: Adapter,
+    z: Tensor | None,
+    acc: torch.dtype,
+    need_dx: bool,
+    wanted: Wanted,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """The adapter's part of dX, and the gradients of its tensors that are wanted."""
+    """The adapter's part of dX, if needed, and the gradients of its tensors that are wanted."""
 
     def grad(tensor: Tensor | None, wants: bool, compute: Callable[[], Tensor]) -> Tensor | None:
         return None if tensor is None or not wants else compute().to(tensor.dtype)
 
     d_bias_B = grad(adapter.bias_B, wanted.bias_B, lambda: dy.sum(0))
-    if adapter.lora_A is None or adapter.lora_B is None or z is None:
+    if adapter.lora_A is None or adapter.lora_B is None:
         return None, AdapterGrads(None, None, None, d_bias_B)
-    z, s = z.to(acc), adapter.scaling
-    u = (dy @ adapter.lora_B.to(acc)) * activations.derivative(adapter.activation, z)
-    return s * (u @ adapter.lora_A.to(acc)), AdapterGrads(
-        lora_A=grad(adapter.lora_A, wanted.lora_A, lambda: s * (u.t() @ dropped)),
-        lora_B=grad(adapter.lora_B, wanted.lora_B, lambda: s * (dy.t() @ _activated(adapter.activation, z))),
+    name, s = adapter.activation, adapter.scaling
+    u = dy @ adapter.lora_B.to(acc)
+    if z is not None:
+        z = z.to(acc)
+        u = u * activations.derivative(name, z)
+    return s * (u @ adapter.lora_A.to(acc)) if need_dx else None, AdapterGrads(
+        lora_A=grad(adapter.lora_A, wanted.lora_A, lambda: s * (u.t() @ dropped)),  # type: ignore[operator]
+        lora_B=grad(adapter.lora_B, wanted.lora_B, lambda: s * (dy.t() @ _activated(name, z))),  # type: ignore[arg-type]
         bias_A=grad(adapter.bias_A, wanted.bias_A, lambda: s * u.sum(0)),
         bias_B=d_bias_B,
     )

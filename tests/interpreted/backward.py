@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from tests.cases import random_case
+from tests.cases import normal, random_case
+from tests.interpreted.lora_linear import far_apart, with_far_rows
 from tests.test_gradients import check_gradients
 from tests.tiers import spread
 
@@ -20,3 +23,11 @@ def test_random_gradients(number: int) -> None:
     seed = torch.tensor([number * 7919]) if dropout_p else None
     dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
     check_gradients(case, dy, "triton", dropout_p, seed)
+
+
+@pytest.mark.parametrize(
+    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B", "dy"), (False, True)), default=4)
+)
+def test_rows_beyond_32_bits(which: str, many: bool) -> None:
+    dy = normal(4, 4, dtype=torch.bfloat16, seed=9)
+    check_gradients(with_far_rows(which, many), far_apart(dy) if which == "dy" else dy, "triton", 0.0, None)

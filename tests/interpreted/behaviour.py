@@ -6,13 +6,15 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from peftk import backends, functional, selftest
 from peftk.backends import workspace
@@ -21,8 +23,11 @@ from peftk.selftest import behaviour, parity, target
 from peftk.selftest.check import Check, WrongError
 from peftk.selftest.plans import planned
 from peftk.selftest.work import Form, Work, made
+from peftk.triton_kernels import segments as kernels
+from tests.cases import normal
+from tests.segment_cases import random_ids
 from tests.stand_ins import rerun
-from tests.tiers import spread
+from tests.tiers import FULL, spread
 
 HERE = target("interpreter")
 WORKS = dict(behaviour.works(HERE))
@@ -36,6 +41,67 @@ def nothing_new(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable
 STAND_INS = behaviour.tools(HERE)._replace(
     capture=rerun, streams=lambda count: [contextlib.nullcontext] * count, forbid_sync=contextlib.nullcontext
 )
+
+
+def merge_and_back() -> Callable[[], list[Tensor]]:
+    original = [normal(9, K, dtype=torch.bfloat16, seed=K) for K in (33, 64)]
+    A, B = (
+        [normal(3, K, dtype=torch.float32, seed=1) for K in (33, 64)],
+        [normal(9, 3, dtype=torch.float32, seed=2)] * 2,
+    )
+
+    def run() -> list[Tensor]:
+        weights = [weight.clone() for weight in original]
+        receipts = functional.merge_layers_(weights, A, B, backend="triton")
+        merged = [weight.clone() for weight in weights]
+        receipts = functional.remerge_layers_(weights, receipts, A, B, 0.5, backend="triton")
+        functional.unmerge_layers_(weights, receipts, backend="triton")
+        return [*merged, *weights]
+
+    return run
+
+
+def rows_sorted() -> Callable[[], list[Tensor]]:
+    """By one launch, and by three."""
+    ids = [random_ids(M, 9) for M in (17, kernels.TILE + 1)]
+    return lambda: [tensor for each in ids for tensor in kernels.segments(each, 9)]
+
+
+# the last three in every run, the others in the full one
+CALLS = {name: lambda make=make: make().run for name, make in behaviour.works(HERE)}
+CALLS |= {"a linear": CALLS["one adapter, dropout, M=17 K=40 N=24"], "merge": merge_and_back, "segments": rows_sorted}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=(FULL,) * ("," in name)) for name in CALLS])
+def test_all_that_a_call_makes_and_launches_is_on_its_tensors_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever torch's default device is; and Triton launches on the current one, which `workspace.on` sets."""
+    chosen: list[torch.device] = []
+    launches: list[list[torch.device]] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        chosen.append(device)
+        yield
+        chosen.pop()
+
+    launch = GridExecutor.__call__
+
+    def launched(*args: Any, **kwargs: Any) -> Any:
+        launches.append(list(chosen))
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "TILE", 64)
+    monkeypatch.setattr(workspace, "on", on)
+    monkeypatch.setattr(GridExecutor, "__call__", launched)
+    run = CALLS[name]()
+    expected = run()
+    with torch.device("meta"):
+        got = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert launches
+    assert all(devices == [torch.device("cpu")] for devices in launches)
 
 
 NEED_A_GPU = ("CUDA graph", "no waiting", "streams")
@@ -157,6 +223,20 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(functional, "lora_linear", lambda *a, **k: lora_linear(*a, **k) * (1 + torch.rand(1)))
     with pytest.raises(WrongError, match="a second run: bits differ"):
         behaviour.repeats(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
+
+
+def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has as many as it asked for, on lines of its own; also where those that lay ready are used up."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
+    taken = [workspace._captured(device, count) for count in (1, 33, 32, 40, 90, 1)]
+    for number, (counters, count) in enumerate(zip(taken, (1, 33, 32, 40, 90, 1), strict=True), start=1):
+        assert counters.numel() >= count
+        assert not counters.any()
+        counters.fill_(number)
+    assert all(set(counters.tolist()) == {number} for number, counters in enumerate(taken, start=1))
+    starts = [counters.data_ptr() - taken[0].data_ptr() for counters in taken[:4]]
+    assert starts == [0, 128, 384, 512]
 
 
 def test_a_counter_that_is_left_is_found() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -172,6 +173,38 @@ def test_strides_and_pages() -> None:
         check(Case(x, weight, None, (paged, Adapter((A,), (B,), 2.0)), ids))
     dense, _ = backend.lora_linear(x, weight, None, Adapter((A,), (B,), 0.5))
     assert torch.equal(dense, run(Case(x, weight, None, (paged,), None)))
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same rows 2³⁰ elements apart: addresses are reserved for what lies between them, and no memory."""
+    stride, no_reserve = 2**30, 0x4000  # MAP_NORESERVE, which Python's mmap does not know everywhere
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    room = mmap.mmap(-1, tensor.shape[0] * stride * tensor.itemsize, flags=flags)
+    return torch.frombuffer(room, dtype=tensor.dtype).as_strided(tensor.shape, (stride, 1)).copy_(tensor)
+
+
+def with_far_rows(which: str, many: bool) -> Case:
+    """Four rows of x, W, A or B, the last of which begins at element 3 · 2³⁰."""
+    tensors = {name: normal(4, 18, dtype=BF16, seed=seed) for seed, name in enumerate(("x", "weight", "A"))}
+    tensors["B"] = normal(4, 4, dtype=BF16, seed=3)
+    tensors |= {name: far_apart(tensor) for name, tensor in tensors.items() if name == which}
+    x, weight, A, B = tensors.values()
+    ids = torch.tensor([0, -1, -1, 0], dtype=torch.int32) if many else None
+    return Case(x, weight, None, (Adapter((A,), (B,), 0.5),), ids)
+
+
+@pytest.mark.parametrize(
+    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B"), (False, True)), default=4)
+)
+def test_rows_beyond_32_bits(which: str, many: bool) -> None:
+    check(with_far_rows(which, many))
+
+
+@pytest.mark.parametrize("ranks", [(2, 5) * 4, (20, 2, 17, 5)], ids=["row by row", "segment by segment"])
+def test_scratch_memory_counts_only_where_it_was_written(ranks: tuple[int, ...]) -> None:
+    """z, which begins as NaN here, has room for every rank of the largest adapter; rows of a smaller one leave some."""
+    adapters = tuple(adapter(rank, 30, 20, BF16, "identity", 9 * i) for i, rank in enumerate(ranks))
+    check(make(MIXES[1], adapters, [i % len(ranks) for i in range(19)], K=30, N=20))
 
 
 IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _cuda, backends, functional, reference
+from peftk import _cuda, backends, functional, reference, table
 from peftk.backends import cuda as backend
 from peftk.backends import workspace
 from peftk.table import Adapter
@@ -223,6 +223,47 @@ def test_rows_of_x_anywhere() -> None:
     for x in (wide[:, :64], wide[:, 1:65], wide[:, :64].t().contiguous().t(), apart(wide[:, :64]), row.expand(4, 64)):
         expected, _ = run(Case(x.contiguous(), weight, None, (None,), None))
         assert torch.equal(run(Case(x, weight, None, (None,), None))[0], expected)
+
+
+def lying(tensor: Tensor, rows_apart: int, columns_apart: int, first: int) -> Tensor:
+    """The same values with these strides from element `first` of a heap block on, which ends with the last of them."""
+    rows, columns = tensor.shape
+    block = torch.full((first + (rows - 1) * rows_apart + (columns - 1) * columns_apart + 1,), 99.0, dtype=tensor.dtype)
+    return block[first:].as_strided(tensor.shape, (rows_apart, columns_apart)).copy_(tensor)
+
+
+def layouts(rows: int, columns: int) -> list[tuple[int, int, int]]:
+    """Rows as far apart as they are long and further, by odd numbers too; columns first, columns apart; at odd
+    addresses."""
+    apart = [(columns + more, 1) for more in (0, 1, 2, 3, 4, 7, 8, 12)]
+    strides = [*apart, (1, rows), (1, rows + 3), (2 * columns + 1, 2)]
+    return [(*two, first) for two in strides for first in (0, 1, 4)]
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_wherever_a_tensor_lies(many: bool) -> None:
+    """The public functions serve it with the bits of a dense one; or, of W, say what is wrong."""
+    shapes = {"x": (3, 64), "weight": (40, 64), "A": (5, 64), "B": (40, 5)}
+    dense = {name: normal(*shape, dtype=BF16, seed=i, scale=0.1) for i, (name, shape) in enumerate(shapes.items())}
+
+    def served(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        with torch.no_grad():
+            if not many:
+                return functional.lora_linear(x, weight, None, A, B, 2.0, backend="cuda")
+            made = table.build((Adapter((A,), (B,), 2.0),), dtype=BF16, device=x.device)
+            return functional.multi_lora_linear(x, weight, None, made, torch.tensor([0, -1, 0]), backend="cuda")
+
+    expected = served(**dense)
+    for name, tensor in dense.items():
+        for layout in layouts(*tensor.shape):
+            moved = lying(tensor, *layout)
+            if name == "A" and many and moved.stride(1) != 1:  # which no table holds
+                continue
+            if name == "weight" and (moved.stride(1) != 1 or moved.stride(0) % 8 or moved.data_ptr() % 16):
+                with pytest.raises(backends.BackendError, match="start at multiples of 16 bytes"):
+                    served(**{**dense, name: moved})
+            else:
+                assert torch.equal(served(**{**dense, name: moved}), expected), (name, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

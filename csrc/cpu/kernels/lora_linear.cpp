@@ -72,6 +72,9 @@ void project(const Linear& op, const Group& group, const void* const* rows, bool
     }
 }
 
+// For a backward without z, which is one that takes no value of it.
+constexpr float kNoZ[16] = {};
+
 // z, v and u of a group of rows for the ranks of pages first … last - 1. `after`: the group that comes next.
 void shrink(const Linear& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
     const bool drops = op.dropout.on && !op.backward;
@@ -106,15 +109,16 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
         for (int i = 0; i < group.count; i++) {
             const int64_t position = group.first + i, m = op.order.token(position);
             float* z = op.z ? op.z + m * op.z_row + 16 * page : nullptr;
+            const float* pre = z ? z : kNoZ;
             float* v = op.v + position * op.v_row + 16 * page;
             float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
             const float* sums = out + i * 16;
             // The code as a constant: without a choice for each element the loops are vectors.
             const auto finish = [&](int code) __attribute__((always_inline)) {
                 for (int r = 0; r < ranks && op.backward && wants_v; r++) {
-                    v[r] = s * (sums[r] * activate_derivative(code, z[r]));
+                    v[r] = s * (sums[r] * activate_derivative(code, pre[r]));
                 }
-                for (int r = 0; r < ranks && op.backward && wants_w; r++) w[r] = s * activate(code, z[r]);
+                for (int r = 0; r < ranks && op.backward && wants_w; r++) w[r] = s * activate(code, pre[r]);
                 for (int r = 0; r < ranks && !op.backward; r++) v[r] = s * activate(code, sums[r]);
             };
             if (!op.backward) {

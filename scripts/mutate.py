@@ -1,0 +1,491 @@
+#!/usr/bin/env python3
+"""Mutation testing: a hundred small mistakes in the sources, one at a time, and whether the tests notice each.
+
+    scripts/mutate.py draw      writes scripts/mutants.json: by a seed, before any of them is run
+    scripts/mutate.py run       each mutant against the tests of its file (TESTS), at most 3 minutes; resumes
+    scripts/mutate.py full      what survived, and five that did not, against all that `make test-full` runs; hours
+    scripts/mutate.py report    what is known so far
+
+A mutant is one changed line. The list keeps the line as it was, so that it holds while the sources change around it;
+one whose line is gone is reported as such. Each runs in a copy of the tree outside the checkout, where the C++ that it
+touches is compiled for the SIMD levels that this processor has. `--only 3 17` runs some of them again, by their number.
+
+A test that fails without the mutant too notices nothing: what failed is run once on the sources as they are. A mutant
+that nobody can tell from the original is `equivalent`: the list says why, by hand, and it counts neither way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.host_cuda import HOST, PYTHON_INCLUDES, depends_on  # noqa: E402
+
+LIST = ROOT / "scripts/mutants.json"
+RESULTS = ROOT / "build/mutants/results.json"
+SCRATCH = Path(tempfile.gettempdir(), f"peftk-mutants{str(ROOT).replace('/', '-')}")
+ORIGINAL, MUTANT = SCRATCH / "original", SCRATCH / "mutant"
+SEED = 13
+SECONDS, FULL_SECONDS = 180, 4 * 3600
+STILL = 60  # seconds without a sign of life: a hang
+
+# How many, and in which files: those that compute, not those that measure or show. What is compiled for processors that
+# few have (NEON, AVX-512) and what only nvcc reads is left to the tests of the build.
+GROUPS = {
+    "C++": (26, ["csrc/cpu/*", "csrc/bindings/*", "csrc/common/*"], ["*cuda*", "*peak*", "*_neon.h", "*_avx512.h"]),
+    "CUDA": (10, ["csrc/cuda/*", "csrc/bindings/cuda*"], ["*/instructions.cuh"]),
+    "Triton": (18, ["triton_kernels/*"], ["*/tuned.py", "*/tuner.py", "*/__init__.py"]),
+    "Python": (
+        46,
+        ["peftk/*.py"],
+        ["*/benchmark/*", "*/demo/*", "*/selftest/*", "*/cli.py", "*/explain.py", "*/extras.py", "*/__init__.py"],
+    ),
+}
+
+# The tests of a file: those of the first pattern that fits it.
+KERNELS = ["test_direct_calls.py", "test_guard_pages.py", "test_lora_linear_cpu.py", "test_gradients.py"]
+LAYERS = ["test_layers.py", "test_direct_calls.py", "test_attached.py"]
+TESTS = {
+    "csrc/cpu/*merge*": ["test_merge.py", "test_guard_pages.py", "test_receipt.py"],
+    "csrc/common/merge.h": ["test_merge.py"],
+    "csrc/bindings/cpu_merge.h": ["test_merge.py", "test_model_merge.py"],
+    "csrc/cpu/*checksum*": ["test_merge.py", "test_receipt.py", "test_cpu_cpp.py"],
+    "csrc/cpu/thread_pool*": ["test_threads.py", "test_cpu_cpp.py", "test_lora_linear_cpu.py"],
+    "csrc/cpu/openmp*": ["test_threads.py"],
+    "csrc/cpu/floating_point.h": ["test_threads.py", "test_merge.py"],
+    "csrc/bindings/direct_calls.h": ["test_direct_calls.py", "test_layers.py"],
+    "csrc/bindings/tensor.h": ["test_direct_calls.py", "test_layers.py"],
+    "csrc/bindings/cuda_merge.h": ["test_merge_on_host.py"],
+    "csrc/bindings/cuda_segments.h": ["test_segments_on_host.py"],
+    "csrc/bindings/*cuda*": ["test_lora_linear_on_host.py"],
+    "csrc/cuda/*merge*": ["test_merge_on_host.py"],
+    "csrc/cuda/segments*": ["test_segments_on_host.py"],
+    "csrc/cuda/*": ["test_lora_linear_on_host.py"],
+    "csrc/*": KERNELS,
+    "triton_kernels/segments.py": ["interpreted/segments.py", "interpreted/lora_linear.py"],
+    "triton_kernels/*merge*": ["interpreted/merge.py"],
+    "triton_kernels/lora_wgrad.py": ["interpreted/lora_wgrad.py", "interpreted/interleaving_lora_wgrad.py"],
+    "triton_kernels/tickets.py": ["interpreted/ticketed.py", "interpreted/interleaving_lora_linear.py"],
+    "triton_kernels/config.py": ["interpreted/lora_linear.py", "interpreted/tuner.py", "test_triton_compile.py"],
+    "triton_kernels/*": [
+        "interpreted/lora_linear.py",
+        "interpreted/packed.py",
+        "interpreted/backward.py",
+        "interpreted/serving_shapes.py",
+        "interpreted/ticketed.py",
+    ],
+    "peftk/accounting.py": ["test_accounting.py"],
+    "peftk/activations.py": ["test_attached.py", "test_gradients.py"],
+    "peftk/autograd.py": ["test_layers.py", "test_functional.py", "test_attached.py", "test_gradients.py"],
+    "peftk/backends/cpu.py": KERNELS,
+    "peftk/backends/cuda.py": ["test_lora_linear_on_host.py", "test_merge_on_host.py", "test_segments_on_host.py"],
+    "peftk/backends/gemm.py": ["test_gemm.py", "test_tuning.py"],
+    "peftk/backends/kept.py": ["test_tuning.py", "test_gemm.py"],
+    "peftk/backends/measured.py": ["test_tuning.py", "test_gemm.py"],
+    "peftk/backends/merge_layers.py": ["interpreted/merge.py", "interpreted/behaviour.py", "test_merge_on_host.py"],
+    "peftk/backends/merge_args.py": ["test_model_merge.py", "interpreted/merge.py", "test_merge.py"],
+    "peftk/backends/triton.py": ["interpreted/lora_linear.py", "interpreted/lora_wgrad.py", "interpreted/behaviour.py"],
+    "peftk/backends/workspace.py": ["interpreted/behaviour.py", "interpreted/lora_linear.py"],
+    "peftk/backends/segments.py": ["interpreted/segments.py"],
+    "peftk/backends/*": ["test_backends.py", "test_gradients.py", "test_gemm.py"],
+    "peftk/bank.py": ["test_bank.py", "test_layers.py", "test_packed.py", "test_model.py"],
+    "peftk/checkpoint.py": ["test_checkpoints.py", "test_model.py", "test_peft_interop.py"],
+    "peftk/checks.py": ["test_functional.py", "test_layers.py", "test_bank.py", "test_adapter_block.py"],
+    "peftk/combine.py": ["test_combine.py"],
+    "peftk/compiled.py": ["test_layers.py", "test_functional.py", "test_adapter_block.py"],
+    "peftk/dispatch.py": [
+        "test_direct_calls.py",
+        "test_functional.py",
+        "test_backends.py",
+        "test_lora_linear_on_host.py",
+    ],
+    "peftk/functional.py": ["test_functional.py", "test_layers.py", "test_packed.py", "test_adapter_block.py"],
+    "peftk/interop/adapterhub_checkpoint.py": ["test_adapterhub_interop.py", "test_checkpoints.py"],
+    "peftk/interop/peft_checkpoint.py": ["test_peft_interop.py", "test_model.py"],
+    "peftk/interop/peft_*": ["test_accelerate.py"],
+    "peftk/interop/*": ["test_checkpoints.py", "test_peft_interop.py", "test_adapterhub_interop.py"],
+    "peftk/interrupts.py": ["test_merge.py", "test_model_merge.py", "test_tuning.py"],
+    "peftk/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py"],
+    "peftk/methods/adapterhub.py": ["test_adapterhub_interop.py", "test_methods.py"],
+    "peftk/methods/targets.py": ["test_targets.py", "test_methods.py"],
+    "peftk/methods/*": ["test_methods.py", "test_checkpoints.py", "test_model.py", "test_targets.py"],
+    "peftk/model_merge.py": ["test_model_merge.py", "test_model.py"],
+    "peftk/model.py": ["test_model.py"],
+    "peftk/nn/*": [*LAYERS, "test_methods.py", "test_model.py"],
+    "peftk/processor.py": ["test_tuning.py"],
+    "peftk/receipt.py": ["test_receipt.py", "test_merge.py"],
+    "peftk/reference/*merge*": ["test_merge.py", "test_receipt.py"],
+    "peftk/reference/segments.py": ["interpreted/segments.py"],
+    "peftk/reference/*": ["test_reference.py", "test_gradients.py"],
+    "peftk/route.py": ["test_model.py", "interpreted/segments.py", "test_transformers.py"],
+    "peftk/server.py": ["test_model.py", "test_transformers.py"],
+    "peftk/table.py": ["test_bank.py", "test_packed.py", "test_gradients.py", "interpreted/packed.py"],
+    "peftk/tuning.py": ["test_tuning.py"],
+    "*": ["test_functional.py"],
+}
+
+# ---- Drawing. A mistake is a pattern in a line of code, and what it becomes there.
+
+NAME = r"[A-Za-z_][\w.]*"
+PARENTHESES = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
+MISTAKES = [
+    ("comparison", r" <= ", " < "),
+    ("comparison", r" >= ", " > "),
+    ("comparison", r" < ", " <= "),
+    ("comparison", r" > ", " >= "),
+    ("off by one", r" [+-] 1\b(?!\.)", ""),
+    ("sign", r" - (?!1\b)", " + "),
+    ("not accumulated", r" [+|&]= ", " = "),
+    ("wrong index", r"\[0\]", "[1]"),
+    ("wrong index", r"\[(1|i|-1)\]", "[0]"),
+    ("wrong stride", r"stride\(0\)", "stride(1)"),
+    ("wrong stride", r"stride\(1\)", "stride(0)"),
+    ("wrong stride", r" \* (\w+\.)?\w*stride\w*\b(?!\()", ""),
+    ("wrong extreme", r"\bmin(imum|64)?(?=\()", r"max\1"),
+    ("wrong extreme", r"\bmax(imum|64)?(?=\()", r"min\1"),
+    ("rounded down", r"-\(-(.+?) // (\w+)\)", r"(\1 // \2)"),
+    ("rounded down", r"\b\w+\.cdiv\((\w+), (\w+)\)", r"(\1 // \2)"),
+    ("swapped", r"(?<=[(, ])([A-Za-z]\w?), ([A-Za-z]\w?)(?=[,)])", r"\2, \1"),
+    ("swapped", r"(?<=[(, ])(\w+_)(\w+), \1(\w+)(?=[,)])", r"\1\3, \1\2"),
+]
+IN_PYTHON = [
+    ("wrong dtype", r"\.to\(tl\.int64\)", ""),
+    ("wrong dtype", r"(?<=\.)float64\b", "float32"),
+    ("wrong dtype", r"(?<=\.)float32\b", "bfloat16"),
+    ("condition dropped", r"(?<=if )(.+) (and|or) .+(?=:$)", r"\1"),
+    ("condition dropped", r"(?<=if ).+ (and|or) (.+)(?=:$)", r"\2"),
+    ("condition dropped", r" and not \w+(?=[\]):])", ""),
+    ("flag", r"\bTrue\b", "False"),
+    ("flag", r"\bFalse\b", "True"),
+    ("mask dropped", rf" & [\w.]*(?:{PARENTHESES}|\b)(?:\[[^\]]*\])?", ""),
+    ("copy removed", r"\.(contiguous|clone|detach)\(\)", ""),
+    ("key without a field", r"(\bkey\w* = \(?.*), [\w.]+(?=\)?$)", r"\1"),
+    ("argument dropped", rf", \w+=(?:{NAME}|{NAME}{PARENTHESES})(?=[,)])", ""),
+    ("case forgotten", r"^( *)(if|elif) (.*):$", r"\1\2 False and (\3):"),
+    ("statement removed", rf"^( *){NAME}{PARENTHESES}$", r"\1pass"),
+    ("statement removed", r"^( *)(continue|break)$", r"\1pass"),
+    ("statement removed", r"^( *)(?:\w+\.)+\w+(?:\[.*\])? [+*|]?= .*[\w)\]]$", r"\1pass"),
+    ("context removed", r"^( *)with (?!.* as ).*:$", r"\1if True:"),
+    ("decorator removed", r"^( *)@(functools\.cache|torch\.no_grad\(\))$", r"\1"),
+    ("wrong order", r"\bin range\((\w+)\)", r"in reversed(range(\1))"),
+]
+IN_CXX = [
+    ("wrong dtype", r"\bint64_t\((?=\w)", "int32_t("),
+    ("condition dropped", r" && [^&|()]+(?=[)&;])", ""),
+    ("condition dropped", r" \|\| [^&|()]+(?=[)|;])", ""),
+    ("flag", r"\btrue\b", "false"),
+    ("flag", r"\bfalse\b", "true"),
+    ("case forgotten", r"^( *)if \((.*)\) (?=\{|throw|return|continue|break)", r"\1if (false && (\2)) "),
+    ("statement removed", r"^( *)[A-Za-z_][\w.:>-]*(<\w+>)?\(.*\);$", r"\1;"),
+    ("statement removed", r"^( *)[A-Za-z_][\w.\[\]>-]* [+*|]?= .*;$", r"\1;"),
+    ("weak order", r"\bmemory_order_(acquire|release|acq_rel)\b", "memory_order_relaxed"),
+]
+NO_CODE = r" *(def|class|import|from|assert|@triton|template|using|namespace|static_assert|#)\b"
+
+
+def draw() -> None:
+    """Evenly over the code, one in each stretch of it; there the kind of mistake that has been made least often."""
+    rng, drawn = random.Random(SEED), []
+    for group, (count, include, exclude) in GROUPS.items():
+        possible = [mutant for path in files(include, exclude) for mutant in mutants_of(group, path)]
+        used: Counter[str] = Counter()
+        for i in range(count):
+            stretch = possible[len(possible) * i // count : len(possible) * (i + 1) // count]
+            rng.shuffle(stretch)
+            stretch.sort(key=lambda mutant: used[mutant["mistake"]])
+            drawn.append(next(mutant for mutant in stretch if compiles(mutant["path"], mutated(ROOT, mutant))))
+            used[drawn[-1]["mistake"]] += 1
+    LIST.write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
+
+
+def files(include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+    def fits(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    return [name for name in listed if fits(name, include) and not fits(name, exclude)]
+
+
+def mutants_of(group: str, path: str) -> Iterator[dict[str, Any]]:
+    """Whatever may be mistaken in a file, line by line."""
+    text, python = (ROOT / path).read_text(), path.endswith(".py")
+    bare = without_texts(text, python).split("\n")
+    for number, line in enumerate(text.split("\n")):
+        if re.match(NO_CODE, bare[number]):
+            continue
+        for mistake, pattern, becomes in MISTAKES + (IN_PYTHON if python else IN_CXX):
+            for at in re.finditer(pattern, bare[number]):
+                changed = line[: at.start()] + at.expand(becomes) + line[at.end() :]
+                # whatever the mistake takes along must be code, and what changes nothing is none
+                if line[at.start() : at.end()] == at[0] and changed.strip() != line.strip():
+                    mutant = {"group": group, "path": path, "line": number + 1, "mistake": mistake}
+                    yield mutant | {"before": line, "after": changed}
+
+
+def without_texts(text: str, python: bool) -> str:
+    """The same lines with blanks where strings and comments are."""
+    if not python:
+        texts = r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|^ *#[^\n]*"
+        return re.sub(texts, lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.S | re.M)
+    lines = [list(line) for line in text.split("\n")]
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.STRING, tokenize.COMMENT) or tokenize.tok_name[token.type].startswith("FSTRING"):
+            for number in range(token.start[0], token.end[0] + 1):
+                line = lines[number - 1]
+                begin = token.start[1] if number == token.start[0] else 0
+                end = token.end[1] if number == token.end[0] else len(line)
+                line[begin:end] = " " * (end - begin)
+    return "\n".join("".join(line) for line in lines)
+
+
+def mutated(tree: Path, mutant: dict[str, Any]) -> str:
+    """The text of its file with the mutant, in the line as it was and nearest to where it was; "": there is none."""
+    file = tree / mutant["path"]
+    lines = file.read_text().split("\n") if file.exists() else []
+    places = [number for number, line in enumerate(lines) if line == mutant["before"]]
+    if not places:
+        return ""
+    lines[min(places, key=lambda number: abs(number + 1 - mutant["line"]))] = mutant["after"]
+    return "\n".join(lines)
+
+
+def compiles(path: str, text: str) -> bool:
+    if path.endswith(".py"):
+        try:
+            compile(text, path, "exec")
+        except SyntaxError:
+            return False
+        return True
+    # a header is read with a source that includes it, if only by way of others
+    source = next(source for source in sources() if ROOT / path in depends_on(source, {})).relative_to(ROOT)
+    flags = ["-std=c++17", "-fsyntax-only", "-DPEFTK_LEVEL=avx2", "-DPEFTK_LEVELS_AVX2=1", "-mavx2", "-mfma", "-mf16c"]
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
+        Path(folder, path).write_text(text)
+        command = ["g++", *flags, f"-I{HOST}", "-Icsrc", *PYTHON_INCLUDES, "-x", "c++", str(source)]
+        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+
+
+def sources() -> list[Path]:
+    return sorted(path for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(pattern))
+
+
+# ---- Running
+
+
+def prepare() -> None:
+    """The tree as it is and its modules, in a copy; files that have not changed keep their time for ninja."""
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in tracked.stdout.split():
+        source, target = ROOT / name, ORIGINAL / name
+        if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    for module in (ROOT / "peftk").glob("_*.so"):
+        shutil.copy(module, ORIGINAL / "peftk")
+    if (compiled := ROOT / "build/on_host").exists():  # by the content of the sources: no mutant's, and many mutants'
+        shutil.copytree(compiled, ORIGINAL / "build/on_host", dirs_exist_ok=True)
+    link = ORIGINAL / "peftk/triton_kernels"
+    if not link.is_symlink():
+        link.symlink_to("../triton_kernels")
+
+
+BUILD = """
+import platform, shutil, sysconfig
+from tests import cpp_build
+setup = cpp_build.load_setup()
+here = {levels!r}
+setup.LEVELS = {{machine: {{name: flags for name, flags in levels.items() if name in here}}
+                for machine, levels in setup.LEVELS.items()}}
+cpp_build.build(setup, setup.cpu_objects(), [setup.BUILD / "cpu.so"])
+shutil.copy(setup.BUILD / "cpu.so", "peftk/_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))
+"""
+
+
+def build(tree: Path) -> subprocess.CompletedProcess[str]:
+    """peftk._cpu of a tree, for the levels that this processor has."""
+    from peftk import _cpu
+
+    command = [sys.executable, "-c", BUILD.format(levels=_cpu.simd_levels())]
+    return subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True)
+
+
+def environment(tree: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(tree), "OMP_WAIT_POLICY": "passive", "PEFTK_BUILD_CUDA": "0"}
+
+
+def tests_of(path: str) -> list[str]:
+    tests = next(tests for pattern, tests in TESTS.items() if fnmatch.fnmatch(path, pattern))
+    return [f"tests/{test}" for test in tests]
+
+
+def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tuple[str, str, float]:
+    """How tests of a tree end, "survived", "caught", "too long" or "hangs"; the first that failed; and how long.
+
+    Seconds are those of the processor, so that whatever else runs here decides nothing.
+    """
+    total = 0.0
+    for test in tests:
+        interpreted = {"TRITON_INTERPRET": "1"} if test.startswith("tests/interpreted") else {}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-W", "ignore::RuntimeWarning", *options, test]
+        with tempfile.TemporaryFile("w+") as output:
+            out = {"stdout": output, "stderr": subprocess.STDOUT, "text": True}
+            # a session of its own: all its processes end with it
+            process = subprocess.Popen(
+                command, cwd=tree, env=environment(tree) | interpreted, start_new_session=True, **out
+            )
+            used, moved = 0.0, time.monotonic()
+            try:
+                while (code := process.poll()) is None and total + used < seconds and time.monotonic() - moved < STILL:
+                    time.sleep(0.5)
+                    if (now := processor_time(process.pid)) > used:
+                        used, moved = now, time.monotonic()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            text = output.read()
+        total += used
+        if code is None:
+            return "too long" if total >= seconds else "hangs", test, total
+        assert code in range(4), text  # otherwise it is no test that failed
+        if code:
+            found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", text, re.M)
+            return "caught", found[1] if found else f"{test}: {text[-300:]}", total
+    return "survived", "", total
+
+
+def processor_time(session: int) -> float:
+    """Seconds that the processes of a session have used, and those of their children that have ended."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) if int(fields[3]) == session else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def attempt(
+    mutant: dict[str, Any], passed: dict[str, bool], tests: Sequence[str], seconds: float, *options: str
+) -> dict[str, Any]:
+    """One mutant in a tree of its own. passed: what is known of single tests without a mutant; more is added."""
+    if mutant["group"] == "C++":  # so that a mutant compiles no more than what it touches
+        build(ORIGINAL).check_returncode()
+    text = mutated(ORIGINAL, mutant)
+    if not text:
+        return {"status": "gone"}
+    shutil.rmtree(MUTANT, ignore_errors=True)
+    shutil.copytree(ORIGINAL, MUTANT, symlinks=True)
+    (MUTANT / mutant["path"]).write_text(text)
+    if mutant["group"] == "C++" and build(MUTANT).returncode:
+        return {"status": "does not compile"}
+    status, failed, used = run(MUTANT, tests, seconds, *options)
+    if status == "caught" and failed.startswith("tests/"):
+        if failed not in passed:
+            passed[failed] = run(ORIGINAL, [failed], seconds, *options)[0] == "survived"
+        if not passed[failed]:
+            status = "fails without it"
+    return {"status": status, "seconds": round(used), "by": failed}
+
+
+def run_all(numbers: Sequence[int], stage: str) -> None:
+    """Those that have no result of this stage yet, or those asked for; each result is written at once."""
+    prepare()
+    mutants, results = json.loads(LIST.read_text()), known()
+    for number in numbers or range(len(mutants)):
+        mutant = mutants[number]
+        found = results["mutants"].setdefault(key(mutant), {})
+        if (stage in found and not numbers) or mutant.get("equivalent"):
+            continue
+        if stage == "run":
+            found[stage] = attempt(mutant, results["passed"], tests_of(mutant["path"]), SECONDS)
+        else:
+            # what the interpreter runs is among it, in processes of its own
+            found[stage] = attempt(mutant, results["passed"], ["tests"], FULL_SECONDS, "-m", "full")
+        print(f"{number:3} {mutant['path']}:{mutant['line']} {mutant['mistake']}: {found[stage]}", flush=True)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1))
+
+
+def key(mutant: dict[str, Any]) -> str:
+    return f"{mutant['path']}:{mutant['line']}: {mutant['after'].strip()}"
+
+
+def known() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": {}, "passed": {}}
+
+
+def for_full() -> list[int]:
+    """What survived, and the first five that the seed draws of the others."""
+    mutants, results = json.loads(LIST.read_text()), known()["mutants"]
+    status = [results.get(key(mutant), {}).get("run", {}).get("status") for mutant in mutants]
+    caught = [number for number, found in enumerate(status) if found == "caught"]
+    return [number for number, found in enumerate(status) if found == "survived"] + random.Random(SEED).sample(
+        caught, min(5, len(caught))
+    )
+
+
+def report() -> None:
+    mutants, results = json.loads(LIST.read_text()), known()["mutants"]
+    table: dict[str, Counter[str]] = {group: Counter() for group in GROUPS}
+    for number, mutant in enumerate(mutants):
+        stages = results.get(key(mutant), {})
+        found = [stages[stage]["status"] for stage in ("run", "full") if stage in stages]
+        status = found[0] if found else "not run"
+        if mutant.get("equivalent"):
+            status = "equivalent"
+        elif status != "caught" and "caught" in found:
+            status = "caught by test-full"
+        table[mutant["group"]][status] += 1
+        if status != "caught":
+            print(f"{number:3} {status}: {mutant['path']}:{mutant['line']} {mutant['mistake']}")
+            print(f"      - {mutant['before'].strip()}\n      + {mutant['after'].strip()}")
+            print(f"      {mutant['equivalent']}" if mutant.get("equivalent") else "", end="")
+    total = sum(table.values(), Counter())
+    for group, counts in {**table, "all": total}.items():
+        print(f"{group:8}", ", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    counted = total.total() - total["equivalent"] - total["gone"]
+    caught = sum(count for status, count in total.items() if status.startswith("caught"))
+    print(f"{caught} of {counted} are caught: {caught / max(counted, 1):.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["draw", "run", "full", "report"])
+    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="NUMBER", help="these, again")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell, tests would never get one
+    if arguments.command == "draw":
+        draw()
+    elif arguments.command == "run":
+        run_all(arguments.only, "run")
+    elif arguments.command == "full":
+        run_all(arguments.only or for_full(), "full")
+    report()
+
+
+if __name__ == "__main__":
+    main()
