@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import peftk
-from peftk import checks, functional
+from peftk import functional
 from peftk.bank import AdapterBank, PackedBank
 from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.nn import BitFitLinear, ParallelAdapter, ParallelAdapterLinear, SeriesAdapter
