@@ -60,8 +60,8 @@ def multi_lora_linear(
 
 
 _TWICE = (
-    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func compute "
-    "second derivatives (torch.func.hessian, jvp of grad, …)"
+    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func "
+    "compute second derivatives (torch.func.hessian, jvp of grad, …)"
 )
 
 

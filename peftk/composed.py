@@ -57,6 +57,7 @@ def lora_linear(
         acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
         if tensors:
+            pages: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
             pages = ((), ()) if lora_A is None or lora_B is None else ((lora_A,), (lora_B,))
             adapter = Adapter(*pages, scaling, activation, bias_A, bias_B)
             y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
