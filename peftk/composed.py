@@ -59,7 +59,7 @@ def lora_linear(
         if tensors:
             pages: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
             pages = ((), ()) if lora_A is None or lora_B is None else ((lora_A,), (lora_B,))
-            adapter = Adapter(*pages, scaling, activation, bias_A, bias_B)
+            adapter = Adapter(pages[0], pages[1], scaling, activation, bias_A, bias_B)
             y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 

@@ -47,7 +47,7 @@ def recordable(*tensors: Tensor | None) -> bool:
 
 def reason(tensor: Any) -> str | None:
     """What a tensor is that kernels may not read, as in "got …"; None for a plain dense one."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if not isinstance(tensor, Tensor):
         return f"a {kind.__name__}"
     if kind not in _EXACT and _computes(kind):
@@ -75,7 +75,7 @@ def reason(tensor: Any) -> str | None:
 
 def by_torch(tensor: Any) -> bool:
     """Whether plain torch operations compute with a tensor as with a dense one, though no kernel may be able to."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if not isinstance(tensor, Tensor):
         return False
     if kind not in _EXACT and _computes(kind):
