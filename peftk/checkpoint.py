@@ -21,6 +21,7 @@ from peftk.methods.adapterhub import AdapterHubConfig, as_adapterhub
 from peftk.methods.lora import LoraConfig
 from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped
 from peftk.methods.targets import pattern_value
+from peftk.methods.trial import looking
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
 
@@ -63,7 +64,7 @@ def save_adapter(model: nn.Module, path: Path, *, format: str | None = None) -> 
     """
     if format is not None and format not in files.FORMATS:
         raise ValueError(f"format: expected one of {', '.join(files.FORMATS)} or None, got {format!r}")
-    model = unwrapped(model)
+    model = _checked(model)
     names = trained_names(model)
     if not names:
         raise ValueError("model: expected LoRALinear layers or other adapters (peftk.inject puts them in), got none")
@@ -89,7 +90,7 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model, ValueError where a
     layer is merged; the model is as it was then, without adapters if it had none.
     """
-    model = unwrapped(model)
+    model = _checked(model)
     folder = files.folder(path)
     kind = files.checkpoint_format(files.read_config(folder))
     for name, layer in lora_layers(model):
@@ -97,9 +98,10 @@ def load_adapter(model: nn.Module, path: Path) -> None:
             raise ValueError(f"model: expected {name} to be unmerged before its adapter changes, got a merged layer")
     if kind == "peft":
         loaded = peft_checkpoint.load(folder)
-        fitting.check(fitting.without_layers(model, dict(_every_lora_layer(model))), loaded)
-        with _injected(model, [loaded.lora_config()], path):
-            _fill(model, _of_peft(model, loaded), path)
+        with looking(model):
+            fitting.check(fitting.without_layers(model, dict(_every_lora_layer(model))), loaded)
+            with _injected(model, [loaded.lora_config()], path):
+                _fill(model, _of_peft(model, loaded), path)
     elif kind == "adapterhub":
         bottlenecks = adapterhub_checkpoint.load(folder)
         with _injected(model, [bottlenecks.config], path):
@@ -108,6 +110,12 @@ def load_adapter(model: nn.Module, path: Path) -> None:
         own = own_checkpoint.load(folder)
         with _injected(model, own.configs, path):
             _fill(model, _of_peftk(model, own, path), path)
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    return unwrapped(model)
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -390,6 +398,8 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
                 alphas[name] = (float(pattern_value(config.alpha_pattern, name, config.lora_alpha)), config.use_rslora)
         elif _says(config) != _says(record.config):
             raise CheckpointError(f"{path}: expected the model's {record.config!r}, got {config!r}")
+    by_hand = layers.keys() - alphas.keys()
+    files.same_names(path, "scalings of the LoRALinear layers that no method put in", own.scalings, by_hand)
     of_embeddings, values = fitting.embeddings(model), dict(fitting.named_values(model))
     for name in own.embeddings:
         if name not in values or id(values[name]) not in of_embeddings:

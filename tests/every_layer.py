@@ -82,7 +82,7 @@ class Entry:
         generator = torch.Generator().manual_seed(1)
         first = 0 if empty else 4
         return [
-            torch.randn((first, 3, 2)[: dims - 1] + (K,), generator=generator)
+            torch.randn((*(first, 3, 2)[: dims - 1], K), generator=generator)
             for dims in self.dims
             if not (empty and dims == 1)
         ]

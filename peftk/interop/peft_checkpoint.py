@@ -109,6 +109,11 @@ def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     """
     folder = files.folder(path)
     config = files.read_config(folder)
+    kind = files.checkpoint_format(config)
+    if kind != "peft":
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: expected a LoRA checkpoint of HF PEFT, got one of {kind}'s format"
+        )
     _check_config(folder / CONFIG_FILE, config)
     tensors = files.read_weights(folder, WEIGHTS_FILE, pickled=_PICKLED)
     where = folder / WEIGHTS_FILE
@@ -218,10 +223,11 @@ def _is_bias(name: str, mode: Any) -> bool:
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
-    for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        value = config.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
-            raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
+    r, lora_alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise CheckpointError(f"{file}: expected r to be an integer of 1 or more, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= _LARGEST:
+        raise CheckpointError(f"{file}: expected lora_alpha to be a finite number, got {lora_alpha!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
         found = ", ".join(f"{field}={value!r}" for field, value in sorted(unsupported.items()))
@@ -265,8 +271,8 @@ def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str,
     wanted = (_A, _B, _B_BIAS) if config.get("lora_bias") else (_A, _B)
     if parts.keys() != set(wanted):
         raise CheckpointError(
-            f"{where}: expected {' and '.join(name + s for s in wanted)} of {CONFIG_FILE}, "
-            f"got only {' and '.join(name + s for s in sorted(parts))}"
+            f"{where}: expected {' and '.join(name + s for s in wanted)}, as {CONFIG_FILE} says, "
+            f"got {' and '.join(name + s for s in sorted(parts))}"
         )
     lora_A, lora_B, lora_bias = parts[_A], parts[_B], parts.get(_B_BIAS)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:

@@ -10,6 +10,8 @@ from torch import nn
 
 from peftk import backends
 from peftk.backends import Call, Choice
+from peftk.methods import trial
+from peftk.nn import watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,6 +27,8 @@ def accelerate(peft_model: Model) -> Model:
     later are accelerated too. What peftk has no kernels for (DoRA and other variants, quantized base layers, hooks on
     a base layer, …) keeps PEFT's code: `peftk.explain(peft_model)` says which and why.
 
+    A warning names layers whose weight the model reads itself: PEFT's adapter does nothing there.
+
     Args:
         peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or any module with LoRA layers of
             PEFT inside. A second call changes nothing.
@@ -36,9 +40,18 @@ def accelerate(peft_model: Model) -> Model:
         raise TypeError(f"peft_model: expected an nn.Module, got {type(peft_model).__name__}")
     if not has_lora(peft_model):
         raise ValueError(f"peft_model: expected LoRA layers of HF PEFT, got {type(peft_model).__name__} without")
-    from peftk.interop import peft_layers
+    from peftk.interop import peft_layers, peft_merge
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap(peft_model)
+    with all_or_none(peft_model):
+        peft_layers.swap(peft_model)
+        peft_merge.note_shared(peft_layers.inside(peft_model))
+        layers = {name: module for name, module in peft_model.named_modules() if type(module) is peft_layers.Linear}
+        new = {name: layer for name, layer in layers.items() if not watched.is_watched(layer)}
+        if new:
+            found = trial.look(peft_model, layers=set(new.values()))
+            for name, layer in new.items():
+                watched.watch(layer, name, found.read.get(name))
     return peft_model
 
 
@@ -54,8 +67,10 @@ def decelerate(peft_model: Model) -> Model:
     if not is_accelerated(peft_model):
         raise ValueError(f"peft_model: expected an accelerated model, got {type(peft_model).__name__} that is not")
     from peftk.interop import peft_layers
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap_back(peft_model)
+    with all_or_none(peft_model):
+        peft_layers.swap_back(peft_model)
     return peft_model
 
 
@@ -116,6 +131,9 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     if type(layer) is not Linear:
         kind = type(layer).__name__
         return Choice("peft", f"not accelerated: lora.{kind}" if type(layer) is lora.Linear else f"lora.{kind}", ())
+    reader = watched.read_by(layer)
+    if reader is not None:
+        return Choice("peft", f"{reader} computes with the weight itself, where the adapter does nothing", ())
     found = layer.active()
     if isinstance(found, str):
         return Choice("peft", found, ())

@@ -12,7 +12,7 @@ from peftk.methods.plan import Plan, adapter_parameters
 from peftk.methods.targets import matches
 from peftk.nn.attached import Attached
 from peftk.nn.bitfit import BitFitLinear
-from peftk.nn.replace import bypassed, is_linear, plain
+from peftk.nn.replace import is_linear, plain
 
 ALL = "all"
 
@@ -47,7 +47,7 @@ class BitFitConfig:
         layers = {}
         for name in biases:
             module = model.get_submodule(name)
-            if name in wanted and name and is_linear(module) and plain(module) and not bypassed(module):
+            if name in wanted and name and is_linear(module) and plain(module):
                 layers[name] = BitFitLinear.from_linear(module)
         trained = [f"{module}.{name}".lstrip(".") for module in biases if module in wanted for name in biases[module]]
         return Plan(layers=layers, trained=trained)

@@ -11,7 +11,7 @@ from peftk import checks
 from peftk.methods import architectures, fields
 from peftk.methods.fields import Names
 from peftk.methods.plan import Plan
-from peftk.methods.targets import target_modules
+from peftk.methods.targets import called, target_modules
 from peftk.nn.attached import attachable, part
 from peftk.nn.llama_adapter import LlamaAdapter, Projections
 from peftk.nn.parameters import dtype_beside
@@ -58,6 +58,10 @@ class LlamaAdapterConfig:
             heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
         if not isinstance(heads, int):
             raise ValueError(f"num_heads: expected a number where the model has no config that says it, got {heads!r}")
+        for name, projections, _ in attention:
+            for projection in (projections.query, projections.output):
+                part(model.get_submodule(name), projection)
+                called(model, "projections", f"{name}.{projection}")
         return Plan(
             attached=[
                 (name, self._adapter(name, model.get_submodule(name), projections, heads, scaling))

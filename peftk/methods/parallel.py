@@ -11,10 +11,11 @@ from peftk.methods.architectures import MLP
 from peftk.methods.fields import Names
 from peftk.methods.places import BottleneckConfig, Place, places
 from peftk.methods.plan import Plan
+from peftk.methods.targets import called
 from peftk.nn.attached import attachable
 from peftk.nn.parallel_adapter import ParallelAdapter, ParallelAdapterLinear
 from peftk.nn.parameters import dtype_beside
-from peftk.nn.replace import bypassed, is_linear
+from peftk.nn.replace import is_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,9 @@ class ParallelAdapterConfig(BottleneckConfig):
         layers, attached = {}, []
         for place in places(model, self.where, self.leave_out):
             module = model.get_submodule(place.sink)
+            for part in (place.source, place.sink):
+                called(model, "where", part)
             if is_linear(module) and place.source == place.sink:
-                if bypassed(module):
-                    raise ValueError(
-                        f"where: expected linears that are called, got {place.sink}, whose weight MHA reads itself"
-                    )
                 layers[place.sink] = ParallelAdapterLinear.from_linear(
                     module,
                     bottleneck=self.width(architectures.width_in(model, place.source)),

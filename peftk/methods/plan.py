@@ -6,12 +6,16 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
+from peftk.methods.trial import looking, partly_read
+from peftk.nn import merging, shared
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.lora_linear import LoRALinear
+from peftk.nn.watched import watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +72,29 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
     return model.__dict__.get(_RECORD, ())
 
 
+def _record(model: nn.Module, records: tuple[Injection, ...] | None) -> None:
+    if records is None:
+        model.__dict__.pop(_RECORD, None)
+    else:
+        model.__dict__[_RECORD] = records
+
+
 @contextlib.contextmanager
-def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[Injection]]:
-    """Plans and carries out one config after the other, and freezes all else.
+def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
+    """Plans and carries out one config after the other, and freezes all else. example_inputs: as `inject`'s.
 
     Where one fails, or what is done within the `with`, none has happened.
     """
     without_peft(model)
-    with contextlib.ExitStack() as undo:
+    with looking(model, example_inputs), contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
-        undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
+        undo.callback(_record, model, model.__dict__.get(_RECORD))
         done = []
         for config in configs:
             plan = config.plan(model)
             for name, layer in plan.layers.items():
+                if isinstance(layer, FrozenLinear) and not layer.adds_nothing:
+                    watch(layer, name, partly_read(model, name))
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
                 _leave_fast_path(model, name, undo)
@@ -94,14 +107,10 @@ def carrying_out(model: nn.Module, configs: Sequence[Config]) -> Iterator[list[I
             model.__dict__[_RECORD] = (*injections(model), record)
             done.append(record)
         freeze(model)
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+        shared.note(model, merging.places(layers))
         yield done
         undo.pop_all()
-
-
-def carry_out(model: nn.Module, configs: Sequence[Config]) -> list[Injection]:
-    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
-    with carrying_out(model, configs) as done:
-        return done
 
 
 def without_peft(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from peftk.methods.architectures import ATTENTION, MLP
 from peftk.methods.fields import Names
 from peftk.methods.places import BottleneckConfig, places
 from peftk.methods.plan import Plan
+from peftk.methods.targets import called
 from peftk.nn.attached import attachable
 from peftk.nn.parameters import dtype_beside
 from peftk.nn.series_adapter import SeriesAdapter
@@ -36,6 +37,7 @@ class SeriesAdapterConfig(BottleneckConfig):
         attached = []
         for place in places(model, self.where, self.leave_out):
             attachable(model.get_submodule(place.sink), SeriesAdapter.name)
+            called(model, "where", place.sink)
             d, weight = architectures.width_out(model, place.sink)
             adapter = SeriesAdapter(
                 d,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from peftk import checks, functional
 from peftk.nn.parameters import own
+from peftk.nn.watched import handed_out
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
     """N, K. Raises TypeError or ValueError where these are no linear layer's weight and bias."""
+    checks.floating("weight", weight)
+    if bias is not None:
+        checks.floating("bias", bias)
     matrix = weight.detach().t() if fan_in_fan_out else weight.detach()
     checks.base(matrix, None if bias is None else bias.detach())
     N, K = matrix.shape
@@ -35,6 +41,10 @@ class FrozenLinear(nn.Module):
         self.fan_in_fan_out = fan_in_fan_out
         self.weight = weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return handed_out(self, found) if name == "weight" else found
 
     @property
     def matrix(self) -> Tensor:

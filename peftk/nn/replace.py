@@ -65,11 +65,6 @@ def replaceable(linear: nn.Module) -> nn.Linear:
     return cast(nn.Linear, linear)
 
 
-def bypassed(linear: nn.Module) -> bool:
-    """nn.MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing."""
-    return isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
 def take_place(layer: Layer, linear: nn.Module) -> Layer:
     """Gives `layer` the mode and the hooks of the linear that it replaces, and the adapters that hang on it."""
     layer._modules.update(linear._modules)
