@@ -178,6 +178,15 @@ def _about(model: nn.Module) -> dict[str, str | None]:
     return {**fields, **_origin(model).about}
 
 
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Every Parameter and buffer by name; of a bias that a merge has changed what it was before."""
+    receipts = {id(layer.bias): layer.bias_receipt for _, layer in lora_layers(model) if layer.bias_receipt is not None}
+    return {
+        name: receipts[id(value)].before if id(value) in receipts else value
+        for name, value in fitting.named_values(model)
+    }
+
+
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own weights that a loaded checkpoint brought, as they are where nothing is merged."""
     values = dict(fitting.named_values(model))
@@ -212,7 +221,8 @@ def _of_peft(model: nn.Module, loaded: peft_checkpoint.LoadedCheckpoint) -> _Con
             tensors[f"{name}.lora_bias"] = adapter.lora_bias
     saved, biases = _trained_in_place(model)
     trained = {**loaded.biases, **loaded.saved}
-    files.same_names(path, "biases and modules_to_save as the model trains them", trained, {*saved, *biases})
+    wanted = {*saved, *fitting.with_aliases(model, biases, loaded)}
+    files.same_names(path, "biases and modules_to_save as the model trains them", trained, wanted)
     alphas = {name: (adapter.lora_alpha, adapter.use_rslora) for name, adapter in loaded.adapters.items()}
     return _Contents({**tensors, **trained, **loaded.base}, alphas, _Origin(loaded.about, tuple(loaded.base)))
 
@@ -233,7 +243,7 @@ def _save_peft(model: nn.Module, path: Path) -> None:
     alpha = next(iter(alphas.values()))
     saved, biases = _trained_in_place(model)
     tied = fitting.tied(model, saved)
-    values = {**dict(fitting.named_values(model)), **_embeddings(model)}
+    values = {**_values(model), **_embeddings(model)}
     about = _about(model)
     config: dict[str, Any] = {
         "r": first.r,
@@ -408,7 +418,7 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
 
 
 def _save_peftk(model: nn.Module, path: Path, names: Collection[str]) -> None:
-    values, brought = dict(fitting.named_values(model)), _embeddings(model)
+    values, brought = _values(model), _embeddings(model)
     tensors = {name: values[name] for name in (*map(plain_name, names), *_buffers(model))}
     records = injections(model)
     placed = {name for record in records for name in record.layers}
