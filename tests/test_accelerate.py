@@ -550,6 +550,14 @@ def test_a_merge_that_is_not_finite_changes_nothing(safe_merge: bool) -> None:
             tensor.copy_(kept)
 
 
+def test_what_no_merge_can_write_to_is_not_said_to_be_broken() -> None:
+    _, model = pair()
+    base = model.base_model.model.a.base_layer
+    base.weight = nn.Parameter(torch.ones(1, K).expand(N, K), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^a: weight: expected elements that do not overlap, got strides \(0, 1\)"):
+        model.merge_adapter()
+
+
 def test_lora_bias_without_a_place_in_the_base_layer() -> None:
     with pytest.warns(UserWarning, match="has no bias"):
         _, model = pair(lora_bias=True, target_modules=["c"], base=Two())
