@@ -143,7 +143,8 @@ def _merged_bias(bias: Tensor | None, adapters: dict[str, Any]) -> BiasReceipt |
 def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitStack) -> None:
     """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
     while layer.merged_adapters:
-        *receipts, last = live(layer) or [None]
+        receipts = live(layer)
+        last = receipts.pop() if receipts else None
         if last is not None and tuple(layer.merged_adapters[-len(last.names) :]) == last.names:
             try:
                 _take_out(layer, last, undo)

@@ -55,8 +55,8 @@ class LoRALinear(FrozenLinear):
             raise ValueError(f"r: expected an integer of 1 or more, got {r!r}")
         if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-        checks.dropout(lora_dropout, None, weight.device)
         N, K = linear_shape(weight, bias, fan_in_fan_out)
+        checks.dropout(lora_dropout, None, weight.device)
         adapter_dtype = dtype_beside(weight, adapter_dtype)
         checks.adapter_dtype(adapter_dtype, weight.dtype)
         lora_A = torch.empty(r, K, dtype=adapter_dtype, device=weight.device)
