@@ -80,7 +80,7 @@ def test_as_peft(targets: object, layers: object, pattern: object, exclude: obje
     }
     none = pytest.raises(ValueError, match="target_modules: expected to match")
     with contextlib.nullcontext() if expected else none:
-        assert set(target_linears(model_of(NAMES), targets, **arguments)) == set(expected)
+        assert set(target_linears(model_of(NAMES), targets, **arguments).linears) == set(expected)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_layer_numbers(module: str, pattern: object, number: int | None) -> None
 
 def test_all_linear_of_some_layers() -> None:
     model = model_of(["layers.0.linear", "layers.1.linear", "linear"])
-    assert list(target_linears(model, "all-linear", layers_to_transform=[1])) == ["layers.1.linear"]
+    assert list(target_linears(model, "all-linear", layers_to_transform=[1]).linears) == ["layers.1.linear"]
 
 
 def test_names() -> None:
@@ -289,32 +289,34 @@ def test_all_linear_leaves_out_what_trains_whole_under_whatever_name() -> None:
 
 def test_a_layer_number_that_peft_reads_otherwise_is_told() -> None:
     model = model_of(["layers.0.q", "layers.1.q"])
-    with pytest.warns(
-        UserWarning, match=r"reads no layer number in layers\.0\.q, and 0 is taken.* layers_pattern='layers'"
-    ):
-        assert list(target_linears(model, ["q"], layers_to_transform=[1])) == ["layers.1.q"]
+    linears, [told] = target_linears(model, ["q"], layers_to_transform=[1])
+    assert list(linears) == ["layers.1.q"]
+    assert (
+        "reads no layer number in layers.0.q, and 0 is taken here; layers_pattern='layers' makes it 0 in both" in told
+    )
     model = model_of(["layers.0.experts.1.q", "layers.1.experts.1.q"])
-    with pytest.warns(UserWarning, match=r"reads layer 1 in layers\.0\.experts\.1\.q, and 1 .* makes it 0 in both"):
-        assert len(target_linears(model, ["q"], layers_to_transform=[1])) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(target_linears(model, ["q"], layers_to_transform=[1], layers_pattern="layers")) == [
-            "layers.1.experts.1.q"
-        ]
+    linears, [told] = target_linears(model, ["q"], layers_to_transform=[1])
+    assert len(linears) == 2
+    assert "reads layer 1 in layers.0.experts.1.q, and 1 is taken here; layers_pattern='layers' makes it 0" in told
+    linears, told = target_linears(model, ["q"], layers_to_transform=[1], layers_pattern="layers")
+    assert (list(linears), told) == (["layers.1.experts.1.q"], [])
 
 
 def test_experts_in_one_parameter_are_told() -> None:
     model = model_of(["layers.0.q_proj", "layers.0.down_proj", "layers.0.experts.gate"])
     experts = model.get_submodule("layers.0.experts")
     experts.gate_up_proj, experts.down_proj = (nn.Parameter(torch.zeros(2, 4, 4)) for _ in range(2))
-    told = r"target_modules: layers\.0\.experts\.{} is one Parameter of all experts, no linear, and gets no adapter"
-    for targets, name in (("all-linear", "gate_up_proj"), (["down_proj"], "down_proj")):
-        with pytest.warns(UserWarning, match=told.format(name)):
-            target_linears(model, targets)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        target_linears(model, ["q_proj"])
-        target_linears(model, ["0.q_proj", "0.down_proj"])
+    for targets, name in (
+        ("all-linear", "gate_up_proj"),
+        (["down_proj"], "down_proj"),
+        (".*(q|up)_proj", "gate_up_proj"),
+    ):
+        _, [told] = target_linears(model, targets)
+        assert told == (
+            f"target_modules: layers.0.experts.{name} is one Parameter of all experts, no linear, and gets no adapter"
+        )
+    for targets in (["q_proj"], ["0.q_proj", "0.down_proj"], "layers.0.down_proj"):
+        assert not target_linears(model, targets).idle
     with pytest.raises(
         ValueError, match=r"expected to match some linear.*gate_up_proj is one Parameter of all experts"
     ):

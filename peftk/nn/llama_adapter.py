@@ -85,6 +85,9 @@ class LlamaAdapter(Attached):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q [B, H, T, D], k and v [H', L, D] of the prompt, H' dividing H → tanh(g)·softmax(c·qkᵀ)v [B, H, T, D]."""
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            checks.floating(name, tensor)
+        checks.keeps_tangents(q, k, v)
         groups = self.num_heads // k.shape[0]
         k, v = (t.repeat_interleave(groups, dim=0).expand(q.shape[0], -1, -1, -1) for t in (k, v))
         found = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)

@@ -54,6 +54,7 @@ class ParallelAdapter(Attached, Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → s · act(x Aᵀ + a) Bᵀ + β [..., N], in the adapter's dtype (autocast's where that is on)."""
         checks.floating("x", x)
+        checks.keeps_tangents(x)
         z = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A, self.bias_A)
         return self.scaling * nn.functional.linear(activations.apply(self.activation, z), self.lora_B) + self.bias_B
 
