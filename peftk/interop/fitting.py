@@ -32,6 +32,8 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
     for name, linear in targets.items():
         weight = linear.get_parameter("weight")
         N, K = weight.t().shape if fan_in_fan_out(linear) else weight.shape
+        if weight.is_meta:
+            raise CheckpointError(f"{path}: {name}: expected a weight with memory in the model, got one on meta")
         lora_A, lora_B = loaded.adapters[name][:2]
         if lora_A.shape[1] != K or lora_B.shape[0] != N:
             raise CheckpointError(
@@ -96,6 +98,8 @@ def same_base(loaded: LoadedCheckpoint, values: Mapping[str, Tensor]) -> None:
 
 def fitted(path: object, name: str, value: Tensor, place: Tensor) -> Tensor:
     """The value in the dtype of its place in the model. Raises CheckpointError where it does not fit there."""
+    if place.is_meta:
+        raise CheckpointError(f"{path}: {name}: expected a place with memory in the model, got one on meta")
     if value.shape != place.shape or (
         value.dtype != place.dtype and not (value.is_floating_point() and place.is_floating_point())
     ):
