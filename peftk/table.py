@@ -242,6 +242,11 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
     )
 
 
+def in_rows(lora_A: Tensor) -> Tensor:
+    """A with contiguous rows: itself where they are, else a copy, through which gradients reach it."""
+    return lora_A if lora_A.stride(1) == 1 or lora_A.shape[1] == 1 else lora_A.contiguous()
+
+
 def _may_move(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
 
