@@ -19,7 +19,7 @@ from peftk.interop.files import CheckpointError, plain_name
 from peftk.interop.own_checkpoint import OwnCheckpoint
 from peftk.methods.adapterhub import AdapterHubConfig, as_adapterhub
 from peftk.methods.lora import LoraConfig
-from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped
+from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped, without_peft
 from peftk.methods.targets import pattern_value
 from peftk.methods.trial import looking
 from peftk.model import lora_layers
@@ -88,9 +88,10 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     Embeddings that PEFT saved because their size had changed go into the model, as in PEFT.
 
     Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model, ValueError where a
-    layer is merged; the model is as it was then, without adapters if it had none.
+    layer is merged or PEFT's own adapters are in the model; it is as it was then, without adapters if it had none.
     """
     model = unwrapped(model)
+    without_peft(model)
     folder = files.folder(path)
     kind = files.checkpoint_format(files.read_config(folder))
     for name, layer in lora_layers(model):

@@ -40,7 +40,7 @@ _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B, _B_BIAS, _BASE = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer"
 _NAMED = re.compile(r"(\.lora_[AB])\.default(\.(?:weight|bias))$")
-_INSIDES = re.compile(r"\.(modules_to_save|original_module)\.")
+_INSIDES = (re.compile(r"\.(modules_to_save|original_module)\."), re.compile(r"\.modules_to_save\.[^.]+\."))
 
 
 class LoadedAdapter(NamedTuple):
@@ -147,7 +147,7 @@ def _beside(
         module, _, last = key.rpartition(".")
         inner = module.removesuffix(_BASE)
         name = f"{inner}.{last}" if inner in adapted and last in ("weight", "bias") else key
-        if _INSIDES.sub(".", key) in tensors and _INSIDES.search(key):
+        if any(form.search(key) and form.sub(".", key) in tensors for form in _INSIDES):
             continue  # PEFT may write what it saves whole again, under the names of its wrapper's insides
         if any(within(key, kept) for kept in config.get("modules_to_save") or ()):
             saved[key] = tensor
