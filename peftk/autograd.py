@@ -60,7 +60,7 @@ def multi_lora_linear(
 
 
 _TWICE = (
-    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func compute "
+    "backward: expected one that nobody differentiates, got one with create_graph; transforms of torch.func compute "
     "second derivatives (torch.func.hessian, jvp of grad, …)"
 )
 

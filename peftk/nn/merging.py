@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from peftk import functional, interrupts
+from peftk import checks, functional, interrupts
 from peftk.backends.merge_args import write
 from peftk.nn import shared
 from peftk.nn.shared import Place
@@ -56,6 +56,8 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
             with _named(name):
                 mergeable(layer)
                 _check(layer)
+                if one.lora_bias is not None:
+                    checks.dense("lora_bias", one.lora_bias)
                 biases.append(None if one.lora_bias is None else _merged_bias(layer, one.lora_bias, one.scaling))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
@@ -110,10 +112,12 @@ def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
 
 
 def _check(layer: LoRALinear) -> None:
-    """Raises ValueError where what a merge changes is no Parameter: torch would compute it anew without the adapter."""
+    """What a merge changes is a Parameter, as torch would compute others anew without the adapter, and dense."""
     for name in parts(layer):
         if name not in layer._parameters and getattr(layer, name) is not None:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
+        if layer._parameters[name] is not None:
+            checks.dense(name, layer._parameters[name])
 
 
 def _merged_bias(layer: LoRALinear, lora_bias: Tensor, scaling: float) -> BiasReceipt:
