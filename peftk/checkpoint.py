@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftk import interrupts
+from peftk import checks, interrupts
 from peftk.interop import adapterhub_checkpoint, files, fitting, own_checkpoint, peft_checkpoint
 from peftk.interop.adapterhub_checkpoint import LoadedBottlenecks
 from peftk.interop.files import CheckpointError, plain_name
@@ -147,6 +147,7 @@ def _fill(model: nn.Module, contents: _Contents, path: Path) -> None:
     state = dict(fitting.named_values(model))
     places: list[tuple[Tensor, Tensor, Tensor]] = []  # where to, what, and what is there
     for name, value in contents.tensors.items():
+        checks.dense(name, state[name])
         place = state[name].detach()
         if isinstance(state[name], nn.Parameter):
             files.finite(path, name, value)

@@ -57,6 +57,8 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
             with _named(name):
                 mergeable(layer)
                 _check(layer)
+                if one.lora_bias is not None:
+                    checks.dense("lora_bias", one.lora_bias)
                 biases.append(None if one.lora_bias is None else _merged_bias(layer, one.lora_bias, one.scaling))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
