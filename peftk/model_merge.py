@@ -159,6 +159,9 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     if (adapter.lora_bias is None) != (layer.lora_bias is None):
         expected = "None, as the layer has none, got a bias" if layer.lora_bias is None else "a bias, got None"
         raise ValueError(f"{name}: lora_bias: expected {expected}")
+    for part, tensor in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B), ("lora_bias", adapter.lora_bias)):
+        if tensor is not None:
+            checks.dense(f"{name}: {part}", tensor)
     like = layer.lora_A.detach()
     lora_A, lora_B, lora_bias = (
         None if t is None else torch.empty_like(t, dtype=like.dtype, device=like.device).copy_(t)
@@ -166,7 +169,7 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     )
     assert lora_A is not None and lora_B is not None  # noqa: PT018
     try:
-        checks.adapter(layer.matrix.detach(), lora_A, lora_B, adapter.scaling, bias_B=lora_bias)
+        checks.adapter(layer.matrix, lora_A, lora_B, adapter.scaling, bias_B=lora_bias)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     return Merge(lora_A, lora_B, lora_bias, adapter.scaling)

@@ -154,7 +154,7 @@ QUERIES = ["model.layers.0.q", "model.layers.1.q"]
         (r".*layers\.0.*", "got model.layers.0, of class ModuleDict"),
         (["q", "norm"], "got model.layers.0.norm, of class LayerNorm"),
         (["q", "vision.1"], "got model.vision.1, of class ReLU"),
-        (["q", "out_proj"], "got mha.out_proj, whose weight MHA reads itself"),
+        (["q", "out_proj"], "got mha.out_proj, whose weight MultiheadAttention reads itself"),
         (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with another"),
     ],
 )
@@ -185,6 +185,11 @@ def test_a_target_that_a_method_has_replaced_is_refused_by_name() -> None:
         ({"exclude_modules": "zzz.*"}, r"exclude_modules: 'zzz\.\*' matches no module of the model"),
         ({"exclude_modules": ["layers.1"]}, "matches model.layers.1, not what lies within: model.layers.1.q gets"),
         ({"layers_to_transform": [0, 7]}, "layers_to_transform: no target lies in layer 7"),
+        (
+            {"target_modules": QUERIES, "layers_to_transform": [0]},
+            "layers_to_transform: no effect, as all targets are named",
+        ),
+        ({"target_modules": [QUERIES[0], "k"], "layers_to_transform": [0, 3]}, "no target lies in layer 3"),
         (
             {"target_modules": ["q", "vision.0"], "layers_to_transform": 0},
             "'vision.0' matches no module in layers_to_transform",
@@ -317,7 +322,5 @@ def test_experts_in_one_parameter_are_told() -> None:
         )
     for targets in (["q_proj"], ["0.q_proj", "0.down_proj"], "layers.0.down_proj"):
         assert not target_linears(model, targets).idle
-    with pytest.raises(
-        ValueError, match=r"expected to match some linear.*gate_up_proj is one Parameter of all experts"
-    ):
+    with pytest.raises(ValueError, match=r"to match some linear.*gate_up_proj is one Parameter of all experts"):
         target_linears(model, ["up_proj"])

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peftk import functional, storage, table
+from peftk import checks, functional, storage, table
 from peftk.interop import peft_batch, peft_merge, peft_reasons
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_reasons import Base, Factors
@@ -214,6 +214,9 @@ def _together(adapters: Sequence[Factors]) -> Factors:
     """
     bias = None
     for adapter in adapters:
+        for name, tensor in zip(("lora_A", "lora_B", "bias_B"), adapter.tensors(), strict=True):
+            if tensor is not None:
+                checks.floating(name, tensor)
         if adapter.bias_B is not None:
             term = _wide(adapter.bias_B) * adapter.scaling
             bias = term if bias is None else bias + term

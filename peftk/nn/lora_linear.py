@@ -117,7 +117,10 @@ class LoRALinear(FrozenLinear):
         if self.receipt is not None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
-        beta = None if lora_bias is None else self.scaling * lora_bias
+        beta = None
+        if lora_bias is not None:
+            checks.floating("lora_bias", lora_bias)
+            beta = self.scaling * lora_bias
         p = self.lora_dropout if self.training else 0.0
         return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
 
@@ -132,6 +135,7 @@ class LoRALinear(FrozenLinear):
 
     def base_weight(self) -> Tensor:
         """`weight` as it is where nothing is merged: itself, or while merged a copy."""
+        checks.dense("weight", self.weight)
         weight = self.weight.detach()
         if self.receipt is None:
             return weight
