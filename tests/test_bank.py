@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+from peftk import functional
 from peftk.bank import AdapterBank
+from peftk.table import Adapter
 
 
 def bank(max_adapters: int = 3) -> AdapterBank:
@@ -88,3 +90,39 @@ def test_a_copy_has_its_own_storage_and_table() -> None:
     other.pool.chunks[0][0].zero_()
     assert made.adapters[0].lora_A.abs().sum() > 0
     assert other.adapters[0].lora_A.abs().sum() == 0
+
+
+class Lent(torch.nn.Module):
+    """A square adapter whose tensors stay where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = torch.nn.Parameter(torch.randn(8, 8)), torch.nn.Parameter(torch.randn(8, 8))
+
+    def adapter(self) -> Adapter:
+        return Adapter((self.A,), (self.B,), 1.0)
+
+
+def test_a_table_is_made_anew_where_a_lent_tensor_is_read_in_other_strides() -> None:
+    """The address and the shape of a square factor stay."""
+    made, lent = AdapterBank(8, 8, 2, torch.float32, "cpu"), Lent()
+    made.lend("a", lent.adapter)
+    before = made.table()
+    assert made.table() is before
+    x, weight, ids = torch.randn(3, 8), torch.zeros(8, 8), torch.zeros(3, dtype=torch.int32)
+    lent.B.data = lent.B.data.t()
+    assert made.table() is not before
+    with torch.no_grad():
+        y = functional.multi_lora_linear(x, weight, None, made, ids)
+        torch.testing.assert_close(y, x @ lent.A.t() @ lent.B.t())
+
+
+def test_a_table_is_made_anew_for_another_parameter_in_the_same_memory() -> None:
+    made, lent = AdapterBank(8, 8, 2, torch.float32, "cpu"), Lent()
+    made.lend("a", lent.adapter)
+    before = made.table()
+    lent.A = torch.nn.Parameter(lent.A.detach())
+    now = made.table()
+    assert now is not before
+    assert now.adapters[0].pages_A[0] is lent.A
+    assert made.table() is now

@@ -18,6 +18,12 @@ from tests.tiers import FULL, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+def named(value: object) -> str:
+    """Of a test's argument."""
+    return str(getattr(value, "name", getattr(value, "__name__", value)))
+
+
 every_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
 
 
@@ -74,9 +80,15 @@ def in_place(entry: Entry, made: Made, mode: str) -> None:
             agree(gradients(run, made, x), gradients(lambda x: changed(made.plain(x)), made, x))
 
 
-@every_layer
-@pytest.mark.parametrize("mode", ["eager", "checkpoint reentrant", "checkpoint"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize(
+    ("entry", "frozen", "mode"),
+    [
+        *((entry, False, "eager") for entry in LAYERS),
+        *spread(itertools.product(LAYERS, [True], ["eager"]), default=8),
+        *spread(itertools.product(LAYERS, [False, True], ["checkpoint reentrant", "checkpoint"]), default=20),
+    ],
+    ids=named,
+)
 def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool) -> None:
     if entry.by_linear and mode == "checkpoint reentrant":
         pytest.skip("torch refuses it behind nn.Linear, too")
@@ -90,14 +102,15 @@ def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool
         pytest.param(by_name("lora plain"), "inductor", False),
         pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
     ],
-    ids=lambda value: getattr(value, "name", str(value)),
+    ids=named,
 )
 def test_an_output_changed_in_place_trains_compiled(entry: Entry, mode: str, frozen: bool) -> None:
     in_place(entry, entry.make(frozen=frozen), mode)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gemm", "cpu"])
-@every_layer
+@pytest.mark.parametrize(
+    ("entry", "backend"), spread(itertools.product(LAYERS, ["reference", "gemm", "cpu"]), default=15), ids=named
+)
 def test_an_output_changed_in_place_trains_on_each_backend(
     entry: Entry, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,8 +124,7 @@ def test_an_output_changed_in_place_trains_on_each_backend(
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-@every_layer
-@pytest.mark.parametrize("mode", GRAD_MODES)
+@pytest.mark.parametrize(("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=45), ids=named)
 def test_an_output_is_nobody_elses_memory(entry: Entry, mode: str) -> None:
     """Also where it is the input's values: changing it changes neither the input nor a Parameter."""
     made = entry.make()
@@ -338,8 +350,7 @@ def computed(made: Made) -> None:
 REPLACE = [assigned, new_values, other_strides, set_anew, put_in_the_dict, swapped, overwritten, computed]
 
 
-@every_layer
-@pytest.mark.parametrize("replace", REPLACE, ids=lambda replace: replace.__name__)
+@pytest.mark.parametrize(("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=50), ids=named)
 def test_gradients_reach_the_parameters_that_the_module_has_now(entry: Entry, replace: Callable[[Made], None]) -> None:
     """Whatever a layer has kept of earlier calls."""
     if replace is assigned and entry.name.startswith("lora merged"):

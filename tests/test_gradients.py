@@ -219,3 +219,104 @@ def test_a_batch_with_served_and_trained_adapters_needs_the_trained_ones(compile
     torch.testing.assert_close(A.grad, (dy[rows] @ B.detach()).t() @ x[rows])
     torch.testing.assert_close(B.grad, dy[rows].t() @ (x[rows] @ A.detach().t()))
     torch.testing.assert_close(beta.grad, dy[rows].sum(0))
+
+
+# adapters that change between the forward and the backward
+
+
+def one_and_many() -> list[tuple[str, torch.nn.Module, tuple[torch.Tensor, ...]]]:
+    """A LoRALinear, and a MultiLoRALinear with trained and with served adapters."""
+    lora = peftk.LoRALinear.from_linear(torch.nn.Linear(8, 6), r=3)
+    torch.nn.init.normal_(lora.lora_B)
+    ids = torch.tensor([0, 1, -1, 0])
+    layers = []
+    for trainable in (True, False):
+        layer = MultiLoRALinear.from_linear(torch.nn.Linear(8, 6), max_adapters=4)
+        for name in ("a", "b", "c"):
+            layer.add_adapter(name, torch.randn(3, 8), torch.randn(6, 3), trainable=trainable)
+        layers.append(layer)
+    return [("one", lora, ()), ("trained", layers[0], (ids,)), ("served", layers[1], (ids,))]
+
+
+def adapter_of(layer: torch.nn.Module, number: int = 0) -> Adapter:
+    if isinstance(layer, MultiLoRALinear):
+        return layer.bank.adapters[number]
+    return Adapter((layer.lora_A,), (layer.lora_B,), layer.scaling)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("which", ["pages_A", "pages_B"])
+def test_an_adapter_changed_in_place_before_the_backward_is_noticed(which: str, compiles: bool) -> None:
+    """In every Function, by the version that was saved with it; x wants a gradient, as behind another layer."""
+    for _, layer, rest in one_and_many():
+        torch._dynamo.reset()
+        run = torch.compile(layer, backend="aot_eager") if compiles else layer
+        y = run(torch.randn(4, 8, requires_grad=True), *rest)
+        with torch.no_grad():
+            getattr(adapter_of(layer), which)[0].mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("which", ["pages_A", "pages_B"])
+def test_an_adapter_changed_behind_an_input_without_a_gradient_is_noticed(which: str) -> None:
+    for _, layer, rest in one_and_many()[:2]:
+        y = layer(torch.randn(4, 8), *rest)
+        with torch.no_grad():
+            getattr(adapter_of(layer), which)[0].mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_other_pages_of_the_pool_may_change() -> None:
+    """Adapters come and go while a graph waits for its backward."""
+    _, layer, (ids,) = one_and_many()[2]
+    x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 6)
+    layer(x, ids).backward(dy)
+    expected, x.grad = x.grad, None
+    y = layer(x, ids)
+    layer.remove_adapter("c")
+    layer.add_adapter("d", torch.randn(3, 8), torch.randn(6, 3))
+    layer.add_adapter("e", torch.randn(40, 8), torch.randn(6, 40))
+    y.backward(dy)
+    assert torch.equal(x.grad, expected)
+
+
+def test_biases_may_change_before_the_backward() -> None:
+    """No gradient reads one, as with nn.Linear."""
+    layer = peftk.nn.ParallelAdapterLinear.from_linear(torch.nn.Linear(8, 6), bottleneck=3)
+    y = layer(torch.randn(4, 8, requires_grad=True))
+    with torch.no_grad():
+        for bias in (layer.bias, layer.bias_A, layer.bias_B):
+            bias.add_(1.0)
+    y.sum().backward()
+
+
+def test_parameters_may_come_back_to_other_memory_before_the_backward() -> None:
+    """As offloading leaves them: a table has the addresses of the forward, and the old memory is somebody else's."""
+    for name, layer, rest in one_and_many()[:2]:
+        x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 6)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        layer(x, *rest).backward(dy)
+        expected = [x.grad.clone(), *(p.grad if p.grad is None else p.grad.clone() for p in trained)]
+        x.grad = None
+        layer.zero_grad()
+        y = layer(x, *rest)
+        for p in trained:
+            old, p.data = p.data, p.data.clone()
+            old.fill_(float("nan"))
+        y.backward(dy)
+        for got, wanted in zip([x.grad, *(p.grad for p in trained)], expected, strict=True):
+            assert (got is None) == (wanted is None), name
+            assert got is None or torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 20])
+def test_another_rank_before_the_backward_is_refused(ranks: int) -> None:
+    """Kernels read z [M, R] of the forward: with another R they would read past its end."""
+    for _, layer, rest in one_and_many()[:2]:
+        y = layer(torch.randn(4, 8, requires_grad=True), *rest)
+        adapter = adapter_of(layer)
+        adapter.pages_A[0].data, adapter.pages_B[0].data = torch.randn(ranks, 8), torch.randn(6, ranks)
+        with pytest.raises(RuntimeError, match=r"expected the .* of the forward|invalid gradient"):
+            y.sum().backward()

@@ -171,10 +171,10 @@ class _TrainedAdapter(nn.Module):
         self.scaling, self.activation = float(scaling), activation
 
     def adapter(self) -> Adapter:
-        lora_A, lora_B, bias_A, bias_B = (own(self, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
+        lora_A, lora_B, bias_A, bias_B = [own(self, name) for name in self.adapter_parameters]
         pages_A, pages_B = (() if lora_A is None else (in_rows(lora_A),)), (() if lora_B is None else (lora_B,))
-        biases = (bias if bias is None else in_rows(bias) for bias in (bias_A, bias_B))
-        return Adapter(pages_A, pages_B, self.scaling, self.activation, *biases)
+        bias_A, bias_B = bias_A if bias_A is None else in_rows(bias_A), bias_B if bias_B is None else in_rows(bias_B)
+        return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
 
 
 @lasting()
