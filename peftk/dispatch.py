@@ -27,6 +27,7 @@ def adapter_of(
     activation: str,
 ) -> Adapter | None:
     """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    checks.both_factors(lora_A, lora_B)
     bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
@@ -133,7 +134,8 @@ def lora_linear_backward(
 
     x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
     """
-    backend = _reads_back(dy, (x, weight, z, seed, *(() if adapter is None else adapter.tensors())), backend)
+    read = (x, weight if need_dx else None, z, seed, *(() if adapter is None else adapter.tensors()))
+    backend = _reads_back(dy, read, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
         checks.fits("adapter", adapter, rows.shape[1], K)
@@ -194,7 +196,7 @@ def multi_lora_linear_backward(
 
     x, z: as in `lora_linear_backward`.
     """
-    backend = _reads_back(dy, (x, weight, z, seed, ids), backend)
+    backend = _reads_back(dy, (x, weight if need_dx else None, z, seed, ids), backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:

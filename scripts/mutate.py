@@ -296,10 +296,14 @@ def sources() -> list[Path]:
 
 def prepare() -> None:
     """The tree as it is and its modules, in a copy; files that have not changed keep their time for ninja."""
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in tracked.stdout.split():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    for old in ORIGINAL.rglob("*.py"):
+        if str(old.relative_to(ORIGINAL)) not in names:
+            old.unlink()
+    for name in names:
         source, target = ROOT / name, ORIGINAL / name
-        if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        if not (target.is_file() and target.read_bytes() == source.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     for module in (ROOT / "peftk").glob("_*.so"):
@@ -312,7 +316,7 @@ def prepare() -> None:
 
 
 BUILD = """
-import platform, shutil, sysconfig
+import shutil, sysconfig
 from tests import cpp_build
 setup = cpp_build.load_setup()
 here = {levels!r}

@@ -209,7 +209,7 @@ def test_names_slots_and_removal() -> None:
         layer.adapter_id("b")
     with pytest.raises(ValueError, match=r"ids\[0\]: .* got 1, an empty slot"):
         layer(torch.randn(1, 8), torch.tensor([1]))
-    assert layer.add_adapter("d", torch.randn(2, 8), torch.randn(8, 2)) == 1
+    assert layer.add_adapter("d", torch.randn(2, 8), torch.randn(8, 2)) == 3
 
 
 def test_an_optimizer_step_and_a_move_are_seen() -> None:

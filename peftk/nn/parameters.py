@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,3 +21,30 @@ def dtype_beside(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dty
     if adapter_dtype is not None:
         return adapter_dtype
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def optimized(parameters: Collection[nn.Parameter]) -> tuple[nn.Parameter, torch.optim.Optimizer] | None:
+    """One of them that an optimizer holds, and the optimizer; None where none does.
+
+    Python's garbage collector knows all objects, so this takes some 50 ms: for what is rarely done. An optimizer that
+    nobody can reach any more doesn't count.
+    """
+    if not parameters:
+        return None
+    found = _optimized(parameters)
+    if found is not None:
+        del found
+        gc.collect()
+        found = _optimized(parameters)
+    return found
+
+
+def _optimized(parameters: Collection[nn.Parameter]) -> tuple[nn.Parameter, torch.optim.Optimizer] | None:
+    wanted = {id(parameter): parameter for parameter in parameters}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.optim.Optimizer):
+            for group in getattr(one, "param_groups", ()):  # one that is being made has none yet
+                for parameter in group["params"]:
+                    if id(parameter) in wanted:
+                        return wanted[id(parameter)], one
+    return None
