@@ -157,8 +157,9 @@ def lora(base: nn.Linear, variant: str) -> Made:
 
     def plain(x: Tensor) -> Tensor:
         y = _base(layer, x)
-        if not layer.merged:
-            y = y + _adapted(x, layer.lora_A, layer.lora_B, None, None, layer.scaling, "identity")
+        if layer.merged:
+            return y
+        y = y + _adapted(x, layer.lora_A, layer.lora_B, None, None, layer.scaling, "identity")
         return y if layer.lora_bias is None else y + layer.scaling * layer.lora_bias
 
     return Made(layer, plain, layer)

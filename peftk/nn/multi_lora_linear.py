@@ -173,7 +173,7 @@ class _TrainedAdapter(nn.Module):
     def adapter(self) -> Adapter:
         lora_A, lora_B, bias_A, bias_B = (own(self, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
         pages_A, pages_B = (() if lora_A is None else (in_rows(lora_A),)), (() if lora_B is None else (lora_B,))
-        biases = (bias if bias is None else bias.contiguous() for bias in (bias_A, bias_B))
+        biases = (bias if bias is None else in_rows(bias) for bias in (bias_A, bias_B))
         return Adapter(pages_A, pages_B, self.scaling, self.activation, *biases)
 
 
