@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -116,8 +116,9 @@ def _check(layer: LoRALinear) -> None:
     for name in parts(layer):
         if name not in layer._parameters and getattr(layer, name) is not None:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
-        if layer._parameters[name] is not None:
-            checks.dense(name, layer._parameters[name])
+        parameter: Any = layer._parameters[name]
+        if parameter is not None or name == "weight":
+            checks.dense(name, parameter)
 
 
 def _merged_bias(layer: LoRALinear, lora_bias: Tensor, scaling: float) -> BiasReceipt:
