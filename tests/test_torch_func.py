@@ -188,7 +188,10 @@ def test_tangents_in_inference_mode_are_not_lost_in_silence(name):
     module = layer(name)
     with forward_ad.dual_level():
         x = forward_ad.make_dual(*direction())
-        with torch.inference_mode(), pytest.raises(RuntimeError, match="expected tensors without tangents in inference"):
+        with (
+            torch.inference_mode(),
+            pytest.raises(RuntimeError, match="expected tensors without tangents in inference"),
+        ):
             module(x)
         with torch.inference_mode():
             module(direction()[0])  # which has none
