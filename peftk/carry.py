@@ -346,8 +346,6 @@ def remembered(value: T | None, *, trains: bool, name: str) -> T | None:
 
     trains: whether a backward may follow, so that checkpoints on the way must remember it.
     """
-    if torch.compiler.is_compiling():
-        return value
     recomputes = torch._C._current_graph_task_id() != -1
     if not (trains or recomputes or _checkpointed.get()):
         return value

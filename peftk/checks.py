@@ -23,9 +23,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    of_floats(name, tensor.dtype)
     stored(name, tensor)
+
+
+def of_floats(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def stored(name: str, tensor: Tensor) -> None:
@@ -50,6 +54,16 @@ def for_torch(**tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             floating(name, tensor)
     keeps_tangents(*tensors.values())
+
+
+def for_kernels(**tensors: Tensor | None) -> None:
+    """What a recorded operation is given when it runs at last, where nobody can ask torch to compute it instead."""
+    if not storage.dense(*tensors.values()):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                dense(name, tensor)
+    if storage.has_tangent(*tensors.values()):
+        raise RuntimeError("x: expected tensors without tangents, which a compiled call drops; run it without compile")
 
 
 def keeps_tangents(*tensors: Tensor | None) -> None:
@@ -100,6 +114,9 @@ def base(weight: Tensor, bias: Tensor | None) -> None:
 def input(x: Tensor, weight: Tensor) -> None:
     """x [..., K] beside a frozen weight [N, K]."""
     floating("x", x)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
     _beside(x, "weight", weight.device, weight.dtype)
@@ -268,6 +285,7 @@ def receipt(receipt: MergeReceipt) -> None:
     parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
     for name, tensor in parts.items():
         dense(f"receipt.{name}", tensor)
+    for name, tensor in parts.items():
         same_device(f"receipt.{name}", tensor, receipt.device, "its code")
         if not tensor.is_contiguous():
             raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")

@@ -57,9 +57,8 @@ def lora_linear(
         acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
         if tensors:
-            pages: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
-            pages = ((), ()) if lora_A is None or lora_B is None else ((lora_A,), (lora_B,))
-            adapter = Adapter(pages[0], pages[1], scaling, activation, bias_A, bias_B)
+            pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
+            adapter = Adapter(pages_A, pages_B, scaling, activation, bias_A, bias_B)
             y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 

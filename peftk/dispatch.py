@@ -41,6 +41,10 @@ def _line(bias: Tensor | None) -> Tensor | None:
 def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None:
+        checks.of_floats("bias", bias.dtype)
+        if weight is not None:
+            checks.mixes("bias", bias.dtype, "weight", weight.dtype)
     return _line(bias)
 
 
@@ -266,6 +270,8 @@ def _choose(
         dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
+    for name, of in (("weight", rows.dtype if weight is None else weight.dtype), ("lora_A", dtype or rows.dtype)):
+        checks.of_floats(name, of)
     M, N = rows.shape[0], K if weight is None else weight.shape[0]
     kind = rows.device.type
     op = op if weight is not None else op.replace("lora_linear", "adapter_block")

@@ -104,7 +104,7 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
     recorded = _recorded()
-    if dropout_p == 0.0 and backend is None and not recorded:
+    if dropout_p == 0.0 and backend is None and not recorded and weight is not None:
         direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B)
         if direct is not None:
             return direct

@@ -20,7 +20,7 @@ from peftk import carry
 from peftk.row_order import RowOrder
 
 T = TypeVar("T")
-_Key = tuple[torch.Size, torch.device, int, int]
+_Key = tuple[torch.Size, torch.device, int, int | None]
 
 
 class Route:
@@ -60,7 +60,7 @@ class Route:
         self.tokens = None if lengths is None else int(lengths.sum())
         with torch.inference_mode(False):  # a forward that is trained may follow, and saves them
             self.ids = self.read(given.clone())
-        self.laid_out: dict[_Key, Tensor] = {}
+        self._laid_out: dict[_Key, Tensor] = {}
         self.outside = Forward(self, 1, None, False)
         self._forwards: dict[tuple[int, int | None, bool], Forward] = {}
         if self.capturing:
@@ -84,6 +84,21 @@ class Route:
         """Of a layer that no model called."""
         return self.outside.rows(x)
 
+    def dim(self, batch_dim: int | None) -> int:
+        """Where the sequences lie in x of a layer that may know it itself."""
+        return batch_dim if batch_dim is not None else self.batch_dim or 0
+
+    def once(self, lay_out: Callable[..., Tensor], x: Tensor, dim: int, stream: int) -> Tensor:
+        """The ids laid out for x, the same tensor for all forwards."""
+        key = (x.shape[:-1], x.device, stream, dim)
+        with torch.inference_mode(False):
+            flat = flatten(lay_out(self.ids, x.shape[:-1], dim).to(x.device))  # or it raises
+        if key not in self._laid_out:
+            setattr(flat, _DERIVED, (self.capturing, {}))
+            self._laid_out[key] = flat.view(x.shape[:-1])
+            setattr(self._laid_out[key], _FLAT, flat)
+        return self._laid_out[key]
+
 
 class Forward:
     """A route as one forward sees it: which rows x of a linear may have, and their ids.
@@ -101,22 +116,15 @@ class Forward:
 
         Raises ValueError for rows that are not the route's sequences.
         """
-        route = self.route
-        dim = batch_dim if batch_dim is not None else route.batch_dim or 0
-        if _capturing(x.device) != route.capturing:
+        route, device = self.route, x.device
+        if _capturing(device) != route.capturing:
             _read_by_graphs[id(route.given)] = route
-            return self._laid_out(route.read(route.given), x.shape[:-1], dim).to(x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        key = (x.shape[:-1], x.device, stream, dim)
+            return self._laid_out(route.read(route.given), x.shape[:-1], route.dim(batch_dim)).to(device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = (x.shape, device, stream, batch_dim)
         found = self._rows.get(key)
         if found is None:
-            with torch.inference_mode(False):
-                flat = flatten(self._laid_out(route.ids, x.shape[:-1], dim).to(x.device))
-            if key not in route.laid_out:  # once for all forwards
-                setattr(flat, _DERIVED, (route.capturing, {}))
-                route.laid_out[key] = flat.view(x.shape[:-1])
-                setattr(route.laid_out[key], _FLAT, flat)
-            found = self._rows[key] = route.laid_out[key]
+            found = self._rows[key] = route.once(self._laid_out, x, route.dim(batch_dim), stream)
         return found
 
     def _laid_out(self, ids: Tensor, shape: torch.Size, dim: int) -> Tensor:
@@ -287,23 +295,23 @@ class Entrance:
 
 def _seen(route: Route, tensors: Sequence[Tensor], outer: Forward | None) -> Forward:
     """The route in a module that is called with these tensors, by another one or not."""
-    batch, expand = route.given.shape[0], 1 if outer is None else outer.expand
-    matched, length = (False, None) if outer is None else (outer.matched, outer.length)
     if route.tokens is not None:
         return route.outside
-    inputs = [t for t in tensors if t.dim() > 1] or [t for t in tensors if t.dim() == 1]
-    if route.batch_dim == 1:
-        # the model may be called with [B, T] all the same
-        for t in inputs:
-            if t.dim() > 1 and batch in t.shape[:2]:
-                return route.forward(1, t.shape[0] if t.shape[1] == batch else t.shape[1], True)
-        return route.forward(1, length, matched)
-    if inputs and outer is None:
-        expand = _expanded() if inputs[0].shape[0] != batch else 1
-        matched = inputs[0].shape[0] == batch * expand
-    for t in inputs:
-        if t.shape[0] == batch * expand and t.dim() == (3 if t.is_floating_point() else 2):
-            length = t.shape[1]
+    batch, shapes = route.given.shape[0], [t.shape for t in tensors]
+    if route.batch_dim == 1:  # the model may be called with [B, T] all the same
+        both = next((shape[:2] for shape in shapes if len(shape) > 1 and batch in shape[:2]), None)
+        if both is not None:
+            return route.forward(1, both[0] if both[1] == batch else both[1], True)
+        return route.outside if outer is None else outer
+    expand, matched, length = (1, False, None) if outer is None else (outer.expand, outer.matched, outer.length)
+    if outer is None:
+        first = next((s[0] for s in shapes if len(s) > 1), shapes[0][0] if shapes and shapes[0] else None)
+        if first is not None:
+            expand = 1 if first == batch else _expanded()
+            matched = first == batch * expand
+    for t, shape in zip(tensors, shapes, strict=True):
+        if len(shape) == (3 if t.is_floating_point() else 2) and shape[0] == batch * expand:
+            length = shape[1]
             break
     return route.forward(expand, length, matched)
 
@@ -320,20 +328,25 @@ def _expanded() -> int:
     return 1
 
 
-def current(serving: Serving, *, trains: bool) -> Forward | None:
+def current(serving: Serving, *, trains: bool) -> tuple[Forward | None, RowOrder | None]:
     """The route of the enclosing `with`, or None outside of one; within a recomputation, that of the forward.
 
-    trains: whether a backward may follow, so that checkpoints on the way must remember the route.
+    And who looks at the order of rows. trains: whether a backward may follow, so that checkpoints on the way must
+    remember the route.
     """
-    link, forward = carry.innermost(), None
+    link = carry.innermost()
+    forward = order = None
     if link is not None:
         route: Route | None = link.value_for(serving)
+        call = _call.get()
         if route is None:
             _no_copy(link, serving)
+        elif call is None or call.forward.route is not route:
+            forward = route.outside
         else:
-            call = _call.get()
-            forward = route.outside if call is None or call.forward.route is not route else call.forward
-    return carry.remembered(forward, trains=trains, name=serving.left)
+            forward, order = call.forward, call.order
+    remembered = carry.remembered(forward, trains=trains, name=serving.left)
+    return remembered, order if remembered is forward else None
 
 
 def _no_copy(link: carry.Link | None, serving: Serving) -> None:
@@ -354,25 +367,30 @@ def rows(layer: Any, x: Tensor) -> tuple[Tensor | None, RowOrder | None]:
 
 
 def _rows(layer: Any, x: Tensor, *, compiled: bool = False) -> tuple[Tensor | None, RowOrder | None]:
-    forward = current(layer.served, trains=torch.is_grad_enabled() or layer.training)
+    forward, order = current(layer.served, trains=layer.training or torch.is_grad_enabled())
     if forward is None:
         return None, None
-    if layer.doubt is not None and forward.route.batch_dim is None and not forward.route.alike:
+    slots = forward.rows(x, layer.batch_dim)
+    if (order is not None or not layer.rows_seen) and not forward.route.alike:
+        _look(layer, x, forward, order, compiled)
+    return slots, order
+
+
+def _look(layer: Any, x: Tensor, forward: Forward, order: RowOrder | None, compiled: bool) -> None:
+    """Raises ValueError where the order of rows is not that of the batch, or nobody knows."""
+    if layer.doubt is not None and forward.route.batch_dim is None:
         raise ValueError(
             f"batch_dim: expected 0 or 1, where sequences lie in x of the linears, got None for one in a {layer.doubt}"
         )
-    slots, call = forward.rows(x, layer.batch_dim), _call.get()
-    order = call.order if call is not None and call.forward is forward else None
     if order is not None:
-        order.look(x, layer.batch_dim if layer.batch_dim is not None else forward.route.batch_dim or 0)
-        layer.rows_seen = True
-    elif not layer.rows_seen and x.dim() == 2 and forward.matched and not forward.route.alike and not compiled:
+        order.look(x, forward.route.dim(layer.batch_dim))
+        layer.rows_seen = layer.doubt is None
+    elif x.dim() == 2 and forward.matched and not compiled:
         layer.served.looks = LOOKS
         raise ValueError(
             f"route: expected a layer that had been called in the first forwards, in which the order of rows is looked "
             f"at, got another one, called with x {list(x.shape)}; call the model again, and it is looked at"
         )
-    return slots, order
 
 
 def batch_dim_of(around: Sequence[nn.Module]) -> tuple[int | None, str | None]:

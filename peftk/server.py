@@ -252,10 +252,11 @@ class MultiAdapter:
         self._slots.clear()
 
     def ids(self, names: Sequence[str | None]) -> Tensor:
-        """int32 [B]: the numbers that stand for these names; None is -1. Raises ValueError for an unknown name."""
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise TypeError(f"names: expected one name or None per sequence, got {names!r}")
-        return torch.tensor([-1 if name is None else self._number(name) for name in names], dtype=torch.int32)
+        """int32 [B]: the numbers that stand for these names, and for no others later; None is -1.
+
+        Raises ValueError for an unknown name.
+        """
+        return torch.tensor(self._numbers(names), dtype=torch.int32)
 
     def route(
         self,
@@ -293,29 +294,34 @@ class MultiAdapter:
         return Entered(self._serving, lambda: self._route(names, batch_dim, lengths, cu_seqlens), routes.left)
 
     def _route(self, names: Any, batch_dim: int | None, lengths: Any, cu_seqlens: Any) -> Route:
-        ids = names if isinstance(names, Tensor) else self.ids(names)
-        if ids.dtype not in (torch.int32, torch.int64) or ids.dim() not in (1, 2):
-            raise TypeError(
-                f"names: expected ids int32 or int64 of shape [B] or [B, T], got {ids.dtype} {list(ids.shape)}"
-            )
-        held, alike = list(self._loaded.values()), ids.numel() < 2
-        if ids.device.type == "cpu":
-            there = {loaded.number: loaded for loaded in held}
-            found = ids.unique().tolist()
-            gone = [number for number in found if number != -1 and number not in there]
-            if gone:
-                raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(there)}), got {gone[0]}")
-            held, alike = [there[number] for number in found if number != -1], len(found) < 2
+        if isinstance(names, Tensor):
+            ids = names
+            if ids.dtype not in (torch.int32, torch.int64) or ids.dim() not in (1, 2):
+                raise TypeError(
+                    f"names: expected ids int32 or int64 of shape [B] or [B, T], got {ids.dtype} {list(ids.shape)}"
+                )
+            numbers = set(ids.unique().tolist()) if ids.device.type == "cpu" else None
+        else:
+            given = self._numbers(names)
+            ids, numbers = torch.tensor(given, dtype=torch.int32), set(given)
+        held = {loaded.number: loaded for loaded in self._loaded.values()}
+        for number in (numbers or set()) - {-1} - held.keys():
+            raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(held)}), got {number}")
         packed = _lengths(lengths, cu_seqlens, ids, batch_dim)
         device = next((layer.weight.device for layer in self._layers.values()), ids.device)
         return Route(
             ids.to(device),
             slots=self._slots.slots_of if self._slots.reused else None,
-            holds=held,
+            holds=[loaded for number, loaded in held.items() if numbers is None or number in numbers],
             batch_dim=batch_dim,
             lengths=None if packed is None else packed.to(device),
-            alike=alike,
+            alike=ids.numel() < 2 if numbers is None else len(numbers) < 2,
         )
+
+    def _numbers(self, names: Sequence[str | None]) -> list[int]:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"names: expected one name or None per sequence, got {names!r}")
+        return [-1 if name is None else self._number(name) for name in names]
 
     def _number(self, name: str) -> int:
         if not isinstance(name, str) or name not in self._loaded:

@@ -5,6 +5,7 @@ What is true is found by brute force: ΔW = BA in the weight, and beside the lin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
@@ -49,7 +51,7 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **{"num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "vocab_size": 100, "max_position_embeddings": 64},
     **{"image_size": 32, "patch_size": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-    **{"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2},
+    **{"conv_dim": (16, 16), "conv_stride": (8, 8), "conv_kernel": (10, 8), "num_feat_extract_layers": 2},
     **{"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "max_source_positions": 32},
     **{"num_mel_bins": 16, "state_size": 8, "time_step_rank": 4, "projection_dim": 16, "max_length": 64},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
@@ -59,29 +61,17 @@ _OWN: dict[str, dict[str, Any]] = {
     "led": {"attention_window": [4, 4]},
     "xlnet": {"d_head": 8},
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "wavlm": {"num_hidden_layers": 1},
+    "mobilebert": {"num_hidden_layers": 1},
 }
-DEFAULT = ["wavlm", "mamba", "mobilebert masked", "siglip_vision_model", "longformer", "qwen2_moe"]
+DEFAULT = ["wavlm", "mamba", "mobilebert masked", "siglip_vision_model"]
 OTHERS = [
-    *(
-        "bert",
-        "gpt2",
-        "t5",
-        "bart",
-        "whisper",
-        "clip",
-        "vit",
-        "falcon",
-        "bloom",
-        "opt",
-        "mpt",
-        "phi3",
-        "gemma2",
-        "qwen3",
-    ),
-    *("mamba2", "falcon_mamba", "wav2vec2", "hubert", "unispeech", "sew", "data2vec-audio", "wav2vec2-conformer"),
-    *("wav2vec2-bert", "speech_to_text", "audio-spectrogram-transformer", "videomae", "dinov2", "beit", "vit_mae"),
-    *("xlnet", "led", "big_bird", "deberta", "deberta-v2", "mobilebert", "mixtral", "granitemoe", "nllb-moe", "longt5"),
-    *("switch_transformers", "rwkv", "patchtst", "flava", "blip", "gpt_bigcode", "bert masked", "m2m_100"),
+    *("longformer", "qwen2_moe", "bert", "gpt2", "t5", "bart", "whisper", "clip", "vit", "falcon", "bloom", "opt"),
+    *("mpt", "phi3", "gemma2", "qwen3", "mamba2", "falcon_mamba", "wav2vec2", "hubert", "unispeech", "sew"),
+    *("data2vec-audio", "wav2vec2-conformer", "wav2vec2-bert", "speech_to_text", "audio-spectrogram-transformer"),
+    *("videomae", "dinov2", "beit", "vit_mae", "xlnet", "led", "big_bird", "deberta", "deberta-v2", "mobilebert"),
+    *("mixtral", "granitemoe", "nllb-moe", "longt5", "switch_transformers", "rwkv", "patchtst", "flava", "blip"),
+    *("gpt_bigcode", "bert masked", "m2m_100"),
 ]
 # the linears that these read and never call, by the ends of their names
 READ = {
@@ -99,7 +89,8 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
         if isinstance(value, PretrainedConfig):
             shrunk(value)
         elif name in _SMALL and hasattr(config, name):
-            setattr(config, name, _SMALL[name])
+            with contextlib.suppress(StrictDataclassFieldValidationError):  # it means something else there
+                setattr(config, name, _SMALL[name])
     return config
 
 
@@ -186,7 +177,7 @@ def wavlm() -> PreTrainedModel:
 
 
 def audio() -> Tensor:
-    return torch.randn(1, 800, generator=torch.Generator().manual_seed(0))
+    return torch.randn(1, 2000, generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------- what becomes of it
@@ -212,19 +203,18 @@ def audio() -> Tensor:
 def test_an_adapter_that_would_do_nothing_is_refused(config: Any) -> None:
     model = wavlm()
     before, trained = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
-    attributes = set(model.__dict__)
     with pytest.raises(ValueError, match=r"got encoder\.layers\.0\.attention\.\w+, whose weight WavLMAttention reads"):
         peftk.inject(model, config)
     assert dict(model.named_modules()) == before
     assert [p.requires_grad for p in model.parameters()] == trained
-    assert set(model.__dict__) == attributes
+    assert trial._KEY not in model.__dict__
 
 
 def test_all_linear_leaves_them_out_and_the_checkpoint_goes_back_and_forth(tmp_path: pathlib.Path) -> None:
     model = wavlm()
     names = peftk.inject(model, LoraConfig(r=2))
     assert names
-    assert not any("_proj" in name for name in names)
+    assert not any(name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")) for name in names)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B)
     plain = model(audio())[0]
@@ -256,20 +246,19 @@ def test_a_checkpoint_for_them_is_refused(tmp_path: pathlib.Path) -> None:
         tmp_path
     )
     model = wavlm()
-    attributes = set(model.__dict__)
     server = peftk.MultiAdapter(model)
     for load in (lambda: peftk.load_adapter(model, tmp_path), lambda: server.load("one", tmp_path)):
         with pytest.raises(CheckpointError, match="q_proj, whose weight WavLMAttention reads itself"):
             load()
-        assert set(model.__dict__) == attributes
+        assert trial._KEY not in model.__dict__
 
 
 def test_an_accelerated_peft_model_says_so() -> None:
     model = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, target_modules=["q_proj", "output_dense"]))
-    with pytest.warns(UserWarning, match=r"WavLMAttention computes with the weight of .*layers\.1\.attention\.q_proj"):
+    with pytest.warns(UserWarning, match=r"WavLMAttention computes with the weight of .*layers\.0\.attention\.q_proj"):
         peftk.accelerate(model)
     explained = peftk.explain(model)
-    assert [len(names) for why, names in explained.peft.items() if "WavLMAttention computes with" in why] == [2]
+    assert [len(names) for why, names in explained.peft.items() if "WavLMAttention computes with" in why] == [1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peftk.accelerate(model)
@@ -714,8 +703,8 @@ def test_models_on_the_meta_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
     found = look(wavlm().to(dtype))
-    assert len(found.read) == 8
-    assert len(found.called) == 7
+    assert len(found.read) == 4
+    assert len(found.called) == 4
 
 
 def test_models_of_transformers_within_another_model() -> None:
@@ -739,6 +728,6 @@ def test_a_second_injection_sees_what_the_first_did() -> None:
         peftk.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
     del model.__dict__["_peftk_look"]
     assert look(model).called.isdisjoint({"encoder.layers.0.attention.q_proj"})  # with a layer of ours in it
-    assert len(look(model).read) == 8
+    assert len(look(model).read) == 4
     copied = copy.deepcopy(model)
     assert not any("q_proj" in name for name in peftk.inject(copied, LoraConfig(r=2)))

@@ -16,7 +16,15 @@ from torch import nn
 
 import peftk
 from peftk.methods import fields
-from peftk.methods.targets import inside, layer_number, matches, target_linears, target_modules
+from peftk.methods.targets import (
+    idle_keys,
+    inside,
+    layer_number,
+    matches,
+    pattern_value,
+    target_linears,
+    target_modules,
+)
 
 NAMES = [
     "embeddings.word",
@@ -290,6 +298,22 @@ def test_all_linear_leaves_out_what_trains_whole_under_whatever_name() -> None:
     assert names == [f"model.layers.{i}.{n}" for i in (0, 1) for n in "qk"] + ["model.vision.0"]
     assert model.pre_head.weight.requires_grad
     assert model.head.bias.requires_grad
+
+
+def test_all_linear_leaves_out_the_output_embedding() -> None:
+    model = model_of(["layer.q", "head"])
+    model.get_output_embeddings = lambda: model.head
+    assert list(target_linears(model, "all-linear").linears) == ["layer.q"]
+    assert list(target_linears(model, ["head"]).linears) == ["head"]
+
+
+def test_a_key_of_a_pattern_is_an_expression_or_the_very_name() -> None:
+    for pattern in ({"a+b": 3}, {"x": 1, "a.b": 3}, {r".*\+b": 3}, {"^a.*": 3}):
+        assert pattern_value(pattern, "a+b", 2) == 3
+    for pattern in ({"b": 3}, {"a": 3}, {}):
+        assert pattern_value(pattern, "a+b", 2) == 2
+    assert pattern_value({"q": 3, "0.q": 4}, "layer.0.q", 2) == 3
+    assert not list(idle_keys("field", {"a+b": 3}, ["a+b"]))
 
 
 def test_a_layer_number_that_peft_reads_otherwise_is_told() -> None:

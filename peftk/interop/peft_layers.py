@@ -140,23 +140,28 @@ class Linear(lora.Linear):
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
         return functional.multi_lora_linear_unchecked(
-            x, weight, bias, self._table(batch.unique, adapters), ids, dropouts.pop()
+            x, weight, bias, self._table(batch.unique, adapters, weight.shape), ids, dropouts.pop()
         )
 
-    def _table(self, names: tuple[str, ...], adapters: list[Factors | None]) -> Any:
-        """What the kernels read of the adapters, by their place in `names`; made anew when one has moved."""
+    def _table(self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]) -> Any:
+        """What the kernels read of the adapters, by their place in `names`; made anew when one has moved.
+
+        shape: [N, K] of the weight. Raises ValueError for an adapter that doesn't fit it.
+        """
         present = [adapter for adapter in adapters if adapter is not None]
-        device = present[0].lora_A.device
-        if torch.compiler.is_compiling() or not storage.dense(*(t for a in present for t in a.tensors())):
-            return _Untabled(tuple(map(_adapter, adapters)), device)
+        device, tensors = present[0].lora_A.device, [tensor for a in present for tensor in a.tensors()]
         dtypes = {adapter.lora_A.dtype for adapter in present}
-        if len(dtypes) > 1 or not all(_as_it_lies(adapter) for adapter in present):
-            folded = [None if adapter is None else _together([adapter]) for adapter in adapters]
-            return table.build(tuple(map(_adapter, folded)), dtype=torch.float32, device=device)
-        where = [names, *(None if adapter is None else _where(adapter) for adapter in adapters)]
-        made: _Made | None = self.__dict__.get("_peftk_table")
+        folds = len(dtypes) > 1 or not all(_as_it_lies(adapter) for adapter in present)
+        if folds:
+            adapters = [None if adapter is None else _together([adapter]) for adapter in adapters]
+        if torch.compiler.is_compiling() or not storage.dense(*tensors):
+            return _Untabled(tuple(map(_adapter, adapters)), device)
+        where = [names, shape, *(None if adapter is None else _where(adapter) for adapter in adapters)]
+        made: _Made | None = None if folds else self.__dict__.get("_peftk_table")
         if made is None or made.where != where:
-            built = table.build(tuple(map(_adapter, adapters)), dtype=dtypes.pop(), device=device)
+            found = tuple(map(_adapter, adapters))
+            checks.bank(found, (), *shape)
+            built = table.build(found, dtype=torch.float32 if folds else dtypes.pop(), device=device)
             made = self.__dict__["_peftk_table"] = _Made(where, built)
         return made.table
 

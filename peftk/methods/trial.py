@@ -187,14 +187,18 @@ def _guess(func: Any, x: Tensor, *args: Any) -> Any:
     if func is aten._local_scalar_dense.default:
         return x.dtype != torch.bool and (1.0 if x.is_floating_point() else 1)
     if func is aten.nonzero.default:
-        return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
+        return _all_of(x)
     if func is aten.index.Tensor:
         indices: list[Tensor | None] = []
         for index in args[0]:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
-            indices += index.nonzero().unbind(1) if masks else [index]
+            indices += _all_of(index).unbind(1) if masks else [index]
         return aten.index.Tensor(x, indices)
     raise NotImplementedError(f"{func} on tensors without values")
+
+
+def _all_of(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
 
 
 def _run(
@@ -232,11 +236,11 @@ def _in_16_bit(tensor: Tensor) -> Tensor:
 
 
 def _goes_through(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) -> bool:
-    like = next((p for p in shadow.parameters() if p.is_floating_point()), torch.empty(0))
+    kinds = collections.Counter((p.device, p.dtype) for p in shadow.parameters() if p.is_floating_point())
+    (device, dtype), _ = kinds.most_common(1)[0]
 
     def fake(tensor: Tensor) -> Tensor:
-        dtype = like.dtype if tensor.is_floating_point() else None
-        made: Tensor = mode.from_tensor(tensor).to(like.device, dtype)
+        made: Tensor = mode.from_tensor(tensor).to(device, dtype if tensor.is_floating_point() else None)
         return made
 
     try:

@@ -119,7 +119,7 @@ def _check(layer: LoRALinear) -> None:
         parameter = own(layer, name)
         if parameter is not None and name not in layer._parameters:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
-        if parameter is not None:
+        if parameter is not None or name == "weight":
             checks.dense(name, parameter)
 
 

@@ -97,7 +97,7 @@ class MultiLoRALinear(FrozenLinear):
         checks.adapter_shapes(self.out_features, self.in_features, lora_A, lora_B, scaling, activation, bias_A, bias)
         parameters = _TrainedAdapter(scaling, activation)
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias)):
-            parameters.register_parameter(key, _parameter(tensor, self.bank.dtype, self.bank.device))
+            parameters.register_parameter(key, _parameter(key, tensor, self.bank.dtype, self.bank.device))
         self.bank.lend(name, parameters.adapter, number)
         self.trained[self._module_name(number)] = parameters
         return number
@@ -178,11 +178,13 @@ class _TrainedAdapter(nn.Module):
 
 
 @lasting()
-def _parameter(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
+def _parameter(name: str, tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
     """The Parameter itself where it serves as it is, else a new one with its values."""
     if tensor is None:
         return None
     fits = tensor.dtype == dtype and tensor.device == device and not tensor.is_inference()
     if isinstance(tensor, nn.Parameter) and fits:
         return tensor
+    if device.type != "meta":
+        checks.dense(name, tensor)
     return nn.Parameter(tensor.detach().to(device, dtype, copy=True).contiguous())
