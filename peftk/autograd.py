@@ -8,12 +8,12 @@ gradient; the backward of the backward is not defined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peftk import dispatch
 from peftk.reference import AdapterGrads, Wanted, reads_z
@@ -57,6 +57,46 @@ def multi_lora_linear(
         if _wants_grad(x, bias, *tensors):
             return _MultiLoraLinear.apply(x, weight, bias, ids, seed, table, dropout_p, backend, *tensors)
     return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, False)[0]
+
+
+_TWICE = (
+    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func "
+    "compute second derivatives (torch.func.hessian, jvp of grad, …)"
+)
+
+
+class _Final(torch.autograd.Function):
+    """Gradients as they are, that depend on `sources` in a way nobody can differentiate: an error for who tries."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Sequence[Tensor | None], *sources: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(grad.clone() if grad is not None and grad._is_view() else grad for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(_TWICE)
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """As torch's, but whoever differentiates a gradient gets an error even where unused ones are allowed.
+
+    (torch's gradients hang on nothing, so that `torch.autograd.functional.jvp` and `hvp` take their zeros for answers.)
+
+    ctx.unseen: whether gradients depend on an x that was not saved. ctx.biases: on these, besides what was saved.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, dy)
+        if not torch.is_grad_enabled():
+            return grads
+        if ctx.unseen:
+            raise RuntimeError(_TWICE)
+        sources = (dy, *ctx.saved_tensors, *ctx.biases)
+        return _Final.apply(grads, *(t for t in sources if t is not None and t.requires_grad))
+
+    return once
 
 
 NOTHING = Wanted(False, False, False, False)
@@ -122,6 +162,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         # of these a backward reads shapes and dtypes
         ctx.shapes = (weight, bias_A if needs[5] else None, bias_B if needs[6] else None)
+        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, (bias_A,)
         ctx.rest = (None if bias is None else bias.dtype, wanted, scaling, activation, dropout_p, backend)
         return y
 
@@ -164,6 +205,10 @@ class _MultiLoraLinear(torch.autograd.Function):
             seed,
             z,
             *(factors(table.adapters) if reads.factors else ()),
+        )
+        ctx.unseen, ctx.biases = (
+            reads.z and needs[0] and not reads.x,
+            [a.bias_A for a in table.adapters if a is not None],
         )
         ctx.rest = (weight, None if bias is None else bias.dtype, table, wanted, dropout_p, backend)
         return y

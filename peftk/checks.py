@@ -5,7 +5,6 @@ Checks look at shapes, dtypes and devices only, never at values on a GPU: lookin
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftk import activations, storage
+from peftk import activations, memory, storage
 from peftk.receipt import MergeReceipt
 from peftk.table import Adapter, AdapterTable
 
@@ -24,9 +23,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    of_floats(name, tensor.dtype)
     stored(name, tensor)
+
+
+def of_floats(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def stored(name: str, tensor: Tensor) -> None:
@@ -43,6 +46,32 @@ def dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not storage.dense(tensor):
         raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(tensor)}")
+
+
+def for_torch(**tensors: Tensor) -> None:
+    """What a layer of plain torch operations is given: tensors of floats that torch can read, with tangents kept."""
+    if not storage.dense(*tensors.values()):
+        for name, tensor in tensors.items():
+            floating(name, tensor)
+    keeps_tangents(*tensors.values())
+
+
+def for_kernels(**tensors: Tensor | None) -> None:
+    """What a recorded operation is given when it runs at last, where nobody can ask torch to compute it instead."""
+    if not storage.dense(*tensors.values()):
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                dense(name, tensor)
+    if storage.has_tangent(*tensors.values()):
+        raise RuntimeError("x: expected tensors without tangents, which a compiled call drops; run it without compile")
+
+
+def keeps_tangents(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where forward-mode AD would lose a tangent without a word."""
+    if torch.is_inference_mode_enabled() and storage.has_tangent(*tensors):
+        raise RuntimeError(
+            "x: expected tensors without tangents in inference mode, which drops them; forward-mode AD works in no_grad"
+        )
 
 
 def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
@@ -85,6 +114,9 @@ def base(weight: Tensor, bias: Tensor | None) -> None:
 def input(x: Tensor, weight: Tensor) -> None:
     """x [..., K] beside a frozen weight [N, K]."""
     floating("x", x)
+    floating("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
     _beside(x, "weight", weight.device, weight.dtype)
@@ -149,9 +181,7 @@ def adapter_shapes(
     bias_B: Tensor | None = None,
 ) -> None:
     """One adapter for a weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N]."""
-    if (lora_A is None) != (lora_B is None):
-        missing = "lora_A" if lora_A is None else "lora_B"
-        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
+    both_factors(lora_A, lora_B)
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
@@ -171,6 +201,12 @@ def adapter_shapes(
         raise ValueError("bias_A: expected None where there is no lora_A, got a tensor")
     if bias_B is not None:
         shape("bias_B", bias_B, (N,), "[N]")
+
+
+def both_factors(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    if (lora_A is None) != (lora_B is None):
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
 
 
 def adapter(
@@ -214,7 +250,8 @@ def fits(name: str, adapter: Adapter, N: int, K: int) -> None:
             f"{name}: expected as many pages of A as of B, got {len(adapter.pages_A)}, {len(adapter.pages_B)}"
         )
     for A, B in zip(adapter.pages_A, adapter.pages_B, strict=True):
-        if A.shape[-1] != K or B.shape[0] != N or A.shape[0] != B.shape[-1] or A.dtype != B.dtype:
+        ranks = A.shape[:1]
+        if A.shape != (*ranks, K) or B.shape != (N, *ranks) or len(ranks) == 0 or A.dtype != B.dtype:
             raise ValueError(
                 f"{name}: expected lora_A [R, {K}] and lora_B [{N}, R] of one dtype, "
                 f"got {list(A.shape)} {A.dtype} and {list(B.shape)} {B.dtype}"
@@ -237,16 +274,9 @@ def writable(name: str, tensor: Tensor) -> None:
 
 
 def apart(weights: Sequence[Tensor]) -> None:
-    """No two share memory, by the addresses of their first and last elements."""
-    spans = []
-    for layer, weight in enumerate(weights):
-        last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
-        spans.append((str(weight.device), weight.data_ptr(), weight.data_ptr() + last * weight.itemsize, layer))
-    spans.sort()
-    for (device, _, end, one), (next_device, start, _, other) in itertools.pairwise(spans):
-        if device == next_device and start <= end:
-            first, second = sorted((one, other))
-            raise ValueError(f"weights: expected no two in the same memory, got layers {first} and {second} in one")
+    """No two share memory."""
+    for one, other in memory.overlapping(weights):
+        raise ValueError(f"weights: expected no two in the same memory, got layers {one} and {other} in one")
 
 
 def receipt(receipt: MergeReceipt) -> None:
@@ -255,6 +285,7 @@ def receipt(receipt: MergeReceipt) -> None:
     parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
     for name, tensor in parts.items():
         dense(f"receipt.{name}", tensor)
+    for name, tensor in parts.items():
         same_device(f"receipt.{name}", tensor, receipt.device, "its code")
         if not tensor.is_contiguous():
             raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")
@@ -319,9 +350,12 @@ def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
     _ids_taken(ids, table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool())
 
 
-def ids_taken(ids: Tensor, taken: Sequence[bool]) -> None:
-    """The same, for slots that are taken or not."""
-    _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))
+def ids_in_bank(ids: Tensor, adapters: Sequence[Adapter | None], slices: int) -> None:
+    """The same for adapters by number, of every slice of packed outputs. ids without values are not looked at."""
+    if storage.dense(ids) and look_at_ids(ids.device):
+        count = len(adapters) // slices
+        taken = [any(adapter is not None for adapter in adapters[number::count]) for number in range(count)]
+        _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))
 
 
 def _ids_taken(ids: Tensor, slots: Tensor) -> None:

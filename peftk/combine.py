@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peftk import checks
 from peftk.interop import peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedAdapter, LoadedCheckpoint
@@ -123,8 +124,8 @@ def combine_checkpoints(
         try:
             chosen, shares = [adapter for adapter, _ in present], [weight for _, weight in present]
             combined[name] = combine(chosen, shares, combination_type, **options)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
     return combined
 
 
@@ -189,7 +190,16 @@ def _svd(
     """A [rank, K] = Vᵀ and B [N, rank] = U·S of the best approximation of ΔW [N, K]."""
     if rank > min(delta.shape):
         raise ValueError(f"svd_rank: expected at most {min(delta.shape)} for ΔW {list(delta.shape)}, got {rank}")
-    U, S, Vh = torch.linalg.svd(delta, full_matrices=full_matrices, driver=driver)
+    if not bool(delta.isfinite().all()):
+        raise ValueError("adapters: expected Σ w·s·BA to be finite, got inf or NaN")
+    try:
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=full_matrices, driver=driver)
+    except RuntimeError as error:
+        if driver is None:
+            raise
+        raise ValueError(
+            f"svd_driver: expected one that torch has on {delta.device}, got {driver!r}: {error}"
+        ) from None
     lora_A, lora_B = Vh[:rank], U[:, :rank] * S[:rank]
     if clamp is not None:
         most = torch.cat([lora_B.flatten(), lora_A.flatten()]).quantile(clamp)
@@ -226,11 +236,16 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         if adapter.lora_bias is not None:
             raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method here combines")
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
-        if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            checks.floating(f"adapter {number}: {name}", factor)
+            checks.dense(f"adapter {number}: {name}", factor)
+        if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
             raise ValueError(
-                f"adapter {number}: expected lora_A [R, K] and lora_B [N, R], "
+                f"adapter {number}: expected lora_A [R, K] and lora_B [N, R] with R ≥ 1, "
                 f"got {list(lora_A.shape)} and {list(lora_B.shape)}"
             )
+        if not math.isfinite(adapter.scaling):
+            raise ValueError(f"adapter {number}: expected a finite scaling, got {adapter.scaling}")
         first = adapters[0]
         if lora_A.shape[1] != first.lora_A.shape[1] or lora_B.shape[0] != first.lora_B.shape[0]:
             raise ValueError(
@@ -238,7 +253,13 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
                 f"like the first, got {list(lora_A.shape)} and {list(lora_B.shape)}"
             )
         if len({lora_A.device, lora_B.device, first.lora_A.device}) > 1:
-            raise ValueError(f"adapter {number}: expected on {first.lora_A.device} like the first, got {lora_A.device}")
+            raise ValueError(
+                f"adapter {number}: expected on {first.lora_A.device} like the first, "
+                f"got lora_A on {lora_A.device} and lora_B on {lora_B.device}"
+            )
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not bool(factor.isfinite().all()):
+                raise ValueError(f"adapter {number}: {name}: expected finite values, got inf or NaN")
 
 
 def _one_weight_each(adapters: Any, weights: Any) -> None:

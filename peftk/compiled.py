@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftk import activations, autograd, dispatch, table
+from peftk import activations, autograd, checks, dispatch, table
 from peftk.autograd import Reads
 from peftk.reference import Wanted, reads_z
 from peftk.reference.lora_linear import accumulate_dtype
@@ -44,6 +44,9 @@ def lora_linear(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., N] and z [M, R]."""
+    checks.for_kernels(
+        x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, bias_A=bias_A, bias_B=bias_B, seed=seed
+    )
     adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
     y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, True)
     return y, x.new_empty(0) if z is None else z.contiguous()
@@ -200,7 +203,9 @@ def multi_lora_linear(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., N] and z [M, table.z_width]."""
+    checks.for_kernels(x=x, weight=weight, bias=bias, ids=ids, seed=seed)
     adapters = _table(x, tensors, layout, scalings, columns)
+    checks.bank(adapters.adapters, columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
     y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 

@@ -29,31 +29,36 @@ def serves(recorded: bool, x: Tensor, *tensors: Tensor | None) -> bool:
     recorded: whether operations are (`torch.compile`, …). Raises RuntimeError where tangents would be lost.
     """
     if storage.has_tangent(x, *tensors):
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "x: expected tensors without tangents in inference mode, which drops them; forward-mode AD works under "
-                "no_grad"
-            )
+        checks.keeps_tangents(x, *tensors)
         return True
-    return not (storage.recordable(x, *tensors) if recorded else storage.dense(x, *tensors))
+    if recorded:
+        return torch._C._are_functorch_transforms_active() or not storage.recordable(x, *tensors)
+    return not storage.dense(x, *tensors)
 
 
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    adapter: Adapter | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    scaling: float,
+    activation: str,
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """x [..., K] → y [..., N] in x's dtype."""
-    given = (x, weight, bias, seed, *(() if adapter is None else adapter.tensors()))
-    with _said("lora_linear", given, backend):
+    tensors = [tensor for tensor in (lora_A, lora_B, bias_A, bias_B) if tensor is not None]
+    with _said("lora_linear", (x, weight, bias, seed, *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
-        acc = accumulate_dtype(rows, weight, *(() if adapter is None else adapter.tensors()))
+        acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
-        if adapter is not None:
+        if tensors:
+            pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
+            adapter = Adapter(pages_A, pages_B, scaling, activation, bias_A, bias_B)
             y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
@@ -71,10 +76,7 @@ def multi_lora_linear(
 ) -> Tensor:
     """x [..., K], ids int32 [M] → y [..., N]. adapters, columns: as in `peftk.table.AdapterTable`."""
     tensors = [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
-    slices = max(len(columns) - 1, 1)
-    count = len(adapters) // slices
-    if storage.dense(ids) and checks.look_at_ids(ids.device):
-        checks.ids_taken(ids, [any(a is not None for a in adapters[i::count]) for i in range(count)])
+    count = len(adapters) // max(len(columns) - 1, 1)
     with _said("multi_lora_linear", (x, weight, bias, ids, seed, *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
         acc = accumulate_dtype(rows, weight, *tensors)
@@ -99,12 +101,16 @@ def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.d
     return y if bias is None else y + bias.to(acc)
 
 
-@contextlib.contextmanager
-def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> contextlib.AbstractContextManager[None]:
     """What torch raises, with what the tensors are. Raises BackendError where another backend is forced."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _explained(op, tensors, backend)
+
+
+@contextlib.contextmanager
+def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+    reasons = (storage.reason(tensor) for tensor in tensors if tensor is not None)
+    got = next((why for why in reasons if why is not None), "a tensor with a tangent")
     forced = backend or backends.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
-    found = [tensor for tensor in tensors if tensor is not None]
-    got = next((why for tensor in found if (why := storage.reason(tensor)) is not None), "a tensor with a tangent")
     if forced != "reference":
         raise backends.BackendError(f"backend {forced!r} was forced and cannot serve {op}: it got {got}")
     try:

@@ -27,6 +27,7 @@ def adapter_of(
     activation: str,
 ) -> Adapter | None:
     """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    checks.both_factors(lora_A, lora_B)
     bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
@@ -40,6 +41,10 @@ def _line(bias: Tensor | None) -> Tensor | None:
 def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None:
+        checks.of_floats("bias", bias.dtype)
+        if weight is not None:
+            checks.mixes("bias", bias.dtype, "weight", weight.dtype)
     return _line(bias)
 
 
@@ -133,7 +138,8 @@ def lora_linear_backward(
 
     x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
     """
-    backend = _reads_back(dy, (x, weight, z, seed, *(() if adapter is None else adapter.tensors())), backend)
+    read = (x, weight if need_dx else None, z, seed, *(() if adapter is None else adapter.tensors()))
+    backend = _reads_back(dy, read, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
         checks.fits("adapter", adapter, rows.shape[1], K)
@@ -194,7 +200,7 @@ def multi_lora_linear_backward(
 
     x, z: as in `lora_linear_backward`.
     """
-    backend = _reads_back(dy, (x, weight, z, seed, ids), backend)
+    backend = _reads_back(dy, (x, weight if need_dx else None, z, seed, ids), backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:
@@ -264,6 +270,8 @@ def _choose(
         dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
+    for name, of in (("weight", rows.dtype if weight is None else weight.dtype), ("lora_A", dtype or rows.dtype)):
+        checks.of_floats(name, of)
     M, N = rows.shape[0], K if weight is None else weight.shape[0]
     kind = rows.device.type
     op = op if weight is not None else op.replace("lora_linear", "adapter_block")

@@ -104,17 +104,16 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """`lora_linear` for layers, which checked weight and adapter when they were made: only x is looked at."""
     recorded = _recorded()
-    if dropout_p == 0.0 and backend is None and not recorded:
+    if dropout_p == 0.0 and backend is None and not recorded and weight is not None:
         direct = dispatch.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B)
         if direct is not None:
             return direct
     x, seed = _prepared(x, weight, dropout_p, seed)
+    rest = (weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
     if composed.serves(recorded, x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed):
         checks.base(weight, bias)
         checks.adapter(weight, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-        return composed.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend)
-    rest = (weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
+        return composed.lora_linear(x, *rest)
     return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
 
@@ -145,18 +144,20 @@ def multi_lora_linear(
         each other (an inf in one adapter stays in its rows). Differentiable in x, bias and the adapters' tensors.
 
     Raises:
-        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor a taken slot. On a GPU
-            such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which synchronises).
+        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor the number of an adapter
+            that is still there. On a GPU such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which
+            synchronises).
 
     Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
     """
     checks.base(weight, bias)
     if not hasattr(bank, "adapters"):
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
+    bank = _as_it_lies(bank)
     _bank_fits(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
-    return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
+    return multi_lora_linear_unchecked(x, weight, bias, bank, _slots(bank, ids), dropout_p, seed, backend)
 
 
 def multi_lora_linear_unchecked(
@@ -169,7 +170,7 @@ def multi_lora_linear_unchecked(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
+    """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids, slots, are looked at."""
     recorded = _recorded()
     table = None if recorded else _table(bank)
     if table is not None and dropout_p == 0.0 and backend is None:
@@ -201,9 +202,10 @@ def _multi(
             checks.base(weight, bias)
         adapters = bank.adapters
         checks.bank(adapters, bank.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
-        return composed.multi_lora_linear(
-            x, weight, bias, adapters, bank.columns, flat_ids(ids, x), dropout_p, seed, backend
-        )
+        flat = flat_ids(ids, x)
+        if not recorded:
+            checks.ids_in_bank(flat, adapters, max(len(bank.columns) - 1, 1))
+        return composed.multi_lora_linear(x, weight, bias, adapters, bank.columns, flat, dropout_p, seed, backend)
     if table is None:
         packed = (flat_ids(ids, x), *compiled.pack(bank.adapters), bank.columns)
         return compiled.multi_lora_linear(x, weight, bias, *packed, dropout_p, seed, backend)[0]
@@ -215,6 +217,16 @@ def _multi(
 def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
     """What the kernels read of a bank; None where they can't read a lent adapter."""
     return bank if isinstance(bank, AdapterTable) else bank.table()
+
+
+def _as_it_lies(bank: Any) -> Any:
+    """A table of a user's own, made anew where Parameters have moved since. (A bank looks after its own.)"""
+    return bank.current() if isinstance(bank, AdapterTable) and not _recorded() else bank
+
+
+def _slots(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
+    """A user's ids, numbers of adapters, as the slots that kernels take. An AdapterTable has no others."""
+    return ids if isinstance(bank, AdapterTable) else bank.slots_of(ids)
 
 
 def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
@@ -282,11 +294,10 @@ def adapter_block_unchecked(
     if lora_A is not None:
         checks.block_input(x, lora_A)
     x, seed = _dropping(_autocast(x), dropout_p, seed)
+    rest = (None, None, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
     if composed.serves(recorded, x, lora_A, lora_B, bias_A, bias_B, seed):
         checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-        adapter = dispatch.adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-        return composed.lora_linear(x, None, None, adapter, dropout_p, seed, backend)
-    rest = (None, None, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend)
+        return composed.lora_linear(x, *rest)
     return compiled.lora_linear(x, *rest)[0] if recorded else autograd.lora_linear(x, *rest)
 
 
@@ -308,12 +319,13 @@ def multi_adapter_block(
     """
     if not hasattr(bank, "adapters") or bank.columns:
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
+    bank = _as_it_lies(bank)
     checks.block_bank(x, bank.device, bank.dtype)
     _bank_fits(bank, x.shape[-1], x.shape[-1])
     x, seed = _dropping(_autocast(x), dropout_p, seed)
     recorded = _recorded()
     table = None if recorded else _table(bank)
-    return _multi(x, None, None, bank, table, ids, dropout_p, seed, backend, recorded)
+    return _multi(x, None, None, bank, table, _slots(bank, ids), dropout_p, seed, backend, recorded)
 
 
 def _recorded() -> bool:
@@ -393,8 +405,8 @@ def remerge_(
     Raises:
         TypeError, ValueError: as both. W is unchanged then: still merged, and `receipt` still undoes it.
     """
-    _receipt(receipt)
     factors = _factors(weight, lora_A, lora_B, scaling)
+    _receipt(receipt)
     return merge.remerge_(weight, receipt, factors, backend)
 
 
@@ -501,9 +513,10 @@ def _sequences(**arguments: Any) -> None:
 
 def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
     """What unmerging looks at before it looks at values."""
-    _receipt(receipt)
     checks.dense("weight", weight)
+    _receipt(receipt)
     checks.floating("weight", weight)
+    checks.dense("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape {list(receipt.shape)} of the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
@@ -519,7 +532,7 @@ def _receipt(receipt: MergeReceipt) -> None:
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.dense("weight", weight)
-    checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
+    checks.base(weight.detach(), None)
     checks.writable("weight", weight)
     if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
         if lora_A is None:

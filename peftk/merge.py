@@ -86,6 +86,7 @@ def _merge(
                     for layer in layers:
                         receipts[layer] = _smallest(server, weights[layer], receipts[layer])
                 held.deliver()
+                ordered = [receipts[layer] for layer in range(len(weights))]
             except BaseException:
                 for server, layers in groups:
                     for layer in receipts.keys() & set(layers):
@@ -95,7 +96,7 @@ def _merge(
                         else:
                             server.remerge_(weights[layer], receipts[layer], old.factors)
                 raise
-    return [receipts[layer] for layer in range(len(weights))]
+    return ordered
 
 
 def _merge_group(

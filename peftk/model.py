@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftk.methods.plan import Config, carry_out, unwrapped
+from peftk.methods.plan import Config, carrying_out, unwrapped
 from peftk.nn import LoRALinear
 
 
@@ -35,8 +35,9 @@ def inject(model: nn.Module, config: Config | Sequence[Config], *, example_input
         of_peft = next((type(one).__name__ for one in some if hasattr(one, "peft_type")), None)
         what = f"HF PEFT's {of_peft}; peftk.LoraConfig has its fields for LoRA" if of_peft else repr(config)
         raise TypeError(f"config: expected a config of peftk or a list of them, got {what}")
-    done = carry_out(unwrapped(model), configs, example_inputs)
-    return [name for record in done for name in (*record.layers, *record.attached)]
+    with carrying_out(unwrapped(model), configs, example_inputs) as done:
+        names = [name for record in done for name in (*record.layers, *record.attached)]
+    return names
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +58,46 @@ class MergeReceipt:
         lora_A, lora_B = self.factors.lora_A.to(device), self.factors.lora_B.to(device)
         moved = {name: getattr(self, name).to(device) for name in ("code", "far", "raw_values")}
         return dataclasses.replace(self, factors=self.factors._replace(lora_A=lora_A, lora_B=lora_B), **moved)
+
+
+class BiasReceipt(NamedTuple):
+    """A bias [N] before a merge, and as the merge left it."""
+
+    before: Tensor
+    after: Tensor
+
+    @lasting()
+    def to(self, device: torch.device) -> BiasReceipt:
+        return BiasReceipt(self.before.to(device), self.after.to(device))
+
+    def check(self, bias: Tensor | None) -> None:
+        """Raises ValueError where the bias is no longer what the merge left."""
+        if bias is None or not same_bits(bias, self.after):
+            raise ValueError("bias: expected the bits that the merge left, got others; it was changed since")
+
+
+@lasting()
+def merge_bias(bias: Tensor, terms: Iterable[tuple[Tensor, float]]) -> BiasReceipt:
+    """bias + Σ s·b, rounded once to the bias's dtype. Raises ValueError where that would not be finite."""
+    after = _wide(bias)
+    for lora_bias, scaling in terms:
+        after = after + _wide(lora_bias) * scaling
+    after = after.to(bias.dtype)
+    if not bool(after.isfinite().all()):
+        raise ValueError("bias: expected bias + s·b to be finite in every element, got inf or NaN; it is unchanged")
+    return BiasReceipt(bias.detach().clone(), after)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in shape, dtype, device and every bit: -0 is not 0, and a NaN is itself."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return torch.equal(one.detach().view(bits), other.detach().view(bits))
 
 
 def packed(factors: Factors, code: Tensor, raw_values: Tensor, checksum: int) -> MergeReceipt:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -44,9 +45,11 @@ def recordable(*tensors: Tensor | None) -> bool:
     )
 
 
-def reason(tensor: Tensor) -> str | None:
+def reason(tensor: Any) -> str | None:
     """What a tensor is that kernels may not read, as in "got …"; None for a plain dense one."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
+    if not isinstance(tensor, Tensor):
+        return f"a {kind.__name__}"
     if kind not in _EXACT and _computes(kind):
         return f"a {kind.__name__}, a tensor subclass with operations of its own"
     if tensor.is_nested:
@@ -56,7 +59,7 @@ def reason(tensor: Tensor) -> str | None:
     if tensor.is_quantized:
         return f"a quantized tensor ({tensor.dtype})"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "a tensor inside of vmap or torch.func"
+        return "a tensor that has left its vmap" if _escaped(tensor) else "a tensor inside of vmap or torch.func"
     if torch._is_functional_tensor(tensor):
         return "a functional tensor"
     if tensor.is_meta:
@@ -65,19 +68,25 @@ def reason(tensor: Tensor) -> str | None:
         return "a negated or conjugated view"
     if tensor._is_zerotensor():
         return "a zero tensor without memory"
+    if not _has_storage(tensor):
+        return "a tensor without storage"
     return _short(tensor)
 
 
-def by_torch(tensor: Tensor) -> bool:
+def by_torch(tensor: Any) -> bool:
     """Whether plain torch operations compute with a tensor as with a dense one, though no kernel may be able to."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
+    if not isinstance(tensor, Tensor):
+        return False
     if kind not in _EXACT and _computes(kind):
         return not (nn.parameter.is_lazy(tensor) or tensor.is_nested or _distributed(kind))
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return not _escaped(tensor)
+    if torch._is_functional_tensor(tensor):
         return True
-    return tensor.is_meta or tensor._is_zerotensor() or _short(tensor) is None
+    return tensor.is_meta or tensor._is_zerotensor() or not _has_storage(tensor) or _short(tensor) is None
 
 
 def computes(tensor: Tensor) -> bool:
@@ -91,9 +100,12 @@ def tangents() -> bool:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    return tangents() and any(
-        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    )
+    if not tangents():
+        return False
+    if torch.compiler.is_compiling():
+        return True  # perhaps: what is traced doesn't show
+    with torch.inference_mode(False):  # where torch does not show them
+        return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 @functools.cache
@@ -103,19 +115,31 @@ def _computes(kind: type[Tensor]) -> bool:
     return function not in plain or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def _escaped(tensor: Tensor) -> bool:
+    """Whether it belongs to a vmap that has ended, or to none of those around. (torch takes those of grad and jvp.)"""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
+        functorch.maybe_current_level() or 0
+    )
+
+
 def _distributed(kind: type[Tensor]) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # without it, nobody has made a DTensor
     return module is not None and issubclass(kind, module.DTensor)
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    try:
+        return tensor.untyped_storage() is not None
+    except NotImplementedError:  # in a vmapped backward (is_grads_batched), say
+        return False
 
 
 def _short(tensor: Tensor) -> str | None:
     """Memory that ends before the elements do: freed by untyped_storage().resize_, as FSDP and offloading do."""
     if not tensor.numel():
         return None
-    try:
-        has = tensor.untyped_storage().nbytes()
-    except NotImplementedError:
-        return "a tensor without storage"
+    has = tensor.untyped_storage().nbytes()
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needs = (tensor.storage_offset() + reach + 1) * tensor.itemsize
     return None if needs <= has else f"one whose memory has {has} of {needs} bytes (freed or offloaded)"

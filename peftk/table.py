@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftk import storage
 from peftk.activations import CODES
 from peftk.lasting import lasting
 
@@ -191,7 +192,7 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
 def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:
     """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when they move.
 
-    Raises ValueError where a tensor lies in a way that the layout cannot express.
+    Raises ValueError where a tensor lies in a way that the layout cannot express, TypeError for one without memory.
     """
     pages: list[list[int]] = []
     rows: list[list[int]] = []
@@ -206,6 +207,9 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
                 raise ValueError(
                     f"adapters[{index}]: expected tensors of {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
                 )
+        if device.type != "meta" and not storage.dense(*adapter.tensors()):
+            found = next((why for tensor in adapter.tensors() if (why := storage.reason(tensor)) is not None), "others")
+            raise TypeError(f"adapters[{index}]: expected dense tensors, got {found}")
         rows.append([len(pages), adapter.rank, CODES[adapter.activation], 1])
         biases.append([0 if b is None else _contiguous(b, index).data_ptr() for b in (adapter.bias_A, adapter.bias_B)])
         for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
@@ -236,6 +240,13 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
         biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
         movable=tuple((t, place(t)) for a in adapters if a is not None for t in a.tensors() if _may_move(t)),
     )
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """A with contiguous rows, or a contiguous bias: itself where it is, else a copy, through which gradients pass."""
+    if tensor.layout != torch.strided or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor  # what isn't strided, others refuse
+    return tensor.contiguous()
 
 
 def _may_move(tensor: Tensor) -> bool:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pathlib
 import pickle
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftk
+from peftk.interop.own_checkpoint import fields_of
 from peftk.methods import architectures
 from peftk.methods.plan import injections
 from peftk.nn import Attached, BitFitLinear, LlamaAdapter, LoRALinear, ParallelAdapterLinear, Projections
@@ -521,6 +524,88 @@ def test_heads_and_top_layers() -> None:
 def test_bad_fields(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("form", [tuple, set, frozenset, lambda some: dict.fromkeys(some).keys(), np.array])
+@pytest.mark.parametrize(
+    ("family", "make"),
+    [
+        (
+            "bert",
+            lambda form: peftk.LoraConfig(
+                r=2,
+                target_modules=form(["key", "query"]),
+                exclude_modules=form(["0.attention.self.key", "1.attention.self.query"]),
+                modules_to_save=form(["classifier", "pooler"]),
+                layers_to_transform=form([0, 1]),
+                layers_pattern=form(["h", "layer"]),
+            ),
+        ),
+        ("gpt2", lambda form: peftk.SeriesAdapterConfig(4, where=form(["ln_2", "mlp"]), leave_out=form([1]))),
+        ("t5", lambda form: peftk.ParallelAdapterConfig(4, where=form(["attention", "wi"]), leave_out=form([0, 3]))),
+        ("bert", lambda form: peftk.BitFitConfig(form(["query", "value"]))),
+        ("bert", lambda form: peftk.HeadConfig(form(["classifier", "pooler"]))),
+        ("bert", lambda form: peftk.AdapterHubConfig(leave_out=form([0]))),
+        (
+            "bert",
+            lambda form: peftk.LlamaAdapterConfig(
+                attention=form(["0.attention.self", "1.attention.self"]),
+                projections=Projections("query", "key", "value", "query"),
+            ),
+        ),
+    ],
+)
+def test_a_list_of_any_form_says_the_same(family: str, make: Any, form: Any) -> None:
+    configs = [make(list), make(form)]
+    assert configs[0] == configs[1]
+    assert json.loads(json.dumps(fields_of(configs[1]))) == fields_of(configs[0])
+    models = [MODELS[family]() for _ in configs]
+    names = [peftk.inject(model, config) for model, config in zip(models, configs, strict=True)]
+    assert names[0] == names[1]
+    trained = [[n for n, p in model.named_parameters() if p.requires_grad] for model in models]
+    assert trained[0] == trained[1] != []
+
+
+@pytest.mark.parametrize(
+    ("numpys", "pythons"),
+    [
+        (
+            peftk.LoraConfig(
+                r=np.int64(3), lora_alpha=np.float32(4), lora_dropout=np.float64(0.5), use_rslora=np.True_,
+                rank_pattern={"q": np.int32(2)}, alpha_pattern={"q": np.float16(2)}, layers_to_transform=np.int64(1),
+            ),
+            peftk.LoraConfig(
+                r=3, lora_alpha=4.0, lora_dropout=0.5, use_rslora=True,
+                rank_pattern={"q": 2}, alpha_pattern={"q": 2.0}, layers_to_transform=[1],
+            ),
+        ),
+        (peftk.SeriesAdapterConfig(np.int8(4), scaling=np.float32(2)), peftk.SeriesAdapterConfig(4, scaling=2.0)),
+        (peftk.ParallelAdapterConfig(reduction_factor=np.int64(4)), peftk.ParallelAdapterConfig(reduction_factor=4)),
+        (peftk.LlamaAdapterConfig(np.int64(4), np.int64(1)), peftk.LlamaAdapterConfig(4, 1)),
+        (
+            peftk.AdapterHubConfig(reduction_factor={"0": np.float32(2)}),
+            peftk.AdapterHubConfig(reduction_factor={"0": 2}),
+        ),
+        (peftk.TopLayersConfig(np.int64(1)), peftk.TopLayersConfig(1)),
+        (peftk.SeriesAdapterConfig(4, leave_out=1), peftk.SeriesAdapterConfig(4, leave_out=range(1, 2))),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_and_python_say_the_same(numpys: Any, pythons: Any) -> None:
+    assert numpys == pythons
+    assert json.loads(json.dumps(fields_of(numpys))) == fields_of(pythons)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("bert", peftk.SeriesAdapterConfig(4, where=["pooler", "mpl"]), "where: 'mpl' matches no module of the model"),
+        ("bert", peftk.HeadConfig(["classifier", "lm_head"]), "modules: 'lm_head' matches no module of the model"),
+        ("bert", peftk.AdapterHubConfig(leave_out=[0, 5]), "leave_out: the model has no layer 5"),
+    ],
+)
+def test_names_and_numbers_that_mean_nothing_are_told(family: str, config: Any, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        peftk.inject(MODELS[family](), config)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from types import FrameType
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import peftk
 from peftk import functional, interrupts, merge
@@ -20,6 +21,8 @@ from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.model import lora_layers
 from peftk.nn import LoRALinear
 from tests.merge_cases import DTYPES, bits
+
+Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
 SIZES = ((24, 40), (40, 33), (33, 24))
 
@@ -171,7 +174,7 @@ def test_a_switch_that_is_refused_changes_nothing() -> None:
     for wrong, error, message in (
         ({**good, name: nan}, ValueError, f"^{name}: weight: expected W"),
         ({**good, name: narrow}, ValueError, f"^{name}: lora_A: expected"),
-        ({**good, name: biased}, ValueError, f"^{name}: lora_bias: expected None"),
+        ({**good, name: biased}, ValueError, f"^{name}: lora_bias: expected None, as the layer has none, got a bias"),
         ({**good, name: good[name][:2]}, TypeError, "adapters: expected a LoadedAdapter"),
         ({**good, "other": good[name]}, ValueError, "unknown: .'other'"),
         ({name: good[name]}, ValueError, "missing: .'0', '1'"),
@@ -185,6 +188,241 @@ def test_a_switch_that_is_refused_changes_nothing() -> None:
         peftk.switch_adapter(nn.Linear(2, 2), good)
     peftk.unmerge_adapter(model)
     assert same(weights(model), before)
+
+
+# ---- lora_bias ------------------------------------------------------------------------------------------------------
+
+
+def biased(dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40, dtype=dtype), nn.Tanh(), Conv1D(33, 40).to(dtype), nn.Linear(33, 24))
+    model[3].to(dtype)
+    config = {"r": 3, "target_modules": ["0", "2"], "lora_bias": True, **options}
+    peftk.inject(model, peftk.LoraConfig(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return model
+
+
+EXPORTS: dict[str, dict[str, object]] = {
+    "lora_bias": {},
+    "no lora_bias": {"lora_bias": False},
+    "biases train": {"bias": "all"},
+    "biases of the layers train": {"bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["3"]},
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 5},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", EXPORTS.values(), ids=EXPORTS)
+def test_a_merged_state_dict_is_that_of_a_plain_model(options: dict[str, object], dtype: torch.dtype) -> None:
+    plain = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), Conv1D(33, 40), nn.Linear(33, 24)).to(dtype)
+    model, x = biased(dtype, **options), torch.randn(5, 24, dtype=dtype)
+    before, y = {name: value.clone() for name, value in model.state_dict().items()}, model(x)
+    peftk.merge_adapter(model)
+    state = model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    assert torch.equal(model(x), model(x))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    for actual in (plain(x), model(x)):
+        torch.testing.assert_close(actual, y, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_bias" in name:
+                parameter.add_(1)  # whatever it has become
+        peftk.unmerge_adapter(model)
+    for name, value in model.state_dict().items():
+        assert "lora_bias" in name or torch.equal(bits(value[None]), bits(before[name][None])), name
+
+
+def test_a_lora_bias_needs_a_bias() -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24, bias=False))
+    peftk.inject(model, peftk.LoraConfig(r=3, target_modules=["0", "1"], lora_bias=True))
+    before = weights(model)
+    for act in (peftk.merge_adapter, lambda model: peftk.switch_adapter(model, with_biases(model))):
+        with pytest.raises(ValueError, match=r"^1: lora_bias: expected a linear with a bias.*got one without"):
+            act(model)
+        assert same(weights(model), before)
+        assert not any(layer.merged for layer in layers_of(model))
+    with pytest.raises(ValueError, match=r"^lora_bias: expected a linear with a bias"):
+        model[1].merge()
+
+
+def with_biases(model: nn.Module) -> dict[str, LoadedAdapter]:
+    return {
+        name: adapter._replace(lora_bias=torch.linspace(-1, 1, adapter.lora_B.shape[0]))
+        for name, adapter in adapters_of(model, 1).items()
+    }
+
+
+def test_switched_with_lora_bias() -> None:
+    model, x = biased(), torch.randn(5, 24)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "lora" not in name}
+    for _ in range(2):
+        peftk.switch_adapter(model, with_biases(model))
+        y = model(x)
+        peftk.unmerge_adapter(model)
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model[0].lora_bias, torch.linspace(-1, 1, 40))
+        peftk.merge_adapter(model)
+    with pytest.raises(ValueError, match=r"^0: lora_bias: expected a bias, got None"):
+        peftk.switch_adapter(model, adapters_of(model, 1))
+    peftk.unmerge_adapter(model)
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_bias_that_is_not_finite_or_was_changed() -> None:
+    model = biased()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model[2].lora_bias[0] = float("inf")
+        with pytest.raises(ValueError, match=r"^2: bias: expected bias .* to be finite"):
+            peftk.merge_adapter(model)
+        assert not model[0].merged
+        model[2].lora_bias.copy_(before["2.lora_bias"])
+        peftk.merge_adapter(model)
+        held = model[2].bias.clone()
+        model[2].bias[0] += 1
+        for unmerge in (peftk.unmerge_adapter, lambda model: peftk.switch_adapter(model, with_biases(model))):
+            with pytest.raises(ValueError, match=r"^2: bias: expected the bits that the merge left"):
+                unmerge(model)
+            assert all(layer.merged for layer in layers_of(model))
+        model[2].bias.copy_(held)
+    peftk.unmerge_adapter(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- another rank under an optimizer --------------------------------------------------------------------------------
+
+
+def adamw(parameters: list[nn.Parameter]) -> object:
+    return torch.optim.AdamW(parameters)
+
+
+def in_groups(parameters: list[nn.Parameter]) -> object:
+    return torch.optim.SGD([{"params": [one], "lr": 0.1} for one in parameters], momentum=0.9)
+
+
+def scheduled(parameters: list[nn.Parameter]) -> object:
+    return torch.optim.lr_scheduler.StepLR(torch.optim.Adam(parameters, foreach=True), 3)
+
+
+@pytest.mark.parametrize("make", [adamw, in_groups, scheduled])
+def test_another_rank_under_an_optimizer_is_refused(make: Callable[[list[nn.Parameter]], object]) -> None:
+    model, x = model_of(), torch.randn(4, 24)
+    held = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = getattr(held, "optimizer", held)
+    model(x).sum().backward()
+    optimizer.step()
+    before = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
+    adapters = adapters_of(model, 1)
+    adapters["1"] = adapters_of(model, 1, 5)["1"]  # one layer is enough
+    with pytest.raises(ValueError, match=r"^1: r: expected 3 as before, as \w+ holds .*got 5; delete the optimizer"):
+        peftk.switch_adapter(model, adapters)
+    for parameter, value, grad in before:
+        assert torch.equal(parameter, value)
+        assert parameter.grad is grad
+    assert not any(layer.merged for layer in layers_of(model))
+
+    peftk.switch_adapter(model, adapters_of(model, 1))  # of the same rank: the optimizer goes on
+    peftk.unmerge_adapter(model)
+    model(x).sum().backward()
+    optimizer.step()
+
+    del held, optimizer
+    peftk.switch_adapter(model, adapters)
+    peftk.unmerge_adapter(model)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def test_an_optimizer_of_other_parameters_is_no_matter() -> None:
+    model = model_of()
+    others = torch.optim.AdamW([*model_of().parameters(), model[0].lora_A])
+    peftk.switch_adapter(model, {**adapters_of(model, 1, 5), "0": adapters_of(model, 1)["0"]})
+    assert others.param_groups
+
+
+# ---- what no merge can change ---------------------------------------------------------------------------------------
+
+
+def test_a_weight_without_memory() -> None:
+    model = model_of().to("meta")
+    with pytest.raises(TypeError, match=r"^0: weight: expected a dense tensor, got a meta tensor, which has no values"):
+        peftk.merge_adapter(model)
+    with pytest.raises(TypeError, match=r"^weight: expected a dense tensor, got a meta tensor"):
+        model[1].merge()
+    model = model_of()
+    peftk.merge_adapter(model)
+    model.to("meta")
+    with pytest.raises(TypeError, match=r"^0: weight: expected a dense tensor, got a meta tensor"):
+        peftk.unmerge_adapter(model)
+    model = model_of()
+    model[1].weight.untyped_storage().resize_(0)  # as FSDP does
+    with pytest.raises(TypeError, match=r"^1: weight: expected a dense tensor, got .*memory has 0 of \d+ bytes"):
+        peftk.merge_adapter(model)
+
+
+def test_a_weight_that_is_computed() -> None:
+    """torch would compute it anew, without the adapter."""
+
+    class Half(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    for change in (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Half()),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ):
+        model = model_of()
+        change(model[1])
+        for act in (peftk.merge_adapter, lambda model: peftk.switch_adapter(model, adapters_of(model, 1))):
+            with pytest.raises(ValueError, match=r"^1: weight: expected a Parameter, got one that is computed"):
+                act(model)
+        for untie in (False, True):
+            with pytest.raises(ValueError, match=r"^weight: expected a Parameter, got one that is computed"):
+                model[1].merge(untie=untie)
+        assert not any(layer.merged for layer in layers_of(model))
+    model = model_of()
+    nn.utils.parametrize.register_parametrization(model[1], "lora_A", Half())
+    with pytest.raises(ValueError, match=r"^1: lora_A: expected a Parameter, got one that is computed"):
+        peftk.switch_adapter(model, adapters_of(model, 1))
+    peftk.merge_adapter(model)
+
+
+def test_merged_in_inference_mode_and_trained_after() -> None:
+    model, x = model_of(), torch.randn(4, 24)
+    before = weights(model)
+    with torch.inference_mode():
+        peftk.merge_adapter(model, untie=True)
+        model[0].unmerge()
+        model[0].merge(untie=True)
+        peftk.switch_adapter(model, adapters_of(model, 1))
+        y = model(x)
+    model(x.requires_grad_()).sum().backward()
+    with torch.inference_mode():
+        peftk.unmerge_adapter(model)
+    assert same(weights(model), before)
+    model(x).sum().backward()
+    torch.testing.assert_close(model(x), y.clone(), rtol=1e-4, atol=1e-4)
+    assert all(layer.lora_A.grad is not None for layer in layers_of(model))
+
+
+def test_a_merged_model_that_changed_its_dtype() -> None:
+    model = model_of()
+    peftk.merge_adapter(model)
+    model.half()
+    for unmerge in (peftk.unmerge_adapter, lambda model: peftk.switch_adapter(model, adapters_of(model, 1))):
+        with pytest.raises(
+            ValueError, match=r"^0: weight: expected dtype torch.float32 of the merge, got torch.float16"
+        ):
+            unmerge(model)
+    assert all(layer.merged for layer in layers_of(model))
 
 
 # ---- interrupted ----------------------------------------------------------------------------------------------------

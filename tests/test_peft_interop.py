@@ -464,3 +464,137 @@ def test_a_head_that_only_other_models_have_is_no_matter(tmp_path: pathlib.Path)
     peftk.load_adapter(ours, tmp_path)
     torch.testing.assert_close(hidden(ours), hidden(theirs), atol=1e-5, rtol=1e-5)
     assert torch.equal(ours.classifier.weight, theirs.base_model.model.classifier.modules_to_save.default.weight)
+
+
+def distilbert() -> nn.Module:
+    torch.manual_seed(0)
+    about = transformers.DistilBertConfig(
+        vocab_size=100, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=32, num_labels=3
+    )
+    return transformers.DistilBertForSequenceClassification(about).eval()
+
+
+def roberta() -> nn.Module:
+    """Its classifier is a module of several linears."""
+    torch.manual_seed(0)
+    about = transformers.RobertaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return transformers.RobertaForSequenceClassification(about).eval()
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """All that trains, elsewhere."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize(
+    ("make", "saved", "head"),
+    [
+        (roberta, None, ["classifier.dense", "classifier.out_proj"]),
+        (distilbert, ["classifier"], ["classifier", "pre_classifier"]),
+        (distilbert, None, ["classifier", "pre_classifier"]),  # PEFT adds "classifier" and "score" for SEQ_CLS
+        (distilbert, ["1.output_layer_norm", "r_norm"], ["classifier", "pre_classifier"]),
+        (bert, ["ooler"], ["pooler.dense"]),
+        (bert, ["ate.dense", "pooler"], ["intermediate.dense", "pooler.dense"]),
+    ],
+)
+def test_names_that_end_anywhere_train_whole_as_in_peft(
+    tmp_path: pathlib.Path, make: Callable[[], nn.Module], saved: list[str] | None, head: list[str], bias: str
+) -> None:
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_lin", "query"], "modules_to_save": saved, "bias": bias}
+    task = None if make is bert else "SEQ_CLS"
+    theirs = moved(peft.get_peft_model(make(), peft.LoraConfig(**copy.deepcopy(fields), task_type=task))).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = make()
+    peftk.load_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(hidden(ours), hidden(theirs), atol=1e-5, rtol=1e-5)
+    # what inject trains
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    fields["modules_to_save"] = [name for name in config["modules_to_save"] if name != "score"]
+    injected = make()
+    peftk.inject(injected, peftk.LoraConfig(**fields))
+    trains = {name for name, parameter in injected.named_parameters() if parameter.requires_grad}
+    assert trains == {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert all(any(f"{module}.weight" in name for name in trains) for module in head)
+    assert sum(p.numel() for p in injected.parameters() if p.requires_grad) == sum(
+        p.numel() for p in theirs.parameters() if p.requires_grad
+    )
+    # and what PEFT reads of it
+    peftk.save_adapter(moved(injected), tmp_path / "ours", format="peft")
+    back = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    torch.testing.assert_close(hidden(back), hidden(injected), atol=1e-5, rtol=1e-5)
+
+
+def with_lora() -> nn.Module:
+    return peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+
+
+OF_PEFT: dict[str, Callable[[], nn.Module]] = {
+    "PeftModel": with_lora,
+    "the model within it": lambda: with_lora().base_model.model,
+    "accelerated": lambda: peftk.accelerate(with_lora()),
+    "another method": lambda: (
+        peft.get_peft_model(bert(), peft.IA3Config(target_modules=["query"], feedforward_modules=[])).base_model.model
+    ),
+    "a prompt": lambda: peft.get_peft_model(
+        bert(), peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    ),
+    "a module that trains whole": lambda: nn.Sequential(
+        nn.Linear(4, 4), peft.utils.other.ModulesToSaveWrapper(nn.Linear(4, 4), "default")
+    ),
+}
+METHODS = [
+    peftk.LoraConfig(r=2),
+    peftk.LoraConfig(r=2, target_modules=["value", "0"]),
+    peftk.SeriesAdapterConfig(2, where=["dense", "0"]),
+    peftk.ParallelAdapterConfig(2, where=["dense", "0"]),
+    peftk.BitFitConfig(),
+    peftk.HeadConfig(["pooler", "0"]),
+    peftk.FullConfig(),
+]
+
+
+@pytest.mark.parametrize("made", OF_PEFT)
+def test_a_model_with_adapters_of_peft_is_refused(made: str, everything: pathlib.Path) -> None:
+    model = OF_PEFT[made]()
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    classes = [type(module) for module in model.modules()]
+    told = r"model: expected one without HF PEFT's adapters, got one with a \w+; .*merge_and_unload.*peftk.accelerate"
+    for config in METHODS:
+        with pytest.raises(ValueError, match=f"^{told}"):
+            peftk.inject(model, config)
+    for act in (peftk.MultiAdapter, lambda model: peftk.load_adapter(model, everything)):
+        with pytest.raises(ValueError, match=f"^{told}"):
+            act(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_model_that_peft_has_left_is_taken() -> None:
+    assert peftk.inject(with_lora().merge_and_unload(), peftk.LoraConfig(r=2, target_modules=["query"]))
+
+
+def test_a_config_of_peft_is_refused_and_its_fields_are_taken() -> None:
+    theirs = peft.LoraConfig(target_modules=["query", "value"], exclude_modules=["0.attention.self.query"])
+    for wrong in (theirs, [theirs]):
+        with pytest.raises(TypeError, match=r"config: .*got HF PEFT's LoraConfig; peftk.LoraConfig has its fields"):
+            peftk.inject(bert(), wrong)
+    fields = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    )
+    ours = peftk.LoraConfig(**{name: getattr(theirs, name) for name in fields})
+    assert len(peftk.inject(bert(), ours)) == 3
+    with pytest.raises(TypeError, match="'use_dora'"):
+        peftk.LoraConfig(use_dora=True)  # type: ignore[call-arg]

@@ -14,8 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
+import triton
+
 from peftk.backends.segments import Segments
-from peftk.triton_kernels import config
+from peftk.triton_kernels import config, lora_wgrad, merge_tile, segments
 from peftk.triton_kernels import lora_linear as kernels
 from tests.tiers import spread
 from tests.triton_aot import Compiled, compiling
@@ -177,3 +179,34 @@ def test_a_rank_is_not_compiled_for() -> None:
             kernels.forward(x, weight, None, kernels.Adapters(one, BF16, width, "k16", "any"), None)
     assert len(compiled) == 3
     assert len({id(c.assembly) for c in compiled}) == 1
+
+
+def test_numbers_arrive_in_the_width_that_they_need() -> None:
+    """The interpreter reads no types of arguments. s and 1/(1 − p) are fp32, addresses and strides of users int64."""
+    modules = (kernels, lora_wgrad, merge_tile, segments)
+    found = {
+        (name, parameter.name): parameter.annotation_type
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+        for parameter in kernel.params
+        if parameter.annotation_type
+    }
+    assert {name for _, name in found} >= {"scaling", "one_scaling", "keep_scale", "one_A", "one_stride_Br", "M"}
+    for (kernel, name), width in found.items():
+        fp32, int64 = "scal" in name, re.match(r"one_(A|B|stride|bias)|stride$|count$", name)
+        assert width == ("fp32" if fp32 else "i64" if int64 else "i32"), f"{kernel}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("version", "most"), [("3.6.0", 255), ("3.8.2", 255), ("3.9.0", 252), ("3.10.1+git1a2b", 252), ("4.0", 252)]
+)
+def test_the_limit_of_registers_follows_tritons_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, most: int
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    config._most_registers.cache_clear()
+    try:
+        assert config.options(90)["maxnreg"] == most
+    finally:
+        config._most_registers.cache_clear()

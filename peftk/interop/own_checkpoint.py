@@ -122,8 +122,12 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
     dtype, projections = fields.get("adapter_dtype"), fields.get("projections")
     try:
         if dtype is not None:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
+                raise ValueError(f"adapter_dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
             fields["adapter_dtype"] = _DTYPES[dtype]
         if projections is not None:
+            if not isinstance(projections, list) or not 4 <= len(projections) <= len(Projections._fields):
+                raise ValueError(f"projections: expected {', '.join(Projections._fields)}, got {projections!r}")
             fields["projections"] = Projections(*projections)
         return kind(**fields)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

@@ -40,7 +40,6 @@ _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B, _B_BIAS, _BASE = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer"
 _NAMED = re.compile(r"(\.lora_[AB])\.default(\.(?:weight|bias))$")
-_INSIDES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 class LoadedAdapter(NamedTuple):
@@ -109,6 +108,11 @@ def load(path: str | os.PathLike[str]) -> LoadedCheckpoint:
     """
     folder = files.folder(path)
     config = files.read_config(folder)
+    kind = files.checkpoint_format(config)
+    if kind != "peft":
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: expected a LoRA checkpoint of HF PEFT, got one of {kind}'s format"
+        )
     _check_config(folder / CONFIG_FILE, config)
     tensors = files.read_weights(folder, WEIGHTS_FILE, pickled=_PICKLED)
     where = folder / WEIGHTS_FILE
@@ -147,8 +151,8 @@ def _beside(
         module, _, last = key.rpartition(".")
         inner = module.removesuffix(_BASE)
         name = f"{inner}.{last}" if inner in adapted and last in ("weight", "bias") else key
-        if _INSIDES.sub(".", key) in tensors and _INSIDES.search(key):
-            continue  # PEFT may write what it saves whole again, under the names of its wrapper's insides
+        if _again(key, tensors):
+            continue
         if any(within(key, kept) for kept in config.get("modules_to_save") or ()):
             saved[key] = tensor
         elif _is_bias(key, config.get("bias")):
@@ -162,16 +166,27 @@ def _beside(
     return biases, saved, base
 
 
+def _again(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT wrote what a module that trains whole has a second time, as its wrapper's insides.
+
+    They are `<module>.original_module.…` and `<module>.modules_to_save.…`, with the adapter's name or without.
+    """
+    found = re.search(r"\.(modules_to_save|original_module)\.", key)
+    if found is None:
+        return False
+    module, rest = key[: found.start()], key[found.end() :]
+    return any(f"{module}.{name}" in tensors for name in (rest, rest.partition(".")[2]))
+
+
 def load_factors(path: str | os.PathLike[str]) -> LoadedCheckpoint:
-    """A checkpoint that trains nothing but the factors of s·BA.
+    """A checkpoint that trains nothing but adapters, s·(BAx + b).
 
     Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
     """
     loaded = load(path)
-    own = [f"{name}{_B_BIAS}" for name, adapter in loaded.adapters.items() if adapter.lora_bias is not None]
-    beside = [*loaded.biases, *loaded.saved, *own]
+    beside = [*loaded.biases, *loaded.saved]
     if beside:
-        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+        raise CheckpointError(f"{path}: expected adapters alone, got what trained besides: {', '.join(beside)}")
     return loaded
 
 
@@ -218,10 +233,11 @@ def _is_bias(name: str, mode: Any) -> bool:
 def _check_config(file: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: expected peft_type 'LORA', got {config.get('peft_type')!r}")
-    for field, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        value = config.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not abs(value) <= _LARGEST:
-            raise CheckpointError(f"{file}: expected {field} to be a finite number, got {value!r}")
+    r, lora_alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise CheckpointError(f"{file}: expected r to be an integer of 1 or more, got {r!r}")
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not abs(lora_alpha) <= _LARGEST:
+        raise CheckpointError(f"{file}: expected lora_alpha to be a finite number, got {lora_alpha!r}")
     unsupported = {field: value for field, value in config.items() if value and not _is_plain(field, value)}
     if unsupported:
         found = ", ".join(f"{field}={value!r}" for field, value in sorted(unsupported.items()))
@@ -265,8 +281,8 @@ def _adapter(where: Path, name: str, parts: dict[str, Tensor], config: dict[str,
     wanted = (_A, _B, _B_BIAS) if config.get("lora_bias") else (_A, _B)
     if parts.keys() != set(wanted):
         raise CheckpointError(
-            f"{where}: expected {' and '.join(name + s for s in wanted)} of {CONFIG_FILE}, "
-            f"got only {' and '.join(name + s for s in sorted(parts))}"
+            f"{where}: expected {' and '.join(name + s for s in wanted)}, as {CONFIG_FILE} says, "
+            f"got {' and '.join(name + s for s in sorted(parts))}"
         )
     lora_A, lora_B, lora_bias = parts[_A], parts[_B], parts.get(_B_BIAS)
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:

@@ -18,10 +18,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peftk import functional, storage, table
+from peftk import checks, functional, storage, table
 from peftk.interop import peft_batch, peft_merge, peft_reasons
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_reasons import Base, Factors
+from peftk.interop.peft_whole import all_or_none, whole
 from peftk.nn import watched
 from peftk.table import Adapter, AdapterTable
 
@@ -51,6 +52,8 @@ class Linear(lora.Linear):
 
     Base layer and active adapters are one call, and so is a mixed batch. What `reason` names keeps PEFT's own code.
     """
+
+    undoes_merges = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = peft_batch.at_hand(kwargs.pop("adapter_names", None))
@@ -137,23 +140,28 @@ class Linear(lora.Linear):
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
         return functional.multi_lora_linear_unchecked(
-            x, weight, bias, self._table(batch.unique, adapters), ids, dropouts.pop()
+            x, weight, bias, self._table(batch.unique, adapters, weight.shape), ids, dropouts.pop()
         )
 
-    def _table(self, names: tuple[str, ...], adapters: list[Factors | None]) -> Any:
-        """What the kernels read of the adapters, by their place in `names`; made anew when one has moved."""
+    def _table(self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]) -> Any:
+        """What the kernels read of the adapters, by their place in `names`; made anew when one has moved.
+
+        shape: [N, K] of the weight. Raises ValueError for an adapter that doesn't fit it.
+        """
         present = [adapter for adapter in adapters if adapter is not None]
-        device = present[0].lora_A.device
-        if torch.compiler.is_compiling() or not storage.dense(*(t for a in present for t in a.tensors())):
-            return _Untabled(tuple(map(_adapter, adapters)), device)
+        device, tensors = present[0].lora_A.device, [tensor for a in present for tensor in a.tensors()]
         dtypes = {adapter.lora_A.dtype for adapter in present}
-        if len(dtypes) > 1 or any(a.bias_B is not None or type(a.scaling) is not float for a in present):
-            folded = [None if adapter is None else _together([adapter]) for adapter in adapters]
-            return table.build(tuple(map(_adapter, folded)), dtype=torch.float32, device=device)
-        where = [names, *(None if adapter is None else _where(adapter) for adapter in adapters)]
-        made: _Made | None = self.__dict__.get("_peftk_table")
+        folds = len(dtypes) > 1 or not all(_as_it_lies(adapter) for adapter in present)
+        if folds:
+            adapters = [None if adapter is None else _together([adapter]) for adapter in adapters]
+        if torch.compiler.is_compiling() or not storage.dense(*tensors):
+            return _Untabled(tuple(map(_adapter, adapters)), device)
+        where = [names, shape, *(None if adapter is None else _where(adapter) for adapter in adapters)]
+        made: _Made | None = None if folds else self.__dict__.get("_peftk_table")
         if made is None or made.where != where:
-            built = table.build(tuple(map(_adapter, adapters)), dtype=dtypes.pop(), device=device)
+            found = tuple(map(_adapter, adapters))
+            checks.bank(found, (), *shape)
+            built = table.build(found, dtype=torch.float32 if folds else dtypes.pop(), device=device)
             made = self.__dict__["_peftk_table"] = _Made(where, built)
         return made.table
 
@@ -163,27 +171,40 @@ class Linear(lora.Linear):
         weight: Tensor = watched.handed_out(self, super().weight)
         return weight
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, untie: bool = False) -> None:
         """As PEFT's, several adapters in one pass over W; `unmerge` gives back every bit.
 
-        Raises ValueError where W would not be finite, with and without safe_merge; nothing has changed then.
+        untie: into a copy of W, which leaves alone whatever else holds W, until `unmerge`.
+
+        Raises ValueError where W would not be finite, with and without safe_merge, or where another module of the model
+        that was accelerated holds W, too; nothing has changed then.
         """
-        if peft_merge.reason(self, self.active_adapters if adapter_names is None else adapter_names) is not None:
-            super().merge(safe_merge, adapter_names)
-            return
-        names = check_adapters_to_merge(self, adapter_names)
-        if names:
-            peft_merge.merge(self, names)
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        with peft_merge.step(self) as undo:
+            peft_merge.alone(self, wanted, untie, undo)
+            if peft_merge.reason(self, wanted) is not None:
+                super().merge(safe_merge, adapter_names)
+                return
+            names = check_adapters_to_merge(self, adapter_names)
+            if names:
+                peft_merge.merge(self, names, undo)
 
     def unmerge(self) -> None:
         """As PEFT's; what `merge` above has merged comes out exactly."""
-        if not peft_merge.live(self):
-            super().unmerge()
-            return
-        peft_merge.unmerge(self, super().unmerge)
+        with peft_merge.step(self) as undo:
+            if self.merged_adapters:
+                peft_merge.unmerge(self, super().unmerge, undo)
+            else:
+                super().unmerge()  # which says so
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_peftk_table"}  # it holds addresses
+
+
+def _as_it_lies(adapter: Factors) -> bool:
+    """Whether a table can take an adapter without a copy."""
+    plain = adapter.bias_B is None and type(adapter.scaling) is float
+    return plain and table.in_rows(adapter.lora_A) is adapter.lora_A
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -191,12 +212,22 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _together(adapters: Sequence[Factors]) -> Factors:
-    """Several adapters that are active together as one, scaling 1: the factors side by side, s folded in, in fp32."""
+    """Several adapters that are active together as one, scaling 1: the factors side by side, s folded in, in fp32.
+
+    Of a single one in fp32 it is enough to fold s into the bias: A and B stay where they lie, and so a backward saves
+    no copies.
+    """
     bias = None
     for adapter in adapters:
+        for name, tensor in zip(("lora_A", "lora_B", "bias_B"), adapter.tensors(), strict=True):
+            if tensor is not None:
+                checks.floating(name, tensor)
         if adapter.bias_B is not None:
             term = _wide(adapter.bias_B) * adapter.scaling
             bias = term if bias is None else bias + term
+    first = adapters[0]
+    if len(adapters) == 1 and type(first.scaling) is float and first.lora_A.dtype is torch.float32:
+        return first._replace(lora_A=table.in_rows(first.lora_A), bias_B=bias)
     lora_A = torch.cat([_wide(adapter.lora_A) for adapter in adapters])
     lora_B = torch.cat([_wide(adapter.lora_B) * adapter.scaling for adapter in adapters], dim=1)
     return Factors(lora_A, lora_B, bias, 1.0, adapters[0].dropout_p)
@@ -216,7 +247,48 @@ def _where(factors: Factors) -> tuple[Any, ...]:
 
 
 class LoraModel(PeftLoraModel):
-    """PEFT's LoraModel whose new layers are accelerated too, and whose mixed batches train."""
+    """PEFT's LoraModel whose new layers are accelerated too, and whose mixed batches train.
+
+    What it does with its layers it does with all of them, or where something is raised with none.
+    """
+
+    unload = whole(PeftLoraModel.unload)
+    set_adapter = whole(PeftLoraModel.set_adapter)
+    delete_adapter = whole(PeftLoraModel.delete_adapter)
+    add_weighted_adapter = whole(PeftLoraModel.add_weighted_adapter)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with all_or_none(self):
+            super().inject_adapter(model, *args, **kwargs)
+            peft_merge.note_shared(self.model)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, untie: bool = False
+    ) -> None:
+        """As PEFT's, but that it refuses to merge into what another module holds, too (tied embeddings).
+
+        untie: merge into a copy of it then, until `unmerge_adapter`.
+
+        Raises ValueError for a shared weight, or where a W would not be finite; no layer has changed then.
+        """
+        with peft_merge.together(self, adapter_names, untie=untie):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        with peft_merge.apart(self):
+            super().unmerge_adapter()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        untie: bool = False,
+    ) -> nn.Module:
+        """As PEFT's; untie and what is raised as in `merge_adapter`."""
+        with peft_merge.together(self, adapter_names, untie=untie):
+            merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+            return merged
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -268,6 +340,11 @@ def swap(model: nn.Module) -> int:
             module.__class__ = LoraModel
         count += type(module) in (Linear, LoraModel)
     return count
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """What PEFT's LoraModel has been put around, whose names are those of checkpoints; else the model itself."""
+    return next((module.model for module in model.modules() if isinstance(module, PeftLoraModel)), model)
 
 
 def swap_back(model: nn.Module) -> int:

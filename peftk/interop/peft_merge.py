@@ -3,35 +3,56 @@
 `merged_adapters` stays PEFT's: the names in the order of merging. Receipts say which of them, from the end, are taken
 out at once and exactly; what else is at the end (a variant, or merged before the layer was accelerated) is PEFT's to
 take out.
+
+Over all layers of a model both are done to all or to none (`together`): what peftk has merged is taken out again, to
+the bit; layers that are PEFT's own go back to copies of their weights, which are kept until the end.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import warnings
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import Tensor, nn
 
 from peftk import functional, interrupts, storage
-from peftk.backends.merge_args import write
+from peftk import merge as merge_weights
+from peftk.backends.merge_args import NotFiniteError, write
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
 from peftk.interop.peft_reasons import Base
-from peftk.lasting import lasting
+from peftk.interop.peft_whole import all_or_none
+from peftk.nn import shared
+from peftk.nn.shared import Place
+from peftk.receipt import BiasReceipt, merge_bias
 
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """One call of merge(): the adapters, what brings W back, and the bias before and after where adapters have one."""
+    """One call of merge(): the adapters, and what brings W and the bias back."""
 
     names: tuple[str, ...]
     receipt: MergeReceipt
-    biases: tuple[Tensor, Tensor] | None
+    bias: BiasReceipt | None  # None where no adapter has a bias
 
 
-def reason(layer: Any, names: list[str]) -> str | None:
+class _Together(NamedTuple):
+    """An operation over the layers of a model: how to undo what has been done so far, and the layers' names."""
+
+    undo: contextlib.ExitStack
+    names: dict[int, str]
+
+
+_together: contextvars.ContextVar[_Together | None] = contextvars.ContextVar("peftk_together", default=None)
+
+
+def reason(layer: Any, names: Sequence[str]) -> str | None:
     """Why merging these adapters is PEFT's; None where it is ours."""
     found = peft_reasons.base(layer.base_layer)
     if isinstance(found, str):
@@ -45,94 +66,292 @@ def reason(layer: Any, names: list[str]) -> str | None:
     return next((why for t in tensors if t is not None and storage.by_torch(t) and (why := storage.reason(t))), None)
 
 
-def merge(layer: Any, names: list[str]) -> None:
-    """W ← W + Σ s·BA in one pass for all names that the layer has; all that can go wrong does before anything changes.
+# ---- one layer ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def step(layer: nn.Module) -> Iterator[contextlib.ExitStack]:
+    """Around the merge or unmerge of one layer. What fails inside is undone, with what `together` has done before."""
+    with interrupts.held() as held:  # a merged W and its receipt are not to be parted
+        whole = _together.get()
+        if whole is None:
+            with contextlib.ExitStack() as undo:
+                yield undo
+                undo.pop_all()
+            return
+        held.deliver()
+        try:
+            yield whole.undo
+        except (TypeError, ValueError, RuntimeError) as error:
+            if type(error) not in (TypeError, ValueError, RuntimeError) or id(layer) not in whole.names:
+                raise
+            raise type(error)(f"{whole.names[id(layer)]}: {error}") from error
+
+
+def alone(layer: Any, names: Sequence[str], untie: bool, undo: contextlib.ExitStack) -> None:
+    """Before a layer is merged: no other module is known to hold its weight, or it gets a copy (untie)."""
+    if _together.get() is not None:
+        return  # which has looked at the whole model
+    places = _places("", layer, names)
+    if not untie:
+        shared.refuse_noted(layer, [place.name for place in places])
+    for place in places if untie else ():
+        _untie(place, undo)
+
+
+def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
+    """W ← W + Σ s·BA in one pass for all names that the layer has.
 
     Raises ValueError where the outcome would not be finite, RuntimeError for a bias without a place in the base layer.
     """
     weight, bias = cast(Base, peft_reasons.base(layer.base_layer))
-    adapters = {name: peft_reasons.factors(layer, name, weight) for name in names}
-    adapters = {name: adapter for name, adapter in adapters.items() if adapter is not None}
+    found = {name: peft_reasons.factors(layer, name, weight) for name in names}
+    adapters: dict[str, Any] = {name: adapter for name, adapter in found.items() if adapter is not None}
     if not adapters:
         return
-    with lasting(), interrupts.held():  # a merged W and its receipt are not to be parted
-        biases = _biases(bias, adapters)
-        columns = [list(column) for column in zip(*adapters.values(), strict=True)]
-        try:
-            receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
-        except ValueError as error:
-            raise ValueError(f"{_broken(adapters)}: {error}") from error
-        if bias is not None and biases is not None:
-            write(bias.detach(), biases[1])
-        layer.merged_adapters.extend(adapters)
-        layer._peftk_merged = [*live(layer), Merged(tuple(adapters), receipt, biases)]
+    columns = [list(column) for column in zip(*adapters.values(), strict=True)]
+    with _broken(adapters, ValueError):
+        merged_bias = _merged_bias(bias, adapters)
+    if merged_bias is not None:
+        _set_bias(layer, merged_bias.after, merged_bias.before, undo)
+    with _broken(adapters, NotFiniteError):
+        receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
+    undo.callback(_unmerge_weight, layer, receipt)
+    merged = Merged(tuple(adapters), receipt, merged_bias)
+    _hold(layer, [*layer.merged_adapters, *adapters], [*live(layer), merged], undo)
 
 
-def _biases(bias: Tensor | None, adapters: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The base layer's bias before and after; None where no adapter has one."""
-    if all(adapter.bias_B is None for adapter in adapters.values()):
+@contextlib.contextmanager
+def _broken(adapters: Iterable[str], kind: type[ValueError]) -> Iterator[None]:
+    """An error of this kind, which is raised for what isn't finite, has PEFT's words, too."""
+    try:
+        yield
+    except kind as error:
+        broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
+        raise ValueError(f"{broken}: {error}") from error
+
+
+def _merged_bias(bias: Tensor | None, adapters: dict[str, Any]) -> BiasReceipt | None:
+    terms = [(adapter.bias_B, adapter.scaling) for adapter in adapters.values() if adapter.bias_B is not None]
+    if not terms:
         return None
     if bias is None:
         raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-    after = bias.detach().float()
-    for adapter in adapters.values():
-        if adapter.bias_B is not None:
-            after = after + adapter.bias_B.detach().float() * adapter.scaling
-    after = after.to(bias.dtype)
-    if not after.isfinite().all():
-        raise ValueError(f"{_broken(adapters)}: the merged bias would not be finite; nothing has changed")
-    return bias.detach().clone(), after
+    return merge_bias(bias, terms)
 
 
-def _broken(adapters: dict[str, Any]) -> str:
-    return f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
-
-
-def unmerge(layer: Any, peft_unmerge: Any) -> None:
+def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitStack) -> None:
     """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
     while layer.merged_adapters:
         receipts = live(layer)
-        last = receipts[-1] if receipts else None
+        last = receipts.pop() if receipts else None
         if last is not None and tuple(layer.merged_adapters[-len(last.names) :]) == last.names:
-            with interrupts.held():
-                exactly = _exactly(layer, last)
-                layer._peftk_merged = receipts[:-1]
-                if exactly:
-                    del layer.merged_adapters[-len(last.names) :]
-                    continue
+            try:
+                _take_out(layer, last, undo)
+            except ValueError as error:
+                warnings.warn(
+                    f"peftk: {', '.join(last.names)} cannot be unmerged exactly ({error}); "
+                    "HF PEFT's subtraction is used, which rounds",
+                    stacklevel=3,
+                )
+                _hold(layer, layer.merged_adapters, receipts, undo)
+            else:
+                _hold(layer, layer.merged_adapters[: -len(last.names)], receipts, undo)
+                continue
+        keep(layer, undo)
+        _hold(layer, layer.merged_adapters, live(layer), undo)
         below = layer.merged_adapters[:-1]
         del layer.merged_adapters[:-1]
         try:
             peft_unmerge()
         finally:
             layer.merged_adapters[:0] = below
+    retie(layer, undo)
 
 
-def _exactly(layer: Any, merged: Merged) -> bool:
-    """Brings W and the bias back, bit for bit; False where they are no longer what the merge left."""
+def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
+    """Brings W and the bias back, bit for bit. Raises ValueError where they are no longer what the merge left."""
     found = peft_reasons.base(layer.base_layer)
-    try:
-        if isinstance(found, str):
-            raise ValueError(found)
-        weight, bias = found
-        if merged.biases is not None:
-            before, after = (tensor.to(weight.device) for tensor in merged.biases)
-            if bias is None or bias.dtype != after.dtype or not torch.equal(bias, after):
-                raise ValueError("bias: expected what the merge left, got another")
-        functional.unmerge_(weight.detach(), merged.receipt.to(weight.device))
-    except ValueError as error:
-        warnings.warn(
-            f"peftk: {', '.join(merged.names)} cannot be unmerged exactly ({error}); "
-            "HF PEFT's subtraction is used, which rounds",
-            stacklevel=3,
-        )
-        return False
-    if bias is not None and merged.biases is not None:
-        write(bias.detach(), before)
-    return True
+    if isinstance(found, str):
+        raise ValueError(found)
+    weight, bias = found
+    receipt = merged.receipt.to(weight.device)
+    if merged.bias is not None:
+        held = merged.bias.to(weight.device)
+        held.check(bias)
+        with contextlib.ExitStack() as undo_bias:
+            _set_bias(layer, held.before, held.after, undo_bias)
+            functional.unmerge_(weight.detach(), receipt)
+            undo.push(undo_bias.pop_all())
+    else:
+        functional.unmerge_(weight.detach(), receipt)
+    undo.callback(_merge_weight, layer, receipt)
 
 
 def live(layer: Any) -> list[Merged]:
     """The receipts whose adapters are merged still."""
     kept = layer.__dict__.get("_peftk_merged", [])
     return [merged for merged in kept if set(merged.names) <= set(layer.merged_adapters)]
+
+
+def _hold(layer: Any, names: Sequence[str], receipts: Sequence[Merged], undo: contextlib.ExitStack) -> None:
+    undo.callback(_held, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
+    _held(layer, list(names), list(receipts))
+
+
+def _held(layer: Any, names: list[str], receipts: list[Merged]) -> None:
+    layer.merged_adapters[:] = names
+    layer._peftk_merged = receipts
+
+
+def _set_bias(layer: Any, value: Tensor, before: Tensor, undo: contextlib.ExitStack) -> None:
+    undo.callback(_put_bias, layer, before)
+    write(layer.base_layer.bias.detach(), value)
+
+
+# what undoes a step
+
+
+def _loaded(layer: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, an offloaded base layer has its values, as PEFT lets it have them around a merge."""
+    away = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
+    loaded: contextlib.AbstractContextManager[None] = onload_layer(layer) if away else contextlib.nullcontext()
+    return loaded
+
+
+def _put_bias(layer: Any, value: Tensor) -> None:
+    with _loaded(layer):
+        write(layer.base_layer.bias.detach(), value)
+
+
+def _unmerge_weight(layer: Any, receipt: MergeReceipt) -> None:
+    with _loaded(layer):
+        weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
+        functional.unmerge_(weight, receipt.to(weight.device))
+
+
+def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
+    """To the bits of the merge that the receipt is of."""
+    with _loaded(layer):
+        weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
+        merge_weights.merge_(weight, receipt.to(weight.device).factors, None)
+
+
+def keep(layer: Any, undo: contextlib.ExitStack) -> None:
+    """Copies of a base layer's weights, to undo what PEFT's own code does with them."""
+    with _loaded(layer):
+        base = layer.get_base_layer()
+        values = [(n, t.data, t.detach().clone()) for n, t in (*base.named_parameters(), *base.named_buffers())]
+    undo.callback(_put_copies, layer, values)
+
+
+def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
+    with _loaded(layer), torch.no_grad():
+        base = layer.get_base_layer()
+        held = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        for name, data, value in values:
+            held[name].data = data.copy_(value)
+
+
+# ---- what layers share ----------------------------------------------------------------------------------------------
+
+
+def note_shared(model: nn.Module) -> None:
+    """Leaves with accelerated layers what they share with others, for a merge of one layer by itself."""
+    layers = [(name, layer) for name, layer in tuner_layers(model) if _exact(layer)]
+    shared.note(model, [place for name, layer in layers for place in _places(name, layer, tuple(layer.lora_A))])
+
+
+def _places(name: str, layer: Any, names: Sequence[str]) -> list[Place]:
+    """The Parameters of a base layer that merging these adapters changes."""
+    if not set(names) & set(layer._all_available_adapter_names()) - set(layer.merged_adapters):
+        return []
+    biased = any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in names)
+    base, only = layer.get_base_layer(), getattr(layer, "parameter_name", None)  # ParamWrapper changes one by name
+    return [
+        Place(name, layer, owner, part)
+        for path, owner in base.named_modules()
+        for part, parameter in owner._parameters.items()
+        if parameter is not None and "lora_" not in path and (biased or "bias" not in part) and only in (None, part)
+    ]
+
+
+def _untie(place: Place, undo: contextlib.ExitStack) -> None:
+    layer: Any = place.module
+    ties = layer.__dict__.get("_peftk_ties", ())
+    tie = shared.untie(place.owner, place.name)
+    undo.callback(shared.put_back, tie)
+    undo.callback(setattr, layer, "_peftk_ties", ties)
+    layer._peftk_ties = (*ties, tie)
+
+
+def retie(layer: Any, undo: contextlib.ExitStack) -> None:
+    """What a merge has untied is shared again where it has the same bits again."""
+    ties = layer.__dict__.get("_peftk_ties", ())
+    if layer.merged_adapters or not ties:
+        return
+    undo.callback(setattr, layer, "_peftk_ties", ties)
+    for tie in ties:
+        undo.callback(shared.put_back, dataclasses.replace(tie, parameter=tie.owner._parameters[tie.name]))
+        shared.retie(tie)
+    layer._peftk_ties = ()
+
+
+# ---- all layers -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> Iterator[None]:
+    """Around a LoraModel's merge of these adapters (None: the active ones) into all its layers, or none.
+
+    Raises ValueError where a weight that would change is another module's too, unless `untie`.
+    """
+    layers = tuner_layers(model.model)
+    with interrupts.held(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
+        places = []
+        for name, layer in layers:
+            names = list(layer.active_adapters if adapter_names is None else adapter_names)
+            changed = _places(name, layer, names)
+            places += changed
+            if changed and not (_exact(layer) and reason(layer, names) is None):
+                keep(layer, copies)
+        for place, other in shared.conflicts(model.model, places):
+            if not untie:
+                raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")
+            _untie(place, undo)
+        with _entered(undo, layers):
+            yield
+        copies.pop_all()
+
+
+@contextlib.contextmanager
+def apart(model: Any) -> Iterator[None]:
+    """Around a LoraModel's unmerge of all its layers, or none."""
+    layers = tuner_layers(model.model)
+    with interrupts.held(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
+        for _, layer in layers:
+            if layer.merged_adapters and not _exact(layer):
+                keep(layer, copies)
+        with _entered(undo, layers):
+            yield
+            for _, layer in layers:
+                retie(layer, undo)
+        copies.pop_all()
+
+
+def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _exact(layer: nn.Module) -> bool:
+    """Whether the layer undoes its own merges and unmerges, as ours do."""
+    return getattr(type(layer), "undoes_merges", False)
+
+
+@contextlib.contextmanager
+def _entered(undo: contextlib.ExitStack, layers: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    token = _together.set(_Together(undo, {id(layer): name for name, layer in layers}))
+    try:
+        yield
+    finally:
+        _together.reset(token)

@@ -40,15 +40,18 @@ def accelerate(peft_model: Model) -> Model:
         raise TypeError(f"peft_model: expected an nn.Module, got {type(peft_model).__name__}")
     if not has_lora(peft_model):
         raise ValueError(f"peft_model: expected LoRA layers of HF PEFT, got {type(peft_model).__name__} without")
-    from peftk.interop import peft_layers
+    from peftk.interop import peft_layers, peft_merge
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap(peft_model)
-    layers = {name: module for name, module in peft_model.named_modules() if type(module) is peft_layers.Linear}
-    new = {name: layer for name, layer in layers.items() if not watched.is_watched(layer)}
-    if new:
-        found = trial.look(peft_model, layers=set(new.values()))
-        for name, layer in new.items():
-            watched.watch(layer, name, found.read.get(name))
+    with all_or_none(peft_model):
+        peft_layers.swap(peft_model)
+        peft_merge.note_shared(peft_layers.inside(peft_model))
+        layers = {name: module for name, module in peft_model.named_modules() if type(module) is peft_layers.Linear}
+        new = {name: layer for name, layer in layers.items() if not watched.is_watched(layer)}
+        if new:
+            found = trial.look(peft_model, layers=set(new.values()))
+            for name, layer in new.items():
+                watched.watch(layer, name, found.read.get(name))
     return peft_model
 
 
@@ -64,8 +67,10 @@ def decelerate(peft_model: Model) -> Model:
     if not is_accelerated(peft_model):
         raise ValueError(f"peft_model: expected an accelerated model, got {type(peft_model).__name__} that is not")
     from peftk.interop import peft_layers
+    from peftk.interop.peft_whole import all_or_none
 
-    peft_layers.swap_back(peft_model)
+    with all_or_none(peft_model):
+        peft_layers.swap_back(peft_model)
     return peft_model
 
 

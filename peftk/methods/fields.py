@@ -6,9 +6,9 @@ become Python's.
 
 from __future__ import annotations
 
+import math
 import numbers
 import re
-import sys
 from collections.abc import Collection, Mapping, Set
 from typing import Any
 
@@ -72,14 +72,14 @@ def count(field: str, value: Any) -> int:
 
 def number(field: str, value: Any) -> float:
     """A finite number; integers stay integers. Raises ValueError for all else."""
-    if not _is(numbers.Real, value) or not abs(value) <= sys.float_info.max:
+    if not _is(numbers.Real, value) or not _finite(value):
         raise ValueError(f"{field}: expected a finite number, got {value!r}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def above_zero(field: str, value: Any) -> float:
     """A finite number above 0. Raises ValueError for all else."""
-    if not _is(numbers.Real, value) or not 0 < value <= sys.float_info.max:
+    if not _is(numbers.Real, value) or not _finite(value) or not value > 0:
         raise ValueError(f"{field}: expected a number above 0, got {value!r}")
     return number(field, value)
 
@@ -101,6 +101,13 @@ def regex(field: str, pattern: Any) -> None:
 
 def _is(kind: type, value: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _listed(value: Any) -> list[Any] | None:

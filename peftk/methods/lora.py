@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -14,12 +14,12 @@ from peftk.methods.plan import Plan, of_adapter
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_layers_pattern,
+    idle_keys,
     inside,
     pattern_value,
     saved_modules,
     target_linears,
     warn,
-    warn_of_pattern,
 )
 from peftk.nn.lora_linear import LoRALinear
 from peftk.nn.replace import fan_in_fan_out
@@ -113,8 +113,13 @@ class LoraConfig:
 
         Raises ValueError or TypeError where nothing matches, or what matches cannot be adapted, or train whole.
         """
+        linears, trained, _ = self._wanted(model)
+        return linears, trained
+
+    def _wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
+        """`wanted`, and, in words, what of the config has no effect on this model."""
         saved = _saved_parameters(model, self.modules_to_save or ())
-        targets = target_linears(
+        linears, idle = target_linears(
             model,
             self.target_modules,
             exclude_modules=self.exclude_modules,
@@ -122,12 +127,22 @@ class LoraConfig:
             layers_pattern=self.layers_pattern,
             modules_to_save=self.modules_to_save or (),
         )
-        return targets, list(dict.fromkeys([*saved, *self._biases(model, targets)]))
+        biases = self._biases(model, linears)
+        idle += idle_keys("rank_pattern", self.rank_pattern, linears)
+        idle += idle_keys("alpha_pattern", self.alpha_pattern, linears)
+        if self.bias != "none" and not biases:
+            who = "module" if self.bias == "all" else "target"
+            idle.append(f"bias: {self.bias!r} trains none, as no {who} has one")
+        stored = next((name for name, linear in linears.items() if not fan_in_fan_out(linear)), None)
+        if self.fan_in_fan_out and stored is not None:
+            idle.append(f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear, which knows how it is stored")
+        return linears, list(dict.fromkeys([*saved, *biases])), idle
 
     def plan(self, model: nn.Module) -> Plan:
         """Raises as `wanted`. Warns of what has no effect on this model."""
-        targets, trained = self.wanted(model)
-        self._warn(targets, self._biases(model, targets))
+        targets, trained, idle = self._wanted(model)
+        for what in idle:
+            warn(what)
         made: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
         layers = {}
         for name, linear in targets.items():
@@ -151,33 +166,21 @@ class LoraConfig:
             return [f"{name}.bias" for name, linear in targets.items() if linear.bias is not None]
         return [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
 
-    def _warn(self, targets: Mapping[str, nn.Module], biases: Sequence[str]) -> None:
-        """Warns of fields that have no effect on these linears."""
-        warn_of_pattern("rank_pattern", self.rank_pattern, targets)
-        warn_of_pattern("alpha_pattern", self.alpha_pattern, targets)
-        if self.bias != "none" and not biases:
-            warn(f"bias: {self.bias!r} trains none, as {'the model' if self.bias == 'all' else 'no target'} has any")
-        stored = next((name for name, linear in targets.items() if not fan_in_fan_out(linear)), None)
-        if self.fan_in_fan_out and stored is not None:
-            warn(f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear; each layer knows how it is stored")
-
 
 def _saved_parameters(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
     """The parameters of the modules that train whole, but those of adapters.
 
-    Raises ValueError or TypeError for names that mean no such modules, and for a parameter that another module has too
-    and calls its own.
+    Raises ValueError or TypeError for names that mean no such modules, and for a parameter that is another module's
+    first.
     """
-    modules = saved_modules(model, modules_to_save)
-    parameters = dict(model.named_parameters())
-    owners = {id(parameter): name for name, parameter in parameters.items()}
+    owners = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, None] = {}
-    for module in modules:
+    for module in saved_modules(model, modules_to_save):
         for name, parameter in model.get_submodule(module).named_parameters(module, remove_duplicate=False):
             first = owners[id(parameter)]
             if not any(inside(first.rpartition(".")[0], kept) for kept in modules_to_save):
                 raise ValueError(
-                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first}"
+                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first} too"
                 )
             names[first] = None
     return [name for name in names if not of_adapter(model, name)]

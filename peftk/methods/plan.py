@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from peftk.methods.trial import looking, partly_read
+from peftk.nn import merging, shared
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
+from peftk.nn.lora_linear import LoRALinear
 from peftk.nn.watched import watch
 
 
@@ -70,6 +72,13 @@ def injections(model: nn.Module) -> tuple[Injection, ...]:
     return model.__dict__.get(_RECORD, ())
 
 
+def _record(model: nn.Module, records: tuple[Injection, ...] | None) -> None:
+    if records is None:
+        model.__dict__.pop(_RECORD, None)
+    else:
+        model.__dict__[_RECORD] = records
+
+
 @contextlib.contextmanager
 def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
     """Plans and carries out one config after the other, and freezes all else. example_inputs: as `inject`'s.
@@ -79,7 +88,7 @@ def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: An
     without_peft(model)
     with looking(model, example_inputs), contextlib.ExitStack() as undo:
         undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
-        undo.callback(model.__dict__.__setitem__, _RECORD, injections(model))
+        undo.callback(_record, model, model.__dict__.get(_RECORD))
         done = []
         for config in configs:
             plan = config.plan(model)
@@ -98,14 +107,10 @@ def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: An
             model.__dict__[_RECORD] = (*injections(model), record)
             done.append(record)
         freeze(model)
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+        shared.note(model, merging.places(layers))
         yield done
         undo.pop_all()
-
-
-def carry_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> list[Injection]:
-    """Plans and carries out one config after the other, and freezes all else. Where one fails, none has happened."""
-    with carrying_out(model, configs, example_inputs) as done:
-        return done
 
 
 def without_peft(model: nn.Module) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -87,6 +87,13 @@ def check_layers_pattern(patterns: Names) -> None:
             raise ValueError(f"layers_pattern: expected regular expressions, got {pattern!r} ({error})") from error
 
 
+class Targets(NamedTuple):
+    """The linears to replace, by every name under which one is reached, and, in words, what of a config is idle."""
+
+    linears: dict[str, nn.Module]
+    idle: list[str]
+
+
 def target_linears(
     model: nn.Module,
     target_modules: Names,
@@ -95,11 +102,10 @@ def target_linears(
     layers_to_transform: Sequence[int] | None = None,
     layers_pattern: Names | None = None,
     modules_to_save: Collection[str] = (),
-) -> dict[str, nn.Module]:
-    """The linears to replace, by name; every name under which one is reached.
+) -> Targets:
+    """The linears to replace.
 
-    Raises ValueError or TypeError where nothing matches, or where something matches that cannot be replaced. Warns of
-    each name and layer number that has no effect.
+    Raises ValueError or TypeError where nothing matches, or where something matches that cannot be replaced.
     """
     modules = _modules(model)
     if is_linear(model):
@@ -114,13 +120,13 @@ def target_linears(
         left = [name for name in left if name not in out]
     # what trains whole gets no adapter besides
     left = [name for name in left if not any(_kept_whole(kept, name) for kept in modules_to_save)]
-    found = left
+    found, numbers = left, {}
     if layers_to_transform is not None:
         # a name given in full is meant wherever it lies
         full = frozenset(() if isinstance(target_modules, str) else target_modules)
         numbers = {name: layer_number(name, layers_pattern) for name in left if name not in full}
         found = [name for name in left if name not in numbers or numbers[name] in layers_to_transform]
-    experts = _experts(modules, target_modules, exclude_modules)
+    experts = _experts(modules, target_modules)
     if not found:
         raise ValueError(_nothing(target_modules, modules, wanted, left) + (f"; {experts}" if experts else ""))
     for name in found:
@@ -131,15 +137,14 @@ def target_linears(
                     f"modules_to_save: expected modules without adapters, got {kept!r}, for which {name} trains whole, "
                     "and it is a target; exclude_modules takes it out of these"
                 )
-    if experts:
-        warn(f"target_modules: {experts}")
-    if target_modules != ALL_LINEAR:
-        _warn_of_targets(target_modules, modules, left, found)
+    idle = [f"target_modules: {experts}"] if experts else []
+    if not isinstance(target_modules, str):
+        idle += _idle_targets(target_modules, modules, left, found)
     if exclude_modules is not None:
-        _warn_of_excluded(exclude_modules, modules, wanted, found)
+        idle += _idle_exclusions(exclude_modules, modules, wanted, found)
     if layers_to_transform is not None:
-        _warn_of_layers(layers_to_transform, layers_pattern, numbers)
-    return {name: modules[name] for name in found}
+        idle += _idle_layers(layers_to_transform, layers_pattern, left, numbers)
+    return Targets({name: modules[name] for name in found}, idle)
 
 
 def saved_modules(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
@@ -200,17 +205,16 @@ def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return pattern.get(module if key is None else key, default)
 
 
-def warn_of_pattern(field: str, pattern: Mapping[str, Any], targets: Iterable[str]) -> None:
-    """Warns of keys that give no adapted module its value."""
-    targets = list(targets)
+def idle_keys(field: str, pattern: Iterable[str], targets: Collection[str]) -> Iterator[str]:
+    """In words, the keys of a pattern that give no target its value."""
     used = {pattern_key(pattern, name) for name in targets} | set(targets)
     for key in pattern:
         if key in used:
             continue
         if any(pattern_key([key], name) for name in targets):
-            warn(f"{field}: {key!r} is never used, as keys before it match all that it matches")
+            yield f"{field}: {key!r} is never used, as keys before it match all that it matches"
         else:
-            warn(f"{field}: {key!r} matches none of the adapted modules")
+            yield f"{field}: {key!r} matches none of the adapted modules"
 
 
 def warn(message: str) -> None:
@@ -264,7 +268,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module], modules_to_s
     ]
 
 
-def _experts(modules: Mapping[str, nn.Module], target_modules: Names, exclude_modules: Names | None) -> str | None:
+def _experts(modules: Mapping[str, nn.Module], target_modules: Names) -> str | None:
     """In words, that the targets are meant to hold a Parameter in which transformers keeps the weights of all experts.
 
     It had linears of these names before, one an expert. PEFT adapts the Parameter; no kernel here does.
@@ -272,12 +276,9 @@ def _experts(modules: Mapping[str, nn.Module], target_modules: Names, exclude_mo
     for module, owner in modules.items():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.dim() == 3 and name.endswith("_proj"):
-                named = [
-                    f"{module}.{one}" for one in ((name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,))
-                ]
-                meant = target_modules == ALL_LINEAR or matched(target_modules, named)
-                if meant and not (exclude_modules is not None and matched(exclude_modules, named)):
-                    return f"{named[0]} is one Parameter of all experts, no linear, and gets no adapter"
+                held = (name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+                if target_modules == ALL_LINEAR or matched(target_modules, [f"{module}.{one}" for one in held]):
+                    return f"{module}.{name} is one Parameter of all experts, no linear, and gets no adapter"
     return None
 
 
@@ -299,11 +300,13 @@ def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
 def _nothing(target_modules: Names, modules: Mapping[str, nn.Module], wanted: list[str], left: list[str]) -> str:
     """Why no target is left, in words."""
     which = "some linear of the model"
+    if target_modules == ALL_LINEAR:
+        which += " that is called, is no output embedding, is not replaced yet and does not train whole"
     if left:
         which += f" in layers_to_transform; {', '.join(left[:8])} lie elsewhere"
     elif wanted:
         which += f" that exclude_modules and modules_to_save leave; {', '.join(wanted[:8])} are taken by them"
-    else:
+    elif target_modules != ALL_LINEAR:
         some = [name for name, module in modules.items() if is_linear(module)]
         which += f" ({', '.join(some[:8]) or 'none'}, …)"
     text = f"target_modules: expected to match {which}, got {target_modules!r}"
@@ -312,43 +315,48 @@ def _nothing(target_modules: Names, modules: Mapping[str, nn.Module], wanted: li
     return text
 
 
-def _warn_of_targets(names: Names, modules: Iterable[str], left: Collection[str], found: Collection[str]) -> None:
-    if isinstance(names, str):
-        return
-    absent = unmatched(names, modules)
-    for name in absent:
-        warn(f"target_modules: {name!r} matches no module of the model")
+def _idle_targets(
+    names: Collection[str], modules: Iterable[str], left: Collection[str], found: Collection[str]
+) -> Iterator[str]:
+    for name in unmatched(names, modules):
+        yield f"target_modules: {name!r} matches no module of the model"
     # those that exclude_modules or modules_to_save take are gone on purpose
     gone = set(unmatched(names, left))
     for name in unmatched(names, found):
         if name not in gone:
-            warn(f"target_modules: {name!r} matches no module in layers_to_transform")
+            yield f"target_modules: {name!r} matches no module in layers_to_transform"
 
 
-def _warn_of_excluded(names: Names, modules: Mapping[str, Any], wanted: list[str], found: list[str]) -> None:
+def _idle_exclusions(names: Names, modules: Mapping[str, Any], wanted: list[str], found: list[str]) -> Iterator[str]:
     for name in [names] if isinstance(names, str) else names:
         one: Names = names if isinstance(names, str) else [name]
         out = matched(one, modules)
         if not out:
-            warn(f"exclude_modules: {name!r} matches no module of the model")
+            yield f"exclude_modules: {name!r} matches no module of the model"
         elif not matched(one, wanted):
             within = next((n for n in found if n.startswith(tuple(f"{module}." for module in out))), None)
             if within is not None:
-                warn(
+                yield (
                     f"exclude_modules: {name!r} matches {out[0]}, not what lies within: {within} gets an adapter; "
                     rf"the regular expression '.*{re.escape(name)}\..*' leaves that out"
                 )
 
 
-def _warn_of_layers(layers: Sequence[int], layers_pattern: Names | None, numbers: Mapping[str, int | None]) -> None:
+def _idle_layers(
+    layers: Sequence[int], layers_pattern: Names | None, left: list[str], numbers: Mapping[str, int | None]
+) -> Iterator[str]:
+    if not numbers:
+        yield "layers_to_transform: no effect, as all targets are named in full"
+        return
+    there = {layer_number(name, layers_pattern) for name in left}
     for number in dict.fromkeys(layers):
-        if number not in numbers.values():
-            warn(f"layers_to_transform: no target lies in layer {number}")
+        if number not in there:
+            yield f"layers_to_transform: no target lies in layer {number}"
     for name, taken in numbers.items():
         first, theirs = first_number(name), _passing_first_list(name)
         if not layers_pattern and theirs != first:
             read = "no layer number" if theirs is None else f"layer {theirs}"
-            warn(
+            yield (
                 f"layers_to_transform: HF PEFT reads {read} in {name}, and {taken} is taken here; "
                 f"layers_pattern={name.partition('.')[0]!r} makes it {first} in both"
             )

@@ -39,6 +39,7 @@ class BitFitLinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        if own(self, "weight").requires_grad:  # which no kernel has a gradient for
+        weight = own(self, "weight")
+        if weight is not None and weight.requires_grad:  # which no kernel has a gradient for
             return nn.functional.linear(x, self.matrix, own(self, "bias"))
         return super().forward(x)

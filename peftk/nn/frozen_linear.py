@@ -13,6 +13,9 @@ from peftk.nn.watched import handed_out
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
     """N, K. Raises TypeError or ValueError where these are no linear layer's weight and bias."""
+    checks.floating("weight", weight)
+    if bias is not None:
+        checks.floating("bias", bias)
     matrix = weight.detach().t() if fan_in_fan_out else weight.detach()
     checks.base(matrix, None if bias is None else bias.detach())
     N, K = matrix.shape

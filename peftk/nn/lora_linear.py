@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from peftk import checks, functional, interrupts
 from peftk.functional import MergeReceipt
 from peftk.lasting import lasting
+from peftk.nn import merging, shared
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.nn.watched import mergeable
+from peftk.nn.shared import Tie
+from peftk.receipt import BiasReceipt
 
 
 class LoRALinear(FrozenLinear):
@@ -22,10 +25,11 @@ class LoRALinear(FrozenLinear):
 
     s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). A starts as kaiming-uniform, B as zero, so a
     new layer computes what the linear did. `weight` and `bias` are the linear's own Parameters, not copies.
-    lora_bias=True adds s · b, b [N] trainable and zero at first; it is added while merged, too.
+    lora_bias=True adds s · b, b [N] trainable and zero at first.
 
     In eval mode, under no_grad, in training, under torch.compile and autocast it behaves as nn.Linear does; for
-    precision see `peftk.functional.lora_linear`. While merged, W holds W + s·BA (and so does a state_dict taken then).
+    precision see `peftk.functional.lora_linear`. While merged, `weight` holds W + s·BA and `bias` holds bias + s·b,
+    and so does a state_dict taken then, which a plain linear can load.
 
     Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
     """
@@ -51,8 +55,8 @@ class LoRALinear(FrozenLinear):
             raise ValueError(f"r: expected an integer of 1 or more, got {r!r}")
         if not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-        checks.dropout(lora_dropout, None, weight.device)
         N, K = linear_shape(weight, bias, fan_in_fan_out)
+        checks.dropout(lora_dropout, None, weight.device)
         adapter_dtype = dtype_beside(weight, adapter_dtype)
         checks.adapter_dtype(adapter_dtype, weight.dtype)
         lora_A = torch.empty(r, K, dtype=adapter_dtype, device=weight.device)
@@ -64,6 +68,8 @@ class LoRALinear(FrozenLinear):
         self.lora_B = nn.Parameter(lora_B)
         self.register_parameter("lora_bias", nn.Parameter(lora_B.new_empty(N)) if lora_bias else None)
         self.receipt: MergeReceipt | None = None
+        self.bias_receipt: BiasReceipt | None = None
+        self.ties: tuple[Tie, ...] = ()
         self.reset_parameters()
 
     @classmethod
@@ -108,11 +114,13 @@ class LoRALinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
         weight, bias = self.matrix, own(self, "bias")
-        lora_bias = own(self, "lora_bias")
-        beta = None if lora_bias is None else self.scaling * lora_bias
         if self.receipt is not None:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0, bias_B=beta)
-        lora_A, lora_B = own(self, "lora_A"), own(self, "lora_B")
+            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+        lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
+        beta = None
+        if lora_bias is not None:
+            checks.floating("lora_bias", lora_bias)
+            beta = self.scaling * lora_bias
         p = self.lora_dropout if self.training else 0.0
         return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
 
@@ -127,6 +135,7 @@ class LoRALinear(FrozenLinear):
 
     def base_weight(self) -> Tensor:
         """`weight` as it is where nothing is merged: itself, or while merged a copy."""
+        checks.dense("weight", self.weight)
         weight = self.weight.detach()
         if self.receipt is None:
             return weight
@@ -134,26 +143,36 @@ class LoRALinear(FrozenLinear):
         functional.unmerge_(base.t() if self.fan_in_fan_out else base, self.receipt.to(base.device))
         return base
 
-    def merge(self) -> None:
-        """W ← W + s·BA; the layer then costs what its base costs. Nothing happens where it is merged already.
+    def merge(self, *, untie: bool = False) -> None:
+        """W ← W + s·BA and bias ← bias + s·b; the layer then costs what its base costs. Nothing where it is merged.
 
-        Raises ValueError where W + s·BA would not be finite, or the model is known to read W itself; nothing has
-        changed then.
+        untie: into copies of them, which leave alone whatever else holds this weight (tied embeddings). `unmerge` goes
+        back to the shared ones.
+
+        Raises:
+            ValueError: W + s·BA or the bias would not be finite; there is a lora_bias and no bias to take it in; or,
+                without untie, `inject` found another module of the model that holds the same weight. TypeError: a
+                weight without memory of its own (on meta, a tensor subclass). Nothing has changed then.
         """
-        if self.receipt is None:
-            mergeable(self)
-            with interrupts.held():  # a merged W and its receipt are not to be parted
-                self.receipt = functional.merge_(self.matrix.detach(), self.lora_A, self.lora_B, self.scaling)
+        if self.merged:
+            return
+        parts = merging.parts(self)
+        with interrupts.held(), contextlib.ExitStack() as undo:
+            if untie:
+                for name in parts:
+                    merging.untie(self, name, undo)
+            else:
+                shared.refuse_noted(self, parts)
+            merging.merge([("", self)])
+            undo.pop_all()
 
     def unmerge(self) -> None:
-        """Gives W back every bit that it had before `merge`, whatever A and B have become. Nothing where not merged.
+        """Gives W and bias back every bit that they had before `merge`, whatever A, B and b have become.
 
-        Raises ValueError where W is not what the merge left; nothing has changed then.
+        Raises ValueError where W or the bias is not what the merge left; nothing has changed then.
         """
-        if self.receipt is not None:
-            with interrupts.held():
-                functional.unmerge_(self.matrix.detach(), self.receipt.to(self.weight.device))
-                self.receipt = None
+        if self.merged:
+            merging.unmerge([("", self)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):

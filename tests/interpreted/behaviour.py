@@ -225,6 +225,20 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.Monke
         behaviour.repeats(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
 
 
+def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has as many as it asked for, on lines of its own; also where those that lay ready are used up."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
+    taken = [workspace._captured(device, count) for count in (1, 33, 32, 40, 90, 1)]
+    for number, (counters, count) in enumerate(zip(taken, (1, 33, 32, 40, 90, 1), strict=True), start=1):
+        assert counters.numel() >= count
+        assert not counters.any()
+        counters.fill_(number)
+    assert all(set(counters.tolist()) == {number} for number, counters in enumerate(taken, start=1))
+    starts = [counters.data_ptr() - taken[0].data_ptr() for counters in taken[:4]]
+    assert starts == [0, 128, 384, 512]
+
+
 def test_a_counter_that_is_left_is_found() -> None:
     work = WORKS["one adapter, dropout, M=17 K=40 N=24"]()
     work.run()
