@@ -179,13 +179,12 @@ def _again(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load_factors(path: str | os.PathLike[str]) -> LoadedCheckpoint:
-    """A checkpoint that trains nothing but the factors of s·BA.
+    """A checkpoint that trains nothing but adapters.
 
     Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
     """
     loaded = load(path)
-    own = [f"{name}{_B_BIAS}" for name, adapter in loaded.adapters.items() if adapter.lora_bias is not None]
-    beside = [*loaded.biases, *loaded.saved, *own]
+    beside = [*loaded.biases, *loaded.saved]
     if beside:
         raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
     return loaded
