@@ -304,7 +304,7 @@ def switched(model: nn.Module, seed: int, *, mixed: bool = True) -> None:
             lora_A = torch.randn(r, layer.in_features, generator=generator) * 0.1
             lora_B = torch.randn(layer.out_features, r, generator=generator) * 0.1
             adapters[name] = peftk.LoadedAdapter(lora_A, lora_B, rng.choice([2.0, 5.0]), mixed and rng.random() < 0.5)
-    peftk.switch_adapter(model, adapters)
+    peftk.switch_adapter(model, adapters, untie=True)  # a tied head, too
 
 
 @pytest.mark.parametrize("mixed", [True, False])
