@@ -70,7 +70,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grads: Sequence[Tensor | None], *sources: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(grads)
+        return tuple(grad.clone() if grad is not None and grad._is_view() else grad for grad in grads)
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:

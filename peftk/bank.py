@@ -243,7 +243,8 @@ class AdapterBank:
         found = self._found
         if found is None or found[0] != self._version or found[1].device != device:
             version = self._version  # looked at first, as in `table`
-            found = self._found = (version, torch.tensor(self.numbers, device=device))
+            with lasting():
+                found = self._found = (version, torch.tensor(self.numbers, device=device))
         return found[1]
 
     @property

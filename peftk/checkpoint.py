@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftk import interrupts
+from peftk import checks, interrupts
 from peftk.interop import adapterhub_checkpoint, files, fitting, own_checkpoint, peft_checkpoint
 from peftk.interop.adapterhub_checkpoint import LoadedBottlenecks
 from peftk.interop.files import CheckpointError, plain_name
@@ -147,6 +147,7 @@ def _fill(model: nn.Module, contents: _Contents, path: Path) -> None:
     state = dict(fitting.named_values(model))
     places: list[tuple[Tensor, Tensor, Tensor]] = []  # where to, what, and what is there
     for name, value in contents.tensors.items():
+        checks.dense(name, state[name])
         place = state[name].detach()
         if isinstance(state[name], nn.Parameter):
             files.finite(path, name, value)
@@ -218,7 +219,8 @@ def _of_peft(model: nn.Module, loaded: peft_checkpoint.LoadedCheckpoint) -> _Con
             tensors[f"{name}.lora_bias"] = adapter.lora_bias
     saved, biases = _trained_in_place(model)
     trained = {**loaded.biases, **loaded.saved}
-    files.same_names(path, "biases and modules_to_save as the model trains them", trained, {*saved, *biases})
+    wanted = {*saved, *fitting.with_aliases(model, biases, loaded)}
+    files.same_names(path, "biases and modules_to_save as the model trains them", trained, wanted)
     alphas = {name: (adapter.lora_alpha, adapter.use_rslora) for name, adapter in loaded.adapters.items()}
     return _Contents({**tensors, **trained, **loaded.base}, alphas, _Origin(loaded.about, tuple(loaded.base)))
 

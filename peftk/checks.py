@@ -44,6 +44,14 @@ def dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(tensor)}")
 
 
+def for_torch(**tensors: Tensor) -> None:
+    """What a layer of plain torch operations is given: tensors of floats that torch can read, with tangents kept."""
+    if not storage.dense(*tensors.values()):
+        for name, tensor in tensors.items():
+            floating(name, tensor)
+    keeps_tangents(*tensors.values())
+
+
 def keeps_tangents(*tensors: Tensor | None) -> None:
     """Raises RuntimeError where forward-mode AD would lose a tangent without a word."""
     if torch.is_inference_mode_enabled() and storage.has_tangent(*tensors):

@@ -238,6 +238,7 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
             checks.floating(f"adapter {number}: {name}", factor)
+            checks.dense(f"adapter {number}: {name}", factor)
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
             raise ValueError(
                 f"adapter {number}: expected lora_A [R, K] and lora_B [N, R] with R ≥ 1, "

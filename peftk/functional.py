@@ -532,8 +532,7 @@ def _receipt(receipt: MergeReceipt) -> None:
 def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
     """The adapters of a merge, one or several, checked and copied side by side."""
     checks.dense("weight", weight)
-    checks.base(weight.detach() if isinstance(weight, Tensor) else weight, None)
-    checks.dense("weight", weight)
+    checks.base(weight.detach(), None)
     checks.writable("weight", weight)
     if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
         if lora_A is None:

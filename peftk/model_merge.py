@@ -161,6 +161,9 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     if (adapter.lora_bias is None) != (layer.lora_bias is None):
         expected = "None, as the layer has none, got a bias" if layer.lora_bias is None else "a bias, got None"
         raise ValueError(f"{name}: lora_bias: expected {expected}")
+    for part, tensor in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B), ("lora_bias", adapter.lora_bias)):
+        if tensor is not None:
+            checks.dense(f"{name}: {part}", tensor)
     like = layer.lora_A.detach()
     lora_A, lora_B, lora_bias = (
         None if t is None else torch.empty_like(t, dtype=like.dtype, device=like.device).copy_(t)
@@ -168,7 +171,7 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     )
     assert lora_A is not None and lora_B is not None  # noqa: PT018
     try:
-        checks.adapter(layer.matrix.detach(), lora_A, lora_B, adapter.scaling, bias_B=lora_bias)
+        checks.adapter(layer.matrix, lora_A, lora_B, adapter.scaling, bias_B=lora_bias)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     return Merge(lora_A, lora_B, lora_bias, adapter.scaling)
@@ -176,19 +179,15 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
 
 def _refuse_optimized(layers: Layers, new: Sequence[Merge]) -> None:
     """Raises ValueError where a Parameter whose shape would change is in an optimizer, whose state has the old one."""
-    changed = {
-        parameter: (name, layer.r, one.lora_A.shape[0])
-        for (name, layer), one in zip(layers, new, strict=True)
-        if one.lora_A.shape != layer.lora_A.shape
-        for parameter in (layer.lora_A, layer.lora_B)
-    }
-    found = optimized(changed)
+    names = {layer: name for name, layer in layers}
+    ranks = {layer: one.lora_A.shape[0] for (_, layer), one in zip(layers, new, strict=True)}
+    found = optimized((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
     if found is not None:
-        parameter, optimizer = found
-        name, r, got = changed[parameter]
+        layer, optimizer = cast(LoRALinear, found[0]), type(found[1]).__name__
         raise ValueError(
-            f"{name}: r: expected {r} as before, as {type(optimizer).__name__} holds the Parameters and has state of "
-            f"their shape, got {got}; delete the optimizer (and its scheduler) first, make a new one after the switch"
+            f"{names[layer]}: r: expected {layer.r} as before, as {optimizer} holds the Parameters and has state of "
+            f"their shape, got {ranks[layer]}; delete the optimizer (and its scheduler) first, make a new one after "
+            "the switch"
         )
 
 

@@ -20,6 +20,7 @@ from peftk.carry import Entered
 from peftk.interop import files, fitting, peft_checkpoint
 from peftk.interop.files import CheckpointError
 from peftk.interop.peft_checkpoint import LoadedCheckpoint
+from peftk.lasting import lasting
 from peftk.methods import trial
 from peftk.methods.plan import replace_module, unwrapped, without_peft
 from peftk.nn import MultiLoRALinear
@@ -93,7 +94,8 @@ class _Slots:
     def _on(self, device: torch.device) -> Tensor:
         """The numbers as a tensor, which is written in place, since CUDA graphs read it."""
         if self._tensor is None or self._tensor.device != device:
-            self._tensor = torch.tensor(self.numbers, device=device)
+            with lasting():
+                self._tensor = torch.tensor(self.numbers, device=device)
         return self._tensor
 
     def _changed(self) -> None:

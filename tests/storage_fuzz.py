@@ -62,8 +62,10 @@ def formula(t: Mapping[str, Tensor | None], activation: str = "identity", ids: T
 
 
 def put(module: nn.Module, t: Tensors, *names: str) -> None:
-    """As functional_call, offloading and whoever quantizes in place do: past every check of a Module's."""
+    """As functional_call, offloading and whoever quantizes in place do: past every check of a Module's, but one."""
     for name in names:
+        if not isinstance(t[name], Tensor | None):
+            raise TypeError(f"{name}: expected a tensor, as a Module does")
         module._parameters[name] = t[name]
 
 
@@ -89,7 +91,7 @@ def lora_made(t: Tensors) -> Tensor:
 def lora_replaced(t: Tensors) -> Tensor:
     layer = peftk.LoRALinear.from_linear(new_linear(), r=R, lora_alpha=S * R, lora_bias=True)
     put(layer, t, "weight", "bias", "lora_A", "lora_B")
-    layer._parameters["lora_bias"] = t["bias_B"]
+    put(layer, {"lora_bias": t["bias_B"]}, "lora_bias")
     return layer(t["x"])
 
 
@@ -256,9 +258,8 @@ def peft_linear(t: Tensors) -> Any:
     accelerated = peftk.accelerate(peft.get_peft_model(model, config))
     layer = accelerated.base_model.model[0]
     put(layer.base_layer, t, "weight", "bias")
-    layer.lora_A["default"]._parameters["weight"] = t["lora_A"]
-    layer.lora_B["default"]._parameters["weight"] = t["lora_B"]
-    layer.lora_B["default"]._parameters["bias"] = given()["bias_B"] / S if "bias_B" not in t else t["bias_B"]
+    put(layer.lora_A["default"], {"weight": t["lora_A"]}, "weight")
+    put(layer.lora_B["default"], {"weight": t["lora_B"], "bias": t["bias_B"]}, "weight", "bias")
     return accelerated, layer
 
 
@@ -485,11 +486,11 @@ def outcome(case: Case) -> str:
     if torch._is_functional_tensor(found):
         torch._sync(found)
         found = torch._from_functional_tensor(found)
-    found = found.detach().resolve_neg().double()
+    found, expected = found.detach().resolve_neg().double(), expected.detach().double()
     if found.shape != expected.shape:
         return f"shape {list(found.shape)}, expected {list(expected.shape)}"
     tolerance = 2e-3 if case.kind == "half" else 1e-4
-    return "right" if torch.allclose(found, expected.detach(), atol=tolerance, rtol=tolerance) else "wrong values"
+    return "right" if torch.allclose(found, expected, atol=tolerance, rtol=tolerance) else "wrong values"
 
 
 def _says(message: str) -> bool:

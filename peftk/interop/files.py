@@ -154,7 +154,7 @@ def write(
     """Writes both files beside their places and then moves them there, both or none.
 
     A failure leaves an earlier checkpoint as it was, and no folder that was not there. Raises ValueError where the path
-    is a file, or a weight has no values.
+    is a file, or a weight has no values; TypeError for one that is no dense tensor.
     """
     place = folder(path)
     if place.exists() and not place.is_dir():
@@ -162,6 +162,7 @@ def write(
     for name, tensor in weights.items():
         if tensor.device.type == "meta":
             raise ValueError(f"model: expected values in {name}, got a tensor on meta, which has none")
+        checks.dense(name, tensor)
     tensors = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
     }

@@ -179,14 +179,14 @@ def _again(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def load_factors(path: str | os.PathLike[str]) -> LoadedCheckpoint:
-    """A checkpoint that trains nothing but adapters.
+    """A checkpoint that trains nothing but adapters, s·(BAx + b).
 
     Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
     """
     loaded = load(path)
     beside = [*loaded.biases, *loaded.saved]
     if beside:
-        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+        raise CheckpointError(f"{path}: expected adapters alone, got what trained besides: {', '.join(beside)}")
     return loaded
 
 

@@ -33,7 +33,7 @@ from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import is_linear
 
 _KEY = "_peftk_look"
-SECONDS = 10.0  # after which a run is given up
+SECONDS = 10.0  # of this thread's time, after which a run is given up
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _CALLS = ("forward", "_compiled_call_impl")  # of one module alone: compiled ones, and those with hooks of accelerate
 
@@ -166,14 +166,14 @@ class _OutOfTimeError(Exception):
 class _Trial(Reads):
     """Guesses values where a model asks for them, and ends a run that takes too long."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], deadline: float) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module], deadline: float) -> None:
         super().__init__(model, layers)
         self.deadline = deadline
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise _OutOfTimeError
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -205,7 +205,7 @@ def _run(
     read: dict[nn.Module, str],
 ) -> bool:
     """Whether the model took one of these inputs all the way. Adds to `called` and `read` what was seen."""
-    deadline, inputs = time.monotonic() + SECONDS, list(inputs)
+    deadline, inputs = time.thread_time() + SECONDS, list(inputs)
     try:
         with _nothing_left_behind(model):
             mode = _fake_mode(model)

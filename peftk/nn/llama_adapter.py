@@ -85,9 +85,7 @@ class LlamaAdapter(Attached):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q [B, H, T, D], k and v [H', L, D] of the prompt, H' dividing H → tanh(g)·softmax(c·qkᵀ)v [B, H, T, D]."""
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            checks.floating(name, tensor)
-        checks.keeps_tangents(q, k, v)
+        checks.for_torch(q=q, k=k, v=v, gate=self.gate)
         groups = self.num_heads // k.shape[0]
         k, v = (t.repeat_interleave(groups, dim=0).expand(q.shape[0], -1, -1, -1) for t in (k, v))
         found = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
@@ -121,6 +119,7 @@ class LlamaAdapter(Attached):
     ) -> Tensor:
         """What the queries [B, T, inner] (or packed [B, T, inner + …]) find in the prompt: [B, T, inner]."""
         names, width = self.projections, inner // self.num_heads
+        checks.for_torch(query=query, prompt=self.prompt)
         prompt = self.prompt.to(query.dtype)[None]
         key = attention.get_submodule(names.key)(prompt)
         if names.key == names.query:

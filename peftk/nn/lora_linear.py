@@ -117,7 +117,10 @@ class LoRALinear(FrozenLinear):
         if self.receipt is not None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
-        beta = None if lora_bias is None else self.scaling * lora_bias
+        beta = None
+        if lora_bias is not None:
+            checks.floating("lora_bias", lora_bias)
+            beta = self.scaling * lora_bias
         p = self.lora_dropout if self.training else 0.0
         return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
 
@@ -135,6 +138,7 @@ class LoRALinear(FrozenLinear):
 
         Raises ValueError where it is not what the merge left.
         """
+        checks.dense(name, getattr(self, name))
         value: Tensor = getattr(self, name).detach()
         if name == "bias" and self.bias_receipt is not None:
             held = self.bias_receipt.to(value.device)

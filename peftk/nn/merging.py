@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from peftk import functional, interrupts
+from peftk import checks, functional, interrupts
 from peftk.backends.merge_args import write
 from peftk.nn import shared
+from peftk.nn.parameters import own
 from peftk.nn.shared import Place
 from peftk.nn.watched import mergeable
 from peftk.receipt import BiasReceipt, merge_bias
@@ -56,6 +57,8 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
             with _named(name):
                 mergeable(layer)
                 _check(layer)
+                if one.lora_bias is not None:
+                    checks.dense("lora_bias", one.lora_bias)
                 biases.append(None if one.lora_bias is None else _merged_bias(layer, one.lora_bias, one.scaling))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
@@ -110,10 +113,14 @@ def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
 
 
 def _check(layer: LoRALinear) -> None:
-    """Raises ValueError where what a merge changes is no Parameter: torch would compute it anew without the adapter."""
+    """Raises ValueError where what a merge changes is computed, so that torch would make it anew without the adapter;
+    TypeError where it has no memory of its own."""
     for name in parts(layer):
-        if name not in layer._parameters and getattr(layer, name) is not None:
+        parameter = own(layer, name)
+        if parameter is not None and name not in layer._parameters:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
+        if parameter is not None:
+            checks.dense(name, parameter)
 
 
 def _merged_bias(layer: LoRALinear, lora_bias: Tensor, scaling: float) -> BiasReceipt:

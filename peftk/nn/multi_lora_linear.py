@@ -13,7 +13,7 @@ from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.table import Adapter
+from peftk.table import Adapter, in_rows
 
 
 class MultiLoRALinear(FrozenLinear):
@@ -172,8 +172,9 @@ class _TrainedAdapter(nn.Module):
 
     def adapter(self) -> Adapter:
         lora_A, lora_B, bias_A, bias_B = (own(self, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
-        pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
-        return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
+        pages_A, pages_B = (() if lora_A is None else (in_rows(lora_A),)), (() if lora_B is None else (lora_B,))
+        biases = (bias if bias is None else in_rows(bias) for bias in (bias_A, bias_B))
+        return Adapter(pages_A, pages_B, self.scaling, self.activation, *biases)
 
 
 @lasting()

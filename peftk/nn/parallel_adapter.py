@@ -53,10 +53,10 @@ class ParallelAdapter(Attached, Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → s · act(x Aᵀ + a) Bᵀ + β [..., N], in the adapter's dtype (autocast's where that is on)."""
-        checks.floating("x", x)
-        checks.keeps_tangents(x)
-        z = nn.functional.linear(x.to(self.lora_A.dtype), self.lora_A, self.bias_A)
-        return self.scaling * nn.functional.linear(activations.apply(self.activation, z), self.lora_B) + self.bias_B
+        A, B, a, beta = (own(self, name) for name in PARAMETERS)
+        checks.for_torch(x=x, lora_A=A, lora_B=B, bias_A=a, bias_B=beta)
+        z = nn.functional.linear(x.to(A.dtype), A, a)
+        return self.scaling * nn.functional.linear(activations.apply(self.activation, z), B) + beta
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         source, sink = part(module, self.source), part(module, self.sink)
