@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,24 +180,20 @@ def _about(model: nn.Module) -> dict[str, str | None]:
     return {**fields, **_origin(model).about}
 
 
-def _values(model: nn.Module) -> dict[str, Tensor]:
-    """Every Parameter and buffer by name; of a bias that a merge has changed what it was before."""
-    receipts = {id(layer.bias): layer.bias_receipt for _, layer in lora_layers(model) if layer.bias_receipt is not None}
-    return {
-        name: receipts[id(value)].before if id(value) in receipts else value
-        for name, value in fitting.named_values(model)
-    }
-
-
-def _embeddings(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's own weights that a loaded checkpoint brought, as they are where nothing is merged."""
+def _values(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the model's Parameters and buffers, as they are where nothing is merged."""
     values = dict(fitting.named_values(model))
-    merged = {id(layer.weight): layer for _, layer in lora_layers(model) if layer.merged}
+    merged = {
+        id(getattr(layer, part)): (layer, part)
+        for _, layer in lora_layers(model)
+        if layer.merged
+        for part in ("weight", "bias")
+    }
     found = {}
-    for name in _origin(model).embeddings:
+    for name in names:
         if name in values:
-            layer = merged.get(id(values[name]))
-            found[name] = values[name] if layer is None else layer.base_weight()
+            layer, part = merged.get(id(values[name]), (None, ""))
+            found[name] = values[name] if layer is None else layer.base(part)
     return found
 
 
@@ -245,7 +241,6 @@ def _save_peft(model: nn.Module, path: Path) -> None:
     alpha = next(iter(alphas.values()))
     saved, biases = _trained_in_place(model)
     tied = fitting.tied(model, saved)
-    values = {**_values(model), **_embeddings(model)}
     about = _about(model)
     config: dict[str, Any] = {
         "r": first.r,
@@ -270,7 +265,7 @@ def _save_peft(model: nn.Module, path: Path) -> None:
         path,
         config,
         {name: (layer.lora_A, layer.lora_B, layer.lora_bias) for name, layer in layers.items()},
-        {name: values[name] for name in (*biases, *saved, *tied, *_origin(model).embeddings) if name in values},
+        _values(model, (*biases, *saved, *tied, *_origin(model).embeddings)),
     )
 
 
@@ -420,8 +415,7 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
 
 
 def _save_peftk(model: nn.Module, path: Path, names: Collection[str]) -> None:
-    values, brought = _values(model), _embeddings(model)
-    tensors = {name: values[name] for name in (*names, *_buffers(model))}
+    tensors, brought = _values(model, (*names, *_buffers(model))), _values(model, _origin(model).embeddings)
     records = injections(model)
     placed = {plain_name(name) for record in records for name in record.layers}
     by_hand = {plain_name(n): layer for n, layer in lora_layers(model) if plain_name(n) not in placed}

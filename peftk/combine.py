@@ -238,7 +238,6 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
             checks.floating(f"adapter {number}: {name}", factor)
-            checks.dense(f"adapter {number}: {name}", factor)
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1] or lora_A.shape[0] < 1:
             raise ValueError(
                 f"adapter {number}: expected lora_A [R, K] and lora_B [N, R] with R ≥ 1, "
@@ -258,6 +257,7 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
                 f"got lora_A on {lora_A.device} and lora_B on {lora_B.device}"
             )
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            checks.dense(f"adapter {number}: {name}", factor)
             if not bool(factor.isfinite().all()):
                 raise ValueError(f"adapter {number}: {name}: expected finite values, got inf or NaN")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftk import checks, interrupts
 from peftk.interop import fitting, peft_checkpoint
+from peftk.interop.files import plain_name
 from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.lasting import lasting
 from peftk.model import lora_layers
@@ -135,15 +136,16 @@ def _hold(parameter: nn.Parameter, value: Tensor, grad: Tensor | None) -> None:
 def _read(
     model: nn.Module, layers: Mapping[str, LoRALinear], path: str | os.PathLike[str]
 ) -> Mapping[str, LoadedAdapter]:
-    """The adapters of a checkpoint that fits the model's base model and its embeddings."""
+    """The adapters of a checkpoint that fits the model's base model and its embeddings, by the layers' names."""
     checkpoint = peft_checkpoint.load_factors(path)
     fitting.check(fitting.without_layers(model, layers), checkpoint)
     values = dict(fitting.named_values(model))
     for name, layer in layers.items():
-        if layer.merged and f"{name}.weight" in checkpoint.base:
-            values[f"{name}.weight"] = layer.base_weight()
+        if layer.merged and f"{plain_name(name)}.weight" in checkpoint.base:
+            values[f"{plain_name(name)}.weight"] = layer.base("weight")
     fitting.same_base(checkpoint, values)
-    return checkpoint.adapters
+    names = {plain_name(name): name for name in layers}
+    return {names.get(name, name): adapter for name, adapter in checkpoint.adapters.items()}
 
 
 @lasting()

@@ -304,7 +304,7 @@ def switched(model: nn.Module, seed: int, *, mixed: bool = True) -> None:
             lora_A = torch.randn(r, layer.in_features, generator=generator) * 0.1
             lora_B = torch.randn(layer.out_features, r, generator=generator) * 0.1
             adapters[name] = peftk.LoadedAdapter(lora_A, lora_B, rng.choice([2.0, 5.0]), mixed and rng.random() < 0.5)
-    peftk.switch_adapter(model, adapters)
+    peftk.switch_adapter(model, adapters, untie=True)  # a tied head, too
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -335,6 +335,35 @@ def test_after_a_switch_both_formats_load(tmp_path: pathlib.Path, name: str, mix
             peftk.load_adapter(narrow, tmp_path / format)
     theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "peft").eval()
     torch.testing.assert_close(out(theirs), out(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["peft", "peftk"])
+def test_what_a_merge_has_changed_is_not_saved(tmp_path: pathlib.Path, format: str) -> None:
+    model = two_linears()
+    peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["0", "2"], bias="lora_only", lora_bias=True))
+    stir(model)
+    peftk.save_adapter(model, tmp_path / "before", format=format)
+    peftk.merge_adapter(model)
+    peftk.save_adapter(model, tmp_path / "merged", format=format)
+    assert same_tensors(tmp_path / "before", tmp_path / "merged")
+    model[0].bias.data += 1
+    with pytest.raises(ValueError, match="bias: expected the bits that the merge left"):
+        peftk.save_adapter(model, tmp_path / "merged", format=format)
+    assert same_tensors(tmp_path / "before", tmp_path / "merged")
+
+
+def test_a_switch_to_a_folder_with_biases_of_adapters(tmp_path: pathlib.Path) -> None:
+    models = [two_linears(), two_linears()]
+    for seed, model in enumerate(models):
+        peftk.inject(model, peftk.LoraConfig(r=2 + seed, target_modules=["0", "2"], lora_bias=True))
+        peftk.save_adapter(stir(model, seed), tmp_path / str(seed))
+    peftk.switch_adapter(models[0], tmp_path / "1")
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(models[0](x), models[1](x))
+    peftk.save_adapter(models[0], tmp_path / "saved")
+    assert same_tensors(tmp_path / "saved", tmp_path / "1")
+    with pytest.raises(ValueError, match="0: adapter 0: lora_bias: expected None, got a bias"):
+        peftk.combine_checkpoints([tmp_path / "1"], [1.0])
 
 
 def two_linears() -> nn.Sequential:

@@ -133,15 +133,21 @@ class LoRALinear(FrozenLinear):
     def merged(self) -> bool:
         return self.receipt is not None
 
-    def base_weight(self) -> Tensor:
-        """`weight` as it is where nothing is merged: itself, or while merged a copy."""
-        checks.dense("weight", self.weight)
-        weight = self.weight.detach()
-        if self.receipt is None:
-            return weight
-        base = weight.clone()
-        functional.unmerge_(base.t() if self.fan_in_fan_out else base, self.receipt.to(base.device))
-        return base
+    def base(self, name: str) -> Tensor:
+        """`weight` or `bias` as it is where nothing is merged: itself, or while merged a copy.
+
+        Raises ValueError where it is not what the merge left.
+        """
+        checks.dense(name, getattr(self, name))
+        value: Tensor = getattr(self, name).detach()
+        if name == "bias" and self.bias_receipt is not None:
+            held = self.bias_receipt.to(value.device)
+            held.check(value)
+            return held.before
+        if name == "weight" and self.receipt is not None:
+            value = value.clone()
+            functional.unmerge_(value.t() if self.fan_in_fan_out else value, self.receipt.to(value.device))
+        return value
 
     def merge(self, *, untie: bool = False) -> None:
         """W ← W + s·BA and bias ← bias + s·b; the layer then costs what its base costs. Nothing where it is merged.
