@@ -104,7 +104,12 @@ def test_all_on_one_device():
 
 def test_memory_that_ends_within_the_last_row():
     room = torch.zeros(20)
-    whole, later, sparse, repeated = ((3, 4), (4, 1), 0, 48), ((3, 4), (4, 1), 5, 68), ((3,), (7,), 2, 68), ((2, 2), (0, 1), 0, 8)
+    whole, later, sparse, repeated = (
+        ((3, 4), (4, 1), 0, 48),
+        ((3, 4), (4, 1), 5, 68),
+        ((3,), (7,), 2, 68),
+        ((2, 2), (0, 1), 0, 8),
+    )
     for shape, strides, offset, bytes_ in (whole, later, sparse, repeated):
         view = room.clone().as_strided(shape, strides, offset)
         assert storage.dense(view)

@@ -115,6 +115,7 @@ class MultiLoRALinear(FrozenLinear):
         Without ids, those of the enclosing `MultiAdapter.route`; outside of one, the base layer alone.
         """
         if ids is None and self.served:
+            checks.stored("x", x)
             current = route.current(trains=torch.is_grad_enabled() or self.training)
             ids = None if current is None else current.rows(x)
         weight, bias = self.matrix, own(self, "bias")
