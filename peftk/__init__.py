@@ -8,6 +8,7 @@ from peftk import functional
 from peftk.accounting import ParameterCount, count_parameters
 from peftk.backends import BackendError
 from peftk.bank import AdapterBank, PackedBank
+from peftk.carry import carry_route
 from peftk.checkpoint import load_adapter, save_adapter
 from peftk.combine import combine, combine_checkpoints
 from peftk.explain import explain
@@ -52,6 +53,7 @@ __all__ = [
     "SeriesAdapterConfig",
     "TopLayersConfig",
     "accelerate",
+    "carry_route",
     "combine",
     "combine_checkpoints",
     "count_parameters",

@@ -60,8 +60,8 @@ def multi_lora_linear(
 
 
 _TWICE = (
-    "backward: expected one that nobody differentiates, got one with create_graph; transforms of torch.func compute "
-    "second derivatives (torch.func.hessian, jvp of grad, …)"
+    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func "
+    "compute second derivatives (torch.func.hessian, jvp of grad, …)"
 )
 
 
@@ -70,7 +70,7 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grads: Sequence[Tensor | None], *sources: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(grads)
+        return tuple(grad.clone() if grad is not None and grad._is_view() else grad for grad in grads)
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:

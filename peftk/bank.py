@@ -7,6 +7,10 @@ lie (an optimizer step on a pool would move adapters that were not in the batch)
 
 An adapter's pages return to the pool when nothing refers to the adapter any more: not its slot, no table, no call that
 is still running, no graph that waits for its backward. So removing and loading adapters never disturbs a batch.
+
+An adapter's number outlives it in whatever `ids` a user still holds, so it is no other adapter's afterwards: the first
+adapter of a slot has the slot's number, each later one the next number that is equal to it modulo the number of slots.
+Kernels take slots; numbers become slots (`AdapterBank.slots_of`) once a slot has been used again.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from peftk.lasting import lasting
 from peftk.table import PAGE, Adapter, AdapterTable
 
 _CHUNK_PAGES = 64
+NO_NUMBER = 2**31 - 1  # that ids can hold: no adapter's, and outside of every bank
 
 
 class PagePool:
@@ -98,7 +103,8 @@ def _adapter(slot: Adapter | Callable[[], Adapter] | None) -> Adapter | None:
 class AdapterBank:
     """Up to `max_adapters` named adapters for a layer W [N, K], and the table that the kernels read.
 
-    Every adapter has a number, its slot, which is what `ids` hold. All adapters of a bank share a dtype.
+    Every adapter has a number, which is what `ids` hold: number % max_adapters is its slot, and no number is given out
+    twice. All adapters of a bank share a dtype.
     """
 
     def __init__(
@@ -111,13 +117,20 @@ class AdapterBank:
         self.pool = PagePool(in_features, out_features, dtype, device)
         self.slots: list[Adapter | Callable[[], Adapter] | None] = [None] * max_adapters
         self.names: dict[str, int] = {}
+        self.numbers = [-1] * max_adapters  # of the adapters by slot; -1 for a free one
+        self.reused = False  # whether a number may differ from its slot
+        self._next = list(range(max_adapters))  # the number that a slot gives out next
+        self._found: tuple[int, Tensor] | None = None
         self._pages: dict[int, list[int]] = {}
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
         self._version = 0  # of the slots: counts what was added, removed, moved
         self._made: _Made | None = None
 
-    def free_slot(self, name: str, slot: int | None = None) -> int:
-        """The slot that a new adapter `name` takes. Raises ValueError for a name in use, a full bank, a taken slot."""
+    def free_number(self, name: str, slot: int | None = None) -> int:
+        """The number that a new adapter `name` takes: `slot` itself, else a new one, of the slot used least often.
+
+        Raises ValueError for a name in use, a full bank, a taken slot.
+        """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty string, got {name!r}")
         if name in self.names:
@@ -125,7 +138,7 @@ class AdapterBank:
         if None not in self.slots:
             raise ValueError(f"bank: expected a free slot, got {len(self.slots)} of {len(self.slots)} taken")
         if slot is None:
-            return self.slots.index(None)
+            return min(number for number, taken in zip(self._next, self.slots, strict=True) if taken is None)
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self.slots):
             raise ValueError(f"slot: expected a number below {len(self.slots)}, got {slot!r}")
         if self.slots[slot] is not None:
@@ -144,12 +157,17 @@ class AdapterBank:
         bias_A: Tensor | None = None,
         bias_B: Tensor | None = None,
         slot: int | None = None,
+        number: int | None = None,
     ) -> int:
         """Copies an adapter into pages, in the bank's dtype, and returns its number.
 
+        The number is a new one; or `slot`, where the caller sees to it that nobody holds that for another adapter; or
+        `number`, new and of a free slot, which a server gives out for all its layers.
+
         Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
         """
-        slot = self.free_slot(name, slot)
+        free = self.free_number(name, slot)
+        number = free if number is None else number
         pool = self.pool
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
@@ -163,35 +181,45 @@ class AdapterBank:
         pages = pool.take(-(-rank // PAGE))
         adapter = Adapter(*self._views(pages, rank), float(scaling), activation, *biases)
         if lora_A is not None and lora_B is not None:
-            for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
-                ranks = slice(number * PAGE, number * PAGE + page_A.shape[0])
+            for page, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
+                ranks = slice(page * PAGE, page * PAGE + page_A.shape[0])
                 page_A.copy_(lora_A[ranks])
                 page_B.copy_(lora_B[:, ranks])
-        self._own(slot, adapter, pages)
-        self.names[name] = slot
-        self._version += 1
-        return slot
+        self._own(number % len(self.slots), adapter, pages)
+        self._take(name, number)
+        return number
 
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """Adds an adapter whose tensors stay where they are (trained Parameters); `adapter()` gives it as it is now.
 
         Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
         """
-        slot = self.free_slot(name, slot)
+        number = self.free_number(name, slot)
         self._check_lent(adapter())
-        self.slots[slot] = adapter
-        self.names[name] = slot
-        self._version += 1
-        return slot
+        self.slots[number % len(self.slots)] = adapter
+        self._take(name, number)
+        return number
 
     def remove(self, name: str) -> None:
         """Frees the adapter's slot. Raises ValueError for an unknown name."""
-        slot = self.number(name)
+        self.free(self.forget(name))
+
+    def forget(self, name: str) -> int:
+        """The number of an adapter that has no name from now on, and goes on serving until `free`."""
+        number = self.number(name)
+        del self.names[name]
+        return number
+
+    def free(self, number: int) -> None:
+        """Frees the slot of an adapter without a name, where it still has that."""
+        slot = number % len(self.slots)
+        if self.numbers[slot] != number:
+            return
+        self.numbers[slot] = -1
         self.slots[slot] = None
         self._version += 1
         self._pages.pop(slot, None)
         self._owners.pop(slot, None)
-        del self.names[name]
 
     def number(self, name: str) -> int:
         """The adapter's number for `ids`. Raises ValueError for an unknown name."""
@@ -200,9 +228,28 @@ class AdapterBank:
             raise ValueError(f"name: expected a loaded adapter ({known}), got {name!r}")
         return self.names[name]
 
+    def slots_of(self, ids: Tensor) -> Tensor:
+        """Slots for the numbers in `ids`, which may have outlived their adapters; -1 stays.
+
+        Raises ValueError for the number of an adapter that is gone. On a GPU, where looking would synchronise, it
+        becomes a number outside of the bank, which kernels take for -1.
+        """
+        return _slots_of(ids, (self,))
+
+    def numbers_on(self, device: torch.device) -> Tensor:
+        """`numbers` as a tensor, made anew when adapters came or went."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(self.numbers, device=device)
+        found = self._found
+        if found is None or found[0] != self._version or found[1].device != device:
+            version = self._version  # looked at first, as in `table`
+            with lasting():
+                found = self._found = (version, torch.tensor(self.numbers, device=device))
+        return found[1]
+
     @property
     def adapters(self) -> tuple[Adapter | None, ...]:
-        """The adapters by number; None for a free slot."""
+        """The adapters by slot; None for a free one."""
         return tuple(_adapter(slot) for slot in self.slots)
 
     @property
@@ -260,6 +307,13 @@ class AdapterBank:
                 self._own(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
         self._version += 1
 
+    def _take(self, name: str, number: int) -> None:
+        slot = number % len(self.slots)
+        self.names[name] = self.numbers[slot] = number
+        self._next[slot] = max(self._next[slot], number + len(self.slots))
+        self.reused |= number >= len(self.slots)
+        self._version += 1
+
     def _own(self, slot: int, adapter: Adapter, pages: list[int]) -> None:
         """Puts the adapter in its slot; its pages are free again when it is gone for everybody."""
         self.slots[slot] = adapter
@@ -286,7 +340,7 @@ class AdapterBank:
             (slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B) if isinstance(slot, Adapter) else slot
             for slot in self.slots
         ]
-        return {**self.__dict__, "_made": None, "_owners": {}, "slots": slots}
+        return {**self.__dict__, "_made": None, "_found": None, "_owners": {}, "slots": slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -297,12 +351,24 @@ class AdapterBank:
                 self._own(slot, Adapter(*self._views(pages, rank), *rest), pages)
 
 
+def _slots_of(ids: Tensor, banks: Sequence[AdapterBank]) -> Tensor:
+    if not any(bank.reused for bank in banks) or getattr(ids, "dtype", None) not in (torch.int32, torch.int64):
+        return ids  # they are slots; or no ids at all, which is found later
+    slots = ids % len(banks[0].slots)
+    there = torch.stack([bank.numbers_on(ids.device)[slots.long()] for bank in banks])
+    same = there == ids
+    gone = (ids >= 0) & ~((same | (there == -1)).all(0) & same.any(0))
+    if not torch.compiler.is_compiling() and checks.look_at_ids(ids.device) and gone.any():
+        raise ValueError(f"ids: expected -1 or the numbers of adapters, got {int(ids[gone][0])}, of one that is gone")
+    return torch.where(gone, NO_NUMBER, torch.where(ids < 0, ids, slots))
+
+
 class PackedBank:
     """The banks of a layer with packed outputs: slices of W's rows side by side, each with adapters of its own.
 
     banks: one for each slice, in order, of the same max_adapters, dtype and device (query, key and value of one
-    projection, say). An id names the adapter of that number in every one of them; where a bank has none, its slice is
-    the base layer's.
+    projection, say). An id names the adapter of that number in every one of them; where a bank has none in its slot,
+    its slice is the base layer's.
     """
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:
@@ -343,6 +409,10 @@ class PackedBank:
     @property
     def device(self) -> torch.device:
         return self.banks[0].device
+
+    def slots_of(self, ids: Tensor) -> Tensor:
+        """Slots for the numbers in `ids`, as `AdapterBank.slots_of`; in every bank they name that adapter or none."""
+        return _slots_of(ids, self.banks)
 
     def table(self) -> AdapterTable | None:
         """What the kernels read; made anew when a bank's is. None where `AdapterBank.table` is."""

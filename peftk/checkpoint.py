@@ -19,7 +19,7 @@ from peftk.interop.files import CheckpointError, plain_name
 from peftk.interop.own_checkpoint import OwnCheckpoint
 from peftk.methods.adapterhub import AdapterHubConfig, as_adapterhub
 from peftk.methods.lora import LoraConfig
-from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped
+from peftk.methods.plan import Config, Injection, adapter_parameters, carrying_out, injections, unwrapped, without_peft
 from peftk.methods.targets import pattern_value
 from peftk.methods.trial import looking
 from peftk.model import lora_layers
@@ -88,10 +88,11 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     Embeddings that PEFT saved because their size had changed go into the model, as in PEFT.
 
     Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model, ValueError where a
-    layer is merged; the model is as it was then, without adapters if it had none.
+    layer is merged or HF PEFT's adapters are in the model; it is as it was then, without adapters if it had none.
     """
     model = _checked(model)
     folder = files.folder(path)
+    without_peft(model)
     kind = files.checkpoint_format(files.read_config(folder))
     for name, layer in lora_layers(model):
         if layer.merged:
@@ -123,8 +124,8 @@ def trained_names(model: nn.Module) -> list[str]:
     names = [name for record in injections(model) for name in record.trained]
     for path, module in model.named_modules():
         names += [f"{path}.{name}".removeprefix(".") for name in adapter_parameters(module)]
-    once = {name for name, _ in model.named_parameters()}  # where a Parameter that has several names has one
-    return [name for name in dict.fromkeys(names) if name in once]
+    once = {plain_name(name) for name, _ in model.named_parameters()}  # where one that has several names has one
+    return [name for name in dict.fromkeys(map(plain_name, names)) if name in once]
 
 
 @contextlib.contextmanager
@@ -179,6 +180,15 @@ def _about(model: nn.Module) -> dict[str, str | None]:
     return {**fields, **_origin(model).about}
 
 
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Every Parameter and buffer by name; of a bias that a merge has changed what it was before."""
+    receipts = {id(layer.bias): layer.bias_receipt for _, layer in lora_layers(model) if layer.bias_receipt is not None}
+    return {
+        name: receipts[id(value)].before if id(value) in receipts else value
+        for name, value in fitting.named_values(model)
+    }
+
+
 def _embeddings(model: nn.Module) -> dict[str, Tensor]:
     """The base model's own weights that a loaded checkpoint brought, as they are where nothing is merged."""
     values = dict(fitting.named_values(model))
@@ -213,7 +223,8 @@ def _of_peft(model: nn.Module, loaded: peft_checkpoint.LoadedCheckpoint) -> _Con
             tensors[f"{name}.lora_bias"] = adapter.lora_bias
     saved, biases = _trained_in_place(model)
     trained = {**loaded.biases, **loaded.saved}
-    files.same_names(path, "biases and modules_to_save as the model trains them", trained, {*saved, *biases})
+    wanted = {*saved, *fitting.with_aliases(model, biases, loaded)}
+    files.same_names(path, "biases and modules_to_save as the model trains them", trained, wanted)
     alphas = {name: (adapter.lora_alpha, adapter.use_rslora) for name, adapter in loaded.adapters.items()}
     return _Contents({**tensors, **trained, **loaded.base}, alphas, _Origin(loaded.about, tuple(loaded.base)))
 
@@ -234,7 +245,7 @@ def _save_peft(model: nn.Module, path: Path) -> None:
     alpha = next(iter(alphas.values()))
     saved, biases = _trained_in_place(model)
     tied = fitting.tied(model, saved)
-    values = {**dict(fitting.named_values(model)), **_embeddings(model)}
+    values = {**_values(model), **_embeddings(model)}
     about = _about(model)
     config: dict[str, Any] = {
         "r": first.r,
@@ -269,7 +280,7 @@ def _beyond_peft(model: nn.Module, names: Collection[str]) -> str | None:
     other = [type(r.config).__name__ for r in injections(model) if not isinstance(r.config, LoraConfig)]
     saved, biases = _trained_in_place(model)
     own = {f"{plain_name(name)}.{factor}" for name in layers for factor in ("lora_A", "lora_B", "lora_bias")}
-    strange = [name for name in map(plain_name, names) if name not in {*own, *saved, *biases}]
+    strange = [name for name in names if name not in {*own, *saved, *biases}]
     if not layers or other or strange:
         return ", ".join(other) or ", ".join(strange[:3]) or "no LoRALinear"
     if len(_bias_modes(model)) > 1:
@@ -383,7 +394,7 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
     if given != held:
         names = [", ".join(some) or "none" for some in (held, given)]
         raise CheckpointError(f"{path}: expected the model's methods, {names[0]}, got {names[1]}")
-    wanted = {*map(plain_name, trained_names(model)), *_buffers(model), *own.embeddings}
+    wanted = {*trained_names(model), *_buffers(model), *own.embeddings}
     files.same_names(path, "tensors for exactly what the model trains", own.tensors, wanted)
     layers = {plain_name(name): layer for name, layer in lora_layers(model)}
     alphas = {}
@@ -409,14 +420,15 @@ def _of_peftk(model: nn.Module, own: OwnCheckpoint, path: Path) -> _Contents:
 
 
 def _save_peftk(model: nn.Module, path: Path, names: Collection[str]) -> None:
-    values, brought = dict(fitting.named_values(model)), _embeddings(model)
-    tensors = {name: values[name] for name in (*map(plain_name, names), *_buffers(model))}
+    values, brought = _values(model), _embeddings(model)
+    tensors = {name: values[name] for name in (*names, *_buffers(model))}
     records = injections(model)
-    placed = {name for record in records for name in record.layers}
+    placed = {plain_name(name) for record in records for name in record.layers}
+    by_hand = {plain_name(n): layer for n, layer in lora_layers(model) if plain_name(n) not in placed}
     own = OwnCheckpoint(
         configs=[_as_it_is(model, record) for record in records],
         tensors={**brought, **tensors},
-        scalings={plain_name(n): (m.lora_alpha, m.use_rslora) for n, m in lora_layers(model) if n not in placed},
+        scalings={name: (layer.lora_alpha, layer.use_rslora) for name, layer in by_hand.items()},
         embeddings=[name for name in brought if name not in tensors],
         about={field: value for field, value in _about(model).items() if value is not None},
     )
@@ -426,8 +438,8 @@ def _save_peftk(model: nn.Module, path: Path, names: Collection[str]) -> None:
 def _buffers(model: nn.Module) -> list[str]:
     """The persistent buffers of modules that train whole, which a BatchNorm, say, changes while it trains."""
     held = model.state_dict().keys()
-    trained = {name for record in injections(model) for name in record.trained}
-    frozen = [name.split(".") for name, _ in model.named_parameters() if name not in trained]
+    trained = {plain_name(name) for record in injections(model) for name in record.trained}
+    frozen = [name.split(".") for name, _ in model.named_parameters() if plain_name(name) not in trained]
     mixed = {".".join(parts[:depth]) for parts in frozen for depth in range(len(parts))}
     whole = [n for n, m in model.named_modules() if n not in mixed and any(True for _ in m.parameters())]
     within = tuple(f"{name}." if name else "" for name in whole)
@@ -443,11 +455,12 @@ def _as_it_is(model: nn.Module, record: Injection) -> Config:
     """The config that says what the adapters are now: they may have got other ranks, scalings, dtypes."""
     config: Any = record.config
     now: dict[str, Any] = {}
-    modules = [part for name in (*record.layers, *record.attached) for part in model.get_submodule(name).modules()]
+    places = {plain_name(name) for name in (*record.layers, *record.attached)}
+    modules = [part for n, m in model.named_modules() if plain_name(n) in places for part in m.modules()]
     dtypes = {parameter.dtype for module in modules for parameter in adapter_parameters(module).values()}
     if getattr(config, "adapter_dtype", None) is not None and len(dtypes) == 1:
         now["adapter_dtype"] = dtypes.pop()
-    layers = {plain_name(name): layer for name, layer in lora_layers(model) if name in record.layers}
+    layers = {plain_name(name): layer for name, layer in lora_layers(model) if plain_name(name) in places}
     if isinstance(config, LoraConfig) and layers:
         now["use_rslora"], alphas = _scalings(layers)
         ranks = {name: layer.r for name, layer in layers.items()}

@@ -144,8 +144,9 @@ def multi_lora_linear(
         each other (an inf in one adapter stays in its rows). Differentiable in x, bias and the adapters' tensors.
 
     Raises:
-        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor a taken slot. On a GPU
-            such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which synchronises).
+        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor the number of an adapter
+            that is still there. On a GPU such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which
+            synchronises).
 
     Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
     """
@@ -156,7 +157,7 @@ def multi_lora_linear(
     _bank_fits(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
-    return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout_p, seed, backend)
+    return multi_lora_linear_unchecked(x, weight, bias, bank, _slots(bank, ids), dropout_p, seed, backend)
 
 
 def multi_lora_linear_unchecked(
@@ -169,7 +170,7 @@ def multi_lora_linear_unchecked(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids are looked at."""
+    """`multi_lora_linear` for layers, which checked weight and bank when made: only x and ids, slots, are looked at."""
     recorded = _recorded()
     table = None if recorded else _table(bank)
     if table is not None and dropout_p == 0.0 and backend is None:
@@ -221,6 +222,11 @@ def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None
 def _as_it_lies(bank: Any) -> Any:
     """A table of a user's own, made anew where Parameters have moved since. (A bank looks after its own.)"""
     return bank.current() if isinstance(bank, AdapterTable) and not _recorded() else bank
+
+
+def _slots(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
+    """A user's ids, numbers of adapters, as the slots that kernels take. An AdapterTable has no others."""
+    return ids if isinstance(bank, AdapterTable) else bank.slots_of(ids)
 
 
 def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
@@ -319,7 +325,7 @@ def multi_adapter_block(
     x, seed = _dropping(_autocast(x), dropout_p, seed)
     recorded = _recorded()
     table = None if recorded else _table(bank)
-    return _multi(x, None, None, bank, table, ids, dropout_p, seed, backend, recorded)
+    return _multi(x, None, None, bank, table, _slots(bank, ids), dropout_p, seed, backend, recorded)
 
 
 def _recorded() -> bool:

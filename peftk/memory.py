@@ -48,7 +48,7 @@ def _meet(one: Tensor, other: Tensor) -> bool:
     if one is other:
         return True
     try:
-        return np.shares_memory(_addresses(one), _addresses(other), max_work=_WORK)
+        return np.shares_memory(_addresses(one), _addresses(other), max_work=_WORK)  # type: ignore[arg-type]  # numpy takes any count
     except RuntimeError:  # too hard to say
         return True
 

@@ -177,19 +177,15 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
 
 def _refuse_optimized(layers: Layers, new: Sequence[Merge]) -> None:
     """Raises ValueError where a Parameter whose shape would change is in an optimizer, whose state has the old one."""
-    changed = {
-        parameter: (name, layer.r, one.lora_A.shape[0])
-        for (name, layer), one in zip(layers, new, strict=True)
-        if one.lora_A.shape != layer.lora_A.shape
-        for parameter in (layer.lora_A, layer.lora_B)
-    }
-    found = optimized(changed)
+    names = {layer: name for name, layer in layers}
+    ranks = {layer: one.lora_A.shape[0] for (_, layer), one in zip(layers, new, strict=True)}
+    found = optimized((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
     if found is not None:
-        parameter, optimizer = found
-        name, r, got = changed[parameter]
+        layer, optimizer = cast(LoRALinear, found[0]), type(found[1]).__name__
         raise ValueError(
-            f"{name}: r: expected {r} as before, as {type(optimizer).__name__} holds the Parameters and has state of "
-            f"their shape, got {got}; delete the optimizer (and its scheduler) first, make a new one after the switch"
+            f"{names[layer]}: r: expected {layer.r} as before, as {optimizer} holds the Parameters and has state of "
+            f"their shape, got {ranks[layer]}; delete the optimizer (and its scheduler) first, make a new one after "
+            "the switch"
         )
 
 

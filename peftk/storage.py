@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -44,9 +45,9 @@ def recordable(*tensors: Tensor | None) -> bool:
     )
 
 
-def reason(tensor: Tensor) -> str | None:
+def reason(tensor: Any) -> str | None:
     """What a tensor is that kernels may not read, as in "got …"; None for a plain dense one."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if not isinstance(tensor, Tensor):
         return f"a {kind.__name__}"
     if kind not in _EXACT and _computes(kind):
@@ -72,9 +73,9 @@ def reason(tensor: Tensor) -> str | None:
     return _short(tensor)
 
 
-def by_torch(tensor: Tensor) -> bool:
+def by_torch(tensor: Any) -> bool:
     """Whether plain torch operations compute with a tensor as with a dense one, though no kernel may be able to."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if not isinstance(tensor, Tensor):
         return False
     if kind not in _EXACT and _computes(kind):

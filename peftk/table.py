@@ -242,6 +242,13 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
     )
 
 
+def in_rows(tensor: Tensor) -> Tensor:
+    """A with contiguous rows, or a contiguous bias: itself where it is, else a copy, through which gradients pass."""
+    if tensor.layout != torch.strided or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor  # what isn't strided, others refuse
+    return tensor.contiguous()
+
+
 def _may_move(tensor: Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
 

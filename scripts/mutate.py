@@ -110,7 +110,13 @@ TESTS = {
     "peftk/backends/*": ["test_backends.py", "test_gradients.py", "test_gemm.py"],
     "peftk/bank.py": ["test_bank.py", "test_layers.py", "test_packed.py", "test_model.py"],
     "peftk/checkpoint.py": ["test_checkpoints.py", "test_model.py", "test_peft_interop.py"],
-    "peftk/checks.py": ["test_functional.py", "test_layers.py", "test_bank.py", "test_adapter_block.py"],
+    "peftk/checks.py": [
+        "test_functional.py",
+        "test_layers.py",
+        "test_bank.py",
+        "test_adapter_block.py",
+        "test_merge.py",
+    ],
     "peftk/combine.py": ["test_combine.py"],
     "peftk/compiled.py": ["test_layers.py", "test_functional.py", "test_adapter_block.py"],
     "peftk/dispatch.py": [
@@ -119,7 +125,13 @@ TESTS = {
         "test_backends.py",
         "test_lora_linear_on_host.py",
     ],
-    "peftk/functional.py": ["test_functional.py", "test_layers.py", "test_packed.py", "test_adapter_block.py"],
+    "peftk/functional.py": [
+        "test_functional.py",
+        "test_layers.py",
+        "test_packed.py",
+        "test_adapter_block.py",
+        "test_merge.py",
+    ],
     "peftk/interop/adapterhub_checkpoint.py": ["test_adapterhub_interop.py", "test_checkpoints.py"],
     "peftk/interop/peft_checkpoint.py": ["test_peft_interop.py", "test_model.py"],
     "peftk/interop/peft_*": ["test_accelerate.py"],
@@ -296,10 +308,14 @@ def sources() -> list[Path]:
 
 def prepare() -> None:
     """The tree as it is and its modules, in a copy; files that have not changed keep their time for ninja."""
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in tracked.stdout.split():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    for old in ORIGINAL.rglob("*.py"):
+        if str(old.relative_to(ORIGINAL)) not in names:
+            old.unlink()
+    for name in names:
         source, target = ROOT / name, ORIGINAL / name
-        if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+        if not (target.is_file() and target.read_bytes() == source.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     for module in (ROOT / "peftk").glob("_*.so"):
@@ -312,7 +328,7 @@ def prepare() -> None:
 
 
 BUILD = """
-import platform, shutil, sysconfig
+import shutil, sysconfig
 from tests import cpp_build
 setup = cpp_build.load_setup()
 here = {levels!r}

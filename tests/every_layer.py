@@ -58,12 +58,16 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """build: makes the layer out of a base module; base: makes that. dims: which inputs it takes."""
+    """build: makes the layer out of a base module; base: makes that. dims: which inputs it takes.
+
+    by_linear: the output is what torch's own nn.Linear returned, which is a view for some inputs.
+    """
 
     name: str
     base: Callable[[], nn.Module]
     build: Callable[[nn.Module], Made]
     dims: Sequence[int] = (1, 2, 3, 4)
+    by_linear: bool = False
 
     def make(self, *, frozen: bool = False, seed: int = 0) -> Made:
         """frozen: no Parameter trains."""
@@ -92,7 +96,10 @@ def by_name(name: str) -> Entry:
 
 
 def _entry(
-    *names: str, base: Callable[[], nn.Module] = lambda: nn.Linear(K, N), dims: Sequence[int] = (1, 2, 3, 4)
+    *names: str,
+    base: Callable[[], nn.Module] = lambda: nn.Linear(K, N),
+    dims: Sequence[int] = (1, 2, 3, 4),
+    by_linear: Sequence[str] = (),
 ) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
     """Adds a layer to the table; several names are variants, which `build` gets as its second argument."""
 
@@ -100,7 +107,7 @@ def _entry(
         kind = build.__name__
         for name in names or ("",):
             made = functools.partial(build, variant=name) if name else build
-            LAYERS.append(Entry(f"{kind} {name}".strip(), base, made, dims))
+            LAYERS.append(Entry(f"{kind} {name}".strip(), base, made, dims, by_linear=name in by_linear))
         return build
 
     return add
@@ -150,8 +157,9 @@ def lora(base: nn.Linear, variant: str) -> Made:
 
     def plain(x: Tensor) -> Tensor:
         y = _base(layer, x)
-        if not layer.merged:
-            y = y + _adapted(x, layer.lora_A, layer.lora_B, None, None, layer.scaling, "identity")
+        if layer.merged:
+            return y
+        y = y + _adapted(x, layer.lora_A, layer.lora_B, None, None, layer.scaling, "identity")
         return y if layer.lora_bias is None else y + layer.scaling * layer.lora_bias
 
     return Made(layer, plain, layer)
@@ -218,11 +226,7 @@ def multi(base: nn.Linear, variant: str) -> Made:
         else:
             layer.add_adapter(f"a{number}", A, B, 0.5, trainable=trains)
     if variant == "without ids":
-        return (
-            Made(layer, lambda x: layer(x), lambda x: _base(layer, x), layer)
-            if False
-            else Made(layer, lambda x: _base(layer, x), layer)
-        )
+        return Made(layer, lambda x: _base(layer, x), layer)
     count = 0 if variant == "base rows only" else 2
 
     def ids(x: Tensor) -> Tensor:
@@ -308,7 +312,7 @@ HEADS = 2
 
 
 class _Attention(nn.Module):
-    """Self-attention of two heads; `scales` its queries in place, as Longformer does."""
+    """Self-attention of two heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +326,7 @@ class _Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-@_entry(base=_Attention, dims=(3,))
+@_entry(base=_Attention, dims=(3,), by_linear=("",))
 def llama(base: _Attention) -> Made:
     adapter = LlamaAdapter(K, HEADS, Projections("q", "k", "v", "o"), adapter_len=5)
     base.requires_grad_(False)
@@ -392,7 +396,7 @@ def _accelerated(base: nn.Linear, **config: object) -> tuple[nn.Module, nn.Modul
 
 if peft is not None:
 
-    @_entry("one", "one with bias", "several", "merged", "disabled")
+    @_entry("one", "one with bias", "several", "merged", "disabled", by_linear=("disabled",))
     def accelerated(base: nn.Linear, variant: str) -> Made:
         model, layer = _accelerated(base, lora_bias="bias" in variant)
         if variant == "several":
@@ -411,7 +415,8 @@ if peft is not None:
 
         def plain(x: Tensor) -> Tensor:
             parts = []
-            for row, name in zip(x, names(x), strict=True):
+            for number, name in enumerate(names(x)):
+                row = x[number]
                 y = linear(row, layer.base_layer.weight, layer.base_layer.bias)
                 if name != "__base__":
                     down, up = layer.lora_A[name], layer.lora_B[name]

@@ -286,6 +286,25 @@ def test_mixed_batch(form: str, shape: tuple[int, ...]) -> None:
                         layer.lora_B[adapter].weight.mul_(0.9)
 
 
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_mixed_batch_follows_scalings_that_alone_change(lora_bias: bool) -> None:
+    plain, accelerated = pair("default", "other", "third", lora_bias=lora_bias, target_modules=["a", "b"])
+    x, before = torch.randn(M, K), None
+    for factor in (1.0, 3.0, -0.5):
+        for model in (plain, accelerated):
+            for layer in layers(model):
+                layer.scaling["other"] *= factor
+        with torch.no_grad(), only_ours():
+            actual = accelerated(x, adapter_names=NAMES)
+        with torch.no_grad():
+            close(actual, plain(x, adapter_names=NAMES))
+        if before is not None:
+            named = torch.tensor([name == "other" for name in NAMES])
+            assert torch.equal(actual[~named], before[~named])
+            assert not torch.isclose(actual[named], before[named]).all()
+        before = actual
+
+
 def per_sample(plain: nn.Module, x: Tensor, names: list[str]) -> None:
     """Gradients of a mixed batch, sample by sample."""
     for sample, name in zip(x, names, strict=True):
@@ -531,6 +550,14 @@ def test_a_merge_that_is_not_finite_changes_nothing(safe_merge: bool) -> None:
             tensor.copy_(kept)
 
 
+def test_what_no_merge_can_write_to_is_not_said_to_be_broken() -> None:
+    _, model = pair()
+    base = model.base_model.model.a.base_layer
+    base.weight = nn.Parameter(torch.ones(1, K).expand(N, K), requires_grad=False)
+    with pytest.raises(ValueError, match=r"^a: weight: expected elements that do not overlap, got strides \(0, 1\)"):
+        model.merge_adapter()
+
+
 def test_lora_bias_without_a_place_in_the_base_layer() -> None:
     with pytest.warns(UserWarning, match="has no bias"):
         _, model = pair(lora_bias=True, target_modules=["c"], base=Two())
@@ -538,6 +565,28 @@ def test_lora_bias_without_a_place_in_the_base_layer() -> None:
     with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
         model.merge_adapter()
     assert all(torch.equal(now, then) for now, then in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(("kind", "safe_merge"), [("linear", False), ("linear", True), ("dora", True)])
+def test_a_merge_that_one_layer_refuses_leaves_all(call: str, safe_merge: bool, kind: str) -> None:
+    """DoRA's layers stay PEFT's own, which go back to copies."""
+    _, model = pair("default", "other", use_dora=kind == "dora", r=3)
+    x = torch.randn(M, K)
+    with torch.no_grad():
+        model.base_model.model.c.lora_B["default"].weight[0, 0] = float("nan")
+        model.set_adapter("other")
+        before, y, was = weights(model), model(x), [*model.named_modules()]
+        with pytest.raises(ValueError, match="NaNs detected"):
+            getattr(model, call)(safe_merge=safe_merge, adapter_names=["other", "default"])
+    assert [*model.named_modules()] == was
+    assert all(torch.equal(now, then) for now, then in zip(weights(model), before, strict=True))
+    assert not any(layer.merged for layer in layers(model))
+    assert model.active_adapters == ["other"]
+    assert torch.equal(model(x), y)
+    if kind == "linear":
+        with pytest.raises(ValueError, match=r"^c: NaNs detected in the merged weights"):
+            model.merge_adapter(["default"])
 
 
 def test_merge_and_unload() -> None:

@@ -36,9 +36,12 @@ def test_pages_and_slots_are_reused() -> None:
     made = bank()
     made.add("a", *factors(100), 1.0)
     chunks = len(made.pool.chunks)
+    numbers = []
     for turn in range(50):
-        assert made.add(f"b{turn}", *factors(200), 1.0) == 1
+        numbers.append(made.add(f"b{turn}", *factors(200), 1.0))
         made.remove(f"b{turn}")
+    assert len(set(numbers)) == 50  # never the number of one that is gone
+    assert {number % 3 for number in numbers} == {1, 2}
     assert len(made.pool.chunks) == chunks
     assert len(made.pool.free) == 64 * chunks - 7
 

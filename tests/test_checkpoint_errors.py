@@ -287,6 +287,10 @@ def other_cases(good: pathlib.Path) -> Iterator[Case]:
         load(good, model), refused, "biases and modules_to_save as the model trains them; unknown here: layer.0.q"
     )
 
+    yield Case(
+        load(good, Model().to("meta")), refused, "layer.0.query: expected a weight with memory in the model, got"
+    )
+
     # weights that are one
     def whole(*names: str) -> Callable[[Tensors, Fields], None]:
         def change(weights: Tensors, config: Fields) -> None:
@@ -327,7 +331,7 @@ def other_cases(good: pathlib.Path) -> Iterator[Case]:
     peftk.inject(one, peftk.LoraConfig(r=2, target_modules=["fc"], bias="all"))
     nn.init.ones_(one["attention"].out_proj.bias)
     yield Case(
-        serve(saved(one, "mha"), attention), refused, "out_proj: expected a linear that is called, got one that MHA"
+        serve(saved(one, "mha"), attention), refused, "out_proj: expected a linear that is called, got one that Mul"
     )
 
     larger = changed(good, add("embed.weight", 7, 6))
@@ -335,6 +339,9 @@ def other_cases(good: pathlib.Path) -> Iterator[Case]:
 
     # peftk's format
     own = saved(_injected(), "own", format="peftk")
+    yield Case(
+        load(own, _injected().to("meta")), refused, "lora_A: expected a place with memory in the model, got one on"
+    )
     method = {"method": "LoraConfig", "r": 2, "target_modules": ["query", "value"]}
     for change, message in (
         (say(peftk=2), "expected peftk 1, got 2"),

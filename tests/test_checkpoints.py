@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import peftk
 from peftk.interop import files
@@ -283,3 +283,76 @@ def test_configs_of_three_libraries_are_told_apart() -> None:
     for other in ({}, {"config": {}}, {"model_type": "bert"}):
         with pytest.raises(peftk.CheckpointError, match="expected a config of HF PEFT"):
             files.checkpoint_format(other)
+
+
+class _OneBias(nn.Module):
+    """Two linears that hold one bias, as BertForMaskedLM's decoder and the module around it do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_of_two_modules_comes_from_peft(tmp_path: pathlib.Path, bias: str) -> None:
+    """PEFT writes it by both names."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["a"], bias=bias, init_lora_weights=False)
+    theirs, x = peft.get_peft_model(_OneBias(), config), torch.randn(4, 6)
+    with torch.no_grad():
+        theirs.base_model.model.b.bias.add_(1)
+    theirs.save_pretrained(tmp_path)
+    ours, served = _OneBias(), _OneBias()
+    peftk.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.a.bias is ours.b.bias
+    if bias == "all":
+        server = peftk.MultiAdapter(served)
+        server.load("one", tmp_path)
+        with server.route(["one"] * 4):
+            torch.testing.assert_close(served(x), theirs(x))
+    peftk.save_adapter(ours, tmp_path / "back", format="peft")
+    back = peft.PeftModel.from_pretrained(_OneBias(), tmp_path / "back")
+    torch.testing.assert_close(back(x), theirs(x))
+
+
+@pytest.mark.parametrize("format", ["peft", "peftk"])
+@pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+def test_saved_while_merged(tmp_path: pathlib.Path, format: str, bias: str) -> None:
+    """lora_bias is in the merged bias, and so is not to be saved in a bias that trains."""
+    model, x = _OneBias(), torch.randn(4, 6)
+    model.b.bias = nn.Parameter(torch.randn(6))
+    base = copy.deepcopy(model)
+    peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["a"], lora_bias=True, bias=bias))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    y = model(x)
+    with peftk.merged(model):
+        peftk.save_adapter(model, tmp_path, format=format)
+    peftk.load_adapter(base, tmp_path)
+    torch.testing.assert_close(base(x), y)
+    assert torch.equal(base.a.bias, model.a.bias)
+
+
+def test_switched_to_a_checkpoint_with_lora_bias(tmp_path: pathlib.Path) -> None:
+    models = [_OneBias() for _ in range(2)]
+    for seed, model in enumerate(models):
+        model.b.bias = nn.Parameter(torch.zeros(6))
+        peftk.inject(model, peftk.LoraConfig(r=2 + seed, target_modules=["a"], lora_bias=True))
+        torch.manual_seed(seed)
+        nn.init.normal_(model.a.lora_B)
+        nn.init.normal_(model.a.lora_bias)
+    x = torch.randn(4, 6)
+    peftk.save_adapter(models[1], tmp_path)
+    peftk.switch_adapter(models[0], tmp_path)
+    torch.testing.assert_close(models[0](x), models[1](x))
+    peftk.unmerge_adapter(models[0])
+    torch.testing.assert_close(models[0](x), models[1](x))
+    assert torch.equal(models[0].a.weight, models[1].a.weight)

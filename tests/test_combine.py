@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peftk
-from peftk.combine import METHODS
+from peftk.combine import METHODS, combine
 from peftk.interop import peft_checkpoint
 from peftk.interop.peft_checkpoint import LoadedAdapter
 
@@ -180,3 +180,20 @@ def test_what_is_refused() -> None:
             peftk.combine(adapters, weights, method, **options)
     with pytest.raises(ValueError, match=r"^layer: adapters: expected one rank"):
         peftk.combine_checkpoints([{"layer": a}, {"layer": other}], [1, 1], "linear")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_may_lie_transposed_and_come_out_contiguous(method: str) -> None:
+    """As files need them."""
+    torch.manual_seed(0)
+    dense = [LoadedAdapter(torch.randn(4, 24), torch.randn(40, 4), 4.0, False) for _ in range(2)]
+    turned = [a._replace(lora_A=a.lora_A.t().contiguous().t(), lora_B=a.lora_B.t().contiguous().t()) for a in dense]
+    options = {"density": 0.5} if "ties" in method or "dare" in method or "prune" in method else {}
+    both = [
+        combine(adapters, [0.7, -0.4], method, generator=torch.Generator().manual_seed(3), **options)
+        for adapters in (dense, turned)
+    ]
+    for factor in ("lora_A", "lora_B"):
+        expected, got = (getattr(adapter, factor) for adapter in both)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, expected)

@@ -27,7 +27,7 @@ from tests import architectures
 
 LINEARS = (nn.Linear, Conv1D)
 # names of layers at the top and below, Conv1D, blocks in blocks, heads that end alike, experts, MHA, tied weights
-DEFAULT = ("bert", "distilbert", "electra", "gpt2", "llama", "mixtral", "siglip", "t5", "swin", "wav2vec2")
+DEFAULT = ("bert", "distilbert", "gpt2", "llama", "mixtral", "siglip", "t5", "swin", "wav2vec2")
 
 
 # Where transformers keeps all experts in one Parameter, PEFT makes that of every target that ends like a linear of an

@@ -16,7 +16,15 @@ from torch import nn
 
 import peftk
 from peftk.methods import fields
-from peftk.methods.targets import inside, layer_number, matches, target_linears, target_modules
+from peftk.methods.targets import (
+    idle_keys,
+    inside,
+    layer_number,
+    matches,
+    pattern_value,
+    target_linears,
+    target_modules,
+)
 
 NAMES = [
     "embeddings.word",
@@ -154,7 +162,7 @@ QUERIES = ["model.layers.0.q", "model.layers.1.q"]
         (r".*layers\.0.*", "got model.layers.0, of class ModuleDict"),
         (["q", "norm"], "got model.layers.0.norm, of class LayerNorm"),
         (["q", "vision.1"], "got model.vision.1, of class ReLU"),
-        (["q", "out_proj"], "got mha.out_proj, whose weight MHA reads itself"),
+        (["q", "out_proj"], "got mha.out_proj, whose weight MultiheadAttention reads itself"),
         (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with another"),
     ],
 )
@@ -185,6 +193,11 @@ def test_a_target_that_a_method_has_replaced_is_refused_by_name() -> None:
         ({"exclude_modules": "zzz.*"}, r"exclude_modules: 'zzz\.\*' matches no module of the model"),
         ({"exclude_modules": ["layers.1"]}, "matches model.layers.1, not what lies within: model.layers.1.q gets"),
         ({"layers_to_transform": [0, 7]}, "layers_to_transform: no target lies in layer 7"),
+        (
+            {"target_modules": QUERIES, "layers_to_transform": [0]},
+            "layers_to_transform: no effect, as all targets are named",
+        ),
+        ({"target_modules": [QUERIES[0], "k"], "layers_to_transform": [0, 3]}, "no target lies in layer 3"),
         (
             {"target_modules": ["q", "vision.0"], "layers_to_transform": 0},
             "'vision.0' matches no module in layers_to_transform",
@@ -287,6 +300,22 @@ def test_all_linear_leaves_out_what_trains_whole_under_whatever_name() -> None:
     assert model.head.bias.requires_grad
 
 
+def test_all_linear_leaves_out_the_output_embedding() -> None:
+    model = model_of(["layer.q", "head"])
+    model.get_output_embeddings = lambda: model.head
+    assert list(target_linears(model, "all-linear").linears) == ["layer.q"]
+    assert list(target_linears(model, ["head"]).linears) == ["head"]
+
+
+def test_a_key_of_a_pattern_is_an_expression_or_the_very_name() -> None:
+    for pattern in ({"a+b": 3}, {"x": 1, "a.b": 3}, {r".*\+b": 3}, {"^a.*": 3}):
+        assert pattern_value(pattern, "a+b", 2) == 3
+    for pattern in ({"b": 3}, {"a": 3}, {}):
+        assert pattern_value(pattern, "a+b", 2) == 2
+    assert pattern_value({"q": 3, "0.q": 4}, "layer.0.q", 2) == 3
+    assert not list(idle_keys("field", {"a+b": 3}, ["a+b"]))
+
+
 def test_a_layer_number_that_peft_reads_otherwise_is_told() -> None:
     model = model_of(["layers.0.q", "layers.1.q"])
     linears, [told] = target_linears(model, ["q"], layers_to_transform=[1])
@@ -317,7 +346,5 @@ def test_experts_in_one_parameter_are_told() -> None:
         )
     for targets in (["q_proj"], ["0.q_proj", "0.down_proj"], "layers.0.down_proj"):
         assert not target_linears(model, targets).idle
-    with pytest.raises(
-        ValueError, match=r"expected to match some linear.*gate_up_proj is one Parameter of all experts"
-    ):
+    with pytest.raises(ValueError, match=r"to match some linear.*gate_up_proj is one Parameter of all experts"):
         target_linears(model, ["up_proj"])

@@ -315,7 +315,7 @@ def test_generate_with_a_cache_is_generate_without(build: Build, method: str) ->
 def test_generate_refuses_a_route_of_another_batch(tmp_path: pathlib.Path) -> None:
     server, _ = serving(llama, tmp_path)
     prompts, mask = padded_prompts()
-    with server.route(["alice", "bob", None]), pytest.raises(ValueError, match="multiple of the 3 routed sequences"):
+    with server.route(["alice", "bob", None]), pytest.raises(ValueError, match="the order of the 3 routed ones"):
         generated(server.model, prompts, mask, **GREEDY)
     assert generated(server.model, prompts, mask, **GREEDY).shape == (4, 13)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
     for name, linear in targets.items():
         weight = linear.get_parameter("weight")
         N, K = weight.t().shape if fan_in_fan_out(linear) else weight.shape
+        if weight.is_meta:
+            raise CheckpointError(f"{path}: {name}: expected a weight with memory in the model, got one on meta")
         lora_A, lora_B = loaded.adapters[name][:2]
         if lora_A.shape[1] != K or lora_B.shape[0] != N:
             raise CheckpointError(
@@ -44,7 +46,7 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
         path,
         "the biases and modules_to_save that its config names in the model",
         {**loaded.biases, **loaded.saved},
-        {*saved, *(plain_name(name) for name in trained)},
+        {*saved, *with_aliases(model, map(plain_name, trained), loaded)},
     )
     parameters = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in {**loaded.biases, **loaded.saved}.items():
@@ -96,6 +98,8 @@ def same_base(loaded: LoadedCheckpoint, values: Mapping[str, Tensor]) -> None:
 
 def fitted(path: object, name: str, value: Tensor, place: Tensor) -> Tensor:
     """The value in the dtype of its place in the model. Raises CheckpointError where it does not fit there."""
+    if place.is_meta:
+        raise CheckpointError(f"{path}: {name}: expected a place with memory in the model, got one on meta")
     if value.shape != place.shape or (
         value.dtype != place.dtype and not (value.is_floating_point() and place.is_floating_point())
     ):
@@ -120,6 +124,12 @@ def tied(model: nn.Module, saved: Collection[str]) -> dict[str, str]:
         if name in parameters:
             names.setdefault(id(parameters[name]), name)
     return {name: names[id(p)] for name, p in parameters.items() if id(p) in names and name not in saved}
+
+
+def with_aliases(model: nn.Module, trained: Iterable[str], loaded: LoadedCheckpoint) -> set[str]:
+    """These names, and the others of a bias that several modules hold, where the checkpoint has it by those, too."""
+    names = set(trained)
+    return names | (tied(model, names).keys() & loaded.biases.keys())
 
 
 def saved_names(model: nn.Module, modules_to_save: Collection[str] | None) -> list[str]:

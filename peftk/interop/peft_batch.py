@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from peftk import route
+from peftk import carry
 from peftk.route import Route
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -73,4 +73,4 @@ def at_hand(names: Sequence[str] | None) -> Batch | None:
         # a layer that is called by itself does not know whether a backward may follow (torch's reentrant checkpoints
         # run it under no_grad), so it takes it that one does
         batch = Batch(names, trains=True) if shared is None else shared.of(names)
-    return route.remembered(batch, trains=batch is not None and batch.trains, name="_peftk_adapter_names")
+    return carry.remembered(batch, trains=batch is not None and batch.trains, name="_peftk_adapter_names")

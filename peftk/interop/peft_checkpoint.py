@@ -40,7 +40,6 @@ _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B, _B_BIAS, _BASE = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".base_layer"
 _NAMED = re.compile(r"(\.lora_[AB])\.default(\.(?:weight|bias))$")
-_INSIDES = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 class LoadedAdapter(NamedTuple):
@@ -152,8 +151,8 @@ def _beside(
         module, _, last = key.rpartition(".")
         inner = module.removesuffix(_BASE)
         name = f"{inner}.{last}" if inner in adapted and last in ("weight", "bias") else key
-        if _INSIDES.sub(".", key) in tensors and _INSIDES.search(key):
-            continue  # PEFT may write what it saves whole again, under the names of its wrapper's insides
+        if _again(key, tensors):
+            continue
         if any(within(key, kept) for kept in config.get("modules_to_save") or ()):
             saved[key] = tensor
         elif _is_bias(key, config.get("bias")):
@@ -167,16 +166,27 @@ def _beside(
     return biases, saved, base
 
 
+def _again(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether PEFT wrote what a module that trains whole has a second time, as its wrapper's insides.
+
+    They are `<module>.original_module.…` and `<module>.modules_to_save.…`, with the adapter's name or without.
+    """
+    found = re.search(r"\.(modules_to_save|original_module)\.", key)
+    if found is None:
+        return False
+    module, rest = key[: found.start()], key[found.end() :]
+    return any(f"{module}.{name}" in tensors for name in (rest, rest.partition(".")[2]))
+
+
 def load_factors(path: str | os.PathLike[str]) -> LoadedCheckpoint:
-    """A checkpoint that trains nothing but the factors of s·BA.
+    """A checkpoint that trains nothing but adapters, s·(BAx + b).
 
     Raises CheckpointError as `load`, and for trained biases and modules that train whole, which no merge takes along.
     """
     loaded = load(path)
-    own = [f"{name}{_B_BIAS}" for name, adapter in loaded.adapters.items() if adapter.lora_bias is not None]
-    beside = [*loaded.biases, *loaded.saved, *own]
+    beside = [*loaded.biases, *loaded.saved]
     if beside:
-        raise CheckpointError(f"{path}: expected LoRA factors alone, got what trained besides: {', '.join(beside)}")
+        raise CheckpointError(f"{path}: expected adapters alone, got what trained besides: {', '.join(beside)}")
     return loaded
 
 

@@ -151,7 +151,7 @@ class Linear(lora.Linear):
         present = [adapter for adapter in adapters if adapter is not None]
         device, tensors = present[0].lora_A.device, [tensor for a in present for tensor in a.tensors()]
         dtypes = {adapter.lora_A.dtype for adapter in present}
-        folds = len(dtypes) > 1 or any(a.bias_B is not None or type(a.scaling) is not float for a in present)
+        folds = len(dtypes) > 1 or not all(_as_it_lies(adapter) for adapter in present)
         if folds:
             adapters = [None if adapter is None else _together([adapter]) for adapter in adapters]
         if torch.compiler.is_compiling() or not storage.dense(*tensors):
@@ -201,12 +201,22 @@ class Linear(lora.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_peftk_table"}  # it holds addresses
 
 
+def _as_it_lies(adapter: Factors) -> bool:
+    """Whether a table can take an adapter without a copy."""
+    plain = adapter.bias_B is None and type(adapter.scaling) is float
+    return plain and table.in_rows(adapter.lora_A) is adapter.lora_A
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float()  # exact; the tensor itself where it is fp32
 
 
 def _together(adapters: Sequence[Factors]) -> Factors:
-    """Several adapters that are active together as one, scaling 1: the factors side by side, s folded in, in fp32."""
+    """Several adapters that are active together as one, scaling 1: the factors side by side, s folded in, in fp32.
+
+    Of a single one in fp32 it is enough to fold s into the bias: A and B stay where they lie, and so a backward saves
+    no copies.
+    """
     bias = None
     for adapter in adapters:
         for name, tensor in zip(("lora_A", "lora_B", "bias_B"), adapter.tensors(), strict=True):
@@ -215,6 +225,9 @@ def _together(adapters: Sequence[Factors]) -> Factors:
         if adapter.bias_B is not None:
             term = _wide(adapter.bias_B) * adapter.scaling
             bias = term if bias is None else bias + term
+    first = adapters[0]
+    if len(adapters) == 1 and type(first.scaling) is float and first.lora_A.dtype is torch.float32:
+        return first._replace(lora_A=table.in_rows(first.lora_A), bias_B=bias)
     lora_A = torch.cat([_wide(adapter.lora_A) for adapter in adapters])
     lora_B = torch.cat([_wide(adapter.lora_B) * adapter.scaling for adapter in adapters], dim=1)
     return Factors(lora_A, lora_B, bias, 1.0, adapters[0].dropout_p)

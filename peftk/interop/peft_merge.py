@@ -14,7 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from peftk import functional, interrupts, storage
 from peftk import merge as merge_weights
-from peftk.backends.merge_args import write
+from peftk.backends.merge_args import NotFiniteError, write
 from peftk.functional import MergeReceipt
 from peftk.interop import peft_reasons
 from peftk.interop.peft_reasons import Base
 from peftk.interop.peft_whole import all_or_none
-from peftk.lasting import lasting
 from peftk.nn import shared
 from peftk.nn.shared import Place
 from peftk.receipt import BiasReceipt, merge_bias
@@ -111,18 +110,25 @@ def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
     if not adapters:
         return
     columns = [list(column) for column in zip(*adapters.values(), strict=True)]
-    with lasting():
-        try:
-            merged_bias = _merged_bias(bias, adapters)
-            if merged_bias is not None:
-                _set_bias(layer, merged_bias.after, merged_bias.before, undo)
-            receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
-        except ValueError as error:
-            broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
-            raise ValueError(f"{broken}: {error}") from error
+    with _broken(adapters, ValueError):
+        merged_bias = _merged_bias(bias, adapters)
+    if merged_bias is not None:
+        _set_bias(layer, merged_bias.after, merged_bias.before, undo)
+    with _broken(adapters, NotFiniteError):
+        receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
     undo.callback(_unmerge_weight, layer, receipt)
     merged = Merged(tuple(adapters), receipt, merged_bias)
     _hold(layer, [*layer.merged_adapters, *adapters], [*live(layer), merged], undo)
+
+
+@contextlib.contextmanager
+def _broken(adapters: Iterable[str], kind: type[ValueError]) -> Iterator[None]:
+    """An error of this kind, which is raised for what isn't finite, has PEFT's words, too."""
+    try:
+        yield
+    except kind as error:
+        broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
+        raise ValueError(f"{broken}: {error}") from error
 
 
 def _merged_bias(bias: Tensor | None, adapters: dict[str, Any]) -> BiasReceipt | None:
@@ -137,7 +143,8 @@ def _merged_bias(bias: Tensor | None, adapters: dict[str, Any]) -> BiasReceipt |
 def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitStack) -> None:
     """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
     while layer.merged_adapters:
-        *receipts, last = live(layer) or [None]
+        receipts = live(layer)
+        last = receipts.pop() if receipts else None
         if last is not None and tuple(layer.merged_adapters[-len(last.names) :]) == last.names:
             try:
                 _take_out(layer, last, undo)
@@ -202,37 +209,44 @@ def _set_bias(layer: Any, value: Tensor, before: Tensor, undo: contextlib.ExitSt
     write(layer.base_layer.bias.detach(), value)
 
 
-# what undoes a step: PEFT may have sent an offloaded base layer away since
+# what undoes a step
+
+
+def _loaded(layer: Any) -> contextlib.AbstractContextManager[None]:
+    """Inside, an offloaded base layer has its values, as PEFT lets it have them around a merge."""
+    away = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
+    loaded: contextlib.AbstractContextManager[None] = onload_layer(layer) if away else contextlib.nullcontext()
+    return loaded
 
 
 def _put_bias(layer: Any, value: Tensor) -> None:
-    with onload_layer(layer):
+    with _loaded(layer):
         write(layer.base_layer.bias.detach(), value)
 
 
 def _unmerge_weight(layer: Any, receipt: MergeReceipt) -> None:
-    with onload_layer(layer):
+    with _loaded(layer):
         weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
         functional.unmerge_(weight, receipt.to(weight.device))
 
 
 def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
     """To the bits of the merge that the receipt is of."""
-    with onload_layer(layer):
+    with _loaded(layer):
         weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
         merge_weights.merge_(weight, receipt.to(weight.device).factors, None)
 
 
 def keep(layer: Any, undo: contextlib.ExitStack) -> None:
     """Copies of a base layer's weights, to undo what PEFT's own code does with them."""
-    with onload_layer(layer):
+    with _loaded(layer):
         base = layer.get_base_layer()
         values = [(n, t.data, t.detach().clone()) for n, t in (*base.named_parameters(), *base.named_buffers())]
     undo.callback(_put_copies, layer, values)
 
 
 def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
-    with onload_layer(layer), torch.no_grad():
+    with _loaded(layer), torch.no_grad():
         base = layer.get_base_layer()
         held = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         for name, data, value in values:

@@ -131,14 +131,11 @@ class LoraConfig:
         idle += idle_keys("rank_pattern", self.rank_pattern, linears)
         idle += idle_keys("alpha_pattern", self.alpha_pattern, linears)
         if self.bias != "none" and not biases:
-            idle.append(
-                f"bias: {self.bias!r} trains none, as no {'module' if self.bias == 'all' else 'target'} has one"
-            )
+            who = "module" if self.bias == "all" else "target"
+            idle.append(f"bias: {self.bias!r} trains none, as no {who} has one")
         stored = next((name for name, linear in linears.items() if not fan_in_fan_out(linear)), None)
         if self.fan_in_fan_out and stored is not None:
-            idle.append(
-                f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear; each layer knows how it is stored"
-            )
+            idle.append(f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear, which knows how it is stored")
         return linears, list(dict.fromkeys([*saved, *biases])), idle
 
     def plan(self, model: nn.Module) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -35,13 +35,14 @@ class Reads(TorchDispatchMode):
 
     supports_higher_order_operators = True  # which come to us as other operations do
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
         super().__init__()
         self.read: dict[nn.Module, str] = {}
         self.called: set[nn.Module] = set()
         self._spans = _spans(model, layers)
-        # storages of casts and copies; while there is a weak reference to one, no other storage gets its number
-        self._copies: dict[int, tuple[StorageWeakRef, list[_Span]]] = {}
+        self._copies: dict[int, list[_Span]] = {}  # of storages of casts and copies
+        # while there is a weak reference to a storage, no other storage gets its number
+        self._numbers = [StorageWeakRef(storage) for storage in map(_storage_of, layers) if storage is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,7 +60,8 @@ class Reads(TorchDispatchMode):
             for tensor in tensors(result):
                 storage = _storage(tensor)
                 if storage is not None and storage._cdata not in self._spans and tensor.dim() > 0:
-                    self._copies[storage._cdata] = (StorageWeakRef(storage), outside)
+                    self._copies[storage._cdata] = outside
+                    self._numbers.append(StorageWeakRef(storage))
         return result
 
     def _of(self, tensor: Tensor) -> list[_Span]:
@@ -68,7 +70,7 @@ class Reads(TorchDispatchMode):
         if storage is None:
             return []
         if storage._cdata in self._copies:
-            return self._copies[storage._cdata][1]
+            return self._copies[storage._cdata]
         begin, end = _extent(tensor)
         return [span for span in self._spans.get(storage._cdata, ()) if begin < span.end and span.begin < end]
 
@@ -112,6 +114,11 @@ def _spans(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, list[_Spa
                     if begin < span.end and span.begin < end and span.layer not in set(module.modules()):
                         span.others.add(id(module))
     return spans
+
+
+def _storage_of(layer: nn.Module) -> Any:
+    weight = weight_of(layer)
+    return None if weight is None else _storage(weight)
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH, LENGTH, SAMPLES = 2, 8, 16_000  # sequences, tokens of each, and of sound one second
+BATCH, LENGTH, SAMPLES = 2, 8, 4_000  # sequences, tokens of each, and of sound a quarter of a second
 _PARTS = ("vision_config", "audio_config", "text_config", "encoder", "decoder")
 
 

@@ -143,7 +143,7 @@ def target_linears(
     if exclude_modules is not None:
         idle += _idle_exclusions(exclude_modules, modules, wanted, found)
     if layers_to_transform is not None:
-        idle += _idle_layers(layers_to_transform, layers_pattern, numbers)
+        idle += _idle_layers(layers_to_transform, layers_pattern, left, numbers)
     return Targets({name: modules[name] for name in found}, idle)
 
 
@@ -343,10 +343,14 @@ def _idle_exclusions(names: Names, modules: Mapping[str, Any], wanted: list[str]
 
 
 def _idle_layers(
-    layers: Sequence[int], layers_pattern: Names | None, numbers: Mapping[str, int | None]
+    layers: Sequence[int], layers_pattern: Names | None, left: list[str], numbers: Mapping[str, int | None]
 ) -> Iterator[str]:
+    if not numbers:
+        yield "layers_to_transform: no effect, as all targets are named in full"
+        return
+    there = {layer_number(name, layers_pattern) for name in left}
     for number in dict.fromkeys(layers):
-        if number not in numbers.values():
+        if number not in there:
             yield f"layers_to_transform: no target lies in layer {number}"
     for name, taken in numbers.items():
         first, theirs = first_number(name), _passing_first_list(name)

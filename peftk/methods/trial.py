@@ -33,7 +33,7 @@ from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import is_linear
 
 _KEY = "_peftk_look"
-SECONDS = 10.0  # after which a run is given up
+SECONDS = 10.0  # of this thread's time, after which a run is given up
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _CALLS = ("forward", "_compiled_call_impl")  # of one module alone: compiled ones, and those with hooks of accelerate
 
@@ -166,14 +166,14 @@ class _OutOfTimeError(Exception):
 class _Trial(Reads):
     """Guesses values where a model asks for them, and ends a run that takes too long."""
 
-    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], deadline: float) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[nn.Module], deadline: float) -> None:
         super().__init__(model, layers)
         self.deadline = deadline
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise _OutOfTimeError
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -187,14 +187,18 @@ def _guess(func: Any, x: Tensor, *args: Any) -> Any:
     if func is aten._local_scalar_dense.default:
         return x.dtype != torch.bool and (1.0 if x.is_floating_point() else 1)
     if func is aten.nonzero.default:
-        return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
+        return _all_of(x)
     if func is aten.index.Tensor:
         indices: list[Tensor | None] = []
         for index in args[0]:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
-            indices += index.nonzero().unbind(1) if masks else [index]
+            indices += _all_of(index).unbind(1) if masks else [index]
         return aten.index.Tensor(x, indices)
     raise NotImplementedError(f"{func} on tensors without values")
+
+
+def _all_of(x: Tensor) -> Tensor:
+    return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
 
 
 def _run(
@@ -205,7 +209,7 @@ def _run(
     read: dict[nn.Module, str],
 ) -> bool:
     """Whether the model took one of these inputs all the way. Adds to `called` and `read` what was seen."""
-    deadline, inputs = time.monotonic() + SECONDS, list(inputs)
+    deadline, inputs = time.thread_time() + SECONDS, list(inputs)
     try:
         with _nothing_left_behind(model):
             mode = _fake_mode(model)
@@ -232,11 +236,11 @@ def _in_16_bit(tensor: Tensor) -> Tensor:
 
 
 def _goes_through(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) -> bool:
-    like = next((p for p in shadow.parameters() if p.is_floating_point()), torch.empty(0))
+    kinds = collections.Counter((p.device, p.dtype) for p in shadow.parameters() if p.is_floating_point())
+    (device, dtype), _ = kinds.most_common(1)[0]
 
     def fake(tensor: Tensor) -> Tensor:
-        dtype = like.dtype if tensor.is_floating_point() else None
-        made: Tensor = mode.from_tensor(tensor).to(like.device, dtype)
+        made: Tensor = mode.from_tensor(tensor).to(device, dtype if tensor.is_floating_point() else None)
         return made
 
     try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from peftk import checks, functional, interrupts
 from peftk.backends.merge_args import write
 from peftk.nn import shared
+from peftk.nn.parameters import own
 from peftk.nn.shared import Place
 from peftk.nn.watched import mergeable
 from peftk.receipt import BiasReceipt, merge_bias
@@ -112,11 +113,12 @@ def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
 
 
 def _check(layer: LoRALinear) -> None:
-    """What a merge changes is a Parameter, as torch would compute others anew without the adapter, and dense."""
+    """Raises ValueError where what a merge changes is computed, so that torch would make it anew without the adapter;
+    TypeError where it has no memory of its own."""
     for name in parts(layer):
-        if name not in layer._parameters and getattr(layer, name) is not None:
+        parameter = own(layer, name)
+        if parameter is not None and name not in layer._parameters:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
-        parameter: Any = layer._parameters[name]
         if parameter is not None or name == "weight":
             checks.dense(name, parameter)
 

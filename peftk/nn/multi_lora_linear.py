@@ -13,7 +13,7 @@ from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.table import Adapter
+from peftk.table import Adapter, in_rows
 
 
 class MultiLoRALinear(FrozenLinear):
@@ -41,7 +41,11 @@ class MultiLoRALinear(FrozenLinear):
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.bank = bank
         self.trained = nn.ModuleDict()
-        self.served = False  # by a MultiAdapter, whose routes count where no ids are given
+        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`peftk.route`)
+        self.served: route.Serving | None = None
+        self.batch_dim: int | None = None
+        self.doubt: str | None = None
+        self.rows_seen = False
 
     @classmethod
     def from_linear(
@@ -80,7 +84,7 @@ class MultiLoRALinear(FrozenLinear):
             lora_A: A [R, K]; lora_B: B [N, R], any R ≥ 1; both None for an adapter that is only a bias.
             scaling: s, dimensionless. bias: β [N]. bias_A: a [R]. activation: see `peftk.functional.lora_linear`.
             trainable: keep the tensors as Parameters of this module (under `trained`) rather than in the bank.
-            slot: the number to take; None takes the first free one.
+            slot: the number to take; None takes one that no adapter of this layer has had.
 
         Raises:
             ValueError, TypeError: a name in use, a full bank, or tensors that do not fit; nothing has changed then.
@@ -89,35 +93,41 @@ class MultiLoRALinear(FrozenLinear):
             return self.bank.add(
                 name, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias, slot=slot
             )
-        slot = self.bank.free_slot(name, slot)
+        number = self.bank.free_number(name, slot)
         checks.adapter_shapes(self.out_features, self.in_features, lora_A, lora_B, scaling, activation, bias_A, bias)
         parameters = _TrainedAdapter(scaling, activation)
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias)):
             parameters.register_parameter(key, _parameter(key, tensor, self.bank.dtype, self.bank.device))
-        self.bank.lend(name, parameters.adapter, slot)
-        self.trained[_module_name(slot)] = parameters
-        return slot
+        self.bank.lend(name, parameters.adapter, number)
+        self.trained[self._module_name(number)] = parameters
+        return number
 
     def remove_adapter(self, name: str) -> None:
         """Forgets an adapter and frees its slot and pages. Raises ValueError for an unknown name."""
         number = self.adapter_id(name)
         self.bank.remove(name)
-        if _module_name(number) in self.trained:
-            del self.trained[_module_name(number)]
+        if self._module_name(number) in self.trained:
+            del self.trained[self._module_name(number)]
 
     def adapter_id(self, name: str) -> int:
-        """The number that ids hold for this adapter. Raises ValueError for an unknown name."""
+        """The number that ids hold for this adapter, and for no later one. Raises ValueError for an unknown name."""
         return self.bank.number(name)
+
+    def _module_name(self, number: int) -> str:
+        # names of adapters may hold dots, which names of modules may not
+        return f"slot{number % len(self.bank.slots)}"
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """x [..., K] → y [..., N]. ids: int32 or int64, x.shape[:-1] (per token) or x.shape[:1] (per sequence).
 
         Without ids, those of the enclosing `MultiAdapter.route`; outside of one, the base layer alone.
         """
-        if ids is None and self.served:
+        order = None
+        if ids is not None:
+            ids = self.bank.slots_of(ids) if self.bank.reused else ids
+        elif self.served is not None:
             checks.stored("x", x)
-            current = route.current(trains=torch.is_grad_enabled() or self.training)
-            ids = None if current is None else current.rows(x)
+            ids, order = route.rows(self, x)
         weight, bias = self.matrix, own(self, "bias")
         if ids is None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
@@ -126,7 +136,17 @@ class MultiLoRALinear(FrozenLinear):
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
                 f"got {list(weight.shape)}"
             )
-        return functional.multi_lora_linear_unchecked(x, weight, bias, self.bank, ids)
+        y = functional.multi_lora_linear_unchecked(x, weight, bias, self.bank, ids)
+        if order is not None:
+            order.passed(x, y)
+        return y
+
+    def serve(self, serving: route.Serving, model: nn.Module, name: str) -> None:
+        """Without ids, the routes of a server are for this layer, which is to be `name` of its model."""
+        self.served = serving
+        names = name.split(".")[:-1]
+        around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+        self.batch_dim, self.doubt = route.batch_dim_of(around)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
@@ -153,8 +173,9 @@ class _TrainedAdapter(nn.Module):
 
     def adapter(self) -> Adapter:
         lora_A, lora_B, bias_A, bias_B = (own(self, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
-        pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
-        return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
+        pages_A, pages_B = (() if lora_A is None else (in_rows(lora_A),)), (() if lora_B is None else (lora_B,))
+        biases = (bias if bias is None else in_rows(bias) for bias in (bias_A, bias_B))
+        return Adapter(pages_A, pages_B, self.scaling, self.activation, *biases)
 
 
 @lasting()
@@ -168,8 +189,3 @@ def _parameter(name: str, tensor: Tensor | None, dtype: torch.dtype, device: tor
     if device.type != "meta":
         checks.dense(name, tensor)
     return nn.Parameter(tensor.detach().to(device, dtype, copy=True).contiguous())
-
-
-def _module_name(number: int) -> str:
-    # names of adapters may hold dots, which names of modules may not
-    return f"slot{number}"

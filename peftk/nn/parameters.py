@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,28 +24,33 @@ def dtype_beside(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dty
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def optimized(parameters: Collection[nn.Parameter]) -> tuple[nn.Parameter, torch.optim.Optimizer] | None:
-    """One of them that an optimizer holds, and the optimizer; None where none does.
+def optimized(modules: Iterable[nn.Module], names: Collection[str]) -> tuple[nn.Module, torch.optim.Optimizer] | None:
+    """A module of which an optimizer holds one of the Parameters of these names, and that; None where none does.
 
-    Python's garbage collector knows all objects, so this takes some 50 ms: for what is rarely done. An optimizer that
-    nobody can reach any more doesn't count.
+    Where anybody but the modules holds them, Python's garbage collector, which knows all objects, is asked for
+    optimizers: some 50 ms. One that nobody can reach any more doesn't count.
     """
-    if not parameters:
+    held = {
+        id(module._parameters[name]): module
+        for module in modules
+        for name in names
+        if sys.getrefcount(module._parameters[name]) > _ALONE
+    }
+    if not held or _optimized(held) is None:
         return None
-    found = _optimized(parameters)
-    if found is not None:
-        del found
-        gc.collect()
-        found = _optimized(parameters)
-    return found
+    gc.collect()
+    return _optimized(held)
 
 
-def _optimized(parameters: Collection[nn.Parameter]) -> tuple[nn.Parameter, torch.optim.Optimizer] | None:
-    wanted = {id(parameter): parameter for parameter in parameters}
+_probe = nn.Linear(1, 1)
+_ALONE = sys.getrefcount(_probe._parameters["weight"])  # of a Parameter that its module alone holds
+
+
+def _optimized(held: Mapping[int, nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer] | None:
     for one in gc.get_objects():
         if issubclass(type(one), torch.optim.Optimizer):
             for group in getattr(one, "param_groups", ()):  # one that is being made has none yet
                 for parameter in group["params"]:
-                    if id(parameter) in wanted:
-                        return wanted[id(parameter)], one
+                    if id(parameter) in held:
+                        return held[id(parameter)], one
     return None

@@ -99,7 +99,7 @@ class WatchedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             given = [tensor for tensor in tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
             result = func(*args, **kwargs)
-            computes = any(tensor.dim() > 0 for tensor in tensors(result))
+            computes = result is None or any(tensor.dim() > 0 for tensor in tensors(result))  # None of x[…] = weight
         origins = [origin for tensor in given if isinstance(tensor, cls) for origin in tensor._origins]
         if computes and any(not isinstance(tensor, cls) for tensor in given):
             for watch, reader in origins:
