@@ -153,6 +153,9 @@ def block(
 
 def block_input(x: Tensor, lora_A: Tensor) -> None:
     """x [..., K] before a series adapter with A [R, K]."""
+    floating("lora_A", lora_A)
+    if lora_A.dim() != 2:
+        raise ValueError(f"lora_A: expected shape [R, K], got {list(lora_A.shape)}")
     if width(x) != lora_A.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {lora_A.shape[1]}, got {list(x.shape)}")
     _beside(x, "the adapter", lora_A.device, lora_A.dtype)

@@ -78,7 +78,10 @@ def put_parameters(module: nn.Module, t: Tensors, *names: str) -> None:
 def parameter(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):
         return tensor
-    return nn.Parameter(tensor, requires_grad=False)
+    try:
+        return nn.Parameter(tensor, requires_grad=False)
+    except (RuntimeError, TypeError):  # of some there is none
+        return tensor
 
 
 FACTORS = ("lora_A", "lora_B", "bias_A", "bias_B")
@@ -86,7 +89,7 @@ FACTORS = ("lora_A", "lora_B", "bias_A", "bias_B")
 
 def linear(t: Tensors) -> nn.Linear:
     layer = nn.Linear(K, N)
-    put(layer, t, "weight", "bias")
+    put_parameters(layer, t, "weight", "bias")
     return layer
 
 
@@ -524,6 +527,7 @@ def _says(message: str) -> bool:
         "uninitialized parameter",
         "escaped from inside a function being vmapped",
         "OnlyLinear has no",
+        "not implemented for",
         "inference",
     )
     return "expected" in message or any(words in message for words in theirs)

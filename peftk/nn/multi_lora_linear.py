@@ -126,6 +126,7 @@ class MultiLoRALinear(FrozenLinear):
         if ids is not None:
             ids = self.bank.slots_of(ids) if self.bank.reused else ids
         elif self.served is not None:
+            checks.stored("x", x)
             ids, order = route.rows(self, x)
         weight, bias = self.matrix, own(self, "bias")
         if ids is None:
