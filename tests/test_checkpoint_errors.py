@@ -291,6 +291,10 @@ def other_cases(good: pathlib.Path) -> Iterator[Case]:
         load(good, Model().to("meta")), refused, "layer.0.query: expected a weight with memory in the model, got"
     )
 
+    half = Model()
+    half.layer[0]["query"].bias = nn.Parameter(torch.ones(6, device="meta"))
+    yield Case(load(good, half), refused, "query.bias: expected a place with memory in the model, got one on meta")
+
     # weights that are one
     def whole(*names: str) -> Callable[[Tensors, Fields], None]:
         def change(weights: Tensors, config: Fields) -> None:
@@ -339,9 +343,7 @@ def other_cases(good: pathlib.Path) -> Iterator[Case]:
 
     # peftk's format
     own = saved(_injected(), "own", format="peftk")
-    yield Case(
-        load(own, _injected().to("meta")), refused, "lora_A: expected a place with memory in the model, got one on"
-    )
+    yield Case(load(own, _injected().to("meta")), TypeError, "lora_A: expected a dense tensor, got a meta tensor")
     method = {"method": "LoraConfig", "r": 2, "target_modules": ["query", "value"]}
     for change, message in (
         (say(peftk=2), "expected peftk 1, got 2"),
