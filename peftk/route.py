@@ -266,7 +266,7 @@ class Entrance:
         outer = _call.get()
         if outer is not None and outer.forward.route is not route:
             outer = None
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and not t.is_nested]
         forward = _seen(route, tensors, None if outer is None else outer.forward)
         order = None if outer is None else outer.order
         begins = watched and order is None and self._looks(module, forward)

@@ -300,6 +300,8 @@ class MultiAdapter:
                 raise TypeError(
                     f"names: expected ids int32 or int64 of shape [B] or [B, T], got {ids.dtype} {list(ids.shape)}"
                 )
+            if not torch.compiler.is_compiling():
+                checks.dense("names", ids)
             numbers = set(ids.unique().tolist()) if ids.device.type == "cpu" else None
         else:
             given = self._numbers(names)
