@@ -75,7 +75,7 @@ def direct_multi_lora_linear(
 ) -> Tensor | None:
     """The same for many adapters. Raises ValueError for an id that is no adapter's."""
     server = _direct_server()
-    if server is None or table.slices > 1 or table.device.type != "cpu":
+    if server is None or not table.direct:
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, backends.direct_up_to(weight.dtype))
 

@@ -102,6 +102,11 @@ class AdapterTable:
         return len(self.adapters) // self.slices
 
     @functools.cached_property
+    def direct(self) -> bool:
+        """Whether the shortest way to the CPU's kernels may read it. Asked in every call."""
+        return self.slices == 1 and self.device.type == "cpu"
+
+    @functools.cached_property
     def slice_pages(self) -> tuple[int, ...]:
         """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
         return z_pages(self.adapters, self.slices)

@@ -125,7 +125,7 @@ static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N,
     PyObject* const args[] = {x_object, shape};
     PyObject* result = PyObject_VectorcallMethod(name, args, 2, nullptr);
     Py_DECREF(shape);
-    if (result && !view_of(result, &y)) Py_CLEAR(result);
+    if (result && !view_of(result, &y, true)) Py_CLEAR(result);
     if (result) *address = y.data;
     return result;
 }
@@ -239,7 +239,7 @@ static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
     bool any = false;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (in[i] == Py_None) continue;
-        if (!plain_view(in[i], &view)) Py_RETURN_FALSE;
+        if (!plain_view(in[i], &view) || !is_stored(in[i], view)) Py_RETURN_FALSE;
         if (!any) first = view, any = true;
         if (view.device_type != first.device_type || view.device_id != first.device_id) Py_RETURN_FALSE;
     }

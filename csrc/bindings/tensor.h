@@ -91,7 +91,7 @@ static inline bool is_stored(PyObject* object, const DLTensor& view) {
     return view.data && (offset + reach) * (view.bits / 8) <= bytes;
 }
 
-// Whether an object is a plain dense tensor, on any device. No exception.
+// What an object says of its elements, where it is exactly a tensor or a Parameter, on any device. No exception.
 static inline bool plain_view(PyObject* object, DLTensor* view) {
     const TensorTypes& types = tensor_types();
     if (!types.api || (Py_TYPE(object) != types.tensor && Py_TYPE(object) != types.parameter)) return false;
@@ -99,7 +99,7 @@ static inline bool plain_view(PyObject* object, DLTensor* view) {
         PyErr_Clear();  // a wrapper without storage (functorch), a sparse tensor: who is asked next says what is wrong
         return false;
     }
-    return is_stored(object, *view);
+    return true;
 }
 
 // A tensor on the CPU; valid as long as the object is.
@@ -117,10 +117,10 @@ struct View {
 constexpr int dl_type(int code, int bits) { return code << 8 | bits; }
 constexpr int kInt32Type = dl_type(0, 32), kInt64Type = dl_type(0, 64);
 
-// false, without an exception, for whatever is no plain tensor on the CPU.
-static inline bool view_of(PyObject* object, View* view) {
+// false, without an exception, for whatever is no plain dense tensor on the CPU. One that torch has just made is stored.
+static inline bool view_of(PyObject* object, View* view, bool just_made = false) {
     DLTensor tensor;
-    if (!plain_view(object, &tensor)) return false;
+    if (!plain_view(object, &tensor) || (!just_made && !is_stored(object, tensor))) return false;
     constexpr int kCpu = 1;
     if (tensor.device_type != kCpu || tensor.lanes != 1) return false;
     *view = {static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.ndim, tensor.shape, tensor.strides,
