@@ -341,16 +341,18 @@ def _checkpointing(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def remembered(value: T | None, *, trains: bool, name: str) -> T | None:
+def remembers(*, trains: bool) -> bool:
+    """Whether checkpoints may be on the way. trains: whether a backward may follow."""
+    return trains or torch._C._current_graph_task_id() != -1 or _checkpointed.get()
+
+
+def remembered(value: T | None, *, name: str) -> T | None:
     """`value`, left under `name` with the checkpoints on the way; within a recomputation, what the forward left there.
 
-    trains: whether a backward may follow, so that checkpoints on the way must remember it.
+    It looks at the whole stack: to be asked for where `remembers` says so.
     """
-    recomputes = torch._C._current_graph_task_id() != -1
-    if not (trains or recomputes or _checkpointed.get()):
-        return value
     checkpoints = list(_checkpoints())
-    if recomputes:
+    if torch._C._current_graph_task_id() != -1:
         value = next((getattr(c, name) for c in checkpoints if hasattr(c, name)), value)
     for checkpoint in checkpoints:
         setattr(checkpoint, name, value)

@@ -11,13 +11,18 @@ import sys
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftk import carry
 from peftk.row_order import RowOrder
+from peftk.table import AdapterTable
+
+if TYPE_CHECKING:
+    from peftk.bank import AdapterBank
+    from peftk.nn import MultiLoRALinear
 
 T = TypeVar("T")
 _Key = tuple[torch.Size, torch.device, int, int | None]
@@ -61,8 +66,8 @@ class Route:
         with torch.inference_mode(False):  # a forward that is trained may follow, and saves them
             self.ids = self.read(given.clone())
         self._laid_out: dict[_Key, Tensor] = {}
-        self.outside = Forward(self, 1, None, False)
-        self._forwards: dict[tuple[int, int | None, bool], Forward] = {}
+        # No forwards: they hold the route, and a circle would hold its adapters until the next garbage collection.
+        self._accepted: dict[tuple[int, int | None, bool], dict[_Key, Tensor]] = {}
         if self.capturing:
             _read_by_graphs[id(given)] = self
 
@@ -73,16 +78,9 @@ class Route:
             return slots
         return slots.repeat_interleave(self._lengths, output_size=self.tokens)
 
-    def forward(self, expand: int, length: int | None, matched: bool) -> Forward:
-        """Of a model whose input is [B · expand, length, …]."""
-        key = (expand, length, matched)
-        if key not in self._forwards:
-            self._forwards[key] = Forward(self, *key)
-        return self._forwards[key]
-
-    def rows(self, x: Tensor) -> Tensor:
-        """Of a layer that no model called."""
-        return self.outside.rows(x)
+    def forward(self, expand: int = 1, length: int | None = None, matched: bool = False) -> Forward:
+        """Of a model whose input is [B · expand, length, …]; without arguments, of a layer that no model called."""
+        return Forward(self, expand, length, matched, self._accepted.setdefault((expand, length, matched), {}))
 
     def dim(self, batch_dim: int | None) -> int:
         """Where the sequences lie in x of a layer that may know it itself."""
@@ -107,9 +105,10 @@ class Forward:
     where that is not known. matched: whether the model was called with B (times expand) sequences.
     """
 
-    def __init__(self, route: Route, expand: int, length: int | None, matched: bool) -> None:
-        self.route, self.expand, self.length, self.matched = route, expand, length, matched
-        self._rows: dict[_Key, Tensor] = {}
+    def __init__(
+        self, route: Route, expand: int, length: int | None, matched: bool, accepted: dict[_Key, Tensor]
+    ) -> None:
+        self.route, self.expand, self.length, self.matched, self._rows = route, expand, length, matched, accepted
 
     def rows(self, x: Tensor, batch_dim: int | None = None) -> Tensor:
         """Slots of shape x.shape[:-1]. batch_dim: where the layer knows it.
@@ -296,13 +295,13 @@ class Entrance:
 def _seen(route: Route, tensors: Sequence[Tensor], outer: Forward | None) -> Forward:
     """The route in a module that is called with these tensors, by another one or not."""
     if route.tokens is not None:
-        return route.outside
+        return route.forward()
     batch, shapes = route.given.shape[0], [t.shape for t in tensors]
     if route.batch_dim == 1:  # the model may be called with [B, T] all the same
         both = next((shape[:2] for shape in shapes if len(shape) > 1 and batch in shape[:2]), None)
         if both is not None:
             return route.forward(1, both[0] if both[1] == batch else both[1], True)
-        return route.outside if outer is None else outer
+        return route.forward() if outer is None else outer
     expand, matched, length = (1, False, None) if outer is None else (outer.expand, outer.matched, outer.length)
     if outer is None:
         first = next((s[0] for s in shapes if len(s) > 1), shapes[0][0] if shapes and shapes[0] else None)
@@ -328,25 +327,19 @@ def _expanded() -> int:
     return 1
 
 
-def current(serving: Serving, *, trains: bool) -> tuple[Forward | None, RowOrder | None]:
-    """The route of the enclosing `with`, or None outside of one; within a recomputation, that of the forward.
-
-    And who looks at the order of rows. trains: whether a backward may follow, so that checkpoints on the way must
-    remember the route.
-    """
+def current(serving: Serving) -> tuple[Forward | None, RowOrder | None]:
+    """The route of the enclosing `with`, or None outside of one. And who looks at the order of rows."""
     link = carry.innermost()
-    forward = order = None
-    if link is not None:
-        route: Route | None = link.value_for(serving)
-        call = _call.get()
-        if route is None:
-            _no_copy(link, serving)
-        elif call is None or call.forward.route is not route:
-            forward = route.outside
-        else:
-            forward, order = call.forward, call.order
-    remembered = carry.remembered(forward, trains=trains, name=serving.left)
-    return remembered, order if remembered is forward else None
+    if link is None:
+        return None, None
+    route: Route | None = link.value_for(serving)
+    if route is None:
+        _no_copy(link, serving)
+        return None, None
+    call = _call.get()
+    if call is None or call.forward.route is not route:
+        return route.forward(), None
+    return call.forward, call.order
 
 
 def _no_copy(link: carry.Link | None, serving: Serving) -> None:
@@ -359,24 +352,47 @@ def _no_copy(link: carry.Link | None, serving: Serving) -> None:
         link = link.outer
 
 
-def rows(layer: Any, x: Tensor) -> tuple[Tensor | None, RowOrder | None]:
-    """The slots for the rows of x, the input of a served layer; None outside of a route. And who looks at the order."""
+class Rows(NamedTuple):
+    """What a served layer computes x with: a slot for each row of x, the bank or the table of another time."""
+
+    slots: Tensor
+    bank: AdapterBank | AdapterTable
+    order: RowOrder | None  # who looks at the order of rows
+
+
+def rows(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Rows | None:
+    """For the input of a served layer; None outside of a route.
+
+    In a recomputation it is what the forward had: its route, and its table, since what is saved for the backward is as
+    large as that.
+    """
     if torch.compiler.is_compiling():
-        return _eagerly(_rows, layer, x, compiled=True)
-    return _rows(layer, x)
-
-
-def _rows(layer: Any, x: Tensor, *, compiled: bool = False) -> tuple[Tensor | None, RowOrder | None]:
-    forward, order = current(layer.served, trains=layer.training or torch.is_grad_enabled())
+        slots = _eagerly(_slots, layer, serving, x)
+        return None if slots is None else Rows(slots, layer.bank, None)
+    forward, order = current(serving)
+    bank: AdapterBank | AdapterTable = layer.bank
+    if carry.remembers(trains=layer.training or torch.is_grad_enabled()):
+        now = None if forward is None else (forward, layer.bank.table())
+        then = carry.remembered(now, name=f"{serving.left}_{id(layer)}")
+        forward, bank = (None, layer.bank) if then is None else then
+        order = order if then is now else None
     if forward is None:
-        return None, None
+        return None
     slots = forward.rows(x, layer.batch_dim)
     if (order is not None or not layer.rows_seen) and not forward.route.alike:
-        _look(layer, x, forward, order, compiled)
-    return slots, order
+        _look(layer, serving, x, forward, order)
+    return Rows(slots, bank, order)
 
 
-def _look(layer: Any, x: Tensor, forward: Forward, order: RowOrder | None, compiled: bool) -> None:
+def _slots(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Tensor | None:
+    """In a compiled graph, which other graphs interrupt, order is not looked at."""
+    forward, _ = current(serving)
+    if carry.remembers(trains=layer.training or torch.is_grad_enabled()):
+        forward = carry.remembered(forward, name=serving.left)
+    return None if forward is None else forward.rows(x, layer.batch_dim)
+
+
+def _look(layer: MultiLoRALinear, serving: Serving, x: Tensor, forward: Forward, order: RowOrder | None) -> None:
     """Raises ValueError where the order of rows is not that of the batch, or nobody knows."""
     if layer.doubt is not None and forward.route.batch_dim is None:
         raise ValueError(
@@ -385,8 +401,8 @@ def _look(layer: Any, x: Tensor, forward: Forward, order: RowOrder | None, compi
     if order is not None:
         order.look(x, forward.route.dim(layer.batch_dim))
         layer.rows_seen = layer.doubt is None
-    elif x.dim() == 2 and forward.matched and not compiled:
-        layer.served.looks = LOOKS
+    elif x.dim() == 2 and forward.matched:
+        serving.looks = LOOKS
         raise ValueError(
             f"route: expected a layer that had been called in the first forwards, in which the order of rows is looked "
             f"at, got another one, called with x {list(x.shape)}; call the model again, and it is looked at"

@@ -1,7 +1,7 @@
 """Which PEFT adapter serves which sample of a mixed batch (`adapter_names=`): read once a model forward.
 
 PEFT hands the names to every layer, which turns them into lists of indices, adapter by adapter. Here they become ids
-once, in one `peftk.route.Route` that all layers share, and so is what is derived from it (the sort of the rows).
+once, in one `peftk.route.Forward` that all layers share, and so is what is derived from it (the sort of the rows).
 
 Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are
 left with the checkpoints that a forward runs in, and the recomputation finds them there.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftk import carry
-from peftk.route import Route
+from peftk.route import Forward, Route
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -37,8 +37,8 @@ class Batch:
         return torch.tensor([numbers[name] for name in self.names], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
-    def route(self) -> Route:
-        return Route(self.ids())
+    def route(self) -> Forward:
+        return Route(self.ids()).forward()
 
     def of(self, names: Sequence[str]) -> Batch:
         """This batch, or one of other names in the same forward: generate() expands beams in the decoder alone."""
@@ -73,4 +73,6 @@ def at_hand(names: Sequence[str] | None) -> Batch | None:
         # a layer that is called by itself does not know whether a backward may follow (torch's reentrant checkpoints
         # run it under no_grad), so it takes it that one does
         batch = Batch(names, trains=True) if shared is None else shared.of(names)
-    return carry.remembered(batch, trains=batch is not None and batch.trains, name="_peftk_adapter_names")
+    if carry.remembers(trains=batch is not None and batch.trains):
+        batch = carry.remembered(batch, name="_peftk_adapter_names")
+    return batch

@@ -13,7 +13,7 @@ from peftk.lasting import lasting
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.table import Adapter, in_rows
+from peftk.table import Adapter, AdapterTable, in_rows
 
 
 class MultiLoRALinear(FrozenLinear):
@@ -122,12 +122,15 @@ class MultiLoRALinear(FrozenLinear):
 
         Without ids, those of the enclosing `MultiAdapter.route`; outside of one, the base layer alone.
         """
-        order = None
+        bank: AdapterBank | AdapterTable = self.bank
+        routed = None
         if ids is not None:
             ids = self.bank.slots_of(ids) if self.bank.reused else ids
         elif self.served is not None:
             checks.stored("x", x)
-            ids, order = route.rows(self, x)
+            routed = route.rows(self, self.served, x)
+            if routed is not None:
+                ids, bank = routed.slots, routed.bank
         weight, bias = self.matrix, own(self, "bias")
         if ids is None:
             return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
@@ -136,9 +139,9 @@ class MultiLoRALinear(FrozenLinear):
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
                 f"got {list(weight.shape)}"
             )
-        y = functional.multi_lora_linear_unchecked(x, weight, bias, self.bank, ids)
-        if order is not None:
-            order.passed(x, y)
+        y = functional.multi_lora_linear_unchecked(x, weight, bias, bank, ids)
+        if routed is not None and routed.order is not None:
+            routed.order.passed(x, y)
         return y
 
     def serve(self, serving: route.Serving, model: nn.Module, name: str) -> None:

@@ -232,7 +232,7 @@ def test_a_route_serves_inference_and_training(served: Served, monkeypatch: pyte
     x = torch.randn(3, 8)
     with server.route(["alice", None, "bob"]):
         with torch.inference_mode():
-            routed, _ = route.current(server._serving, trains=False)
+            routed, _ = route.current(server._serving)
             assert routed is not None
             assert not routed.rows(x).is_inference()
         model(x.requires_grad_()).sum().backward()
@@ -243,7 +243,7 @@ def test_what_was_sorted_ends_with_its_route(served: Served) -> None:
     model, server = served
     x = torch.randn(3, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
-        routed, _ = route.current(server._serving, trains=False)
+        routed, _ = route.current(server._serving)
         assert routed is not None
         model(x)
         held = weakref.ref(route.flat(routed.rows(x)))

@@ -118,7 +118,7 @@ def test_one_sort_serves_every_layer_of_a_route(executor: Executor) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
     server = peftk.MultiAdapter(model, max_adapters=4)
     with server.route(torch.tensor([2, -1, 0])):
-        routed, _ = peftk.route.current(server._serving, trains=False)
+        routed, _ = peftk.route.current(server._serving)
         assert routed is not None
         ids = peftk.route.flat(routed.rows(torch.randn(3, 8)))
         assert ids is not None
