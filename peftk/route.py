@@ -372,6 +372,7 @@ def rows(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Rows | None:
     forward, order = current(serving)
     bank: AdapterBank | AdapterTable = layer.bank
     if carry.remembers(trains=layer.training or torch.is_grad_enabled()):
+        now: tuple[Forward, AdapterBank | AdapterTable] | None
         now = None if forward is None else (forward, layer.bank.table())
         then = carry.remembered(now, name=f"{serving.left}_{id(layer)}")
         forward, bank = (None, layer.bank) if then is None else then

@@ -72,7 +72,7 @@ class RowOrder(TorchFunctionMode):
             return out
         if _name(func) == "__iter__":
             out = list(out)
-        self._follow(_Ran(_name(func), func, args, kwargs, self.batch), out)
+        self._follow(_Ran(_name(func), func, args, kwargs, self.batch, self._places), out)
         return iter(out) if _name(func) == "__iter__" else out
 
     def _follow(self, ran: _Ran, out: Any) -> None:
@@ -111,6 +111,7 @@ class _Ran(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     batch: int
+    places: WeakTensorKeyDictionary
 
     def place_or_none(self, t: Tensor, place: int, y: Tensor) -> Place | None:
         """`place`; None for arguments that are not understood."""
@@ -183,7 +184,7 @@ class _Ran(NamedTuple):
             advanced = not (i is None or isinstance(i, (slice, int)))
             if dim <= place < dim + taken:
                 if advanced and place == 0 and self._all_in_order(i):
-                    return 0
+                    return after
                 whole = isinstance(i, slice) and len(range(t.shape[place])[i]) == t.shape[place] and (i.step or 1) > 0
                 return after if whole else PICKED
             if advanced:
@@ -192,9 +193,9 @@ class _Ran(NamedTuple):
         return after + place - dim
 
     def _all_in_order(self, index: Any) -> bool:
-        """Whether it names each sequence once, in order, as in x[arange(B), last]."""
-        index = torch.as_tensor(index)
-        if index.shape != (self.batch,) or index.dtype == torch.bool:
+        """Whether it names each sequence once, in order, as in x[arange(B), last], and will do so in every forward: one
+        that was made of the inputs does so by chance."""
+        if not isinstance(index, Tensor) or index in self.places or index.shape != (self.batch,) or _is_mask(index):
             return False
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return False

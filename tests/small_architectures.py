@@ -83,6 +83,14 @@ def inputs(model: nn.Module, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, **({"decoder_input_ids": ids[:, :length]} if "decoder_input_ids" in takes else {})}
 
 
+def output(found: Any) -> Tensor:
+    """What a model says of its batch."""
+    for name in ("logits", "last_hidden_state", "pooler_output"):
+        if isinstance(getattr(found, name, None), Tensor):
+            return getattr(found, name)
+    return found[0]
+
+
 def _shrink(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
     for part in vars(config).values():
         if isinstance(part, transformers.PretrainedConfig):
