@@ -148,6 +148,7 @@ def _fill(model: nn.Module, contents: _Contents, path: Path) -> None:
     places: list[tuple[Tensor, Tensor, Tensor]] = []  # where to, what, and what is there
     for name, value in contents.tensors.items():
         checks.dense(name, state[name])
+        checks.writable(name, state[name])
         place = state[name].detach()
         if isinstance(state[name], nn.Parameter):
             files.finite(path, name, value)

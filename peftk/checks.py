@@ -50,9 +50,12 @@ def dense(name: str, tensor: Tensor) -> None:
 
 def for_torch(**tensors: Tensor) -> None:
     """What a layer of plain torch operations is given: tensors of floats that torch can read, with tangents kept."""
-    if not storage.dense(*tensors.values()):
-        for name, tensor in tensors.items():
+    plain, first = storage.dense(*tensors.values()), next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if not plain:
             floating(name, tensor)
+            same_device(name, tensor, first.device, "the input")
+        of_floats(name, tensor.dtype)
     keeps_tangents(*tensors.values())
 
 

@@ -201,6 +201,9 @@ def _multi(
         if weight is not None:
             checks.base(weight, bias)
         adapters = bank.adapters
+        for tensor in autograd.flat_tensors(adapters):
+            checks.floating("adapter", tensor)
+            checks.same_device("adapter", tensor, x.device, "x")
         checks.bank(adapters, bank.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
         flat = flat_ids(ids, x)
         if not recorded:

@@ -76,8 +76,8 @@ static inline void use_tensor_types(PyObject* tensor, PyObject* parameter, const
     PyErr_Clear();
 }
 
-// Whether the elements are where a view says: in memory that reaches as far (untyped_storage().resize_ frees it behind a
-// tensor's back, as FSDP and offloading do), and not to be negated on the way (the imaginary part of a conjugate).
+// Whether the elements are where a view says: in memory that reaches as far (untyped_storage().resize_ frees it behind
+// a tensor's back, as FSDP and offloading do), and not to be negated on the way (the imaginary part of a conjugate).
 static inline bool is_stored(PyObject* object, const DLTensor& view) {
     const TensorTypes& types = tensor_types();
     const StorageAPI& storage = types.storage;
@@ -117,7 +117,8 @@ struct View {
 constexpr int dl_type(int code, int bits) { return code << 8 | bits; }
 constexpr int kInt32Type = dl_type(0, 32), kInt64Type = dl_type(0, 64);
 
-// false, without an exception, for whatever is no plain dense tensor on the CPU. One that torch has just made is stored.
+// false, without an exception, for whatever is no plain dense tensor on the CPU. One that torch has just made is
+// stored.
 static inline bool view_of(PyObject* object, View* view, bool just_made = false) {
     DLTensor tensor;
     if (!plain_view(object, &tensor) || (!just_made && !is_stored(object, tensor))) return false;
