@@ -15,7 +15,7 @@ import peftk
 from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.model import lora_layers
 from tests.failures import ERRORS, OURS, count, differences, everything, failing
-from tests.tiers import FULL
+from tests.tiers import LONG
 
 K = 12
 
@@ -130,7 +130,7 @@ OURS_ONLY: dict[str, Operation] = {
 }
 
 
-@pytest.mark.parametrize("places", [12, pytest.param(None, marks=FULL)])
+@pytest.mark.parametrize("places", [12, pytest.param(None, marks=LONG)])
 @pytest.mark.parametrize("operation", OURS_ONLY)
 def test_any_call_of_ours_fails(operation: str, places: int | None) -> None:
     make, act = OURS_ONLY[operation]
@@ -222,7 +222,7 @@ PEFTS: dict[str, Operation] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("places", [8, pytest.param(None, marks=FULL)])
+@pytest.mark.parametrize("places", [8, pytest.param(None, marks=LONG)])
 @pytest.mark.parametrize("operation", PEFTS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_any_call_of_pefts_fails(operation: str, places: int | None) -> None:

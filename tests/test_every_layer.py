@@ -84,8 +84,8 @@ def in_place(entry: Entry, made: Made, mode: str) -> None:
     ("entry", "frozen", "mode"),
     [
         *((entry, False, "eager") for entry in LAYERS),
-        *spread(itertools.product(LAYERS, [True], ["eager"]), default=8),
-        *spread(itertools.product(LAYERS, [False, True], ["checkpoint reentrant", "checkpoint"]), default=20),
+        *spread(itertools.product(LAYERS, [True], ["eager"]), default=6, full=12),
+        *spread(itertools.product(LAYERS, [False, True], ["checkpoint reentrant", "checkpoint"]), default=12, full=24),
     ],
     ids=named,
 )
@@ -98,7 +98,7 @@ def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool
 @pytest.mark.parametrize(
     ("entry", "mode", "frozen"),
     [
-        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=3),
+        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=3, full=8),
         pytest.param(by_name("lora plain"), "inductor", False),
         pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
     ],
@@ -109,7 +109,9 @@ def test_an_output_changed_in_place_trains_compiled(entry: Entry, mode: str, fro
 
 
 @pytest.mark.parametrize(
-    ("entry", "backend"), spread(itertools.product(LAYERS, ["reference", "gemm", "cpu"]), default=15), ids=named
+    ("entry", "backend"),
+    spread(itertools.product(LAYERS, ["reference", "gemm", "cpu"]), default=10, full=20),
+    ids=named,
 )
 def test_an_output_changed_in_place_trains_on_each_backend(
     entry: Entry, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -124,7 +126,9 @@ def test_an_output_changed_in_place_trains_on_each_backend(
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-@pytest.mark.parametrize(("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=45), ids=named)
+@pytest.mark.parametrize(
+    ("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=20, full=30), ids=named
+)
 def test_an_output_is_nobody_elses_memory(entry: Entry, mode: str) -> None:
     """Also where it is the input's values: changing it changes neither the input nor a Parameter."""
     made = entry.make()
@@ -350,7 +354,9 @@ def computed(made: Made) -> None:
 REPLACE = [assigned, new_values, other_strides, set_anew, put_in_the_dict, swapped, overwritten, computed]
 
 
-@pytest.mark.parametrize(("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=50), ids=named)
+@pytest.mark.parametrize(
+    ("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=25, full=40), ids=named
+)
 def test_gradients_reach_the_parameters_that_the_module_has_now(entry: Entry, replace: Callable[[Made], None]) -> None:
     """Whatever a layer has kept of earlier calls."""
     if replace is assigned and entry.name.startswith("lora merged"):

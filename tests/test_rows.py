@@ -306,7 +306,7 @@ EXPERTS = [
 ]
 
 
-@pytest.mark.parametrize(("dispatch", "count", "top", "listed", "shape"), tiers.spread(EXPERTS, default=12))
+@pytest.mark.parametrize(("dispatch", "count", "top", "listed", "shape"), tiers.spread(EXPERTS, default=6, full=18))
 def test_experts(
     dispatch: str, count: int, top: int, listed: bool, shape: tuple[int, ...], tmp_path: pathlib.Path
 ) -> None:
@@ -373,7 +373,7 @@ def test_common_architectures(name: str, found: str, tmp_path: pathlib.Path) -> 
     assert architecture(name, tmp_path) == [found] * 3  # XLNet is time-major inside
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_some_architectures(tmp_path: pathlib.Path) -> None:
     found = [architecture(name, tmp_path / name) for name in small_architectures.NAMES[::12]]
     assert sum(one is not None for one in found) >= 10

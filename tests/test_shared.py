@@ -51,7 +51,7 @@ def test_tensors_that_meet(one: Tensor, other: Tensor, meet: bool) -> None:
     assert list(memory.overlapping([torch.zeros(3), other, torch.zeros(4), one])) == [(1, 3)] * meet
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20))])
+@pytest.mark.parametrize("seed", spread(range(20), default=1, full=4))
 def test_any_views_of_one_memory(seed: int) -> None:
     """Beside the sets of their elements' addresses."""
     rng = random.Random(seed)
@@ -158,7 +158,7 @@ def refusal(case: Sharing) -> str:
 
 
 @pytest.mark.parametrize(
-    ("case", "merge"), spread(itertools.product(SHARING, MERGES), default=24), ids=lambda value: value
+    ("case", "merge"), spread(itertools.product(SHARING, MERGES), default=24, full=24), ids=lambda value: value
 )
 def test_a_merge_into_what_another_module_holds(case: str, merge: str) -> None:
     given = SHARING[case]
@@ -298,7 +298,7 @@ PEFT_MERGES: dict[str, Callable[..., None]] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "merge"), spread(itertools.product(SHARING, PEFT_MERGES), default=16), ids=lambda value: value
+    ("case", "merge"), spread(itertools.product(SHARING, PEFT_MERGES), default=16, full=16), ids=lambda value: value
 )
 @pytest.mark.filterwarnings("ignore:Model with `tie_word", "ignore:Input and output", "ignore:fan_in_fan_out")
 def test_pefts_merge_into_what_another_module_holds(case: str, merge: str) -> None:
