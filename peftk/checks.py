@@ -50,6 +50,8 @@ def dense(name: str, tensor: Tensor) -> None:
 
 def for_torch(**tensors: Tensor) -> None:
     """What a layer of plain torch operations is given: tensors of floats that torch can read, with tangents kept."""
+    if torch.compiler.is_compiling():  # torch says what it can't record
+        return
     plain, first = storage.dense(*tensors.values()), next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if not plain:

@@ -250,12 +250,16 @@ class Entrance:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
-            return _eagerly(self._before, module, args, kwargs, watched=False)
+            from peftk.eagerly import eagerly  # torch's compiler takes seconds to import, and is there now
+
+            return eagerly(self._before, module, args, kwargs, watched=False)
         self._before(module, args, kwargs, watched=True)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
-            return _eagerly(self._after, module)
+            from peftk.eagerly import eagerly
+
+            return eagerly(self._after, module)
         self._after(module)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, watched: bool) -> None:
@@ -367,13 +371,15 @@ def rows(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Rows | None:
     large as that.
     """
     if torch.compiler.is_compiling():
-        slots = _eagerly(_slots, layer, serving, x)
+        from peftk.eagerly import eagerly
+
+        slots = eagerly(_slots, layer, serving, x)
         return None if slots is None else Rows(slots, layer.bank, None)
     forward, order = current(serving)
     bank: AdapterBank | AdapterTable = layer.bank
     if carry.remembers(trains=layer.training or torch.is_grad_enabled()):
         now: tuple[Forward, AdapterBank | AdapterTable] | None
-        now = None if forward is None else (forward, layer.bank.table())
+        now = None if forward is None else (forward, layer.bank.table() or layer.bank)
         then = carry.remembered(now, name=f"{serving.left}_{id(layer)}")
         forward, bank = (None, layer.bank) if then is None else then
         order = order if then is now else None
@@ -432,9 +438,3 @@ def left(route: Route) -> None:
         call.leave()
         call = call.outer
     _call.set(call)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _eagerly(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """What a compiled graph can't hold, for it differs from call to call."""
-    return function(*args, **kwargs)

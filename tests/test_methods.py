@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import pathlib
 import pickle
-import re
 from typing import Any
 
 import numpy as np
@@ -676,11 +674,3 @@ def test_the_table_knows_every_attention() -> None:
     with pytest.raises(ValueError, match=r"where: expected a model with layers of a known family \(bert, gpt2"):
         peftk.inject(decoder, METHODS["series"])
     assert LlamaAdapter.name == "llama_adapter"
-
-
-@pytest.mark.parametrize("page", ["series_adapter", "parallel_adapter", "bitfit", "llama_adapter", "layers"])
-def test_the_lines_of_a_page_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "methods" / f"{page}.md").read_text()
-    [lines] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec(compile(lines, page, "exec"), {})
-    assert "|Φ| = " in capsys.readouterr().out

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import peftk
 from peftk import backends
@@ -115,22 +115,18 @@ def test_launches_depend_on_the_numbers_of_rows_and_adapters_alone(executor: Exe
 
 
 def test_one_sort_serves_every_layer_of_a_route(executor: Executor) -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
-    server = peftk.MultiAdapter(model, max_adapters=4)
-    with server.route(torch.tensor([2, -1, 0])):
-        routed, _ = peftk.route.current(server._serving)
-        assert routed is not None
-        ids = peftk.route.flat(routed.rows(torch.randn(3, 8)))
-        assert ids is not None
-        first = sorting.of(ids, 4)
-        executor.reset()
-        assert sorting.of(ids, 4) is first
-        assert executor.statistics.launches == 0
-        with backends.forcing("reference"):  # a forced backend uses no other's
-            forced = sorting.of(ids, 4)
-        assert executor.statistics.launches == 0
-        assert forced is not first
-        assert all(map(torch.equal, forced, first))
+    routed = peftk.route.Route(torch.tensor([2, -1, 0])).forward()
+    ids = peftk.route.flat(routed.rows(torch.randn(3, 8)))
+    assert ids is not None
+    first = sorting.of(ids, 4)
+    executor.reset()
+    assert sorting.of(ids, 4) is first
+    assert executor.statistics.launches == 0
+    with backends.forcing("reference"):  # a forced backend uses no other's
+        forced = sorting.of(ids, 4)
+    assert executor.statistics.launches == 0
+    assert forced is not first
+    assert all(map(torch.equal, forced, first))
 
 
 @pytest.mark.parametrize(
