@@ -55,7 +55,7 @@ def test_tensors_that_meet(one: Tensor, other: Tensor, meet: bool) -> None:
 def test_any_views_of_one_memory(seed: int) -> None:
     """Beside the sets of their elements' addresses."""
     rng = random.Random(seed)
-    held = torch.arange(60)
+    held = torch.arange(80)
     for _ in range(60):
         views, places = [], []
         for _ in range(4):
@@ -297,8 +297,30 @@ PEFT_MERGES: dict[str, Callable[..., None]] = {
 }
 
 
+@pytest.mark.parametrize("untie", [False, True])
+@pytest.mark.parametrize("merge", PEFT_MERGES)
+def test_pefts_merge_into_a_module_that_stands_elsewhere_too(merge: str, untie: bool) -> None:
+    """PEFT adapts one of its places; the other one is the base layer itself, which no copy of its weight parts."""
+    peft = pytest.importorskip("peft")
+    given = SHARING["one of two places"]
+    model = peftk.accelerate(
+        peft.get_peft_model(given.make(), peft.LoraConfig(target_modules=["a"], init_lora_weights=False))
+    )
+    base = model.base_model.model
+    before, was = values(base), dict(base.named_modules())
+    with pytest.raises(
+        ValueError, match=r"weight: expected that of a module in one place of the model, got one that is"
+    ):
+        PEFT_MERGES[merge](model, base.a, untie=untie)
+    assert dict(base.named_modules()) == was
+    assert not base.a.merged
+    assert equal(values(base), before)
+
+
 @pytest.mark.parametrize(
-    ("case", "merge"), spread(itertools.product(SHARING, PEFT_MERGES), default=16, full=16), ids=lambda value: value
+    ("case", "merge"),
+    spread(itertools.product(sorted({*SHARING} - {"one of two places"}), PEFT_MERGES), default=16, full=16),
+    ids=lambda value: value,
 )
 @pytest.mark.filterwarnings("ignore:Model with `tie_word", "ignore:Input and output", "ignore:fan_in_fan_out")
 def test_pefts_merge_into_what_another_module_holds(case: str, merge: str) -> None:

@@ -31,11 +31,15 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Noted on a layer: another module holds the same memory as this Parameter, in `other`."""
+    """Noted on a layer: another module holds the same memory as this Parameter, in `other`.
+
+    whole: the module that holds the Parameter stands there itself, so that no copy of the Parameter parts the two.
+    """
 
     name: str
     parameter: nn.Parameter
     other: str
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,20 @@ def conflicts(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, st
     return list(found.values())
 
 
+def elsewhere(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, str]]:
+    """The places whose owner, a module within a layer, stands outside of it too, and the Parameter's name there."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    found = []
+    for place in places:
+        layers = tuple(f"{path}." for path in paths.get(id(place.module), ()))
+        outside = [path for path in paths.get(id(place.owner), ()) if not path.startswith(layers)]
+        if place.owner is not place.module and outside:
+            found.append((place, f"{outside[0]}.{place.name}"))
+    return found
+
+
 def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the module itself: Parameters, buffers, attributes, and what lies in lists and dicts there."""
     for attribute, value in module.__dict__.items():
@@ -78,13 +96,26 @@ def note(model: nn.Module, places: Sequence[Place]) -> None:
     for place, other in conflicts(model, places):
         noted = place.module.__dict__.setdefault(_NOTED, [])
         noted.append(Shared(place.name, getattr(place.owner, place.name), other))
+    for place, other in elsewhere(model, places):
+        noted = place.module.__dict__.setdefault(_NOTED, [])
+        noted.append(Shared(place.name, getattr(place.owner, place.name), other, whole=True))
 
 
-def refuse_noted(layer: nn.Module, names: Sequence[str] = ("weight",)) -> None:
-    """Raises ValueError where one of the layer's Parameters of these names was noted as shared, and is there still."""
+def refuse_noted(layer: nn.Module, names: Sequence[str] = ("weight",), *, untie: bool = False) -> None:
+    """Raises ValueError where one of the layer's Parameters of these names was noted as shared, and is there still.
+
+    untie: the layer is to get copies, so only what copies cannot part is refused.
+    """
     for shared in layer.__dict__.get(_NOTED, ()):
         if shared.name in names and any(shared.parameter is parameter for parameter in layer.parameters()):
-            raise ValueError(message(shared.name, shared.other))
+            if shared.whole:
+                raise ValueError(two_places(shared.name, shared.other))
+            if not untie:
+                raise ValueError(message(shared.name, shared.other))
+
+
+def two_places(name: str, other: str) -> str:
+    return f"{name}: expected that of a module in one place of the model, got one that is {other} too"
 
 
 def message(name: str, other: str) -> str:
