@@ -410,3 +410,23 @@ def test_recorders_of_ops_see_ours(record) -> None:  # type: ignore[no-untyped-d
     with torch.no_grad():
         assert torch.equal(record(lora, x)(other), lora(other))
         assert torch.equal(record(multi, x, ids)(other, ids), multi(other, ids))
+
+
+@pytest.mark.parametrize("kind", ["LoRALinear", "MultiLoRALinear", "BitFitLinear", "ParallelAdapterLinear"])
+def test_hooks_of_the_linear_are_the_layers(kind: str) -> None:
+    """Of every sort that torch has."""
+    linear, called = nn.Linear(8, 8), []
+    linear.register_forward_pre_hook(lambda *_: called.append("forward pre"))
+    linear.register_forward_hook(lambda *_: called.append("forward"))
+    linear.register_full_backward_pre_hook(lambda *_: called.append("backward pre"))
+    linear.register_full_backward_hook(lambda *_: called.append("backward"))
+    linear.register_state_dict_pre_hook(lambda *_: called.append("state_dict pre"))
+    linear._register_state_dict_hook(lambda *_: called.append("state_dict"))
+    linear.register_load_state_dict_pre_hook(lambda *_: called.append("load pre"))
+    linear.register_load_state_dict_post_hook(lambda *_: called.append("load"))
+    made = peftk.nn.ParallelAdapterLinear.from_linear(linear, bottleneck=2) if "Parallel" in kind else None
+    layer = made or getattr(peftk.nn, kind).from_linear(linear)
+    layer(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    layer.load_state_dict(layer.state_dict())
+    forward = ["forward pre", "forward", "backward pre", "backward"]
+    assert called == [*forward, "state_dict pre", "state_dict", "load pre", "load"]

@@ -19,6 +19,10 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -70,4 +74,5 @@ def take_place(layer: Layer, linear: nn.Module) -> Layer:
     layer._modules.update(linear._modules)
     for hooks in _HOOKS:
         getattr(layer, hooks).update(getattr(linear, hooks))
+    layer._is_full_backward_hook = linear._is_full_backward_hook  # which torch asks before it runs backward hooks
     return layer.train(linear.training)
