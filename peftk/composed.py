@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftk import backends, checks, storage
+from peftk.autograd import flat_tensors
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
 from peftk.table import Adapter
 
@@ -75,7 +76,7 @@ def multi_lora_linear(
     backend: str | None,
 ) -> Tensor:
     """x [..., K], ids int32 [M] → y [..., N]. adapters, columns: as in `peftk.table.AdapterTable`."""
-    tensors = [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
+    tensors = flat_tensors(tuple(adapters))
     count = len(adapters) // max(len(columns) - 1, 1)
     with _said("multi_lora_linear", (x, weight, bias, ids, seed, *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])

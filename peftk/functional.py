@@ -519,7 +519,6 @@ def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
     checks.dense("weight", weight)
     _receipt(receipt)
     checks.floating("weight", weight)
-    checks.dense("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape {list(receipt.shape)} of the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
