@@ -1,7 +1,7 @@
 """MiniLM under plain HF PEFT and under `peftk.accelerate`, side by side.
 
 A LoRA of rank 16 on every linear. Both sides start from one PEFT model and are compared numerically before they are
-timed; every repetition runs each once, and the medians are divided (`peftk.benchmark.timing`).
+timed; every repetition runs each once, and the medians are divided (`peftk.system.timing`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import peftk
-from peftk.benchmark.timing import interleave
-from peftk.demo.minilm import MiniLM, embed
+from peftk.system.timing import interleave
+from peftk.tools.minilm import MiniLM, embed
 
 NAMES = [f"user{number}" for number in range(8)]
 TEXTS = [

@@ -1,4 +1,4 @@
-"""The measurements of `peftk.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one group.
+"""The measurements of `peftk.tools.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one group.
 
     pytest bench --benchmark-autosave          # and again after a change, then
     pytest-benchmark compare --group-by=fullname
@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from peftk.benchmark.common import Case, Shape, side_names
-from peftk.benchmark.run import MODULES, Options, rows
+from peftk.tools.benchmark.common import Case, Shape, side_names
+from peftk.tools.benchmark.run import MODULES, Options, rows
 
 SECONDS = 0.3
 ROUNDS = (3, 200)

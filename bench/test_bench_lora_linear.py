@@ -1,4 +1,4 @@
-"""See peftk/benchmark/lora_linear.py."""
+"""See peftk/tools/benchmark/lora_linear.py."""
 
 import common
 import pytest

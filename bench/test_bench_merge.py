@@ -1,4 +1,4 @@
-"""See peftk/benchmark/merge.py."""
+"""See peftk/tools/benchmark/merge.py."""
 
 import common
 import pytest

@@ -1,4 +1,4 @@
-"""See peftk/benchmark/multi_lora_linear.py."""
+"""See peftk/tools/benchmark/multi_lora_linear.py."""
 
 import common
 import pytest

@@ -1,4 +1,4 @@
-"""See peftk/benchmark/train.py."""
+"""See peftk/tools/benchmark/train.py."""
 
 import common
 import pytest

@@ -5,30 +5,30 @@ Linear replacements. See README.md for a tour, `peftk.explain` for what serves a
 """
 
 from peftk import functional
-from peftk.accounting import ParameterCount, count_parameters
-from peftk.backends import BackendError
-from peftk.bank import AdapterBank, PackedBank
-from peftk.carry import carry_route
-from peftk.checkpoint import load_adapter, save_adapter
-from peftk.combine import combine, combine_checkpoints
+from peftk.adapters.bank import AdapterBank, PackedBank
+from peftk.adapters.carry import carry_route
+from peftk.backends.call import BackendError
+from peftk.checkpoints.files import CheckpointError
+from peftk.checkpoints.peft import LoadedAdapter
+from peftk.checkpoints.store import load_adapter, save_adapter
 from peftk.explain import explain
 from peftk.functional import MergeReceipt
-from peftk.interop.files import CheckpointError
-from peftk.interop.peft_checkpoint import LoadedAdapter
 from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.adapterhub import AdapterHubConfig
 from peftk.methods.bitfit import BitFitConfig
+from peftk.methods.inject import inject
 from peftk.methods.layers import FullConfig, HeadConfig, TopLayersConfig
 from peftk.methods.llama_adapter import LlamaAdapterConfig
 from peftk.methods.lora import LoraConfig
 from peftk.methods.parallel import ParallelAdapterConfig
 from peftk.methods.plan import freeze
 from peftk.methods.series import SeriesAdapterConfig
-from peftk.model import inject
-from peftk.model_merge import merge_adapter, merged, switch_adapter, unmerge_adapter
+from peftk.models.accounting import ParameterCount, count_parameters
+from peftk.models.combine import combine, combine_checkpoints
+from peftk.models.merging import merge_adapter, merged, switch_adapter, unmerge_adapter
+from peftk.models.server import MultiAdapter
 from peftk.nn import LoRALinear, MultiLoRALinear
-from peftk.server import MultiAdapter
-from peftk.tuning import tune
+from peftk.tuning.tune import tune
 
 __version__ = "0.1.0"
 

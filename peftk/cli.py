@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
-from peftk import extras
+from peftk.system import extras
 
 T = TypeVar("T")
 
@@ -36,8 +36,8 @@ def demo(out: Path, quick: bool) -> None:
     Adapts every linear of all-MiniLM-L6-v2; compares latency per rank with the plain model and HF PEFT; serves LoRAs of
     many ranks in one batch; trains one; merges and unmerges exactly. Exits with 1 if any check fails.
     """
-    from peftk import demo as demo_package
-    from peftk.backends import BackendError
+    from peftk.backends.call import BackendError
+    from peftk.tools import demo as demo_package
 
     try:
         passed = demo_package.run(out, _console(), quick=quick)
@@ -146,7 +146,7 @@ def bench(
     """
     import torch
 
-    from peftk.backends import BackendError
+    from peftk.backends.call import BackendError
 
     chosen = {name: value for name, value in asked.items() if value is not None}
     files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
@@ -223,11 +223,11 @@ def _fits_counted(
 
 
 def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
-    from peftk.benchmark import report
-    from peftk.benchmark.counted import peers, run
-    from peftk.benchmark.counted import report as shown
-    from peftk.benchmark.counted.work import H100
-    from peftk.benchmark.environment import environment
+    from bench.counted import peers, run
+    from bench.counted import report as shown
+    from bench.counted.work import H100
+    from peftk.tools.benchmark import report
+    from peftk.tools.benchmark.environment import environment
 
     options = run.Options(**asked)
     counted = run.count(options)
@@ -252,10 +252,10 @@ def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Pat
 
 
 def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
-    from peftk.benchmark import report
-    from peftk.benchmark.common import Record
-    from peftk.benchmark.environment import environment
-    from peftk.benchmark.run import Options, measure_all
+    from peftk.tools.benchmark import report
+    from peftk.tools.benchmark.common import Record
+    from peftk.tools.benchmark.environment import environment
+    from peftk.tools.benchmark.run import Options, measure_all
 
     if files["plot"] is not None:
         extras.require("bench", "--plot", ["matplotlib"])
@@ -273,8 +273,8 @@ def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | 
 
 
 def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
-    from peftk.benchmark import report, suite
-    from peftk.benchmark.environment import environment
+    from peftk.tools.benchmark import report, suite
+    from peftk.tools.benchmark.environment import environment
 
     options = suite.Options(**asked)
     where = environment()
@@ -328,7 +328,7 @@ def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
         _interpret()
     _need_device(device)
 
-    from peftk import selftest as package
+    from peftk.tools import selftest as package
 
     if out is None and device != "cpu":
         out = Path("peftk-selftest")
@@ -341,11 +341,12 @@ def _interpret() -> None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
-    from peftk import backends
+    from peftk.backends import choice
+    from peftk.backends.call import BackendError
 
     try:
-        interprets = backends.module("triton").INTERPRETED
-    except backends.BackendError as error:
+        interprets = choice.module("triton").INTERPRETED
+    except BackendError as error:
         raise click.ClickException(f"--device interpreter: {error}") from error
     if not interprets:
         raise click.ClickException("--device interpreter: triton was imported before, without TRITON_INTERPRET=1")
@@ -362,45 +363,45 @@ def tune(forget: bool) -> None:
     """
     from rich.table import Table
 
-    from peftk import tuning
     from peftk.backends import measured
+    from peftk.tuning import tune
 
     console = _console()
     try:
         if forget:
-            console.print("Forgotten." if tuning.forget() else "Nothing was measured on this machine.")
+            console.print("Forgotten." if tune.forget() else "Nothing was measured on this machine.")
             return
         with console.status("") as status:
-            found = tuning.tune(lambda what: status.update(f"[dim]{what}"))
+            found = tune.tune(lambda what: status.update(f"[dim]{what}"))
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
     console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
     console.print("[bold]Bold[/]: `gemm` serves such calls from now on; all others are served by `cpu`.")
-    table = Table("operation", "K = N", *(f"M = {M}" for M in tuning.TOKENS))
+    table = Table("operation", "K = N", *(f"M = {M}" for M in tune.TOKENS))
     for key, points in found.items():
         margin = measured.margin(key)
-        for dim in tuning.DIMS:
+        for dim in tune.DIMS:
             gains = {point.M: point.gain for point in points if point.dim == dim}
-            cells = (f"{gains[M]:.2f}" if M in gains else "small" for M in tuning.TOKENS)
+            cells = (f"{gains[M]:.2f}" if M in gains else "small" for M in tune.TOKENS)
             bold = (
-                f"[bold]{c}[/]" if gains.get(M, 0) >= margin else c for M, c in zip(tuning.TOKENS, cells, strict=True)
+                f"[bold]{c}[/]" if gains.get(M, 0) >= margin else c for M, c in zip(tune.TOKENS, cells, strict=True)
             )
             table.add_row(key, str(dim), *bold)
         table.add_section()
     console.print(table)
     console.print(f"Written: {measured.cache_file()}", highlight=False)
-    if tuning.has_gpu():
+    if tune.has_gpu():
         _tune_gpu(console)
 
 
 def _tune_gpu(console: Console) -> None:
     from rich.table import Table
 
-    from peftk import tuning
+    from peftk.tuning import tune
 
     try:
         with console.status("") as status:
-            found, file = tuning.tune_gpu(lambda what: status.update(f"[dim]{what}"))
+            found, file = tune.tune_gpu(lambda what: status.update(f"[dim]{what}"))
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
     table = Table("Triton kernels", "shipped, µs", "fastest, µs", "with")

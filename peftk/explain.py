@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftk import backends
-from peftk.backends import Call
+from peftk.backends import choice
+from peftk.backends.call import Call
 from peftk.interop import peft_model
 
 OPS = (
@@ -86,7 +86,7 @@ def explain(
             adapters,
             dropout,
         )
-    return backends.explained(call, backend)
+    return choice.explained(call, backend)
 
 
 def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:

@@ -39,7 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.host_cuda import HOST, PYTHON_INCLUDES, depends_on  # noqa: E402
+from tests.support.host_cuda import HOST, PYTHON_INCLUDES, depends_on  # noqa: E402
 
 LIST = ROOT / "scripts/mutants.json"
 RESULTS = ROOT / "build/mutants/results.json"
@@ -94,32 +94,32 @@ TESTS = {
         "interpreted/serving_shapes.py",
         "interpreted/ticketed.py",
     ],
-    "peftk/accounting.py": ["test_accounting.py"],
-    "peftk/activations.py": ["test_attached.py", "test_gradients.py"],
-    "peftk/autograd.py": ["test_layers.py", "test_functional.py", "test_attached.py", "test_gradients.py"],
+    "peftk/models/accounting.py": ["test_accounting.py"],
+    "peftk/adapters/activations.py": ["test_attached.py", "test_gradients.py"],
+    "peftk/ops/autograd.py": ["test_layers.py", "test_functional.py", "test_attached.py", "test_gradients.py"],
     "peftk/backends/cpu.py": KERNELS,
     "peftk/backends/cuda.py": ["test_lora_linear_on_host.py", "test_merge_on_host.py", "test_segments_on_host.py"],
     "peftk/backends/gemm.py": ["test_gemm.py", "test_tuning.py"],
-    "peftk/backends/kept.py": ["test_tuning.py", "test_gemm.py"],
+    "peftk/system/cache.py": ["test_tuning.py", "test_gemm.py"],
     "peftk/backends/measured.py": ["test_tuning.py", "test_gemm.py"],
-    "peftk/backends/merge_layers.py": ["interpreted/merge.py", "interpreted/behaviour.py", "test_merge_on_host.py"],
-    "peftk/backends/merge_args.py": ["test_model_merge.py", "interpreted/merge.py", "test_merge.py"],
+    "peftk/launch/merge_layers.py": ["interpreted/merge.py", "interpreted/behaviour.py", "test_merge_on_host.py"],
+    "peftk/launch/merge_args.py": ["test_model_merge.py", "interpreted/merge.py", "test_merge.py"],
     "peftk/backends/triton.py": ["interpreted/lora_linear.py", "interpreted/lora_wgrad.py", "interpreted/behaviour.py"],
-    "peftk/backends/workspace.py": ["interpreted/behaviour.py", "interpreted/lora_linear.py"],
+    "peftk/launch/workspace.py": ["interpreted/behaviour.py", "interpreted/lora_linear.py"],
     "peftk/backends/segments.py": ["interpreted/segments.py"],
     "peftk/backends/*": ["test_backends.py", "test_gradients.py", "test_gemm.py"],
-    "peftk/bank.py": ["test_bank.py", "test_layers.py", "test_packed.py", "test_model.py"],
-    "peftk/checkpoint.py": ["test_checkpoints.py", "test_model.py", "test_peft_interop.py"],
-    "peftk/checks.py": [
+    "peftk/adapters/bank.py": ["test_bank.py", "test_layers.py", "test_packed.py", "test_model.py"],
+    "peftk/checkpoints/store.py": ["test_checkpoints.py", "test_model.py", "test_peft_interop.py"],
+    "peftk/adapters/checks.py": [
         "test_functional.py",
         "test_layers.py",
         "test_bank.py",
         "test_adapter_block.py",
         "test_merge.py",
     ],
-    "peftk/combine.py": ["test_combine.py"],
-    "peftk/compiled.py": ["test_layers.py", "test_functional.py", "test_adapter_block.py"],
-    "peftk/dispatch.py": [
+    "peftk/models/combine.py": ["test_combine.py"],
+    "peftk/ops/custom_ops.py": ["test_layers.py", "test_functional.py", "test_adapter_block.py"],
+    "peftk/ops/dispatch.py": [
         "test_direct_calls.py",
         "test_functional.py",
         "test_backends.py",
@@ -132,27 +132,27 @@ TESTS = {
         "test_adapter_block.py",
         "test_merge.py",
     ],
-    "peftk/interop/adapterhub_checkpoint.py": ["test_adapterhub_interop.py", "test_checkpoints.py"],
-    "peftk/interop/peft_checkpoint.py": ["test_peft_interop.py", "test_model.py"],
+    "peftk/checkpoints/adapterhub.py": ["test_adapterhub_interop.py", "test_checkpoints.py"],
+    "peftk/checkpoints/peft.py": ["test_peft_interop.py", "test_model.py"],
     "peftk/interop/peft_*": ["test_accelerate.py"],
     "peftk/interop/*": ["test_checkpoints.py", "test_peft_interop.py", "test_adapterhub_interop.py"],
-    "peftk/interrupts.py": ["test_merge.py", "test_model_merge.py", "test_tuning.py"],
-    "peftk/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py"],
+    "peftk/system/interrupts.py": ["test_merge.py", "test_model_merge.py", "test_tuning.py"],
+    "peftk/ops/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py"],
     "peftk/methods/adapterhub.py": ["test_adapterhub_interop.py", "test_methods.py"],
     "peftk/methods/targets.py": ["test_targets.py", "test_methods.py"],
     "peftk/methods/*": ["test_methods.py", "test_checkpoints.py", "test_model.py", "test_targets.py"],
-    "peftk/model_merge.py": ["test_model_merge.py", "test_model.py"],
-    "peftk/model.py": ["test_model.py"],
+    "peftk/models/merging.py": ["test_model_merge.py", "test_model.py"],
+    "peftk/methods/inject.py": ["test_model.py"],
     "peftk/nn/*": [*LAYERS, "test_methods.py", "test_model.py"],
-    "peftk/processor.py": ["test_tuning.py"],
-    "peftk/receipt.py": ["test_receipt.py", "test_merge.py"],
+    "peftk/system/processor.py": ["test_tuning.py"],
+    "peftk/reference/receipt.py": ["test_receipt.py", "test_merge.py"],
     "peftk/reference/*merge*": ["test_merge.py", "test_receipt.py"],
     "peftk/reference/segments.py": ["interpreted/segments.py"],
     "peftk/reference/*": ["test_reference.py", "test_gradients.py"],
-    "peftk/route.py": ["test_model.py", "interpreted/segments.py", "test_transformers.py"],
-    "peftk/server.py": ["test_model.py", "test_transformers.py"],
-    "peftk/table.py": ["test_bank.py", "test_packed.py", "test_gradients.py", "interpreted/packed.py"],
-    "peftk/tuning.py": ["test_tuning.py"],
+    "peftk/adapters/route.py": ["test_model.py", "interpreted/segments.py", "test_transformers.py"],
+    "peftk/models/server.py": ["test_model.py", "test_transformers.py"],
+    "peftk/adapters/table.py": ["test_bank.py", "test_packed.py", "test_gradients.py", "interpreted/packed.py"],
+    "peftk/tuning/tune.py": ["test_tuning.py"],
     "*": ["test_functional.py"],
 }
 
@@ -363,7 +363,7 @@ def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tupl
     """
     total = 0.0
     for test in tests:
-        interpreted = {"TRITON_INTERPRET": "1"} if test.startswith("tests/interpreted") else {}
+        interpreted = {"TRITON_INTERPRET": "1"} if test.startswith("tests/kernels/triton/interpreted") else {}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-W", "ignore::RuntimeWarning", *options, test]
         with tempfile.TemporaryFile("w+") as output:

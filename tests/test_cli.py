@@ -11,11 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from peftk import backends, extras
-from peftk.benchmark import agree, lora_linear, timing
-from peftk.benchmark.common import Record, Shape
+from peftk.backends import choice
 from peftk.cli import main
+from peftk.reference import bounds
 from peftk.reference import lora_linear as reference_lora_linear
+from peftk.system import extras, timing
+from peftk.tools.benchmark import lora_linear
+from peftk.tools.benchmark.common import Record, Shape
 
 TINY = ["--dims", "48,24x40", "--tokens", "3", "--ranks", "2,4", "--adapters", "2", "--repeats", "2"]
 
@@ -84,7 +86,7 @@ def test_bench_refuses_to_time_a_wrong_side(tmp_path, monkeypatch, mistake):
             y[-1, -1] *= 1.1
         return y, z
 
-    monkeypatch.setattr(backends.module("reference"), "lora_linear", wrong)
+    monkeypatch.setattr(choice.module("reference"), "lora_linear", wrong)
     file = tmp_path / "bench.json"
     result = invoke("bench", *TINY, "--op", "lora_linear", "--backend", "reference", "--json", str(file))
     assert result.exit_code == 1
@@ -108,9 +110,9 @@ def test_bench_refuses_a_backend_that_cannot_serve(monkeypatch):
 
 
 def test_bench_says_when_no_compiled_backend_can_run(monkeypatch):
-    cannot_serve = backends.cannot_serve
+    cannot_serve = choice.cannot_serve
     monkeypatch.setattr(
-        backends, "cannot_serve", lambda name, call: "not built" if name == "cpu" else cannot_serve(name, call)
+        choice, "cannot_serve", lambda name, call: "not built" if name == "cpu" else cannot_serve(name, call)
     )
     result = invoke("bench", *TINY, "--op", "lora_linear")
     assert result.exit_code == 1
@@ -164,7 +166,7 @@ def test_selftest_passes():
 
 def test_selftest_finds_a_wrong_backend(monkeypatch):
     monkeypatch.setattr(
-        backends.module("reference"),
+        choice.module("reference"),
         "lora_linear",
         lambda x, weight, bias, adapter, **kwargs: reference_lora_linear(x, weight, None, adapter, **kwargs),
     )
@@ -209,10 +211,10 @@ def test_bound_detects_the_adapter():
 
 
 def test_bound_is_that_of_the_tests():
-    from tests import numerics
+    from tests.support import numerics
 
     x, weight, A, B = (torch.randn(5, 7), torch.randn(6, 7), torch.randn(3, 7), torch.randn(6, 3))
-    expected = agree.forward(x, weight, None, A, B, 2.0)
+    expected = bounds.forward(x, weight, None, A, B, 2.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         same = numerics.bound(expected.value, expected.magnitude, 7, dtype)
         assert torch.equal(expected.allowed(dtype, fused=True), same)

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import peftk
-from tests import cpp_build
+from tests.support import cpp_build
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = [name for name in ("_cpu", "_cuda") if importlib.util.find_spec(f"peftk.{name}")]

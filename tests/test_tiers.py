@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.tiers import FULL, LONG, judge, spread
+from tests.support.tiers import FULL, LONG, judge, spread
 
 
 def values(cases: list, *marks: object) -> list:

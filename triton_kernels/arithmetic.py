@@ -116,7 +116,7 @@ def _fma_in_fp64(product, c):
 
 @triton.jit
 def activate(z, code):
-    """act(z) in fp32; code: `peftk.activations.CODES`, a scalar or one per row."""
+    """act(z) in fp32; code: `peftk.adapters.activations.CODES`, a scalar or one per row."""
     relu = tl.where(z < 0.0, 0.0, z)  # keeps NaN
     gelu = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     # 0.5 · (1 + tanh(t)) = sigmoid(2t) makes gelu_tanh and silu one expression

@@ -13,7 +13,7 @@ s_i · u[m] A_i the expand.
 Rows are worked on in the order of their adapters (`segments`), so a block of rows meets few of them. A block goes
 through its adapters one by one with dots over all its rows ("by segment"), or, where it meets so many that most of
 those dots would be thrown away, gives every row its own products without dots ("by row"). Both read what an adapter
-is from `peftk.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with one
+is from `peftk.adapters.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with one
 adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows with adapters of their own, say
 query, key and value. Ranks come 16 at a time, a page; no rank is a compile-time constant. Rows and ranks are selected,
 never multiplied by zero: an adapter's inf stays with its own rows.
@@ -29,9 +29,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from peftk.backends import workspace
-from peftk.backends.adapter_args import NOTHING, One
-from peftk.backends.segments import Segments
+from peftk.launch import workspace
+from peftk.launch.adapter_args import NOTHING, One
+from peftk.launch.segments import Segments
 
 from . import config, philox, tuned
 from .expand import expand_tile
@@ -101,7 +101,7 @@ def lora_linear_kernel(
 
 
 class Many(NamedTuple):
-    """The tensors of a `peftk.table.AdapterTable`, or of several side by side (`peftk.table.pack`)."""
+    """The tensors of a `peftk.adapters.table.AdapterTable`, or of several side by side (`peftk.adapters.table.pack`)."""
 
     pages: Tensor
     rows: Tensor

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftk.backends import workspace
-from peftk.backends.segments import Segments
-from peftk.reference import AdapterGrads, Wanted
+from peftk.adapters.adapter import AdapterGrads, Wanted
+from peftk.launch import workspace
+from peftk.launch.segments import Segments
 
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to

@@ -1,4 +1,4 @@
-"""The launches of merge, one for a list of layers (`peftk.backends.merge_layers`). The kernels are in `merge_tile`."""
+"""The launches of merge, one for a list of layers (`peftk.launch.merge_layers`). The kernels are in `merge_tile`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from peftk.backends import workspace
-from peftk.backends.merge_layers import Layers, Notes, Raw
+from peftk.launch import workspace
+from peftk.launch.merge_layers import Layers, Notes, Raw
 
 from . import config
 from .lora_linear import DTYPES, target

@@ -7,7 +7,7 @@ constant. Sums are integers wherever the order of programs could show.
 import triton
 import triton.language as tl
 
-from peftk.backends.merge_layers import FIELDS
+from peftk.launch.merge_layers import FIELDS
 from peftk.reference.merge import RAW, ZERO
 
 from .arithmetic import fma, round_to, widen

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftk import table
-from peftk.backends import workspace
-from peftk.backends.segments import Segments, empty
+from peftk.adapters.adapter import PAGE
+from peftk.launch import workspace
+from peftk.launch.segments import Segments, empty
 
-PAGE = tl.constexpr(table.PAGE)
+PAGE = tl.constexpr(PAGE)
 BLOCK = tl.constexpr(16)  # rows to an entry of `Segments.blocks`
 TILE = 1024  # rows that one program sorts
 

@@ -1,6 +1,6 @@
 """Which plan serves a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
 
-What was found lies in gpu.json (`peftk.backends.kept`), by GPU, and holds for the versions of triton and peftk that it
+What was found lies in gpu.json (`peftk.system.cache`), by GPU, and holds for the versions of triton and peftk that it
 was made with. It is read once, so a choice never changes within a process except by tuning.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
-from peftk.backends import kept
+from peftk.system import cache
 
 from . import config
 from .arithmetic import INTERPRETED
@@ -101,13 +101,13 @@ def _found(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> 
 
 def cache_file() -> Path:
     """Raises OSError where no folder is named and the user has no home."""
-    return kept.path(_FILE)
+    return cache.path(_FILE)
 
 
 @functools.cache
 def _loaded(name: str) -> tuple[dict[str, Any], str]:
     """The plans found on this GPU, by class of shapes; or none, and why."""
-    found, problem = kept.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), done="tuned", here=name)
+    found, problem = cache.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), done="tuned", here=name)
     return found or {}, problem
 
 
@@ -119,13 +119,13 @@ def _made_with() -> dict[str, str]:
 
 def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:
     """Keeps what was found on a GPU, for this process too. Raises OSError where the cache cannot be written."""
-    kept.save(_FILE, name, _made_with(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
+    cache.save(_FILE, name, _made_with(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
     forget_loaded()
 
 
 def delete(name: str) -> bool:
     """Deletes what was found on a GPU, and a file that cannot be read; whether there was something."""
-    existed = kept.delete(_FILE, name)
+    existed = cache.delete(_FILE, name)
     forget_loaded()
     return existed
 

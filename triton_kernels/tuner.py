@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftk import table
-from peftk.backends.segments import Segments
-from peftk.reference import Wanted
+from peftk.adapters import table
+from peftk.adapters.adapter import Adapter, Wanted
+from peftk.launch.segments import Segments
 
 from . import config, lora_linear, lora_wgrad, tuned
 from .segments import PAGE, segments
@@ -159,7 +159,7 @@ def _adapters(
         return lora_linear.Adapters(one, A.dtype, RANK, "k16", "r16"), None
     pairs = zip(A.split(RANK), B.split(RANK, dim=1), strict=True)
     built = table.build(
-        tuple(table.Adapter((a,), (b,), 1.0, "identity", None, None) for a, b in pairs), dtype=A.dtype, device=device
+        tuple(Adapter((a,), (b,), 1.0, "identity", None, None) for a, b in pairs), dtype=A.dtype, device=device
     )
     source = lora_linear.Many(built.pages, built.rows, built.scaling, built.biases, None, ADAPTERS)
     ids = torch.arange(M, dtype=torch.int32, device=device) % ADAPTERS

@@ -26,7 +26,7 @@ static inline Adapters table_of(uintptr_t pages, uintptr_t rows, uintptr_t scali
 }
 
 // The table of one dense adapter, in this thread's scratch: a call for one adapter makes no tensors. (A few bytes more
-// than peftk/table.py's layout would be, in the same form.)
+// than peftk/adapters/table.py's layout would be, in the same form.)
 static inline Adapters table_of_one(uintptr_t A, int64_t A_stride, uintptr_t B, int64_t B_n, int64_t B_r, int rank,
                                     int activation, float scaling, uintptr_t bias_A, uintptr_t bias_B, int dtype) {
     struct Head {

@@ -7,7 +7,7 @@
 
 namespace peftk {
 
-// The adapters of a batch: the layout is documented in peftk/table.py.
+// The adapters of a batch: the layout is documented in peftk/adapters/table.py.
 struct Adapters {
     const int64_t* pages;   // [P, 5]
     const int32_t* rows;    // [count, 4]

@@ -1,4 +1,4 @@
-// The adapters of a call, as peftk/table.py lays them out, or one adapter as arguments of the launch.
+// The adapters of a call, as peftk/adapters/table.py lays them out, or one adapter as arguments of the launch.
 #pragma once
 
 #include "cuda/lora_linear.h"

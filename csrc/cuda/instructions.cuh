@@ -1,7 +1,7 @@
 // The instructions of the GPU that CUDA C++ has no name for: one function, one PTX instruction. Shared memory is
 // addressed by ordinary pointers into it.
 //
-// tests/cuda_on_host/cuda/instructions.cuh defines the same functions in plain C++, as the PTX manual describes them.
+// tests/cuda_emulator/cuda/instructions.cuh defines the same functions in plain C++, as the PTX manual describes them.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -17,7 +17,7 @@ struct OneAdapter {
     float scaling;
 };
 
-// The tensors of peftk.table.AdapterTable, in device memory; with `rows` null, `one`.
+// The tensors of peftk.adapters.table.AdapterTable, in device memory; with `rows` null, `one`.
 struct Adapters {
     const int64_t* pages;
     const int32_t* rows;

@@ -10,7 +10,7 @@
 
 namespace peftk::cuda {
 
-// A layer, a row of the table in device memory: the FIELDS of peftk/backends/merge_layers.py, in their order. Its
+// A layer, a row of the table in device memory: the FIELDS of peftk/launch/merge_layers.py, in their order. Its
 // weights are cut into tiles, row by row of tiles; tiles, rows and weights are counted through all layers of the list.
 struct MergeLayer {
     void* weight;    // [N, K], contiguous rows

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import peftk._cpu as _cpu
-from peftk.activations import CODES
-from peftk.backends.merge_args import DTYPES, NotFiniteError, in_rows, rows
-from peftk.receipt import MergeReceipt, halves
-from peftk.reference import ALL, AdapterGrads, Wanted
+from peftk.adapters.activations import CODES
+from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.table import AdapterTable
+from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
-from peftk.table import Adapter, AdapterTable
+from peftk.reference.receipt import MergeReceipt, halves
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import peftk._cuda as _cuda
-from peftk.backends import workspace
-from peftk.backends.adapter_args import contiguous, one
-from peftk.backends.merge_args import DTYPES
-from peftk.backends.merge_layers import InPlace, Layers, Notes, Raw
-from peftk.backends.segments import Segments, empty
-from peftk.table import PAGE, Adapter, AdapterTable
+from peftk.adapters.adapter import PAGE, Adapter
+from peftk.adapters.table import AdapterTable
+from peftk.launch import workspace
+from peftk.launch.adapter_args import contiguous, one
+from peftk.launch.merge_args import DTYPES
+from peftk.launch.merge_layers import InPlace, Layers, Notes, Raw
+from peftk.launch.segments import Segments, empty
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 __all__ = [
     "cannot_serve",

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.table import AdapterTable
 from peftk.backends import cpu
-from peftk.reference import ALL, AdapterGrads, Wanted
-from peftk.table import Adapter, AdapterTable
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 
 def cannot_serve(call: Call) -> str | None:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from peftk.backends import kept
-from peftk.processor import cpu_name
+from peftk.system import cache
+from peftk.system.processor import cpu_name
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 _FILE = "choice.json"
 _AMX_TOKENS = 32
@@ -71,18 +71,18 @@ def _has_tiles(dtype: torch.dtype) -> bool:
 
 def cache_file() -> Path:
     """Raises OSError where no folder is named and the user has no home."""
-    return kept.path(_FILE)
+    return cache.path(_FILE)
 
 
 def delete() -> bool:
     """Deletes what was measured on this machine, and a file that cannot be read; whether there was something."""
-    return kept.delete(_FILE, _machine())
+    return cache.delete(_FILE, _machine())
 
 
 @functools.cache
 def _measured() -> tuple[dict[str, list[Point]], str]:
     """The grids of this machine by op and dtype; or none, and why."""
-    found, problem = kept.load(_FILE, _machine(), _made_with(), _points, done="measured", here="machine")
+    found, problem = cache.load(_FILE, _machine(), _made_with(), _points, done="measured", here="machine")
     return found or {}, problem
 
 
@@ -114,7 +114,7 @@ def key_of(op: str, dtype: torch.dtype) -> str:
 
 def save(measured: dict[str, list[Point]]) -> None:
     """Keeps a measurement of this machine. Raises OSError where the cache cannot be written."""
-    kept.save(_FILE, _machine(), _made_with(), {"threads": torch.get_num_threads(), "gain": measured})
+    cache.save(_FILE, _machine(), _made_with(), {"threads": torch.get_num_threads(), "gain": measured})
 
 
 def forget_loaded() -> None:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from peftk import reference
-from peftk.backends.merge_args import NotFiniteError, write
-from peftk.backends.segments import Segments
-from peftk.receipt import MergeReceipt, bytewise, packed
+from peftk.launch.merge_args import NotFiniteError, write
+from peftk.launch.segments import Segments
 from peftk.reference import (
     checksum,
     lora_linear,
@@ -20,9 +19,10 @@ from peftk.reference import (
     unmerge,
 )
 from peftk.reference.merge import RAW, Factors
+from peftk.reference.receipt import MergeReceipt, bytewise, packed
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 __all__ = [
     "cannot_serve",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted
+from peftk.adapters.table import AdapterTable
 from peftk.backends import segments as sorted_rows
-from peftk.backends.adapter_args import Tensors, contiguous, one
-from peftk.backends.merge_layers import InPlace
-from peftk.reference import ALL, AdapterGrads, Wanted
-from peftk.table import PAGE, Adapter, AdapterTable
+from peftk.launch.adapter_args import Tensors, contiguous, one
+from peftk.launch.merge_layers import InPlace
 from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
@@ -22,7 +22,7 @@ from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import TILE, segments
 
 if TYPE_CHECKING:
-    from peftk.backends import Call
+    from peftk.backends.call import Call
 
 __all__ = [
     "cannot_serve",

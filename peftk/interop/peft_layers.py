@@ -18,13 +18,16 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peftk import checks, functional, storage, table
-from peftk.interop import peft_batch, peft_merge, peft_reasons
+from peftk.adapters import checks, table
+from peftk.adapters.adapter import Adapter
+from peftk.adapters.table import AdapterTable
+from peftk.interop import peft_batch, peft_merge, peft_support
 from peftk.interop.peft_batch import Batch
-from peftk.interop.peft_reasons import Base, Factors
+from peftk.interop.peft_support import Base, Factors
 from peftk.interop.peft_whole import all_or_none, whole
 from peftk.nn import watched
-from peftk.table import Adapter, AdapterTable
+from peftk.ops.layer_calls import lora_linear_unchecked, multi_lora_linear_unchecked
+from peftk.system import storage
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # what plain LoRA is given and does not look at
 
@@ -69,8 +72,8 @@ class Linear(lora.Linear):
         """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
         if self._disable_adapters:
             return None  # the base layer itself, so that outputs are the base model's to the bit
-        base = peft_reasons.runs(cast(nn.Module, self._modules["base_layer"]))
-        if isinstance(base, str) or peft_reasons.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
+        base = peft_support.runs(cast(nn.Module, self._modules["base_layer"]))
+        if isinstance(base, str) or peft_support.takes(x, base[0], casts=self.cast_input_dtype_enabled) is not None:
             return None
         weight, bias = base
         if batch is not None and (len(x) != len(batch.names) or self.merged_adapters):
@@ -78,14 +81,14 @@ class Linear(lora.Linear):
         if batch is not None:
             return self._mixed(x, base, batch)
         if self.merged_adapters:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         names = self._active_adapter
         adapters = self._adapters((names,) if isinstance(names, str) else names, weight)
         if isinstance(adapters, str):
             return None
         found = [adapter for adapter in adapters if adapter is not None]
         if not found:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         if len(found) > 1:
             if any(adapter.dropout_p for adapter in found):
                 return None  # a mask for each
@@ -95,7 +98,7 @@ class Linear(lora.Linear):
             if one[2] is not None or type(one[3]) is not float:
                 one = _together(found)
         lora_A, lora_B, bias_B, scaling, dropout_p = one
-        return functional.lora_linear_unchecked(
+        return lora_linear_unchecked(
             x, weight, bias, lora_A, lora_B, cast(float, scaling), "identity", None, bias_B, dropout_p
         )
 
@@ -105,7 +108,7 @@ class Linear(lora.Linear):
             return "the layer's forward was replaced"
         if self.disable_adapters:
             return "adapters are disabled, which leaves the base layer itself"
-        base = peft_reasons.runs(self.base_layer)
+        base = peft_support.runs(self.base_layer)
         if isinstance(base, str):
             return base
         if self.merged:
@@ -122,7 +125,7 @@ class Linear(lora.Linear):
         """Those of the names, None for one that the layer lacks; or the reason why they are PEFT's to compute."""
         found: list[Factors | None] = []
         for name in names:
-            adapter = peft_reasons.factors(self, name, weight)
+            adapter = peft_support.factors(self, name, weight)
             if isinstance(adapter, str):
                 return adapter
             found.append(adapter)
@@ -137,9 +140,9 @@ class Linear(lora.Linear):
         if len(dropouts) > 1:
             return None
         if not dropouts:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
-        return functional.multi_lora_linear_unchecked(
+        return multi_lora_linear_unchecked(
             x, weight, bias, self._table(batch.unique, adapters, weight.shape), ids, dropouts.pop()
         )
 

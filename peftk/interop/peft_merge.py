@@ -21,16 +21,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 
-from peftk import functional, interrupts, storage
-from peftk import merge as merge_weights
-from peftk.backends.merge_args import NotFiniteError, write
+from peftk import functional
 from peftk.functional import MergeReceipt
-from peftk.interop import peft_reasons
-from peftk.interop.peft_reasons import Base
+from peftk.interop import peft_support
+from peftk.interop.peft_support import Base
 from peftk.interop.peft_whole import all_or_none
+from peftk.launch.merge_args import NotFiniteError, write
 from peftk.nn import shared
 from peftk.nn.shared import Place
-from peftk.receipt import BiasReceipt, merge_bias
+from peftk.ops import merge as merge_weights
+from peftk.reference.receipt import BiasReceipt, merge_bias
+from peftk.system import interrupts, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,12 @@ _together: contextvars.ContextVar[_Together | None] = contextvars.ContextVar("pe
 
 def reason(layer: Any, names: Sequence[str]) -> str | None:
     """Why merging these adapters is PEFT's; None where it is ours."""
-    found = peft_reasons.base(layer.base_layer)
+    found = peft_support.base(layer.base_layer)
     if isinstance(found, str):
         return found
     tensors = list(found)
     for name in names:
-        adapter = peft_reasons.factors(layer, name, found[0])
+        adapter = peft_support.factors(layer, name, found[0])
         if isinstance(adapter, str):
             return adapter
         tensors += () if adapter is None else adapter.tensors()
@@ -103,8 +104,8 @@ def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
 
     Raises ValueError where the outcome would not be finite, RuntimeError for a bias without a place in the base layer.
     """
-    weight, bias = cast(Base, peft_reasons.base(layer.base_layer))
-    found = {name: peft_reasons.factors(layer, name, weight) for name in names}
+    weight, bias = cast(Base, peft_support.base(layer.base_layer))
+    found = {name: peft_support.factors(layer, name, weight) for name in names}
     adapters: dict[str, Any] = {name: adapter for name, adapter in found.items() if adapter is not None}
     if not adapters:
         return
@@ -170,7 +171,7 @@ def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitS
 
 def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     """Brings W and the bias back, bit for bit. Raises ValueError where they are no longer what the merge left."""
-    found = peft_reasons.base(layer.base_layer)
+    found = peft_support.base(layer.base_layer)
     if isinstance(found, str):
         raise ValueError(found)
     weight, bias = found
@@ -225,14 +226,14 @@ def _put_bias(layer: Any, value: Tensor) -> None:
 
 def _unmerge_weight(layer: Any, receipt: MergeReceipt) -> None:
     with _loaded(layer):
-        weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
+        weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
         functional.unmerge_(weight, receipt.to(weight.device))
 
 
 def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
     """To the bits of the merge that the receipt is of."""
     with _loaded(layer):
-        weight = cast(Base, peft_reasons.base(layer.base_layer))[0].detach()
+        weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
         merge_weights.merge_(weight, receipt.to(weight.device).factors, None)
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from peftk import backends
-from peftk.backends import Call, Choice
+from peftk.backends import choice
+from peftk.backends.call import Call, Choice
 from peftk.methods import trial
 from peftk.nn import watched
 
@@ -113,12 +113,12 @@ def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanati
     explanation = Explanation({}, {})
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            choice = _choice(module, M, backend)
-            if choice.backend == "peft":
-                explanation.peft.setdefault(choice.reason, []).append(name)
+            chosen = _choice(module, M, backend)
+            if chosen.backend == "peft":
+                explanation.peft.setdefault(chosen.reason, []).append(name)
             else:
                 assert type(module) is Linear
-                explanation.peftk.setdefault(f"{choice.backend}: {choice.kernel}", []).append(name)
+                explanation.peftk.setdefault(f"{chosen.backend}: {chosen.kernel}", []).append(name)
     return explanation
 
 
@@ -144,4 +144,4 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     call = Call(
         "lora_linear", weight.device.type, weight.dtype, weight.dtype, dtype, M, K, N, rank, len(adapters[:1]), dropout
     )
-    return backends.explained(call, backend)
+    return choice.explained(call, backend)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peftk import interrupts
+from peftk.system import interrupts
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from peftk import checks
+from peftk.adapters import checks
 from peftk.methods import architectures, fields
 from peftk.methods.fields import Names
 from peftk.methods.plan import Plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftk import activations, checks
+from peftk.adapters import activations, checks
 from peftk.methods import architectures, fields
 from peftk.methods.architectures import ROLES, Block
 from peftk.methods.fields import Names

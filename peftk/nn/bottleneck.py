@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from peftk import checks
-from peftk.lasting import lasting
+from peftk.adapters import checks
+from peftk.system.lasting import lasting
 
 PARAMETERS = ("lora_A", "lora_B", "bias_A", "bias_B")
 

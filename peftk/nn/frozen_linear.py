@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftk import checks, functional
+from peftk.adapters import checks
 from peftk.nn.parameters import own
 from peftk.nn.watched import handed_out
+from peftk.ops.layer_calls import lora_linear_unchecked
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
@@ -54,7 +55,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        return functional.lora_linear_unchecked(x, self.matrix, own(self, "bias"), None, None, 1.0)
+        return lora_linear_unchecked(x, self.matrix, own(self, "bias"), None, None, 1.0)
 
     def extra_repr(self) -> str:
         stored = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""

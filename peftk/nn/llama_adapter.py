@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peftk import checks
-from peftk.lasting import lasting
+from peftk.adapters import checks
 from peftk.nn.attached import Attached, Caught, part
+from peftk.system.lasting import lasting
 
 
 class Projections(NamedTuple):

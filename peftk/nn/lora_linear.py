@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftk import checks, functional, interrupts
+from peftk import functional
+from peftk.adapters import checks
 from peftk.functional import MergeReceipt
-from peftk.lasting import lasting
 from peftk.nn import merging, shared
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 from peftk.nn.shared import Tie
-from peftk.receipt import BiasReceipt
+from peftk.ops.layer_calls import lora_linear_unchecked
+from peftk.reference.receipt import BiasReceipt
+from peftk.system import interrupts
+from peftk.system.lasting import lasting
 
 
 class LoRALinear(FrozenLinear):
@@ -115,14 +118,14 @@ class LoRALinear(FrozenLinear):
         """x [..., K] → y [..., N], in x's dtype."""
         weight, bias = self.matrix, own(self, "bias")
         if self.receipt is not None:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
         beta = None
         if lora_bias is not None:
             checks.floating("lora_bias", lora_bias)
             beta = self.scaling * lora_bias
         p = self.lora_dropout if self.training else 0.0
-        return functional.lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
+        return lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
 
     @property
     def scaling(self) -> float:

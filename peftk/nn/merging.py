@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from peftk import checks, functional, interrupts
-from peftk.backends.merge_args import write
+from peftk import functional
+from peftk.adapters import checks
+from peftk.launch.merge_args import write
 from peftk.nn import shared
 from peftk.nn.parameters import own
 from peftk.nn.shared import Place
 from peftk.nn.watched import mergeable
-from peftk.receipt import BiasReceipt, merge_bias
+from peftk.reference.receipt import BiasReceipt, merge_bias
+from peftk.system import interrupts
 
 if TYPE_CHECKING:
     from peftk.nn.lora_linear import LoRALinear

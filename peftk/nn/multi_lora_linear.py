@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftk import checks, functional, route
-from peftk.bank import AdapterBank
-from peftk.lasting import lasting
+from peftk.adapters import checks, route
+from peftk.adapters.adapter import Adapter
+from peftk.adapters.bank import AdapterBank
+from peftk.adapters.table import AdapterTable, in_rows
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.table import Adapter, AdapterTable, in_rows
+from peftk.ops.layer_calls import lora_linear_unchecked, multi_lora_linear_unchecked
+from peftk.system.lasting import lasting
 
 
 class MultiLoRALinear(FrozenLinear):
@@ -41,7 +43,7 @@ class MultiLoRALinear(FrozenLinear):
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.bank = bank
         self.trained = nn.ModuleDict()
-        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`peftk.route`)
+        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`peftk.adapters.route`)
         self.served: route.Serving | None = None
         self.batch_dim: int | None = None
         self.doubt: str | None = None
@@ -133,13 +135,13 @@ class MultiLoRALinear(FrozenLinear):
                 ids, bank = routed.slots, routed.bank
         weight, bias = self.matrix, own(self, "bias")
         if ids is None:
-            return functional.lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
         if weight.shape != (self.out_features, self.in_features):  # it can be replaced; the adapters' pages stay
             raise ValueError(
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
                 f"got {list(weight.shape)}"
             )
-        y = functional.multi_lora_linear_unchecked(x, weight, bias, bank, ids)
+        y = multi_lora_linear_unchecked(x, weight, bias, bank, ids)
         if routed is not None and routed.order is not None:
             routed.order.passed(x, y)
         return y

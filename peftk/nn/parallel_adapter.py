@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peftk import activations, checks, functional
+from peftk.adapters import activations, checks
 from peftk.nn.attached import Attached, Caught, first_input, first_output, part, with_first
 from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, reset_bottleneck
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.ops.layer_calls import lora_linear_unchecked
 
 
 class ParallelAdapter(Attached, Bottleneck):
@@ -147,9 +148,7 @@ class ParallelAdapterLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
         A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
-        return functional.lora_linear_unchecked(
-            x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta
-        )
+        return lora_linear_unchecked(x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta)
 
     def extra_repr(self) -> str:
         return (

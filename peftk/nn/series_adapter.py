@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peftk import functional
 from peftk.nn.attached import Attached, first_output, with_first
 from peftk.nn.bottleneck import Bottleneck
 from peftk.nn.parameters import own
+from peftk.ops.layer_calls import adapter_block_unchecked
 
 
 class SeriesAdapter(Attached, Bottleneck):
@@ -43,7 +43,7 @@ class SeriesAdapter(Attached, Bottleneck):
     def forward(self, h: Tensor) -> Tensor:
         """h [..., d] → y [..., d], in h's dtype."""
         A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
-        return functional.adapter_block_unchecked(h, A, B, self.scaling, self.activation, a, beta)
+        return adapter_block_unchecked(h, A, B, self.scaling, self.activation, a, beta)
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         return [lambda: module.register_forward_hook(self._behind)]

@@ -1,7 +1,7 @@
 """Weights that several modules of a model share, and which a change in place would change for all of them.
 
 Tied embeddings, linears that hold one Parameter, views of one tensor, buffers: whatever of a module lies in the same
-memory as what another holds (`peftk.memory`), whether adapters stand there or not. One module that stands in several
+memory as what another holds (`peftk.system.memory`), whether adapters stand there or not. One module that stands in several
 places is one module.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from peftk import memory
-from peftk.lasting import lasting
-from peftk.receipt import same_bits
+from peftk.reference.receipt import same_bits
+from peftk.system import memory
+from peftk.system.lasting import lasting
 
 _NOTED = "_peftk_shared"
 

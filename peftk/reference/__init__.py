@@ -1,9 +1,7 @@
 """Every operation in plain torch: the specification that kernels, tests and benchmarks are held against."""
 
+from peftk.adapters.adapter import ALL, AdapterGrads, Wanted
 from peftk.reference.lora_linear import (
-    ALL,
-    AdapterGrads,
-    Wanted,
     lora_linear,
     lora_linear_backward,
     multi_lora_linear,

@@ -14,35 +14,14 @@ being readable over being fast: a Python loop over the adapters, a mask for each
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftk import activations
+from peftk.adapters import activations
+from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.table import AdapterTable
 from peftk.reference import philox
-from peftk.table import Adapter, AdapterTable
-
-
-class AdapterGrads(NamedTuple):
-    """Gradients of one adapter, in the shapes and dtypes of its (dense) tensors; None for no tensor or none wanted."""
-
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    bias_A: Tensor | None
-    bias_B: Tensor | None
-
-
-class Wanted(NamedTuple):
-    """Which gradients of one adapter a backward computes."""
-
-    lora_A: bool = True
-    lora_B: bool = True
-    bias_A: bool = True
-    bias_B: bool = True
-
-
-ALL = Wanted()
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -1,0 +1,213 @@
+"""Which linears are counted, and what is written down of each side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from bench.counted import lora_linear, lora_wgrad, peers
+from bench.counted.batch import Batch, one
+from bench.counted.work import H100, Launch, crossing
+
+PEFTK = "peftk"
+TARGET = 90  # the architecture whose tile sizes peftk's launches have: an H100
+LIMIT, LIMIT_WITH_SPLITS = 1.02, 1.15  # of distinct over compulsory bytes: DESIGN, section 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    dims: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 14336))
+    tokens: tuple[int, ...] = (1, 16, 64, 512, 4096)
+    adapters: tuple[int, ...] = (1, 8, 64)
+    ranks: tuple[int, ...] = (8, 16, 64)  # each by itself, and where there are several adapters mixed
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One side of one linear, as JSON and CSV have it. Bytes are counted, times are modelled."""
+
+    op: str
+    M: int
+    K: int
+    N: int
+    adapters: int
+    rank: str
+    side: str
+    launches: int
+    requested_bytes: int
+    distinct_bytes: int  # through HBM where L2 keeps nothing between launches
+    kept_bytes: int  # … where it keeps everything
+    compulsory_bytes: int
+    over_compulsory: float
+    flops: int  # that the linear needs
+    executed_flops: int
+    modelled_us: float
+    modelled_us_kept: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """One linear: its compulsory bytes by tensor, and each side's launches. None: the side has no kernel for it."""
+
+    op: str
+    batch: Batch
+    rank: str
+    compulsory: dict[str, int]
+    sides: dict[str, list[Launch] | None]
+
+    @property
+    def flops(self) -> int:
+        """Products that no one can do without; the backward has dX, dA, dB and u."""
+        batch = self.batch
+        base = 2 * batch.M * batch.K * batch.N
+        adapters = 2 * batch.rank_rows * (batch.K + batch.N)
+        return base + adapters * (2 if self.op == "backward" else 1)
+
+    def rows(self) -> list[Row]:
+        return [self.row(side) for side, launches in self.sides.items() if launches is not None]
+
+    def row(self, side: str) -> Row:
+        launches = self.sides[side]
+        assert launches is not None
+        cold, kept = crossing(launches, kept=False), crossing(launches, kept=True)
+        least = sum(self.compulsory.values())
+        batch = self.batch
+        return Row(
+            op=self.op,
+            M=batch.M,
+            K=batch.K,
+            N=batch.N,
+            adapters=len(batch.ranks),
+            rank=self.rank,
+            side=side,
+            launches=len(launches),
+            requested_bytes=sum(launch.requested for launch in launches),
+            distinct_bytes=sum(cold),
+            kept_bytes=sum(kept),
+            compulsory_bytes=least,
+            over_compulsory=sum(cold) / least,
+            flops=self.flops,
+            executed_flops=sum(launch.flops + launch.vector_flops for launch in launches),
+            modelled_us=sum(map(H100.us, launches, cold)),
+            modelled_us_kept=sum(map(H100.us, launches, kept)),
+        )
+
+    @property
+    def splits(self) -> bool:
+        return any("partials" in launch.tensors for launch in self.sides[PEFTK] or ())
+
+    @property
+    def over_least(self) -> float:
+        """peftk's distinct bytes over the least of its number of launches: each reads its own inputs once."""
+        return self.row(PEFTK).distinct_bytes / (sum(self.compulsory.values()) + self.twice)
+
+    @property
+    def twice(self) -> int:
+        """Bytes that two launches of the backward need more: the second reads dY too, and the u that the first leaves.
+
+        z and u are fp32, of which `compulsory` has z in 16 bits.
+        """
+        batch = self.batch
+        if self.op == "forward":
+            return 0
+        return batch.M * batch.N * batch.itemsize + batch.rank_rows * (3 * 4 - batch.itemsize)
+
+    @property
+    def on_target(self) -> bool:
+        most = 1 if self.op == "forward" else 2
+        limit = LIMIT_WITH_SPLITS if self.splits else LIMIT
+        return self.row(PEFTK).launches <= most and self.over_least <= limit
+
+
+def batches(options: Options) -> list[tuple[Batch, str]]:
+    """With what the ranks are called. Rows take turns with the adapters."""
+    found = []
+    for K, N in options.dims:
+        for M in options.tokens:
+            for n in options.adapters:
+                for rank in options.ranks:
+                    found.append((_batch(M, K, N, (rank,) * n), str(rank)))
+                if n > 1 and len(options.ranks) > 1:
+                    mixed = tuple(options.ranks[i % len(options.ranks)] for i in range(n))
+                    found.append((_batch(M, K, N, mixed), "mixed"))
+    return found
+
+
+def _batch(M: int, K: int, N: int, ranks: tuple[int, ...]) -> Batch:
+    if len(ranks) == 1:
+        return one(M, K, N, ranks[0])
+    n = len(ranks)
+    return Batch(M, K, N, ranks, tuple(M // n + (i < M % n) for i in range(n)))
+
+
+def forward(batch: Batch, rank: str) -> Counted:
+    ours = lora_linear.forward(batch, lora_linear.plan(batch, TARGET))
+    sides = {PEFTK: ours, **{name: model(batch) for name, model in peers.FORWARD.items()}}
+    return Counted("forward", batch, rank, compulsory(batch, "forward"), sides)
+
+
+def backward(batch: Batch, rank: str) -> Counted:
+    """Gradients of x, of every A and of every B that rows use."""
+    ours = lora_linear.backward(batch, lora_linear.plan(batch.swapped(), TARGET, backward=True))
+    ours += lora_wgrad.wgrad(batch, lora_wgrad.tiling(batch, TARGET))
+    sides = {PEFTK: ours, **{name: model(batch) for name, model in peers.BACKWARD.items()}}
+    return Counted("backward", batch, rank, compulsory(batch, "backward"), sides)
+
+
+def compulsory(batch: Batch, op: str) -> dict[str, int]:
+    """Every input read once, every output written once; of the adapters what rows use. v is saved in x's dtype."""
+    M, K, N, e, a = batch.M, batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
+    A, B = batch.used_ranks * K * a, batch.used_ranks * N * a
+    if op == "forward":
+        return {"x": M * K * e, "weight": N * K * e, "lora_A": A, "lora_B": B, "y": M * N * e}
+    least = {"dy": M * N * e, "x": M * K * e, "z": batch.rank_rows * e, "weight": N * K * e, "lora_A": A, "lora_B": B}
+    return {**least, "dx": M * K * e, "dA": A, "dB": B}
+
+
+TRAINED_FROM = 512  # rows: nobody trains on fewer
+
+
+def count(options: Options) -> list[Counted]:
+    wanted = batches(options)
+    found = [forward(batch, rank) for batch, rank in wanted]
+    return found + [backward(batch, rank) for batch, rank in wanted if batch.M >= TRAINED_FROM]
+
+
+def tensors(counted: Sequence[Counted]) -> list[dict[str, Any]]:
+    """Every launch with its bytes by tensor, for JSON."""
+    return [
+        {
+            "op": one.op,
+            "M": one.batch.M,
+            "K": one.batch.K,
+            "N": one.batch.N,
+            "adapters": len(one.batch.ranks),
+            "rank": one.rank,
+            "compulsory": one.compulsory,
+            "sides": {
+                side: [
+                    {
+                        "kernel": launch.kernel,
+                        "flops": launch.flops,
+                        "vector_flops": launch.vector_flops,
+                        "atomics": dict(launch.atomics),
+                        "tensors": {name: t._asdict() for name, t in by_adapter(launch).items()},
+                    }
+                    for launch in launches
+                ]
+                for side, launches in one.sides.items()
+                if launches is not None and not (side == "HF PEFT" and len(launches) > 10)
+            },
+        }
+        for one in counted
+    ]
+
+
+def by_adapter(launch: Launch) -> dict[str, Any]:
+    """Tensors of all adapters together: lora_A[3] counts as lora_A."""
+    found: dict[str, Any] = {}
+    for name, traffic in launch.tensors.items():
+        stem = name.split("[")[0]
+        found[stem] = found[stem] + traffic if stem in found else traffic
+    return found

@@ -1,0 +1,95 @@
+"""One adapter of one linear layer, and its gradients: the objects that travel whole."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftk.adapters import checks
+
+PAGE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter of one linear layer: `s · act(x Aᵀ + a) Bᵀ + β`.
+
+    pages_A: tensors [r_p, K], contiguous rows; pages_B: tensors [N, r_p], any strides; the ranks are their
+    concatenation. Every tensor but the last of the list holds a multiple of 16 ranks. Empty for a bias-only adapter.
+    """
+
+    pages_A: tuple[Tensor, ...]
+    pages_B: tuple[Tensor, ...]
+    scaling: float
+    activation: str = "identity"
+    bias_A: Tensor | None = None
+    bias_B: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return sum(page.shape[0] for page in self.pages_A)
+
+    @property
+    def lora_A(self) -> Tensor | None:
+        """A as one tensor [R, K]: the page itself where there is one, a copy where there are several."""
+        if len(self.pages_A) <= 1:
+            return self.pages_A[0] if self.pages_A else None
+        return torch.cat(self.pages_A, dim=0)
+
+    @property
+    def lora_B(self) -> Tensor | None:
+        """B as one tensor [N, R]: the page itself where there is one, a copy where there are several."""
+        if len(self.pages_B) <= 1:
+            return self.pages_B[0] if self.pages_B else None
+        return torch.cat(self.pages_B, dim=1)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        biases = tuple(t for t in (self.bias_A, self.bias_B) if t is not None)
+        return self.pages_A + self.pages_B + biases
+
+
+class AdapterGrads(NamedTuple):
+    """Gradients of one adapter, in the shapes and dtypes of its (dense) tensors; None for no tensor or none wanted."""
+
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias_A: Tensor | None
+    bias_B: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of one adapter a backward computes."""
+
+    lora_A: bool = True
+    lora_B: bool = True
+    bias_A: bool = True
+    bias_B: bool = True
+
+
+ALL = Wanted()
+
+
+def adapter_of(
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    scaling: float,
+    activation: str,
+) -> Adapter | None:
+    """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    checks.both_factors(lora_A, lora_B)
+    bias_A, bias_B = _line(bias_A), _line(bias_B)
+    if lora_A is None or lora_B is None:
+        return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
+    return Adapter((lora_A,), (lora_B,), scaling, activation, bias_A, bias_B)
+
+
+def _line(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+NOTHING = Wanted(False, False, False, False)

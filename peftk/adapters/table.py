@@ -1,0 +1,225 @@
+"""What a kernel reads about the adapters of a batch: addresses, strides, ranks, scalings.
+
+An adapter's ranks lie in *pages* of up to 16 (`PAGE`), the smallest contraction that tensor cores take, wherever its
+tensors happen to be: a trainable `Parameter` is one run of pages in place, an adapter of a bank is pages of a pool.
+The kernels see no difference. Layout (all tensors on the table's device):
+
+    pages     int64   [P, 5]   address of A's page [r, K], its row stride,
+                               address of B's page [N, r], its n-stride, its r-stride       (strides in elements)
+    rows      int32   [n, 4]   first page, rank, activation code (`peftk.adapters.activations.CODES`), 1 if the slot is taken
+    scaling   float32 [n]      s_i, dimensionless
+    biases    int64   [n, 2]   address of a_i [R] or 0, address of β_i [N] or 0
+
+Page p of an adapter of rank R holds ranks 16p … min(16p + 16, R) - 1. A's columns and both biases are contiguous.
+An empty slot (row 3 = 0) and an adapter of rank 0 have no pages. One table has one dtype.
+
+Packed outputs (query, key and value of one projection, say) are several such tables one after the other: the adapters
+of the first slice of columns, then those of the second; an id names one of each (`pack`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftk.adapters.activations import CODES
+from peftk.adapters.adapter import PAGE, Adapter
+from peftk.system import storage
+from peftk.system.lasting import lasting
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterTable:
+    """The adapters of a batch by id, and their device-readable form. Built by `build` or `pack`, never changed.
+
+    columns: where the slices of packed outputs begin, and where the last one ends; () for one slice, all columns.
+    """
+
+    adapters: tuple[Adapter | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+    max_rank: int
+    pages: Tensor
+    rows: Tensor
+    scaling: Tensor
+    biases: Tensor
+    columns: tuple[int, ...] = ()
+    ends: Tensor | None = None  # of slices: int32 [slices + 1, 2], first column and first page of z
+    movable: tuple[tuple[Tensor, Place], ...] = ()  # Parameters, and where they lay when the table was built
+
+    @property
+    def slices(self) -> int:
+        """How many slices of the output have adapters of their own; the entry of id i in slice j is j · count + i."""
+        return max(len(self.columns) - 1, 1)
+
+    @property
+    def count(self) -> int:
+        """How many adapters an id may name."""
+        return len(self.adapters) // self.slices
+
+    @functools.cached_property
+    def direct(self) -> bool:
+        """Whether the shortest way to the CPU's kernels may read it. Asked in every call."""
+        return self.slices == 1 and self.device.type == "cpu"
+
+    @functools.cached_property
+    def slice_pages(self) -> tuple[int, ...]:
+        """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+        return z_pages(self.adapters, self.slices)
+
+    @property
+    def z_width(self) -> int:
+        """Columns of the saved pre-activations z: the largest rank, rounded up to whole pages, of every slice."""
+        return self.slice_pages[-1] * PAGE
+
+    def current(self) -> AdapterTable:
+        """This table, or one made anew where a Parameter lies elsewhere by now.
+
+        A backward asks: one that was offloaded after the forward, say, may have come back to other memory.
+        """
+        if all(place(tensor) == where for tensor, where in self.movable):
+            return self
+        each = [self.adapters[j * self.count : (j + 1) * self.count] for j in range(self.slices)]
+        tables = [build(adapters, dtype=self.dtype, device=self.device) for adapters in each]
+        sizes = [end - start for start, end in itertools.pairwise(self.columns)]
+        return pack(tables, sizes) if self.slices > 1 else dataclasses.replace(tables[0], columns=self.columns)
+
+    def columns_of(self, entry: int, N: int) -> tuple[int, int]:
+        """The columns of y [M, N] that an entry of `adapters` adds to."""
+        return (0, N) if self.slices == 1 else self.columns[entry // self.count : entry // self.count + 2]  # type: ignore[return-value]
+
+    def z_from(self, entry: int) -> int:
+        """The first column of z of an entry of `adapters`."""
+        return 0 if self.slices == 1 else self.slice_pages[entry // self.count] * PAGE
+
+
+Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def place(tensor: Tensor) -> Place:
+    """Where a tensor lies: all that a table says of it."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
+    """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+    starts, count = [0], len(adapters) // slices
+    for j in range(slices):
+        ranks = (a.rank for a in adapters[j * count : (j + 1) * count] if a is not None)
+        starts.append(starts[-1] + -(-max(ranks, default=0) // PAGE))
+    return tuple(starts)
+
+
+@lasting()
+def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
+    """One table for a layer whose outputs are slices of these sizes, side by side, each with the adapters of a table.
+
+    Raises ValueError where the tables differ in how many adapters an id may name, in dtype or in device.
+    """
+    first = tables[0]
+    for number, table in enumerate(tables):
+        for name, expected, got in (
+            ("adapters", first.count, table.count),
+            ("dtype", first.dtype, table.dtype),
+            ("device", first.device, table.device),
+        ):
+            if expected != got:
+                raise ValueError(f"banks[{number}]: expected {name} {expected} as in the first one, got {got}")
+    columns = tuple(itertools.accumulate(sizes, initial=0))
+    adapters = tuple(adapter for table in tables for adapter in table.adapters)
+    ends = list(zip(columns, z_pages(adapters, len(tables)), strict=True))
+    rows, pages = [], 0
+    for table in tables:
+        moved = table.rows.clone()
+        moved[:, 0] += pages
+        pages += table.pages.shape[0]
+        rows.append(moved)
+    return AdapterTable(
+        adapters=adapters,
+        dtype=first.dtype,
+        device=first.device,
+        max_rank=max(table.max_rank for table in tables),
+        pages=torch.cat([table.pages for table in tables]),
+        rows=torch.cat(rows),
+        scaling=torch.cat([table.scaling for table in tables]),
+        biases=torch.cat([table.biases for table in tables]),
+        columns=columns,
+        ends=torch.tensor(ends, dtype=torch.int32, device=first.device),
+        movable=tuple(entry for table in tables for entry in table.movable),
+    )
+
+
+@lasting()
+def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:
+    """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when they move.
+
+    Raises ValueError where a tensor lies in a way that the layout cannot express, TypeError for one without memory.
+    """
+    pages: list[list[int]] = []
+    rows: list[list[int]] = []
+    biases: list[list[int]] = []
+    for index, adapter in enumerate(adapters):
+        if adapter is None:
+            rows.append([len(pages), 0, 0, 0])
+            biases.append([0, 0])
+            continue
+        for tensor in adapter.tensors():
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(
+                    f"adapters[{index}]: expected tensors of {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
+                )
+        if device.type != "meta" and not storage.dense(*adapter.tensors()):
+            found = next((why for tensor in adapter.tensors() if (why := storage.reason(tensor)) is not None), "others")
+            raise TypeError(f"adapters[{index}]: expected dense tensors, got {found}")
+        rows.append([len(pages), adapter.rank, CODES[adapter.activation], 1])
+        biases.append([0 if b is None else _contiguous(b, index).data_ptr() for b in (adapter.bias_A, adapter.bias_B)])
+        for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
+            if page_A.shape[0] % PAGE and number + 1 < len(adapter.pages_A):
+                raise ValueError(f"adapters[{index}]: only the last page may hold fewer than {PAGE} ranks")
+            if page_A.stride(1) != 1 and page_A.shape[1] > 1:
+                raise ValueError(
+                    f"adapters[{index}]: expected contiguous rows in lora_A, got strides {page_A.stride()}"
+                )
+            for r in range(0, page_A.shape[0], PAGE):
+                pages.append(
+                    [
+                        page_A.data_ptr() + r * page_A.stride(0) * page_A.element_size(),
+                        page_A.stride(0),
+                        page_B.data_ptr() + r * page_B.stride(1) * page_B.element_size(),
+                        page_B.stride(0),
+                        page_B.stride(1),
+                    ]
+                )
+    return AdapterTable(
+        adapters=adapters,
+        dtype=dtype,
+        device=device,
+        max_rank=max((a.rank for a in adapters if a is not None), default=0),
+        pages=torch.tensor(pages, dtype=torch.int64, device=device).reshape(-1, 5),
+        rows=torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 4),
+        scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32, device=device),
+        biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
+        movable=tuple((t, place(t)) for a in adapters if a is not None for t in a.tensors() if _may_move(t)),
+    )
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """A with contiguous rows, or a contiguous bias: itself where it is, else a copy, through which gradients pass."""
+    if tensor.layout != torch.strided or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor  # what isn't strided, others refuse
+    return tensor.contiguous()
+
+
+def _may_move(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad
+
+
+def _contiguous(bias: Tensor, index: int) -> Tensor:
+    if bias.numel() > 1 and bias.stride(0) != 1:
+        raise ValueError(f"adapters[{index}]: expected a contiguous bias, got stride {bias.stride(0)}")
+    return bias

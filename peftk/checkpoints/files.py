@@ -1,0 +1,204 @@
+"""A checkpoint's two files, whichever library's: a JSON config and a safetensors file of weights.
+
+All formats call the config `adapter_config.json`. What tells them apart is in it: HF PEFT's has "peft_type", peftk's
+own "peftk", and AdapterHub's neither, but a "config" beside a "model_type". Only safetensors are read: a pickle can run
+code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from peftk.adapters import checks
+from peftk.system import interrupts
+
+CONFIG_FILE = "adapter_config.json"
+FORMATS = ("peft", "adapterhub", "peftk")
+# counters and masks among the buffers of a module that trains whole
+_INTEGERS = (torch.bool, *(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)))
+# what a PEFT config says of the base model, kept from a checkpoint to the next and written in every format
+ABOUT = ("base_model_name_or_path", "revision", "task_type")
+# what wrappers put into the names of what they wrap: torch.compile, FSDP, activation checkpoints
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, and why. Nothing has been loaded."""
+
+
+def folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise TypeError(f"path: expected the path of a folder, got {path!r}")
+    return Path(path)
+
+
+def plain_name(name: str) -> str:
+    """A module's or Parameter's dotted name without the wrappers in between."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config as it lies there. Raises CheckpointError unless it is a JSON object."""
+    file = path / CONFIG_FILE
+    try:
+        if not file.is_file():
+            got = "none there" if path.is_dir() else "a file" if path.exists() else "no such folder"
+            raise CheckpointError(f"{path}: expected a folder with {CONFIG_FILE}, got {got}")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{file}: expected JSON, got an error: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def checkpoint_format(config: Mapping[str, Any]) -> str:
+    """Which library wrote this config: "peft", "adapterhub" or "peftk". Raises CheckpointError for another one's."""
+    if "peft_type" in config:
+        return "peft"
+    if "peftk" in config:
+        return "peftk"
+    if "config" in config and "model_type" in config:
+        return "adapterhub"
+    raise CheckpointError(
+        f"{CONFIG_FILE}: expected a config of HF PEFT (peft_type), AdapterHub (config, model_type) or peftk (peftk), "
+        f"got the fields {', '.join(sorted(config)[:8]) or 'none'}"
+    )
+
+
+def about(config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """What a config says of the base model. Raises CheckpointError unless these are strings."""
+    said = {field: config[field] for field in ABOUT if config.get(field) is not None}
+    for field, value in said.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"{file}: expected {field} to be a string, got {value!r}")
+    return said
+
+
+def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on the CPU; pickled: the name that the library gives to a pickled one.
+
+    Raises CheckpointError for a missing, truncated or corrupt file, and for numbers of a kind that nothing trains in.
+    """
+    file = path / name
+    if not file.is_file():
+        found = pickled if (path / pickled).exists() else "none"
+        hint = " (pickled files are not read: loading one can run code)" if found == pickled else ""
+        raise CheckpointError(f"{path}: expected {name}, got {found} there{hint}")
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: expected a whole safetensors file, got an error: {error}") from error
+    if not tensors:
+        raise CheckpointError(f"{file}: expected weights, got no tensor")
+    for key, tensor in tensors.items():
+        if not key or not key.isprintable() or not all(key.split(".")):
+            raise CheckpointError(f"{file}: expected dotted names, got the key {key!r}")
+        if tensor.dtype not in (*checks.FLOATS, *_INTEGERS):
+            raise CheckpointError(f"{file}: {key}: expected fp32, bf16, fp16, fp64 or integers, got {tensor.dtype}")
+    return tensors
+
+
+def finite_floats(where: object, name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError for what cannot be trained values: integers, NaN, inf."""
+    if tensor.dtype not in checks.FLOATS:
+        raise CheckpointError(f"{where}: {name}: expected fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+    finite(where, name, tensor)
+
+
+def finite(where: object, name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError for NaN and inf."""
+    wrong = tensor[~tensor.isfinite()]
+    if wrong.numel():
+        raise CheckpointError(
+            f"{where}: {name}: expected finite values, got {wrong[0].item()} "
+            f"({wrong.numel()} of {tensor.numel()} values are not finite)"
+        )
+
+
+def converted(where: object, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype. Raises CheckpointError where values that are finite are not in that dtype."""
+    found = tensor.to(dtype)
+    if not torch.equal(found.isfinite(), tensor.isfinite()):
+        raise CheckpointError(
+            f"{where}: {name}: expected values that {dtype} holds, of at most {torch.finfo(dtype).max:.3g}, "
+            f"got {tensor.abs().max().item():.3g}"
+        )
+    return found
+
+
+def same_names(where: object, what: str, found: Collection[str], wanted: Collection[str]) -> None:
+    """Raises CheckpointError unless a checkpoint brings exactly what is wanted."""
+    sides = (("missing there", set(wanted) - set(found)), ("unknown here", set(found) - set(wanted)))
+    wrong = [f"{side}: {', '.join(sorted(names)[:8])}{', …' * (len(names) > 8)}" for side, names in sides if names]
+    if wrong:
+        raise CheckpointError(f"{where}: expected {what}; {'; '.join(wrong)}")
+
+
+def write(
+    path: str | os.PathLike[str], config: Mapping[str, Any], weights_file: str, weights: Mapping[str, Tensor]
+) -> None:
+    """Writes both files beside their places and then moves them there, both or none.
+
+    A failure leaves an earlier checkpoint as it was, and no folder that was not there. Raises ValueError where the path
+    is a file, or a weight has no values; TypeError for one that is no dense tensor.
+    """
+    place = folder(path)
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"path: expected a folder, got the file {place}")
+    for name, tensor in weights.items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"model: expected values in {name}, got a tensor on meta, which has none")
+        checks.dense(name, tensor)
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    new = [one for one in (place, *place.parents) if not one.exists()]
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
+            written = Path(scratch)
+            safetensors.torch.save_file(tensors, written / weights_file, metadata={"format": "pt"})
+            (written / CONFIG_FILE).write_text(text, encoding="utf-8")
+            with interrupts.held():
+                _move(written, place, (weights_file, CONFIG_FILE))
+    except BaseException:
+        for one in new:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        raise
+
+
+def _move(written: Path, place: Path, names: Sequence[str]) -> None:
+    """Moves files to their place, all or none."""
+    before = {name: written / f"before-{name}" for name in names if os.path.lexists(place / name)}
+    for name, kept in before.items():
+        try:
+            os.link(place / name, kept, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # a file system without such links
+            shutil.copy2(place / name, kept, follow_symlinks=False)
+    try:
+        for name in names:
+            os.replace(written / name, place / name)
+    except BaseException:
+        for name in names:
+            if name in before:
+                os.replace(before[name], place / name)
+            else:
+                (place / name).unlink(missing_ok=True)
+        raise

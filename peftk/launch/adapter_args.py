@@ -1,0 +1,70 @@
+"""One adapter as the arguments of a GPU kernel: addresses and strides, so that nothing is copied to the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from peftk.adapters.activations import CODES
+from peftk.adapters.adapter import Adapter
+
+
+class One(NamedTuple):
+    """Addresses in bytes, strides in elements, 0 where there is no tensor."""
+
+    A: int
+    stride_A: int
+    B: int
+    stride_Bn: int
+    stride_Br: int
+    bias_A: int
+    bias_B: int
+    rank: int
+    activation: int
+    scaling: float
+
+
+NOTHING = One(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+
+
+class Tensors(NamedTuple):
+    """What the addresses point into: A [R, K] with contiguous rows, B [N, R], contiguous biases."""
+
+    A: Tensor | None
+    B: Tensor | None
+    bias_A: Tensor | None
+    bias_B: Tensor | None
+
+    def any(self) -> Tensor | None:
+        return next((tensor for tensor in self if tensor is not None), None)
+
+
+def one(adapter: Adapter | None) -> tuple[One, Tensors]:
+    """An adapter of several pages is gathered into one tensor first, on the device.
+
+    The tensors must live until the launch is made; after it torch's allocator reuses memory in the stream's order.
+    """
+    if adapter is None:
+        return NOTHING, Tensors(None, None, None, None)
+    A, B = adapter.lora_A, adapter.lora_B
+    if A is not None and A.stride(1) != 1:
+        A = A.contiguous()
+    tensors = Tensors(A, B, contiguous(adapter.bias_A), contiguous(adapter.bias_B))
+    args = One(
+        A=0 if A is None else A.data_ptr(),
+        stride_A=0 if A is None else A.stride(0),
+        B=0 if B is None else B.data_ptr(),
+        stride_Bn=0 if B is None else B.stride(0),
+        stride_Br=0 if B is None else B.stride(1),
+        bias_A=0 if tensors.bias_A is None else tensors.bias_A.data_ptr(),
+        bias_B=0 if tensors.bias_B is None else tensors.bias_B.data_ptr(),
+        rank=adapter.rank,
+        activation=CODES[adapter.activation],
+        scaling=float(adapter.scaling),
+    )
+    return args, tensors
+
+
+def contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()

@@ -1,0 +1,79 @@
+"""Memory that a launch needs beside its arguments: counters that are zero between launches.
+
+A workspace belongs to one device and stream, or to one node of a CUDA graph: two launches in flight never share
+counters. Kernels leave their counters at zero, so nothing is cleared between launches and a captured graph replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftk.system.lasting import lasting
+
+_SLAB = 1 << 18  # counters that wait for graphs to capture their launches; 1 MiB a device
+
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_slabs: dict[torch.device, Tensor] = {}
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where Triton launches on this device: it asks for the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def counters(device: torch.device, count: int) -> Iterator[Tensor]:
+    """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.
+
+    After a launch that failed they may hold anything, so the next one gets new ones. While a CUDA graph is captured,
+    counters that no other launch will ever get: from a slab that was zeroed before the capture, or, where that is used
+    up, zeroed by a node of the graph itself.
+    """
+    try:
+        yield _counters(device, count)
+    except BaseException:
+        forget(device)
+        raise
+
+
+def forget(device: torch.device) -> None:
+    """The next launch on the device gets new counters."""
+    for key in [key for key in _of_stream if key[0] == device]:
+        del _of_stream[key]
+
+
+@lasting()
+def _counters(device: torch.device, count: int) -> Tensor:
+    if device.type == "meta":
+        return torch.empty(count, dtype=torch.int32, device=device)
+    stream = 0
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if torch.cuda.is_current_stream_capturing():
+            return _captured(device, count)
+        if device not in _slabs:
+            _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
+    found = _of_stream.get((device, stream))
+    if found is None or found.numel() < count:
+        found = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return found
+
+
+def _captured(device: torch.device, count: int) -> Tensor:
+    count = -(-count // 32) * 32  # whole lines of 128 bytes
+    slab = _slabs.get(device)
+    if slab is None or slab.numel() < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _slabs[device] = slab[count:]
+    return slab[:count]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors share the work of a launch; 4 where a CPU stands in for the GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

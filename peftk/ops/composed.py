@@ -1,0 +1,124 @@
+"""The operations composed of torch's own: what serves tensors that no kernel can read, and forward-mode AD.
+
+    y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i
+
+Every step is an operation that torch differentiates forwards and backwards, any number of times, maps (vmap), and
+hands to tensor subclasses. A weight of a subclass (torchao's quantized ones) is multiplied by `nn.functional.linear`
+in x's dtype, as its own library does; all else as in `peftk.reference`, in fp32 (fp64), and rounded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from peftk.adapters import checks
+from peftk.adapters.adapter import Adapter
+from peftk.adapters.flat import flat_tensors
+from peftk.backends import choice
+from peftk.backends.call import BackendError
+from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
+from peftk.system import storage
+
+
+def serves(recorded: bool, x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether these are for torch to compute with, rather than for kernels.
+
+    recorded: whether operations are (`torch.compile`, …). Raises RuntimeError where tangents would be lost.
+    """
+    if storage.has_tangent(x, *tensors):
+        checks.keeps_tangents(x, *tensors)
+        return True
+    if recorded:
+        return torch._C._are_functorch_transforms_active() or not storage.recordable(x, *tensors)
+    return not storage.dense(x, *tensors)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """x [..., K] → y [..., N] in x's dtype."""
+    tensors = [tensor for tensor in (lora_A, lora_B, bias_A, bias_B) if tensor is not None]
+    with _said("lora_linear", (x, weight, bias, seed, *tensors), backend):
+        rows = x.reshape(-1, x.shape[-1])
+        acc = accumulate_dtype(rows, weight, *tensors)
+        y = _base(rows, weight, bias, acc)
+        if tensors:
+            pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
+            adapter = Adapter(pages_A, pages_B, scaling, activation, bias_A, bias_B)
+            y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter | None],
+    columns: Sequence[int],
+    ids: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """x [..., K], ids int32 [M] → y [..., N]. adapters, columns: as in `peftk.adapters.table.AdapterTable`."""
+    tensors = flat_tensors(tuple(adapters))
+    count = len(adapters) // max(len(columns) - 1, 1)
+    with _said("multi_lora_linear", (x, weight, bias, ids, seed, *tensors), backend):
+        rows = x.reshape(-1, x.shape[-1])
+        acc = accumulate_dtype(rows, weight, *tensors)
+        y, inputs = _base(rows, weight, bias, acc), with_dropout(rows, dropout_p, seed, acc)
+        ends = columns or (0, y.shape[-1])
+        parts = [y[:, first:last] for first, last in itertools.pairwise(ends)]
+        for entry, adapter in enumerate(adapters):
+            if adapter is None:
+                continue
+            # selected on both sides: an inf of one adapter is no other row's, in y or in a gradient
+            mine = (ids == entry % count)[:, None]
+            term, _ = adapter_term(torch.where(mine, inputs, 0.0), adapter, acc)
+            parts[entry // count] = parts[entry // count] + torch.where(mine, term, 0.0)
+        y = torch.cat(parts, dim=1)
+        return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    if weight is None or not storage.computes(weight):
+        return base_term(rows, weight, bias, acc)
+    y = functional.linear(rows, weight).to(acc)
+    return y if bias is None else y + bias.to(acc)
+
+
+def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """What torch raises, with what the tensors are. Raises BackendError where another backend is forced."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _explained(op, tensors, backend)
+
+
+@contextlib.contextmanager
+def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+    reasons = (storage.reason(tensor) for tensor in tensors if tensor is not None)
+    got = next((why for why in reasons if why is not None), "a tensor with a tangent")
+    forced = backend or choice.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
+    if forced != "reference":
+        raise BackendError(f"backend {forced!r} was forced and cannot serve {op}: it got {got}")
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else RuntimeError
+        raise kind(f"{op}: expected dense tensors, or such as torch computes this with, got {got}: {error}") from error

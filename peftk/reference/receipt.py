@@ -1,0 +1,158 @@
+"""What a merge leaves behind: everything that brings W back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftk.reference import merge_code
+from peftk.reference.merge import RAW, Factors
+from peftk.system.lasting import lasting
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReceipt:
+    """Everything that brings W back from W' bit for bit; independent of the tensors that the merge was called with.
+
+    factors: the adapters, copied. code: for each weight the distance between W and what plain subtraction gives, in one
+    of three forms, whichever is the smallest: uint8 [N, ⌈K/2⌉], two weights a byte, with those that need a byte of
+    their own in `far` (int8, in order of place); int8 [N, K], a byte a weight; or int8 [0, 0], where raw_values are all
+    of W. raw_values: the bits (W's dtype, in order of place) of the few weights whose distance does not fit in a byte.
+    checksum: of W'.
+    """
+
+    factors: Factors
+    code: Tensor
+    far: Tensor
+    raw_values: Tensor
+    checksum: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """W's: [N, K]."""
+        return torch.Size((self.factors.lora_B.shape[0], self.factors.lora_A.shape[1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """W's."""
+        return self.raw_values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """W's."""
+        return self.code.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, A and B included."""
+        tensors = (self.factors.lora_A, self.factors.lora_B, self.code, self.far, self.raw_values)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @lasting()
+    def to(self, device: torch.device) -> MergeReceipt:
+        """The same receipt with its tensors on another device, for a W that has moved."""
+        lora_A, lora_B = self.factors.lora_A.to(device), self.factors.lora_B.to(device)
+        moved = {name: getattr(self, name).to(device) for name in ("code", "far", "raw_values")}
+        return dataclasses.replace(self, factors=self.factors._replace(lora_A=lora_A, lora_B=lora_B), **moved)
+
+
+class BiasReceipt(NamedTuple):
+    """A bias [N] before a merge, and as the merge left it."""
+
+    before: Tensor
+    after: Tensor
+
+    @lasting()
+    def to(self, device: torch.device) -> BiasReceipt:
+        return BiasReceipt(self.before.to(device), self.after.to(device))
+
+    def check(self, bias: Tensor | None) -> None:
+        """Raises ValueError where the bias is no longer what the merge left."""
+        if bias is None or not same_bits(bias, self.after):
+            raise ValueError("bias: expected the bits that the merge left, got others; it was changed since")
+
+
+@lasting()
+def merge_bias(bias: Tensor, terms: Iterable[tuple[Tensor, float]]) -> BiasReceipt:
+    """bias + Σ s·b, rounded once to the bias's dtype. Raises ValueError where that would not be finite."""
+    after = _wide(bias)
+    for lora_bias, scaling in terms:
+        after = after + _wide(lora_bias) * scaling
+    after = after.to(bias.dtype)
+    if not bool(after.isfinite().all()):
+        raise ValueError("bias: expected bias + s·b to be finite in every element, got inf or NaN; it is unchanged")
+    return BiasReceipt(bias.detach().clone(), after)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal in shape, dtype, device and every bit: -0 is not 0, and a NaN is itself."""
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return torch.equal(one.detach().view(bits), other.detach().view(bits))
+
+
+def packed(factors: Factors, code: Tensor, raw_values: Tensor, checksum: int) -> MergeReceipt:
+    """The receipt of a code of one byte a weight, int8 [N, K], two weights a byte."""
+    return MergeReceipt(factors, *merge_code.pack(code), raw_values, checksum)
+
+
+def halves(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
+    """The code at two weights a byte, and the far ones, whatever the receipt's form."""
+    if receipt.code.dtype == torch.uint8:
+        return receipt.code, receipt.far
+    if receipt.code.numel():
+        return merge_code.pack(receipt.code)
+    (N, K), last = receipt.shape, receipt.shape[1] % 2
+    both = merge_code.HALF_FAR | merge_code.HALF_FAR << 4
+    code = receipt.code.new_full((N, (K + 1) // 2), both, dtype=torch.uint8)
+    code[:, code.shape[1] - last :] = merge_code.HALF_FAR
+    return code, receipt.far.new_full((N * K,), RAW)
+
+
+def bytewise(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
+    """The code as int8 [N, K], and where in the flattened W the raw values belong, int64; whatever the receipt's form.
+
+    Raises ValueError where there are more or fewer far codes or raw values than the code calls for.
+    """
+    code = receipt.code
+    if code.dtype == torch.uint8 or not code.numel():
+        code = merge_code.unpack(*halves(receipt), receipt.shape[1])
+    raw_index = (code == RAW).flatten().nonzero().flatten()
+    if len(raw_index) != len(receipt.raw_values):
+        raise ValueError(
+            f"receipt: expected {len(raw_index)} raw values, as many as its code calls for, "
+            f"got {len(receipt.raw_values)}"
+        )
+    return code, raw_index
+
+
+def smaller_form(receipt: MergeReceipt) -> str | None:
+    """Which form of a receipt with two weights a byte would be smaller, "bytes" or "weights", if any."""
+    weights, raw = receipt.shape.numel(), receipt.raw_values.nbytes
+    sizes = {
+        None: receipt.code.nbytes + receipt.far.nbytes + raw,
+        "bytes": weights + raw,
+        "weights": weights * receipt.dtype.itemsize,
+    }
+    return min(sizes, key=lambda form: sizes[form])
+
+
+def with_bytes(receipt: MergeReceipt) -> MergeReceipt:
+    """The same receipt at a byte a weight."""
+    code, _ = bytewise(receipt)
+    return dataclasses.replace(receipt, code=code, far=receipt.far.new_empty(0))
+
+
+def with_weights(receipt: MergeReceipt, base: Tensor) -> MergeReceipt:
+    """The same receipt with W itself, a tensor of the receipt's own."""
+    empty = receipt.far.new_empty(0)
+    return dataclasses.replace(receipt, code=empty.view(0, 0), far=empty, raw_values=base.reshape(-1))

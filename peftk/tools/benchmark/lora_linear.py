@@ -1,0 +1,74 @@
+"""lora_linear: the forward of one layer with one adapter, beside nn.Linear without any and HF PEFT's LoRA layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peftk.backends import choice
+from peftk.backends.call import Call
+from peftk.nn import LoRALinear
+from peftk.ops.layer_calls import lora_linear_unchecked
+from peftk.reference import bounds
+from peftk.tools.benchmark import peers
+from peftk.tools.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
+
+TOKENS = (1, 16, 256)
+RANKS = (1, 4, 16, 64)
+DIMS = ((768, 768), (4096, 4096))
+
+
+def shapes(dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequence[int]) -> list[Shape]:
+    return [Shape("lora_linear", dtype, M, *dims, rank, 1) for M in tokens for rank in ranks]
+
+
+def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
+    dtype = shape.torch_dtype
+    x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
+    A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
+    expected = bounds.with_adapter(x, base, base_magnitude, A, B, SCALING)
+    alone = bounds.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
+    sides = [Side(LINEAR, lambda: linear(x), lambda: bounds.error(linear(x), alone, fused=False))]
+    if peers.has_peft():
+        peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
+        sides.append(Side(PEFT, lambda: peft(x), lambda: bounds.error(peft(x), expected, fused=False)))
+    for name in serving(shape, device, asked):
+        sides.append(
+            _side(name, peftk_layer(linear, A, B, name, shape.M), x, expected, rounds_once(shape, device, name))
+        )
+    return Case(shape, tuple(sides), bounds.detects(expected, dtype))
+
+
+def _side(name: str, module: nn.Module, x: Tensor, expected: bounds.Expected, fused: bool) -> Side:
+    return Side(f"peftk {name}", lambda: module(x), lambda: bounds.error(module(x), expected, fused=fused))
+
+
+def peftk_layer(linear: nn.Linear, A: Tensor, B: Tensor, backend: str, M: int) -> LoRALinear:
+    """The layer that users have, served by `backend`; adapters in fp32, which is its default and PEFT's."""
+    made = LoRALinear if _is_choice(linear, A, backend, M) else _forced(backend)
+    module = made.from_linear(linear, r=A.shape[0], lora_alpha=SCALING * A.shape[0])
+    with torch.no_grad():
+        module.lora_A.copy_(A)
+        module.lora_B.copy_(B)
+    return module.eval()
+
+
+def _is_choice(linear: nn.Linear, A: Tensor, backend: str, M: int) -> bool:
+    weight = linear.weight
+    N, K = weight.shape
+    call = Call("lora_linear", weight.device.type, weight.dtype, weight.dtype, A.dtype, M, K, N, A.shape[0], 1)
+    return choice.choose(call).backend == backend
+
+
+def _forced(backend: str) -> type[LoRALinear]:
+    class Forced(LoRALinear):
+        """LoRALinear.forward, with the backend said."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return lora_linear_unchecked(
+                x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, backend=backend
+            )
+
+    return Forced

@@ -1,0 +1,330 @@
+"""Random cases of the operation and what they should give, computed by the reference in fp64 from the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import torch
+from torch import Tensor
+
+from peftk import reference
+from peftk.adapters import activations, table
+from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.reference import philox
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of `multi_lora_linear`; with one adapter and ids None, of `lora_linear`.
+
+    weight None: of a series adapter. columns: of packed outputs, as in `AdapterTable`.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    adapters: tuple[Adapter | None, ...]
+    ids: Tensor | None
+    columns: tuple[int, ...] = ()
+
+    @property
+    def out_features(self) -> int:
+        return self.x.shape[1] if self.weight is None else self.weight.shape[0]
+
+    def weight_dtype(self) -> torch.dtype:
+        return self.x.dtype if self.weight is None else self.weight.dtype
+
+    def adapter_dtype(self) -> torch.dtype:
+        return next((t.dtype for a in self.adapters if a is not None for t in a.tensors()), self.weight_dtype())
+
+    def table(self) -> table.AdapterTable:
+        return _table(self.adapters, self.columns, self.adapter_dtype(), self.x.device)
+
+    def taken(self) -> list[int]:
+        """The ids that a row may have."""
+        count = len(self.adapters) // max(len(self.columns) - 1, 1)
+        return [-1, *sorted({entry % count for entry, a in enumerate(self.adapters) if a is not None})]
+
+    def all_ids(self) -> Tensor:
+        """ids, or all 0 where there is one adapter."""
+        return torch.zeros(self.x.shape[0], dtype=torch.int32, device=self.x.device) if self.ids is None else self.ids
+
+    def to(self, device: str) -> Case:
+        """The same values in the same strides there."""
+        adapters = tuple(
+            None
+            if a is None
+            else dataclasses.replace(
+                a,
+                pages_A=tuple(_to(t, device) for t in a.pages_A),
+                pages_B=tuple(_to(t, device) for t in a.pages_B),
+                bias_A=None if a.bias_A is None else _to(a.bias_A, device),
+                bias_B=None if a.bias_B is None else _to(a.bias_B, device),
+            )
+            for a in self.adapters
+        )
+        weight, bias, ids = (None if t is None else _to(t, device) for t in (self.weight, self.bias, self.ids))
+        return Case(_to(self.x, device), weight, bias, adapters, ids, self.columns)
+
+    def __str__(self) -> str:
+        ranks = [None if a is None else (a.rank, a.activation) for a in self.adapters]
+        ids = "one adapter" if self.ids is None else f"ids {self.ids.tolist()[:8]}"
+        weight = "none" if self.weight is None else _described(self.weight)
+        columns = f" of columns {list(self.columns)}" if self.columns else ""
+        return (
+            f"x {_described(self.x)}, weight {weight}, bias {self.bias is not None}, "
+            f"{self.adapter_dtype()} ranks {ranks}{columns}, {ids}"
+        )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} strides {tensor.stride()}"
+
+
+def _table(
+    adapters: tuple[Adapter | None, ...], columns: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> table.AdapterTable:
+    sizes = [end - start for start, end in itertools.pairwise(columns)]
+    count = len(adapters) // max(len(sizes), 1)
+    slices = [adapters[j * count : (j + 1) * count] for j in range(max(len(sizes), 1))]
+    tables = [table.build(one, dtype=dtype, device=device) for one in slices]
+    return table.pack(tables, sizes) if sizes else tables[0]
+
+
+def _to(tensor: Tensor, device: str) -> Tensor:
+    whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_width: int = 200) -> Case:
+    """A case drawn from everything that users do: ragged shapes, dtypes, ranks 1 to 256, ids of every pattern,
+    non-contiguous x and weight, no tokens, no adapters, empty slots, bias-only adapters."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x_dtype = rng.choice(DTYPES)
+    weight_dtype = rng.choice([x_dtype, x_dtype, rng.choice(DTYPES)])
+    adapter_dtype = rng.choice([weight_dtype, torch.float32, rng.choice(DTYPES)])
+    M = rng.choice([0, 1, 1, 2, 3, 4, 5, 8, 16, 17, 33, 64, rng.randint(1, max_rows)])
+    K = rng.choice([1, 3, 8, 16, 31, 64, 65, 128, rng.randint(1, max_width)])
+    N = rng.choice([1, 2, 7, 16, 24, 63, 64, 129, rng.randint(1, max_width)])
+    many = rng.random() < 0.6 if many is None else many
+
+    def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    def adapter() -> Adapter | None:
+        kind = rng.random()
+        if many and kind < 0.08:
+            return None
+        bias_B = draw(N, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        if kind < 0.18:
+            return Adapter((), (), 1.0, "identity", None, draw(N, dtype=adapter_dtype))
+        rank = rng.choice([1, 2, 3, 4, 8, 15, 16, 17, 32, 64, rng.randint(1, 256)])
+        A = draw(rank, K, dtype=adapter_dtype, scale=K**-0.5)
+        B = draw(N, rank, dtype=adapter_dtype, scale=rank**-0.5)
+        if rng.random() < 0.3:
+            B = B.t().contiguous().t()
+        activation = rng.choice(["identity"] * 4 + list(activations.CODES))
+        bias_A = draw(rank, dtype=adapter_dtype) if rng.random() < 0.4 else None
+        return Adapter((A,), (B,), rng.choice([0.5, 1.0, 2.0, -1.5]), activation, bias_A, bias_B)
+
+    x = draw(M, K, dtype=x_dtype)
+    if rng.random() < 0.2:
+        x = draw(M, K + 5, dtype=x_dtype)[:, 2 : K + 2]  # row stride, unaligned
+    elif rng.random() < 0.15:
+        x = draw(K, M, dtype=x_dtype).t()
+    weight = draw(N, K, dtype=weight_dtype, scale=K**-0.5)
+    if rng.random() < 0.15:
+        weight = draw(N, K + 3, dtype=weight_dtype, scale=K**-0.5)[:, 1 : K + 1]
+    elif rng.random() < 0.15:
+        weight = draw(K, N, dtype=weight_dtype, scale=K**-0.5).t()
+    bias = draw(N, dtype=weight_dtype) if rng.random() < 0.5 else None
+    if not many:
+        one = adapter() if rng.random() < 0.9 else None
+        return Case(x, weight, bias, (one,), None)
+    adapters = tuple(adapter() for _ in range(rng.choice([0, 1, 2, 8, 30])))
+    taken = [-1] + [i for i, a in enumerate(adapters) if a is not None]
+    pattern = rng.choice(["random", "random", "base", "one", "sorted", "sequences"])
+    if pattern == "base":
+        ids = [-1] * M
+    elif pattern == "one":
+        ids = [rng.choice(taken)] * M
+    elif pattern == "sequences":
+        ids = [i for i in (rng.choice(taken) for _ in range(M)) for _ in range(7)][:M]
+    else:
+        ids = [rng.choice(taken) for _ in range(M)]
+    if pattern == "sorted":
+        ids.sort()
+    return Case(x, weight, bias, adapters, torch.tensor(ids, dtype=torch.int32))
+
+
+def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """A copy that starts one element after the beginning of its heap block, which ends where it ends."""
+    block = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return block[1:].view(tensor.shape).copy_(tensor)
+
+
+def decode_adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank: int) -> Adapter:
+    """B along its ranks or its rows, any of the tensors at an odd address."""
+    seed = rng.getrandbits(30)
+    bias_B = normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
+    if rank == 0:
+        return Adapter((), (), 1.0, "identity", None, normal(N, dtype=dtype, seed=seed))
+    A = normal(rank, K, dtype=dtype, seed=seed + 1, scale=K**-0.5)
+    B = normal(N, rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)
+    if rng.random() < 0.4:
+        B = normal(rank, N, dtype=dtype, seed=seed + 2, scale=rank**-0.5).t()
+    elif rng.random() < 0.3:
+        B = normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
+    if rng.random() < 0.2:
+        A = _shifted(A)
+    if rng.random() < 0.2:
+        B = _shifted(B) if B.is_contiguous() else _shifted(B.t().contiguous()).t()
+    activation = rng.choice(["identity", *activations.CODES])
+    bias_A = normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
+    return Adapter((A,), (B,), rng.choice([0.5, 1.0, -1.5]), activation, bias_A, bias_B)
+
+
+def decode_case(seed: int, M: int | None = None) -> Case:
+    """What a decode step may ask for: 1 to 64 rows in 16 bits, every rank and kind of adapter, ids in any order."""
+    rng = random.Random(seed)
+    M = M or rng.choice([1, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64])
+    K = rng.choice([8, 16, 24, 56, 64, 72, 120, 128, 136, 264, 512, 1032])
+    N = rng.choice([1, 2, 7, 15, 16, 17, 63, 64, 65, 96, 129, 192])
+    dtype = rng.choice([torch.bfloat16, torch.float16])
+    adapter_dtype = rng.choice([dtype, dtype, torch.float32])
+    ranks = [0, 1, 2, 3, 8, 15, 16, 17, 32, 33, 64, 65, 80]
+    count = rng.choice([0, 1, 1, 2, 3, 5, 9, 64])
+    if count == 64:
+        ranks = [0, 1, 4, 16]
+    adapters: list[Adapter | None] = [decode_adapter(rng, N, K, adapter_dtype, rng.choice(ranks)) for _ in range(count)]
+    ids: Tensor | None = None
+    if count == 0:
+        adapters = [None]
+    elif count > 1 or rng.random() < 0.5:
+        if rng.random() < 0.3:
+            adapters[rng.randrange(count)] = None
+        taken = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
+        drawn = [rng.choice(taken) for _ in range(M)]
+        ids = torch.tensor(sorted(drawn) if rng.random() < 0.2 else drawn, dtype=torch.int32)
+    x = normal(M, K, dtype=dtype, seed=seed + 1)
+    if rng.random() < 0.2:
+        x = normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
+    elif rng.random() < 0.2:
+        x = _shifted(x)
+    weight = normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
+    if rng.random() < 0.2:
+        weight = normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
+    bias = normal(N, dtype=rng.choice([dtype, torch.float32]), seed=seed + 3) if rng.random() < 0.6 else None
+    return Case(x, weight, bias, tuple(adapters), ids)
+
+
+def double(adapter: Adapter | None) -> Adapter | None:
+    """The same values in fp64."""
+    if adapter is None:
+        return None
+    return Adapter(
+        tuple(t.double() for t in adapter.pages_A),
+        tuple(t.double() for t in adapter.pages_B),
+        # kernels take s in fp32
+        float(torch.tensor(adapter.scaling, dtype=torch.float32)),
+        adapter.activation,
+        None if adapter.bias_A is None else adapter.bias_A.double(),
+        None if adapter.bias_B is None else adapter.bias_B.double(),
+    )
+
+
+def _weight(case: Case) -> Tensor:
+    """W in fp64; of a series adapter, the identity."""
+    K = case.x.shape[1]
+    return torch.eye(K, dtype=torch.float64, device=case.x.device) if case.weight is None else case.weight.double()
+
+
+def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """What dropout multiplies x [M, K] by."""
+    return philox.keep_mask(x.shape[0], x.shape[1], p, seed).double() / (1 - p)
+
+
+def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+    """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R.
+
+    A series adapter has no |x||W|ᵀ, beside which v's own error is small. So there |v| is |x̃||A|ᵀ + |a|, the sums that v
+    comes from, times 1.13, which bounds every act'.
+    """
+    x, weight = case.x.double(), _weight(case)
+    bias = None if case.bias is None else case.bias.double()
+    ids = case.all_ids()
+    dropped = x if seed is None else x * _kept(x, dropout_p, seed)
+    full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
+    magnitude, _ = reference.lora_linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), None)
+    y, _ = reference.lora_linear(x, weight, bias, None)
+    for entry, adapter in enumerate(full.adapters):
+        if adapter is None:
+            continue
+        rows, columns = (ids == entry % full.count).nonzero().flatten(), slice(*full.columns_of(entry, y.shape[1]))
+        zero = torch.zeros_like(weight[columns])
+        delta, z = reference.lora_linear(dropped[rows], zero, None, adapter, save_z=True)
+        y[rows, columns] += delta
+        if adapter.bias_B is not None:
+            magnitude[rows, columns] += adapter.bias_B.abs()
+        if z is not None:
+            assert adapter.lora_A is not None
+            assert adapter.lora_B is not None
+            v = activations.apply(adapter.activation, z).abs()
+            if case.weight is None:
+                sums = dropped[rows].abs() @ adapter.lora_A.abs().t()
+                v = 1.13 * (sums if adapter.bias_A is None else sums + adapter.bias_A.abs())
+            magnitude[rows, columns] += abs(adapter.scaling) * (v @ adapter.lora_B.abs().t())
+    return y, magnitude, x.shape[1] + full.max_rank
+
+
+def expected_grads(
+    case: Case, dy: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, list[AdapterGrads | None], Tensor, list[AdapterGrads | None], int]:
+    """dx and the adapters' gradients in fp64, the sums of absolute values that bound their errors, and the terms.
+
+    An adapter's u and v are themselves computed in fp32, so their terms are counted by |dY||B| and |x||A| + |a| (and,
+    where act' depends on z, by z's terms too) rather than by |u| and |v|, which may cancel.
+    """
+    x, weight, dy = case.x.double(), _weight(case), dy.double()
+    ids = case.all_ids()
+    full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
+    _, z = reference.multi_lora_linear(x, weight, None, full, ids, save_z=True, dropout_p=dropout_p, seed=seed)
+    assert z is not None
+    dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout_p=dropout_p, seed=seed)
+    assert dx is not None
+
+    keep = torch.ones_like(x) if seed is None else _kept(x, dropout_p, seed)
+    x_abs = x.abs() * keep
+    dx_magnitude = dy.abs() @ weight.abs()
+    magnitudes: list[AdapterGrads | None] = []
+    for entry, adapter in enumerate(full.adapters):
+        rows = (ids == entry % full.count).nonzero().flatten()
+        dy_abs = dy[rows, slice(*full.columns_of(entry, dy.shape[1]))].abs()
+        if adapter is None or adapter.lora_A is None or adapter.lora_B is None:
+            total = dy_abs.sum(0)
+            magnitudes.append(None if adapter is None else AdapterGrads(None, None, None, total))
+            continue
+        z_abs = x_abs[rows] @ adapter.lora_A.abs().t() + (0 if adapter.bias_A is None else adapter.bias_A.abs())
+        slope = 1.0 if adapter.activation == "identity" else 1.13 + z_abs
+        u_abs = (dy_abs @ adapter.lora_B.abs()) * slope
+        s = abs(adapter.scaling)
+        dx_magnitude[rows] += s * (u_abs @ adapter.lora_A.abs()) * keep[rows]
+        magnitudes.append(
+            AdapterGrads(
+                s * (u_abs.t() @ x_abs[rows]),
+                s * (dy_abs.t() @ (1.13 * z_abs)),
+                s * u_abs.sum(0),
+                dy_abs.sum(0),
+            )
+        )
+    terms = x.shape[0] + x.shape[1] + dy.shape[1] + full.max_rank * full.slices
+    return dx, grads, dx_magnitude, magnitudes, terms

@@ -1,0 +1,187 @@
+"""A call and its backward as a user makes it, to be run again and again, with other values in the same tensors."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peftk import functional
+from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.adapters.flat import flat_grads, flat_tensors
+from peftk.backends import choice
+from peftk.backends.call import Call
+from peftk.reference import bounds
+from peftk.tools.selftest.cases import Case, expected, expected_grads
+from peftk.tools.selftest.check import WrongError
+
+Form = Literal["linear", "series", "packed"]
+
+
+class Work:
+    """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64.
+
+    trains: if not, there are no gradients, only y.
+    """
+
+    def __init__(
+        self, case: Case, backend: str, *, dropout_p: float = 0.0, need_dx: bool = True, trains: bool = True
+    ) -> None:
+        self.case, self.backend, self.dropout_p = case, backend, dropout_p
+        x, need_dx = case.x, need_dx and trains
+        x.requires_grad_(need_dx)
+        self.trained = [t.requires_grad_() for t in flat_tensors(case.adapters)] if trains else []
+        self.leaves = [x, *self.trained] if need_dx else self.trained
+        self.table = None if case.ids is None else case.table()
+        self.dy = torch.empty(x.shape[0], case.out_features, dtype=x.dtype, device=x.device)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=x.device) if dropout_p else None
+        _fill(self.dy, 0)
+        if self.seed is not None:
+            self.seed.fill_(0x123456789ABCDEF)
+
+    def forward(self) -> Tensor:
+        case = self.case
+        rest: dict[str, Any] = {"dropout_p": self.dropout_p, "seed": self.seed, "backend": self.backend}
+        if self.table is not None:
+            assert case.ids is not None
+            if case.weight is None:
+                return functional.multi_adapter_block(case.x, self.table, case.ids, **rest)
+            return functional.multi_lora_linear(case.x, case.weight, case.bias, self.table, case.ids, **rest)
+        a = case.adapters[0] or Adapter((), (), 1.0)
+        adapter = (a.lora_A, a.lora_B, a.scaling)
+        rest |= {"activation": a.activation, "bias_A": a.bias_A, "bias_B": a.bias_B}
+        if case.weight is None:
+            return functional.adapter_block(case.x, *adapter, **rest)
+        return functional.lora_linear(case.x, case.weight, case.bias, *adapter, **rest)
+
+    def run(self) -> list[Tensor]:
+        """y, dX where it is needed, and the gradients in the order of `peftk.ops.autograd.flat_tensors`."""
+        y = self.forward()
+        return [y.detach(), *(torch.autograd.grad(y, self.leaves, self.dy) if self.leaves else ())]
+
+    def names(self) -> list[str]:
+        tensors = [
+            f"d{name} of adapter {i}"
+            for i, a in enumerate(self.case.adapters)
+            if a is not None
+            for name in ["A", "B"] * len(a.pages_A) + ["a"] * (a.bias_A is not None) + ["β"] * (a.bias_B is not None)
+        ]
+        if not self.leaves:
+            return ["y"]
+        return ["y", *(["dX"] if self.case.x.requires_grad else []), *tensors]
+
+    def refill(self, number: int) -> None:
+        """Other x, dY, ids and seed, in place. The same for the same number."""
+        with torch.no_grad():
+            _fill(self.case.x, 3 * number)
+            _fill(self.dy, 3 * number + 1)
+            if self.case.ids is not None:
+                self.case.ids.copy_(_ids(self.case, torch.Generator().manual_seed(3 * number + 2)))
+            if self.seed is not None:
+                self.seed.fill_(7919 * number)
+
+    def error(self, results: list[Tensor] | None = None) -> float:
+        """The worst error of `results`, else of a run, as a multiple of what is allowed."""
+        actual = self.run() if results is None else results
+        rest = {"dropout_p": self.dropout_p, "seed": self.seed}
+        with torch.no_grad():
+            y, y_terms, K = expected(self.case, **rest)  # type: ignore[arg-type]
+            if not self.leaves:
+                return self._worst(actual, [(y, y_terms, K)])
+            dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, **rest)  # type: ignore[arg-type]
+        exact = [(y, y_terms, K), *([(dx, dx_terms, terms)] if self.case.x.requires_grad else [])]
+        exact += [(g, t, terms) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
+        return self._worst(actual, exact)
+
+    def _worst(self, actual: list[Tensor], exact: list[tuple[Tensor, Tensor, int]]) -> float:
+        worst = 0.0
+        for name, one, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
+            error = excess(one, value, magnitude, contraction)
+            if error > 1.0:
+                raise WrongError(f"{name}: error {error:.2f}× allowed ({self.case})")
+            worst = max(worst, error)
+        return worst
+
+    def _flat(self, grads: list[AdapterGrads | None]) -> list[Tensor]:
+        return [g for g in flat_grads(self.case.adapters, grads) if g is not None]
+
+
+def excess(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> float:
+    """The error of one rounding's result as a multiple of what is allowed, element by element and in the norm."""
+    error = bounds.error(actual, bounds.Expected(exact, magnitude, contraction, exact, exact), fused=True)
+    if actual.numel() >= bounds.NORM_FROM and error <= 1.0:
+        norm = float((actual.double() - exact).norm() / exact.norm())
+        error = max(error, norm / bounds.NORM[actual.dtype])
+    return error
+
+
+def made(
+    shape: tuple[int, int, int],
+    ranks: tuple[int | None, ...],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    many: bool,
+    form: Form = "linear",
+    activation: str = "identity",
+    biases: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> Case:
+    """M, K, N, and adapters of these ranks: None is an empty slot (one adapter: none), 0 a bias alone.
+
+    series: N is K, and there is no W. packed: three slices, the ranks of each shifted by one id.
+    """
+    M, K, N = shape
+    N = K if form == "series" else N
+    generator = torch.Generator().manual_seed(M * K + N)
+
+    def random(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    wide = adapter_dtype or dtype
+
+    def adapter(rank: int | None, N: int) -> Adapter | None:
+        if rank is None:
+            return None
+        bias_B = random(N, dtype=wide) if biases or not rank else None
+        if not rank:
+            return Adapter((), (), 1.0, "identity", None, bias_B)
+        A = random(rank, K, dtype=wide, scale=K**-0.5)
+        B = random(N, rank, dtype=wide, scale=rank**-0.5)
+        return Adapter((A,), (B,), 0.5, activation, random(rank, dtype=wide) if biases else None, bias_B)
+
+    columns = (0, N // 2, N - N // 4, N) if form == "packed" else ()
+    sizes = [end - start for start, end in itertools.pairwise(columns)] or [N]
+    adapters = tuple(adapter(r, size) for j, size in enumerate(sizes) for r in (*ranks[j:], *ranks[:j]))
+    weight, bias = (None, None) if form == "series" else (random(N, K, scale=K**-0.5), random(N))
+    case = Case(random(M, K), weight, bias, adapters, None, columns)
+    if many:
+        case.ids = _ids(case, generator).to(device)
+    return case
+
+
+def _ids(case: Case, generator: torch.Generator) -> Tensor:
+    """int32 [M] of what a row may have, drawn on the CPU."""
+    taken = torch.tensor(case.taken(), dtype=torch.int32)
+    return taken[torch.randint(len(taken), case.x.shape[:1], generator=generator)]
+
+
+def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
+    """Whether the backend has the forward and the backward of the case there."""
+    op = ("" if case.ids is None else "multi_") + ("adapter_block" if case.weight is None else "lora_linear")
+    M, K = case.x.shape
+    dtypes = (case.x.dtype, case.weight_dtype(), case.adapter_dtype())
+    slices = max(len(case.columns) - 1, 1)
+    count = len(case.adapters) // slices
+    rank = max((a.rank for a in case.adapters if a is not None), default=0)
+    calls = (
+        Call(name, device, *dtypes, M, K, case.out_features, rank, count, dropout_p > 0.0, slices)
+        for name in (op, f"{op}_backward")
+    )
+    return all(choice.cannot_serve(backend, call) is None for call in calls)
+
+
+def _fill(tensor: Tensor, seed: int) -> None:
+    tensor.detach().copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))

@@ -1,0 +1,112 @@
+"""The choice of backend: pure, explained, forced by argument and environment, never falling back."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import peftk
+from peftk import functional
+from peftk.backends import choice
+from peftk.backends.call import BackendError, Call
+from peftk.explain import OPS
+
+
+def test_explain_names_backend_reason_and_kernel() -> None:
+    chosen = peftk.explain("lora_linear", M=4, K=4096, N=4096, dtype=torch.bfloat16)
+    assert chosen.backend == "cpu"
+    assert chosen.kernel
+    assert str(chosen).startswith("cpu: ")
+
+
+def test_explain_of_layers() -> None:
+    linear = torch.nn.Linear(8, 8)
+    lora = peftk.LoRALinear.from_linear(linear, r=2)
+    assert peftk.explain(lora, torch.randn(3, 8)).backend == "cpu"
+    assert peftk.explain(lora, M=3, backend="reference").backend == "reference"
+    multi = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
+    assert peftk.explain(multi, M=5).backend == "cpu"
+    with pytest.raises(TypeError, match="what: expected a LoRALinear"):
+        peftk.explain(linear)
+    with pytest.raises(ValueError, match="what: expected a layer or one of lora_linear"):
+        peftk.explain("matmul")
+    with pytest.raises(ValueError, match="M: expected 0 or more, got -1"):
+        peftk.explain("lora_linear", M=-1)
+
+
+def test_forcing_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peftk.explain("lora_linear").backend == "cpu"
+    monkeypatch.setenv("PEFTK_BACKEND", "reference")
+    assert peftk.explain("lora_linear").backend == "reference"
+    assert peftk.explain("lora_linear", backend="cpu").backend == "cpu"
+    monkeypatch.setenv("PEFTK_BACKEND", "nonesuch")
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        functional.lora_linear(torch.randn(2, 3), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
+    x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(peftk.BackendError, match=f"backend '{backend}' was forced and cannot serve lora_linear"):
+        functional.lora_linear(x, weight, backend=backend)
+
+
+IN_PLACE = {"merge": ("merge_", "remerge_"), "unmerge": ("unmerge_",)}
+
+
+def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
+    for name in choice.NAMES:
+        try:
+            module = choice.module(name)
+        except BackendError:
+            continue
+        for op in OPS:
+            for device in ("cpu", "cuda"):
+                call = Call(op, device, *(torch.bfloat16,) * 3, 4, 64, 64, 8, 1)
+                if module.cannot_serve(call) is None:
+                    # a series adapter is a linear layer without a weight
+                    for function in IN_PLACE.get(op, (op.replace("adapter_block", "lora_linear"),)):
+                        assert callable(getattr(module, function))
+                    assert module.describe(call)
+
+
+def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call("segments", "cpu", torch.int32, torch.int32, None, 4, 1, 1, 0, 2)
+    with choice.forcing(None):
+        assert choice.forced() is None
+    with choice.forcing("cpu"), pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot serve segments"):
+        choice.choose(call)
+    with choice.forcing("cpu"):
+        assert choice.choose(call, "reference").backend == "reference"
+    server, seen = choice.module("reference"), []
+    serve = server.multi_lora_linear
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen.append(choice.forced())
+        return serve(*args, **kwargs)
+
+    monkeypatch.setattr(server, "multi_lora_linear", watched)
+    monkeypatch.setenv("PEFTK_BACKEND", "reference")
+    layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
+    ids = torch.tensor([-1, -1])
+    for backend in (None, "reference"):
+        functional.multi_lora_linear(torch.randn(2, 8), layer.weight, None, layer.bank, ids, backend=backend)
+    assert seen == [None, "reference"]
+    assert choice.forced() is None
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
+def test_triton_refuses_cpu_tensors_where_nothing_interprets() -> None:
+    pytest.importorskip("triton")
+    call = Call("lora_linear", "cpu", *[torch.float32] * 3, 1, 8, 8, 4, 1)
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        choice.choose(call, "triton")
+    merge = call._replace(op="merge", device="cuda", x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    assert choice.cannot_serve("triton", merge._replace(adapter_dtype=torch.float16)) is None
+    assert "float64" in str(choice.cannot_serve("triton", merge._replace(adapter_dtype=torch.float64)))
+    assert choice.cannot_serve("triton", call._replace(device="cuda")) is None
+    for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
+        mix = call._replace(device="cuda", x_dtype=x, weight_dtype=weight)
+        assert word in str(choice.cannot_serve("triton", mix))

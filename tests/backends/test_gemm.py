@@ -1,0 +1,134 @@
+"""The gemm backend: torch's product for the base layer, peftk's adapters on top; forward, gradients, many adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftk
+from peftk import functional
+from peftk.adapters import table
+from peftk.adapters.adapter import Adapter
+from peftk.backends import gemm
+from peftk.backends.call import Call
+from tests.ops.test_random_cases import run
+from tests.support import numerics
+from tests.support.cases import Case, expected, expected_grads, random_case
+
+
+def cases(count: int) -> Iterator[tuple[int, Case]]:
+    """Random cases with x and weight of one dtype."""
+    seed = 70_000
+    while count:
+        case, seed = random_case(seed), seed + 1
+        if case.x.dtype == case.weight.dtype:
+            yield seed - 1, case
+            count -= 1
+
+
+def base_of(case: Case) -> Tensor:
+    y = case.x.double() @ case.weight.double().t()
+    return y if case.bias is None else y + case.bias.double()
+
+
+def test_random_cases() -> None:
+    for seed, case in cases(200):
+        y = run(case, "gemm")
+        try:
+            numerics.check(y, *expected(case), rounded=base_of(case))
+        except AssertionError as error:
+            raise AssertionError(f"case {seed}: {case}: {error}") from error
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_random_gradients(dropout_p: float) -> None:
+    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    for seed, case in cases(60):
+        dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+        table = case.table()
+        ids = torch.zeros(case.x.shape[0], dtype=torch.int32) if case.ids is None else case.ids
+        if case.ids is None and case.adapters[0] is None:
+            continue
+        _, z = gemm.multi_lora_linear(case.x, case.weight, case.bias, table, ids, save_z=True, **kwargs)
+        assert z is not None
+        dx, grads = gemm.multi_lora_linear_backward(dy, case.x, case.weight, table, ids, z, **kwargs)
+        dx_expected, grads_expected, magnitude, magnitudes, terms = expected_grads(case, dy, **kwargs)
+        assert dx is not None
+        try:
+            numerics.check(dx, dx_expected, magnitude, terms, rounded=dy.double() @ case.weight.double())
+            for got, wanted, size in zip(grads, grads_expected, magnitudes, strict=True):
+                for g, w, m in zip(got or (), wanted or (), size or (), strict=True):
+                    if g is not None:
+                        numerics.check(g, w, m, terms)
+        except AssertionError as error:
+            raise AssertionError(f"case {seed}: {case}: {error}") from error
+
+
+def test_one_adapter_trains_as_the_cpu_kernels_do() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 48), torch.randn(40)
+    values = {"x": torch.randn(70, 48), "lora_A": torch.randn(5, 48), "lora_B": torch.randn(40, 5)}
+    dy, seed = torch.randn(70, 40), torch.tensor([3])
+
+    def step(backend: str) -> list[Tensor]:
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        y = functional.lora_linear(
+            weight=weight, bias=bias, scaling=0.5, dropout_p=0.2, seed=seed, backend=backend, **leaves
+        )
+        y.backward(dy)
+        return [y.detach(), *(leaf.grad for leaf in leaves.values())]
+
+    for got, wanted in zip(step("gemm"), step("cpu"), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_base_layer_alone_and_a_bias_of_another_dtype() -> None:
+    weight, x = torch.randn(9, 8, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
+    assert torch.equal(functional.lora_linear(x, weight, backend="gemm"), torch.nn.functional.linear(x, weight))
+    bias = torch.randn(9)
+    y = functional.lora_linear(x, weight, bias, backend="gemm")
+    assert torch.equal(y, (torch.nn.functional.linear(x, weight).float() + bias).to(torch.bfloat16))
+
+
+def test_rows_of_the_base_layer_are_torchs_bits() -> None:
+    bank = peftk.AdapterBank(32, 24, 2, torch.float32, torch.device("cpu"))
+    bank.add("a", torch.randn(4, 32), torch.randn(24, 4), 1.0)
+    weight, bias, x = torch.randn(24, 32), torch.randn(24), torch.randn(6, 32)
+    ids = torch.tensor([0, -1, 0, -1, -1, 0])
+    y = functional.multi_lora_linear(x, weight, bias, bank, ids, backend="gemm")
+    assert torch.equal(y[ids == -1], torch.nn.functional.linear(x, weight, bias)[ids == -1])
+
+
+def test_what_it_does_not_serve() -> None:
+    call = Call("lora_linear", "cpu", *(torch.float32,) * 3, 4, 64, 64, 8, 1)
+    assert gemm.cannot_serve(call) is None
+    assert "one dtype" in str(gemm.cannot_serve(call._replace(x_dtype=torch.bfloat16)))
+    assert "has none for merge" in str(gemm.cannot_serve(call._replace(op="merge")))
+    assert "cpu tensors" in str(gemm.cannot_serve(call._replace(device="cuda")))
+    x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8)
+    with pytest.raises(peftk.BackendError, match="serves x and weight of one dtype"):
+        functional.lora_linear(x, weight, backend="gemm")
+
+
+def test_rows_apart_are_read_where_they_lie() -> None:
+    _, case = next(cases(1))
+    x = torch.randn(2 * 6, case.x.shape[1]).to(case.x.dtype)[::2]
+    ids = None if case.ids is None else torch.full((6,), -1, dtype=torch.int32)
+    apart = dataclasses.replace(case, x=x, ids=ids)
+    numerics.check(run(apart, "gemm"), *expected(apart), rounded=base_of(apart))
+
+
+def test_input_gradients_take_torchs_product() -> None:
+    """Where the adapter adds nothing they are its bits, and not another sum's."""
+    weight, dy, x = torch.randn(500, 300), torch.randn(40, 500), torch.randn(40, 300)
+    adapter = Adapter((torch.randn(4, 300),), (torch.zeros(500, 4),), 1.0, "identity", None, None)
+    dx, _ = gemm.lora_linear_backward(dy, x, weight, adapter, torch.zeros(40, 4))
+    assert torch.equal(dx, torch.mm(dy, weight))
+    built = table.build((adapter,), dtype=torch.float32, device=x.device)
+    ids = torch.full((40,), -1, dtype=torch.int32)
+    dx, _ = gemm.multi_lora_linear_backward(dy, x, weight, built, ids, torch.zeros(40, 16))
+    assert torch.equal(dx, torch.mm(dy, weight))

@@ -1,0 +1,59 @@
+"""The CPU kernels read and write nothing outside their tensors: beyond these lies a page that nobody may touch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peftk import _cpu
+from tests.support.guard_pages import guarded
+from tests.support.paths import ROOT
+
+
+def child(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_kernels_stay_within_their_tensors() -> None:
+    done = child("-m", "tests.support.guard_pages", *_cpu.simd_levels())
+    last = done.stdout.rpartition("\n")[0].rpartition("\n")[2]
+    assert done.returncode == 0, f"exit status {done.returncode}, {last}\n{done.stderr[-4000:]}"
+
+
+READS_OUTSIDE = """
+import ctypes, os, torch
+from tests.support.guard_pages import guarded
+
+for behind, element in ((True, 7), (False, -1)):
+    address = (tensor := guarded(torch.arange(7.0), behind)).data_ptr()
+    for number in (0, 6, element):
+        if (child := os.fork()) == 0:
+            ctypes.c_float.from_address(address + 4 * number).value
+            os._exit(0)
+        print(behind, number, os.WIFSIGNALED(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_an_element_outside_kills_the_process() -> None:
+    lines = child("-c", READS_OUTSIDE).stdout.splitlines()
+    assert lines == [
+        f"{behind} {number} {number == element}"
+        for behind, element in ((True, 7), (False, -1))
+        for number in (0, 6, element)
+    ]
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_guarded_tensor_is_the_same_tensor(behind: bool) -> None:
+    for tensor in (
+        torch.randn(5, 7),
+        torch.randn(5, 9).half()[:, 1:8],
+        torch.randn(7, 5).t(),
+        torch.randn(70, 90)[::3],
+    ):
+        copy = guarded(tensor, behind)
+        assert torch.equal(copy, tensor)
+        assert copy.stride() == tensor.stride()

@@ -1,0 +1,145 @@
+"""lora_linear's one launch, forward and backward, in many interleavings; and mutants of its protocol, which must be
+found. One program at a time, the launch is tested in `lora_linear.py`; here its results are the standard.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftk.backends import triton as backend
+from peftk.launch import workspace
+from peftk.triton_kernels import config, expand, lora_linear, tickets
+from peftk.triton_kernels.segments import segments
+from tests.kernels.triton.interpreted.lora_linear import F32, adapter, make, normal
+from tests.support.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
+from tests.support.mutants import mutant
+from tests.support.tiers import spread
+
+M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
+SCHEDULES = schedules(12)
+MORE_SCHEDULES = schedules(60)  # a mutant is found in one of the first, almost always
+IDS = [i % 4 - 1 for i in range(9)] + [2] * 11
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the protocol knows, in 20 tiles: both kinds of tile cut into splits."""
+    chosen = config.lora_linear
+    monkeypatch.setattr(config, "lora_linear", lambda *form: chosen(*form)._replace(shrink_splits=3, expand_splits=2))
+
+
+@functools.cache
+def launches() -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """By name: a call with one launch."""
+    one = make((F32, F32, F32), (adapter(20, K, N, F32, "silu", 3),), None, M, K, N)
+    some = tuple(adapter(rank, K, N, F32, "identity", 7 * rank) for rank in (20, 3, 9))
+    many = make((F32, F32, F32), some, IDS, M, K, N)
+    of_one, held = backend._one(one.adapters[0])
+    of_many, order = backend._many(many.table()), segments(many.ids, 3)
+    dy, z = normal(M, N, dtype=F32, seed=5), normal(M, 32, dtype=F32, seed=6)
+    seed = torch.tensor([11])
+
+    def backward_one() -> Sequence[Tensor]:
+        assert held
+        return lora_linear.backward(dy, one.weight, K, of_one, None, z)
+
+    return {
+        "one": lambda: lora_linear.forward(one.x, one.weight, one.bias, of_one, None, save_z=bool(held)),
+        "many": lambda: lora_linear.forward(many.x, many.weight, many.bias, of_many, order, save_z=True),
+        "backward, one": backward_one,
+        "backward, many": lambda: lora_linear.backward(
+            dy, many.weight, K, of_many, order, z, dropout_p=0.25, seed=seed
+        ),
+    }
+
+
+@functools.cache
+def expected(name: str) -> Sequence[Tensor]:
+    return launches()[name]()
+
+
+def run(name: str, schedule: Schedule) -> Outcome:
+    device = torch.device("cpu")
+    standard = expected(name)
+    workspace.forget(device)
+    return outcome(schedule, launches()[name], standard, lambda: workspace._counters(device, 0))
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", spread(["many", "backward, one", "backward, many", "one"], default=2))
+def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = config.lora_linear
+    polls = 0
+    for schedule in schedules(count):
+        stay = schedule.seed % 2  # blocks that draw tile after tile
+        monkeypatch.setattr(config, "lora_linear", lambda *form, stay=stay: split(*form)._replace(per_processor=stay))
+        done = run(name, schedule)
+        assert (done.verdict, len(set(done.turns)) == 4) == ("right", stay == 1), schedule
+        polls += done.polls
+    assert polls, "no tile ever waited"
+
+
+PUBLISH = 'tl.atomic_add(counters + READY + row_block, 1, sem="release")'
+BARRIER = "    tl.debug_barrier()\n    "
+LEFT = 'tl.atomic_add(counters + LEFT, 1, sem="acq_rel") == tl.num_programs(0) - 1:'
+ARRIVED = 'tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == splits - 1'
+DRAWN = "tile = draw(counters) if ONCE else tl.program_id(0)"
+
+# name: (what must come out in some schedule, the module, changes of its source)
+MUTANTS = {
+    "block id for ticket": ("hang", lora_linear, (DRAWN, "tile = tl.program_id(0)")),
+    "expand tiles first": ("hang", lora_linear, (DRAWN, "tile = shrink_tiles + expand_tiles - 1 - draw(counters)")),
+    "z not released": ("wrong", tickets, (PUBLISH, PUBLISH.replace("release", "relaxed"))),
+    "z not acquired": ("wrong", tickets, ('0, sem="acquire"', '0, sem="relaxed"')),
+    "no barrier before the release of z": ("wrong", tickets, (BARRIER + PUBLISH, "    " + PUBLISH)),
+    "every split publishes": ("wrong", lora_linear, ("                if complete:\n", "                if True:\n")),
+    "published to another row block": ("hang", lora_linear, ("* SHRINK_M // BLOCK_M)", "* 0)")),
+    "waits for nothing": ("wrong", expand, ("            if z_pages > 0:", "            if z_pages > 99:")),
+    "waits for one tile less": ("wrong", tickets, ('sem="acquire") < tiles', 'sem="acquire") < tiles - 1')),
+    "waits for one tile more": ("hang", tickets, ('sem="acquire") < tiles', 'sem="acquire") < tiles + 1')),
+    "parts not released": ("wrong", tickets, (ARRIVED, ARRIVED.replace("acq_rel", "acquire"))),
+    "parts not acquired": ("wrong", tickets, (ARRIVED, ARRIVED.replace("acq_rel", "release"))),
+    "no barrier before the arrival": (
+        "wrong",
+        tickets,
+        (BARRIER + "last = " + ARRIVED, "    last = " + ARRIVED),
+    ),
+    "the last but one sums": ("wrong", tickets, (ARRIVED, ARRIVED.replace("- 1", "- 2"))),
+    "summed from the last to arrive on": (
+        "wrong",
+        tickets,
+        ("        part = tl.load(parts + place)\n", ""),
+        ("tl.load(parts + other *", "tl.load(parts + (split + other) % splits *"),
+    ),
+    "arrivals not reset": ("not reset", tickets, ("        tl.store(arrivals + tile, 0)\n", "")),
+    "reset by the first to leave": ("wrong", tickets, (LEFT, LEFT.replace("tl.num_programs(0) - 1", "0"))),
+    "reset by the last but one": ("hang", tickets, (LEFT, LEFT.replace("- 1", "- 2"))),
+    "nobody resets": ("not reset", tickets, (LEFT, LEFT.replace("- 1", "+ 1"))),
+    "left in no order": ("race", tickets, (LEFT, LEFT.replace("acq_rel", "relaxed"))),
+}
+
+
+@pytest.mark.parametrize("name", spread(MUTANTS, default=5))
+def test_mutants_are_found(name: str) -> None:
+    verdict, module, *changes = MUTANTS[name]
+    expected("one")
+    with mutant(module, *changes):
+        # what is read too early may happen to be right, and then is a race that was seen
+        found = {verdict, "race"} if verdict == "wrong" else {verdict}
+        assert any(run("one", schedule).verdict in found for schedule in MORE_SCHEDULES)
+
+
+def test_after_a_hang_the_next_call_is_right() -> None:
+    """The launcher has dropped the counters of the launch that failed."""
+    expected("one")
+    workspace.forget(torch.device("cpu"))  # what a mutant before may have left
+    _, module, *changes = MUTANTS["waits for one tile more"]
+    with mutant(module, *changes), interleaved(SCHEDULES[0]), pytest.raises(HangError):
+        launches()["one"]()
+    for actual, standard in zip(launches()["one"](), expected("one"), strict=True):
+        assert torch.equal(actual, standard)

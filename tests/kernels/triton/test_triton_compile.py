@@ -1,0 +1,212 @@
+"""Every Triton configuration that ships, compiled for GPUs that are not there: what ptxas and LLVM made of it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
+
+import triton
+
+from peftk.launch.segments import Segments
+from peftk.triton_kernels import config, lora_wgrad, merge_tile, segments
+from peftk.triton_kernels import lora_linear as kernels
+from tests.support.tiers import spread
+from tests.support.triton_aot import Compiled, compiling
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Mix = tuple[torch.dtype, torch.dtype, torch.dtype]  # of x, W and the adapters
+MIXES: list[Mix] = [(BF16, BF16, BF16), (F16, F16, F16), (F32, F32, F32)]
+EVERY_MIX: list[Mix] = [
+    *((x, w, a) for x in (F32, BF16) for w in (F32, BF16) for a in (F32, BF16)),
+    *((x, w, a) for x in (F32, F16) for w in (F32, F16) for a in (F32, F16) if F16 in (x, w, a)),
+]
+TARGETS: list[int | str] = [80, 90, 100, 120]
+MORE_TARGETS: list[int | str] = [86, 89, "gfx942"]
+TENSOR_CORES = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma", 120: "mma.sync"}
+TENSOR_MEMORY = 512  # columns
+FORMS: dict[str, dict[str, Any]] = {
+    "one": {"many": False},
+    "many": {"many": True},
+    "packed": {"many": True, "packed": True},
+    "identity": {"many": True, "identity": True},
+    "one, backward": {"many": False, "backward": True},
+    "many, backward": {"many": True, "backward": True},
+    "packed, backward": {"many": True, "packed": True, "backward": True},
+    "identity, backward": {"many": True, "identity": True, "backward": True},
+    "one, backward, dropout": {"many": False, "backward": True, "dropout_p": 0.1},
+    "many, backward, dropout": {"many": True, "backward": True, "dropout_p": 0.1},
+}
+
+
+def served(target: int | str, mix: Mix) -> bool:
+    """As `cannot_serve` says."""
+    return isinstance(target, int) or (mix[0] == mix[1] and mix[2] in (mix[0], F32))
+
+
+def compile_call(
+    target: int | str,
+    M: int,
+    mix: Mix,
+    *,
+    many: bool,
+    backward: bool = False,
+    packed: bool = False,
+    identity: bool = False,
+    dropout_p: float = 0.0,
+    aligned: bool = True,
+    K: int = 4096,
+    N: int = 4096,
+    plan: config.Plan | None = None,
+) -> Compiled:
+    """The one launch of a forward, or of a backward's dX, as that target would be given it."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
+    if identity:
+        weight, bias = None, None
+    source: kernels.One | kernels.Many = kernels.One(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
+    segments = None
+    if many:
+        i32, i64 = torch.int32, torch.int64
+        slices = empty(4, 2, dtype=i32) if packed else None
+        source = kernels.Many(
+            empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64),
+            slices, 8, 3 if packed else 1, 16 if packed else 0,
+        )  # fmt: skip
+        starts, owners, blocks = empty(10, dtype=i32), empty(10, dtype=i32), empty(-(-M // 16), dtype=i32)
+        segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), starts, owners, blocks)
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    A, B = ("k16", "r16") if aligned else ("k", "any")
+    adapters = kernels.Adapters(source, mix[2], 16, A, "any" if many else B)
+    with compiling(target, kernels, ("lora_linear_kernel",)) as compiled:
+        if backward:
+            dy, z = empty(M, N, dtype=mix[0]), empty(M, 16, dtype=F32)
+            kernels.backward(dy, weight, K, adapters, segments, z, dropout_p=dropout_p, seed=seed, plan=plan)
+        else:
+            kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed, plan=plan)
+    [only] = compiled if plan is None or plan.once else compiled[-1:]
+    return only
+
+
+def fits(c: Compiled, target: int | str) -> None:
+    assert c.spilled == 0, f"{c.kernel}: {c.spilled} bytes of registers spilled, {c.registers} registers"
+    assert c.registers <= (512 if isinstance(target, str) else 255), f"{c.kernel}: {c.registers} registers"
+    limit = config.shared_memory("hip" if isinstance(target, str) else target)
+    assert c.shared <= limit, f"{c.kernel}: {c.shared} bytes of shared memory, {limit} at most"
+    assert c.tensor_memory <= TENSOR_MEMORY, f"{c.kernel}: {c.tensor_memory} columns of tensor memory"
+
+
+def uses_the_hardware(c: Compiled, target: int | str, M: int, mix: Mix) -> None:
+    """Copies of 16 bytes or more, and tensor cores wherever no factor of fp32 asks for ieee products.
+
+    wgmma and tcgen05 take 64 rows or more: expand has them above 16 rows. Shrink's tiles are 16 or 32 rows high, since
+    its output is 16 columns wide and it lives by how many programs read x; there, and at M = 16, it is mma.sync.
+    """
+    if isinstance(target, str):
+        assert "v_mfma" in c.assembly
+        assert "dwordx4" in c.assembly
+        return
+    if F32 not in mix:
+        assert "mma.sync" in c.assembly, "no tensor cores in shrink"
+        assert M <= 16 or TENSOR_CORES[target] in c.assembly, "no tensor cores in expand"
+    copies = c.assembly.count("cp.async.cg.shared.global")
+    assert copies >= 8, f"{c.kernel}: {copies} copies of 16 bytes"
+
+
+def protocol(c: Compiled) -> None:
+    """What `triton_kernels.tickets` relies on stands in the PTX."""
+    assert re.search(r"atom\S*\.relaxed\S*\.add", c.assembly)
+    assert re.search(r"(atom|red)\S*\.release\S*\.add", c.assembly)
+    assert re.search(r"(atom|ld)\S*\.acquire\b", c.assembly)
+    assert not re.search(r"(atom|red)\S*\.f(16|32|64)|(atom|red)\S*bf16", c.assembly), "floating-point atomics"
+    assert "ld.global.nc" not in c.assembly
+
+
+@pytest.mark.parametrize(
+    ("target", "mix", "M", "many"),
+    spread(itertools.product(TARGETS, MIXES, (16, 4096), (False, True)), default=10),
+    ids=str,
+)
+def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:
+    compiled = compile_call(target, M, mix, many=many)
+    fits(compiled, target)
+    uses_the_hardware(compiled, target, M, mix)
+    protocol(compiled)
+    tiles_by_the_copy_engine = isinstance(target, int) and target >= 90 and M > 64 and mix[0] != F32
+    assert ("cp.async.bulk.tensor" in compiled.assembly) == tiles_by_the_copy_engine
+
+
+EVERY_FORM = [
+    (target, mix, M, form)
+    for form, M, target, mix in itertools.product(FORMS, (16, 64, 128, 4096), [*TARGETS, *MORE_TARGETS], EVERY_MIX)
+    if served(target, mix)
+]
+
+
+@pytest.mark.parametrize(("target", "mix", "M", "form"), spread(EVERY_FORM, default=0, full=12), ids=str)
+def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> None:
+    fits(compile_call(target, M, mix, **FORMS[form]), target)
+
+
+ODD_FORMS = itertools.product([90, 80, 100, 120, "gfx942"], (BF16, F32, F16), (4095, 4096))
+
+
+@pytest.mark.parametrize(("target", "dtype", "K"), spread(ODD_FORMS, default=1, full=5), ids=str)
+def test_compiles_with_dropout_unaligned_rows_and_odd_widths(target: int | str, dtype: torch.dtype, K: int) -> None:
+    for many in (False, True):
+        mix = (dtype, dtype, dtype)
+        fits(compile_call(target, 4096, mix, many=many, dropout_p=0.1, aligned=K % 8 == 0, K=K, N=K), target)
+
+
+def test_a_rank_is_not_compiled_for() -> None:
+    """One variant serves rank 1 and rank 512, one row and many, every adapter's place and strides."""
+    with compiling(90, kernels, ("lora_linear_kernel",)) as compiled:
+        for rank, width, address, stride in ((1, 16, 1 << 40, 1), (512, 512, (1 << 40) + 2, 37), (16, 16, 4096, 16)):
+            one = kernels.One(address, 4096, address, stride, 1, 0, address, rank, 0, 1.0)
+            x = torch.empty(1 if rank == 1 else 16, 4096, dtype=BF16, device="meta")
+            weight = torch.empty(4096, 4096, dtype=BF16, device="meta")
+            kernels.forward(x, weight, None, kernels.Adapters(one, BF16, width, "k16", "any"), None)
+    assert len(compiled) == 3
+    assert len({id(c.assembly) for c in compiled}) == 1
+
+
+def test_numbers_arrive_in_the_width_that_they_need() -> None:
+    """The interpreter reads no types of arguments. s and 1/(1 − p) are fp32, addresses and strides of users int64."""
+    modules = (kernels, lora_wgrad, merge_tile, segments)
+    found = {
+        (name, parameter.name): parameter.annotation_type
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+        for parameter in kernel.params
+        if parameter.annotation_type
+    }
+    assert {name for _, name in found} >= {"scaling", "one_scaling", "keep_scale", "one_A", "one_stride_Br", "M"}
+    for (kernel, name), width in found.items():
+        fp32, int64 = "scal" in name, re.match(r"one_(A|B|stride|bias)|stride$|count$", name)
+        assert width == ("fp32" if fp32 else "i64" if int64 else "i32"), f"{kernel}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("version", "most"), [("3.6.0", 255), ("3.8.2", 255), ("3.9.0", 252), ("3.10.1+git1a2b", 252), ("4.0", 252)]
+)
+def test_the_limit_of_registers_follows_tritons_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, most: int
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    config._most_registers.cache_clear()
+    try:
+        assert config.options(90)["maxnreg"] == most
+    finally:
+        config._most_registers.cache_clear()

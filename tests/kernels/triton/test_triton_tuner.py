@@ -1,0 +1,54 @@
+"""Compiles what a tuner may choose for GPUs that are not there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
+
+from peftk.triton_kernels import config
+from tests.kernels.triton.test_lora_wgrad_compile import compile_wgrad
+from tests.kernels.triton.test_triton_compile import BF16, F16, MORE_TARGETS, TARGETS, compile_call, fits
+from tests.support.tiers import spread
+
+# Everything that `tuner` measures.
+FORMS = [
+    (target, dtype, M, many, backward)
+    for target in [*TARGETS, *MORE_TARGETS]
+    for dtype in (BF16, F16)
+    for M in config.HEIGHTS
+    for many in (False, True)
+    for backward in (False, True)
+]
+
+
+def name(target: int | str) -> int | str:
+    return "hip" if isinstance(target, str) else target
+
+
+@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=1, full=3))
+def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
+    shape = config.Form(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape()
+    for plan in config.candidates(shape, name(target)):
+        fits(compile_call(target, M, (dtype, dtype, dtype), many=many, backward=backward, plan=plan), target)
+
+
+WGRADS = [
+    (target, dtype, rank, many)
+    for target in [*TARGETS, *MORE_TARGETS]
+    for dtype in (BF16, F16)
+    for rank in (16, 64)
+    for many in (False, True)
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=1, full=2))
+def test_candidates_for_gradients_compile(target: int | str, dtype: Any, rank: int, many: bool) -> None:
+    pages = config.wgrad_pages(rank, dtype, name(target))
+    for block in config.wgrad_candidates(pages, many, True, dtype, name(target)):
+        fits(compile_wgrad(target, dtype, dtype, rank, many=many, block=block), target)

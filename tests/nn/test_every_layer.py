@@ -1,0 +1,375 @@
+"""What holds of every layer: it stands in torch's graph as the same computation in plain torch does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.every_layer import LAYERS, Entry, Made, by_name
+from tests.support.tiers import FULL, spread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def named(value: object) -> str:
+    """Of a test's argument."""
+    return str(getattr(value, "name", getattr(value, "__name__", value)))
+
+
+every_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
+
+
+def gradients(run: Callable[[Tensor], Tensor], made: Made, x: Tensor) -> dict[str, Tensor | None]:
+    """Of a sum over run(x), by name: of x where that wants one, and of every Parameter that trains."""
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    made.module.zero_grad()
+    y = run(x)
+    if y.requires_grad:
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    return {name: leaf.grad for name, leaf in {"x": x, **made.trained}.items()}
+
+
+def agree(ours: dict[str, Tensor | None], plain: dict[str, Tensor | None]) -> None:
+    assert ours.keys() == plain.keys()
+    for name, wanted in plain.items():
+        got = ours[name]
+        if wanted is None or got is None:  # an adapter that no row takes
+            assert all(grad is None or not grad.any() for grad in (wanted, got)), name
+        else:
+            torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def changed(y: Tensor) -> Tensor:
+    """y, changed in place in the ways that models do."""
+    y.mul_(1.5)
+    y[..., :2].add_(1.0)
+    y += 0.25
+    return nn.functional.relu(y, inplace=True)
+
+
+def run_in(mode: str, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """layer, then `changed`."""
+
+    def run(x: Tensor) -> Tensor:
+        return changed(layer(x))
+
+    if mode in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        return torch.compile(run, backend=mode)
+    if mode.startswith("checkpoint"):
+        reentrant = mode == "checkpoint reentrant"
+        return lambda x: changed(checkpoint(layer, x, use_reentrant=reentrant))
+    return run
+
+
+def in_place(entry: Entry, made: Made, mode: str) -> None:
+    run = run_in(mode, made.layer)
+    for x in [*entry.inputs(), *entry.inputs(empty=True)]:
+        for wants in (True, False):
+            if mode == "checkpoint reentrant" and not wants:
+                continue  # torch gives no gradients then
+            x.requires_grad_(wants)
+            agree(gradients(run, made, x), gradients(lambda x: changed(made.plain(x)), made, x))
+
+
+@pytest.mark.parametrize(
+    ("entry", "frozen", "mode"),
+    [
+        *((entry, False, "eager") for entry in LAYERS),
+        *spread(itertools.product(LAYERS, [True], ["eager"]), default=6, full=12),
+        *spread(itertools.product(LAYERS, [False, True], ["checkpoint reentrant", "checkpoint"]), default=12, full=24),
+    ],
+    ids=named,
+)
+def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool) -> None:
+    if entry.by_linear and mode == "checkpoint reentrant":
+        pytest.skip("torch refuses it behind nn.Linear, too")
+    in_place(entry, entry.make(frozen=frozen), mode)
+
+
+@pytest.mark.parametrize(
+    ("entry", "mode", "frozen"),
+    [
+        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=3, full=8),
+        pytest.param(by_name("lora plain"), "inductor", False),
+        pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
+    ],
+    ids=named,
+)
+def test_an_output_changed_in_place_trains_compiled(entry: Entry, mode: str, frozen: bool) -> None:
+    in_place(entry, entry.make(frozen=frozen), mode)
+
+
+@pytest.mark.parametrize(
+    ("entry", "backend"),
+    spread(itertools.product(LAYERS, ["reference", "gemm", "cpu"]), default=10, full=20),
+    ids=named,
+)
+def test_an_output_changed_in_place_trains_on_each_backend(
+    entry: Entry, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "gemm" and entry.name.startswith(("series", "functional adapter_block")):
+        pytest.skip("gemm has no series adapters")
+    made = entry.make()
+    monkeypatch.setenv("PEFTK_BACKEND", backend)
+    in_place(entry, made, "eager")
+
+
+GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.mark.parametrize(
+    ("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=20, full=30), ids=named
+)
+def test_an_output_is_nobody_elses_memory(entry: Entry, mode: str) -> None:
+    """Also where it is the input's values: changing it changes neither the input nor a Parameter."""
+    made = entry.make()
+    for x in entry.inputs():
+        for wants in (True, False):
+            x = x.detach().clone().requires_grad_(wants)
+            with GRAD_MODES[mode]():
+                y = made.layer(x)
+            owned = {t.untyped_storage().data_ptr() for t in (x, *made.module.parameters(), *made.module.buffers())}
+            assert y.untyped_storage().data_ptr() not in owned
+            assert y.is_leaf or y.requires_grad
+            before = made.layer(x)
+            with torch.no_grad() if mode == "grad" else GRAD_MODES[mode]():
+                y.fill_(7.0)
+            assert torch.equal(made.layer(x), before)
+
+
+@every_layer
+def test_an_output_without_gradients_may_meet_one_in_place(entry: Entry) -> None:
+    """An output of no_grad is no view that remembers it."""
+    if entry.by_linear:
+        pytest.skip("torch refuses it behind nn.Linear, too")
+    made, w = entry.make(), torch.tensor(2.0, requires_grad=True)
+    for x in entry.inputs():
+        with torch.no_grad():
+            y = made.layer(x)
+        expected = y.sum()
+        y.mul_(w).sum().backward()
+        torch.testing.assert_close(w.grad, expected)
+        w.grad = None
+
+
+@every_layer
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_an_input_changed_in_place_is_noticed_where_plain_torch_notices(entry: Entry, frozen: bool) -> None:
+    """x is saved where a gradient reads it, and with it the version that it had."""
+    made = entry.make(frozen=frozen)
+
+    def late(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x * 1.0
+        y = run(x)
+        x.mul_(3.0)
+        return y
+
+    for x in entry.inputs():
+        for wants in (True, False):
+            x.requires_grad_(wants)
+            try:
+                plain = gradients(functools.partial(late, made.plain), made, x)
+            except RuntimeError:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    gradients(functools.partial(late, made.layer), made, x)
+            else:
+                agree(gradients(functools.partial(late, made.layer), made, x), plain)
+
+
+@every_layer
+def test_an_output_that_a_backward_reads_may_not_change(entry: Entry) -> None:
+    made = entry.make()
+    for x in entry.inputs():
+        y = made.layer(x.requires_grad_())
+        loss = (y * y).sum()
+        y.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# what is saved
+
+
+@contextlib.contextmanager
+def saved() -> Iterator[list[Tensor]]:
+    """What torch saves for the backward within the `with`."""
+    found: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
+        yield found
+
+
+def nbytes(made: Made, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
+    """Bytes that run(x) saves: in the module's own memory, and in other."""
+    tensors = [*made.module.parameters(), *made.module.buffers()]
+    for module in made.module.modules():
+        if hasattr(module, "bank"):
+            tensors += [part for chunk in module.bank.pool.chunks for part in chunk]
+    own = {t.untyped_storage().data_ptr() for t in tensors}
+    with saved() as found:
+        y = run(x)
+    places = {t.untyped_storage().data_ptr(): t for t in found}
+    y.sum().backward() if y.requires_grad else None
+    return (
+        sum(t.nbytes for at, t in places.items() if at in own),
+        sum(t.nbytes for at, t in places.items() if at not in own),
+    )
+
+
+BASE_ALONE = [
+    "frozen",
+    "lora merged",
+    "lora merged bias",
+    "bitfit",
+    "multi without ids",
+    "accelerated merged",
+    "accelerated disabled",
+    "functional lora_linear bias alone",
+]
+
+
+@pytest.mark.parametrize("name", BASE_ALONE)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_a_layer_without_an_adapter_saves_what_linear_saves(name: str, frozen: bool) -> None:
+    """W where x wants a gradient, and nothing where only a bias does: to the byte."""
+    entry = by_name(name)
+    made = entry.make(frozen=frozen)
+    width = made.plain(entry.inputs()[0]).shape[-1]
+    linear = nn.Linear(entry.inputs()[0].shape[-1], width)
+    linear.weight.requires_grad_(False)
+    for x in entry.inputs():
+        for wants in (True, False):
+            x = x.detach().clone().requires_grad_(wants)
+            assert nbytes(made, made.layer, x) == nbytes(Made(linear, linear, linear), linear, x)
+
+
+def of_many(entry: Entry, x: Tensor, *, z: bool) -> int:
+    """What many adapters need besides: ids in int32 and, where it is read, z of up to two pages of ranks, in fp32."""
+    many = entry.name.startswith(("multi", "accelerated_mixed"))
+    return x[..., 0].numel() * (4 + (4 * 32 if z else 0)) if many else 0
+
+
+def copies(entry: Entry, made: Made) -> int:
+    """Adapters of PEFT that are active together are copied side by side, in fp32."""
+    lora = sum(p.nbytes for name, p in made.module.named_parameters() if "lora" in name)
+    return lora if entry.name == "accelerated several" else 0
+
+
+@every_layer
+def test_a_frozen_layer_saves_no_more_than_its_own_parameters(entry: Entry) -> None:
+    """Where only the gradient of x is wanted x itself is not kept, nor is z where the activation is the identity."""
+    made = entry.make(frozen=True)
+    for x in entry.inputs():
+        x.requires_grad_()
+        _, ours = nbytes(made, made.layer, x)
+        _, plain = nbytes(made, made.plain, x)
+        assert ours <= plain + of_many(entry, x, z=entry.name == "multi activations") + copies(entry, made)
+
+
+@every_layer
+def test_a_trained_layer_saves_no_more_than_plain_torch(entry: Entry) -> None:
+    made = entry.make()
+    for x in entry.inputs():
+        for wants in (True, False):
+            x = x.detach().clone().requires_grad_(wants)
+            _, ours = nbytes(made, made.layer, x)
+            _, plain = nbytes(made, made.plain, x)
+            assert ours <= plain + of_many(entry, x, z=True) + copies(entry, made), (list(x.shape), wants)
+
+
+# which Parameter the gradients reach
+
+
+def owners(made: Made) -> list[tuple[nn.Module, str]]:
+    """The modules that hold the Parameters that train, and these by name."""
+    return [
+        (module, name)
+        for module in list(made.module.modules())
+        for name, p in list(module._parameters.items())
+        if p is not None and p.requires_grad
+    ]
+
+
+def assigned(made: Made) -> None:
+    made.module.load_state_dict(made.module.state_dict(), assign=True)
+    for module, name in owners(made):
+        assert module._parameters[name].requires_grad
+
+
+def new_values(made: Made) -> None:
+    for module, name in owners(made):
+        module._parameters[name].data = torch.randn_like(module._parameters[name])
+
+
+def other_strides(made: Made) -> None:
+    """Columns that are contiguous, not rows; of a vector every second place."""
+    for module, name in owners(made):
+        p = module._parameters[name]
+        p.data = torch.stack([p.data, p.data], dim=-1)[..., 0] if p.dim() == 1 else p.data.t().contiguous().t()
+
+
+def set_anew(made: Made) -> None:
+    for module, name in owners(made):
+        setattr(module, name, nn.Parameter(getattr(module, name)))
+
+
+def put_in_the_dict(made: Made) -> None:
+    """As FSDP and offloading do: past __setattr__, in the same memory."""
+    for module, name in owners(made):
+        module._parameters[name] = nn.Parameter(module._parameters[name].detach())
+
+
+def swapped(made: Made) -> None:
+    for module, name in owners(made):
+        p = module._parameters[name]
+        torch.utils.swap_tensors(p, nn.Parameter(torch.randn_like(p)))
+
+
+def overwritten(made: Made) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        made.module.double().float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+class _Twice(nn.Module):
+    def forward(self, p: Tensor) -> Tensor:
+        return p * 2.0
+
+
+def computed(made: Made) -> None:
+    for module, name in owners(made):
+        parametrize.register_parametrization(module, name, _Twice())
+
+
+REPLACE = [assigned, new_values, other_strides, set_anew, put_in_the_dict, swapped, overwritten, computed]
+
+
+@pytest.mark.parametrize(
+    ("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=25, full=40), ids=named
+)
+def test_gradients_reach_the_parameters_that_the_module_has_now(entry: Entry, replace: Callable[[Made], None]) -> None:
+    """Whatever a layer has kept of earlier calls."""
+    if replace is assigned and entry.name.startswith("lora merged"):
+        pytest.skip("a merged LoRALinear loads nothing")
+    for x in entry.inputs():
+        made = entry.make()
+        with torch.no_grad():
+            made.layer(x)
+        gradients(made.layer, made, x)
+        before = made.trained
+        replace(made)
+        if replace in (assigned, set_anew, put_in_the_dict):
+            assert all(p is not before[name] for name, p in made.trained.items())
+        agree(gradients(made.layer, made, x), gradients(made.plain, made, x))
+        with torch.no_grad():
+            torch.testing.assert_close(made.layer(x), made.plain(x))

@@ -1,3 +1,0 @@
-"""Tests of the CUDA kernels compiled for the host, in a process of their own that tests/host_cuda.py starts. The files
-have no `test_` prefix, so that an ordinary run does not collect them.
-"""

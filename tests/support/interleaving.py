@@ -1,0 +1,364 @@
+"""Triton kernels with their programs interleaved, on a memory that shows only what is ordered.
+
+Triton's interpreter runs the programs of a launch one after the other, each to its end, on memory where every store is
+seen at once: no mistake in a protocol between programs can show. Under `interleaved(schedule)` the same launchers run
+the same kernels, but
+
+- the programs of a launch are cooperative threads that hand over before and after every atomic and at every barrier;
+  who goes on is drawn from a seed. At most `resident` have started and not ended, and they start in a permuted order:
+  who waits for a program that has not started may wait for ever, as on a GPU.
+- memory is weak (`tests.support.weak_memory`): a store is seen by another program for certain only after store, barrier,
+  release there and acquire here. A load that is not ordered after the last store is a race: the trace notes it, and
+  what it reads depends on `memory`.
+- a launch in which nothing happens any more but polling raises `HangError`, with its schedule.
+
+`docs/protocol.md` says what this stands for and what it leaves out. It needs TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+from .weak_memory import Clock, WeakMemory
+
+POLICIES = ("random", "newest", "oldest", "priority")
+MEMORIES = ("stale", "fresh", "mixed")
+
+_run = InterpretedFunction.run
+_load = InterpreterBuilder.create_masked_load
+_store = InterpreterBuilder.create_masked_store
+_rmw = InterpreterBuilder.create_atomic_rmw
+_cas = InterpreterBuilder.create_atomic_cas
+
+_ACQUIRES = (ir.MEM_SEMANTIC.ACQUIRE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+_RELEASES = (ir.MEM_SEMANTIC.RELEASE, ir.MEM_SEMANTIC.ACQUIRE_RELEASE)
+_MAX_STEPS = 200_000
+
+
+class Schedule(NamedTuple):
+    """Everything that decides how a launch goes: the same schedule gives the same run.
+
+    policy: who goes on. "random": any program that doesn't just poll; "newest", "oldest": the one that started last or
+    first, until it has to wait; "priority": the highest of random priorities, the running one now and then put last.
+    memory: what a racing load reads. "stale": the oldest it may, where what lay there before the launch is junk;
+    "fresh": the newest; "mixed": any, drawn for each element.
+    """
+
+    seed: int
+    resident: int = 8
+    policy: str = "random"
+    memory: str = "stale"
+
+
+def schedules(count: int) -> list[Schedule]:
+    """Schedules over all policies and memories, from one program at a time to all at once."""
+    kinds = list(itertools.product((3, 64, 1, 2, 8), POLICIES, MEMORIES))
+    # the stride and the number of kinds have no common divisor: few schedules are of different kinds already
+    return [Schedule(seed, *kinds[seed * 23 % len(kinds)]) for seed in range(count)]
+
+
+class Trace:
+    """What happened in the launches under one `interleaved`."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.programs = 0
+        self.turns: list[int] = []  # the program of each step
+        self.polls = 0  # atomics and volatile loads that changed nothing
+        self.races: set[str] = set()
+
+
+class HangError(Exception):
+    """All programs that could start only wait."""
+
+
+@contextlib.contextmanager
+def interleaved(schedule: Schedule) -> Iterator[Trace]:
+    """Every Triton launch inside runs as the schedule says."""
+    trace = Trace()
+
+    def run(function: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        def all_programs(arguments: dict[str, Any]) -> tuple[int]:
+            shape = tuple(grid(arguments) if callable(grid) else grid)
+            _Launch(schedule, trace, function.rewrite(), arguments, shape + (1,) * (3 - len(shape))).run()
+            return (0,)  # none is left to triton's own loop
+
+        # a grid is called when triton has converted the arguments and patched its language: all that a program needs
+        return _run(function, *args, grid=all_programs, warmup=warmup, **kwargs)
+
+    with mock.patch.object(InterpretedFunction, "run", run):
+        yield trace
+
+
+class Outcome(NamedTuple):
+    """What came of two launches in a row, as when a graph replays.
+
+    verdict: "right" (the expected bits, all counters zero, and no race, after which right would be luck), "wrong",
+    "not reset", "race" or "hang".
+    """
+
+    verdict: str
+    results: list[Sequence[Tensor]]
+    turns: list[int]
+    polls: int
+
+
+def outcome(
+    schedule: Schedule,
+    launch: Callable[[], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+    counters: Callable[[], Tensor],
+) -> Outcome:
+    results: list[Sequence[Tensor]] = []
+    verdict = "right"
+    with interleaved(schedule) as trace:
+        while verdict == "right" and len(results) < 2:
+            try:
+                results.append(launch())
+            except HangError:
+                verdict = "hang"
+                break
+            if not all(torch.equal(*pair) for pair in zip(results[-1], expected, strict=True)):
+                verdict = "wrong"
+            elif counters().any():
+                verdict = "not reset"
+            elif trace.races:
+                verdict = "race"
+    return Outcome(verdict, results, trace.turns, trace.polls)
+
+
+class _Abandoned(BaseException):
+    """Unwinds a program whose launch ends early. Not an Exception: those triton wraps."""
+
+
+class _Program:
+    def __init__(self, place: tuple[int, ...], clock: Clock) -> None:
+        self.place = place
+        self.clock = clock
+        self.priority = 0.0
+        self.last_run = 0
+        self.polled_at = -1  # the changes that memory had seen at its last poll
+        self.waits_at: int | None = None  # the address it polled last
+        self.thread: threading.Thread | None = None
+        self.go = threading.Semaphore(0)
+        self.ended = False
+        self.error: BaseException | None = None
+
+
+class _Launch:
+    """The programs of one launch, whose turn it is, and what the builder's operations do to memory."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        trace: Trace,
+        kernel: Callable[..., None],
+        arguments: dict[str, Any],
+        grid: tuple[int, ...],
+    ) -> None:
+        self.schedule = schedule
+        self.trace = trace
+        self.kernel = kernel
+        self.arguments = arguments
+        self.grid = grid
+        self.random = random.Random(schedule.seed)
+        self.memory = WeakMemory(schedule.memory, self.random, trace.races, self.name)
+        places = list(itertools.product(*map(range, grid)))
+        self.programs = len(places)
+        self.unstarted = [_Program(place, Clock(at, len(places))) for at, place in enumerate(places)]
+        self.random.shuffle(self.unstarted)
+        self.resident: list[_Program] = []
+        self.current: _Program | None = None
+        self.back = threading.Semaphore(0)
+        self.abandoned = False
+        self.changes = 0
+        self.idle = 0  # polls since the last change
+
+    def run(self) -> None:
+        self.trace.launches += 1
+        self.trace.programs += self.programs
+        interpreter.interpreter_builder.set_grid_dim(*self.grid)
+        with mock.patch.multiple(InterpreterBuilder, **self.operations()):
+            try:
+                for step in range(_MAX_STEPS):
+                    while self.unstarted and len(self.resident) < self.schedule.resident:
+                        self.start(self.unstarted.pop())
+                    if not self.resident:
+                        return
+                    self.resume(self.choose(), step)
+                    if self.idle > 64 + 16 * len(self.resident):
+                        break
+                raise HangError(self.description())
+            finally:
+                self.abandon()
+
+    # Turns
+
+    def start(self, program: _Program) -> None:
+        program.priority = self.random.random()
+        self.resident.append(program)
+        self.changed()
+
+    def choose(self) -> _Program:
+        """Polling again before anything has changed is no new interleaving; if all do, they take turns: it's a hang."""
+        ready = [program for program in self.resident if program.polled_at != self.changes]
+        if not ready:
+            return min(self.resident, key=lambda program: program.last_run)
+        match self.schedule.policy:
+            case "newest":
+                return ready[-1]
+            case "oldest":
+                return ready[0]
+            case "priority":
+                first = max(ready, key=lambda program: program.priority)
+                if self.random.random() < 1 / 8:
+                    first.priority = -self.random.random()
+                return first
+            case _:
+                return self.random.choice(ready)
+
+    def resume(self, program: _Program, step: int) -> None:
+        self.trace.turns.append(program.clock.program)
+        self.current = program
+        program.last_run = step
+        interpreter.interpreter_builder.set_grid_idx(*program.place)  # the builder's only state of a program
+        if program.thread is None:
+            program.thread = threading.Thread(target=self.body, args=(program,), daemon=True)
+            program.thread.start()
+        else:
+            program.go.release()
+        self.back.acquire()
+        if program.ended:
+            program.thread.join()
+            self.resident.remove(program)
+            self.changed()
+            if program.error is not None:
+                raise program.error
+
+    def body(self, program: _Program) -> None:
+        try:
+            self.kernel(**self.arguments)
+        except BaseException as error:
+            program.error = error
+        program.ended = True
+        self.back.release()
+
+    def pause(self) -> _Program:
+        """A program hands over, and gets itself back when it is its turn again."""
+        program = self.current
+        self.back.release()
+        program.go.acquire()
+        if self.abandoned:
+            raise _Abandoned
+        return program
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        for program in self.resident:
+            if program.thread is not None and not program.ended:
+                program.go.release()
+                program.thread.join()
+
+    def changed(self) -> None:
+        self.changes += 1
+        self.idle = 0
+
+    def polled(self, program: _Program, address: int) -> None:
+        self.trace.polls += 1
+        self.idle += 1
+        program.polled_at = self.changes
+        program.waits_at = address
+
+    def description(self) -> str:
+        waits = [f"{p.place} polls {self.name(p.waits_at)}" for p in self.resident if p.waits_at is not None]
+        return f"{self.schedule}: {', '.join(waits)}; {len(self.unstarted)} of {self.programs} have not started"
+
+    def name(self, address: int) -> str:
+        """The pointer argument at or next below an address, for messages."""
+        below = {}
+        for name, value in self.arguments.items():
+            base = int(value.handle.data.flat[0]) if getattr(value, "dtype", None) and value.dtype.is_ptr() else None
+            if base is not None and base <= address:
+                below[base] = f"{name}[{(address - base) * 8 // value.dtype.element_ty.primitive_bitwidth}]"
+        return below[max(below)] if below else hex(address)
+
+    # The builder's operations
+
+    def operations(self) -> dict[str, Callable[..., Any]]:
+        """What replaces the methods of InterpreterBuilder. All its loads and stores end in the two masked ones."""
+
+        def create_barrier(builder: Any) -> None:
+            self.pause().clock.barrier()
+
+        # Between the operands and is_volatile stands what caches are told: it differs between Triton's versions.
+        def create_masked_load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
+            if not named.get("is_volatile", rest and rest[-1]):
+                result = _load(builder, ptrs, mask, other, *rest, **named)
+                self.memory.load(self.current.clock, ptrs.data, mask.data, result.data)
+                return result
+            program = self.pause()  # a relaxed read
+            result = _load(builder, ptrs, mask, other, *rest, **named)
+            self.polled(program, int(ptrs.data.flat[0]))
+            self.pause()
+            return result
+
+        def create_masked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> None:
+            self.memory.store(self.current.clock, ptrs.data, mask.data, value.data)
+            _store(builder, ptrs, value, mask, *rest, **named)
+
+        def create_atomic_rmw(builder: Any, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+            atomic = functools.partial(_rmw, builder, op, ptr, val, mask, sem, scope)
+            return self.atomic(atomic, ptr, mask.data.astype(bool), sem, scope, replaces=op == ir.ATOMIC_OP.XCHG)
+
+        def create_atomic_cas(builder: Any, ptr: Any, cmp: Any, val: Any, sem: Any, scope: Any) -> Any:
+            atomic = functools.partial(_cas, builder, ptr, cmp, val, sem, scope)
+            return self.atomic(atomic, ptr, np.ones(ptr.data.shape, bool), sem, scope, replaces=False)
+
+        return {name: operation for name, operation in locals().items() if name.startswith("create_")}
+
+    def atomic(
+        self, atomic: Callable[[], Any], ptr: Any, mask: np.ndarray, sem: Any, scope: Any, *, replaces: bool
+    ) -> Any:
+        """On real memory at once. One of scope cta orders nothing here, nor one on a block of addresses, which are many
+        threads' business."""
+        program = self.pause()
+        orders = ptr.data.size == 1 and bool(mask.all()) and scope != ir.MEM_SYNC_SCOPE.CTA
+        before = _read(ptr, mask)
+        result = atomic()
+        after = _read(ptr, mask)
+        for i in np.flatnonzero(mask):
+            self.memory.atomic(
+                program.clock,
+                int(ptr.data.flat[i]),
+                before.flat[i : i + 1],
+                after.flat[i : i + 1],
+                acquires=orders and sem in _ACQUIRES,
+                releases=orders and sem in _RELEASES,
+                replaces=replaces,
+            )
+        if before.tobytes() == after.tobytes():
+            self.polled(program, int(ptr.data.flat[0]))
+        else:
+            program.waits_at = None
+            self.changed()
+        self.pause()
+        return result
+
+
+def _read(ptr: Any, mask: np.ndarray) -> np.ndarray:
+    dtype = interpreter._get_np_dtype(ptr.get_element_ty())
+    return interpreter._interpreter.load(ptr.data, mask, np.zeros(ptr.data.shape, dtype), dtype)

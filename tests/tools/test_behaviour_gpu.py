@@ -1,0 +1,24 @@
+"""What only a GPU shows: CUDA graphs, streams, no waiting, launches, torch.compile. The checks of `peftk selftest`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftk.tools.selftest import behaviour, target
+from peftk.tools.selftest.check import Check, NotRunError
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+def checks() -> list[Check]:
+    where = target("cuda")
+    return list(behaviour.checks(where, behaviour.tools(where)))
+
+
+@pytest.mark.parametrize("check", checks(), ids=str)
+def test_behaviour(check: Check) -> None:
+    try:
+        check.run()
+    except NotRunError as reason:
+        pytest.skip(str(reason))

@@ -1,0 +1,291 @@
+"""`peftk bench --suite cpu`: the targets, how they are held against figures, tiny runs of every kind of row."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from peftk import _cpu, cli
+from peftk.backends import choice
+from peftk.system import extras
+from peftk.tools.benchmark import lora_linear, suite, suite_cases
+from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
+from peftk.tools.benchmark.roofline import READ, Bound, Row, Work
+from peftk.tools.benchmark.suite import NOT_MEASURED, PASS, SHORT, WRONG
+from peftk.tools.benchmark.targets import BASE, COMPILE, FMA_PEAK, ONE_ADAPTER, PLAIN_MODEL, TARGETS, Target
+
+WHERE = {"peftk": "0", "cpu": "some", "torch": "0", "load": None, "cores": 2}
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(cli.main, ["bench", *arguments])
+
+
+def run(*targets: Target, **options):
+    console = Console(width=110, record=True, quiet=True)
+    return suite.run(console, suite.Options(seconds=0.001, repeats=1, **options), WHERE, targets)
+
+
+def small(op: str, M: int = 8, K: int = 288, N: int = 272, rank: int = 16, adapters: int = 1, dtype: str = "bf16"):
+    return Shape(op, dtype, M, K, N, rank, adapters)
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "peer", "values"),
+    [
+        ("bf16", LINEAR, (2.5, 5, 6, 7, 7.5, 8)),
+        ("fp32", LINEAR, (1.2, 3.5, 3, 1.2, 1.2, 1.2)),
+        ("bf16", COMPILE, (1, 1.5, 1.5, 2.5, 2.5, 2.5)),
+        ("fp32", COMPILE, (1, 1, 1, 1, 1, 1)),
+    ],
+)
+def test_targets_of_the_forward(dtype, peer, values):
+    found = {
+        t.shape.M: t for t in TARGETS if t.peer == peer and t.shape.dtype == dtype and t.shape.K == t.shape.N == 4096
+    }
+    for M, value in zip((1, 4, 16, 64, 256, 512), values, strict=True):
+        assert (found[M].value, found[M].at_most, found[M].noise, found[M].shape.rank) == (value, False, 0, 16)
+
+
+def test_targets_of_the_rest():
+    found = {(t.shape, t.peer): (t.value, t.at_most) for t in TARGETS}
+    assert len(found) == len(TARGETS)
+    for dtype in ("bf16", "fp32"):
+        assert found[Shape("lora_linear", dtype, 512, 4096, 4096, 16, 1), FMA_PEAK] == (0.9, False)
+        for K, N in ((384, 384), (768, 768), (1024, 1024), (4096, 11008)):
+            for M in (1, 16, 256):
+                assert found[Shape("lora_linear", dtype, M, K, N, 16, 1), LINEAR] == (1.0, False)
+        for M in (16, 64, 256):
+            assert found[Shape("adapter_cost", dtype, M, 4096, 4096, 16, 1), BASE] == (1.03, True)
+            assert found[Shape("adapter_cost", dtype, M, 4096, 4096, 64, 1), BASE] == (1.10, True)
+        assert found[Shape("adapter_cost", dtype, 64, 4096, 4096, 16, 64), ONE_ADAPTER] == (1.15, True)
+        assert found[Shape("lora_linear", dtype, 1, 64, 64, 16, 1), LINEAR] == (1.5, True)
+        assert found[Shape("multi_lora_linear", dtype, 8, 64, 64, 16, 8), LINEAR] == (2.0, True)
+    assert found[Shape("train", "bf16", 256, 4096, 4096, 16, 1), PEFT] == (100, False)
+    assert found[Shape("train", "fp32", 256, 4096, 4096, 16, 1), PEFT] == (1.3, False)
+    for dtype, copies in (("fp32", 2), ("bf16", 4), ("fp16", 4)):
+        merge = Shape("merge", dtype, 0, 4096, 4096, 16, 1)
+        assert (found[merge, COPY], found[merge, PEFT]) == ((copies, True), (15, False))
+    assert {t.shape.dtype: t.value for t in TARGETS if t.peer == PLAIN_MODEL} == {"fp32": 1.2, "bf16": 3.0}
+    assert {t.shape.op for t in TARGETS} == set(suite_cases.OPS) == set(cli.SUITE_OPS)
+
+
+def test_noise_is_said_and_only_where_never_slower_is_asked_for():
+    assert {t.noise for t in TARGETS if (t.value, t.peer) != (1.0, LINEAR)} == {0.0}
+    target = next(t for t in TARGETS if t.noise)
+    assert str(target) == "≥ 1 (−3%)"
+    assert target.met(0.971)
+    assert not target.met(0.969)
+
+
+def test_options_choose_among_the_targets():
+    def chosen(**options):
+        return [target for target in TARGETS if suite.Options(**options).asks_for(target)]
+
+    assert chosen() == list(TARGETS)
+    assert {t.shape.dtype for t in chosen(dtypes=("bf16",))} == {"bf16"}
+    assert {t.shape.op for t in chosen(ops=("train", "merge"))} == {"train", "merge"}
+    assert {(t.shape.K, t.shape.N) for t in chosen(dims=((4096, 11008),))} == {(4096, 11008)}
+    assert len(chosen(ops=("adapter_cost",), tokens=(64,), ranks=(16,), adapters=(64,))) == 2
+
+
+# ---- from figures to marks ------------------------------------------------------------------------------------------
+
+
+def test_limit():
+    target = Target("", small("lora_linear"), LINEAR, 2.0)
+    bound = Bound(work=Work(1000, 400), probed=Work(1000, 200))
+    row = Row(None, bound)  # type: ignore[arg-type]
+    times = {LINEAR: 30.0, FMA_PEAK: 5.0, READ: 5.0}
+    assert suite._limit(target, row, times) == pytest.approx(30 / 10)  # twice the bytes that the probe read
+    assert suite._limit(target._replace(at_most=True), row, times) == pytest.approx(10 / 30)
+    assert suite._limit(target._replace(peer=FMA_PEAK), row, times) == pytest.approx(1)
+    rest = dataclasses.replace(row, rest="rest")
+    assert suite._limit(target, rest, {**times, "rest": 5.0}) == pytest.approx(30 / 15)
+    extra = dataclasses.replace(row, extra=Work(600, 40))
+    assert suite._limit(target, extra, times) == pytest.approx(1 + 3 / 30)
+    assert suite._limit(target, dataclasses.replace(row, bound=None), times) is None
+
+
+def test_every_kind_of_row_runs_and_is_right():
+    targets = [
+        Target("a", small("lora_linear"), LINEAR, 1e-6),
+        Target("a", small("lora_linear"), FMA_PEAK, 1e6),
+        Target("b", small("train"), PEFT, 1e-6),
+        Target("c", small("adapter_cost"), BASE, 1e6, at_most=True),
+        Target("c", small("adapter_cost", adapters=4), ONE_ADAPTER, 1e6, at_most=True),
+        Target("d", small("merge", M=0), COPY, 1e6, at_most=True),
+        Target("d", small("merge", M=0), PEFT, 1e-6),
+        Target("e", small("multi_lora_linear", adapters=3), LINEAR, 1e6, at_most=True),
+    ]
+    outcome = run(*targets)
+    assert outcome.right
+    assert [(r.section, r.peer, r.mark) for r in outcome.results] == [
+        (t.section, t.peer, SHORT if t.peer == FMA_PEAK else PASS) for t in targets
+    ]
+    for result in outcome.results:
+        assert result.ratio > 0
+        assert result.limit is None or result.limit > 0
+        assert (result.limit is None) == (result.op == "multi_lora_linear")
+    assert outcome.results[1].beyond_limit
+    assert "7 of 8 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
+    assert outcome.roofline.fp32_gflops > 0
+
+
+def test_the_choice_is_what_is_measured(monkeypatch):
+    """After `peftk tune`, torch's product may serve; its results round twice in 16 bits, and are held to that."""
+    monkeypatch.setattr(choice.measured, "verdict", lambda call: (True, "as if measured"))
+    choice.forget()
+    try:
+        shape = small("lora_linear", M=64)
+        outcome = run(
+            Target("", shape, LINEAR, 1e-6),
+            Target("", shape._replace(op="train"), PEFT, 1e-6),
+            Target("", shape._replace(op="adapter_cost"), BASE, 1e6, at_most=True),
+            Target("", shape._replace(op="adapter_cost", adapters=4), ONE_ADAPTER, 1e6, at_most=True),
+        )
+    finally:
+        monkeypatch.undo()
+        choice.forget()
+    assert outcome.right
+    assert [(r.side, r.mark) for r in outcome.results] == [("peftk gemm", PASS)] * 4
+
+
+def test_bench_times_gemm_where_asked_for():
+    result = invoke("--op", "lora_linear,multi_lora_linear,train", "--dims", "288", "--tokens", "64", "--ranks", "16",
+                    "--backend", "gemm", "--repeats", "1")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "peftk gemm" in result.output
+
+
+def test_model_row():
+    outcome = run(*(t for t in TARGETS if t.shape.op == "model" and t.shape.dtype == "fp32"))
+    assert outcome.right
+    assert outcome.results[0].limit > 0
+    assert outcome.results[0].mark in (PASS, SHORT)
+
+
+@pytest.mark.full
+def test_compile_row():
+    """More shapes than Dynamo compiles of one function before it gives up: each must really be compiled."""
+    outcome = run(*(Target("", small("compile", M=M, dtype="fp32"), COMPILE, 1e-6) for M in range(1, 10)))
+    assert outcome.right
+    assert {r.mark for r in outcome.results} == {PASS}
+
+
+def test_what_is_not_here_is_said(monkeypatch):
+    installed = extras.installed
+    monkeypatch.setattr(extras, "installed", lambda name: name not in ("peft", "transformers") and installed(name))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    merge = small("merge", M=0)
+    model = next(t for t in TARGETS if t.shape.op == "model")
+    outcome = run(
+        Target("", small("compile"), COMPILE, 1.0),
+        Target("", small("train"), PEFT, 1.0),
+        Target("", merge, COPY, 1e6, at_most=True),
+        Target("", merge, PEFT, 1.0),
+        model,
+    )
+    compiled, train, copies, peft, whole = outcome.results
+    assert copies.mark == PASS
+    assert {r.mark for r in (compiled, train, peft, whole)} == {NOT_MEASURED}
+    assert "C++ compiler" in compiled.note
+    assert "peftk[bench]" in train.note
+    assert "peftk[bench]" in peft.note
+    assert "peftk[demo]" in whole.note
+    assert outcome.right
+    (left_out,) = run(TARGETS[next(i for i, t in enumerate(TARGETS) if t.peer == COMPILE)], compile=False).results
+    assert (left_out.mark, left_out.note) == (NOT_MEASURED, "left out by --no-compile")
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_suite_writes_json_csv_and_markdown(tmp_path):
+    files = {kind: tmp_path / "made" / f"suite.{kind}" for kind in ("json", "csv", "markdown")}
+    written = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    result = invoke("--suite", "cpu", "--dims", "64", "--repeats", "2", "--seconds", "0.1", *written)
+    assert result.exit_code == 0, result.output  # whatever the marks say
+    assert "of 4 targets met" in result.output
+    report = json.loads(files["json"].read_text())
+    assert {"fp32_gflops", "bf16_gflops", "read_gbytes", "simd_level"} <= report["roofline"].keys()
+    assert report["options"]["dims"] == [[64, 64]]
+    fields = [field.name for field in dataclasses.fields(suite.Result)]
+    for target in report["targets"]:
+        assert list(target) == fields
+        assert target["mark"] in (PASS, SHORT)
+        assert target["ratio"] == pytest.approx(target["median_us"] / target["peer_us"])
+        assert target["peft"] > 0
+    assert {record["side"] for record in report["records"]} == {LINEAR, PEFT, "peftk cpu"}
+    with files["csv"].open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert (list(rows[0]), len(rows)) == (fields, 4)
+    markdown = files["markdown"].read_text()
+    assert markdown.count("| nn.Linear |") == 4
+    assert "| ratio | target |" in markdown
+
+
+def test_suite_finds_a_wrong_side(monkeypatch, tmp_path):
+    right = lora_linear.peftk_layer
+    monkeypatch.setattr(lora_linear, "peftk_layer", lambda linear, A, B, *rest: right(linear, A, 1.05 * B, *rest))
+    file = tmp_path / "suite.json"
+    chosen = ["--op", "lora_linear", "--dims", "64", "--dtype", "bf16"]
+    result = invoke("--suite", "cpu", *chosen, "--repeats", "1", "--json", str(file))
+    assert result.exit_code == 1
+    assert "FAIL" in result.output
+    (target,) = json.loads(file.read_text())["targets"]
+    assert (target["mark"], target["ratio"]) == (WRONG, None)
+    assert "peftk cpu is wrong by" in target["note"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--no-compile"], "--no-compile: only with --suite"),
+        (["--markdown", "x.md"], "--markdown: only with --suite"),
+        (["--op", "model"], "--op model: only with --suite"),
+        (["--suite", "cpu", "--op", "unmerge"], "--op unmerge: not with --suite cpu"),
+        (["--suite", "cpu", "--backend", "cpu"], "--backend: not with --suite cpu"),
+        (["--suite", "cpu", "--plot", "x.png"], "--plot: not with --suite cpu"),
+        (["--suite", "cpu", "--device", "cuda"], "--device cuda: not with --suite cpu"),
+        (["--suite", "gpu"], "gpu"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, said):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+# ---- the probes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [1, 7, 64, 4097, 100_003])
+def test_read_peak_reads_every_word(level, words):
+    memory = torch.randint(-(2**62), 2**62, (words,))
+    expected = sum(memory.tolist()) % 2**64
+    assert {_cpu.read_peak(memory.data_ptr(), 8 * words, threads) for threads in (1, 3)} == {expected}
+
+
+def test_fma_peak_does_the_work(level):
+    """Ten times the work takes longer: the compiler has not taken it out."""
+    for code in (0, 1):
+        few, many = (min(_seconds(work, code) for _ in range(5)) for work in (1 << 20, 10 << 20))
+        assert many > 3 * few
+
+
+def _seconds(multiply_adds: int, dtype: int) -> float:
+    started = time.perf_counter()
+    _cpu.fma_peak(multiply_adds, dtype, 1)
+    return time.perf_counter() - started

@@ -1,0 +1,75 @@
+"""`peftk demo` as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from peftk.cli import main
+from peftk.system import extras
+from peftk.tools.demo.stage import sparkline
+from peftk.tools.sentences import KINDS, SENTENCES, split
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # steady where other tests run beside it
+
+
+def test_demo_quick(tmp_path):
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "peftk.cli", "demo", "--quick", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "checks passed" in result.stdout
+    assert not result.stderr, result.stderr
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+    report = json.loads((out / "demo.json").read_text())
+    assert report["passed"]
+    assert report["quick"]
+    names = " ".join(check["name"] for check in report["checks"])
+    for what in ("unchanged", "HF PEFT", "alone", "loss fell", "bits"):
+        assert what in names
+    assert report["inject"]["linears"] == 36
+    assert {row["dtype"] for row in report["latency"]["rows"]} == {"fp32", "bf16"}
+    for row in report["latency"]["rows"]:
+        assert row["plain_ms"] > 0
+        assert row["peft_ms"] > 0
+        assert row["peftk_ms"] > 0
+        assert row["adapter_effect"] > 5 * row["peftk_against_peft"]
+    assert report["mixed_batch"]["ranks"] == [1, 3, 16, 64]
+    training = report["training"]
+    assert training["losses"][-1] < training["losses"][0]
+    assert training["accuracy_after"] > training["accuracy_before"]
+    for figures in report["merge"].values():
+        assert figures["bits_changed"] == 0
+        assert figures["receipt_mib"] > 0
+        assert figures["peft_weights_changed"] > 0  # what exactness is for
+    assert {"cpu", "threads", "torch", "peft", "serving"} <= report["environment"].keys()
+
+
+@pytest.mark.full
+def test_demo_without_peft(tmp_path, monkeypatch):
+    installed = extras.installed
+    monkeypatch.setattr(extras, "installed", lambda module: module != "peft" and installed(module))
+    result = CliRunner().invoke(main, ["demo", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "peft is not installed" in result.output
+    assert "peft_ms" not in json.loads((tmp_path / "demo.json").read_text())["latency"]["rows"][0]
+
+
+def test_sentences():
+    assert len({sentence.text for sentence in SENTENCES}) == len(SENTENCES) == 108
+    train, held_out = split()
+    assert not {s.text for s in train} & {s.text for s in held_out}
+    for sentences in (train, held_out):
+        counts = [sum(s.kind == kind for s in sentences) for kind in KINDS]
+        assert len(set(counts)) == 1
+
+
+def test_sparkline():
+    assert sparkline([2.0, 1.0, 0.0]) == "█▅▁"
+    assert sparkline([1.0, 1.0]) == "▁▁"

@@ -1,0 +1,238 @@
+"""What `peftk tune` measures, keeps and changes: the choice between our kernels and torch's matrix product."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import peftk
+from peftk import cli
+from peftk.backends import choice, measured
+from peftk.backends.call import Call
+from peftk.tuning import tune
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path / "cache"))
+    choice.forget()
+    yield tmp_path / "cache" / "choice.json"
+    monkeypatch.undo()
+    choice.forget()
+
+
+def call(M: int = 256, dim: int = 4096, dtype: torch.dtype = F32, op: str = "lora_linear") -> Call:
+    return Call(op, "cpu", dtype, dtype, dtype, M, dim, dim, 16, 1)
+
+
+def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
+    measured.save({key: [measured.Point(*point) for point in each] for key, each in points.items()})
+    choice.forget()
+
+
+def test_without_a_measurement_our_kernels_are_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    chosen = choice.choose(call())
+    assert chosen.backend == "cpu"
+    assert chosen.reason == "not measured on this machine (peftk tune); our kernels are the default"
+    assert not cache.exists()
+
+
+def test_without_a_measurement_amx_tiles_are_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choice.choose(call(dtype=BF16)).backend == "gemm"
+    assert "AMX" in choice.choose(call(dtype=BF16)).reason
+    assert choice.choose(call(dtype=BF16, M=16)).backend == "cpu"
+    assert choice.choose(call(dtype=F32)).backend == "cpu"
+
+
+def test_the_nearest_shape_decides(cache: Path) -> None:
+    write({"lora_linear float32": [(16, 1024, 2.0), (16, 4096, 0.5), (256, 1024, 0.5), (256, 4096, 2.0)]})
+    assert choice.choose(call(M=300, dim=5000)).backend == "gemm"
+    assert choice.choose(call(M=20, dim=5000)).backend == "cpu"
+    assert choice.choose(call(M=300, dim=900)).backend == "cpu"
+    assert choice.choose(call(M=20, dim=900)).backend == "gemm"
+    chosen = peftk.explain("lora_linear", M=300, K=4096, N=8192)
+    assert "measured at M=256, K=N=4096: torch's GEMM is 2.00 times as fast, wanted 1.05 or more" in chosen.reason
+    assert "torch's GEMM for the base layer" in chosen.kernel
+    assert choice.choose(call(op="multi_lora_linear")).backend == "gemm"
+    # nothing was measured for these
+    assert choice.choose(call(op="lora_linear_backward")).backend == "cpu"
+    assert choice.choose(call(dtype=BF16)).backend == "cpu"
+
+
+def test_a_second_rounding_must_be_worth_it(cache: Path) -> None:
+    write({f"lora_linear {dtype}": [(256, 4096, 1.1)] for dtype in ("float32", "bfloat16")})
+    assert choice.choose(call()).backend == "gemm"
+    assert choice.choose(call(dtype=BF16)).backend == "cpu"
+
+
+def test_what_no_measurement_changes(cache: Path) -> None:
+    write({f"{op} {dtype}": [(256, 4096, 9.0)] for op in tune.OPS for dtype in tune.DTYPES})
+    assert choice.choose(call()).backend == "gemm"
+    assert choice.choose(call(M=1, dim=64)).backend == "cpu"
+    assert choice.choose(call()._replace(weight_dtype=BF16)).backend == "cpu"
+    assert choice.choose(call(), "cpu").backend == "cpu"
+    assert choice.choose(call()._replace(op="merge")).backend == "cpu"
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.choose(call()).backend == "cpu"
+        assert "deterministic" in choice.choose(call()).reason
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_layers_run_what_was_chosen(cache: Path) -> None:
+    layer = peftk.LoRALinear.from_linear(torch.nn.Linear(256, 256), r=4).eval()
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(128, 256)
+    with torch.no_grad():
+        before = layer(x)
+        write({"lora_linear float32": [(128, 256, 3.0)], "lora_linear_backward float32": [(128, 256, 3.0)]})
+        assert peftk.explain(layer, x).backend == "gemm"
+        torch.testing.assert_close(layer(x), before)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_a_process_keeps_its_choice(cache: Path) -> None:
+    assert choice.choose(call()).backend == "cpu"
+    measured.save({"lora_linear float32": [measured.Point(256, 4096, 9.0)]})
+    assert choice.choose(call()).backend == "cpu"
+    assert choice.choose(call(M=257)).backend == "cpu"
+    choice.forget()
+    assert choice.choose(call()).backend == "gemm"
+
+
+def test_other_versions_measure_again(cache: Path) -> None:
+    write({"lora_linear float32": [(256, 4096, 9.0)]})
+    entries = json.loads(cache.read_text())
+    entries[measured._machine()]["made_with"]["torch"] = "1.0"
+    cache.write_text(json.dumps(entries))
+    choice.forget()
+    chosen = choice.choose(call())
+    assert chosen.backend == "cpu"
+    assert "peftk tune again" in chosen.reason
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}', '{"%s": {"made_with": {}, "gain": 1}}'])
+def test_a_broken_cache_is_ignored_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(measured, "_made_with", dict)
+    cache.parent.mkdir()
+    cache.write_text(text.replace("%s", measured._machine()))
+    with pytest.warns(UserWarning, match=r"choice.json: expected what `peftk tune` writes"):
+        chosen = choice.choose(call())
+    assert chosen.backend == "cpu"
+    assert "cannot be read" in chosen.reason
+
+
+def test_machines_share_a_file(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"another machine": {"kept": True}}))
+    write({"lora_linear float32": [(256, 4096, 9.0)]})
+    assert set(json.loads(cache.read_text())) == {"another machine", measured._machine()}
+    assert tune.forget()
+    assert not tune.forget()
+    assert json.loads(cache.read_text()) == {"another machine": {"kept": True}}
+    assert choice.choose(call()).backend == "cpu"
+
+
+def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "TOKENS", (8, 32))
+    monkeypatch.setattr(tune, "DIMS", (512, 1024))
+    told = []
+    found = peftk.tune(told.append, seconds=0.001)
+    assert len(told) == len(found) == 6
+    for points in found.values():
+        # the smallest shape goes to our kernels unasked
+        assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
+        assert all(0 < p.gain < 1e4 for p in points)
+    assert json.loads(cache.read_text())[measured._machine()]["threads"] == torch.get_num_threads()
+    assert "measured at M=32" in choice.choose(call()).reason
+
+
+def test_a_hopeless_library_is_not_asked_for_larger_shapes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def gain(op: str, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
+        asked.append((M, dim))
+        return 0.2 if dim >= 1024 else 0.9
+
+    monkeypatch.setattr(tune, "_gain", gain)
+    points = list(tune._measure("lora_linear", F32, 0.001))
+    assert (64, 512) in asked
+    assert (64, 1024) in asked
+    assert (64, 2048) not in asked
+    assert {p.dim for p in points} == set(tune.DIMS)
+
+
+def test_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "TOKENS", (16,))
+    monkeypatch.setattr(tune, "DIMS", (1024,))
+    monkeypatch.setattr(tune, "_gain", lambda op, dtype, *_: 2.0 if dtype == F32 else 0.5)
+    done = CliRunner().invoke(cli.main, ["tune"])
+    assert done.exit_code == 0, done.output
+    assert "lora_linear float32" in done.output
+    assert str(cache) in done.output.replace("\n", "")
+    assert choice.choose(call()).backend == "gemm"
+    assert "Forgotten" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert "Nothing was measured" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert choice.choose(call()).backend == "cpu"
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.write_text("a file where the folder should be")
+    monkeypatch.setattr(tune, "_gain", lambda *_: 2.0)
+    done = CliRunner().invoke(cli.main, ["tune"])
+    assert done.exit_code == 1
+    assert "cannot be written" in done.output
+    assert choice.choose(call()).backend == "cpu"
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "\xff"])
+def test_a_file_that_is_no_cache_is_written_anew_or_deleted(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    cache.parent.mkdir()
+    cache.write_text(text, encoding="latin-1")
+    monkeypatch.setattr(tune, "_gain", lambda *_: 2.0)
+    assert CliRunner().invoke(cli.main, ["tune"]).exit_code == 0
+    assert choice.choose(call()).backend == "gemm"
+    cache.write_text(text, encoding="latin-1")
+    assert "Forgotten" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
+def test_points_that_no_measurement_gives_are_not_believed(cache: Path, point: tuple[object, ...]) -> None:
+    cache.parent.mkdir()
+    entry = {"made_with": measured._made_with(), "gain": {"lora_linear float32": [point]}}
+    cache.write_text(json.dumps({measured._machine(): entry}))
+    choice.forget()
+    with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
+        chosen = choice.choose(call())
+    assert chosen.backend == "cpu"
+    assert "cannot be read" in chosen.reason
+
+
+def test_without_a_home_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PEFTK_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    choice.forget()
+    try:
+        assert "expected a home directory or PEFTK_CACHE_DIR" in choice.choose(call()).reason
+        assert "cannot be written" in CliRunner().invoke(cli.main, ["tune", "--forget"]).output
+    finally:
+        monkeypatch.undo()
+        choice.forget()
