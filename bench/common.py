@@ -1,4 +1,5 @@
-"""The measurements of `peftk.tools.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one group.
+"""The measurements of `peftk.tools.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one
+group.
 
     pytest bench --benchmark-autosave          # and again after a change, then
     pytest-benchmark compare --group-by=fullname

@@ -11,7 +11,7 @@ from peftk.backends.call import BackendError
 from peftk.checkpoints.files import CheckpointError
 from peftk.checkpoints.peft import LoadedAdapter
 from peftk.checkpoints.store import load_adapter, save_adapter
-from peftk.explain import explain
+from peftk.explanation import explain
 from peftk.functional import MergeReceipt
 from peftk.interop.peft_model import accelerate, decelerate
 from peftk.methods.adapterhub import AdapterHubConfig
@@ -28,9 +28,8 @@ from peftk.models.combine import combine, combine_checkpoints
 from peftk.models.merging import merge_adapter, merged, switch_adapter, unmerge_adapter
 from peftk.models.server import MultiAdapter
 from peftk.nn import LoRALinear, MultiLoRALinear
+from peftk.system.version import __version__
 from peftk.tuning.tune import tune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterBank",
@@ -52,6 +51,7 @@ __all__ = [
     "ParameterCount",
     "SeriesAdapterConfig",
     "TopLayersConfig",
+    "__version__",
     "accelerate",
     "carry_route",
     "combine",

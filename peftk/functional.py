@@ -32,6 +32,7 @@ from peftk.ops.layer_calls import (
 )
 from peftk.reference.merge import Factors, factors
 from peftk.reference.receipt import MergeReceipt
+from peftk.reference.receipt import check as check_receipt
 from peftk.system.lasting import lasting
 
 if TYPE_CHECKING:
@@ -402,7 +403,7 @@ def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
 def _receipt(receipt: MergeReceipt) -> None:
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
-    checks.receipt(receipt)
+    check_receipt(receipt)
 
 
 @lasting()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from peftk.backends import choice
 from peftk.cli import main
 from peftk.reference import bounds
-from peftk.reference import lora_linear as reference_lora_linear
+from peftk.reference.lora_linear import lora_linear as reference_lora_linear
 from peftk.system import extras, timing
 from peftk.tools.benchmark import lora_linear
 from peftk.tools.benchmark.common import Record, Shape

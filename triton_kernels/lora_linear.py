@@ -12,9 +12,9 @@ s_i · u[m] A_i the expand.
 
 Rows are worked on in the order of their adapters (`segments`), so a block of rows meets few of them. A block goes
 through its adapters one by one with dots over all its rows ("by segment"), or, where it meets so many that most of
-those dots would be thrown away, gives every row its own products without dots ("by row"). Both read what an adapter
-is from `peftk.adapters.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with one
-adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows with adapters of their own, say
+those dots would be thrown away, gives every row its own products without dots ("by row"). Both read what an adapter is
+from `peftk.adapters.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with
+one adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows with adapters of their own, say
 query, key and value. Ranks come 16 at a time, a page; no rank is a compile-time constant. Rows and ranks are selected,
 never multiplied by zero: an adapter's inf stays with its own rows.
 """
@@ -101,7 +101,8 @@ def lora_linear_kernel(
 
 
 class Many(NamedTuple):
-    """The tensors of a `peftk.adapters.table.AdapterTable`, or of several side by side (`peftk.adapters.table.pack`)."""
+    """The tensors of a `peftk.adapters.table.AdapterTable`, or of several side by side
+    (`peftk.adapters.table.pack`)."""
 
     pages: Tensor
     rows: Tensor

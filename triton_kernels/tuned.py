@@ -15,6 +15,7 @@ import torch
 import triton
 
 from peftk.system import cache
+from peftk.system.version import __version__
 
 from . import config
 from .arithmetic import INTERPRETED
@@ -112,9 +113,7 @@ def _loaded(name: str) -> tuple[dict[str, Any], str]:
 
 
 def _made_with() -> dict[str, str]:
-    import peftk
-
-    return {"triton": triton.__version__, "peftk": peftk.__version__}
+    return {"triton": triton.__version__, "peftk": __version__}
 
 
 def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:

@@ -1,7 +1,8 @@
 """What `triton_kernels/lora_linear.py` launches do, in closed form: a tile at a time, columns all at once.
 
-Follows the kernel's text line by line, since every load of a table is counted too; `tests/kernels/triton/interpreted/counted.py`
-proves it equal to what the interpreter sees. Numbers of loads don't depend on which block does which tile.
+Follows the kernel's text line by line, since every load of a table is counted too;
+`tests/kernels/triton/interpreted/counted.py` proves it equal to what the interpreter sees. Numbers of loads don't
+depend on which block does which tile.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftk.adapters import checks
-
 PAGE = 16
 
 
@@ -81,7 +79,7 @@ def adapter_of(
     activation: str,
 ) -> Adapter | None:
     """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
-    checks.both_factors(lora_A, lora_B)
+    both_factors(lora_A, lora_B)
     bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
@@ -93,3 +91,9 @@ def _line(bias: Tensor | None) -> Tensor | None:
 
 
 NOTHING = Wanted(False, False, False, False)
+
+
+def both_factors(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    if (lora_A is None) != (lora_B is None):
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")

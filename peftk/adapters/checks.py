@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import activations
-from peftk.adapters.adapter import Adapter
+from peftk.adapters.adapter import Adapter, both_factors
 from peftk.adapters.table import AdapterTable
-from peftk.reference.receipt import MergeReceipt
 from peftk.system import memory, storage
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -213,12 +212,6 @@ def adapter_shapes(
         shape("bias_B", bias_B, (N,), "[N]")
 
 
-def both_factors(lora_A: Tensor | None, lora_B: Tensor | None) -> None:
-    if (lora_A is None) != (lora_B is None):
-        missing = "lora_A" if lora_A is None else "lora_B"
-        raise ValueError(f"{missing}: expected a tensor, as lora_A and lora_B come together, got None")
-
-
 def adapter(
     weight: Tensor,
     lora_A: Tensor | None,
@@ -287,29 +280,6 @@ def apart(weights: Sequence[Tensor]) -> None:
     """No two share memory."""
     for one, other in memory.overlapping(weights):
         raise ValueError(f"weights: expected no two in the same memory, got layers {one} and {other} in one")
-
-
-def receipt(receipt: MergeReceipt) -> None:
-    """Tensors as a merge makes them, which are read by address."""
-    A, B = receipt.factors.lora_A, receipt.factors.lora_B
-    parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
-    for name, tensor in parts.items():
-        dense(f"receipt.{name}", tensor)
-    for name, tensor in parts.items():
-        same_device(f"receipt.{name}", tensor, receipt.device, "its code")
-        if not tensor.is_contiguous():
-            raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")
-    ranks, (N, K) = receipt.factors.ends[-1], receipt.shape
-    kinds = {torch.uint8: (N, (K + 1) // 2), torch.int8: (N, K) if receipt.code.numel() else (0, 0)}
-    for name, expected, got in (
-        ("lora_A", (A.dtype, [ranks, K]), (A.dtype, list(A.shape))),
-        ("lora_B", (A.dtype, [N, ranks]), (B.dtype, list(B.shape))),
-        ("code", kinds.get(receipt.code.dtype, "uint8 or int8"), tuple(receipt.code.shape)),
-        ("far", (torch.int8, 1), (receipt.far.dtype, receipt.far.dim())),
-        ("raw_values", 1, receipt.raw_values.dim()),
-    ):
-        if got != expected:
-            raise ValueError(f"receipt.{name}: expected {expected}, as the merge made it, got {got}")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:

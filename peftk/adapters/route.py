@@ -1,7 +1,8 @@
 """Which adapter serves which sequence of the batch at hand: what `MultiAdapter.route` gives to layers.
 
-How a route reaches them is `peftk.adapters.carry`'s; here is what a layer makes of it: an id for every row of its input. The
-rows are whole sequences in the order of the batch, or they are refused (`Forward`, `peftk.adapters.row_order`).
+How a route reaches them is `peftk.adapters.carry`'s; here is what a layer makes of it: an id for every row of its
+input. The rows are whole sequences in the order of the batch, or they are refused (`Forward`,
+`peftk.adapters.row_order`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Hashable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from peftk.adapters.table import AdapterTable
 
 if TYPE_CHECKING:
     from peftk.adapters.bank import AdapterBank
-    from peftk.nn import MultiLoRALinear
 
 T = TypeVar("T")
 _Key = tuple[torch.Size, torch.device, int, int | None]
@@ -356,6 +356,16 @@ def _no_copy(link: carry.Link | None, serving: Serving) -> None:
         link = link.outer
 
 
+class Served(Protocol):
+    """What a route knows of a layer that it serves (`peftk.nn.MultiLoRALinear`)."""
+
+    bank: AdapterBank
+    training: bool
+    batch_dim: int | None
+    doubt: str | None  # a module around it of which it is not clear where sequences lie in x
+    rows_seen: bool
+
+
 class Rows(NamedTuple):
     """What a served layer computes x with: a slot for each row of x, the bank or the table of another time."""
 
@@ -364,7 +374,7 @@ class Rows(NamedTuple):
     order: RowOrder | None  # who looks at the order of rows
 
 
-def rows(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Rows | None:
+def rows(layer: Served, serving: Serving, x: Tensor) -> Rows | None:
     """For the input of a served layer; None outside of a route.
 
     In a recomputation it is what the forward had: its route, and its table, since what is saved for the backward is as
@@ -391,7 +401,7 @@ def rows(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Rows | None:
     return Rows(slots, bank, order)
 
 
-def _slots(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Tensor | None:
+def _slots(layer: Served, serving: Serving, x: Tensor) -> Tensor | None:
     """In a compiled graph, which other graphs interrupt, order is not looked at."""
     forward, _ = current(serving)
     if carry.remembers(trains=layer.training or torch.is_grad_enabled()):
@@ -399,7 +409,7 @@ def _slots(layer: MultiLoRALinear, serving: Serving, x: Tensor) -> Tensor | None
     return None if forward is None else forward.rows(x, layer.batch_dim)
 
 
-def _look(layer: MultiLoRALinear, serving: Serving, x: Tensor, forward: Forward, order: RowOrder | None) -> None:
+def _look(layer: Served, serving: Serving, x: Tensor, forward: Forward, order: RowOrder | None) -> None:
     """Raises ValueError where the order of rows is not that of the batch, or nobody knows."""
     if layer.doubt is not None and forward.route.batch_dim is None:
         raise ValueError(

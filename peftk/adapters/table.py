@@ -6,7 +6,7 @@ The kernels see no difference. Layout (all tensors on the table's device):
 
     pages     int64   [P, 5]   address of A's page [r, K], its row stride,
                                address of B's page [N, r], its n-stride, its r-stride       (strides in elements)
-    rows      int32   [n, 4]   first page, rank, activation code (`peftk.adapters.activations.CODES`), 1 if the slot is taken
+    rows      int32   [n, 4]   first page, rank, activation code (`activations.CODES`), 1 if the slot is taken
     scaling   float32 [n]      s_i, dimensionless
     biases    int64   [n, 2]   address of a_i [R] or 0, address of β_i [N] or 0
 

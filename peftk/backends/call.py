@@ -10,7 +10,7 @@ import torch
 class Call(NamedTuple):
     """What a choice depends on: nothing about a call's values, everything about its form."""
 
-    op: str  # one of `peftk.explain.OPS`
+    op: str  # one of `peftk.explanation.OPS`
     device: str  # torch device type
     x_dtype: torch.dtype
     weight_dtype: torch.dtype

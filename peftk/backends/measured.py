@@ -17,6 +17,7 @@ import torch
 
 from peftk.system import cache
 from peftk.system.processor import cpu_name
+from peftk.system.version import __version__
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -101,10 +102,9 @@ def _machine() -> str:
 
 
 def _made_with() -> dict[str, str]:
-    import peftk
     from peftk.backends import cpu
 
-    return {"torch": torch.__version__, "peftk": peftk.__version__, "simd_level": cpu.simd_level()}
+    return {"torch": torch.__version__, "peftk": __version__, "simd_level": cpu.simd_level()}
 
 
 def key_of(op: str, dtype: torch.dtype) -> str:

@@ -6,20 +6,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from peftk import reference
 from peftk.launch.merge_args import NotFiniteError, write
 from peftk.launch.segments import Segments
-from peftk.reference import (
-    checksum,
+from peftk.reference.lora_linear import (
     lora_linear,
     lora_linear_backward,
-    merge,
     multi_lora_linear,
     multi_lora_linear_backward,
-    unmerge,
 )
-from peftk.reference.merge import RAW, Factors
+from peftk.reference.merge import RAW, Factors, checksum, merge, unmerge
 from peftk.reference.receipt import MergeReceipt, bytewise, packed
+from peftk.reference.segments import segments as sorted_rows
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -50,7 +47,7 @@ def describe(call: Call) -> str:
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
-    return Segments(*reference.segments(ids, adapters))
+    return Segments(*sorted_rows(ids, adapters))
 
 
 def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:

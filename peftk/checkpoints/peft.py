@@ -356,7 +356,7 @@ def save_model(model: nn.Module, path: AnyPath) -> None:
     use_rslora, alphas = one_scaling(layers)
     alpha = next(iter(alphas.values()))
     saved, biases = _trained_in_place(model)
-    tied = tied(model, saved)
+    aliases = tied(model, saved)
     about = about_of(model)
     config: dict[str, Any] = {
         "r": first.r,
@@ -369,7 +369,7 @@ def save_model(model: nn.Module, path: AnyPath) -> None:
         "bias": next(iter(_bias_modes(model)), "none"),
         "lora_bias": first.lora_bias is not None,
         "modules_to_save": _modules_to_save(model) or None,
-        "ensure_weight_tying": bool(tied),
+        "ensure_weight_tying": bool(aliases),
         "fan_in_fan_out": False,
         "inference_mode": True,
         **about,
@@ -381,7 +381,7 @@ def save_model(model: nn.Module, path: AnyPath) -> None:
         path,
         config,
         {name: (layer.lora_A, layer.lora_B, layer.lora_bias) for name, layer in layers.items()},
-        values_of(model, (*biases, *saved, *tied, *origin_of(model).embeddings)),
+        values_of(model, (*biases, *saved, *aliases, *origin_of(model).embeddings)),
     )
 
 

@@ -1,7 +1,8 @@
 """Which PEFT adapter serves which sample of a mixed batch (`adapter_names=`): read once a model forward.
 
 PEFT hands the names to every layer, which turns them into lists of indices, adapter by adapter. Here they become ids
-once, in one `peftk.adapters.route.Forward` that all layers share, and so is what is derived from it (the sort of the rows).
+once, in one `peftk.adapters.route.Forward` that all layers share, and so is what is derived from it (the sort of the
+rows).
 
 Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are
 left with the checkpoints that a forward runs in, and the recomputation finds them there.

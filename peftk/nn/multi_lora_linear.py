@@ -43,7 +43,7 @@ class MultiLoRALinear(FrozenLinear):
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.bank = bank
         self.trained = nn.ModuleDict()
-        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`peftk.adapters.route`)
+        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`adapters.route`)
         self.served: route.Serving | None = None
         self.batch_dim: int | None = None
         self.doubt: str | None = None

@@ -1,8 +1,8 @@
 """Weights that several modules of a model share, and which a change in place would change for all of them.
 
 Tied embeddings, linears that hold one Parameter, views of one tensor, buffers: whatever of a module lies in the same
-memory as what another holds (`peftk.system.memory`), whether adapters stand there or not. One module that stands in several
-places is one module.
+memory as what another holds (`peftk.system.memory`), whether adapters stand there or not. One module that stands in
+several places is one module.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from peftk.adapters.adapter import Adapter, Wanted, adapter_of
 from peftk.adapters.flat import flat_grads, flat_tensors, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
-from peftk.reference import reads_z
+from peftk.reference.lora_linear import reads_z
 
 
 def lora_linear(

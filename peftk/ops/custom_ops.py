@@ -24,8 +24,7 @@ from peftk.adapters.flat import _unpack, flat_grads, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
 from peftk.ops.autograd import Reads
-from peftk.reference import reads_z
-from peftk.reference.lora_linear import accumulate_dtype
+from peftk.reference.lora_linear import accumulate_dtype, reads_z
 
 
 @torch.library.custom_op("peftk::lora_linear", mutates_args=())

@@ -1,4 +1,5 @@
-"""The operations as layers call them: weight and adapter were checked when the layer was made, so only x is looked at."""
+"""The operations as layers call them: weight and adapter were checked when the layer was made, so only x is looked
+at."""
 
 from __future__ import annotations
 

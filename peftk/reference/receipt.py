@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftk.adapters import checks
 from peftk.reference import merge_code
 from peftk.reference.merge import RAW, Factors
 from peftk.system.lasting import lasting
@@ -156,3 +157,26 @@ def with_weights(receipt: MergeReceipt, base: Tensor) -> MergeReceipt:
     """The same receipt with W itself, a tensor of the receipt's own."""
     empty = receipt.far.new_empty(0)
     return dataclasses.replace(receipt, code=empty.view(0, 0), far=empty, raw_values=base.reshape(-1))
+
+
+def check(receipt: MergeReceipt) -> None:
+    """Tensors as a merge makes them, which are read by address."""
+    A, B = receipt.factors.lora_A, receipt.factors.lora_B
+    parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
+    for name, tensor in parts.items():
+        checks.dense(f"receipt.{name}", tensor)
+    for name, tensor in parts.items():
+        checks.same_device(f"receipt.{name}", tensor, receipt.device, "its code")
+        if not tensor.is_contiguous():
+            raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")
+    ranks, (N, K) = receipt.factors.ends[-1], receipt.shape
+    kinds = {torch.uint8: (N, (K + 1) // 2), torch.int8: (N, K) if receipt.code.numel() else (0, 0)}
+    for name, expected, got in (
+        ("lora_A", (A.dtype, [ranks, K]), (A.dtype, list(A.shape))),
+        ("lora_B", (A.dtype, [N, ranks]), (B.dtype, list(B.shape))),
+        ("code", kinds.get(receipt.code.dtype, "uint8 or int8"), tuple(receipt.code.shape)),
+        ("far", (torch.int8, 1), (receipt.far.dtype, receipt.far.dim())),
+        ("raw_values", 1, receipt.raw_values.dim()),
+    ):
+        if got != expected:
+            raise ValueError(f"receipt.{name}: expected {expected}, as the merge made it, got {got}")

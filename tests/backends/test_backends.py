@@ -11,7 +11,7 @@ import peftk
 from peftk import functional
 from peftk.backends import choice
 from peftk.backends.call import BackendError, Call
-from peftk.explain import OPS
+from peftk.explanation import OPS
 
 
 def test_explain_names_backend_reason_and_kernel() -> None:

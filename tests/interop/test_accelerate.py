@@ -105,7 +105,8 @@ def no_worse(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -
 
 
 def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    """Both are rounded: plain PEFT's fp32 is no better than ours, so twice the norm of `tests.support.numerics` for outputs."""
+    """Both are rounded: plain PEFT's fp32 is no better than ours, so twice the norm of `tests.support.numerics` for
+    outputs."""
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[actual.dtype] * scale
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import peftk.functional as functional
-import peftk.reference as reference
 from peftk import _cpu
-from peftk.backends import cpu
+from peftk.backends import cpu, reference
 from peftk.backends import reference as reference_backend
 from peftk.backends.call import Call
 from peftk.reference.merge import RAW, ZERO, Factors

@@ -1,4 +1,5 @@
-"""Packed outputs: slices of W's rows with banks of their own, on a CPU. (In Triton: tests/kernels/triton/interpreted/packed.py.)"""
+"""Packed outputs: slices of W's rows with banks of their own, on a CPU. (In Triton:
+tests/kernels/triton/interpreted/packed.py.)"""
 
 from __future__ import annotations
 

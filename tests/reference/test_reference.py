@@ -8,9 +8,9 @@ import ctypes.util
 import pytest
 import torch
 
-from peftk import reference
 from peftk.adapters import activations
 from peftk.adapters.adapter import Adapter
+from peftk.backends import reference
 from peftk.reference import philox
 from peftk.reference.merge import _delta, factors
 

@@ -1,4 +1,5 @@
-"""Random cases and what they should give. They ship, in `peftk.tools.selftest`: users' machines are held to the same."""
+"""Random cases and what they should give. They ship, in `peftk.tools.selftest`: users' machines are held to the
+same."""
 
 from peftk.tools.selftest.cases import (
     DTYPES,

@@ -1,4 +1,5 @@
-"""Builds the programs of tests/kernels/cpu/cpp on csrc/cpu, by setup.py's own rules: its files, levels and flags, one ninja run.
+"""Builds the programs of tests/kernels/cpu/cpp on csrc/cpu, by setup.py's own rules: its files, levels and flags, one
+ninja run.
 
 What is built stays in build/, and the plain build shares its objects with the extension module: only what changed is
 compiled again.
@@ -52,7 +53,8 @@ def programs(
     levels: Sequence[str] = (),
     setup: ModuleType | None = None,
 ) -> list[Path]:
-    """tests/kernels/cpu/cpp/<name>.cpp of every name, linked with csrc/cpu and its kernels of these levels, or of all. With
+    """tests/kernels/cpu/cpp/<name>.cpp of every name, linked with csrc/cpu and its kernels of these levels, or of all.
+    With
     `flags` on top of setup.py's, the build is a `variant` of its own."""
     setup = setup or load_setup()
     if variant:

@@ -1,8 +1,9 @@
-"""Compiles csrc/cuda with g++ for the host, through tests/cuda_emulator, and runs tests/kernels/cuda/on_host/ on it under sanitizers.
+"""Compiles csrc/cuda with g++ for the host, through tests/cuda_emulator, and runs tests/kernels/cuda/on_host/ on it
+under sanitizers.
 
-`run` starts pytest on tests/kernels/cuda/on_host/<stem>.py in a process whose `peftk._cuda` is the module for the host; `caught`
-does the same with a mutant of a source and says how that showed. `program` links a C++ program instead, for the race
-detector. What is compiled stays in build/on_host, by the content of all that went into it.
+`run` starts pytest on tests/kernels/cuda/on_host/<stem>.py in a process whose `peftk._cuda` is the module for the host;
+`caught` does the same with a mutant of a source and says how that showed. `program` links a C++ program instead, for
+the race detector. What is compiled stays in build/on_host, by the content of all that went into it.
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ def shown(done: subprocess.CompletedProcess[str]) -> str | None:
 
 
 def caught(mutants: dict[str, str], stem: str, *arguments: str) -> str | None:
-    """How mutants, as `module` takes them, show in tests/kernels/cuda/on_host/<stem>.py. `arguments` go to pytest (-k …)."""
+    """How mutants, as `module` takes them, show in tests/kernels/cuda/on_host/<stem>.py. `arguments` go to pytest (-k
+    …)."""
     return shown(pytest_on(module(mutants), "default", [stem], *arguments))
 
 

@@ -7,9 +7,9 @@ the same kernels, but
 - the programs of a launch are cooperative threads that hand over before and after every atomic and at every barrier;
   who goes on is drawn from a seed. At most `resident` have started and not ended, and they start in a permuted order:
   who waits for a program that has not started may wait for ever, as on a GPU.
-- memory is weak (`tests.support.weak_memory`): a store is seen by another program for certain only after store, barrier,
-  release there and acquire here. A load that is not ordered after the last store is a race: the trace notes it, and
-  what it reads depends on `memory`.
+- memory is weak (`tests.support.weak_memory`): a store is seen by another program for certain only after store,
+  barrier, release there and acquire here. A load that is not ordered after the last store is a race: the trace notes
+  it, and what it reads depends on `memory`.
 - a launch in which nothing happens any more but polling raises `HangError`, with its schedule.
 
 `docs/protocol.md` says what this stands for and what it leaves out. It needs TRITON_INTERPRET=1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftk import reference
+from peftk.backends import reference
 from peftk.launch.segments import Segments
 
 I32, I64 = torch.int32, torch.int64

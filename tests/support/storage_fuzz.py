@@ -1,8 +1,9 @@
-"""Tensors of every kind in every position of every way in: `python -m tests.support.storage_fuzz NUMBER …` tries some of them.
+"""Tensors of every kind in every position of every way in: `python -m tests.support.storage_fuzz NUMBER …` tries some
+of them.
 
-Run in a child process, as one that reads wrong memory may die (tests/system/test_storage.py). It says the number of a case
-before it tries it, and what came of it after: right (the values of plain torch), refused (an error that says what was
-expected), unmade (there is no such tensor), or what is wrong.
+Run in a child process, as one that reads wrong memory may die (tests/system/test_storage.py). It says the number of a
+case before it tries it, and what came of it after: right (the values of plain torch), refused (an error that says what
+was expected), unmade (there is no such tensor), or what is wrong.
 """
 
 from __future__ import annotations

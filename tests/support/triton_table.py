@@ -1,4 +1,5 @@
-"""What the compiler makes of the shipped table: `python -m tests.support.triton_table > docs/compiled.md`, about two minutes.
+"""What the compiler makes of the shipped table: `python -m tests.support.triton_table > docs/compiled.md`, about two
+minutes.
 
 Needs no GPU: every configuration is compiled for its target, as `tests/kernels/triton/test_triton_compile.py` does.
 """
@@ -17,9 +18,10 @@ from tests.support.triton_aot import Compiled
 
 HEADER = f"""# What the compiler makes of the shipped configurations
 
-Written by `python -m tests.support.triton_table` with triton {triton.__version__}; nothing was timed, and no GPU was there.
-K = N = 4096, rows that start on 16 bytes. Spilled: bytes of stack a thread. Tensor cores: the instructions in the code,
-not how often they run. 16 bytes: accesses of global memory that are so wide; copy engine: those by tensor descriptors.
+Written by `python -m tests.support.triton_table` with triton {triton.__version__}; nothing was timed, and no GPU was
+there. K = N = 4096, rows that start on 16 bytes. Spilled: bytes of stack a thread. Tensor cores: the instructions in
+the code, not how often they run. 16 bytes: accesses of global memory that are so wide; copy engine: those by tensor
+descriptors.
 
 | target | kernel | x | rows | registers | spilled | shared, KiB | tensor mem. | tensor cores | 16 bytes | copy engine |
 |---|---|---|--:|--:|--:|--:|--:|---|--:|--:|"""

@@ -9,9 +9,9 @@ import random
 import torch
 from torch import Tensor
 
-from peftk import reference
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.backends import reference
 from peftk.reference import philox
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftk import functional, reference
+from peftk import functional
 from peftk.adapters import activations
 from peftk.adapters.bank import AdapterBank
-from peftk.backends import choice
+from peftk.backends import choice, reference
 from peftk.backends.call import Call
 from peftk.reference import bounds
 from peftk.tools.selftest.cases import Case, decode_case, random_case

@@ -83,10 +83,7 @@ def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
             for biases in ((a, beta), (None, beta), (a, None), (None, None)):
                 y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, activation, *biases)
                 rest = (A, up_of, 0.7, activation, *biases, 0.0, None, "cpu")
-                if W is None:
-                    ordinary = adapter_block_unchecked(x, *rest)
-                else:
-                    ordinary = lora_linear_unchecked(x, W, b, *rest)
+                ordinary = adapter_block_unchecked(x, *rest) if W is None else lora_linear_unchecked(x, W, b, *rest)
                 assert y is not None, name
                 assert y.dtype == dtype
                 assert torch.equal(y, ordinary), name

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftk import _cpu, reference
+from peftk import _cpu
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, AdapterGrads
-from peftk.backends import cpu
+from peftk.backends import cpu, reference
 from peftk.backends.call import Call
 from tests.support import numerics
 from tests.support.cases import DTYPES, Case, expected, expected_grads, random_case

@@ -1,5 +1,5 @@
-"""The executor of tests/cuda_emulator itself: small kernels under the sanitizers, right ones that pass, and each of them
-broken in one way, which must be noticed for its own reason. docs/cuda_on_host.md lists who notices what."""
+"""The executor of tests/cuda_emulator itself: small kernels under the sanitizers, right ones that pass, and each of
+them broken in one way, which must be noticed for its own reason. docs/cuda_on_host.md lists who notices what."""
 
 from __future__ import annotations
 

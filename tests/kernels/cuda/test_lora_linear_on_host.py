@@ -1,8 +1,9 @@
 """csrc/cuda/lora_linear.cu, compiled by g++ and executed under the sanitizers.
 
-tests/kernels/cuda/on_host/lora_linear.py holds it to the fp64 reference through the Python API, tests/kernels/cuda/on_host/selftest.py runs what
-`peftk selftest --device cuda` asks of it; tests/cuda_emulator/lora_linear_races.cpp holds it to sums in fp64 without
-Python: under the race detector, and once for each of many mutants.
+tests/kernels/cuda/on_host/lora_linear.py holds it to the fp64 reference through the Python API,
+tests/kernels/cuda/on_host/selftest.py runs what `peftk selftest --device cuda` asks of it;
+tests/cuda_emulator/lora_linear_races.cpp holds it to sums in fp64 without Python: under the race detector, and once for
+each of many mutants.
 """
 
 from __future__ import annotations

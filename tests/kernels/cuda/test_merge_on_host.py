@@ -1,5 +1,5 @@
-"""Runs tests/kernels/cuda/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and executed under the sanitizers, has the bits of
-the reference; tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught."""
+"""Runs tests/kernels/cuda/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and executed under the sanitizers, has
+the bits of the reference; tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught."""
 
 from __future__ import annotations
 

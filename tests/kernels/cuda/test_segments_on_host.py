@@ -1,5 +1,6 @@
-"""Runs tests/kernels/cuda/on_host/segments.py: csrc/cuda/segments.cu, compiled by g++ and executed under the sanitizers, is equal to
-the specification; tests/cuda_emulator/segments_races.cpp finds no race in it; and mutants are caught."""
+"""Runs tests/kernels/cuda/on_host/segments.py: csrc/cuda/segments.cu, compiled by g++ and executed under the
+sanitizers, is equal to the specification; tests/cuda_emulator/segments_races.cpp finds no race in it; and mutants are
+caught."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs each file of `tests/kernels/triton/interpreted/` in a process where TRITON_INTERPRET=1 was set before triton is imported."""
+"""Runs each file of `tests/kernels/triton/interpreted/` in a process where TRITON_INTERPRET=1 was set before triton is
+imported."""
 
 from __future__ import annotations
 

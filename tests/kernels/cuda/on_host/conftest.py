@@ -1,4 +1,5 @@
-"""peftk._cuda is the module that tests/support/host_cuda.py compiled for the host; these files run only in its process."""
+"""peftk._cuda is the module that tests/support/host_cuda.py compiled for the host; these files run only in its
+process."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _cuda, functional, reference
+from peftk import _cuda, functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.backends import cuda as backend
+from peftk.backends import reference
 from peftk.backends.call import BackendError, Call
 from peftk.launch import workspace
 from tests.kernels.cuda.on_host.conftest import Executor

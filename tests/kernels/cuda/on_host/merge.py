@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import _cuda, functional, reference
+from peftk import _cuda, functional
 from peftk.backends import cuda as backend
+from peftk.backends import reference
 from peftk.backends import reference as reference_backend
 from peftk.launch import merge_layers
 from peftk.ops import merge

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftk import reference
 from peftk.adapters import table
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import Adapter
+from peftk.backends import reference
 from peftk.backends import triton as backend
 from peftk.reference import philox
 from peftk.triton_kernels import config

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftk import reference
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import PAGE, Adapter, AdapterGrads, Wanted
+from peftk.backends import reference
 from peftk.backends import triton as backend
 from peftk.launch import workspace
 from peftk.triton_kernels import config

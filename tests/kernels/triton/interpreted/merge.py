@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import functional, reference
-from peftk.backends import choice
+from peftk import functional
+from peftk.backends import choice, reference
 from peftk.backends import reference as reference_backend
 from peftk.backends import triton as backend
 from peftk.backends.call import Call
