@@ -177,10 +177,10 @@ def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     weight, bias = found
     receipt = merged.receipt.to(weight.device)
     if merged.bias is not None:
-        held = merged.bias.to(weight.device)
-        held.check(bias)
+        receipt = merged.bias.to(weight.device)
+        receipt.check(bias)
         with contextlib.ExitStack() as undo_bias:
-            _set_bias(layer, held.before, held.after, undo_bias)
+            _set_bias(layer, receipt.before, receipt.after, undo_bias)
             functional.unmerge_(weight.detach(), receipt)
             undo.push(undo_bias.pop_all())
     else:
@@ -248,9 +248,9 @@ def keep(layer: Any, undo: contextlib.ExitStack) -> None:
 def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
     with _loaded(layer), torch.no_grad():
         base = layer.get_base_layer()
-        held = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        places = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         for name, data, value in values:
-            held[name].data = data.copy_(value)
+            places[name].data = data.copy_(value)
 
 
 # ---- what layers share ----------------------------------------------------------------------------------------------

@@ -144,9 +144,9 @@ class LoRALinear(FrozenLinear):
         checks.dense(name, getattr(self, name))
         value: Tensor = getattr(self, name).detach()
         if name == "bias" and self.bias_receipt is not None:
-            held = self.bias_receipt.to(value.device)
-            held.check(value)
-            return held.before
+            receipt = self.bias_receipt.to(value.device)
+            receipt.check(value)
+            return receipt.before
         if name == "weight" and self.receipt is not None:
             value = value.clone()
             functional.unmerge_(value.t() if self.fan_in_fan_out else value, self.receipt.to(value.device))
