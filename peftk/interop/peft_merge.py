@@ -175,13 +175,13 @@ def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     if isinstance(found, str):
         raise ValueError(found)
     weight, bias = found
-    receipt = merged.receipt.to(weight.device)
+    of_bias = merged.of_bias.to(weight.device)
     if merged.bias is not None:
-        receipt = merged.bias.to(weight.device)
-        receipt.check(bias)
+        of_bias = merged.bias.to(weight.device)
+        of_bias.check(bias)
         with contextlib.ExitStack() as undo_bias:
-            _set_bias(layer, receipt.before, receipt.after, undo_bias)
-            functional.unmerge_(weight.detach(), receipt)
+            _set_bias(layer, of_bias.before, of_bias.after, undo_bias)
+            functional.unmerge_(weight.detach(), of_bias)
             undo.push(undo_bias.pop_all())
     else:
         functional.unmerge_(weight.detach(), receipt)
@@ -195,11 +195,11 @@ def live(layer: Any) -> list[Merged]:
 
 
 def _hold(layer: Any, names: Sequence[str], receipts: Sequence[Merged], undo: contextlib.ExitStack) -> None:
-    undo.callback(_held, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
-    _held(layer, list(names), list(receipts))
+    undo.callback(_set_merged, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
+    _set_merged(layer, list(names), list(receipts))
 
 
-def _held(layer: Any, names: list[str], receipts: list[Merged]) -> None:
+def _set_merged(layer: Any, names: list[str], receipts: list[Merged]) -> None:
     layer.merged_adapters[:] = names
     layer._peftk_merged = receipts
 
