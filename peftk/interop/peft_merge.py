@@ -175,13 +175,13 @@ def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     if isinstance(found, str):
         raise ValueError(found)
     weight, bias = found
-    of_bias = merged.of_bias.to(weight.device)
+    receipt = merged.receipt.to(weight.device)
     if merged.bias is not None:
         of_bias = merged.bias.to(weight.device)
         of_bias.check(bias)
         with contextlib.ExitStack() as undo_bias:
             _set_bias(layer, of_bias.before, of_bias.after, undo_bias)
-            functional.unmerge_(weight.detach(), of_bias)
+            functional.unmerge_(weight.detach(), receipt)
             undo.push(undo_bias.pop_all())
     else:
         functional.unmerge_(weight.detach(), receipt)
