@@ -9,6 +9,7 @@ import peftk
 from peftk import functional
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, Wanted
+from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import _unpack, flat_tensors, pack
 from peftk.backends import cpu
 from peftk.nn import MultiLoRALinear
@@ -96,7 +97,7 @@ def check_gradients(case: Case, dy: torch.Tensor, backend: str, dropout_p: float
     else:
         y = functional.multi_lora_linear(x, case.weight, case.bias, case.table(), case.ids, **kwargs)
     y.backward(dy)
-    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout_p=dropout_p, seed=seed)
+    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout=dropout_from(dropout_p, seed))
     assert x.grad is not None
     numerics.check(x.grad, dx, dx_magnitude, terms)
     wanted = flatten(case.adapters, grads)

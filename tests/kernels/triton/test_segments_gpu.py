@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 import peftk
-from peftk.backends import choice
+from peftk.backends import registry
 from peftk.backends.call import BackendError
 from peftk.launch.segments import Segments
 from tests.models.test_model import two_adapters
@@ -25,7 +25,7 @@ Sort = Callable[[torch.Tensor, int], Segments]
 @pytest.fixture(params=["triton", "cuda"])
 def sort(request: pytest.FixtureRequest) -> Sort:
     try:
-        return choice.module(request.param).segments
+        return served(registry.backend(request.param).sort).segments
     except BackendError as error:
         pytest.skip(str(error))
 
