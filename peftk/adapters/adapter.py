@@ -45,8 +45,10 @@ class Adapter:
         return torch.cat(self.pages_B, dim=1)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        biases = tuple(t for t in (self.bias_A, self.bias_B) if t is not None)
-        return self.pages_A + self.pages_B + biases
+        factors = self.pages_A + self.pages_B
+        if self.bias_A is None and self.bias_B is None:  # asked in every call
+            return factors
+        return factors + tuple(t for t in (self.bias_A, self.bias_B) if t is not None)
 
 
 class AdapterGrads(NamedTuple):

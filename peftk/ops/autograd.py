@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftk.adapters.adapter import Adapter, Wanted, adapter_of, flat_adapter
-from peftk.adapters.dropout import Dropout, dropout_from, flat_dropout
+from peftk.adapters.adapter import Adapter, Wanted, flat_adapter
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_grads, flat_tensors, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
@@ -33,8 +33,9 @@ def lora_linear(
     backend: str | None = None,
 ) -> Tensor:
     if torch.is_grad_enabled() and _wants_grad(x, bias, *(() if adapter is None else adapter.tensors())):
-        flat = (*flat_adapter(adapter), *flat_dropout(dropout))
-        y: Tensor = _LoraLinear.apply(x, weight, bias, *flat, backend)
+        lora_A, lora_B, _, _, bias_A, bias_B = flat_adapter(adapter)
+        tensors = (lora_A, lora_B, bias_A, bias_B)
+        y: Tensor = _LoraLinear.apply(x, weight, bias, adapter, dropout, backend, *tensors)
         return y
     return dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)[0]
 
@@ -108,23 +109,18 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        scaling: float,
-        activation: str,
-        bias_A: Tensor | None,
-        bias_B: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
+        adapter: Adapter | None,
+        dropout: Dropout | None,
         backend: str | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        adapter = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B)
-        dropout, needs = dropout_from(dropout_p, seed), ctx.needs_input_grad
-        wanted = Wanted(needs[3], needs[4], needs[7], needs[8])
+        """tensors: the adapter's lora_A, lora_B, bias_A and bias_B, as torch is to see them."""
+        needs = ctx.needs_input_grad
+        wanted = Wanted(*needs[6:])
         reads = Reads.of((adapter,), (wanted,), needs[0])
         y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend, save_z=reads.z)
         save_one(ctx, reads, x, weight, adapter, z, dropout=dropout, wanted=wanted)
-        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, (bias_A,)
+        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, tensors[2:3]
         ctx.rest = (None if bias is None else bias.dtype, wanted, backend)
         return y
 
@@ -138,7 +134,7 @@ class _LoraLinear(torch.autograd.Function):
             dy, x, weight, adapter, z, dropout=dropout, need_dx=needs[0], wanted=wanted, backend=backend
         )
         dbias = dispatch.bias_grad(dy, bias_dtype) if needs[2] else None
-        return dx, None, dbias, grads.lora_A, grads.lora_B, None, None, grads.bias_A, grads.bias_B, None, None, None
+        return dx, None, dbias, None, None, None, *grads
 
 
 class _MultiLoraLinear(torch.autograd.Function):

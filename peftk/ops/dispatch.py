@@ -18,7 +18,7 @@ from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
-from peftk.backends.call import BackendError, Call, Op
+from peftk.backends.call import BackendError, Op, call_of
 from peftk.backends.contract import Backend, Direct, served
 from peftk.system import storage
 
@@ -48,9 +48,10 @@ def _line(bias: Tensor | None) -> Tensor | None:
 
 def _with_lines(adapter: Adapter) -> Adapter:
     """The adapter itself where its biases are contiguous, else one with copies."""
-    if all(bias is None or bias.is_contiguous() for bias in (adapter.bias_A, adapter.bias_B)):
+    bias_A, bias_B = _line(adapter.bias_A), _line(adapter.bias_B)
+    if bias_A is adapter.bias_A and bias_B is adapter.bias_B:
         return adapter
-    return dataclasses.replace(adapter, bias_A=_line(adapter.bias_A), bias_B=_line(adapter.bias_B))
+    return dataclasses.replace(adapter, bias_A=bias_A, bias_B=bias_B)
 
 
 def direct_lora_linear(
@@ -264,7 +265,7 @@ def _server(
     weight_dtype = rows.dtype if weight is None else weight.dtype
     checks.of_floats("weight", weight_dtype)
     checks.of_floats("lora_A", dtype or rows.dtype)
-    call = Call(
+    call = call_of(
         op=Op("adapter_block" if weight is None else "lora_linear", isinstance(adapters, AdapterTable), backward),
         device=rows.device.type,
         x_dtype=rows.dtype,

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 import peftk
 from peftk.backends import registry
+from peftk.backends.contract import served as part
 from peftk.backends.call import BackendError
 from peftk.launch.segments import Segments
 from tests.models.test_model import two_adapters
@@ -25,7 +26,7 @@ Sort = Callable[[torch.Tensor, int], Segments]
 @pytest.fixture(params=["triton", "cuda"])
 def sort(request: pytest.FixtureRequest) -> Sort:
     try:
-        return served(registry.backend(request.param).sort).segments
+        return part(registry.backend(request.param).sort).segments
     except BackendError as error:
         pytest.skip(str(error))
 
