@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 import peftk
 from peftk.backends import registry
-from peftk.backends.contract import served as part
 from peftk.backends.call import BackendError
+from peftk.backends.contract import served as part
 from peftk.launch.segments import Segments
 from tests.models.test_model import two_adapters
 from tests.support.segment_cases import expect, random_ids
