@@ -124,11 +124,12 @@ def flatten(adapters, grads):  # type: ignore[no-untyped-def]
 
 
 def test_opcheck_one_adapter() -> None:
-    tensors = (leaf(4, 7), torch.randn(5, 7), leaf(5), leaf(3, 7), leaf(5, 3), None, leaf(5))
-    torch.library.opcheck(custom_ops.lora_linear, (*tensors, 0.5, "gelu", 0.0, None, None))
-    torch.library.opcheck(custom_ops.lora_linear, (*tensors, 0.5, "relu", 0.25, torch.tensor([3]), "reference"))
-    base = (leaf(4, 7), torch.randn(5, 7), None, None, None, None, None)
-    torch.library.opcheck(custom_ops.lora_linear, (*base, 1.0, "identity", 0.0, None, None))
+    factors, biases = (leaf(4, 7), torch.randn(5, 7), leaf(5), leaf(3, 7), leaf(5, 3)), (None, leaf(5))
+    torch.library.opcheck(custom_ops.lora_linear, (*factors, 0.5, "gelu", *biases, 0.0, None, None))
+    dropout = (0.25, torch.tensor([3]))
+    torch.library.opcheck(custom_ops.lora_linear, (*factors, 0.5, "relu", *biases, *dropout, "reference"))
+    base = (leaf(4, 7), torch.randn(5, 7), None, None, None)
+    torch.library.opcheck(custom_ops.lora_linear, (*base, 1.0, "identity", None, None, 0.0, None, None))
 
 
 def test_opcheck_many_adapters() -> None:
@@ -140,7 +141,7 @@ def test_opcheck_many_adapters() -> None:
     )
     tensors, layout, scalings = pack(adapters)
     ids = torch.tensor([0, -1, 2, 3], dtype=torch.int32)
-    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, (), 0.0, None, None)
+    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), tensors, layout, scalings, (), ids, 0.0, None, None)
     torch.library.opcheck(custom_ops.multi_lora_linear, arguments)
 
 
