@@ -228,14 +228,16 @@ def _interpret() -> None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
-    from peftk.backends import choice
+    from peftk.backends import registry
     from peftk.backends.call import BackendError
 
     try:
-        interprets = choice.module("triton").INTERPRETED
+        registry.backend("triton")
     except BackendError as error:
         raise click.ClickException(f"--device interpreter: {error}") from error
-    if not interprets:
+    from peftk.backends import triton
+
+    if not triton.INTERPRETED:
         raise click.ClickException("--device interpreter: triton was imported before, without TRITON_INTERPRET=1")
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
+from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
 from peftk.reference.receipt import MergeReceipt, halves
@@ -27,10 +29,16 @@ if TYPE_CHECKING:
 _NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
 
 
+def backend() -> Backend:
+    from peftk.backends import cpu
+
+    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, looks_at_ids=True)
+
+
 def cannot_serve(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
-    if call.op == "segments":
+    if call.op.kind == "segments":
         return "sorts no rows: its kernels take them as they come"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
@@ -43,13 +51,13 @@ def cannot_serve(call: Call) -> str | None:
 def describe(call: Call) -> str:
     """What serves a call, for `peftk.explain`. The weight is taken to be row-major."""
     threads = torch.get_num_threads()
-    if call.op in ("merge", "unmerge"):
+    if call.op.kind in ("merge", "unmerge"):
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
     x_dtype, weight_dtype = DTYPES[call.x_dtype], DTYPES[call.weight_dtype]
-    backward = call.op.endswith("_backward")
-    if "adapter_block" in call.op:
+    if call.op.kind == "adapter_block":
         return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_count(threads)}"
-    form, pairs, threads = _cpu.plan(call.M, call.N, call.K, x_dtype, call.K, 1, weight_dtype, threads, backward)
+    shape = (call.M, call.N, call.K)
+    form, pairs, threads = _cpu.plan(*shape, x_dtype, call.K, 1, weight_dtype, threads, call.op.backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
     return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
 
@@ -74,8 +82,7 @@ def lora_linear(
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +93,7 @@ def lora_linear(
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
-        *_linear(x, weight, dropout_p, seed, base is not None),
+        *_linear(x, weight, dropout, over_base=base is not None),
         *_adapter(adapter),
         *_bias(bias),
         y.data_ptr(),
@@ -134,8 +141,7 @@ def multi_lora_linear(
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +153,7 @@ def multi_lora_linear(
     # rows of smaller rank leave the rest alone
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
     _cpu.multi_lora_linear(
-        *_linear(x, weight, dropout_p, seed, base is not None),
+        *_linear(x, weight, dropout, over_base=base is not None),
         *_table(table),
         ids.data_ptr(),
         *_bias(bias),
@@ -166,8 +172,7 @@ def lora_linear_backward(
     adapter: Adapter | None,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
     base: Tensor | None = None,
@@ -179,7 +184,7 @@ def lora_linear_backward(
     base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy, K, wanted)
     _cpu.lora_linear_backward(
-        *_linear_backward(dy, x, weight, K, dropout_p, seed, base is not None),
+        *_linear_backward(dy, x, weight, K, dropout, over_base=base is not None),
         *_adapter(adapter),
         dy.data_ptr(),
         dy.stride(0),
@@ -201,8 +206,7 @@ def multi_lora_linear_backward(
     ids: Tensor,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
     base: Tensor | None = None,
@@ -216,7 +220,7 @@ def multi_lora_linear_backward(
     grads = [None if a is None else _empty_grads(a, dy, K, w) for a, w in zip(table.adapters, each, strict=True)]
     addresses = dy.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
     _cpu.multi_lora_linear_backward(
-        *_linear_backward(dy, x, weight, K, dropout_p, seed, base is not None),
+        *_linear_backward(dy, x, weight, K, dropout, over_base=base is not None),
         *_table(table),
         ids.data_ptr(),
         dy.data_ptr(),
@@ -311,12 +315,12 @@ def _one_page(adapter: Adapter | None) -> Adapter | None:
 
 
 def _linear(
-    x: Tensor, weight: Tensor | None, dropout_p: float, seed: Tensor | None, over_base: bool = False
+    x: Tensor, weight: Tensor | None, dropout: Dropout | None, *, over_base: bool = False
 ) -> tuple[int | float, ...]:
     """M, N, K; x; weight, of dtype -1 where its part is there already; dropout; threads."""
     M, K = x.shape
     part = (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
-    return M, _out(x, weight), K, *part, *_weight_and_rest(weight, K, dropout_p, seed, over_base)
+    return M, _out(x, weight), K, *part, *_weight_and_rest(weight, K, dropout, over_base=over_base)
 
 
 def _linear_backward(
@@ -324,29 +328,28 @@ def _linear_backward(
     x: Tensor | None,
     weight: Tensor | None,
     K: int,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
+    *,
     over_base: bool,
 ) -> tuple[int | float, ...]:
     """The same for a backward: without x it says the dtype of dX alone."""
     M, N = dy.shape
     part = (0, K, DTYPES[dy.dtype]) if x is None else (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
-    return M, N, K, *part, *_weight_and_rest(weight, K, dropout_p, seed, over_base)
+    return M, N, K, *part, *_weight_and_rest(weight, K, dropout, over_base=over_base)
 
 
 def _weight_and_rest(
-    weight: Tensor | None, K: int, dropout_p: float, seed: Tensor | None, over_base: bool
+    weight: Tensor | None, K: int, dropout: Dropout | None, *, over_base: bool
 ) -> tuple[int | float, ...]:
-    if dropout_p and seed is None:
-        raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
+    p, seed = flat_dropout(dropout)
     n_stride, k_stride = (K, 1) if weight is None else weight.stride()
     return (
         0 if weight is None else weight.data_ptr(),
         n_stride,
         k_stride,
         -1 if over_base or weight is None else DTYPES[weight.dtype],
-        dropout_p,
-        0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF,
+        p,
+        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
         torch.get_num_threads(),
     )
 

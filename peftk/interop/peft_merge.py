@@ -234,7 +234,7 @@ def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
     """To the bits of the merge that the receipt is of."""
     with _loaded(layer):
         weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
-        merge_weights.merge_(weight, receipt.to(weight.device).factors, None)
+        merge_weights.merge_(weight, receipt.to(weight.device).factors)
 
 
 def keep(layer: Any, undo: contextlib.ExitStack) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor
 from peftk import _cpu
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.adapters.dropout import Dropout
 from peftk.backends import cpu, reference
-from peftk.backends.call import Call
 from tests.support import numerics
+from tests.support.calls import call
 from tests.support.cases import DTYPES, Case, expected, expected_grads, random_case
 
 LEVELS = _cpu.simd_levels()
@@ -131,8 +132,7 @@ def test_activations(level: str, activation: str) -> None:
 
 
 def check_gradients(case: Case, dropout_p: float, dy: Tensor | None = None) -> None:
-    seed = torch.tensor([0x1234_5678_9ABC_DEF0]) if dropout_p else None
-    kwargs = {"dropout_p": dropout_p, "seed": seed}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([0x1234_5678_9ABC_DEF0])) if dropout_p else None}
     if dy is None:
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
     _, z = forward(case, save_z=True, **kwargs)
@@ -248,11 +248,10 @@ def call_backward(
     grads: list[AdapterGrads | None],
     *,
     over_base: bool = False,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """The backward into given tensors; whatever is None isn't wanted."""
-    linear = cpu._linear(case.x, case.weight, dropout_p, seed)
+    linear = cpu._linear(case.x, case.weight, dropout)
     linear = (*linear[:6], *NO_WEIGHT, *linear[10:]) if over_base else linear
     addresses = torch.tensor([[0] * 4 if g is None else [address(t) for t in g] for g in grads])
     out = (dy.data_ptr(), dy.stride(0), DTYPE_CODES[dy.dtype], address(dx), case.weight.shape[1], address(z))
@@ -295,7 +294,7 @@ def test_adapters_over_a_base_that_is_there(level: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_input_gradients_over_a_base_that_is_there(level: str, dropout_p: float) -> None:
-    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     for name, case in over_base_cases():
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
         _, z = forward(case, save_z=True, **kwargs)
@@ -323,7 +322,7 @@ def assert_same_grads(actual: list[AdapterGrads | None], wanted: list[AdapterGra
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: float) -> None:
-    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     rng = random.Random(5)
     for name, case in over_base_cases():
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
@@ -341,7 +340,7 @@ def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: floa
 def test_dropout_masks_are_the_references(level: str, p: float) -> None:
     K, seed = 37, torch.tensor([-(2**62) + 12345])
     identity = Adapter((torch.eye(K),), (torch.eye(K),), 1.0)
-    y, _ = cpu.lora_linear(torch.ones(50, K), torch.zeros(K, K), None, identity, dropout_p=p, seed=seed)
+    y, _ = cpu.lora_linear(torch.ones(50, K), torch.zeros(K, K), None, identity, dropout=Dropout(p, seed))
     assert torch.equal(y != 0, reference.philox.keep_mask(50, K, p, seed))
     assert (y[y != 0] == torch.tensor(1 / (1 - p))).all()
 
@@ -356,8 +355,8 @@ def test_bits_are_the_same_with_any_number_of_threads(level: str, threads: None,
     results = []
     for count in (1, 2, 3, 5, 5):
         torch.set_num_threads(count)
-        y, z = forward(case, save_z=True, dropout_p=0.2, seed=seed)
-        dx, grads = backward(case, dy, z, dropout_p=0.2, seed=seed)
+        y, z = forward(case, save_z=True, dropout=Dropout(0.2, seed))
+        dx, grads = backward(case, dy, z, dropout=Dropout(0.2, seed))
         results.append([y, z, dx, *(t for g in grads if g is not None for t in g if t is not None)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -414,22 +413,22 @@ def test_empty_contraction_gives_the_bias(level: str) -> None:
 
 
 def test_cannot_serve_names_the_reason() -> None:
-    call = Call("lora_linear", "cpu", torch.float32, torch.bfloat16, torch.float16, 1, 2, 3, 4, 1)
-    assert cpu.cannot_serve(call) is None
-    assert "weight is float64" in str(cpu.cannot_serve(call._replace(weight_dtype=torch.float64)))
-    assert "not on cuda" in str(cpu.cannot_serve(call._replace(device="cuda")))
+    mixed = call(weight_dtype=torch.bfloat16, adapter_dtype=torch.float16)
+    assert cpu.cannot_serve(mixed) is None
+    assert "weight is float64" in str(cpu.cannot_serve(call(weight_dtype=torch.float64)))
+    assert "not on cuda" in str(cpu.cannot_serve(call(device="cuda")))
 
 
 def test_describe_says_which_form_serves(level: str, threads: None) -> None:
     torch.set_num_threads(2)
     half = torch.bfloat16
-    call = Call("lora_linear", "cpu", half, half, half, 4, 1024, 1024, 16, 1)
+    form = {"dtype": half, "K": 1024, "N": 1024, "rank": 16}
     simd = f"{level} (bf16 pairs)" if level == "avx512_bf16" else level
-    assert cpu.describe(call) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
-    assert "lanes form" in cpu.describe(call._replace(M=64))
-    assert "columns form" in cpu.describe(call._replace(op="multi_lora_linear_backward"))
-    assert f"dot form, {level}, 1 thread" in cpu.describe(call._replace(x_dtype=torch.float32, M=1, K=64))
-    assert "merge" in cpu.describe(call._replace(op="merge"))
+    assert cpu.describe(call(**form)) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
+    assert "lanes form" in cpu.describe(call(**form, M=64))
+    assert "columns form" in cpu.describe(call("multi_lora_linear_backward", **form))
+    assert f"dot form, {level}, 1 thread" in cpu.describe(call(**{**form, "K": 64}, x_dtype=torch.float32, M=1))
+    assert "merge" in cpu.describe(call("merge", **form))
 
 
 def test_simd_level_is_chosen_by_environment() -> None:
