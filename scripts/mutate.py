@@ -398,7 +398,7 @@ def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tupl
         if code is None:  # CI would wait for it in vain
             running = re.findall(r"^(tests/\S+\.py::.+?) *(?:PASSED|SKIPPED|XFAIL|$)", text, re.M)
             return "caught", running[-1] if running else test, total
-        if code == pytest.ExitCode.NO_TESTS_COLLECTED and options:  # the file has nothing of this tier
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # the file has nothing of this tier
             continue
         assert code <= pytest.ExitCode.INTERNAL_ERROR, text  # otherwise it is no test that failed
         if code < 0:
