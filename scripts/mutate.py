@@ -86,6 +86,7 @@ TESTS = {
     "csrc/*": KERNELS,
     "triton_kernels/segments.py": ["interpreted/segments.py", "interpreted/lora_linear.py"],
     "triton_kernels/*merge*": ["interpreted/merge.py"],
+    "triton_kernels/arithmetic.py": ["interpreted/merge.py", "interpreted/lora_linear.py", "interpreted/backward.py"],
     "triton_kernels/lora_wgrad.py": ["interpreted/lora_wgrad.py", "interpreted/interleaving_lora_wgrad.py"],
     "triton_kernels/tickets.py": ["interpreted/ticketed.py", "interpreted/interleaving_lora_linear.py"],
     "triton_kernels/config.py": ["interpreted/lora_linear.py", "interpreted/tuner.py", "test_triton_compile.py"],
