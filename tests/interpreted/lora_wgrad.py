@@ -290,6 +290,7 @@ def test_ranges_fill_the_processors_within_their_memory() -> None:
 def test_scalars_arrive_whole() -> None:
     """A kernel's annotation decides in how many bits a scalar travels: s and 1/(1 - p) are fp32."""
     parameters = inspect.signature(kernels.wgrad_kernel.fn).parameters.values()
-    scalars = {p.name: p.annotation for p in parameters if p.annotation not in (inspect.Parameter.empty, "tl.constexpr")}
+    none = (inspect.Parameter.empty, "tl.constexpr")
+    scalars = {p.name: p.annotation for p in parameters if p.annotation not in none}
     assert {scalars.pop(name) for name in ("scaling", "keep_scale")} == {"tl.float32"}
     assert set(scalars.values()) == {"tl.int32"}
