@@ -467,3 +467,31 @@ def test_an_adapters_only_row_has_the_bits_of_one_among_many(level: str, dtype: 
                 mixed, _ = cpu.multi_lora_linear(x, weight, None, both, ids)
                 same, _ = cpu.multi_lora_linear(x, weight, None, both, torch.ones_like(ids))
                 assert torch.equal(mixed, same), (R, N, K, M)
+
+
+def test_every_machine_has_the_portable_level() -> None:
+    assert LEVELS[0] == "portable"
+
+
+NO_MEMORY = """
+import resource
+import torch
+from peftk import functional
+torch.set_num_threads(1)
+K = 20_000_000
+x, W, A = (torch.zeros(1, K, dtype=torch.bfloat16) for _ in range(3))
+B = torch.zeros(1, 1, dtype=torch.bfloat16)
+functional.lora_linear(x[:, :8], W[:, :8], None, A[:, :8], B, backend="cpu")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**25, resource.RLIM_INFINITY))
+try:
+    functional.lora_linear(x, W, None, A, B, dropout_p=0.5, backend="cpu")  # copies x, in fp32
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_without_memory_for_a_copy_it_raises() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "refused"), done.stderr[-2000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -284,3 +285,12 @@ def test_ranges_fill_the_processors_within_their_memory() -> None:
                 assert rows % bf16.BLOCK_R == 0
                 assert ranges <= 16
                 assert ranges <= 1 or 2 * ranges * groups * blocks * 17 * bf16.BLOCK_C * 4 <= 65 << 20
+
+
+def test_scalars_arrive_whole() -> None:
+    """A kernel's annotation decides in how many bits a scalar travels: s and 1/(1 - p) are fp32."""
+    parameters = inspect.signature(kernels.wgrad_kernel.fn).parameters.values()
+    none = (inspect.Parameter.empty, "tl.constexpr")
+    scalars = {p.name: p.annotation for p in parameters if p.annotation not in none}
+    assert {scalars.pop(name) for name in ("scaling", "keep_scale")} == {"tl.float32"}
+    assert set(scalars.values()) == {"tl.int32"}
