@@ -15,9 +15,8 @@ from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.backends import gemm
 from peftk.backends.call import Call
-from tests.ops.test_random_cases import run
 from tests.support import numerics
-from tests.support.cases import Case, expected, expected_grads, random_case
+from tests.support.cases import Case, expected, expected_grads, random_case, run
 
 
 def cases(count: int) -> Iterator[tuple[int, Case]]:

@@ -5,31 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftk import functional
 from tests.support import numerics
-from tests.support.cases import Case, expected, random_case
+from tests.support.cases import expected, random_case, run
 
 CHUNK = 50
-
-
-def run(case: Case, backend: str) -> torch.Tensor:
-    if case.ids is None:
-        adapter = case.adapters[0]
-        if adapter is None:
-            return functional.lora_linear(case.x, case.weight, case.bias, backend=backend)
-        return functional.lora_linear(
-            case.x,
-            case.weight,
-            case.bias,
-            adapter.lora_A,
-            adapter.lora_B,
-            adapter.scaling,
-            activation=adapter.activation,
-            bias_A=adapter.bias_A,
-            bias_B=adapter.bias_B,
-            backend=backend,
-        )
-    return functional.multi_lora_linear(case.x, case.weight, case.bias, case.table(), case.ids, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -241,3 +241,18 @@ def race(stem: str, mutants: dict[str, str] | None = None, *arguments: object) -
     found = shown(driven(stem, "thread", mutants, *arguments))
     assert found is None or re.match(r"ThreadSanitizer: (data race|SEGV)|cuda_on_host: ERROR|wrong", found), found
     return found
+
+
+# Changes of csrc/cuda/lora_linear.cu: of its 16 forms the four that the driver runs remain, up to 16 rows; fp16 alone,
+# bf16 with fp32 adapters.
+FEWER_FORMS = (
+    ("    if (M <= 16) return body(std::integral_constant<int, 2>{});\n", ""),
+    ("    if (M <= 32) return body(std::integral_constant<int, 4>{});\n", ""),
+    ("return body(std::integral_constant<int, 8>{});", "return body(std::integral_constant<int, 2>{});"),
+    (
+        "    if (args.adapters.dtype == args.dtype) return for_rows<T, T>(args, plan, stream);\n"
+        "    if (args.adapters.dtype == Dtype::kFloat32) return for_rows<T, float>(args, plan, stream);\n"
+        "    return Unsupported::kDtype;\n",
+        "    return for_rows<T, std::conditional_t<std::is_same_v<T, __half>, T, float>>(args, plan, stream);\n",
+    ),
+)

@@ -9,8 +9,7 @@ import re
 
 import pytest
 
-from tests.kernels.cuda.test_lora_linear_on_host import FEWER_FORMS
-from tests.support.host_cuda import ROOT, driven, needs_host_cuda, replaced, shown
+from tests.support.host_cuda import FEWER_FORMS, ROOT, driven, needs_host_cuda, replaced, shown
 from tests.support.tiers import spread
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")

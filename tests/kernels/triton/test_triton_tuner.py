@@ -12,9 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
 from peftk.triton_kernels import config
-from tests.kernels.triton.test_lora_wgrad_compile import compile_wgrad
-from tests.kernels.triton.test_triton_compile import BF16, F16, MORE_TARGETS, TARGETS, compile_call, fits
 from tests.support.tiers import spread
+from tests.support.triton_calls import BF16, F16, MORE_TARGETS, TARGETS, compile_call, compile_wgrad, fits
 
 # Everything that `tuner` measures.
 FORMS = [

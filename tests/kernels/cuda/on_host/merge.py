@@ -20,7 +20,7 @@ from peftk.ops import merge
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
 from peftk.reference.receipt import MergeReceipt
-from tests.kernels.cuda.on_host.conftest import Executor
+from tests.support.executor import Executor
 from tests.support.merge_cases import (
     DTYPES,
     FORMS,

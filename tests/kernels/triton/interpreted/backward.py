@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.triton.interpreted.lora_linear import far_apart, with_far_rows
-from tests.ops.test_gradients import check_gradients
 from tests.support.cases import normal, random_case
+from tests.support.gradients import check_gradients
 from tests.support.tiers import spread
+from tests.support.triton_cases import far_apart, with_far_rows
 
 
 @pytest.mark.parametrize("number", spread(range(120), default=8, full=20))

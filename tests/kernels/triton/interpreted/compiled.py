@@ -18,7 +18,7 @@ from peftk.adapters.flat import pack
 from peftk.ops import custom_ops, dispatch
 from peftk.tools.selftest import launches
 from peftk.tools.selftest.work import Work, made
-from tests.models.test_model import two_adapters
+from tests.support.served_model import two_adapters
 from tests.support.tiers import spread
 
 RANKS = [1, 8, 17]

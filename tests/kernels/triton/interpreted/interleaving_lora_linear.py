@@ -15,10 +15,11 @@ from peftk.backends import triton as backend
 from peftk.launch import workspace
 from peftk.triton_kernels import config, expand, lora_linear, tickets
 from peftk.triton_kernels.segments import segments
-from tests.kernels.triton.interpreted.lora_linear import F32, adapter, make, normal
+from tests.support.cases import normal
 from tests.support.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.support.mutants import mutant
 from tests.support.tiers import spread
+from tests.support.triton_cases import F32, adapter, make
 
 M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
 SCHEDULES = schedules(12)

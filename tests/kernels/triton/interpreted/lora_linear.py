@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 
 import pytest
 import torch
@@ -23,37 +22,9 @@ from peftk.triton_kernels.philox import keep
 from tests.support import numerics
 from tests.support.cases import Case, double, expected, normal, random_case
 from tests.support.tiers import spread
+from tests.support.triton_cases import BF16, F16, F32, MIXES, PATTERNS, adapter, make, with_far_rows
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-MIXES = [(F32, F32, F32), (BF16, BF16, BF16), (F16, F16, F16), (BF16, BF16, F32), (F32, BF16, BF16), (F32, F16, F16)]
 MORE_MIXES = [(F16, F16, F32), (F32, F32, BF16), (F32, BF16, F32), (BF16, F32, F32), (F16, F32, F16)]
-
-
-def adapter(rank: int, K: int, N: int, dtype: torch.dtype, activation: str, seed: int, biases: bool = True) -> Adapter:
-    if rank == 0:
-        return Adapter((), (), 1.0, "identity", None, normal(N, dtype=dtype, seed=seed))
-    return Adapter(
-        (normal(rank, K, dtype=dtype, seed=seed, scale=K**-0.5),),
-        (normal(N, rank, dtype=dtype, seed=seed + 1, scale=rank**-0.5),),
-        1.5,
-        activation,
-        normal(rank, dtype=dtype, seed=seed + 2) if biases else None,
-        normal(N, dtype=dtype, seed=seed + 3) if biases else None,
-    )
-
-
-def make(
-    mix: tuple[torch.dtype, torch.dtype, torch.dtype],
-    adapters: tuple[Adapter | None, ...],
-    ids: list[int] | None,
-    M: int = 19,
-    K: int = 70,
-    N: int = 37,
-) -> Case:
-    x = normal(M, K, dtype=mix[0], seed=1)
-    weight = normal(N, K, dtype=mix[1], seed=2, scale=K**-0.5)
-    bias = normal(N, dtype=mix[1], seed=3)
-    return Case(x, weight, bias, adapters, None if ids is None else torch.tensor(ids, dtype=torch.int32))
 
 
 def run(case: Case) -> Tensor:
@@ -112,16 +83,6 @@ def test_activations(activation: str, ids: list[int] | None) -> None:
     check(make(MIXES[0], adapters, ids))
 
 
-PATTERNS = {
-    "base": [-1] * 40,
-    "single": [3] * 40,
-    "random": torch.randint(-1, 8, (40,), generator=torch.Generator().manual_seed(5)).tolist(),
-    "sorted": sorted(i % 8 for i in range(40)),
-    "long": [5] * 18 + [-1] * 4 + [2] * 18,
-    "one row each": [7, 0, 6, 1, 5, 2, 4, 3] + [-1] * 32,
-}
-
-
 @pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=4))
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     ranks = (4, 16, 0, 7, 20, 1, 33, 8)
@@ -174,24 +135,6 @@ def test_strides_and_pages() -> None:
         check(Case(x, weight, None, (paged, Adapter((A,), (B,), 2.0)), ids))
     dense, _ = backend.lora_linear(x, weight, None, Adapter((A,), (B,), 0.5))
     assert torch.equal(dense, run(Case(x, weight, None, (paged,), None)))
-
-
-def far_apart(tensor: Tensor) -> Tensor:
-    """The same rows 2³⁰ elements apart: addresses are reserved for what lies between them, and no memory."""
-    stride, no_reserve = 2**30, 0x4000  # MAP_NORESERVE, which Python's mmap does not know everywhere
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    room = mmap.mmap(-1, tensor.shape[0] * stride * tensor.itemsize, flags=flags)
-    return torch.frombuffer(room, dtype=tensor.dtype).as_strided(tensor.shape, (stride, 1)).copy_(tensor)
-
-
-def with_far_rows(which: str, many: bool) -> Case:
-    """Four rows of x, W, A or B, the last of which begins at element 3 · 2³⁰."""
-    tensors = {name: normal(4, 18, dtype=BF16, seed=seed) for seed, name in enumerate(("x", "weight", "A"))}
-    tensors["B"] = normal(4, 4, dtype=BF16, seed=3)
-    tensors |= {name: far_apart(tensor) for name, tensor in tensors.items() if name == which}
-    x, weight, A, B = tensors.values()
-    ids = torch.tensor([0, -1, -1, 0], dtype=torch.int32) if many else None
-    return Case(x, weight, None, (Adapter((A,), (B,), 0.5),), ids)
 
 
 @pytest.mark.parametrize(

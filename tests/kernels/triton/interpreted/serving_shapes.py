@@ -17,10 +17,10 @@ import torch
 from peftk import functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
-from tests.kernels.triton.interpreted.lora_linear import BF16, F16, normal
 from tests.support import numerics
-from tests.support.cases import Case, expected
+from tests.support.cases import Case, expected, normal
 from tests.support.tiers import spread
+from tests.support.triton_cases import BF16, F16
 
 TOKENS = 3
 FEW = 24  # the other side of a layer
