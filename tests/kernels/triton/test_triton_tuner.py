@@ -30,7 +30,7 @@ def name(target: int | str) -> int | str:
     return "hip" if isinstance(target, str) else target
 
 
-@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=1, full=3))
+@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=0, full=4))
 def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
     shape = config.Form(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape()
     for plan in config.candidates(shape, name(target)):
@@ -46,7 +46,7 @@ WGRADS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=1, full=2))
+@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=0, full=3))
 def test_candidates_for_gradients_compile(target: int | str, dtype: Any, rank: int, many: bool) -> None:
     pages = config.wgrad_pages(rank, dtype, name(target))
     for block in config.wgrad_candidates(pages, many, True, dtype, name(target)):
