@@ -1,6 +1,6 @@
 """Every barrier of csrc/cuda is needed: without any one of them the race detector finds a race, or results are wrong.
 
-And there is none too few: tests/test_<stem>_on_host.py run the same drivers on the sources as they are.
+And there is none too few: tests/kernels/cuda/test_<stem>_on_host.py run the same drivers on the sources as they are.
 """
 
 from __future__ import annotations

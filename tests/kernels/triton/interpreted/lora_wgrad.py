@@ -74,7 +74,7 @@ def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
 
 
-@pytest.mark.parametrize("seed", spread(range(8), default=4))
+@pytest.mark.parametrize("seed", spread(range(8), default=2))
 def test_random(seed: int, ranges: None) -> None:
     check(random_case(20_000 + seed, max_rows=40, max_width=80), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
@@ -84,7 +84,7 @@ def test_random_more(seed: int, ranges: None) -> None:
     check(random_case(30_000 + seed), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
 
-@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product((1, 16, 17, 512, 64, 100), MIXES[:3]), default=5))
+@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product((1, 16, 17, 512, 64, 100), MIXES[:3]), default=4))
 def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     K, N = (40, 24) if rank < 512 else (24, 16)
     acts = list(activations.CODES)
@@ -107,7 +107,7 @@ def test_activations(activation: str) -> None:
     check(make(MIXES[0], adapters, [i % 2 for i in range(19)]))
 
 
-@pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=4))
+@pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=3))
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
     adapters = tuple(
         adapter(r, 40, 37, mix[2], "identity", 10 * i, biases=i % 2 == 0)
@@ -122,7 +122,7 @@ def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dt
 SHAPES = [(0, 37, 70), (1, 1, 1), (1, 37, 70), (16, 32, 32), (65, 33, 97)]
 
 
-@pytest.mark.parametrize(("shape", "mix"), spread(itertools.product(SHAPES, MIXES[:2]), default=5))
+@pytest.mark.parametrize(("shape", "mix"), spread(itertools.product(SHAPES, MIXES[:2]), default=4))
 def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
     M, N, K = shape
     adapters = (adapter(5, K, N, mix[2], "silu", 0), adapter(20, K, N, mix[2], "identity", 7))
@@ -131,14 +131,14 @@ def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype
     check(make(mix, (None,), None, M, K, N))
 
 
-def test_a_segment_ends_and_begins_at_any_place() -> None:
-    """Segments of 1 to 34 rows after 0 to 17 others, in ranges of 16: every way to lie about the boundaries."""
+@pytest.mark.parametrize(
+    ("before", "length"), spread(itertools.product((0, 1, 15, 16), (1, 16, 17, 18, 33)), default=7)
+)
+def test_a_segment_ends_and_begins_at_any_place(before: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of 1 to 33 rows after 0 to 16 others, in ranges of 16: every way to lie about the boundaries."""
     adapters = tuple(adapter(2, 8, 8, F32, "identity", 9 * i) for i in range(3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "wgrad_range", lambda *_: 16)
-        for before in (0, 1, 15, 16):
-            for length in (1, 16, 17, 18, 33):
-                check(make(MIXES[0], adapters, [0] * before + [1] * length + [2] * 5, before + length + 5, 8, 8))
+    monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
+    check(make(MIXES[0], adapters, [0] * before + [1] * length + [2] * 5, before + length + 5, 8, 8))
 
 
 def test_strides(ranges: None) -> None:
