@@ -162,19 +162,30 @@ def bert_large() -> nn.Module:
 PUBLISHED = [
     # Houlsby et al. 2019, section 2.1: 2·m·d + d + m an adapter, two a layer; their 64 is 2.1 % of BERT-large with its
     # LayerNorms and head, which train besides there
-    (bert_large, SeriesAdapterConfig(bottleneck=64), "series adapter", 24 * 2 * (2 * 1024 * 64 + 1024 + 64), 1.86),
+    pytest.param(
+        bert_large,
+        SeriesAdapterConfig(bottleneck=64),
+        "series adapter",
+        24 * 2 * (2 * 1024 * 64 + 1024 + 64),
+        1.86,
+        marks=FULL,
+    ),
     (bert, SeriesAdapterConfig(bottleneck=64), "series adapter", 2_379_264, 2.13),
     # Pfeiffer et al. 2020: one a layer, d/a = 16; what
     # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
-    (bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81),
-    (bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61),
+    pytest.param(
+        bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81, marks=FULL
+    ),
+    pytest.param(bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61, marks=FULL),
     (bert, AdapterHubConfig(), "series adapter", 1_789_056, 1.61),
-    (bert, AdapterHubConfig(mh_adapter=False, placement="before_norm"), "series adapter", 894_528, 0.81),
+    pytest.param(
+        bert, AdapterHubConfig(mh_adapter=False, placement="before_norm"), "series adapter", 894_528, 0.81, marks=FULL
+    ),
     # He et al. 2021: parallel adapters beside the MLP
     (bert, ParallelAdapterConfig(bottleneck=512), "parallel adapter", 12 * (2 * 768 * 512 + 768 + 512), 7.95),
     # Ben Zaken et al. 2021, table 1: 0.09 % of BERT-base, 0.08 % of BERT-large
     (bert, BitFitConfig(), "BitFit", bitfit_parameters(12, 768) + 2 * 768, 0.09),
-    (bert_large, BitFitConfig(), "BitFit", bitfit_parameters(24, 1024) + 2 * 1024, 0.08),
+    pytest.param(bert_large, BitFitConfig(), "BitFit", bitfit_parameters(24, 1024) + 2 * 1024, 0.08, marks=FULL),
     # Zhang et al. 2023: 1.2 M for LLaMA-7B, prompts of 10 in the topmost 30 layers
     (llama_7b, LlamaAdapterConfig(adapter_len=10, adapter_layers=30), "LLaMA-Adapter", 30 * (10 * 4096 + 32), 0.02),
 ]

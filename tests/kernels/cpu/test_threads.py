@@ -295,7 +295,7 @@ def compiled(folder: Path, *flags: str) -> Path:
     return program
 
 
-@pytest.mark.parametrize("flags", [(), ("-fsanitize=thread",)])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=FULL), ("-fsanitize=thread",)])
 def test_the_pool_by_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
     options = {"TSAN_OPTIONS": "die_after_fork=0 allocator_may_return_null=1"}
     done = subprocess.run(
