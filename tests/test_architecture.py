@@ -128,3 +128,35 @@ def test_import_is_light():
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Of tests/, beside the package's own rooms.
+OF_TESTS = ("bench", "cuda_emulator", "fixtures", "kernels", "support")
+KERNELS = {"cpu", "triton", "cuda"}
+
+
+def folders(path: Path) -> set[str]:
+    """Those with files of ours."""
+    return {p.name for p in path.iterdir() if any(f.suffix != ".pyc" and f.is_file() for f in p.rglob("*"))}
+
+
+def test_tests_mirror_the_package():
+    assert folders(ROOT / "tests") <= {*ORDER, *OF_TESTS}
+    assert folders(ROOT / "tests/kernels") == KERNELS
+
+
+def test_tests_share_by_support_alone():
+    """No test, and no helper of tests, imports a test. What several need is in tests/support, for itself."""
+    wrong = []
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            shared = ("tests.support", "tests.fixtures")
+            wrong += [
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
+                for name in names
+                if name.split(".")[0] == "tests" and not name.startswith(shared)
+            ]
+    assert wrong == []

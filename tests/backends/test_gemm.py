@@ -15,10 +15,9 @@ from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import Dropout
 from peftk.backends import gemm
-from tests.ops.test_random_cases import run
 from tests.support import numerics
 from tests.support.calls import call
-from tests.support.cases import Case, expected, expected_grads, random_case
+from tests.support.cases import Case, expected, expected_grads, random_case, run
 
 
 def cases(count: int) -> Iterator[tuple[int, Case]]:

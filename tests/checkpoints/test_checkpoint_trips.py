@@ -587,7 +587,7 @@ def _config(rng: random.Random, model: nn.Module) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("seed", spread(range(400), default=4, full=12))
+@pytest.mark.parametrize("seed", spread(range(400), default=2, full=14))
 def test_generated_configs_there_and_back(tmp_path: pathlib.Path, seed: int) -> None:
     rng = random.Random(seed)
     name = rng.choice(["bert", "distilbert", "gpt2", "llama", "qwen3", "t5", "tied"])

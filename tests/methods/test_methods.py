@@ -19,8 +19,7 @@ from peftk.checkpoints.native import fields_of
 from peftk.methods import architectures
 from peftk.methods.plan import injections
 from peftk.nn import Attached, BitFitLinear, LlamaAdapter, LoRALinear, ParallelAdapterLinear, Projections
-from tests.nn.test_attached import randomised
-from tests.support.small_models import HEADS, LAYERS, MODELS, WIDTH, run
+from tests.support.small_models import HEADS, LAYERS, MODELS, WIDTH, randomised, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, R, L = WIDTH, 4, 3

@@ -34,6 +34,7 @@ from peftk.models.accounting import (
     prompt_parameters,
     transformer_parameters,
 )
+from tests.support.tiers import FULL
 
 
 def on_meta(model: Callable[..., nn.Module], config: Any) -> nn.Module:
@@ -106,13 +107,13 @@ def mt0_large() -> nn.Module:
 
 PUBLISHED_LORA = [
     # Hu et al. 2021, tables 2 and 4 (in units of 0.1 M)
-    (gpt3, ["q_proj", "v_proj"], 1, 4_718_592, "4.7 M"),
-    (gpt3, ["q_proj", "v_proj"], 8, 37_748_736, "37.7 M"),
+    pytest.param(gpt3, ["q_proj", "v_proj"], 1, 4_718_592, "4.7 M", marks=FULL),
+    pytest.param(gpt3, ["q_proj", "v_proj"], 8, 37_748_736, "37.7 M", marks=FULL),
     (roberta_base, ["query", "value"], 8, 294_912, "0.3 M"),
     (roberta_large, ["query", "value"], 8, 786_432, "0.8 M"),
     # README and examples/int8_training of HF PEFT, to the parameter
-    (qwen_2_5_3b, ["q_proj", "v_proj"], 16, 3_686_400, "3.7 M"),
-    (opt_6_7b, ["q_proj", "v_proj"], 16, 8_388_608, "8.4 M"),
+    pytest.param(qwen_2_5_3b, ["q_proj", "v_proj"], 16, 3_686_400, "3.7 M", marks=FULL),
+    pytest.param(opt_6_7b, ["q_proj", "v_proj"], 16, 8_388_608, "8.4 M", marks=FULL),
 ]
 
 
@@ -131,15 +132,19 @@ def test_published_counts_of_lora(
     assert (lora.parameters, lora.closed_form, lora.difference) == (trainable, trainable, 0)
 
 
+def test_the_total_that_adapterhub_prints_for_bert() -> None:
+    assert peftk.count_parameters(bert()).total == 109_482_240
+
+
+@pytest.mark.full
 def test_totals_that_others_print() -> None:
-    """HF PEFT's README (Qwen2.5-3B) and example (OPT-6.7B); AdapterHub's BERT; Brown et al. 2020: GPT-3 is 175 B."""
+    """HF PEFT's README (Qwen2.5-3B) and example (OPT-6.7B); Brown et al. 2020: GPT-3 is 175 B."""
     model = qwen_2_5_3b()
     peftk.inject(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
     assert peftk.count_parameters(model) == (3_686_400, 3_089_625_088)
     model = opt_6_7b()
     peftk.inject(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
     assert peftk.count_parameters(model) == (8_388_608, 6_666_862_592)
-    assert peftk.count_parameters(bert()).total == 109_482_240
     assert round(peftk.count_parameters(gpt3()).total / 1e9) == 175
 
 
@@ -157,19 +162,30 @@ def bert_large() -> nn.Module:
 PUBLISHED = [
     # Houlsby et al. 2019, section 2.1: 2·m·d + d + m an adapter, two a layer; their 64 is 2.1 % of BERT-large with its
     # LayerNorms and head, which train besides there
-    (bert_large, SeriesAdapterConfig(bottleneck=64), "series adapter", 24 * 2 * (2 * 1024 * 64 + 1024 + 64), 1.86),
+    pytest.param(
+        bert_large,
+        SeriesAdapterConfig(bottleneck=64),
+        "series adapter",
+        24 * 2 * (2 * 1024 * 64 + 1024 + 64),
+        1.86,
+        marks=FULL,
+    ),
     (bert, SeriesAdapterConfig(bottleneck=64), "series adapter", 2_379_264, 2.13),
     # Pfeiffer et al. 2020: one a layer, d/a = 16; what
     # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
-    (bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81),
-    (bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61),
+    pytest.param(
+        bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81, marks=FULL
+    ),
+    pytest.param(bert, SeriesAdapterConfig(reduction_factor=16), "series adapter", 1_789_056, 1.61, marks=FULL),
     (bert, AdapterHubConfig(), "series adapter", 1_789_056, 1.61),
-    (bert, AdapterHubConfig(mh_adapter=False, placement="before_norm"), "series adapter", 894_528, 0.81),
+    pytest.param(
+        bert, AdapterHubConfig(mh_adapter=False, placement="before_norm"), "series adapter", 894_528, 0.81, marks=FULL
+    ),
     # He et al. 2021: parallel adapters beside the MLP
     (bert, ParallelAdapterConfig(bottleneck=512), "parallel adapter", 12 * (2 * 768 * 512 + 768 + 512), 7.95),
     # Ben Zaken et al. 2021, table 1: 0.09 % of BERT-base, 0.08 % of BERT-large
     (bert, BitFitConfig(), "BitFit", bitfit_parameters(12, 768) + 2 * 768, 0.09),
-    (bert_large, BitFitConfig(), "BitFit", bitfit_parameters(24, 1024) + 2 * 1024, 0.08),
+    pytest.param(bert_large, BitFitConfig(), "BitFit", bitfit_parameters(24, 1024) + 2 * 1024, 0.08, marks=FULL),
     # Zhang et al. 2023: 1.2 M for LLaMA-7B, prompts of 10 in the topmost 30 layers
     (llama_7b, LlamaAdapterConfig(adapter_len=10, adapter_layers=30), "LLaMA-Adapter", 30 * (10 * 4096 + 32), 0.02),
 ]
@@ -277,7 +293,9 @@ def test_closed_forms() -> None:
         assert round(100 * bitfit_parameters(n, d) / peftk.count_parameters(bert(d, n)).total, 2) == published
 
 
-@pytest.mark.parametrize(("build", "share"), [(bert, 0.2), (roberta_large, 0.15), (opt_6_7b, 0.04), (gpt3, 0.004)])
+@pytest.mark.parametrize(
+    ("build", "share"), [(bert, 0.2), (roberta_large, 0.15), (opt_6_7b, 0.04), pytest.param(gpt3, 0.004, marks=FULL)]
+)
 def test_a_transformer_is_twelve_n_d_squared(build: Callable[[], nn.Module], share: float) -> None:
     """What 12·n·d² leaves out (embeddings above all) is a share that falls with the model's size."""
     count = peftk.count_parameters(build())

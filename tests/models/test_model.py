@@ -16,23 +16,7 @@ from torch.testing import assert_close
 import peftk
 from peftk import AdapterBank, CheckpointError, LoraConfig, LoRALinear, MultiAdapter, MultiLoRALinear
 from peftk.methods.inject import lora_layers
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    block = nn.ModuleDict({"query": nn.Linear(16, 16), "value": nn.Linear(16, 16), "dense": nn.Linear(16, 24)})
-    model = nn.ModuleDict({"block": block, "head": nn.Linear(24, 5)})
-    model.forward = lambda x: model["head"](  # type: ignore[method-assign]
-        torch.relu(model["block"]["dense"](torch.tanh(model["block"]["query"](x)) * model["block"]["value"](x)))
-    )
-    return model.eval()
-
-
-def with_random_B(model: nn.Module, seed: int = 1) -> nn.Module:
-    torch.manual_seed(seed)
-    for _, layer in lora_layers(model):
-        nn.init.normal_(layer.lora_B)
-    return model
+from tests.support.served_model import small_model, two_adapters, with_random_B
 
 
 @pytest.mark.parametrize(
@@ -214,18 +198,6 @@ def test_routes_take_tokens_and_reject_other_batches(tmp_path: pathlib.Path) -> 
         torch.testing.assert_close(base(x[:, None].expand(2, 5, 16)), tokens)
     with pytest.raises(TypeError, match="names: expected one name or None per sequence"):
         server.ids("a")
-
-
-def two_adapters(tmp_path: pathlib.Path) -> tuple[nn.Module, MultiAdapter]:
-    base = small_model()
-    server = MultiAdapter(base)
-    for number, name in enumerate(("alice", "bob")):
-        model = small_model()
-        peftk.inject(model, LoraConfig(r=2 + number, target_modules=["query", "dense"]))
-        with_random_B(model, number)
-        peftk.save_adapter(model, tmp_path / name)
-        server.load(name, tmp_path / name)
-    return base, server
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

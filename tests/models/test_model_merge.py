@@ -23,6 +23,7 @@ from peftk.nn import LoRALinear
 from peftk.ops import merge
 from peftk.system import interrupts
 from tests.support.merge_cases import DTYPES, bits
+from tests.support.tiers import spread
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -604,7 +605,7 @@ def test_other_threads_merge_as_well() -> None:
 # ---- for ever -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", spread(DTYPES, default=1), ids=str)
 @pytest.mark.parametrize(
     "sizes",
     [((24, 40), (40, 33)), pytest.param(((768, 768), (768, 3072)), marks=pytest.mark.full)],

@@ -26,22 +26,11 @@ from peftk.nn import (
 )
 from tests.support import numerics
 from tests.support.cases import Case, expected
+from tests.support.small_models import randomised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 Pair = collections.namedtuple("Pair", ["states", "rest"])
-
-
-def randomised(module: nn.Module, seed: int = 0) -> Any:
-    """Its adapter's Parameters drawn anew: nothing is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part in module.modules():
-            for name in getattr(part, "adapter_parameters", ()):
-                parameter = part._parameters.get(name)
-                if parameter is not None:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
-    return module
 
 
 def normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:

@@ -35,7 +35,8 @@ def test_gradcheck() -> None:
 
 
 @torch._inductor.config.patch(force_disable_caches=True)  # what was compiled before is not under test
-def test_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+def test_compiles_without_a_graph_break(compiler: str) -> None:
     x, A, B, a, b = (t.requires_grad_() for t in tensors())
     ids = torch.tensor([0, -1, 0])
     bank = _bank(12, A, B)
@@ -44,7 +45,7 @@ def test_compiles_without_a_graph_break() -> None:
         y = functional.adapter_block(x, A, B, 0.5, activation="relu", bias_A=a, bias_B=b)
         return functional.multi_adapter_block(y, bank, ids)
 
-    found, expected = torch.compile(call, fullgraph=True)(x), call(x)
+    found, expected = torch.compile(call, fullgraph=True, backend=compiler)(x), call(x)
     torch.testing.assert_close(found, expected)
     found_grads, grads = (torch.autograd.grad(y.square().sum(), (x, A, B, a, b)) for y in (found, expected))
     torch.testing.assert_close(found_grads, grads)

@@ -14,8 +14,7 @@ from peftk import LoRALinear, MultiLoRALinear
 from peftk.backends import cpu, gemm, reference
 from peftk.backends import segments as sorted_rows
 from peftk.launch import workspace
-from tests.nn.test_every_layer import agree, gradients
-from tests.support.every_layer import LAYERS, Entry, Made
+from tests.support.every_layer import LAYERS, Entry, Made, agree, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,6 +22,7 @@ from peftk.reference.merge import factors as adapters
 from peftk.reference.receipt import MergeReceipt, bytewise
 from tests.support.calls import call
 from tests.support.merge_cases import DTYPES, check_receipt, merge_case, same_bits, several
+from tests.support.tiers import spread
 
 LEVELS = _cpu.simd_levels()
 # N, K, R: single elements, ragged edges of every tile, ranks of every kind
@@ -64,8 +65,7 @@ def test_the_reference_against_libm() -> None:
             assert same_bits(merged[n, j], torch.tensor(-0.0) + d)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=5), ids=str)
 def test_bits_of_the_reference(level: str, dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     for seed, (shape, size, padding) in enumerate(itertools.product(SHAPES, (0.01, 3.0), (0, 5))):
         case = merge_case(seed, *shape, dtype, adapter_dtype, size=size, padding=padding)

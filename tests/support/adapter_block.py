@@ -12,9 +12,9 @@ from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_tensors
-from tests.ops.test_gradients import flatten
 from tests.support import numerics
 from tests.support.cases import Case, expected, expected_grads
+from tests.support.gradients import flatten
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

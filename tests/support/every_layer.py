@@ -425,3 +425,23 @@ if peft is not None:
             return torch.stack(parts) if parts else linear(x, layer.base_layer.weight, layer.base_layer.bias)
 
         return Made(lambda x: layer(x, adapter_names=names(x)), plain, layer)
+
+
+def gradients(run: Callable[[Tensor], Tensor], made: Made, x: Tensor) -> dict[str, Tensor | None]:
+    """Of a sum over run(x), by name: of x where that wants one, and of every Parameter that trains."""
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    made.module.zero_grad()
+    y = run(x)
+    if y.requires_grad:
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    return {name: leaf.grad for name, leaf in {"x": x, **made.trained}.items()}
+
+
+def agree(ours: dict[str, Tensor | None], plain: dict[str, Tensor | None]) -> None:
+    assert ours.keys() == plain.keys()
+    for name, wanted in plain.items():
+        got = ours[name]
+        if wanted is None or got is None:  # an adapter that no row takes
+            assert all(grad is None or not grad.any() for grad in (wanted, got)), name
+        else:
+            torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")

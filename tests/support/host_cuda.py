@@ -9,6 +9,8 @@ the race detector. What is compiled stays in build/on_host, by the content of al
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -19,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pybind11
@@ -95,6 +97,16 @@ def depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
     return found
 
 
+@contextlib.contextmanager
+def made_by_one(target: Path) -> Iterator[bool]:
+    """Whether to make it now: processes that want the same at once wait for the first, and find it there."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not target.is_file()
+        target.touch()
+
+
 def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str]) -> Path:
     """The object of `source`, compiled again only where something has changed. `mutants`: text in place of files."""
     files = depends_on(source, mutants)
@@ -102,11 +114,9 @@ def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str])
     for part in (*flags, *(f"{path.relative_to(ROOT)}\0{text}" for path, text in sorted(files.items()))):
         digest.update(part.encode() + b"\0")
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:24]}.o"
-    if target.is_file():
-        target.touch()
-        return target
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+    with made_by_one(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        if not missing:
+            return target
         # Mutants lie where their originals do below csrc, and are found first.
         for path in mutants.keys() & files.keys():
             changed = Path(folder, path.relative_to(ROOT / "csrc"))
@@ -124,14 +134,13 @@ def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str])
 def _link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
     digest = hashlib.sha256("\0".join([*map(str, objects), *flags]).encode()).hexdigest()[:24]
     target = BUILD / f"linked-{digest}{suffix}"
-    if not target.is_file():
-        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+    with made_by_one(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        if missing:
             out = Path(folder, "out")
             command = ["g++", *flags, *map(str, objects), "-ldl", "-o", str(out)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             out.replace(target)
-    target.touch()
     return target
 
 
@@ -241,3 +250,18 @@ def race(stem: str, mutants: dict[str, str] | None = None, *arguments: object) -
     found = shown(driven(stem, "thread", mutants, *arguments))
     assert found is None or re.match(r"ThreadSanitizer: (data race|SEGV)|cuda_on_host: ERROR|wrong", found), found
     return found
+
+
+# Changes of csrc/cuda/lora_linear.cu: of its 16 forms the four that the driver runs remain, up to 16 rows; fp16 alone,
+# bf16 with fp32 adapters.
+FEWER_FORMS = (
+    ("    if (M <= 16) return body(std::integral_constant<int, 2>{});\n", ""),
+    ("    if (M <= 32) return body(std::integral_constant<int, 4>{});\n", ""),
+    ("return body(std::integral_constant<int, 8>{});", "return body(std::integral_constant<int, 2>{});"),
+    (
+        "    if (args.adapters.dtype == args.dtype) return for_rows<T, T>(args, plan, stream);\n"
+        "    if (args.adapters.dtype == Dtype::kFloat32) return for_rows<T, float>(args, plan, stream);\n"
+        "    return Unsupported::kDtype;\n",
+        "    return for_rows<T, std::conditional_t<std::is_same_v<T, __half>, T, float>>(args, plan, stream);\n",
+    ),
+)

@@ -96,3 +96,15 @@ def _made(kind: Any, config: Any) -> nn.Module:
         if name.endswith("bias"):  # transformers starts them at zero, where a test cannot see them
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
+
+
+def randomised(module: nn.Module, seed: int = 0) -> Any:
+    """Its adapter's Parameters drawn anew: nothing is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            for name in getattr(part, "adapter_parameters", ()):
+                parameter = part._parameters.get(name)
+                if parameter is not None:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return module

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from tests.kernels.triton.test_lora_wgrad_compile import compile_wgrad
-from tests.kernels.triton.test_triton_compile import BF16, F32, FORMS, MORE_TARGETS, TARGETS, compile_call
 from tests.support.triton_aot import Compiled
+from tests.support.triton_calls import BF16, F32, FORMS, MORE_TARGETS, TARGETS, compile_call, compile_wgrad
 
 HEADER = f"""# What the compiler makes of the shipped configurations
 

@@ -9,15 +9,46 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from peftk.cli import main
 from peftk.system import extras
+from peftk.system.timing import interleave
+from peftk.tools import demo
+from peftk.tools.demo import latency, mixed_batch
 from peftk.tools.demo.stage import sparkline
+from peftk.tools.minilm import MiniLM
 from peftk.tools.sentences import KINDS, SENTENCES, split
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # steady where other tests run beside it
 
 
+STEPS = ("unchanged", "HF PEFT", "alone", "loss fell", "bits")  # each with a check of its own
+
+
+def test_every_step_with_a_sixth_of_the_model(tmp_path, monkeypatch):
+    """One layer of six, and little time to measure: what is computed is right, whatever such a model learns."""
+    made = MiniLM.__init__
+
+    def cut(minilm):
+        made(minilm)
+        del minilm.plain.encoder.layer[1:]
+
+    monkeypatch.setattr(MiniLM, "__init__", cut)
+    for step in (latency, mixed_batch):
+        monkeypatch.setattr(step, "interleave", lambda sides, seconds: interleave(sides, seconds=0.01))
+    demo.run(tmp_path, Console(quiet=True), quick=True)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["inject"]["linears"] == 6
+    assert all(any(step in check["name"] for check in report["checks"]) for step in STEPS)
+    of_the_whole_model = ("loss fell", "what the adapters change")
+    wrong = [c for c in report["checks"] if not (c["passed"] or any(name in c["name"] for name in of_the_whole_model))]
+    assert not wrong, wrong
+    assert all(figures["bits_changed"] == 0 for figures in report["merge"].values())
+
+
+@pytest.mark.full
 def test_demo_quick(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "peftk.cli", "demo", "--quick", "--out", str(out)]
@@ -31,8 +62,7 @@ def test_demo_quick(tmp_path):
     assert report["passed"]
     assert report["quick"]
     names = " ".join(check["name"] for check in report["checks"])
-    for what in ("unchanged", "HF PEFT", "alone", "loss fell", "bits"):
-        assert what in names
+    assert all(step in names for step in STEPS)
     assert report["inject"]["linears"] == 36
     assert {row["dtype"] for row in report["latency"]["rows"]} == {"fp32", "bf16"}
     for row in report["latency"]["rows"]:

@@ -27,7 +27,7 @@ def check_parity(programs: list[Path], count: int, levels: list[str], **kwargs: 
         assert cpp_build.run(program, 0, count, **kwargs) == f"{count} cases at levels {' '.join(levels)}: 0 wrong\n"
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(500, marks=full), pytest.param(3000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=full), pytest.param(3000, marks=pytest.mark.long)])
 def test_parity(count: int) -> None:
     check_parity(cpp_build.programs(*PARITY), count, _cpu.simd_levels())
 

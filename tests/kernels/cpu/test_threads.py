@@ -20,6 +20,7 @@ from peftk.adapters.adapter import Adapter
 from peftk.backends import cpu
 from tests.support import cases
 from tests.support.paths import ROOT
+from tests.support.tiers import FULL
 
 SHAPE = (64, 256, 512)  # enough work for several threads
 
@@ -107,7 +108,7 @@ class Adapted(torch.utils.data.Dataset):
         return run()
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=FULL)])
 def test_dataloader_workers(method: str) -> None:
     expected = run()
     loader = torch.utils.data.DataLoader(Adapted(), num_workers=2, multiprocessing_context=method, timeout=60)
@@ -214,11 +215,12 @@ def test_the_gil_stays_off() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_the_process_ends_with_the_pool_alive() -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=FULL)])
+def test_the_process_ends_with_the_pool_alive(times: int) -> None:
     script = (
         "import torch; torch.set_num_threads(4); from tests.kernels.cpu.test_threads import run; run(); print('done')"
     )
-    for _ in range(5):
+    for _ in range(times):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.decode().strip() == "done"
@@ -293,7 +295,7 @@ def compiled(folder: Path, *flags: str) -> Path:
     return program
 
 
-@pytest.mark.parametrize("flags", [(), ("-fsanitize=thread",)])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=FULL), ("-fsanitize=thread",)])
 def test_the_pool_by_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
     options = {"TSAN_OPTIONS": "die_after_fork=0 allocator_may_return_null=1"}
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """Every barrier of csrc/cuda is needed: without any one of them the race detector finds a race, or results are wrong.
 
-And there is none too few: tests/test_<stem>_on_host.py run the same drivers on the sources as they are.
+And there is none too few: tests/kernels/cuda/test_<stem>_on_host.py run the same drivers on the sources as they are.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import re
 
 import pytest
 
-from tests.kernels.cuda.test_lora_linear_on_host import FEWER_FORMS
-from tests.support.host_cuda import ROOT, driven, needs_host_cuda, replaced, shown
+from tests.support.host_cuda import FEWER_FORMS, ROOT, driven, needs_host_cuda, replaced, shown
 from tests.support.tiers import spread
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")

@@ -12,24 +12,12 @@ import subprocess
 
 import pytest
 
-from tests.support.host_cuda import REPORT, caught, driven, needs_host_cuda, replaced, run
+from tests.support.host_cuda import FEWER_FORMS, REPORT, caught, driven, needs_host_cuda, replaced, run
 from tests.support.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
 
 SOURCE = "csrc/cuda/lora_linear.cu"
-# Of the 16 forms the four that the driver runs: up to 16 rows; fp16 alone, bf16 with fp32 adapters.
-FEWER_FORMS = (
-    ("    if (M <= 16) return body(std::integral_constant<int, 2>{});\n", ""),
-    ("    if (M <= 32) return body(std::integral_constant<int, 4>{});\n", ""),
-    ("return body(std::integral_constant<int, 8>{});", "return body(std::integral_constant<int, 2>{});"),
-    (
-        "    if (args.adapters.dtype == args.dtype) return for_rows<T, T>(args, plan, stream);\n"
-        "    if (args.adapters.dtype == Dtype::kFloat32) return for_rows<T, float>(args, plan, stream);\n"
-        "    return Unsupported::kDtype;\n",
-        "    return for_rows<T, std::conditional_t<std::is_same_v<T, __half>, T, float>>(args, plan, stream);\n",
-    ),
-)
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -1,5 +1,6 @@
-"""Runs each file of `tests/kernels/triton/interpreted/` in a process where TRITON_INTERPRET=1 was set before triton is
-imported."""
+"""Runs the files of `tests/kernels/triton/interpreted/` in processes where TRITON_INTERPRET=1 was set before triton is
+imported: several files in one for the default tier, which takes less time than the imports would; else each in its own.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +12,35 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.tiers import MARKERS, TIERS, judge
+from tests.support.tiers import FULL, LONG, MARKERS, judge
 
 pytest.importorskip("triton")
 
-FILES = Path(__file__).with_name("interpreted").glob("*.py")
-STEMS = sorted(path.stem for path in FILES if "def test_" in path.read_text())
+FOLDER = Path(__file__).with_name("interpreted")
+STEMS = sorted(path.stem for path in FOLDER.glob("*.py") if "def test_" in path.read_text())
+TOGETHER = (
+    ("lora_linear", "lora_wgrad", "backward", "packed", "adapter_block", "serving_shapes", "segments", "merge"),
+    ("behaviour", "compiled", "tuner", "counted", "counting"),
+    ("interleaving", "interleaving_lora_linear", "interleaving_lora_wgrad"),
+)
+RUNS = [pytest.param(stems, "default", id=f"{stems[0]}-default") for stems in TOGETHER] + [
+    pytest.param((stem,), tier, marks=mark, id=f"{stem}-{tier}")
+    for tier, mark in (("full", FULL), ("long", LONG))
+    for stem in STEMS
+]
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("stem", STEMS)
-def test_in_the_interpreter(stem: str, tier: str) -> None:
+def test_every_file_is_run() -> None:
+    assert sorted(stem for stems in TOGETHER for stem in stems) == STEMS
+
+
+@pytest.mark.parametrize(("stems", "tier"), RUNS)
+def test_in_the_interpreter(stems: tuple[str, ...], tier: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", MARKERS[tier], "-W", "ignore::RuntimeWarning"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
-        [*command, f"tests/kernels/triton/interpreted/{stem}.py"],
+        [*command, *(str(FOLDER / f"{stem}.py") for stem in stems)],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )

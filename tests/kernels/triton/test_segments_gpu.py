@@ -14,8 +14,8 @@ from peftk.backends import registry
 from peftk.backends.call import BackendError
 from peftk.backends.contract import served as part
 from peftk.launch.segments import Segments
-from tests.models.test_model import two_adapters
 from tests.support.segment_cases import expect, random_ids
+from tests.support.served_model import two_adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -12,9 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
 from peftk.triton_kernels import config
-from tests.kernels.triton.test_lora_wgrad_compile import compile_wgrad
-from tests.kernels.triton.test_triton_compile import BF16, F16, MORE_TARGETS, TARGETS, compile_call, fits
 from tests.support.tiers import spread
+from tests.support.triton_calls import BF16, F16, MORE_TARGETS, TARGETS, compile_call, compile_wgrad, fits
 
 # Everything that `tuner` measures.
 FORMS = [
@@ -31,7 +30,7 @@ def name(target: int | str) -> int | str:
     return "hip" if isinstance(target, str) else target
 
 
-@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=1, full=3))
+@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=0, full=4))
 def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
     shape = config.Form(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape()
     for plan in config.candidates(shape, name(target)):
@@ -47,7 +46,7 @@ WGRADS = [
 ]
 
 
-@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=1, full=2))
+@pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=0, full=3))
 def test_candidates_for_gradients_compile(target: int | str, dtype: Any, rank: int, many: bool) -> None:
     pages = config.wgrad_pages(rank, dtype, name(target))
     for block in config.wgrad_candidates(pages, many, True, dtype, name(target)):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 import peftk
+from tests.support.executor import Executor
 
 collect_ignore_glob = [] if "PEFTK_CUDA_ON_HOST" in os.environ else ["*.py"]
 
@@ -23,43 +24,6 @@ if "PEFTK_CUDA_ON_HOST" in os.environ:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["peftk._cuda"] = peftk._cuda = module
-
-
-class Statistics(ctypes.Structure):
-    """cuda_on_host::Statistics, of tests/cuda_emulator/executor.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("launches", "blocks", "switches", "copies", "products")),
-        ("matrix_loads", ctypes.c_uint64),
-        ("bank_conflicts", ctypes.c_uint64),
-        ("resident", ctypes.c_uint64),
-        ("grid", ctypes.c_uint32 * 3),
-        ("threads", ctypes.c_uint32 * 3),
-        ("shared_bytes", ctypes.c_uint64),
-        ("device", ctypes.c_uint64),
-    ]
-
-
-class Executor:
-    """What tests ask of the executor: `statistics`, which a test may reset, and the seed of the schedules."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        library.cuda_on_host_statistics.restype = ctypes.POINTER(Statistics)
-        self.statistics: Statistics = library.cuda_on_host_statistics().contents
-
-    def current_device(self) -> int:
-        return int(self._library.cuda_on_host_current_device())
-
-    def seed(self, seed: int) -> None:
-        self._library.cuda_on_host_seed(ctypes.c_uint64(seed))
-
-    def limit_resident(self, blocks: int) -> None:
-        """At most so many blocks at once, drawn for each launch from 1 to it; 0: the executor's own limit."""
-        self._library.cuda_on_host_limit_resident(blocks)
-
-    def reset(self) -> None:
-        ctypes.memset(ctypes.byref(self.statistics), 0, ctypes.sizeof(Statistics))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from peftk import functional
 from peftk.adapters.adapter import Adapter
 from peftk.backends import cuda as backend
-from tests.kernels.cuda.on_host.conftest import Executor
+from tests.support.executor import Executor
 
 BF16 = torch.bfloat16
 

@@ -19,10 +19,10 @@ from peftk.backends import cuda as backend
 from peftk.backends import reference
 from peftk.backends.call import BackendError
 from peftk.launch import workspace
-from tests.kernels.cuda.on_host.conftest import Executor
 from tests.support import numerics
 from tests.support.calls import call
 from tests.support.cases import Case, decode_adapter, decode_case, double, expected, normal
+from tests.support.executor import Executor
 from tests.support.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

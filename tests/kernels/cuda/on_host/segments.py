@@ -13,7 +13,7 @@ from peftk.backends import choice
 from peftk.backends import cuda as backend
 from peftk.backends import segments as sorting
 from peftk.launch.segments import MOST_ADAPTERS, Segments
-from tests.kernels.cuda.on_host.conftest import Executor
+from tests.support.executor import Executor
 from tests.support.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
 from tests.support.tiers import spread
 

@@ -11,7 +11,7 @@ import pytest
 
 from peftk.tools.selftest import behaviour, parity
 from peftk.tools.selftest.check import Check, Target
-from tests.kernels.cuda.on_host.conftest import Executor
+from tests.support.executor import Executor
 from tests.support.stand_ins import rerun
 from tests.support.tiers import spread
 

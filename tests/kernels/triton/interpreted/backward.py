@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.triton.interpreted.lora_linear import far_apart, with_far_rows
-from tests.ops.test_gradients import check_gradients
 from tests.support.cases import normal, random_case
+from tests.support.gradients import check_gradients
 from tests.support.tiers import spread
+from tests.support.triton_cases import far_apart, with_far_rows
 
 
-@pytest.mark.parametrize("number", spread(range(120), default=8, full=20))
+@pytest.mark.parametrize("number", spread(range(120), default=5, full=23))
 def test_random_gradients(number: int) -> None:
     case = random_case(20_000 + number, max_rows=40, max_width=80)
     dtypes = {case.x.dtype, case.weight.dtype, *(t.dtype for a in case.adapters if a is not None for t in a.tensors())}
@@ -26,7 +26,7 @@ def test_random_gradients(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B", "dy"), (False, True)), default=4)
+    ("which", "many"), spread(itertools.product(("x", "weight", "A", "B", "dy"), (False, True)), default=3)
 )
 def test_rows_beyond_32_bits(which: str, many: bool) -> None:
     dy = normal(4, 4, dtype=torch.bfloat16, seed=9)

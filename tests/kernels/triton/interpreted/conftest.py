@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patched_once_a_launch() -> Iterator[None]:
+    """Triton patches its language anew for each function that a kernel calls, 6 ms each: half of all the time."""
+    patch_lang = interpreter._patch_lang
+
+    @functools.cache
+    def languages(function: Callable[..., Any]) -> list[Any]:
+        return [value for value in function.__globals__.values() if value is tl or value is tl.core]
+
+    def patch(function: Callable[..., Any]) -> Any:
+        if any(tl.core.is_builtin(language.load) for language in languages(function)):  # none that is patched is one
+            return patch_lang(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _nothing_by_chance() -> Iterator[None]:
     """torch fills new memory with NaN and the largest integer, so that reading what nobody has written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which imports torch's compiler
+    assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(4).isnan().all()
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")

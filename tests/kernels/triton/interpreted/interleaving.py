@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.triton.interpreted import ticketed
+from tests.support import ticketed
 from tests.support.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.support.mutants import mutant
 

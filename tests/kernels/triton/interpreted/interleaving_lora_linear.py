@@ -15,10 +15,11 @@ from peftk.backends import triton as backend
 from peftk.launch import workspace
 from peftk.triton_kernels import config, expand, lora_linear, tickets
 from peftk.triton_kernels.segments import segments
-from tests.kernels.triton.interpreted.lora_linear import F32, adapter, make, normal
+from tests.support.cases import normal
 from tests.support.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
 from tests.support.mutants import mutant
 from tests.support.tiers import spread
+from tests.support.triton_cases import F32, adapter, make
 
 M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
 SCHEDULES = schedules(12)
@@ -71,7 +72,7 @@ def run(name: str, schedule: Schedule) -> Outcome:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", spread(["many", "backward, one", "backward, many", "one"], default=2))
+@pytest.mark.parametrize("name", spread(["many", "backward, many", "backward, one", "one"], default=1))
 def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     split = config.lora_linear
     polls = 0
@@ -124,7 +125,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("name", spread(MUTANTS, default=5))
+@pytest.mark.parametrize("name", spread(MUTANTS, default=4))
 def test_mutants_are_found(name: str) -> None:
     verdict, module, *changes = MUTANTS[name]
     expected("one")

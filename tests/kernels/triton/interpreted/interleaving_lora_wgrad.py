@@ -12,10 +12,10 @@ from peftk.backends import triton as backend
 from peftk.launch import workspace
 from peftk.triton_kernels import config, lora_wgrad
 from peftk.triton_kernels.segments import segments
-from tests.kernels.triton.interpreted.lora_linear import F32, adapter, make
-from tests.kernels.triton.interpreted.lora_wgrad import Inputs, everything, inputs
 from tests.support.interleaving import Outcome, Schedule, outcome, schedules
 from tests.support.mutants import mutant
+from tests.support.triton_cases import F32, adapter, make
+from tests.support.wgrad_cases import Inputs, everything, inputs
 
 M, N, K = 56, 20, 30
 IDS = [0] * 20 + [-1] * 3 + [1, 0] * 10 + [0] * 13

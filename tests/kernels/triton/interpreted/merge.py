@@ -68,7 +68,7 @@ def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=2, full=3), ids=str
+    ("dtype", "adapter_dtype"), spread(itertools.product(DTYPES, DTYPES), default=1, full=4), ids=str
 )
 def test_bits_of_the_reference_for_a_list_of_layers(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     receipts = check(*layers(dtype, adapter_dtype, size=3.0))
@@ -138,7 +138,7 @@ def test_undone_on_another_backend(count: int) -> None:
 POISONS = list(zip(DTYPES, (float("inf"), float("nan"), 3e38), strict=True))
 
 
-@pytest.mark.parametrize(("last", "poison"), spread(itertools.product((False, True), POISONS), default=2, full=4))
+@pytest.mark.parametrize(("last", "poison"), spread(itertools.product((True, False), POISONS), default=1, full=5))
 def test_what_is_not_finite_is_refused_and_nothing_has_changed(last: bool, poison: tuple[torch.dtype, float]) -> None:
     """Wherever it is in the list; layers and tiles that were merged before it come back."""
     dtype, bad = poison
@@ -203,7 +203,7 @@ def test_strides() -> None:
 
 def test_through_the_public_functions() -> None:
     """Lists of mixed dtypes; refusals name the layer; a graph that saved W notices."""
-    pairs = (list(zip(*layers(d, F32, seed=3), strict=True))[:3] for d in DTYPES)
+    pairs = (list(zip(*layers(d, F32, seed=3), strict=True))[:2] for d in DTYPES)
     weights, factors = zip(*itertools.chain.from_iterable(pairs), strict=True)
     weights, merged = list(weights), copies(list(weights))
     A = [[f.lora_A[s:e] for s, e in zip((0, *f.ends), f.ends, strict=False)] for f in factors]
@@ -223,8 +223,8 @@ def test_through_the_public_functions() -> None:
     functional.unmerge_layers_(merged, receipts, backend="triton")
     for weight, new in zip(weights, merged, strict=True):
         assert torch.equal(bits(new), bits(weight))
-    B[7][0] = B[7][0] * float("inf")
-    with pytest.raises(ValueError, match="layer 7: weight: expected W"):
+    B[5][0] = B[5][0] * float("inf")
+    with pytest.raises(ValueError, match="layer 5: weight: expected W"):
         functional.merge_layers_(merged, A, B, s, backend="triton")
     for weight, new in zip(weights, merged, strict=True):
         assert torch.equal(bits(new), bits(weight))

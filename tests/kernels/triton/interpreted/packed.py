@@ -15,11 +15,11 @@ from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_tensors
 from peftk.adapters.table import AdapterTable
-from tests.kernels.triton.interpreted.lora_linear import BF16, F16, F32, adapter, normal
-from tests.ops.test_gradients import flatten
 from tests.support import numerics
-from tests.support.cases import Case, expected, expected_grads
+from tests.support.cases import Case, expected, expected_grads, normal
+from tests.support.gradients import flatten
 from tests.support.tiers import spread
+from tests.support.triton_cases import BF16, F16, F32, adapter
 
 
 def packed_case(

@@ -31,25 +31,26 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     return 64
 
 
-@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (1, 40)), default=8))
+@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (1, 40)), default=5))
 def test_patterns_in_one_launch(pattern: str, M: int) -> None:
     check(PATTERNS[pattern](M, 41), 41)
     check(PATTERNS[pattern](M, 41).to(I32), 41)
 
 
-@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (65, 150)), default=4, full=6))
+@pytest.mark.parametrize(("pattern", "M"), spread(itertools.product(PATTERNS, (65, 150)), default=3, full=7))
 def test_patterns_in_three_launches(pattern: str, M: int, small_tiles: int) -> None:
     check(PATTERNS[pattern](M, 41), 41)
     check(PATTERNS[pattern](M, 200).to(I32), 200)
 
 
-@pytest.mark.parametrize("adapters", [0, 1, 5])
-@pytest.mark.parametrize("M", [0, 1, 2, 15, 16, 17, 63, 64])
+@pytest.mark.parametrize(
+    ("M", "adapters"), spread(itertools.product((0, 1, 2, 15, 16, 17, 63, 64), (0, 1, 5)), default=9)
+)
 def test_few_rows(M: int, adapters: int) -> None:
     check(random_ids(M, adapters), adapters)
 
 
-@pytest.mark.parametrize("M", [256, 1024, *(pytest.param(M, marks=pytest.mark.full) for M in (255, 257, 1023))])
+@pytest.mark.parametrize("M", [256, *(pytest.param(M, marks=pytest.mark.full) for M in (255, 257, 1023, 1024))])
 def test_heights_of_one_launch(M: int) -> None:
     check(random_ids(M, 20, dtype=I64), 20)
 
@@ -78,6 +79,7 @@ def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
     check(ids[:40], adapters)
 
 
+@pytest.mark.full
 def test_many_adapters_and_tiles() -> None:
     check(random_ids(1100, 1500, dtype=I64), 1500)
 
@@ -136,7 +138,7 @@ def test_launches_depend_on_the_numbers_of_rows_and_adapters_alone(monkeypatch: 
         (65, 63, [("sort_kernel", (2,)), ("scan_kernel", (1,)), ("scatter_kernel", (2,))]),
         (190, 64, [("sort_kernel", (3,)), ("scan_kernel", (2,)), ("scatter_kernel", (3,))]),
     ):
-        for pattern in ("base", "a row each", "random"):
+        for pattern in ("a row each", "random"):
             launches.clear()
             kernels.segments(PATTERNS[pattern](M, adapters) if M else torch.empty(0, dtype=I32), adapters)
             assert launches == expected
@@ -147,12 +149,12 @@ Served = tuple[nn.Module, peftk.MultiAdapter]
 
 @pytest.fixture
 def served(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Served:
-    """A model of four linears, all of them with adapters, run by the Triton backend."""
+    """A model of two linears, both with adapters, run by the Triton backend."""
     monkeypatch.setenv("PEFTK_BACKEND", "triton")
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), *(nn.Linear(16, 16) for _ in range(3))).eval()
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16)).eval()
 
     base = model()
     server = peftk.MultiAdapter(base, max_adapters=4)
@@ -278,11 +280,11 @@ def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: py
         assert sorts(launches) == 1
         with graph:  # entered before: each layer by itself, from the tensor that replays will read
             assert torch.equal(model(x), expected)
-            assert sorts(launches) == 4
+            assert sorts(launches) == 2
             ids.copy_(server.ids(["bob", None, "alice"]))
             other = model(x)
             assert not torch.equal(other, expected)
-            assert sorts(launches) == 4
+            assert sorts(launches) == 2
         assert torch.equal(model(x), expected)
         assert sorts(launches) == 0
         assert any(kept.given is ids for kept in route._read_by_graphs.values())
@@ -291,7 +293,7 @@ def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: py
         assert sorts(launches) == 1
         graph.capturing = False
         assert torch.equal(model(x), other)
-        assert sorts(launches) == 4
+        assert sorts(launches) == 2
 
 
 @pytest.mark.full

@@ -17,10 +17,10 @@ import torch
 from peftk import functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
-from tests.kernels.triton.interpreted.lora_linear import BF16, F16, normal
 from tests.support import numerics
-from tests.support.cases import Case, expected
+from tests.support.cases import Case, expected, normal
 from tests.support.tiers import spread
+from tests.support.triton_cases import BF16, F16
 
 TOKENS = 3
 FEW = 24  # the other side of a layer
@@ -61,7 +61,7 @@ THEIRS = itertools.product((1, 4, 16, 32), (1, 8, 32, 128), (1, 4, 8, 16, 32, 64
 SOME = [(4, 8, 16, 2), (1, 1, 1, 1), *itertools.islice(THEIRS, 0, None, 33)]
 
 
-@pytest.mark.parametrize(("case", "shrink"), spread(itertools.product(SOME, (True, False)), default=2, full=8))
+@pytest.mark.parametrize(("case", "shrink"), spread(itertools.product(SOME, (True, False)), default=1, full=9))
 def test_hidden_size_2049(case: tuple[int, int, int, int], shrink: bool) -> None:
     batches, adapters, rank, slices = case
     hidden = 2049 if batches * rank <= 256 else 257  # an interpreter takes minutes for the largest
