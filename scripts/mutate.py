@@ -145,7 +145,7 @@ TESTS = {
     "peftk/interop/peft_*": ["test_accelerate.py"],
     "peftk/interop/*": ["test_checkpoints.py", "test_peft_interop.py", "test_adapterhub_interop.py"],
     "peftk/interrupts.py": ["test_merge.py", "test_model_merge.py", "test_tuning.py"],
-    "peftk/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py"],
+    "peftk/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py", "interpreted/merge.py"],
     "peftk/methods/adapterhub.py": ["test_adapterhub_interop.py", "test_methods.py"],
     "peftk/methods/targets.py": ["test_targets.py", "test_methods.py"],
     "peftk/methods/*": ["test_methods.py", "test_checkpoints.py", "test_model.py", "test_targets.py"],
