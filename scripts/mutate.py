@@ -209,7 +209,12 @@ TESTS = {
         "checkpoints/test_adapterhub_interop.py",
     ],
     "peftk/system/interrupts.py": ["ops/test_merge.py", "models/test_model_merge.py", "tuning/test_tuning.py"],
-    "peftk/ops/merge.py": ["models/test_model_merge.py", "nn/test_layers.py", "ops/test_merge.py"],
+    "peftk/ops/merge.py": [
+        "models/test_model_merge.py",
+        "nn/test_layers.py",
+        "ops/test_merge.py",
+        "kernels/triton/interpreted/merge.py",
+    ],
     "peftk/methods/adapterhub.py": ["checkpoints/test_adapterhub_interop.py", "methods/test_methods.py"],
     "peftk/methods/targets.py": ["methods/test_targets.py", "methods/test_methods.py"],
     "peftk/methods/inject.py": ["models/test_model.py"],

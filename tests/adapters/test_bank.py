@@ -126,3 +126,14 @@ def test_a_table_is_made_anew_for_another_parameter_in_the_same_memory() -> None
     assert now is not before
     assert now.adapters[0].pages_A[0] is lent.A
     assert made.table() is now
+
+
+def test_the_only_adapter_of_a_table_goes_with_its_removal() -> None:
+    made, x, weight = bank(), torch.randn(2, 8), torch.randn(6, 8)
+    ids = torch.full((2,), made.add("a", *factors(2), 1.0))
+    functional.multi_lora_linear(x, weight, None, made, ids)
+    assert made.table().adapters[0] is not None
+    made.remove("a")
+    assert made.table().adapters[0] is None
+    with pytest.raises(ValueError, match="ids"):
+        functional.multi_lora_linear(x, weight, None, made, ids)

@@ -14,6 +14,7 @@ from peftk import functional
 from peftk.backends import choice, reference
 from peftk.backends import reference as reference_backend
 from peftk.backends import triton as backend
+from peftk.ops import merge
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
 from peftk.reference.receipt import MergeReceipt
@@ -234,3 +235,15 @@ def test_explained() -> None:
     assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="triton").kernel
     assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="triton").kernel
     assert "float64" in str(choice.cannot_serve("triton", call("merge", dtype=torch.float64)))
+
+
+def test_a_list_is_cut_where_its_codes_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, merge_layers_ = [], backend.merge_layers_
+    monkeypatch.setattr(merge, "_TOGETHER", 150)
+    monkeypatch.setattr(backend, "merge_layers_", lambda w, *rest: (lengths.append(len(w)), merge_layers_(w, *rest))[1])
+    weights, factors = [torch.randn(6, 10) for _ in range(5)], [(torch.randn(2, 10), torch.randn(6, 2))] * 5
+    before = [weight.clone() for weight in weights]
+    receipts = functional.merge_layers_(weights, *map(list, zip(*factors, strict=True)), backend="triton")
+    assert lengths == [2, 2]  # 60 weights each; the last of five goes alone, and not as a list
+    functional.unmerge_layers_(weights, receipts, backend="triton")
+    assert all(map(torch.equal, weights, before))
