@@ -19,36 +19,34 @@ static inline void define_adapters(pybind11::module_& module) {
     // module_local: each module has the class for itself
     const pybind11::class_<Adapters> adapters(module, "Adapters", pybind11::module_local(),
                                               "The adapters that a call's ids name.");
-    define(
-        adapters, "none", "(*, dtype)", "The base layer alone.", [](int dtype) {
-            Adapters none{};
-            none.dtype = dtype_of("dtype", dtype);
-            return none;
-        });
-    define(
-        adapters, "one", "(*, A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling, dtype)",
-        "One adapter by its tensors: A [rank, K], B [N, rank], bias_A [rank], bias_B [N].",
-        [](int64_t A, int64_t stride_A, int64_t B, int64_t stride_Bn, int64_t stride_Br, int64_t bias_A, int64_t bias_B,
-           int rank, int activation, float scaling, int dtype) {
-            return adapters_of_one({A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling},
-                                   dtype_of("dtype", dtype));
-        });
-    define(
-        adapters, "of_table", "(*, pages, rows, scaling, biases, slices=0, slice_count, count, z_pages, dtype)",
-        "The tensors of an AdapterTable.",
-        [](uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, uintptr_t slices, int slice_count,
-           int count, int z_pages, int dtype) {
-            return Adapters{address<int64_t>(pages),
-                            address<int32_t>(rows),
-                            address<float>(scaling),
-                            address<int64_t>(biases),
-                            address<int32_t>(slices),
-                            slice_count,
-                            count,
-                            z_pages,
-                            dtype_of("dtype", dtype),
-                            {}};
-        });
+    define(adapters, "none", "(*, dtype)", "The base layer alone.", [](int dtype) {
+        Adapters none{};
+        none.dtype = dtype_of("dtype", dtype);
+        return none;
+    });
+    define(adapters, "one",
+           "(*, A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling, dtype)",
+           "One adapter by its tensors: A [rank, K], B [N, rank], bias_A [rank], bias_B [N].",
+           [](int64_t A, int64_t stride_A, int64_t B, int64_t stride_Bn, int64_t stride_Br, int64_t bias_A,
+              int64_t bias_B, int rank, int activation, float scaling, int dtype) {
+               return adapters_of_one({A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling},
+                                      dtype_of("dtype", dtype));
+           });
+    define(adapters, "of_table", "(*, pages, rows, scaling, biases, slices=0, slice_count, count, z_pages, dtype)",
+           "The tensors of an AdapterTable.",
+           [](uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, uintptr_t slices, int slice_count,
+              int count, int z_pages, int dtype) {
+               return Adapters{address<int64_t>(pages),
+                               address<int32_t>(rows),
+                               address<float>(scaling),
+                               address<int64_t>(biases),
+                               address<int32_t>(slices),
+                               slice_count,
+                               count,
+                               z_pages,
+                               dtype_of("dtype", dtype),
+                               {}};
+           });
 }
 
 }  // namespace peftk

@@ -26,7 +26,7 @@ py::list simd_levels() {
 void bind_levels(py::module_& m) {
     m.def("simd_levels", simd_levels, "The SIMD levels that this build and machine have, ascending.");
     m.def("simd_level", [] { return level_name(level_in_use()); }, "The SIMD level in use.");
-    m.def("use_simd_level", use_level, "Chooses a SIMD level for the whole process.");
+    m.def("use_simd_level", use_level, py::arg("name"), "Chooses a SIMD level for the whole process.");
 }
 
 }  // namespace

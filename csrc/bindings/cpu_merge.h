@@ -35,8 +35,8 @@ struct MergeSideArgs {
     int64_t raw_count;
 
     MergeSide side() const {
-        const MergeFactors factors{address<void>(lora_A),  address<void>(lora_B), ends.data(), scaling.data(),
-                                   int64_t(ends.size()), ends.back(),           dtype};
+        const MergeFactors factors{address<void>(lora_A), address<void>(lora_B), ends.data(), scaling.data(),
+                                   int64_t(ends.size()),  ends.back(),           dtype};
         return {factors,   address<uint8_t>(halves), nullptr,  address<int8_t>(far),
                 far_count, address<void>(raws),      raw_count};
     }
@@ -52,56 +52,53 @@ pybind11::array bits_of(const std::vector<RawWeight>& raws) {
 
 static inline void define_merge_arguments(pybind11::module_& module) {
     const pybind11::class_<MergeWeight> weight(module, "MergeWeight", pybind11::module_local(), "W, changed in place.");
-    define(
-        weight, "of", "(*, weight, stride, N, K, dtype)", "weight [N, K], contiguous rows.",
-        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype) {
-            return MergeWeight{address<void>(weight), stride, N, K, dtype_of("dtype", dtype)};
-        });
+    define(weight, "of", "(*, weight, stride, N, K, dtype)", "weight [N, K], contiguous rows.",
+           [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype) {
+               return MergeWeight{address<void>(weight), stride, N, K, dtype_of("dtype", dtype)};
+           });
     const pybind11::class_<MergeSideArgs> side(module, "MergeSide", pybind11::module_local(),
                                                "Adapters side by side, and the codes that undo their merge.");
-    define(
-        side, "of", "(*, lora_A, lora_B, ends, scaling, dtype, halves, far=0, far_count=0, raws=0, raw_count=0)",
-        "lora_A [R, K], lora_B [N, R]; the last four are of a side that W comes from.",
-        [](uintptr_t lora_A, uintptr_t lora_B, const std::vector<int64_t>& ends, const std::vector<float>& scaling,
-           int dtype, uintptr_t halves, uintptr_t far, int64_t far_count, uintptr_t raws, int64_t raw_count) {
-            if (ends.empty() || ends.size() != scaling.size()) {
-                throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
-                                            std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
-            }
-            return MergeSideArgs{lora_A, lora_B, ends,      scaling, dtype_of("dtype", dtype),
-                                 halves, far,    far_count, raws,    raw_count};
-        });
+    define(side, "of", "(*, lora_A, lora_B, ends, scaling, dtype, halves, far=0, far_count=0, raws=0, raw_count=0)",
+           "lora_A [R, K], lora_B [N, R]; the last four are of a side that W comes from.",
+           [](uintptr_t lora_A, uintptr_t lora_B, const std::vector<int64_t>& ends, const std::vector<float>& scaling,
+              int dtype, uintptr_t halves, uintptr_t far, int64_t far_count, uintptr_t raws, int64_t raw_count) {
+               if (ends.empty() || ends.size() != scaling.size()) {
+                   throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
+                                               std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
+               }
+               return MergeSideArgs{lora_A, lora_B, ends,      scaling, dtype_of("dtype", dtype),
+                                    halves, far,    far_count, raws,    raw_count};
+           });
 }
 
 static inline void bind_merge(pybind11::module_& module) {
     namespace py = pybind11;
     define_merge_arguments(module);
-    define(
-        module, "remerge", "(weight, from_side, to_side, *, threads)",
-        "Takes from_side out of W and puts to_side in, in one pass: finite, checksum, far codes, raw weights' bits.",
-        [](const MergeWeight& weight, const MergeSideArgs* from, const MergeSideArgs* to, int threads) {
-            MergePass pass{};
-            pass.weight = weight.weight, pass.dtype = weight.dtype;
-            pass.stride = weight.stride, pass.N = weight.N, pass.K = weight.K;
-            if (from) pass.from = from->side();
-            if (to) pass.to = to->side();
-            py::tuple outcome;
-            const py::gil_scoped_release release;
-            // made while the pass can still be undone: there may be no memory for it
-            remerge(pass, threads, [&](const MergeResult& result) {
-                const py::gil_scoped_acquire acquire;
-                outcome = py::make_tuple(
-                    result.finite, result.checksum,
-                    py::array_t<int8_t>(py::ssize_t(result.far.size()), result.far.data()),
-                    pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
-            });
-            return outcome;
-        });
-    define(
-        module, "checksum", "(weight, *, threads)", "Of all of W's bits.", [](const MergeWeight& weight, int threads) {
-            const py::gil_scoped_release release;
-            return checksum(weight.weight, weight.stride, weight.N, weight.K, weight.dtype, threads);
-        });
+    define(module, "remerge", "(weight, from_side, to_side, *, threads)",
+           "Takes from_side out of W and puts to_side in, in one pass: finite, checksum, far codes, raw weights' bits.",
+           [](const MergeWeight& weight, const MergeSideArgs* from, const MergeSideArgs* to, int threads) {
+               MergePass pass{};
+               pass.weight = weight.weight, pass.dtype = weight.dtype;
+               pass.stride = weight.stride, pass.N = weight.N, pass.K = weight.K;
+               if (from) pass.from = from->side();
+               if (to) pass.to = to->side();
+               py::tuple outcome;
+               const py::gil_scoped_release release;
+               // made while the pass can still be undone: there may be no memory for it
+               remerge(pass, threads, [&](const MergeResult& result) {
+                   const py::gil_scoped_acquire acquire;
+                   outcome = py::make_tuple(
+                       result.finite, result.checksum,
+                       py::array_t<int8_t>(py::ssize_t(result.far.size()), result.far.data()),
+                       pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
+               });
+               return outcome;
+           });
+    define(module, "checksum", "(weight, *, threads)", "Of all of W's bits.",
+           [](const MergeWeight& weight, int threads) {
+               const py::gil_scoped_release release;
+               return checksum(weight.weight, weight.stride, weight.N, weight.K, weight.dtype, threads);
+           });
 }
 
 }  // namespace peftk

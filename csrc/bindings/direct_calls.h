@@ -239,10 +239,15 @@ static inline void bind_direct_calls(PyObject* module) {
         return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
     };
     static PyMethodDef methods[] = {
-        {"plain_tensors", method(plain_tensors), METH_FASTCALL, nullptr},
-        {"dense", method(dense), METH_FASTCALL, nullptr},
-        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL, nullptr},
-        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL, nullptr},
+        {"plain_tensors", method(plain_tensors), METH_FASTCALL,
+         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, is_neg, /)\n--\n\n"},
+        {"dense", method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
+        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL,
+         "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"
+         "\n--\n\n"},
+        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL,
+         "direct_multi_lora_linear(x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype, /)"
+         "\n--\n\n"},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("direct calls can't be added");

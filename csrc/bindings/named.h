@@ -152,7 +152,8 @@ struct Signature {
     // Puts what a call was given in its place; what it was not given stays null.
     void sort(PyObject* const* in, size_t count, PyObject* keywords, PyObject** out) const {
         if (count > positional) {
-            PyErr_Format(PyExc_TypeError, "%s() takes %zu positional arguments, got %zu", function.c_str(), positional, count);
+            PyErr_Format(PyExc_TypeError, "%s() takes %zu positional arguments, got %zu", function.c_str(), positional,
+                         count);
             throw pybind11::error_already_set();
         }
         for (size_t i = 0; i < count; i++) out[i] = in[i];
@@ -215,7 +216,8 @@ struct NamedFunction {
             body(static_cast<In>(std::get<I>(arguments))...);
             return pybind11::none().release().ptr();
         } else {
-            pybind11::object result = pybind11::detail::object_or_cast(body(static_cast<In>(std::get<I>(arguments))...));
+            pybind11::object result =
+                pybind11::detail::object_or_cast(body(static_cast<In>(std::get<I>(arguments))...));
             return result.release().ptr();
         }
     }

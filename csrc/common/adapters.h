@@ -73,6 +73,8 @@ static inline PEFTK_HOST_DEVICE Page page_at(const Adapters& adapters, int64_t p
 }
 
 // Whether an id below `count` names an adapter, not an empty slot.
-static inline bool is_taken(const Adapters& adapters, int64_t id) { return !adapters.rows || adapters.rows[4 * id + 3]; }
+static inline bool is_taken(const Adapters& adapters, int64_t id) {
+    return !adapters.rows || adapters.rows[4 * id + 3];
+}
 
 }  // namespace peftk

@@ -273,9 +273,7 @@ def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) ->
 
 def _weight(weight: Tensor) -> _cpu.MergeWeight:
     N, K = weight.shape
-    return _cpu.MergeWeight.of(
-        weight=weight.data_ptr(), stride=weight.stride(0), N=N, K=K, dtype=DTYPES[weight.dtype]
-    )
+    return _cpu.MergeWeight.of(weight=weight.data_ptr(), stride=weight.stride(0), N=N, K=K, dtype=DTYPES[weight.dtype])
 
 
 def _side(

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 import peftk
-from peftk import functional
 from peftk.adapters.activations import CODES
 from peftk.backends import choice, measured
 from peftk.nn import ParallelAdapterLinear, SeriesAdapter
-from peftk.ops import dispatch
+from peftk.ops import dispatch, layer_calls
 from peftk.ops.layer_calls import adapter_block_unchecked, lora_linear_unchecked, multi_lora_linear_unchecked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -278,7 +277,7 @@ def test_layers_take_the_short_way(monkeypatch):
 
     expected = served()
     for ordinary in ("_prepared", "_dropping"):
-        monkeypatch.setattr(functional, ordinary, None)
+        monkeypatch.setattr(layer_calls, ordinary, None)
     got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
