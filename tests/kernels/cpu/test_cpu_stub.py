@@ -37,7 +37,7 @@ def test_every_argument_is_needed_and_known_by_its_name() -> None:
             some = {key: value for key, value in arguments.items() if key != name}
             with pytest.raises(TypeError, match=rf"misses argument '{name}'"):
                 function(**some)
-            for wrong in ("1", None, torch.tensor(1), -(2**70)):
+            for wrong in ("1", None, torch.tensor(1), -(10**400)):
                 with pytest.raises(TypeError, match=rf"argument '{name}': expected .*, got "):
                     function(**some, **{name: wrong})
         with pytest.raises(TypeError, match="knows no argument 'colour'"):
