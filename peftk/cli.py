@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +12,9 @@ import click
 from rich.console import Console
 
 from peftk.system import extras
+from peftk.tools.options import FILE, FOLDER, INTEGERS, CommaList, dims_of, make_folders, one_of
 
 T = TypeVar("T")
-
-FILE = click.Path(dir_okay=False, path_type=Path)
-FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,46 +43,6 @@ def demo(out: Path, quick: bool) -> None:
         raise SystemExit(1)
 
 
-class _List(click.ParamType):  # type: ignore[type-arg]
-    """Words separated by commas, each turned into a value by `parse`."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self.parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self.parse(word.strip()) for word in value.split(","))
-        except ValueError as error:
-            self.fail(f"expected {self.name}, got {value!r} ({error})", param, ctx)
-
-
-def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise ValueError(f"{number} is less than 1")
-    return number
-
-
-def _dims(word: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+(x\d+)?", word):
-        raise ValueError(f"{word!r} is neither K nor KxN")
-    sides = [_positive(side) for side in word.split("x")]
-    return sides[0], sides[-1]
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(word: str) -> str:
-        if word not in choices:
-            raise ValueError(f"{word!r} is none of {', '.join(choices)}")
-        return word
-
-    return parse
-
-
-INTEGERS = _List("INT,INT…", _positive)
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
 SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model")
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
@@ -97,21 +53,20 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 @click.option(
     "--op",
     "ops",
-    type=_List("OP,OP…", _one_of(*dict.fromkeys(OPS + SUITE_OPS))),
+    type=CommaList("OP,OP…", one_of(*dict.fromkeys(OPS + SUITE_OPS))),
     help=f"{', '.join(OPS)} [default: all but unmerge]; of the suite: {', '.join(SUITE_OPS)} [default: all]",
 )
 @click.option("--ranks", type=INTEGERS, help="LoRA ranks; multi_lora_linear mixes them in one batch.")
 @click.option("--tokens", type=INTEGERS, help="Rows of x.")
 @click.option("--adapters", type=INTEGERS, help="For multi_lora_linear: adapters in the batch.")
-@click.option("--dtype", "dtypes", type=_List("DTYPE,…", _one_of("bf16", "fp16", "fp32")), help="bf16, fp16, fp32.")
-@click.option("--dims", type=_List("K or KxN,…", _dims), help="in_features, or in_features x out_features.")
+@click.option("--dtype", "dtypes", type=CommaList("DTYPE,…", one_of("bf16", "fp16", "fp32")), help="bf16, fp16, fp32.")
+@click.option("--dims", type=CommaList("K or KxN,…", dims_of), help="in_features, or in_features x out_features.")
 @click.option(
     "--backend",
     "backends",
-    type=_List("NAME,NAME…", _one_of(*BACKENDS)),
+    type=CommaList("NAME,NAME…", one_of(*BACKENDS)),
     help="peftk backends to time [default: every compiled one that can run]",
 )
-@click.option("--counted", is_flag=True, help="Launches and bytes beside models of other libraries; runs nothing.")
 @click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds a row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
@@ -122,10 +77,9 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 @click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
 @click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
 @click.option("--plot", "plot_file", type=FILE, help="Writes a PNG, SVG or PDF (needs matplotlib).")
-@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite or --counted: writes the tables.")
+@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite: writes the tables.")
 def bench(
     suite: str | None,
-    counted: bool,
     no_compile: bool,
     device: str,
     threads: int | None,
@@ -139,10 +93,6 @@ def bench(
 
     --suite cpu measures the targets of the CPU backend instead, each with its ratio, the target and the limit that this
     machine sets; the other options then choose among its rows. A target that is missed is no error.
-
-    --counted measures nothing: it counts what peftk's GPU kernels launch, read, write and multiply per linear, beside
-    models of vLLM, SGLang, Punica, LoRAFusion and HF PEFT, and gives every side a modelled time on an H100. Takes
-    --dims, --tokens, --adapters and --ranks.
     """
     import torch
 
@@ -150,18 +100,13 @@ def bench(
 
     chosen = {name: value for name, value in asked.items() if value is not None}
     files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
-    if counted:
-        _fits_counted(suite, device, no_compile, threads, chosen, files)
-    else:
-        _fits_suite(suite, device, no_compile, chosen, files)
+    _fits_suite(suite, device, no_compile, chosen, files)
     _need_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
     try:
-        if counted:
-            right = _bench_counted(console, chosen, files)
-        elif suite is not None:
+        if suite is not None:
             right = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
         else:
             right = _bench_ops(console, {**chosen, "device": device}, files)
@@ -199,58 +144,6 @@ def _fits_suite(
             raise click.UsageError(f"{what}: {rule}")
 
 
-def _fits_counted(
-    suite: str | None,
-    device: str,
-    no_compile: bool,
-    threads: int | None,
-    chosen: dict[str, Any],
-    files: dict[str, Path | None],
-) -> None:
-    """Raises UsageError for an option that means nothing with --counted."""
-    wrong = {
-        "--suite": suite,
-        "--device cuda": device != "cpu",
-        "--no-compile": no_compile,
-        "--threads": threads,
-        "--plot": files["plot"],
-        **{f"--{name.removesuffix('s')}": True for name in ("ops", "dtypes", "backends") if name in chosen},
-        **{f"--{name}": True for name in ("seconds", "repeats") if name in chosen},
-    }
-    for option, given in wrong.items():
-        if given:
-            raise click.UsageError(f"{option}: not with --counted")
-
-
-def _bench_counted(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
-    from bench.counted import peers, run
-    from bench.counted import report as shown
-    from bench.counted.work import H100
-    from peftk.tools.benchmark import report
-    from peftk.tools.benchmark.environment import environment
-
-    options = run.Options(**asked)
-    counted = run.count(options)
-    shown.show(console, counted)
-    rows = [row for one in counted for row in one.rows()]
-    _make_folders(files)
-    if files["json"] is not None:
-        report.write_json(
-            files["json"],
-            rows,
-            environment(),
-            dataclasses.asdict(options),
-            roofline=H100._asdict(),
-            sources={name: source._asdict() for name, source in peers.SOURCES.items()},
-            launches=run.tensors(counted),
-        )
-    if files["csv"] is not None:
-        report.write_csv(files["csv"], run.Row, rows)
-    if files["markdown"] is not None:
-        files["markdown"].write_text(shown.markdown(counted), encoding="utf-8")
-    return True
-
-
 def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
     from peftk.tools.benchmark import report
     from peftk.tools.benchmark.common import Record
@@ -262,7 +155,7 @@ def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | 
     options = Options(**asked)
     where = environment(options.device)
     records = measure_all(console, options, where)
-    _make_folders(files)
+    make_folders(files)
     if files["json"] is not None:
         report.write_json(files["json"], records, where, dataclasses.asdict(options))
     if files["csv"] is not None:
@@ -279,7 +172,7 @@ def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path 
     options = suite.Options(**asked)
     where = environment()
     outcome = suite.run(console, options, where)
-    _make_folders(files)
+    make_folders(files)
     if files["json"] is not None:
         report.write_json(
             files["json"],
@@ -296,12 +189,6 @@ def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path 
     return outcome.right
 
 
-def _make_folders(files: dict[str, Path | None]) -> None:
-    for file in files.values():
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-
-
 SECTIONS = ("parity", "behaviour", "speed")
 
 
@@ -310,7 +197,7 @@ SECTIONS = ("parity", "behaviour", "speed")
 @click.option(
     "--section",
     "sections",
-    type=_List("SECTION,…", _one_of(*SECTIONS)),
+    type=CommaList("SECTION,…", one_of(*SECTIONS)),
     default=SECTIONS,
     help="parity, behaviour, speed [default: all; on a CPU there is parity alone]",
 )
@@ -341,14 +228,16 @@ def _interpret() -> None:
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
-    from peftk.backends import choice
+    from peftk.backends import registry
     from peftk.backends.call import BackendError
 
     try:
-        interprets = choice.module("triton").INTERPRETED
+        registry.backend("triton")
     except BackendError as error:
         raise click.ClickException(f"--device interpreter: {error}") from error
-    if not interprets:
+    from peftk.backends import triton
+
+    if not triton.INTERPRETED:
         raise click.ClickException("--device interpreter: triton was imported before, without TRITON_INTERPRET=1")
 
 

@@ -8,22 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends.call import LORA_LINEAR, OPS, Call, Op
 from peftk.interop import peft_model
 
-OPS = (
-    "lora_linear",
-    "lora_linear_backward",
-    "multi_lora_linear",
-    "multi_lora_linear_backward",
-    "adapter_block",
-    "adapter_block_backward",
-    "multi_adapter_block",
-    "multi_adapter_block_backward",
-    "merge",
-    "unmerge",
-    "segments",
-)
+_NAMES = tuple(map(str, OPS))
 
 
 def explain(
@@ -68,23 +56,23 @@ def explain(
     if isinstance(what, nn.Module):
         call = _of_layer(what, x, M)
     else:
-        if what not in OPS:
-            raise ValueError(f"what: expected a layer or one of {', '.join(OPS)}, got {what!r}")
+        if what not in _NAMES:
+            raise ValueError(f"what: expected a layer or one of {', '.join(_NAMES)}, got {what!r}")
         for name, size, least in (("M", M, 0), ("K", K, 1), ("N", N, 1), ("rank", rank, 0), ("adapters", adapters, 0)):
             if size < least:
                 raise ValueError(f"{name}: expected {least} or more, got {size}")
         call = Call(
-            what,
-            torch.device(device).type,
-            dtype,
-            weight_dtype or dtype,
-            adapter_dtype or dtype,
-            M,
-            K,
-            N,
-            rank,
-            adapters,
-            dropout,
+            op=Op.parse(what),
+            device=torch.device(device).type,
+            x_dtype=dtype,
+            weight_dtype=weight_dtype or dtype,
+            adapter_dtype=adapter_dtype or dtype,
+            M=M,
+            K=K,
+            N=N,
+            rank=rank,
+            adapters=adapters,
+            dropout=dropout,
         )
     return choice.explained(call, backend)
 
@@ -93,18 +81,29 @@ def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
     from peftk.nn import LoRALinear, MultiLoRALinear
 
     if isinstance(layer, LoRALinear):
-        op, rank, adapters = "lora_linear", 0 if layer.merged else layer.r, 0 if layer.merged else 1
+        op, rank, adapters = LORA_LINEAR, 0 if layer.merged else layer.r, 0 if layer.merged else 1
         adapter_dtype: torch.dtype | None = layer.lora_A.dtype
         dropout = layer.training and layer.lora_dropout > 0 and not layer.merged
     elif isinstance(layer, MultiLoRALinear):
         taken = [a for a in layer.bank.adapters if a is not None]
-        op, rank, adapters = "multi_lora_linear", max((a.rank for a in taken), default=0), len(layer.bank.adapters)
+        op, rank = LORA_LINEAR._replace(many=True), max((a.rank for a in taken), default=0)
+        adapters = len(layer.bank.adapters)
         adapter_dtype = layer.bank.pool.dtype
         dropout = False
     else:
         raise TypeError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
     weight = layer.matrix
     N, K = weight.shape
-    rows = M if x is None else x.numel() // x.shape[-1]
-    x_dtype = weight.dtype if x is None else x.dtype
-    return Call(op, weight.device.type, x_dtype, weight.dtype, adapter_dtype, rows, K, N, rank, adapters, dropout)
+    return Call(
+        op=op,
+        device=weight.device.type,
+        x_dtype=weight.dtype if x is None else x.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=adapter_dtype,
+        M=M if x is None else x.numel() // x.shape[-1],
+        K=K,
+        N=N,
+        rank=rank,
+        adapters=adapters,
+        dropout=dropout,
+    )

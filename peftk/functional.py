@@ -13,30 +13,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from peftk.adapters import checks
+from peftk.adapters.adapter import adapter_of
+from peftk.adapters.bank import AdapterBank, PackedBank
+from peftk.adapters.dropout import dropout_of
 from peftk.adapters.table import AdapterTable
 from peftk.ops import merge
+from peftk.ops.dispatch import direct_lora_linear, recorded
 from peftk.ops.layer_calls import (
-    _autocast,
-    _dropping,
-    _multi,
-    _recorded,
-    _table,
     adapter_block_unchecked,
     lora_linear_unchecked,
+    multi_adapter_block_unchecked,
     multi_lora_linear_unchecked,
 )
 from peftk.reference.merge import Factors, factors
 from peftk.reference.receipt import MergeReceipt
 from peftk.reference.receipt import check as check_receipt
 from peftk.system.lasting import lasting
-
-if TYPE_CHECKING:
-    from peftk.adapters.bank import AdapterBank, PackedBank
 
 __all__ = [
     "MergeReceipt",
@@ -94,9 +91,15 @@ def lora_linear(
     """
     checks.base(weight, bias)
     checks.adapter(weight, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    return lora_linear_unchecked(
-        x, weight, bias, lora_A, lora_B, float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend
-    )
+    scaling, dropout = float(scaling), dropout_of(dropout_p, seed, weight.device)
+    if dropout is None and backend is None:
+        y = direct_lora_linear(
+            x, weight, bias, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B
+        )
+        if y is not None:
+            return y
+    adapter = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
 def multi_lora_linear(
@@ -133,18 +136,19 @@ def multi_lora_linear(
     Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
     """
     checks.base(weight, bias)
-    if not hasattr(bank, "adapters"):
+    if not isinstance(bank, (AdapterBank, PackedBank, AdapterTable)):
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
     bank = _as_it_lies(bank)
     _bank_fits(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
-    return multi_lora_linear_unchecked(x, weight, bias, bank, _slots(bank, ids), dropout_p, seed, backend)
+    dropout = dropout_of(dropout_p, seed, weight.device)
+    return multi_lora_linear_unchecked(x, weight, bias, bank, _slots(bank, ids), dropout=dropout, backend=backend)
 
 
 def _as_it_lies(bank: Any) -> Any:
     """A table of a user's own, made anew where Parameters have moved since. (A bank looks after its own.)"""
-    return bank.current() if isinstance(bank, AdapterTable) and not _recorded() else bank
+    return bank.current() if isinstance(bank, AdapterTable) and not recorded() else bank
 
 
 def _slots(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
@@ -192,8 +196,15 @@ def adapter_block(
     Source: Houlsby et al. 2019.
     """
     checks.block(x, lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    rest = (float(scaling), activation, bias_A, bias_B, dropout_p, seed, backend)
-    return adapter_block_unchecked(x, lora_A, lora_B, *rest)
+    scaling, dropout = float(scaling), dropout_of(dropout_p, seed, x.device)
+    if dropout is None and backend is None:
+        y = direct_lora_linear(
+            x, None, None, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B
+        )
+        if y is not None:
+            return y
+    adapter = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    return adapter_block_unchecked(x, adapter, dropout=dropout, backend=backend)
 
 
 def multi_adapter_block(
@@ -212,15 +223,13 @@ def multi_adapter_block(
 
     Returns, Raises: as `adapter_block` and `multi_lora_linear`.
     """
-    if not hasattr(bank, "adapters") or bank.columns:
+    if not isinstance(bank, (AdapterBank, AdapterTable)) or bank.columns:
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
     bank = _as_it_lies(bank)
     checks.block_bank(x, bank.device, bank.dtype)
     _bank_fits(bank, x.shape[-1], x.shape[-1])
-    x, seed = _dropping(_autocast(x), dropout_p, seed)
-    recorded = _recorded()
-    table = None if recorded else _table(bank)
-    return _multi(x, None, None, bank, table, _slots(bank, ids), dropout_p, seed, backend, recorded)
+    dropout = dropout_of(dropout_p, seed, x.device)
+    return multi_adapter_block_unchecked(x, bank, _slots(bank, ids), dropout=dropout, backend=backend)
 
 
 def merge_(
@@ -249,7 +258,7 @@ def merge_(
         TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
     """
     factors = _factors(weight, lora_A, lora_B, scaling)
-    return merge.merge_(weight, factors, backend)
+    return merge.merge_(weight, factors, backend=backend)
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
@@ -260,7 +269,7 @@ def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = Non
         ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
     """
     _merged(weight, receipt)
-    merge.unmerge_(weight, receipt, backend)
+    merge.unmerge_(weight, receipt, backend=backend)
 
 
 def remerge_(
@@ -286,7 +295,7 @@ def remerge_(
     """
     factors = _factors(weight, lora_A, lora_B, scaling)
     _receipt(receipt)
-    return merge.remerge_(weight, receipt, factors, backend)
+    return merge.remerge_(weight, receipt, factors, backend=backend)
 
 
 def merge_layers_(
@@ -313,7 +322,7 @@ def merge_layers_(
     Raises:
         TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.
     """
-    return merge.merge_layers_(weights, _layers(weights, lora_A, lora_B, scaling), backend)
+    return merge.merge_layers_(weights, _layers(weights, lora_A, lora_B, scaling), backend=backend)
 
 
 def remerge_layers_(
@@ -341,7 +350,7 @@ def remerge_layers_(
         if receipt is not None:
             with _numbered(layer):
                 _merged(weight, receipt)
-    return merge.remerge_layers_(weights, receipts, factors, backend)
+    return merge.remerge_layers_(weights, receipts, factors, backend=backend)
 
 
 def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
@@ -355,7 +364,7 @@ def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt],
         with _numbered(layer):
             _merged(weight, receipt)
     checks.apart(weights)
-    merge.unmerge_layers_(weights, receipts, backend)
+    merge.unmerge_layers_(weights, receipts, backend=backend)
 
 
 def _layers(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list[Factors]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from peftk.backends import choice
+from peftk.backends import choice, reference
 from peftk.cli import main
 from peftk.reference import bounds
 from peftk.reference.lora_linear import lora_linear as reference_lora_linear
@@ -86,7 +86,7 @@ def test_bench_refuses_to_time_a_wrong_side(tmp_path, monkeypatch, mistake):
             y[-1, -1] *= 1.1
         return y, z
 
-    monkeypatch.setattr(choice.module("reference"), "lora_linear", wrong)
+    monkeypatch.setattr(reference, "lora_linear", wrong)
     file = tmp_path / "bench.json"
     result = invoke("bench", *TINY, "--op", "lora_linear", "--backend", "reference", "--json", str(file))
     assert result.exit_code == 1
@@ -166,7 +166,7 @@ def test_selftest_passes():
 
 def test_selftest_finds_a_wrong_backend(monkeypatch):
     monkeypatch.setattr(
-        choice.module("reference"),
+        reference,
         "lora_linear",
         lambda x, weight, bias, adapter, **kwargs: reference_lora_linear(x, weight, None, adapter, **kwargs),
     )

@@ -1,4 +1,4 @@
-"""`peftk bench --counted`: launches, bytes and products of a linear, beside models of other libraries.
+"""`python -m bench.counted`: launches, bytes and products of a linear, beside models of other libraries.
 
 `docs/counted.md` says how and shows a run.
 

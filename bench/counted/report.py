@@ -1,4 +1,4 @@
-"""What `peftk bench --counted` shows: launches, bytes and modelled times side by side, and one linear by tensor."""
+"""What `python -m bench.counted` shows: launches, bytes and modelled times side by side, and one linear by tensor."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ static inline T* address(uintptr_t value) {
     return reinterpret_cast<T*>(value);
 }
 
+template <>
+constexpr bool kHasClass<Adapters> = true;
+
 static inline void define_adapters(pybind11::module_& module) {
-    // module_local: each module has the class for itself
-    const pybind11::class_<Adapters> adapters(module, "Adapters", pybind11::module_local(),
-                                              "The adapters that a call's ids name.");
+    const auto adapters = define_class<Adapters>(module, "Adapters", "The adapters that a call's ids name.");
     define(adapters, "none", "(*, dtype)", "The base layer alone.", [](int dtype) {
         Adapters none{};
         none.dtype = dtype_of("dtype", dtype);

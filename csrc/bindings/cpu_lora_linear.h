@@ -20,9 +20,12 @@ static inline Dropout dropout_of(double p, uint64_t seed) {
     return {p > 0, uint32_t(p * 0x1p32), float(1 / (1 - p)), seed};
 }
 
+template <>
+constexpr bool kHasClass<Linear> = true;
+
 static inline void define_linear(pybind11::module_& module) {
-    const pybind11::class_<Linear> linear(module, "Linear", pybind11::module_local(),
-                                          "What a forward and its backward share: x and the base layer.");
+    const auto linear =
+        define_class<Linear>(module, "Linear", "What a forward and its backward share: x and the base layer.");
     define(linear, "of",
            "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, bias=0, bias_dtype=0, "
            "dropout_p=0.0, seed=0, threads)",

@@ -42,6 +42,11 @@ struct MergeSideArgs {
     }
 };
 
+template <>
+constexpr bool kHasClass<MergeWeight> = true;
+template <>
+constexpr bool kHasClass<MergeSideArgs> = true;
+
 template <class Bits>
 pybind11::array bits_of(const std::vector<RawWeight>& raws) {
     pybind11::array_t<Bits> bits(pybind11::ssize_t(raws.size()));
@@ -51,13 +56,13 @@ pybind11::array bits_of(const std::vector<RawWeight>& raws) {
 }
 
 static inline void define_merge_arguments(pybind11::module_& module) {
-    const pybind11::class_<MergeWeight> weight(module, "MergeWeight", pybind11::module_local(), "W, changed in place.");
+    const auto weight = define_class<MergeWeight>(module, "MergeWeight", "W, changed in place.");
     define(weight, "of", "(*, weight, stride, N, K, dtype)", "weight [N, K], contiguous rows.",
            [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype) {
                return MergeWeight{address<void>(weight), stride, N, K, dtype_of("dtype", dtype)};
            });
-    const pybind11::class_<MergeSideArgs> side(module, "MergeSide", pybind11::module_local(),
-                                               "Adapters side by side, and the codes that undo their merge.");
+    const auto side =
+        define_class<MergeSideArgs>(module, "MergeSide", "Adapters side by side, and the codes that undo their merge.");
     define(side, "of", "(*, lora_A, lora_B, ends, scaling, dtype, halves, far=0, far_count=0, raws=0, raw_count=0)",
            "lora_A [R, K], lora_B [N, R]; the last four are of a side that W comes from.",
            [](uintptr_t lora_A, uintptr_t lora_B, const std::vector<int64_t>& ends, const std::vector<float>& scaling,

@@ -8,6 +8,18 @@
 #include "bindings/dtype_arg.h"
 #include "cuda/lora_linear.h"
 
+// Adapters as an argument of what pybind11 wraps.
+template <>
+struct pybind11::detail::type_caster<peftk::Adapters> {
+    const peftk::Adapters* value = nullptr;
+    static constexpr auto name = const_name("Adapters");
+    template <class T>
+    using cast_op_type = const peftk::Adapters&;
+
+    bool load(handle object, bool) { return (value = peftk::value_of<peftk::Adapters>(object.ptr())) != nullptr; }
+    operator const peftk::Adapters&() { return *value; }
+};
+
 namespace peftk::cuda {
 
 inline void define_lora_linear(pybind11::module_& module) {

@@ -13,20 +13,24 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/class.h"
 #include "bindings/errors.h"
 
 namespace peftk {
 
 // ---- one argument -------------------------------------------------------------------------------------------------
 
-// Reads a T, or says no; what was expected then. This one: an object of a class that pybind11 knows.
+// Reads a T, or says no; what was expected then. This one: an object of a class of ours.
 template <class T, class = void>
 struct Argument {
-    pybind11::detail::make_caster<T> caster;
+    static_assert(kHasClass<T>);
+    const T* value = nullptr;
 
-    bool read(PyObject* object) { return object != Py_None && caster.load(object, false); }
-    static std::string expected() { return pybind11::str(pybind11::type::of<T>().attr("__name__")); }
-    operator const T&() { return pybind11::detail::cast_op<const T&>(caster); }
+    bool read(PyObject* object) { return (value = value_of<T>(object)) != nullptr; }
+    static std::string expected() {
+        return pybind11::str(pybind11::handle(reinterpret_cast<PyObject*>(class_of<T>())).attr("__name__"));
+    }
+    operator const T&() const { return *value; }
 };
 
 // An int that fits, never something that turns into one: a tensor of one element is no address.
@@ -215,6 +219,8 @@ struct NamedFunction {
         if constexpr (std::is_void_v<Return>) {
             body(static_cast<In>(std::get<I>(arguments))...);
             return pybind11::none().release().ptr();
+        } else if constexpr (kHasClass<Return>) {
+            return object_of<Return>(body(static_cast<In>(std::get<I>(arguments))...)).release().ptr();
         } else {
             pybind11::object result =
                 pybind11::detail::object_or_cast(body(static_cast<In>(std::get<I>(arguments))...));

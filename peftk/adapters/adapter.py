@@ -45,8 +45,10 @@ class Adapter:
         return torch.cat(self.pages_B, dim=1)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        biases = tuple(t for t in (self.bias_A, self.bias_B) if t is not None)
-        return self.pages_A + self.pages_B + biases
+        factors = self.pages_A + self.pages_B
+        if self.bias_A is None and self.bias_B is None:  # asked in every call
+            return factors
+        return factors + tuple(t for t in (self.bias_A, self.bias_B) if t is not None)
 
 
 class AdapterGrads(NamedTuple):
@@ -73,21 +75,26 @@ ALL = Wanted()
 def adapter_of(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
     scaling: float,
-    activation: str,
+    activation: str = "identity",
+    bias_A: Tensor | None = None,
+    bias_B: Tensor | None = None,
 ) -> Adapter | None:
-    """The Adapter made of these tensors where they lie (strided biases are copied); None where there are none."""
+    """The Adapter made of these tensors where they lie; None where there are none."""
     both_factors(lora_A, lora_B)
-    bias_A, bias_B = _line(bias_A), _line(bias_B)
     if lora_A is None or lora_B is None:
         return None if bias_B is None else Adapter((), (), scaling, activation, None, bias_B)
     return Adapter((lora_A,), (lora_B,), scaling, activation, bias_A, bias_B)
 
 
-def _line(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+FlatAdapter = tuple[Tensor | None, Tensor | None, float, str, Tensor | None, Tensor | None]
+
+
+def flat_adapter(adapter: Adapter | None) -> FlatAdapter:
+    """What `adapter_of` takes, for what takes no object: torch's Functions and custom ops."""
+    if adapter is None:
+        return None, None, 1.0, "identity", None, None
+    return adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B
 
 
 NOTHING = Wanted(False, False, False, False)

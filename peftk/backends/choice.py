@@ -1,11 +1,9 @@
-"""The one place that decides which backend runs. Every backend module has the reference's functions and signatures.
+"""The one place that decides which backend runs. What a backend is: `peftk.backends.contract`.
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
-`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it wins). A module also has
-`cannot_serve(call)`, the reason why it cannot or None, and `describe(call)`, one line for `peftk.explain` about the
-kernel that would run. `choose` is a pure function of the call, of what `peftk tune` has measured on this machine
-(`peftk.backends.measured`), and of torch's switch for deterministic algorithms, which keeps to our own kernels;
-`explain` says what it chose and why.
+`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it wins). `choose` is a pure function of
+the call, of what `peftk tune` has measured on this machine (`peftk.backends.measured`), and of torch's switch for
+deterministic algorithms, which keeps to our own kernels; `explained` says what it chose and why.
 """
 
 from __future__ import annotations
@@ -13,17 +11,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib
 import os
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 
-from peftk.backends import measured
-from peftk.backends.call import BackendError, Call, Choice
-
-NAMES = ("reference", "cpu", "gemm", "triton", "cuda")
+from peftk.backends import measured, registry
+from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
+from peftk.backends.contract import Backend
 
 # First that can serve wins. The reference can serve everything, so a choice always exists.
 _PREFERENCE = {
@@ -38,17 +33,6 @@ _PREFERENCE_FOR_SEGMENTS = ("cuda", "triton", "reference")
 SMALL = 1 << 22
 
 
-@functools.cache
-def module(name: str) -> ModuleType:
-    """The backend's module. Raises BackendError with the reason where it cannot be imported here."""
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    try:
-        return importlib.import_module(f"peftk.backends.{name}")
-    except ImportError as error:
-        raise BackendError(f"backend {name!r} cannot be imported: {error}") from error
-
-
 def choose(call: Call, forced: str | None = None) -> Choice:
     """The backend that serves `call`. `forced` (else PEFTK_BACKEND) names one; it serves or BackendError is raised.
 
@@ -58,10 +42,15 @@ def choose(call: Call, forced: str | None = None) -> Choice:
     return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
 
 
+def serving(call: Call, forced: str | None = None) -> Backend:
+    """The backend that `choose` names."""
+    return registry.backend(choose(call, forced).backend)
+
+
 def explained(call: Call, forced: str | None = None) -> Choice:
     """`choose`, with what the backend says of the kernel that would run."""
     choice = choose(call, forced)
-    return choice._replace(kernel=module(choice.backend).describe(call))
+    return choice._replace(kernel=registry.backend(choice.backend).about.describe(call))
 
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("peftk_forced", default=None)
@@ -90,7 +79,7 @@ def forced() -> str | None:
 @functools.cache
 def direct_up_to(dtype: torch.dtype) -> int:
     """Up to how many multiply-adds (M·K·N) a forward in `dtype` on a CPU is `cpu`'s whatever its shape."""
-    return SMALL if measured.may_prefer_gemm("lora_linear", dtype) else 1 << 62
+    return SMALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else 1 << 62
 
 
 def forget() -> None:
@@ -121,9 +110,9 @@ def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
 
 def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends to ask, in order, and reasons for some of them."""
-    if call.op == "segments":
+    if call.op == SEGMENTS:
         return _PREFERENCE_FOR_SEGMENTS, {}
-    if call.device != "cpu" or not call.op.removeprefix("multi_").startswith("lora_linear"):
+    if call.device != "cpu" or call.op.kind != "lora_linear":
         return _PREFERENCE.get(call.device, ("triton", "reference")), {}
     if deterministic:
         return _PREFERENCE["cpu"], {"cpu": "torch.use_deterministic_algorithms keeps to our own kernels"}
@@ -137,13 +126,13 @@ def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[
 
 def rounds_once(name: str) -> bool:
     """Whether a backend's results are rounded to their dtype once; if not, also the base layer's part of them."""
-    return name != "gemm"
+    return registry.backend(name).rounds_once
 
 
 def cannot_serve(name: str, call: Call) -> str | None:
     """Why backend `name` cannot serve `call`, or None where it can."""
     try:
-        backend = module(name)
+        backend = registry.backend(name)
     except BackendError as error:
         return str(error)
-    return backend.cannot_serve(call)
+    return backend.about.cannot_serve(call)

@@ -16,7 +16,9 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
+from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
 from peftk.reference.receipt import MergeReceipt, halves
@@ -24,11 +26,19 @@ from peftk.reference.receipt import MergeReceipt, halves
 if TYPE_CHECKING:
     from peftk.backends.call import Call
 
+_NO_ADAPTER = _cpu.Adapters.none(dtype=DTYPES[torch.float32])
+
+
+def backend() -> Backend:
+    from peftk.backends import cpu
+
+    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, looks_at_ids=True)
+
 
 def cannot_serve(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
-    if call.op == "segments":
+    if call.op.kind == "segments":
         return "sorts no rows: its kernels take them as they come"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
@@ -41,9 +51,9 @@ def cannot_serve(call: Call) -> str | None:
 def describe(call: Call) -> str:
     """What serves a call, for `peftk.explain`. The weight is taken to be row-major."""
     threads = torch.get_num_threads()
-    if call.op in ("merge", "unmerge"):
+    if call.op.kind in ("merge", "unmerge"):
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
-    if "adapter_block" in call.op:
+    if call.op.kind == "adapter_block":
         return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_count(threads)}"
     linear = _cpu.Linear.of(
         M=call.M,
@@ -58,7 +68,7 @@ def describe(call: Call) -> str:
         weight_dtype=DTYPES[call.weight_dtype],
         threads=threads,
     )
-    form, pairs, threads = _cpu.plan(linear, backward=call.op.endswith("_backward"))
+    form, pairs, threads = _cpu.plan(linear, backward=call.op.backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
     return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
 
@@ -83,19 +93,19 @@ def lora_linear(
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
-    M, N = x.shape[0], _out(x, weight)
+    M, K = x.shape
+    N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
-        _linear(_rows(x, N), weight, bias, dropout_p, seed, over_base=base is not None),
+        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
         _one(adapter),
         y=y.data_ptr(),
         y_stride=N,
@@ -142,20 +152,20 @@ def multi_lora_linear(
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
-    M, N = x.shape[0], _out(x, weight)
+    M, K = x.shape
+    N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     # rows of smaller rank leave the rest alone
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
     _cpu.lora_linear(
-        _linear(_rows(x, N), weight, bias, dropout_p, seed, over_base=base is not None),
+        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
         _adapters(table),
         ids=ids.data_ptr(),
         y=y.data_ptr(),
@@ -173,8 +183,7 @@ def lora_linear_backward(
     adapter: Adapter | None,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
     base: Tensor | None = None,
@@ -182,11 +191,11 @@ def lora_linear_backward(
     """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
     dy, weight, adapter = rows(dy), _dense(weight), _one_page(adapter)
     x = None if x is None else rows(x)
-    K = _in(dy, x, weight)
-    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy, K, wanted)
     _cpu.lora_linear_backward(
-        _linear(_rows_backward(dy, x, K), weight, None, dropout_p, seed, over_base=base is not None),
+        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
         _one(adapter),
         dy=dy.data_ptr(),
         dy_stride=dy.stride(0),
@@ -208,8 +217,7 @@ def multi_lora_linear_backward(
     ids: Tensor,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
     base: Tensor | None = None,
@@ -217,12 +225,12 @@ def multi_lora_linear_backward(
     """base: as in `lora_linear_backward`."""
     dy, weight, ids = rows(dy), _dense(weight), _ids(ids)
     x, z = None if x is None else rows(x), None if z is None else rows(z)
-    K = _in(dy, x, weight)
-    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
     each = [ALL] * len(table.adapters) if wanted is None else wanted
     grads = [None if a is None else _empty_grads(a, dy, K, w) for a, w in zip(table.adapters, each, strict=True)]
     _cpu.lora_linear_backward(
-        _linear(_rows_backward(dy, x, K), weight, None, dropout_p, seed, over_base=base is not None),
+        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
         _adapters(table),
         ids=ids.data_ptr(),
         dy=dy.data_ptr(),
@@ -302,11 +310,6 @@ def _dense(weight: Tensor | None) -> Tensor | None:
     return weight if weight is None or 1 in weight.stride() else weight.contiguous()
 
 
-def _out(x: Tensor, weight: Tensor | None) -> int:
-    """N; without a weight (the identity: a series adapter) it is K."""
-    return x.shape[1] if weight is None else weight.shape[0]
-
-
 def _in(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> int:
     """K, of a backward that may have no x; without a weight it is N."""
     return x.shape[1] if x is not None else dy.shape[1] if weight is None else weight.shape[1]
@@ -326,79 +329,95 @@ def _one_page(adapter: Adapter | None) -> Adapter | None:
     return Adapter((A,), (B,), adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
 
 
-def _rows(x: Tensor, N: int) -> dict[str, int]:
-    """What a Linear says of its sizes and of x."""
-    M, K = x.shape
-    return {"M": M, "N": N, "K": K, "x": x.data_ptr(), "x_stride": x.stride(0), "x_dtype": DTYPES[x.dtype]}
-
-
-def _rows_backward(dy: Tensor, x: Tensor | None, K: int) -> dict[str, int]:
-    """The same for a backward: without x it says the dtype of dX alone."""
-    M, N = dy.shape
-    if x is None:
-        return {"M": M, "N": N, "K": K, "x": 0, "x_stride": K, "x_dtype": DTYPES[dy.dtype]}
-    return _rows(x, N)
-
-
 def _linear(
-    rows: dict[str, int],
+    shape: tuple[int, int, int],
+    x: Tensor | None,
+    x_dtype: torch.dtype,
     weight: Tensor | None,
     bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
     *,
     over_base: bool,
 ) -> _cpu.Linear:
-    if dropout_p and seed is None:
-        raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
-    word = 0 if seed is None or not dropout_p else int(seed) & 0xFFFFFFFFFFFFFFFF
-    threads = torch.get_num_threads()
+    """shape: M, N, K. Without x, as a backward may be, x_dtype is that of dX alone."""
+    M, N, K = shape
+    p, seed = (0.0, 0) if dropout is None else (dropout.p, int(dropout.seed) & 0xFFFFFFFFFFFFFFFF)
     if over_base or weight is None:
-        return _cpu.Linear.over_base(**rows, dropout_p=dropout_p, seed=word, threads=threads)
-    n_stride, k_stride = weight.stride()
+        return _cpu.Linear.over_base(
+            M=M,
+            N=N,
+            K=K,
+            x=0 if x is None else x.data_ptr(),
+            x_stride=K if x is None else x.stride(0),
+            x_dtype=DTYPES[x_dtype],
+            dropout_p=p,
+            seed=seed,
+            threads=torch.get_num_threads(),
+        )
+    weight_n, weight_k = weight.stride()
     return _cpu.Linear.of(
-        **rows,
+        M=M,
+        N=N,
+        K=K,
+        x=0 if x is None else x.data_ptr(),
+        x_stride=K if x is None else x.stride(0),
+        x_dtype=DTYPES[x_dtype],
         weight=weight.data_ptr(),
-        weight_n=n_stride,
-        weight_k=k_stride,
+        weight_n=weight_n,
+        weight_k=weight_k,
         weight_dtype=DTYPES[weight.dtype],
         bias=0 if bias is None else bias.data_ptr(),
         bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        dropout_p=dropout_p,
-        seed=word,
-        threads=threads,
+        dropout_p=p,
+        seed=seed,
+        threads=torch.get_num_threads(),
     )
 
 
 def _room_for_dx(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
+    dy: Tensor, dtype: torch.dtype, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """What dX is added to, where it is there already (without a weight dX begins as dY), and dX [M, K]."""
     if not need_dx:
         return None, None
     if weight is None:
         base = dy.clone(memory_format=torch.contiguous_format)
-    return base, dy.new_empty(dy.shape[0], K, dtype=dy.dtype if x is None else x.dtype) if base is None else base
+    return base, dy.new_empty(dy.shape[0], K, dtype=dtype) if base is None else base
 
 
 def _one(adapter: Adapter | None) -> _cpu.Adapters:
     """The adapter of `_one_page`. Addresses: the caller keeps it alive."""
     if adapter is None:
-        return _cpu.Adapters.none(dtype=DTYPES[torch.float32])
-    A, B = (adapter.pages_A[0], adapter.pages_B[0]) if adapter.pages_A else (None, None)
+        return _NO_ADAPTER
     bias_A, bias_B = adapter.bias_A, adapter.bias_B
+    if not adapter.pages_A:  # biases alone
+        return _cpu.Adapters.one(
+            A=0,
+            stride_A=0,
+            B=0,
+            stride_Bn=0,
+            stride_Br=0,
+            bias_A=0 if bias_A is None else bias_A.data_ptr(),
+            bias_B=0 if bias_B is None else bias_B.data_ptr(),
+            rank=0,
+            activation=0,
+            scaling=0.0,
+            dtype=DTYPES[torch.float32 if bias_B is None else bias_B.dtype],
+        )
+    A, B = adapter.pages_A[0], adapter.pages_B[0]
+    stride_Bn, stride_Br = B.stride()
     return _cpu.Adapters.one(
-        A=0 if A is None else A.data_ptr(),
-        stride_A=0 if A is None else A.stride(0),
-        B=0 if B is None else B.data_ptr(),
-        stride_Bn=0 if B is None else B.stride(0),
-        stride_Br=0 if B is None else B.stride(1),
+        A=A.data_ptr(),
+        stride_A=A.stride(0),
+        B=B.data_ptr(),
+        stride_Bn=stride_Bn,
+        stride_Br=stride_Br,
         bias_A=0 if bias_A is None else bias_A.data_ptr(),
         bias_B=0 if bias_B is None else bias_B.data_ptr(),
-        rank=0 if A is None else A.shape[0],
+        rank=A.shape[0],
         activation=CODES[adapter.activation],
         scaling=adapter.scaling,
-        dtype=DTYPES[next((t.dtype for t in (A, bias_B) if t is not None), torch.float32)],
+        dtype=DTYPES[A.dtype],
     )
 
 

@@ -15,7 +15,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import peftk._cuda as _cuda
 from peftk.adapters.adapter import PAGE, Adapter
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
+from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE
+from peftk.backends.contract import Backend
 from peftk.launch import workspace
 from peftk.launch.adapter_args import contiguous, one
 from peftk.launch.merge_args import DTYPES
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from peftk.backends.call import Call
 
 __all__ = [
+    "backend",
     "cannot_serve",
     "checksum",
     "checksums",
@@ -41,16 +45,25 @@ __all__ = [
 ]
 
 
+_SERVED = (LORA_LINEAR, LORA_LINEAR._replace(many=True), MERGE, UNMERGE, SEGMENTS)
+
+
+def backend() -> Backend:
+    from peftk.backends import cuda
+
+    return Backend(cuda, forward=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
+
+
 def cannot_serve(call: Call) -> str | None:
     if _cuda.device == "cuda" and torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    if call.op not in ("lora_linear", "multi_lora_linear", "merge", "segments", "unmerge"):
+    if call.op not in _SERVED:
         return f"no CUDA C++ kernel for {call.op}"
     if call.device != _cuda.device:
         return f"runs on {_cuda.device} tensors, not on {call.device}"
-    if call.op == "segments":
+    if call.op == SEGMENTS:
         return _too_old()
-    if call.op in ("merge", "unmerge"):
+    if call.op in (MERGE, UNMERGE):
         for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
             if dtype is not None and dtype not in DTYPES:
                 return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
@@ -80,12 +93,12 @@ def _too_old() -> str | None:
 
 def describe(call: Call) -> str:
     """What a call launches, for `peftk.explain`."""
-    if call.op == "segments":
+    if call.op == SEGMENTS:
         alone = _cuda.segments_workspace(call.M, call.adapters) == 0
         return "1 launch: segments_kernel" if alone else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
-    if call.op == "merge":
+    if call.op == MERGE:
         return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
-    if call.op == "unmerge":
+    if call.op == UNMERGE:
         return (
             "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; sum_rows_kernel before them"
         )
@@ -101,12 +114,11 @@ def describe(call: Call) -> str:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses travel as arguments."""
@@ -122,13 +134,12 @@ def lora_linear(
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. Blocks sort the ids themselves."""
@@ -168,7 +179,7 @@ def _plan(M: int, N: int, K: int, z_pages: int, processors: int) -> _cuda.LoraLi
 
 def _lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapters: _cuda.Adapters,
     z_pages: int,
@@ -177,6 +188,7 @@ def _lora_linear(
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N], and z [M, 16 · z_pages], whole if it is saved."""
+    assert weight is not None  # it serves no series adapter
     (M, K), N, device = x.shape, weight.shape[0], x.device
     if x.stride(1) != 1 or (x.data_ptr() | x.stride(0) * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)

@@ -17,15 +17,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import cpu
+from peftk.backends.contract import Backend
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
 
 
+def backend() -> Backend:
+    from peftk.backends import gemm
+
+    return Backend(gemm, forward=gemm, backward=gemm, rounds_once=False)
+
+
 def cannot_serve(call: Call) -> str | None:
-    if "lora_linear" not in call.op:
+    if call.op.kind != "lora_linear":
         return f"multiplies matrices, has none for {call.op}"
     if call.x_dtype != call.weight_dtype:
         return f"serves x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
@@ -38,76 +46,76 @@ def describe(call: Call) -> str:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     y = _base(x, weight, bias)
     if adapter is None:
         return y, None
-    return cpu.lora_linear(x, weight, None, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z, base=y)
+    return cpu.lora_linear(x, weight, None, adapter, dropout=dropout, save_z=save_z, base=y)
 
 
 def multi_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     y = _base(x, weight, bias)
-    return cpu.multi_lora_linear(x, weight, None, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z, base=y)
+    return cpu.multi_lora_linear(x, weight, None, table, ids, dropout=dropout, save_z=save_z, base=y)
 
 
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    dx = torch.mm(dy, weight) if need_dx else None
+    dx = _base_dx(dy, weight) if need_dx else None
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
-    return cpu.lora_linear_backward(
-        dy, x, weight, adapter, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted, base=dx
-    )
+    return cpu.lora_linear_backward(dy, x, weight, adapter, z, dropout=dropout, need_dx=need_dx, wanted=wanted, base=dx)
 
 
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    dx = torch.mm(dy, weight) if need_dx else None
+    dx = _base_dx(dy, weight) if need_dx else None
     return cpu.multi_lora_linear_backward(
-        dy, x, weight, table, ids, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx, wanted=wanted, base=dx
+        dy, x, weight, table, ids, z, dropout=dropout, need_dx=need_dx, wanted=wanted, base=dx
     )
 
 
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """xWᵀ + bias, contiguous."""
+    assert weight is not None  # it serves no series adapter
     if bias is not None and bias.dtype != x.dtype:
         return functional.linear(x, weight).contiguous().add_(bias)
     return functional.linear(x, weight, bias).contiguous()
+
+
+def _base_dx(dy: Tensor, weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return torch.mm(dy, weight)

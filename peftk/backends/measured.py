@@ -20,7 +20,7 @@ from peftk.system.processor import cpu_name
 from peftk.system.version import __version__
 
 if TYPE_CHECKING:
-    from peftk.backends.call import Call
+    from peftk.backends.call import Call, Op
 
 _FILE = "choice.json"
 _AMX_TOKENS = 32
@@ -51,7 +51,7 @@ def margin(key: str) -> float:
     return 1.05 if key.endswith("float32") else 1.15
 
 
-def may_prefer_gemm(op: str, dtype: torch.dtype) -> bool:
+def may_prefer_gemm(op: Op, dtype: torch.dtype) -> bool:
     """Whether there is a shape for which `verdict` prefers it."""
     key = key_of(op, dtype)
     points = _measured()[0].get(key)
@@ -107,9 +107,9 @@ def _made_with() -> dict[str, str]:
     return {"torch": torch.__version__, "peftk": __version__, "simd_level": cpu.simd_level()}
 
 
-def key_of(op: str, dtype: torch.dtype) -> str:
+def key_of(op: Op, dtype: torch.dtype) -> str:
     """What a grid is kept under: one adapter or many are alike."""
-    return f"{op.removeprefix('multi_')} {str(dtype).removeprefix('torch.')}"
+    return f"{op._replace(many=False)} {str(dtype).removeprefix('torch.')}"
 
 
 def save(measured: dict[str, list[Point]]) -> None:

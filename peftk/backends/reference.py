@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from peftk.backends.contract import Backend
 from peftk.launch.merge_args import NotFiniteError, write
 from peftk.launch.segments import Segments
 from peftk.reference.lora_linear import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftk.backends.call import Call
 
 __all__ = [
+    "backend",
     "cannot_serve",
     "checksum",
     "describe",
@@ -36,6 +38,12 @@ __all__ = [
     "unmerge",
     "unmerge_",
 ]
+
+
+def backend() -> Backend:
+    from peftk.backends import reference
+
+    return Backend(reference, forward=reference, backward=reference, merge=reference, sort=reference)
 
 
 def cannot_serve(call: Call) -> str | None:

@@ -1,7 +1,7 @@
 """The rows of a batch in the order of their adapters: what it is made of, and who makes it. `docs/segments.md`.
 
-`of` serves the kernels of every backend that walk rows so. It is a choice like any other (`peftk.backends.choose`, op
-"segments"), made once for all layers of a route.
+`of` serves the kernels of every backend that walk rows so. It is a choice like any other
+(`peftk.backends.choice`), made once for all layers of a route.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftk.adapters import route
 from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends.call import SEGMENTS, Call
+from peftk.backends.contract import served
 from peftk.launch.segments import Segments
 from peftk.system.lasting import lasting
 
@@ -25,6 +26,16 @@ def of(ids: Tensor, adapters: int) -> Segments:
 
 @lasting()
 def _sorted(ids: Tensor, adapters: int) -> Segments:
-    call = Call("segments", ids.device.type, ids.dtype, ids.dtype, None, ids.shape[0], 1, 1, 0, adapters)
-    found: Segments = choice.module(choice.choose(call).backend).segments(ids, adapters)
-    return found
+    call = Call(
+        op=SEGMENTS,
+        device=ids.device.type,
+        x_dtype=ids.dtype,
+        weight_dtype=ids.dtype,
+        adapter_dtype=None,
+        M=ids.shape[0],
+        K=1,
+        N=1,
+        rank=0,
+        adapters=adapters,
+    )
+    return served(choice.serving(call).sort).segments(ids, adapters)

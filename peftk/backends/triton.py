@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import segments as sorted_rows
+from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import Tensors, contiguous, one
 from peftk.launch.merge_layers import InPlace
 from peftk.triton_kernels import config, tuned
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from peftk.backends.call import Call
 
 __all__ = [
+    "backend",
     "cannot_serve",
     "checksum",
     "checksums",
@@ -42,29 +45,27 @@ __all__ = [
 ]
 
 _MERGES = ("merge", "unmerge")
-_SERVED = (
-    *(f"{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
-    *(f"multi_{op}{back}" for op in ("lora_linear", "adapter_block") for back in ("", "_backward")),
-    *_MERGES,
-    "segments",
-)
 INTERPRETED = bool(_INTERPRETED.value)
 _DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
+def backend() -> Backend:
+    from peftk.backends import triton
+
+    return Backend(triton, forward=triton, backward=triton, merge=triton, merge_layers=triton, sort=triton)
+
+
 def cannot_serve(call: Call) -> str | None:
-    if call.op not in _SERVED:
-        return f"no Triton kernel for {call.op}"
     if call.device != _DEVICE:
         return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
-    dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op != "segments" else set()
+    dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op.kind != "segments" else set()
     for dtype in dtypes:
         if dtype not in kernels.DTYPES:
             return f"expected float32, bfloat16 or float16, got {dtype}"
-    if call.op not in _MERGES and {torch.bfloat16, torch.float16} <= dtypes:
+    if call.op.kind not in _MERGES and {torch.bfloat16, torch.float16} <= dtypes:
         return "no kernel for bfloat16 and float16 in one call: x, weight and adapters may mix float32 with one of them"
     if (
-        call.op not in _MERGES
+        call.op.kind not in _MERGES
         and torch.version.hip
         and (call.x_dtype != call.weight_dtype or not dtypes <= {call.x_dtype, torch.float32})
     ):
@@ -81,18 +82,18 @@ def cannot_serve(call: Call) -> str | None:
 
 def describe(call: Call) -> str:
     """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
-    if call.op == "segments":
+    if call.op.kind == "segments":
         return "1 launch: segments_kernel" if call.M <= TILE else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
-    if call.op == "merge":
+    if call.op.kind == "merge":
         return "1 launch: merge_kernel, one pass over W, in place; for a list of layers the same one"
-    if call.op == "unmerge":
+    if call.op.kind == "unmerge":
         return (
             "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; checksum_kernel before them"
         )
     if call.device != "cpu" and not torch.cuda.is_available():
         return "its plan depends on the GPU, of which torch finds none here"
-    device, many = torch.device(call.device), call.op.startswith("multi_")
-    where, backward = tuned.target(device), call.op.endswith("_backward")
+    device, many, backward = torch.device(call.device), call.op.many, call.op.backward
+    where = tuned.target(device)
     form = config.Form(
         call.M, call.K if backward else call.N, call.N if backward else call.K, many, call.slices > 1, backward,
         call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
@@ -113,14 +114,14 @@ def lora_linear(
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
     adapters, held = _one(adapter)
+    p, seed = flat_dropout(dropout)
     has_z = save_z and adapters.z_width > 0
-    y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=dropout_p, seed=seed, save_z=has_z)
+    y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=p, seed=seed, save_z=has_z)
     del held  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
     return y, None if z is None or adapter is None else z[:, : adapter.rank]
 
@@ -132,13 +133,13 @@ def multi_lora_linear(
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
     adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
-    return kernels.forward(x, weight, contiguous(bias), adapters, order, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    p, seed = flat_dropout(dropout)
+    return kernels.forward(x, weight, contiguous(bias), adapters, order, dropout_p=p, seed=seed, save_z=save_z)
 
 
 def lora_linear_backward(
@@ -148,20 +149,20 @@ def lora_linear_backward(
     adapter: Adapter | None,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
     """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
     adapters, held = _one(adapter)
     K = dy.shape[1] if weight is None else weight.shape[1]
-    dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
+    p, seed = flat_dropout(dropout)
+    dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
     x, z = _unread(x, z, dy, u)
     plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
-    [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=dropout_p, seed=seed)
+    [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=p, seed=seed)
     del held
     return dx, grads or AdapterGrads(None, None, None, None)
 
@@ -174,18 +175,18 @@ def multi_lora_linear_backward(
     ids: Tensor,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
     adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
     K = dy.shape[1] if weight is None else weight.shape[1]
-    dx, u = kernels.backward(dy, weight, K, adapters, order, z, dropout_p=dropout_p, seed=seed, need_dx=need_dx)
+    p, seed = flat_dropout(dropout)
+    dx, u = kernels.backward(dy, weight, K, adapters, order, z, dropout_p=p, seed=seed, need_dx=need_dx)
     x, z = _unread(x, z, dy, u)
     plan = _plan(table, wanted, dy.shape[1], x)
-    return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=dropout_p, seed=seed)
+    return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=p, seed=seed)
 
 
 def _unread(x: Tensor | None, z: Tensor | None, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,9 +225,9 @@ def contents_of(model: nn.Module, loaded: LoadedBottlenecks) -> Contents:
     except ValueError as error:
         raise CheckpointError(f"{loaded.path}: expected a model with bottleneck adapters alone: {error}") from error
     for field in ("placement", "activation", "scaling"):
-        theirs, held = getattr(loaded.config, field), getattr(ours, field)
-        if theirs != held:
-            raise CheckpointError(f"{loaded.path}: expected the model's {field}, {held!r}, got {theirs!r}")
+        theirs, here = getattr(loaded.config, field), getattr(ours, field)
+        if theirs != here:
+            raise CheckpointError(f"{loaded.path}: expected the model's {field}, {here!r}, got {theirs!r}")
     # a checkpoint of a model with a head fits its base model, and the other way round
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {key.removeprefix(prefix): module for key, module in modules.items()}

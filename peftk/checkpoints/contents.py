@@ -132,11 +132,11 @@ def with_aliases(model: nn.Module, trained: Iterable[str], biases: Collection[st
 
 def saved_names(model: nn.Module, modules_to_save: Collection[str] | None) -> list[str]:
     """The Parameters and buffers of these modules, as a checkpoint names them."""
-    held = {plain_name(name) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    stored = {plain_name(name) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return [
         name
         for name, _ in named_values(model)
-        if name in held and any(within(name, module) for module in modules_to_save or ())
+        if name in stored and any(within(name, module) for module in modules_to_save or ())
     ]
 
 

@@ -153,9 +153,9 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
 
 def contents_of(model: nn.Module, own: OwnCheckpoint, path: AnyPath) -> Contents:
     records = injections(model)
-    given, held = ([type(one).__name__ for one in some] for some in (own.configs, [r.config for r in records]))
-    if given != held:
-        names = [", ".join(some) or "none" for some in (held, given)]
+    given, present = ([type(one).__name__ for one in group] for group in (own.configs, [r.config for r in records]))
+    if given != present:
+        names = [", ".join(group) or "none" for group in (present, given)]
         raise CheckpointError(f"{path}: expected the model's methods, {names[0]}, got {names[1]}")
     wanted = {*trained_names(model), *_buffers(model), *own.embeddings}
     files.same_names(path, "tensors for exactly what the model trains", own.tensors, wanted)
@@ -222,13 +222,13 @@ def save_model(model: nn.Module, path: AnyPath, names: Collection[str]) -> None:
 
 def _buffers(model: nn.Module) -> list[str]:
     """The persistent buffers of modules that train whole, which a BatchNorm, say, changes while it trains."""
-    held = model.state_dict().keys()
+    persistent = model.state_dict().keys()
     trained = {plain_name(name) for record in injections(model) for name in record.trained}
     frozen = [name.split(".") for name, _ in model.named_parameters() if plain_name(name) not in trained]
     mixed = {".".join(parts[:depth]) for parts in frozen for depth in range(len(parts))}
     whole = [n for n, m in model.named_modules() if n not in mixed and any(True for _ in m.parameters())]
     within = tuple(f"{name}." if name else "" for name in whole)
-    return [plain_name(name) for name, _ in model.named_buffers() if name in held and name.startswith(within)]
+    return [plain_name(name) for name, _ in model.named_buffers() if name in persistent and name.startswith(within)]
 
 
 def _says(config: Config) -> dict[str, Any]:

@@ -19,14 +19,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from peftk.adapters import checks, table
-from peftk.adapters.adapter import Adapter
+from peftk.adapters.adapter import Adapter, adapter_of
+from peftk.adapters.dropout import dropout_of
 from peftk.adapters.table import AdapterTable
 from peftk.interop import peft_batch, peft_merge, peft_support
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_support import Base, Factors
 from peftk.interop.peft_whole import all_or_none, whole
 from peftk.nn import watched
-from peftk.ops.layer_calls import lora_linear_unchecked, multi_lora_linear_unchecked
+from peftk.ops.dispatch import direct_lora_linear
+from peftk.ops.layer_calls import base_linear_unchecked, lora_linear_unchecked, multi_lora_linear_unchecked
 from peftk.system import storage
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # what plain LoRA is given and does not look at
@@ -81,14 +83,14 @@ class Linear(lora.Linear):
         if batch is not None:
             return self._mixed(x, base, batch)
         if self.merged_adapters:
-            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return base_linear_unchecked(x, weight, bias)
         names = self._active_adapter
         adapters = self._adapters((names,) if isinstance(names, str) else names, weight)
         if isinstance(adapters, str):
             return None
         found = [adapter for adapter in adapters if adapter is not None]
         if not found:
-            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return base_linear_unchecked(x, weight, bias)
         if len(found) > 1:
             if any(adapter.dropout_p for adapter in found):
                 return None  # a mask for each
@@ -97,10 +99,14 @@ class Linear(lora.Linear):
             one = found[0]
             if one[2] is not None or type(one[3]) is not float:
                 one = _together(found)
-        lora_A, lora_B, bias_B, scaling, dropout_p = one
-        return lora_linear_unchecked(
-            x, weight, bias, lora_A, lora_B, cast(float, scaling), "identity", None, bias_B, dropout_p
-        )
+        lora_A, lora_B, bias_B, s, p = one
+        scaling = cast(float, s)
+        if p == 0.0:
+            y = direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, bias_B=bias_B)
+            if y is not None:
+                return y
+        adapter, dropout = adapter_of(lora_A, lora_B, scaling, bias_B=bias_B), dropout_of(p, None, weight.device)
+        return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout)
 
     def active(self) -> tuple[Tensor, list[Factors]] | str:
         """What a call would compute with now, W and adapters (none while merged), or why that is PEFT's."""
@@ -140,11 +146,13 @@ class Linear(lora.Linear):
         if len(dropouts) > 1:
             return None
         if not dropouts:
-            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return base_linear_unchecked(x, weight, bias)
         ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
-        return multi_lora_linear_unchecked(
-            x, weight, bias, self._table(batch.unique, adapters, weight.shape), ids, dropouts.pop()
+        made, dropout = (
+            self._table(batch.unique, adapters, weight.shape),
+            dropout_of(dropouts.pop(), None, weight.device),
         )
+        return multi_lora_linear_unchecked(x, weight, bias, made, ids, dropout=dropout)
 
     def _table(self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]) -> Any:
         """What the kernels read of the adapters, by their place in `names`; made anew when one has moved.

@@ -177,10 +177,10 @@ def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     weight, bias = found
     receipt = merged.receipt.to(weight.device)
     if merged.bias is not None:
-        held = merged.bias.to(weight.device)
-        held.check(bias)
+        of_bias = merged.bias.to(weight.device)
+        of_bias.check(bias)
         with contextlib.ExitStack() as undo_bias:
-            _set_bias(layer, held.before, held.after, undo_bias)
+            _set_bias(layer, of_bias.before, of_bias.after, undo_bias)
             functional.unmerge_(weight.detach(), receipt)
             undo.push(undo_bias.pop_all())
     else:
@@ -195,11 +195,11 @@ def live(layer: Any) -> list[Merged]:
 
 
 def _hold(layer: Any, names: Sequence[str], receipts: Sequence[Merged], undo: contextlib.ExitStack) -> None:
-    undo.callback(_held, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
-    _held(layer, list(names), list(receipts))
+    undo.callback(_set_merged, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
+    _set_merged(layer, list(names), list(receipts))
 
 
-def _held(layer: Any, names: list[str], receipts: list[Merged]) -> None:
+def _set_merged(layer: Any, names: list[str], receipts: list[Merged]) -> None:
     layer.merged_adapters[:] = names
     layer._peftk_merged = receipts
 
@@ -234,7 +234,7 @@ def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
     """To the bits of the merge that the receipt is of."""
     with _loaded(layer):
         weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
-        merge_weights.merge_(weight, receipt.to(weight.device).factors, None)
+        merge_weights.merge_(weight, receipt.to(weight.device).factors)
 
 
 def keep(layer: Any, undo: contextlib.ExitStack) -> None:
@@ -248,9 +248,9 @@ def keep(layer: Any, undo: contextlib.ExitStack) -> None:
 def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
     with _loaded(layer), torch.no_grad():
         base = layer.get_base_layer()
-        held = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+        places = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         for name, data, value in values:
-            held[name].data = data.copy_(value)
+            places[name].data = data.copy_(value)
 
 
 # ---- what layers share ----------------------------------------------------------------------------------------------

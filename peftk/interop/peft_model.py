@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peftk.backends import choice
-from peftk.backends.call import Call, Choice
+from peftk.backends.call import LORA_LINEAR, Call, Choice
 from peftk.methods import trial
 from peftk.nn import watched
 
@@ -142,6 +142,16 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     rank, dropout = sum(a.lora_A.shape[0] for a in adapters), any(a.dropout_p for a in adapters)
     N, K = weight.shape
     call = Call(
-        "lora_linear", weight.device.type, weight.dtype, weight.dtype, dtype, M, K, N, rank, len(adapters[:1]), dropout
+        op=LORA_LINEAR,
+        device=weight.device.type,
+        x_dtype=weight.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=dtype,
+        M=M,
+        K=K,
+        N=N,
+        rank=rank,
+        adapters=len(adapters[:1]),
+        dropout=dropout,
     )
     return choice.explained(call, backend)

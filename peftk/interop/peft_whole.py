@@ -44,11 +44,15 @@ def whole(method: Method) -> Method:
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
     """The module's attributes, and the containers among them (its children, Parameters and hooks, too), as they are."""
     attributes = module.__dict__
-    return [(held, held.copy()) for held in (attributes, *attributes.values()) if isinstance(held, (dict, list, set))]
+    return [
+        (container, container.copy())
+        for container in (attributes, *attributes.values())
+        if isinstance(container, (dict, list, set))
+    ]
 
 
 def _put_back(module: nn.Module, kind: type[nn.Module], copies: list[tuple[Any, Any]]) -> None:
     module.__class__ = kind
-    for held, before in copies:
-        held.clear()
-        held.extend(before) if isinstance(held, list) else held.update(before)
+    for container, before in copies:
+        container.clear()
+        container.extend(before) if isinstance(container, list) else container.update(before)

@@ -42,9 +42,9 @@ def write(weight: Tensor, values: Tensor) -> None:
 @contextlib.contextmanager
 def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Each W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
-    held = [rows(weight) for weight in weights]
-    yield held
-    for weight, W in zip(weights, held, strict=True):
+    rows_of = [rows(weight) for weight in weights]
+    yield rows_of
+    for weight, W in zip(weights, rows_of, strict=True):
         if W is not weight:
             write(weight, W)
         elif not weight.is_inference():

@@ -188,8 +188,10 @@ class InPlace(NamedTuple):
             first_row += N
             first_weight.append(first_weight[-1] + N * K)
         # one copy to the device for all three
-        held = b"".join(part.tobytes() + bytes(-len(part) * part.itemsize % _APART) for part in (table, ends, scaling))
-        memory = torch.frombuffer(bytearray(held), dtype=torch.uint8).to(device)
+        packed_bytes = b"".join(
+            part.tobytes() + bytes(-len(part) * part.itemsize % _APART) for part in (table, ends, scaling)
+        )
+        memory = torch.frombuffer(bytearray(packed_bytes), dtype=torch.uint8).to(device)
         on_device = _carve(memory, (torch.int64, len(table)), (torch.int32, len(ends)), (torch.float32, len(scaling)))
         return Layers(
             on_device[0].view(len(weights), len(FIELDS)),

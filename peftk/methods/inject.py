@@ -31,8 +31,8 @@ def inject(model: nn.Module, config: Config | Sequence[Config], *, example_input
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     configs = [config] if hasattr(config, "plan") else config
     if not isinstance(configs, Sequence) or not configs or not all(hasattr(one, "plan") for one in configs):
-        some = configs if isinstance(configs, Sequence) else [config]
-        of_peft = next((type(one).__name__ for one in some if hasattr(one, "peft_type")), None)
+        given = configs if isinstance(configs, Sequence) else [config]
+        of_peft = next((type(one).__name__ for one in given if hasattr(one, "peft_type")), None)
         what = f"HF PEFT's {of_peft}; peftk.LoraConfig has its fields for LoRA" if of_peft else repr(config)
         raise TypeError(f"config: expected a config of peftk or a list of them, got {what}")
     with carrying_out(unwrapped(model), configs, example_inputs) as done:

@@ -187,8 +187,8 @@ def target_modules(model: nn.Module, field: str, names: Names) -> dict[str, nn.M
     modules = _modules(model, remove_duplicate=True)
     found = matched(names, modules)
     if not found:
-        some = ", ".join(list(modules)[:8])
-        raise ValueError(f"{field}: expected to match some module of the model ({some}, …), got {names!r}")
+        present = ", ".join(list(modules)[:8])
+        raise ValueError(f"{field}: expected to match some module of the model ({present}, …), got {names!r}")
     for name in unmatched(names, found):
         warn(f"{field}: {name!r} matches no module of the model")
     return {name: modules[name] for name in found}
@@ -276,8 +276,8 @@ def _experts(modules: Mapping[str, nn.Module], target_modules: Names) -> str | N
     for module, owner in modules.items():
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.dim() == 3 and name.endswith("_proj"):
-                held = (name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
-                if target_modules == ALL_LINEAR or matched(target_modules, [f"{module}.{one}" for one in held]):
+                parts = (name, "gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+                if target_modules == ALL_LINEAR or matched(target_modules, [f"{module}.{one}" for one in parts]):
                     return f"{module}.{name} is one Parameter of all experts, no linear, and gets no adapter"
     return None
 
@@ -307,8 +307,8 @@ def _nothing(target_modules: Names, modules: Mapping[str, nn.Module], wanted: li
     elif wanted:
         which += f" that exclude_modules and modules_to_save leave; {', '.join(wanted[:8])} are taken by them"
     elif target_modules != ALL_LINEAR:
-        some = [name for name, module in modules.items() if is_linear(module)]
-        which += f" ({', '.join(some[:8]) or 'none'}, …)"
+        linears = [name for name, module in modules.items() if is_linear(module)]
+        which += f" ({', '.join(linears[:8]) or 'none'}, …)"
     text = f"target_modules: expected to match {which}, got {target_modules!r}"
     if isinstance(target_modules, str) and matched([target_modules], modules):
         text += f"; a string is a regular expression for whole names, [{target_modules!r}] matches names that end so"

@@ -220,9 +220,11 @@ class MultiAdapter:
             number = self._slots.free_number()
         if number is None:
             unloaded = self.max_adapters - len(self._loaded)
-            held = f", {unloaded} of them unloaded but held by routes, threads or graphs that run" if unloaded else ""
+            unloaded_too = (
+                f", {unloaded} of them unloaded but held by routes, threads or graphs that run" if unloaded else ""
+            )
             raise ValueError(
-                f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already{held}"
+                f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already{unloaded_too}"
             )
         return number
 
@@ -308,15 +310,15 @@ class MultiAdapter:
         else:
             given = self._numbers(names)
             ids, numbers = torch.tensor(given, dtype=torch.int32), set(given)
-        held = {loaded.number: loaded for loaded in self._loaded.values()}
-        for number in (numbers or set()) - {-1} - held.keys():
-            raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(held)}), got {number}")
+        by_number = {loaded.number: loaded for loaded in self._loaded.values()}
+        for number in (numbers or set()) - {-1} - by_number.keys():
+            raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(by_number)}), got {number}")
         packed = _lengths(lengths, cu_seqlens, ids, batch_dim)
         device = next((layer.weight.device for layer in self._layers.values()), ids.device)
         return Route(
             ids.to(device),
             slots=self._slots.slots_of if self._slots.reused else None,
-            holds=[loaded for number, loaded in held.items() if numbers is None or number in numbers],
+            holds=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
             batch_dim=batch_dim,
             lengths=None if packed is None else packed.to(device),
             alike=ids.numel() < 2 if numbers is None else len(numbers) < 2,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peftk.adapters import checks
 from peftk.nn.parameters import own
 from peftk.nn.watched import handed_out
-from peftk.ops.layer_calls import lora_linear_unchecked
+from peftk.ops.layer_calls import base_linear_unchecked
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
@@ -55,7 +55,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        return lora_linear_unchecked(x, self.matrix, own(self, "bias"), None, None, 1.0)
+        return base_linear_unchecked(x, self.matrix, own(self, "bias"))
 
     def extra_repr(self) -> str:
         stored = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from peftk import functional
 from peftk.adapters import checks
+from peftk.adapters.adapter import adapter_of
+from peftk.adapters.dropout import dropout_of
 from peftk.functional import MergeReceipt
 from peftk.nn import merging, shared
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
 from peftk.nn.shared import Tie
-from peftk.ops.layer_calls import lora_linear_unchecked
+from peftk.ops.dispatch import direct_lora_linear
+from peftk.ops.layer_calls import base_linear_unchecked, lora_linear_unchecked
 from peftk.reference.receipt import BiasReceipt
 from peftk.system import interrupts
 from peftk.system.lasting import lasting
@@ -118,14 +121,19 @@ class LoRALinear(FrozenLinear):
         """x [..., K] → y [..., N], in x's dtype."""
         weight, bias = self.matrix, own(self, "bias")
         if self.receipt is not None:
-            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return base_linear_unchecked(x, weight, bias)
         lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
         beta = None
         if lora_bias is not None:
             checks.floating("lora_bias", lora_bias)
             beta = self.scaling * lora_bias
-        p = self.lora_dropout if self.training else 0.0
-        return lora_linear_unchecked(x, weight, bias, lora_A, lora_B, self.scaling, bias_B=beta, dropout_p=p)
+        scaling, p = self.scaling, self.lora_dropout if self.training else 0.0
+        if p == 0.0:
+            y = direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, bias_B=beta)
+            if y is not None:
+                return y
+        adapter, dropout = adapter_of(lora_A, lora_B, scaling, bias_B=beta), dropout_of(p, None, weight.device)
+        return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout)
 
     @property
     def scaling(self) -> float:
@@ -144,9 +152,9 @@ class LoRALinear(FrozenLinear):
         checks.dense(name, getattr(self, name))
         value: Tensor = getattr(self, name).detach()
         if name == "bias" and self.bias_receipt is not None:
-            held = self.bias_receipt.to(value.device)
-            held.check(value)
-            return held.before
+            receipt = self.bias_receipt.to(value.device)
+            receipt.check(value)
+            return receipt.before
         if name == "weight" and self.receipt is not None:
             value = value.clone()
             functional.unmerge_(value.t() if self.fan_in_fan_out else value, self.receipt.to(value.device))

@@ -85,7 +85,7 @@ def unmerge(layers: Layers) -> None:
         for name, layer in layers:
             with _named(name):
                 _check(layer)
-                biases.append(_held_bias(layer))
+                biases.append(_bias_receipt(layer))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
                 _set_bias(layer, bias.before, undo)
@@ -126,21 +126,21 @@ def _check(layer: LoRALinear) -> None:
 
 
 def _merged_bias(layer: LoRALinear, lora_bias: Tensor, scaling: float) -> BiasReceipt:
-    held, bias = _held_bias(layer), layer.bias
+    receipt, bias = _bias_receipt(layer), layer.bias
     if bias is None:
         raise ValueError(
             "lora_bias: expected a linear with a bias, which takes s·b in, got one without; a merge would lose it"
         )
-    return merge_bias(bias if held is None else held.before, [(lora_bias, scaling)])
+    return merge_bias(bias if receipt is None else receipt.before, [(lora_bias, scaling)])
 
 
-def _held_bias(layer: LoRALinear) -> BiasReceipt | None:
+def _bias_receipt(layer: LoRALinear) -> BiasReceipt | None:
     """None where no merge has changed the bias. Raises ValueError where it is not what the merge left."""
     if layer.bias_receipt is None:
         return None
-    held = layer.bias_receipt.to(layer.weight.device)
-    held.check(layer.bias)
-    return held
+    receipt = layer.bias_receipt.to(layer.weight.device)
+    receipt.check(layer.bias)
+    return receipt
 
 
 def _set_bias(layer: LoRALinear, value: Tensor, undo: contextlib.ExitStack) -> None:

@@ -14,7 +14,7 @@ from peftk.adapters.table import AdapterTable, in_rows
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
-from peftk.ops.layer_calls import lora_linear_unchecked, multi_lora_linear_unchecked
+from peftk.ops.layer_calls import base_linear_unchecked, multi_lora_linear_unchecked
 from peftk.system.lasting import lasting
 
 
@@ -135,7 +135,7 @@ class MultiLoRALinear(FrozenLinear):
                 ids, bank = routed.slots, routed.bank
         weight, bias = self.matrix, own(self, "bias")
         if ids is None:
-            return lora_linear_unchecked(x, weight, bias, None, None, 1.0)
+            return base_linear_unchecked(x, weight, bias)
         if weight.shape != (self.out_features, self.in_features):  # it can be replaced; the adapters' pages stay
             raise ValueError(
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "

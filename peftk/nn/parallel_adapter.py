@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftk.adapters import activations, checks
+from peftk.adapters.adapter import adapter_of
 from peftk.nn.attached import Attached, Caught, first_input, first_output, part, with_first
 from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, reset_bottleneck
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import dtype_beside, own
 from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.ops.dispatch import direct_lora_linear
 from peftk.ops.layer_calls import lora_linear_unchecked
 
 
@@ -148,7 +150,11 @@ class ParallelAdapterLinear(FrozenLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
         A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
-        return lora_linear_unchecked(x, self.matrix, own(self, "bias"), A, B, self.scaling, self.activation, a, beta)
+        weight, bias, s, activation = self.matrix, own(self, "bias"), self.scaling, self.activation
+        y = direct_lora_linear(x, weight, bias, A, B, s, activation=activation, bias_A=a, bias_B=beta)
+        if y is not None:
+            return y
+        return lora_linear_unchecked(x, weight, bias, adapter_of(A, B, s, activation, a, beta))
 
     def extra_repr(self) -> str:
         return (

@@ -30,16 +30,16 @@ def optimized(modules: Iterable[nn.Module], names: Collection[str]) -> tuple[nn.
     Where anybody but the modules holds them, Python's garbage collector, which knows all objects, is asked for
     optimizers: some 50 ms. One that nobody can reach any more doesn't count.
     """
-    held = {
+    shared = {
         id(module._parameters[name]): module
         for module in modules
         for name in names
         if sys.getrefcount(module._parameters[name]) > _ALONE
     }
-    if not held or _optimized(held) is None:
+    if not shared or _optimized(shared) is None:
         return None
     gc.collect()
-    return _optimized(held)
+    return _optimized(shared)
 
 
 _probe = nn.Linear(1, 1)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peftk.adapters.adapter import adapter_of
 from peftk.nn.attached import Attached, first_output, with_first
 from peftk.nn.bottleneck import Bottleneck
 from peftk.nn.parameters import own
+from peftk.ops.dispatch import direct_lora_linear
 from peftk.ops.layer_calls import adapter_block_unchecked
 
 
@@ -43,7 +45,9 @@ class SeriesAdapter(Attached, Bottleneck):
     def forward(self, h: Tensor) -> Tensor:
         """h [..., d] → y [..., d], in h's dtype."""
         A, B, a, beta = own(self, "lora_A"), own(self, "lora_B"), own(self, "bias_A"), own(self, "bias_B")
-        return adapter_block_unchecked(h, A, B, self.scaling, self.activation, a, beta)
+        s, activation = self.scaling, self.activation
+        y = direct_lora_linear(h, None, None, A, B, s, activation=activation, bias_A=a, bias_B=beta)
+        return adapter_block_unchecked(h, adapter_of(A, B, s, activation, a, beta)) if y is None else y
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         return [lambda: module.register_forward_hook(self._behind)]

@@ -53,11 +53,15 @@ class Tie:
 
 def conflicts(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, str]]:
     """The places that lie in memory which a module outside of their layer holds, too, and one such tensor's name."""
-    held = [(path, module, name, tensor) for path, module in model.named_modules() for name, tensor in _held(module)]
+    tensors = [
+        (path, module, name, tensor) for path, module in model.named_modules() for name, tensor in _tensors_of(module)
+    ]
     wanted = {(id(place.owner), place.name): place for place in places}
     found: dict[int, tuple[Place, str]] = {}
-    for pair in memory.overlapping([tensor for *_, tensor in held]):
-        for (_, owner, name, _), (path, other, other_name, _) in (map(held.__getitem__, p) for p in (pair, pair[::-1])):
+    for pair in memory.overlapping([tensor for *_, tensor in tensors]):
+        for (_, owner, name, _), (path, other, other_name, _) in (
+            map(tensors.__getitem__, p) for p in (pair, pair[::-1])
+        ):
             place = wanted.get((id(owner), name))
             if place is not None and not any(module is other for module in place.module.modules()):
                 found.setdefault(id(place), (place, f"{path}.{other_name}".lstrip(".")))
@@ -78,7 +82,7 @@ def elsewhere(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, st
     return found
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the module itself: Parameters, buffers, attributes, and what lies in lists and dicts there."""
     for attribute, value in module.__dict__.items():
         if isinstance(value, Tensor):

@@ -1,47 +1,43 @@
 """Gradients in eager mode: torch.autograd Functions that call the backend directly.
 
-They save what the gradients that are asked for read, and no more (`Reads`): nothing of the size of [M, N], no mask, and
-of W, A and B no copies. Saved tensors that somebody changes in place before the backward make it raise, as in torch.
-What a Function returns is no view and nobody else's memory, so it may be changed in place. W is frozen, so it has no
-gradient; the backward of the backward is not defined.
+They save what the gradients that are asked for read, and no more (`peftk.ops.saved`): nothing of the size of [M, N], no
+mask, and of W, A and B no copies. Saved tensors that somebody changes in place before the backward make it raise, as in
+torch. What a Function returns is no view and nobody else's memory, so it may be changed in place. W is frozen, so it
+has no gradient; the backward of the backward is not defined.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftk.adapters.adapter import Adapter, Wanted, adapter_of
+from peftk.adapters.adapter import Adapter, Wanted, flat_adapter
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_grads, flat_tensors, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
-from peftk.reference.lora_linear import reads_z
+from peftk.ops.saved import Reads, save, save_one, saved, saved_one
 
 
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
-    scaling: float,
-    activation: str,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
+    adapter: Adapter | None,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and _wants_grad(x, bias, lora_A, lora_B, bias_A, bias_B):
-        return _LoraLinear.apply(
-            x, weight, bias, lora_A, lora_B, bias_A, bias_B, seed, scaling, activation, dropout_p, backend
-        )
-    adapter = adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-    return dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, False)[0]
+    if torch.is_grad_enabled() and _wants_grad(x, bias, *(() if adapter is None else adapter.tensors())):
+        lora_A, lora_B, _, _, bias_A, bias_B = flat_adapter(adapter)
+        tensors = (lora_A, lora_B, bias_A, bias_B)
+        y: Tensor = _LoraLinear.apply(x, weight, bias, adapter, dropout, backend, *tensors)
+        return y
+    return dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)[0]
 
 
 def multi_lora_linear(
@@ -50,15 +46,16 @@ def multi_lora_linear(
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     if torch.is_grad_enabled():
         tensors = flat_tensors(table.adapters)
         if _wants_grad(x, bias, *tensors):
-            return _MultiLoraLinear.apply(x, weight, bias, ids, seed, table, dropout_p, backend, *tensors)
-    return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, False)[0]
+            y: Tensor = _MultiLoraLinear.apply(x, weight, bias, table, ids, dropout, backend, *tensors)
+            return y
+    return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout=dropout, backend=backend)[0]
 
 
 _TWICE = (
@@ -105,30 +102,6 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-class Reads(NamedTuple):
-    """What a backward reads of the forward, besides dY.
-
-    x is read for dA, W for dX, z where `peftk.reference.reads_z` says so. A and B are read for dX, dA and da; they
-    count for dB too, which saves nothing to leave them out, and whoever changes an adapter that waits for its backward
-    will have meant to change it after. No gradient reads a bias.
-    """
-
-    x: bool
-    weight: bool
-    factors: bool
-    z: bool
-
-    @classmethod
-    def of(cls, adapters: Sequence[Adapter | None], wanted: Sequence[Wanted], need_dx: bool) -> Reads:
-        """wanted: of each adapter, in this order."""
-        x = z = factors = False
-        for adapter, wants in zip(adapters, wanted, strict=True):
-            x = x or wants.lora_A
-            z = z or reads_z(adapter, wants, need_dx)
-            factors = factors or wants.lora_A or wants.lora_B or wants.bias_A
-        return cls(x, need_dx, factors or need_dx, z)
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,46 +109,32 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        bias_A: Tensor | None,
-        bias_B: Tensor | None,
-        seed: Tensor | None,
-        scaling: float,
-        activation: str,
-        dropout_p: float,
+        adapter: Adapter | None,
+        dropout: Dropout | None,
         backend: str | None,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        adapter = adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+        """tensors: the adapter's lora_A, lora_B, bias_A and bias_B, as torch is to see them."""
         needs = ctx.needs_input_grad
-        wanted = Wanted(*needs[3:7])
+        wanted = Wanted(*needs[6:])
         reads = Reads.of((adapter,), (wanted,), needs[0])
-        y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, reads.z)
-        ctx.save_for_backward(
-            x if reads.x else None,
-            weight if reads.weight else None,
-            lora_A if reads.factors else None,
-            lora_B if reads.factors else None,
-            seed,
-            z,
-        )
-        # of these a backward reads shapes and dtypes
-        ctx.shapes = (weight, bias_A if needs[5] else None, bias_B if needs[6] else None)
-        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, (bias_A,)
-        ctx.rest = (None if bias is None else bias.dtype, wanted, scaling, activation, dropout_p, backend)
+        y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend, save_z=reads.z)
+        save_one(ctx, reads, x, weight, adapter, z, dropout=dropout, wanted=wanted)
+        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, tensors[2:3]
+        ctx.rest = (None if bias is None else bias.dtype, wanted, backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved_weight, lora_A, lora_B, seed, z = ctx.saved_tensors
-        weight, bias_A, bias_B = ctx.shapes
-        bias_dtype, wanted, scaling, activation, dropout_p, backend = ctx.rest
-        weight, needs = weight if saved_weight is None else saved_weight, ctx.needs_input_grad
-        adapter = adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-        dx, grads = dispatch.lora_linear_backward(dy, x, weight, adapter, z, dropout_p, seed, backend, needs[0], wanted)
+        (x, weight, z, dropout, _), adapter = saved_one(ctx)
+        bias_dtype, wanted, backend = ctx.rest
+        needs = ctx.needs_input_grad
+        dx, grads = dispatch.lora_linear_backward(
+            dy, x, weight, adapter, z, dropout=dropout, need_dx=needs[0], wanted=wanted, backend=backend
+        )
         dbias = dispatch.bias_grad(dy, bias_dtype) if needs[2] else None
-        return dx, None, dbias, *grads, None, None, None, None, None
+        return dx, None, dbias, None, None, None, *grads
 
 
 class _MultiLoraLinear(torch.autograd.Function):
@@ -185,44 +144,38 @@ class _MultiLoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        ids: Tensor,
-        seed: Tensor | None,
         table: AdapterTable,
-        dropout_p: float,
+        ids: Tensor,
+        dropout: Dropout | None,
         backend: str | None,
         *tensors: Tensor,
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        wanted = flat_wanted(table.adapters, needs[8:])
+        wanted = flat_wanted(table.adapters, needs[7:])
         reads = Reads.of(table.adapters, wanted, needs[0])
-        y, z = dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout_p, seed, backend, reads.z)
+        y, z = dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout=dropout, backend=backend, save_z=reads.z)
         # the kernels find the adapters by the table; they are saved so that autograd notices where one changes in place
-        ctx.save_for_backward(
-            x if reads.x else None,
-            weight if reads.weight else None,
-            ids.clone() if ids.is_inference() else ids,
-            seed,
-            z,
-            *(factors(table.adapters) if reads.factors else ()),
-        )
+        pages = factors(table.adapters) if reads.factors else ()
+        save(ctx, reads, x, weight, z, ids.clone() if ids.is_inference() else ids, *pages, dropout=dropout)
         ctx.unseen, ctx.biases = (
             reads.z and needs[0] and not reads.x,
             [a.bias_A for a in table.adapters if a is not None],
         )
-        ctx.rest = (weight, None if bias is None else bias.dtype, table, wanted, dropout_p, backend)
+        ctx.rest = (None if bias is None else bias.dtype, table, wanted, backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, saved_weight, ids, seed, z = ctx.saved_tensors[:5]
-        weight, bias_dtype, table, wanted, dropout_p, backend = ctx.rest
-        weight, needs = weight if saved_weight is None else saved_weight, ctx.needs_input_grad
+        x, weight, z, dropout, (ids, *_) = saved(ctx)
+        bias_dtype, table, wanted, backend = ctx.rest
+        needs = ctx.needs_input_grad
+        assert ids is not None
         dx, grads = dispatch.multi_lora_linear_backward(
-            dy, x, weight, table, ids, z, dropout_p, seed, backend, needs[0], wanted
+            dy, x, weight, table, ids, z, dropout=dropout, need_dx=needs[0], wanted=wanted, backend=backend
         )
         dbias = dispatch.bias_grad(dy, bias_dtype) if needs[2] else None
-        return dx, None, dbias, None, None, None, None, None, *flat_grads(table.adapters, grads)
+        return dx, None, dbias, None, None, None, None, *flat_grads(table.adapters, grads)
 
 
 def factors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:

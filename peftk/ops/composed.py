@@ -20,7 +20,10 @@ from torch.nn import functional
 
 from peftk.adapters import checks
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.bank import AdapterBank, PackedBank
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_tensors
+from peftk.adapters.table import AdapterTable
 from peftk.backends import choice
 from peftk.backends.call import BackendError
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
@@ -44,26 +47,19 @@ def lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
-    scaling: float,
-    activation: str,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
+    adapter: Adapter | None,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """x [..., K] → y [..., N] in x's dtype."""
-    tensors = [tensor for tensor in (lora_A, lora_B, bias_A, bias_B) if tensor is not None]
-    with _said("lora_linear", (x, weight, bias, seed, *tensors), backend):
+    tensors = () if adapter is None else adapter.tensors()
+    with _said("lora_linear", (x, weight, bias, _seed(dropout), *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
         acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
-        if tensors:
-            pages_A, pages_B = (() if lora_A is None else (lora_A,)), (() if lora_B is None else (lora_B,))
-            adapter = Adapter(pages_A, pages_B, scaling, activation, bias_A, bias_B)
-            y = y + adapter_term(with_dropout(rows, dropout_p, seed, acc), adapter, acc)[0]
+        if adapter is not None:
+            y = y + adapter_term(with_dropout(rows, dropout, acc), adapter, acc)[0]
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -71,20 +67,20 @@ def multi_lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    adapters: Sequence[Adapter | None],
-    columns: Sequence[int],
+    bank: AdapterBank | PackedBank | AdapterTable,
     ids: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """x [..., K], ids int32 [M] → y [..., N]. adapters, columns: as in `peftk.adapters.table.AdapterTable`."""
-    tensors = flat_tensors(tuple(adapters))
+    """x [..., K], ids int32 [M] → y [..., N]."""
+    adapters, columns = bank.adapters, bank.columns
+    tensors = flat_tensors(adapters)
     count = len(adapters) // max(len(columns) - 1, 1)
-    with _said("multi_lora_linear", (x, weight, bias, ids, seed, *tensors), backend):
+    with _said("multi_lora_linear", (x, weight, bias, ids, _seed(dropout), *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
         acc = accumulate_dtype(rows, weight, *tensors)
-        y, inputs = _base(rows, weight, bias, acc), with_dropout(rows, dropout_p, seed, acc)
+        y, inputs = _base(rows, weight, bias, acc), with_dropout(rows, dropout, acc)
         ends = columns or (0, y.shape[-1])
         parts = [y[:, first:last] for first, last in itertools.pairwise(ends)]
         for entry, adapter in enumerate(adapters):
@@ -103,6 +99,10 @@ def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.d
         return base_term(rows, weight, bias, acc)
     y = functional.linear(rows, weight).to(acc)
     return y if bias is None else y + bias.to(acc)
+
+
+def _seed(dropout: Dropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.seed
 
 
 def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> contextlib.AbstractContextManager[None]:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import checks, table
-from peftk.adapters.adapter import PAGE, Adapter, Wanted, adapter_of
+from peftk.adapters.adapter import PAGE, Wanted, adapter_of, flat_adapter
+from peftk.adapters.dropout import dropout_from, flat_dropout
 from peftk.adapters.flat import _unpack, flat_grads, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
-from peftk.ops.autograd import Reads
+from peftk.ops.saved import Reads, save, save_one, saved, saved_one
 from peftk.reference.lora_linear import accumulate_dtype, reads_z
 
 
@@ -34,10 +35,10 @@ def lora_linear(
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    bias_A: Tensor | None,
-    bias_B: Tensor | None,
     scaling: float,
     activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
@@ -46,13 +47,13 @@ def lora_linear(
     checks.for_kernels(
         x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, bias_A=bias_A, bias_B=bias_B, seed=seed
     )
-    adapter = adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
-    y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout_p, seed, backend, True)
+    adapter, dropout = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B), dropout_from(dropout_p, seed)
+    y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend, save_z=True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @lora_linear.register_fake
-def _(x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
     if lora_A is None:
         return y, x.new_empty(0)
@@ -67,29 +68,29 @@ def lora_linear_backward(
     weight: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
     bias_A: Tensor | None,
     bias_B: Tensor | None,
     z: Tensor,
-    scaling: float,
-    activation: str,
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B: those that `needs` names, in this order."""
-    adapter = adapter_of(lora_A, lora_B, bias_A, bias_B, scaling, activation)
+    adapter, dropout = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B), dropout_from(dropout_p, seed)
     wanted = Wanted(*needs[1:])
     z_saved = z if reads_z(adapter, wanted, needs[0]) else None
     dx, grads = dispatch.lora_linear_backward(
-        dy, x, weight, adapter, z_saved, dropout_p, seed, backend, needs[0], wanted
+        dy, x, weight, adapter, z_saved, dropout=dropout, backend=backend, need_dx=needs[0], wanted=wanted
     )
     dx, dA, dB, da, db = (dy.new_empty(0) if g is None else g for g in (dx, *grads))
     return dx, dA, dB, da, db
 
 
 @lora_linear_backward.register_fake
-def _(dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, lora_A, lora_B, scaling, activation, bias_A, bias_B, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
     tensors = (_dx(dy, weight), lora_A, lora_B, bias_A, bias_B)
     return tuple(
         t.new_empty(t.shape) if need and t is not None else dy.new_empty(0)
@@ -103,34 +104,22 @@ def _dx(dy: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, lora_A, lora_B, bias_A, bias_B, scaling, activation, dropout_p, seed, backend = inputs
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6)]
-    adapter = None if lora_A is None else Adapter((lora_A,), (lora_B,), scaling, activation)
-    reads = Reads.of((adapter,), (Wanted(*needs[1:]),), needs[0])
-    ctx.save_for_backward(
-        x if reads.x else None,
-        weight if reads.weight else None,
-        lora_A if reads.factors else None,
-        lora_B if reads.factors else None,
-        seed,
-        output[1] if reads.z else None,
-    )
-    ctx.shapes = (weight, bias_A if needs[3] else None, bias_B if needs[4] else None)
-    ctx.rest = (None if bias is None else bias.dtype, needs, scaling, activation, dropout_p, backend)
+    x, weight, bias, *flat, dropout_p, seed, backend = inputs
+    adapter, needs = adapter_of(*flat), [ctx.needs_input_grad[i] for i in (0, 3, 4, 7, 8)]
+    wanted = Wanted(*needs[1:])
+    reads = Reads.of((adapter,), (wanted,), needs[0])
+    save_one(ctx, reads, x, weight, adapter, output[1], dropout=dropout_from(dropout_p, seed), wanted=wanted)
+    ctx.rest = (None if bias is None else bias.dtype, needs, backend)
 
 
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, saved_weight, lora_A, lora_B, seed, z = ctx.saved_tensors
-    weight, bias_A, bias_B = ctx.shapes
-    bias_dtype, needs, scaling, activation, dropout_p, backend = ctx.rest
-    weight = weight if saved_weight is None else saved_weight
+    (x, weight, z, dropout, _), adapter = saved_one(ctx)
+    bias_dtype, needs, backend = ctx.rest
     z = dy.new_empty(0) if z is None else z
-    grads = lora_linear_backward(
-        dy, x, weight, lora_A, lora_B, bias_A, bias_B, z, scaling, activation, dropout_p, seed, backend, needs
-    )
+    grads = lora_linear_backward(dy, x, weight, *flat_adapter(adapter), z, *flat_dropout(dropout), backend, needs)
     dx, dA, dB, da, db = (g if need else None for g, need in zip(grads, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias_dtype) if ctx.needs_input_grad[2] else None
-    return dx, None, dbias, dA, dB, da, db, None, None, None, None, None
+    return dx, None, dbias, dA, dB, None, None, da, db, None, None, None
 
 
 lora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -153,25 +142,25 @@ def multi_lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    ids: Tensor,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     scalings: Sequence[float],
     columns: Sequence[int],
+    ids: Tensor,
     dropout_p: float,
     seed: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y [..., N] and z [M, table.z_width]."""
     checks.for_kernels(x=x, weight=weight, bias=bias, ids=ids, seed=seed)
-    adapters = _table(x, tensors, layout, scalings, columns)
+    adapters, dropout = _table(x, tensors, layout, scalings, columns), dropout_from(dropout_p, seed)
     checks.bank(adapters.adapters, columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
-    y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout_p, seed, backend, True)
+    y, z = dispatch.multi_lora_linear(x, weight, bias, adapters, ids, dropout=dropout, backend=backend, save_z=True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 
 
 @multi_lora_linear.register_fake
-def _(x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
     adapters = _unpack(tensors, layout, scalings)
     width = table.z_pages(adapters, max(len(columns) - 1, 1))[-1] * PAGE
@@ -183,11 +172,11 @@ def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    ids: Tensor,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
     scalings: Sequence[float],
     columns: Sequence[int],
+    ids: Tensor,
     z: Tensor,
     dropout_p: float,
     seed: Tensor | None,
@@ -195,11 +184,11 @@ def multi_lora_linear_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
-    adapters = _table(dy, tensors, layout, scalings, columns)
+    adapters, dropout = _table(dy, tensors, layout, scalings, columns), dropout_from(dropout_p, seed)
     wanted = flat_wanted(adapters.adapters, needs[1:])
     z_saved = z if Reads.of(adapters.adapters, wanted, needs[0]).z else None
     dx, grads = dispatch.multi_lora_linear_backward(
-        dy, x, weight, adapters, ids, z_saved, dropout_p, seed, backend, needs[0], wanted
+        dy, x, weight, adapters, ids, z_saved, dropout=dropout, backend=backend, need_dx=needs[0], wanted=wanted
     )
     flat = [dx, *flat_grads(adapters.adapters, grads)]
     # outputs of a custom op may not be views of one another
@@ -210,41 +199,31 @@ def multi_lora_linear_backward(
 
 
 @multi_lora_linear_backward.register_fake
-def _(dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, tensors, layout, scalings, columns, ids, z, dropout_p, seed, backend, needs):  # type: ignore[no-untyped-def]
     like = (_dx(dy, weight), *tensors)
     return [t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(like, needs, strict=True)]
 
 
 def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, ids, tensors, layout, scalings, columns, dropout_p, seed, backend = inputs
+    x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend = inputs
     # needs_input_grad has one answer for the list of tensors
     needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
     adapters = _unpack(tensors, layout, scalings)
     reads = Reads.of(adapters, flat_wanted(adapters, needs[1:]), needs[0])
-    ctx.save_for_backward(
-        x if reads.x else None,
-        weight if reads.weight else None,
-        ids,
-        seed,
-        output[1] if reads.z else None,
-        *tensors,
-    )
-    ctx.rest = (weight, None if bias is None else bias.dtype, needs, layout, scalings, columns, dropout_p, backend)
+    save(ctx, reads, x, weight, output[1], ids, *tensors, dropout=dropout_from(dropout_p, seed))
+    ctx.rest = (None if bias is None else bias.dtype, needs, (layout, scalings, columns), backend)
 
 
 def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
-    x, saved_weight, ids, seed, z, *tensors = ctx.saved_tensors
-    weight, bias_dtype, needs, layout, scalings, columns, dropout_p, backend = ctx.rest
-    weight = weight if saved_weight is None else saved_weight
+    x, weight, z, dropout, (ids, *tensors) = saved(ctx)
+    bias_dtype, needs, numbers, backend = ctx.rest
     z = dy.new_empty(0) if z is None else z
-    found = multi_lora_linear_backward(
-        dy, x, weight, ids, tensors, layout, scalings, columns, z, dropout_p, seed, backend, needs
-    )
+    found = multi_lora_linear_backward(dy, x, weight, tensors, *numbers, ids, z, *flat_dropout(dropout), backend, needs)
     dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias_dtype) if ctx.needs_input_grad[2] else None
     # torch takes an empty list for one of tensors, whose gradient is a list
-    plain: list[list[None] | None] = [None if numbers else [] for numbers in (layout, scalings, columns)]
-    return dx, None, dbias, None, grads, *plain, None, None, None
+    plain: list[list[None] | None] = [None if some else [] for some in numbers]
+    return dx, None, dbias, grads, *plain, None, None, None, None
 
 
 multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)

@@ -6,19 +6,30 @@ identity, a series adapter.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from peftk.adapters import checks
-from peftk.adapters.adapter import Adapter, AdapterGrads, Wanted, _line
+from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice
-from peftk.backends.call import BackendError, Call
+from peftk.backends import choice, registry
+from peftk.backends.call import BackendError, Op, call_of
+from peftk.backends.contract import Backend, Direct, served
 from peftk.system import storage
+
+
+def recorded() -> bool:
+    """Whether somebody follows which ops run, and must see ours: torch.compile, torch.jit.trace, make_fx, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -31,6 +42,18 @@ def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return _line(bias)
 
 
+def _line(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _with_lines(adapter: Adapter) -> Adapter:
+    """The adapter itself where its biases are contiguous, else one with copies."""
+    bias_A, bias_B = _line(adapter.bias_A), _line(adapter.bias_B)
+    if bias_A is adapter.bias_A and bias_B is adapter.bias_B:
+        return adapter
+    return dataclasses.replace(adapter, bias_A=bias_A, bias_B=bias_B)
+
+
 def direct_lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -38,16 +61,18 @@ def direct_lora_linear(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    *,
     activation: str = "identity",
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> Tensor | None:
     """y of a call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
 
-    Nothing has been checked: what doesn't fit gets None too, and its error from the other way.
+    It takes the adapter in pieces, since an object costs a tenth of such a call. Nothing has been checked: what doesn't
+    fit gets None too, and its error from the other way.
     """
     server = _direct_server()
-    if server is None:
+    if server is None or recorded():
         return None
     limit = 0 if weight is None else choice.direct_up_to(weight.dtype)
     return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
@@ -56,14 +81,14 @@ def direct_lora_linear(
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
-    """The same for many adapters. Raises ValueError for an id that is no adapter's."""
+    """The same for many adapters, where nothing is recorded. Raises ValueError for an id that is no adapter's."""
     server = _direct_server()
     if server is None or not table.direct:
         return None
     return server.direct_multi_lora_linear(x, weight, bias, table, ids, choice.direct_up_to(weight.dtype))
 
 
-def _direct_server() -> ModuleType | None:
+def _direct_server() -> Direct | None:
     """The cpu backend, where a call may go to it directly."""
     if torch.is_grad_enabled() or storage.tangents() or torch.is_autocast_enabled("cpu"):
         return None
@@ -71,9 +96,9 @@ def _direct_server() -> ModuleType | None:
 
 
 @functools.cache
-def _cpu() -> ModuleType | None:
+def _cpu() -> Direct | None:
     try:
-        return choice.module("cpu")
+        return registry.backend("cpu").direct
     except BackendError:
         return None
 
@@ -83,17 +108,18 @@ def lora_linear(
     weight: Tensor | None,
     bias: Tensor | None,
     adapter: Adapter | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
-    save_z: bool,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
+    save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K] → y [..., N], and z [M, R] where asked."""
     if adapter is not None:
         checks.fits("adapter", adapter, _out(x, weight), x.shape[-1])
+        adapter = _with_lines(adapter)
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    server = choice.module(_choose("lora_linear", rows, x.shape[-1], weight, adapter, dropout_p, backend))
-    y, z = server.lora_linear(rows, weight, bias, adapter, dropout_p=dropout_p, seed=seed, save_z=save_z)
+    server = _server(rows, weight, adapter, K=x.shape[-1], dropout=dropout, backend=backend)
+    y, z = served(server.forward).lora_linear(rows, weight, bias, adapter, dropout=dropout, save_z=save_z)
     return _as_output(y, x), z
 
 
@@ -111,34 +137,26 @@ def lora_linear_backward(
     weight: Tensor | None,
     adapter: Adapter | None,
     z: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
-    need_dx: bool,
-    wanted: Wanted,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
+    need_dx: bool = True,
+    wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
     """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted.
 
     x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
     """
-    read = (x, weight if need_dx else None, z, seed, *(() if adapter is None else adapter.tensors()))
-    backend = _reads_back(dy, read, backend)
+    read = (x, weight if need_dx else None, z, *(() if adapter is None else adapter.tensors()))
+    backend = _reads_back(dy, read, dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
         checks.fits("adapter", adapter, rows.shape[1], K)
         if z is not None and z.shape != (rows.shape[0], adapter.rank):
             raise _other_rank(z.shape[1], adapter.rank)
-    server = choice.module(_choose("lora_linear_backward", rows, K, weight, adapter, dropout_p, backend))
-    dx, grads = server.lora_linear_backward(
-        rows,
-        x_rows,
-        weight,
-        adapter,
-        z,
-        dropout_p=dropout_p,
-        seed=seed,
-        need_dx=need_dx,
-        wanted=wanted,
+    server = _server(rows, weight, adapter, K=K, backward=True, dropout=dropout, backend=backend)
+    dx, grads = served(server.backward).lora_linear_backward(
+        rows, x_rows, weight, adapter, z, dropout=dropout, need_dx=need_dx, wanted=wanted
     )
     return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
 
@@ -149,20 +167,18 @@ def multi_lora_linear(
     bias: Tensor | None,
     table: AdapterTable,
     ids: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
-    save_z: bool,
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
+    save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] where asked."""
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    name = _choose("multi_lora_linear", rows, x.shape[-1], weight, table, dropout_p, backend)
-    # the cpu backend looks at ids itself, on its way
-    if name != "cpu" and checks.look_at_ids(x.device):
+    server = _server(rows, weight, table, K=x.shape[-1], dropout=dropout, backend=backend)
+    if not server.looks_at_ids and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
-    server = choice.module(name)
     with choice.forcing(backend):
-        y, z = server.multi_lora_linear(rows, weight, bias, table, ids, dropout_p=dropout_p, seed=seed, save_z=save_z)
+        y, z = served(server.forward).multi_lora_linear(rows, weight, bias, table, ids, dropout=dropout, save_z=save_z)
     return _as_output(y, x), z
 
 
@@ -173,17 +189,17 @@ def multi_lora_linear_backward(
     table: AdapterTable,
     ids: Tensor,
     z: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str | None,
-    need_dx: bool,
-    wanted: Sequence[Wanted],
+    *,
+    dropout: Dropout | None = None,
+    backend: str | None = None,
+    need_dx: bool = True,
+    wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted.
 
     x, z: as in `lora_linear_backward`.
     """
-    backend = _reads_back(dy, (x, weight if need_dx else None, z, seed, ids), backend)
+    backend = _reads_back(dy, (x, weight if need_dx else None, z, ids), dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:
@@ -191,19 +207,10 @@ def multi_lora_linear_backward(
         if z is not None and z.shape[1] != now.z_width:
             raise _other_rank(z.shape[1], now.z_width)
         table = now
-    server = choice.module(_choose("multi_lora_linear_backward", rows, K, weight, table, dropout_p, backend))
+    server = _server(rows, weight, table, K=K, backward=True, dropout=dropout, backend=backend)
     with choice.forcing(backend):
-        dx, grads = server.multi_lora_linear_backward(
-            rows,
-            x_rows,
-            weight,
-            table,
-            ids,
-            z,
-            dropout_p=dropout_p,
-            seed=seed,
-            need_dx=need_dx,
-            wanted=wanted,
+        dx, grads = served(server.backward).multi_lora_linear_backward(
+            rows, x_rows, weight, table, ids, z, dropout=dropout, need_dx=need_dx, wanted=wanted
         )
     return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
 
@@ -220,11 +227,12 @@ def _other_rank(before: int, now: int) -> RuntimeError:
     return RuntimeError(f"lora_A: expected the {before} ranks of the forward, got {now}")
 
 
-def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None) -> str | None:
+def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], dropout: Dropout | None, backend: str | None) -> str | None:
     """The backend that a backward is to use. Plain torch for a dy that is no dense tensor, as in a vmapped backward.
 
     Raises RuntimeError where what the forward saved has been freed since.
     """
+    saved = saved if dropout is None else (*saved, dropout.seed)
     if storage.dense(dy, *saved):
         return backend
     for name, tensor in (("dy", dy), *(("a saved tensor", tensor) for tensor in saved if tensor is not None)):
@@ -233,16 +241,17 @@ def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], backend: str | None)
     return backend or "reference"
 
 
-def _choose(
-    op: str,
+def _server(
     rows: Tensor,
-    K: int,
     weight: Tensor | None,
     adapters: Adapter | AdapterTable | None,
-    dropout_p: float,
+    *,
+    K: int,
+    backward: bool = False,
+    dropout: Dropout | None,
     backend: str | None,
-) -> str:
-    """The name of the backend that serves one adapter, a table of them, or the base layer alone.
+) -> Backend:
+    """The backend that serves one adapter, a table of them, or the base layer alone.
 
     rows: x, or dY of a backward, which has its dtype too. Without a weight it is a series adapter that is asked for.
     """
@@ -253,27 +262,25 @@ def _choose(
         dtype, rank, count = adapters.tensors()[0].dtype, adapters.rank, 1
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
-    for name, of in (("weight", rows.dtype if weight is None else weight.dtype), ("lora_A", dtype or rows.dtype)):
-        checks.of_floats(name, of)
-    M, N = rows.shape[0], K if weight is None else weight.shape[0]
-    kind = rows.device.type
-    op = op if weight is not None else op.replace("lora_linear", "adapter_block")
-    call = Call(
-        op,
-        kind,
-        rows.dtype,
-        rows.dtype if weight is None else weight.dtype,
-        dtype,
-        M,
-        K,
-        N,
-        rank,
-        count,
-        dropout_p > 0.0,
-        slices,
-        weight is None or _aligned(weight),
+    weight_dtype = rows.dtype if weight is None else weight.dtype
+    checks.of_floats("weight", weight_dtype)
+    checks.of_floats("lora_A", dtype or rows.dtype)
+    call = call_of(
+        op=Op("adapter_block" if weight is None else "lora_linear", isinstance(adapters, AdapterTable), backward),
+        device=rows.device.type,
+        x_dtype=rows.dtype,
+        weight_dtype=weight_dtype,
+        adapter_dtype=dtype,
+        M=rows.shape[0],
+        K=K,
+        N=K if weight is None else weight.shape[0],
+        rank=rank,
+        adapters=count,
+        dropout=dropout is not None,
+        slices=slices,
+        aligned=weight is None or _aligned(weight),
     )
-    return choice.choose(call, backend).backend
+    return choice.serving(call, backend)
 
 
 def _aligned(weight: Tensor) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends import choice, registry
+from peftk.backends.call import MERGE, UNMERGE, Call, Op
+from peftk.backends.contract import Backend, served
 from peftk.launch.merge_args import LayerError, NotFiniteError
 from peftk.reference.merge import Factors
 from peftk.reference.receipt import MergeReceipt, smaller_form, with_bytes, with_weights
@@ -32,27 +32,30 @@ __all__ = [
 ]
 
 
-def merge_(weight: Tensor, factors: Factors, backend: str | None) -> MergeReceipt:
+def merge_(weight: Tensor, factors: Factors, *, backend: str | None = None) -> MergeReceipt:
     return _merge([weight], [None], [factors], backend)[0]
 
 
-def unmerge_(weight: Tensor, receipt: MergeReceipt, backend: str | None) -> None:
+def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
     _unmerge([weight], [receipt], backend)
 
 
-def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors, backend: str | None) -> MergeReceipt:
+def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors, *, backend: str | None = None) -> MergeReceipt:
     return _merge([weight], [receipt], [factors], backend)[0]
 
 
-def merge_layers_(weights: Sequence[Tensor], factors: Sequence[Factors], backend: str | None) -> list[MergeReceipt]:
-    return remerge_layers_(weights, [None] * len(weights), factors, backend)
+def merge_layers_(
+    weights: Sequence[Tensor], factors: Sequence[Factors], *, backend: str | None = None
+) -> list[MergeReceipt]:
+    return remerge_layers_(weights, [None] * len(weights), factors, backend=backend)
 
 
 def remerge_layers_(
     weights: Sequence[Tensor],
     receipts: Sequence[MergeReceipt | None],
     factors: Sequence[Factors],
-    backend: str | None,
+    *,
+    backend: str | None = None,
 ) -> list[MergeReceipt]:
     """receipts: of what each layer holds, None where it is the base layer's weight."""
     try:
@@ -61,7 +64,7 @@ def remerge_layers_(
         raise ValueError(f"layer {error.layer}: {error}") from None
 
 
-def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backend: str | None) -> None:
+def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
     try:
         _unmerge(weights, receipts, backend)
     except LayerError as error:
@@ -75,7 +78,7 @@ def _merge(
     backend: str | None,
 ) -> list[MergeReceipt]:
     weights = [weight.detach() for weight in weights]
-    groups = _groups("merge", weights, factors, [receipt is None for receipt in before], backend)
+    groups = _groups(MERGE, weights, factors, [receipt is None for receipt in before], backend)
     receipts: dict[int, MergeReceipt] = {}
     with lasting():
         for server, layers in groups:
@@ -94,15 +97,15 @@ def _merge(
                     for layer in receipts.keys() & set(layers):
                         old = before[layer]
                         if old is None:
-                            server.unmerge_(weights[layer], receipts[layer])
+                            served(server.merge).unmerge_(weights[layer], receipts[layer])
                         else:
-                            server.remerge_(weights[layer], receipts[layer], old.factors)
+                            served(server.merge).remerge_(weights[layer], receipts[layer], old.factors)
                 raise
     return ordered
 
 
 def _merge_group(
-    server: ModuleType,
+    server: Backend,
     layers: Sequence[int],
     weights: Sequence[Tensor],
     before: Sequence[MergeReceipt | None],
@@ -112,23 +115,22 @@ def _merge_group(
     old = before[first]
     try:
         if old is not None:
-            return [server.remerge_(weights[first], old, factors[first])]
+            return [served(server.merge).remerge_(weights[first], old, factors[first])]
         if len(layers) == 1:
-            return [server.merge_(weights[first], factors[first])]
-        merged: list[MergeReceipt] = server.merge_layers_([weights[i] for i in layers], [factors[i] for i in layers])
-        return merged
+            return [served(server.merge).merge_(weights[first], factors[first])]
+        return served(server.merge_layers).merge_layers_([weights[i] for i in layers], [factors[i] for i in layers])
     except NotFiniteError as error:
         raise NotFiniteError(layers[error.layer]) from None
 
 
-def _smallest(server: ModuleType, weight: Tensor, receipt: MergeReceipt) -> MergeReceipt:
+def _smallest(server: Backend, weight: Tensor, receipt: MergeReceipt) -> MergeReceipt:
     """The receipt in its smallest form. Where ΔW is many times W, that is no longer two weights a byte."""
     form = smaller_form(receipt)
     if form == "bytes":
         return with_bytes(receipt)
     if form == "weights":
         base = weight.clone(memory_format=torch.contiguous_format)
-        server.unmerge_(base, receipt)
+        served(server.merge).unmerge_(base, receipt)
         return with_weights(receipt, base)
     return receipt
 
@@ -137,8 +139,8 @@ def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backen
     """All are looked at before the first changes. Where one fails then, those before it are merged again."""
     weights = [weight.detach() for weight in weights]
     factors = [receipt.factors for receipt in receipts]
-    groups = _groups("unmerge", weights, factors, [True] * len(weights), backend)
-    unmerged: list[tuple[ModuleType, int]] = []
+    groups = _groups(UNMERGE, weights, factors, [True] * len(weights), backend)
+    unmerged: list[tuple[Backend, int]] = []
     with lasting():
         for server, layers in groups:
             _left_by_the_merge(server, layers, weights, receipts)
@@ -147,14 +149,15 @@ def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backen
                 for server, layers in groups:
                     held.deliver()
                     if len(layers) == 1:
-                        server.unmerge_(weights[layers[0]], receipts[layers[0]])
+                        served(server.merge).unmerge_(weights[layers[0]], receipts[layers[0]])
                     else:
-                        server.unmerge_layers_([weights[i] for i in layers], [receipts[i] for i in layers])
+                        merged = [weights[i] for i in layers]
+                        served(server.merge_layers).unmerge_layers_(merged, [receipts[i] for i in layers])
                     unmerged += [(server, layer) for layer in layers]
                 held.deliver()
             except BaseException:
                 for server, layer in unmerged:
-                    server.merge_(weights[layer], receipts[layer].factors)
+                    served(server.merge).merge_(weights[layer], receipts[layer].factors)
                 raise
 
 
@@ -164,36 +167,37 @@ _TOGETHER = 2**28
 
 
 def _groups(
-    op: str, weights: Sequence[Tensor], factors: Sequence[Factors], together: Sequence[bool], backend: str | None
-) -> list[tuple[ModuleType, list[int]]]:
+    op: Op, weights: Sequence[Tensor], factors: Sequence[Factors], together: Sequence[bool], backend: str | None
+) -> list[tuple[Backend, list[int]]]:
     """Layers that one call of a backend takes: of one device, one dtype, and one of the adapters; or one layer alone.
 
     together: whether a layer may be with others.
     """
-    groups: dict[tuple[object, ...], tuple[ModuleType, list[int]]] = {}
+    groups: dict[tuple[object, ...], tuple[Backend, list[int]]] = {}
     counts: collections.Counter[tuple[object, ...]] = collections.Counter()
     for layer, (weight, side) in enumerate(zip(weights, factors, strict=True)):
-        server = _server(op, weight, side, backend)
-        kind = (server.__name__, weight.device, weight.dtype, side.lora_A.dtype)
+        name = choice.choose(_call(op, weight, side), backend).backend
+        server = registry.backend(name)
+        kind = (name, weight.device, weight.dtype, side.lora_A.dtype)
         counts[kind] += weight.numel()
         key: tuple[object, ...] = (*kind, counts[kind] // _TOGETHER)
-        if not together[layer] or not hasattr(server, "merge_layers_"):
+        if not together[layer] or server.merge_layers is None:
             key = (layer,)
         groups.setdefault(key, (server, []))[1].append(layer)
     return list(groups.values())
 
 
 def _left_by_the_merge(
-    server: ModuleType, layers: Sequence[int], weights: Sequence[Tensor], receipts: Sequence[MergeReceipt | None]
+    server: Backend, layers: Sequence[int], weights: Sequence[Tensor], receipts: Sequence[MergeReceipt | None]
 ) -> None:
     """Raises LayerError where one of these layers is not what the merge of its receipt left."""
     merged = [(layer, receipt) for layer in layers if (receipt := receipts[layer]) is not None]
     for layer, receipt in merged:
         _fits(layer, weights[layer], receipt)
-    if hasattr(server, "checksums") and merged:
-        sums = server.checksums([weights[layer] for layer, _ in merged])
+    if server.merge_layers is not None and merged:
+        sums = server.merge_layers.checksums([weights[layer] for layer, _ in merged])
     else:
-        sums = [server.checksum(weights[layer]) for layer, _ in merged]
+        sums = [served(server.merge).checksum(weights[layer]) for layer, _ in merged]
     for (layer, receipt), found in zip(merged, sums, strict=True):
         if found != receipt.checksum:
             raise LayerError(
@@ -212,8 +216,17 @@ def _fits(layer: int, weight: Tensor, receipt: MergeReceipt) -> None:
         raise LayerError(f"weight: expected on {receipt.device} like the receipt, got {weight.device}", layer)
 
 
-def _server(op: str, weight: Tensor, factors: Factors, backend: str | None) -> ModuleType:
+def _call(op: Op, weight: Tensor, factors: Factors) -> Call:
     N, K = weight.shape
-    dtype, adapters = factors.lora_A.dtype, len(factors.ends)
-    call = Call(op, weight.device.type, weight.dtype, weight.dtype, dtype, N, K, N, factors.ends[-1], adapters)
-    return choice.module(choice.choose(call, backend).backend)
+    return Call(
+        op=op,
+        device=weight.device.type,
+        x_dtype=weight.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=factors.lora_A.dtype,
+        M=N,
+        K=K,
+        N=N,
+        rank=factors.ends[-1],
+        adapters=len(factors.ends),
+    )

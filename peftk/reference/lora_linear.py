@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftk.adapters import activations
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.reference import philox
 
@@ -35,8 +36,7 @@ def lora_linear(
     bias: Tensor | None,
     adapter: Adapter | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """One adapter for every row (None: the base layer alone). Returns y [M, N] and, if asked, z [M, R] in fp32."""
@@ -44,7 +44,7 @@ def lora_linear(
     y = base_term(x, weight, bias, acc)
     z = None
     if adapter is not None:
-        delta, z = adapter_term(with_dropout(x, dropout_p, seed, acc), adapter, acc)
+        delta, z = adapter_term(with_dropout(x, dropout, acc), adapter, acc)
         y = y + delta
     return y.to(x.dtype), z if save_z else None
 
@@ -56,8 +56,7 @@ def multi_lora_linear(
     table: AdapterTable,
     ids: Tensor,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Row m takes adapter ids[m] (int32 [M]; -1: none), of every slice of packed outputs.
@@ -67,7 +66,7 @@ def multi_lora_linear(
     acc = accumulate_dtype(x, weight, *(a.lora_A for a in table.adapters if a is not None))
     y = base_term(x, weight, bias, acc)
     z = torch.zeros(x.shape[0], table.z_width, dtype=acc, device=x.device)
-    dropped = with_dropout(x, dropout_p, seed, acc)
+    dropped = with_dropout(x, dropout, acc)
     for entry, adapter in enumerate(table.adapters):
         if adapter is None:
             continue
@@ -93,8 +92,7 @@ def lora_linear_backward(
     adapter: Adapter | None,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
@@ -109,7 +107,7 @@ def lora_linear_backward(
     dx = _base_dx(dy, weight, acc) if need_dx else None
     grads = AdapterGrads(None, None, None, None)
     if adapter is not None:
-        factor = _dropout_factor(dy, _in(dy, weight), dropout_p, seed, acc)
+        factor = _dropout_factor(dy, _in(dy, weight), dropout, acc)
         dropped = None if x is None else _times(x.to(acc), factor)
         dx_adapter, grads = _adapter_backward(dy.to(acc), dropped, adapter, z, acc, need_dx, wanted)
         if dx is not None and dx_adapter is not None:
@@ -125,8 +123,7 @@ def multi_lora_linear_backward(
     ids: Tensor,
     z: Tensor | None,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
@@ -137,7 +134,7 @@ def multi_lora_linear_backward(
     dtype = dy.dtype if x is None else x.dtype
     acc = accumulate_dtype(dy, x, weight, *(a.lora_A for a in table.adapters if a is not None))
     dx = _base_dx(dy, weight, acc) if need_dx else None
-    factor = _dropout_factor(dy, _in(dy, weight), dropout_p, seed, acc)
+    factor = _dropout_factor(dy, _in(dy, weight), dropout, acc)
     dropped = None if x is None else _times(x.to(acc), factor)
     grads: list[AdapterGrads | None] = []
     for entry, adapter in enumerate(table.adapters):
@@ -170,21 +167,19 @@ def _base_dx(dy: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
     return dy.to(acc).clone() if weight is None else dy.to(acc) @ weight.to(acc)
 
 
-def _dropout_factor(rows: Tensor, K: int, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor | None:
+def _dropout_factor(rows: Tensor, K: int, dropout: Dropout | None, acc: torch.dtype) -> Tensor | None:
     """mask / (1 - p) as [M, K] for so many rows, or None without dropout."""
-    if p == 0.0:
+    if dropout is None:
         return None
-    if seed is None:
-        raise ValueError("seed: expected an int64 tensor of one element with dropout_p > 0, got None")
-    return philox.keep_mask(rows.shape[0], K, p, seed).to(acc) / (1.0 - p)
+    return philox.keep_mask(rows.shape[0], K, dropout.p, dropout.seed).to(acc) / (1.0 - dropout.p)
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def with_dropout(x: Tensor, p: float, seed: Tensor | None, acc: torch.dtype) -> Tensor:
-    return _times(x.to(acc), _dropout_factor(x, x.shape[1], p, seed, acc))
+def with_dropout(x: Tensor, dropout: Dropout | None, acc: torch.dtype) -> Tensor:
+    return _times(x.to(acc), _dropout_factor(x, x.shape[1], dropout, acc))
 
 
 def adapter_term(dropped: Tensor, adapter: Adapter, acc: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -26,11 +26,11 @@ def segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     sorted_ids, order = torch.sort(served, stable=True)
     sizes = torch.bincount(sorted_ids + 1, minlength=adapters + 1)
     ends = sizes.cumsum(0)
-    some = sizes > 0
-    count = int(some.sum())
+    filled = sizes > 0
+    count = int(filled.sum())
     starts = torch.full((S + 1,), M)
     owners = torch.full((S + 1,), -1)
-    starts[:count] = (ends - sizes)[some]
-    owners[:count] = some.nonzero()[:, 0] - 1
+    starts[:count] = (ends - sizes)[filled]
+    owners[:count] = filled.nonzero()[:, 0] - 1
     blocks = torch.searchsorted(starts[:count], torch.arange(0, M, BLOCK), right=True) - 1
     return order, sorted_ids, ends.int(), starts.int(), owners.int(), blocks.int()

@@ -10,21 +10,22 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from peftk.adapters.adapter import Adapter
-from peftk.backends import choice, measured
+from peftk.backends import choice, measured, registry
+from peftk.backends.call import LORA_LINEAR, Op
+from peftk.backends.contract import Backend, served
 from peftk.backends.measured import Point
 from peftk.system.timing import interleave
 
 if TYPE_CHECKING:
     from peftk.triton_kernels.tuner import Found
 
-OPS = ("lora_linear", "lora_linear_backward")
+OPS = (LORA_LINEAR, Op("lora_linear", backward=True))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DIMS = (512, 1024, 2048, 4096)
 TOKENS = (1, 4, 16, 64, 256, 512)
@@ -80,7 +81,7 @@ def forget() -> bool:
     return existed
 
 
-def _measure(op: str, dtype: torch.dtype, seconds: float) -> Iterator[Point]:
+def _measure(op: Op, dtype: torch.dtype, seconds: float) -> Iterator[Point]:
     for M in TOKENS:
         gain = math.inf
         for dim in DIMS:
@@ -93,19 +94,19 @@ def _measure(op: str, dtype: torch.dtype, seconds: float) -> Iterator[Point]:
             yield Point(M, dim, gain)
 
 
-def _gain(op: str, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
+def _gain(op: Op, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
     operands = _operands(dtype, M, dim)
-    sides = {name: functools.partial(_run, choice.module(name), op, *operands) for name in ("cpu", "gemm")}
+    sides = {name: functools.partial(_run, registry.backend(name), op, *operands) for name in ("cpu", "gemm")}
     with torch.inference_mode():
         times = interleave(sides, seconds=seconds, repeats=50)
     return times["cpu"].median_us / times["gemm"].median_us
 
 
-def _run(server: ModuleType, op: str, x: Tensor, weight: Tensor, adapter: Adapter, z: Tensor) -> None:
-    if op == "lora_linear":
-        server.lora_linear(x, weight, None, adapter)
+def _run(server: Backend, op: Op, x: Tensor, weight: Tensor, adapter: Adapter, z: Tensor) -> None:
+    if op.backward:
+        served(server.backward).lora_linear_backward(x, x, weight, adapter, z)
     else:
-        server.lora_linear_backward(x, x, weight, adapter, z)
+        served(server.forward).lora_linear(x, weight, None, adapter)
 
 
 def _operands(dtype: torch.dtype, M: int, dim: int) -> tuple[Tensor, Tensor, Adapter, Tensor]:

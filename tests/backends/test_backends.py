@@ -9,9 +9,9 @@ import torch
 
 import peftk
 from peftk import functional
-from peftk.backends import choice
-from peftk.backends.call import BackendError, Call
-from peftk.explanation import OPS
+from peftk.backends import choice, reference
+from peftk.backends.call import BackendError
+from tests.support.calls import call
 
 
 def test_explain_names_backend_reason_and_kernel() -> None:
@@ -53,41 +53,21 @@ def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
         functional.lora_linear(x, weight, backend=backend)
 
 
-IN_PLACE = {"merge": ("merge_", "remerge_"), "unmerge": ("unmerge_",)}
-
-
-def test_every_backend_has_every_function_or_says_that_it_does_not() -> None:
-    for name in choice.NAMES:
-        try:
-            module = choice.module(name)
-        except BackendError:
-            continue
-        for op in OPS:
-            for device in ("cpu", "cuda"):
-                call = Call(op, device, *(torch.bfloat16,) * 3, 4, 64, 64, 8, 1)
-                if module.cannot_serve(call) is None:
-                    # a series adapter is a linear layer without a weight
-                    for function in IN_PLACE.get(op, (op.replace("adapter_block", "lora_linear"),)):
-                        assert callable(getattr(module, function))
-                    assert module.describe(call)
-
-
 def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call("segments", "cpu", torch.int32, torch.int32, None, 4, 1, 1, 0, 2)
+    sort = call("segments", dtype=torch.int32, adapter_dtype=None, adapters=2)
     with choice.forcing(None):
         assert choice.forced() is None
     with choice.forcing("cpu"), pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot serve segments"):
-        choice.choose(call)
+        choice.choose(sort)
     with choice.forcing("cpu"):
-        assert choice.choose(call, "reference").backend == "reference"
-    server, seen = choice.module("reference"), []
-    serve = server.multi_lora_linear
+        assert choice.choose(sort, "reference").backend == "reference"
+    seen, serve = [], reference.multi_lora_linear
 
     def watched(*args: object, **kwargs: object) -> object:
         seen.append(choice.forced())
         return serve(*args, **kwargs)
 
-    monkeypatch.setattr(server, "multi_lora_linear", watched)
+    monkeypatch.setattr(reference, "multi_lora_linear", watched)
     monkeypatch.setenv("PEFTK_BACKEND", "reference")
     layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
     ids = torch.tensor([-1, -1])
@@ -100,13 +80,12 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
 def test_triton_refuses_cpu_tensors_where_nothing_interprets() -> None:
     pytest.importorskip("triton")
-    call = Call("lora_linear", "cpu", *[torch.float32] * 3, 1, 8, 8, 4, 1)
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
-        choice.choose(call, "triton")
-    merge = call._replace(op="merge", device="cuda", x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
-    assert choice.cannot_serve("triton", merge._replace(adapter_dtype=torch.float16)) is None
-    assert "float64" in str(choice.cannot_serve("triton", merge._replace(adapter_dtype=torch.float64)))
-    assert choice.cannot_serve("triton", call._replace(device="cuda")) is None
+        choice.choose(call(), "triton")
+    for dtype, refusal in ((torch.float16, None), (torch.float64, "float64")):
+        why = choice.cannot_serve("triton", call("merge", device="cuda", dtype=torch.bfloat16, adapter_dtype=dtype))
+        assert why is None if refusal is None else refusal in str(why)
+    assert choice.cannot_serve("triton", call(device="cuda")) is None
     for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
-        mix = call._replace(device="cuda", x_dtype=x, weight_dtype=weight)
+        mix = call(device="cuda", x_dtype=x, weight_dtype=weight)
         assert word in str(choice.cannot_serve("triton", mix))

@@ -13,10 +13,11 @@ import peftk
 from peftk import functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import Dropout
 from peftk.backends import gemm
-from peftk.backends.call import Call
 from tests.ops.test_random_cases import run
 from tests.support import numerics
+from tests.support.calls import call
 from tests.support.cases import Case, expected, expected_grads, random_case
 
 
@@ -46,7 +47,7 @@ def test_random_cases() -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_random_gradients(dropout_p: float) -> None:
-    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     for seed, case in cases(60):
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
         table = case.table()
@@ -104,11 +105,10 @@ def test_rows_of_the_base_layer_are_torchs_bits() -> None:
 
 
 def test_what_it_does_not_serve() -> None:
-    call = Call("lora_linear", "cpu", *(torch.float32,) * 3, 4, 64, 64, 8, 1)
-    assert gemm.cannot_serve(call) is None
-    assert "one dtype" in str(gemm.cannot_serve(call._replace(x_dtype=torch.bfloat16)))
-    assert "has none for merge" in str(gemm.cannot_serve(call._replace(op="merge")))
-    assert "cpu tensors" in str(gemm.cannot_serve(call._replace(device="cuda")))
+    assert gemm.cannot_serve(call()) is None
+    assert "one dtype" in str(gemm.cannot_serve(call(x_dtype=torch.bfloat16)))
+    assert "has none for merge" in str(gemm.cannot_serve(call("merge")))
+    assert "cpu tensors" in str(gemm.cannot_serve(call(device="cuda")))
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8)
     with pytest.raises(peftk.BackendError, match="serves x and weight of one dtype"):
         functional.lora_linear(x, weight, backend="gemm")

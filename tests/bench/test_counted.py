@@ -1,4 +1,4 @@
-"""`peftk bench --counted`: closed forms, models of other libraries, and the table. Nothing is timed."""
+"""`python -m bench.counted`: closed forms, models of other libraries, and the table. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 
 from bench.counted import peers, report, run
+from bench.counted.__main__ import main
 from bench.counted.batch import Batch, of_ids, one
 from bench.counted.work import H100, Launch, Traffic, crossing
-from peftk.cli import main
 from tests.support.paths import ROOT
 
 COUNTED = run.count(run.Options())
@@ -126,9 +126,7 @@ def test_a_batch_in_blocks() -> None:
 def test_command(tmp_path: Path) -> None:
     files = {kind: tmp_path / "made" / f"counted.{kind}" for kind in ("json", "csv", "markdown")}
     options = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
-    result = CliRunner().invoke(
-        main, ["bench", "--counted", "--tokens", "1,4096", "--dims", "4096x14336", "--ranks", "8,64", *options]
-    )
+    result = CliRunner().invoke(main, ["--tokens", "1,4096", "--dims", "4096x14336", "--ranks", "8,64", *options])
     assert result.exit_code == 0, result.output
     assert "modelled" in result.output
     assert "measured: nothing ran" in result.output
@@ -146,13 +144,6 @@ def test_command(tmp_path: Path) -> None:
     text = files["markdown"].read_text()
     assert "modelled" in text
     assert all(source.repository in text for source in peers.SOURCES.values())
-
-
-@pytest.mark.parametrize("option", [["--suite", "cpu"], ["--op", "merge"], ["--plot", "x.png"], ["--seconds", "1"]])
-def test_options_that_mean_nothing_with_it(option: list[str]) -> None:
-    result = CliRunner().invoke(main, ["bench", "--counted", *option])
-    assert result.exit_code == 2
-    assert f"{option[0]}: not with --counted" in result.output
 
 
 def test_every_shape_can_be_counted() -> None:

@@ -30,14 +30,15 @@ FIXTURES = ROOT / "tests" / "fixtures" / "adapterhub"
 HERE = pathlib.Path(peftk.__file__).parent
 # Every `raise` in these is met by a case below. Of the server only what fits a checkpoint.
 SWEPT = {
-    "checkpoint.py": None,
-    "combine.py": None,
-    "interop/adapterhub_checkpoint.py": None,
-    "interop/files.py": None,
-    "interop/fitting.py": None,
-    "interop/own_checkpoint.py": None,
-    "interop/peft_checkpoint.py": None,
-    "server.py": ("_served", "_check_linear"),
+    "checkpoints/adapterhub.py": None,
+    "checkpoints/contents.py": None,
+    "checkpoints/files.py": None,
+    "checkpoints/fitting.py": None,
+    "checkpoints/native.py": None,
+    "checkpoints/peft.py": None,
+    "checkpoints/store.py": None,
+    "models/combine.py": None,
+    "models/server.py": ("_served", "_check_linear"),
 }
 
 

@@ -52,7 +52,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_opcheck() -> None:
     x, A, B, a, b = (t.requires_grad_() for t in tensors())
-    torch.library.opcheck(custom_ops.lora_linear, (x, None, None, A, B, a, b, 0.5, "silu", 0.0, None, None))
+    torch.library.opcheck(custom_ops.lora_linear, (x, None, None, A, B, 0.5, "silu", a, b, 0.0, None, None))
 
 
 def test_bad_input_is_named() -> None:

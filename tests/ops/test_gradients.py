@@ -9,6 +9,7 @@ import peftk
 from peftk import functional
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, Wanted
+from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import _unpack, flat_tensors, pack
 from peftk.backends import cpu
 from peftk.nn import MultiLoRALinear
@@ -96,7 +97,7 @@ def check_gradients(case: Case, dy: torch.Tensor, backend: str, dropout_p: float
     else:
         y = functional.multi_lora_linear(x, case.weight, case.bias, case.table(), case.ids, **kwargs)
     y.backward(dy)
-    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout_p=dropout_p, seed=seed)
+    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout=dropout_from(dropout_p, seed))
     assert x.grad is not None
     numerics.check(x.grad, dx, dx_magnitude, terms)
     wanted = flatten(case.adapters, grads)
@@ -123,11 +124,12 @@ def flatten(adapters, grads):  # type: ignore[no-untyped-def]
 
 
 def test_opcheck_one_adapter() -> None:
-    tensors = (leaf(4, 7), torch.randn(5, 7), leaf(5), leaf(3, 7), leaf(5, 3), None, leaf(5))
-    torch.library.opcheck(custom_ops.lora_linear, (*tensors, 0.5, "gelu", 0.0, None, None))
-    torch.library.opcheck(custom_ops.lora_linear, (*tensors, 0.5, "relu", 0.25, torch.tensor([3]), "reference"))
-    base = (leaf(4, 7), torch.randn(5, 7), None, None, None, None, None)
-    torch.library.opcheck(custom_ops.lora_linear, (*base, 1.0, "identity", 0.0, None, None))
+    factors, biases = (leaf(4, 7), torch.randn(5, 7), leaf(5), leaf(3, 7), leaf(5, 3)), (None, leaf(5))
+    torch.library.opcheck(custom_ops.lora_linear, (*factors, 0.5, "gelu", *biases, 0.0, None, None))
+    dropout = (0.25, torch.tensor([3]))
+    torch.library.opcheck(custom_ops.lora_linear, (*factors, 0.5, "relu", *biases, *dropout, "reference"))
+    base = (leaf(4, 7), torch.randn(5, 7), None, None, None)
+    torch.library.opcheck(custom_ops.lora_linear, (*base, 1.0, "identity", None, None, 0.0, None, None))
 
 
 def test_opcheck_many_adapters() -> None:
@@ -139,7 +141,7 @@ def test_opcheck_many_adapters() -> None:
     )
     tensors, layout, scalings = pack(adapters)
     ids = torch.tensor([0, -1, 2, 3], dtype=torch.int32)
-    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), ids, tensors, layout, scalings, (), 0.0, None, None)
+    arguments = (leaf(4, 7), torch.randn(5, 7), leaf(5), tensors, layout, scalings, (), ids, 0.0, None, None)
     torch.library.opcheck(custom_ops.multi_lora_linear, arguments)
 
 

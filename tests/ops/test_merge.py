@@ -17,10 +17,10 @@ import peftk.functional as functional
 from peftk import _cpu
 from peftk.backends import cpu, reference
 from peftk.backends import reference as reference_backend
-from peftk.backends.call import Call
 from peftk.reference.merge import RAW, ZERO, Factors
 from peftk.reference.merge import factors as adapters
 from peftk.reference.receipt import MergeReceipt, bytewise
+from tests.support.calls import call
 from tests.support.merge_cases import DTYPES, check_receipt, merge_case, same_bits, several
 
 LEVELS = _cpu.simd_levels()
@@ -512,13 +512,13 @@ def test_the_cuda_backend_says_what_it_cannot_serve(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = pytest.importorskip("peftk.backends.cuda", reason="needs peftk._cuda, which nvcc builds")
 
-    def call(op: str, device: str, dtype: torch.dtype) -> Call:
-        return Call(op, device, dtype, dtype, torch.float32, 8, 8, 8, 4, 1)
+    def why(op: str, device: str, dtype: torch.dtype) -> str | None:
+        return cuda.cannot_serve(call(op, device=device, dtype=dtype, adapter_dtype=torch.float32))
 
-    assert cuda.cannot_serve(call("merge", "cuda", torch.bfloat16)) is None
-    assert "adapter_block" in cuda.cannot_serve(call("adapter_block", "cuda", torch.bfloat16))
-    assert "cpu" in cuda.cannot_serve(call("unmerge", "cpu", torch.bfloat16))
-    assert "float64" in cuda.cannot_serve(call("merge", "cuda", torch.float64))
+    assert why("merge", "cuda", torch.bfloat16) is None
+    assert "adapter_block" in str(why("adapter_block", "cuda", torch.bfloat16))
+    assert "cpu" in str(why("unmerge", "cpu", torch.bfloat16))
+    assert "float64" in str(why("merge", "cuda", torch.float64))
 
 
 @pytest.mark.gpu

@@ -290,5 +290,5 @@ def test_a_compiled_graph_that_is_given_tangents_says_so():
     x, t = direction()
     with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="compiled call drops"):
         torch.ops.peftk.lora_linear(
-            forward_ad.make_dual(x, t), x, None, None, None, None, None, 1.0, "identity", 0.0, None, None
+            forward_ad.make_dual(x, t), x, None, None, None, 1.0, "identity", None, None, 0.0, None, None
         )

@@ -10,6 +10,7 @@ import torch
 
 from peftk.adapters import activations
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import Dropout
 from peftk.backends import reference
 from peftk.reference import philox
 from peftk.reference.merge import _delta, factors
@@ -45,9 +46,9 @@ def test_backward_is_the_gradient_of_the_forward(activation: str) -> None:
     weight, dy = torch.randn(5, 9, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
     seed = torch.tensor([3])
     adapter = Adapter((A,), (B,), 1.7, activation, a, b)
-    y, z = reference.lora_linear(x, weight, None, adapter, dropout_p=0.2, seed=seed, save_z=True)
+    y, z = reference.lora_linear(x, weight, None, adapter, dropout=Dropout(0.2, seed), save_z=True)
     y.backward(dy)
-    dx, grads = reference.lora_linear_backward(dy, x.detach(), weight, adapter, z.detach(), dropout_p=0.2, seed=seed)
+    dx, grads = reference.lora_linear_backward(dy, x.detach(), weight, adapter, z.detach(), dropout=Dropout(0.2, seed))
     for tensor, grad in zip((x, A, B, a, b), (dx, *grads), strict=True):
         torch.testing.assert_close(tensor.grad, grad)
 

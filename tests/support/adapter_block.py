@@ -10,6 +10,7 @@ from torch import Tensor
 from peftk import functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_tensors
 from tests.ops.test_gradients import flatten
 from tests.support import numerics
@@ -57,7 +58,7 @@ def check(seed: int, backend: str | None, *, max_rows: int = 40, max_width: int 
     case = Case(x.detach(), None, None, adapters, ids)
     if not dropout_p:
         numerics.check(y, *expected(case))
-    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout_p=dropout_p, seed=key)
+    dx, grads, dx_magnitude, magnitudes, terms = expected_grads(case, dy, dropout=dropout_from(dropout_p, key))
     numerics.check(x.grad, dx, dx_magnitude, terms)
     tensors, wanted, bounds = flat_tensors(adapters), flatten(adapters, grads), flatten(adapters, magnitudes)
     for tensor, grad, bound in zip(tensors, wanted, bounds, strict=True):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from peftk import _cpu
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import Dropout
 from peftk.backends import cpu
 from peftk.ops import dispatch
 from tests.support.cases import DTYPES, Case, normal, random_case
@@ -71,8 +72,8 @@ def linear(case: Case, dropout_p: float, behind: bool | None = None) -> list[Ten
     """y and z, y over a base that is there and by the short way, dx and all gradients."""
     assert case.weight is not None
     place = (lambda value: value) if behind is None else (lambda value: guarded(value, behind))
-    case, seed = place(case), torch.tensor([7]) if dropout_p else None
-    x, weight, bias, rest = case.x, case.weight, case.bias, {"dropout_p": dropout_p, "seed": seed}
+    case, dropout = place(case), Dropout(dropout_p, torch.tensor([7])) if dropout_p else None
+    x, weight, bias, rest = case.x, case.weight, case.bias, {"dropout": dropout}
     dy = place(normal(x.shape[0], weight.shape[0], dtype=x.dtype, seed=1))
     if case.ids is None:
         (adapter,) = case.adapters

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 import peftk
 from peftk import cli
 from peftk.backends import choice, measured
-from peftk.backends.call import Call
+from peftk.backends.call import Call, Op
 from peftk.tuning import tune
+from tests.support import calls
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -28,8 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     choice.forget()
 
 
-def call(M: int = 256, dim: int = 4096, dtype: torch.dtype = F32, op: str = "lora_linear") -> Call:
-    return Call(op, "cpu", dtype, dtype, dtype, M, dim, dim, 16, 1)
+def call(op: str = "lora_linear", *, M: int = 256, dim: int = 4096, **rest: object) -> Call:
+    return calls.call(op, M=M, K=dim, N=dim, rank=16, **rest)
 
 
 def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
@@ -78,9 +79,9 @@ def test_what_no_measurement_changes(cache: Path) -> None:
     write({f"{op} {dtype}": [(256, 4096, 9.0)] for op in tune.OPS for dtype in tune.DTYPES})
     assert choice.choose(call()).backend == "gemm"
     assert choice.choose(call(M=1, dim=64)).backend == "cpu"
-    assert choice.choose(call()._replace(weight_dtype=BF16)).backend == "cpu"
+    assert choice.choose(call(weight_dtype=BF16)).backend == "cpu"
     assert choice.choose(call(), "cpu").backend == "cpu"
-    assert choice.choose(call()._replace(op="merge")).backend == "cpu"
+    assert choice.choose(call("merge")).backend == "cpu"
     torch.use_deterministic_algorithms(True)
     try:
         assert choice.choose(call()).backend == "cpu"
@@ -166,7 +167,7 @@ def test_a_hopeless_library_is_not_asked_for_larger_shapes(cache: Path, monkeypa
         return 0.2 if dim >= 1024 else 0.9
 
     monkeypatch.setattr(tune, "_gain", gain)
-    points = list(tune._measure("lora_linear", F32, 0.001))
+    points = list(tune._measure(Op("lora_linear"), F32, 0.001))
     assert (64, 512) in asked
     assert (64, 1024) in asked
     assert (64, 2048) not in asked

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftk.backends import choice
-from peftk.backends.call import BackendError, Call
+from peftk.backends.call import LORA_LINEAR, MERGE, UNMERGE, BackendError, Call, Op
 from peftk.reference import bounds
 from peftk.system.timing import Clock, Run, Times, interleave
 from peftk.tools.benchmark import peers
@@ -169,11 +169,11 @@ def factors(K: int, N: int, rank: int, dtype: torch.dtype, device: str, seed: in
 
 # The calls of peftk's that an op makes.
 _CALLS = {
-    "lora_linear": ("lora_linear",),
-    "multi_lora_linear": ("multi_lora_linear",),
-    "train": ("lora_linear", "lora_linear_backward"),
-    "merge": ("merge",),
-    "unmerge": ("unmerge", "merge"),
+    "lora_linear": (LORA_LINEAR,),
+    "multi_lora_linear": (Op("lora_linear", many=True),),
+    "train": (LORA_LINEAR, Op("lora_linear", backward=True)),
+    "merge": (MERGE,),
+    "unmerge": (UNMERGE, MERGE),
 }
 
 
@@ -206,8 +206,21 @@ def _calls(shape: Shape, device: str) -> list[Call]:
     dtype = shape.torch_dtype
     adapter_dtype = dtype if shape.op == "multi_lora_linear" else torch.float32  # the layers' defaults
     M = shape.N if shape.op in ("merge", "unmerge") else shape.M
-    rest = (device, dtype, dtype, adapter_dtype, M, shape.K, shape.N, shape.rank, shape.adapters)
-    return [Call(op, *rest) for op in _CALLS[shape.op]]
+    return [
+        Call(
+            op=op,
+            device=device,
+            x_dtype=dtype,
+            weight_dtype=dtype,
+            adapter_dtype=adapter_dtype,
+            M=M,
+            K=shape.K,
+            N=shape.N,
+            rank=shape.rank,
+            adapters=shape.adapters,
+        )
+        for op in _CALLS[shape.op]
+    ]
 
 
 def side_names(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:

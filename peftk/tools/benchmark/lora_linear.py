@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from peftk.adapters.adapter import adapter_of
 from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends.call import LORA_LINEAR, Call
 from peftk.nn import LoRALinear
 from peftk.ops.layer_calls import lora_linear_unchecked
 from peftk.reference import bounds
@@ -58,7 +59,18 @@ def peftk_layer(linear: nn.Linear, A: Tensor, B: Tensor, backend: str, M: int) -
 def _is_choice(linear: nn.Linear, A: Tensor, backend: str, M: int) -> bool:
     weight = linear.weight
     N, K = weight.shape
-    call = Call("lora_linear", weight.device.type, weight.dtype, weight.dtype, A.dtype, M, K, N, A.shape[0], 1)
+    call = Call(
+        op=LORA_LINEAR,
+        device=weight.device.type,
+        x_dtype=weight.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=A.dtype,
+        M=M,
+        K=K,
+        N=N,
+        rank=A.shape[0],
+        adapters=1,
+    )
     return choice.choose(call).backend == backend
 
 
@@ -67,8 +79,7 @@ def _forced(backend: str) -> type[LoRALinear]:
         """LoRALinear.forward, with the backend said."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return lora_linear_unchecked(
-                x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, backend=backend
-            )
+            adapter = adapter_of(self.lora_A, self.lora_B, self.scaling)
+            return lora_linear_unchecked(x, self.weight, self.bias, adapter, backend=backend)
 
     return Forced

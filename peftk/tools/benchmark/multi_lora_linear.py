@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends.call import Call, Op
 from peftk.nn import MultiLoRALinear
 from peftk.ops.layer_calls import multi_lora_linear_unchecked
 from peftk.reference import bounds
@@ -77,7 +77,18 @@ def peftk_layer(
 ) -> MultiLoRALinear:
     """The layer that users have, served by `backend`; adapters in the weight's dtype, which is its default."""
     dtype, device = linear.weight.dtype, linear.weight.device.type
-    call = Call("multi_lora_linear", device, dtype, dtype, dtype, *shape[2:])
+    call = Call(
+        op=Op("lora_linear", many=True),
+        device=device,
+        x_dtype=dtype,
+        weight_dtype=dtype,
+        adapter_dtype=dtype,
+        M=shape.M,
+        K=shape.K,
+        N=shape.N,
+        rank=shape.rank,
+        adapters=shape.adapters,
+    )
     made = MultiLoRALinear if choice.choose(call).backend == backend else _forced(backend)
     module = made.from_linear(linear, max_adapters=len(adapters))
     for name, (A, B) in adapters.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from peftk.backends import choice
+from peftk.backends import registry
 from peftk.system.timing import cuda_events
 from peftk.tools.benchmark.common import Record
 from peftk.tools.selftest import behaviour, parity, report, speed
@@ -28,7 +28,7 @@ def target(name: str) -> Target:
     if name == "interpreter":
         return Target(name, "cpu", ("triton",))
     ops = ("lora_linear", "merge")
-    able = tuple(b for b in choice.NAMES if any(parity.cannot_serve(b, op, name) is None for op in ops))
+    able = tuple(b for b in registry.NAMES if any(parity.cannot_serve(b, op, name) is None for op in ops))
     return Target(name, name, able)
 
 
@@ -84,7 +84,7 @@ def _lost(check: Check) -> str | None:
 def _absent(where: Target) -> list[str]:
     """A line for every backend that doesn't run here."""
     lines = []
-    for backend in choice.NAMES:
+    for backend in registry.NAMES:
         if backend not in where.backends and not where.rehearses:
             reasons = {op: parity.cannot_serve(backend, op, where.device) for op in ("lora_linear", "merge")}
             lines.append(f"{backend} does not run here: {'; '.join(f'{op}: {why}' for op, why in reasons.items())}")

@@ -104,20 +104,20 @@ def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
     """A call of every kind."""
     shapes = ((17, 40, 24),) if target.rehearses else ((8, 1024, 768), (600, 1024, 2048), (3000, 1000, 520))
     dtype = torch.float32 if target.rehearses else torch.bfloat16
-    some = (1, 17, 0, None) if target.rehearses else (1, 8, None, 17, 0, 64, 16, 128)
+    mixed = (1, 17, 0, None) if target.rehearses else (1, 8, None, 17, 0, 64, 16, 128)
     kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool, float], ...] = (
         ("base layer alone", "linear", (None,), False, 0.0),
         ("one adapter, dropout", "linear", (8,), False, 0.25),
-        ("many adapters, dropout", "linear", some, True, 0.25),
-        ("many series adapters", "series", some, True, 0.0),
-        ("packed outputs", "packed", some, True, 0.0),
+        ("many adapters, dropout", "linear", mixed, True, 0.25),
+        ("many series adapters", "series", mixed, True, 0.0),
+        ("packed outputs", "packed", mixed, True, 0.0),
     )
     if not target.rehearses:
         kinds += (
             ("one adapter", "linear", (17,), False, 0.0),
-            ("many adapters", "linear", some, True, 0.0),
+            ("many adapters", "linear", mixed, True, 0.0),
             ("one series adapter, dropout", "series", (17,), False, 0.25),
-            ("packed outputs, dropout", "packed", some, True, 0.25),
+            ("packed outputs, dropout", "packed", mixed, True, 0.25),
         )
     for shape in shapes:
         for kind, form, ranks, many, dropout_p in kinds:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.adapters.dropout import Dropout
 from peftk.backends import reference
 from peftk.reference import philox
 
@@ -248,12 +249,14 @@ def _weight(case: Case) -> Tensor:
     return torch.eye(K, dtype=torch.float64, device=case.x.device) if case.weight is None else case.weight.double()
 
 
-def _kept(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """What dropout multiplies x [M, K] by."""
-    return philox.keep_mask(x.shape[0], x.shape[1], p, seed).double() / (1 - p)
+def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """What dropout multiplies x [M, K] by, in fp64."""
+    if dropout is None:
+        return torch.ones_like(x)
+    return philox.keep_mask(x.shape[0], x.shape[1], dropout.p, dropout.seed).double() / (1 - dropout.p)
 
 
-def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+def expected(case: Case, *, dropout: Dropout | None = None) -> tuple[Tensor, Tensor, int]:
     """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R.
 
     A series adapter has no |x||W|ᵀ, beside which v's own error is small. So there |v| is |x̃||A|ᵀ + |a|, the sums that v
@@ -262,7 +265,7 @@ def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) 
     x, weight = case.x.double(), _weight(case)
     bias = None if case.bias is None else case.bias.double()
     ids = case.all_ids()
-    dropped = x if seed is None else x * _kept(x, dropout_p, seed)
+    dropped = x * _kept(x, dropout)
     full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
     magnitude, _ = reference.lora_linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), None)
     y, _ = reference.lora_linear(x, weight, bias, None)
@@ -287,7 +290,7 @@ def expected(case: Case, *, dropout_p: float = 0.0, seed: Tensor | None = None) 
 
 
 def expected_grads(
-    case: Case, dy: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = None
+    case: Case, dy: Tensor, *, dropout: Dropout | None = None
 ) -> tuple[Tensor, list[AdapterGrads | None], Tensor, list[AdapterGrads | None], int]:
     """dx and the adapters' gradients in fp64, the sums of absolute values that bound their errors, and the terms.
 
@@ -297,12 +300,12 @@ def expected_grads(
     x, weight, dy = case.x.double(), _weight(case), dy.double()
     ids = case.all_ids()
     full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
-    _, z = reference.multi_lora_linear(x, weight, None, full, ids, save_z=True, dropout_p=dropout_p, seed=seed)
+    _, z = reference.multi_lora_linear(x, weight, None, full, ids, dropout=dropout, save_z=True)
     assert z is not None
-    dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout_p=dropout_p, seed=seed)
+    dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout=dropout)
     assert dx is not None
 
-    keep = torch.ones_like(x) if seed is None else _kept(x, dropout_p, seed)
+    keep = _kept(x, dropout)
     x_abs = x.abs() * keep
     dx_magnitude = dy.abs() @ weight.abs()
     magnitudes: list[AdapterGrads | None] = []

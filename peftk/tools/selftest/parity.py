@@ -13,8 +13,9 @@ from torch import Tensor
 from peftk import functional
 from peftk.adapters import activations
 from peftk.adapters.bank import AdapterBank
-from peftk.backends import choice, reference
-from peftk.backends.call import Call
+from peftk.backends import choice, reference, registry
+from peftk.backends.call import Call, Op
+from peftk.backends.contract import served
 from peftk.reference import bounds
 from peftk.tools.selftest.cases import Case, decode_case, random_case
 from peftk.tools.selftest.check import Check, Target, WrongError, same_bits
@@ -48,7 +49,19 @@ def checks(target: Target) -> Iterator[Check]:
 
 
 def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.bfloat16, M: int = 16) -> str | None:
-    return choice.cannot_serve(backend, Call(op, device, dtype, dtype, dtype, M, 128, 256, 16, 1))
+    call = Call(
+        op=Op.parse(op),
+        device=device,
+        x_dtype=dtype,
+        weight_dtype=dtype,
+        adapter_dtype=dtype,
+        M=M,
+        K=128,
+        N=256,
+        rank=16,
+        adapters=1,
+    )
+    return choice.cannot_serve(backend, call)
 
 
 def _sweeps(backend: str, target: Target) -> Iterator[Check]:
@@ -280,7 +293,7 @@ def _launches(target: Target) -> Iterator[Check]:
 
 def _segments(backend: str, target: Target) -> Iterator[Check]:
     """To the integer what the specification says."""
-    segments = choice.module(backend).segments
+    segments = served(registry.backend(backend).sort).segments
     sizes = (1, 70) if target.rehearses else (1, 64, 65, 256, 1024, 1025, 4097, 131072)
     for M in sizes:
         for adapters in (0, 1, 40) if target.rehearses else (0, 1, 64, 5000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from peftk import functional
 from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_grads, flat_tensors
 from peftk.backends import choice
-from peftk.backends.call import Call
+from peftk.backends.call import Call, Op
 from peftk.reference import bounds
 from peftk.tools.selftest.cases import Case, expected, expected_grads
 from peftk.tools.selftest.check import WrongError
@@ -85,12 +87,12 @@ class Work:
     def error(self, results: list[Tensor] | None = None) -> float:
         """The worst error of `results`, else of a run, as a multiple of what is allowed."""
         actual = self.run() if results is None else results
-        rest = {"dropout_p": self.dropout_p, "seed": self.seed}
+        dropout = dropout_from(self.dropout_p, self.seed)
         with torch.no_grad():
-            y, y_terms, K = expected(self.case, **rest)  # type: ignore[arg-type]
+            y, y_terms, K = expected(self.case, dropout=dropout)
             if not self.leaves:
                 return self._worst(actual, [(y, y_terms, K)])
-            dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, **rest)  # type: ignore[arg-type]
+            dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, dropout=dropout)
         exact = [(y, y_terms, K), *([(dx, dx_terms, terms)] if self.case.x.requires_grad else [])]
         exact += [(g, t, terms) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
         return self._worst(actual, exact)
@@ -170,17 +172,24 @@ def _ids(case: Case, generator: torch.Generator) -> Tensor:
 
 def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
     """Whether the backend has the forward and the backward of the case there."""
-    op = ("" if case.ids is None else "multi_") + ("adapter_block" if case.weight is None else "lora_linear")
     M, K = case.x.shape
-    dtypes = (case.x.dtype, case.weight_dtype(), case.adapter_dtype())
     slices = max(len(case.columns) - 1, 1)
-    count = len(case.adapters) // slices
-    rank = max((a.rank for a in case.adapters if a is not None), default=0)
-    calls = (
-        Call(name, device, *dtypes, M, K, case.out_features, rank, count, dropout_p > 0.0, slices)
-        for name in (op, f"{op}_backward")
+    forward = Call(
+        op=Op("adapter_block" if case.weight is None else "lora_linear", many=case.ids is not None),
+        device=device,
+        x_dtype=case.x.dtype,
+        weight_dtype=case.weight_dtype(),
+        adapter_dtype=case.adapter_dtype(),
+        M=M,
+        K=K,
+        N=case.out_features,
+        rank=max((a.rank for a in case.adapters if a is not None), default=0),
+        adapters=len(case.adapters) // slices,
+        dropout=dropout_p > 0.0,
+        slices=slices,
     )
-    return all(choice.cannot_serve(backend, call) is None for call in calls)
+    backward = dataclasses.replace(forward, op=forward.op._replace(backward=True))
+    return all(choice.cannot_serve(backend, call) is None for call in (forward, backward))
 
 
 def _fill(tensor: Tensor, seed: int) -> None:

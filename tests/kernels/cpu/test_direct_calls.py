@@ -10,6 +10,7 @@ from torch import Tensor
 
 import peftk
 from peftk.adapters.activations import CODES
+from peftk.adapters.adapter import adapter_of
 from peftk.backends import choice, measured
 from peftk.nn import ParallelAdapterLinear, SeriesAdapter
 from peftk.ops import dispatch, layer_calls
@@ -65,7 +66,7 @@ def test_same_bits_as_the_ordinary_way(dtype, adapter_dtype):
         for b, a in ((bias, (A, B)), (None, (A, B)), (bias, (None, None)), (bias, (A, B.t().contiguous().t()))):
             y = dispatch.direct_lora_linear(x, weight, b, *a, 0.7)
             assert y is not None, name
-            expected = lora_linear_unchecked(x, weight, b, *a, 0.7, backend="cpu")
+            expected = lora_linear_unchecked(x, weight, b, adapter_of(*a, 0.7), backend="cpu")
             assert y.dtype == dtype
             assert torch.equal(y, expected), name
 
@@ -80,9 +81,13 @@ def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
         for W, b, up_of, N_of in ((weight, bias, B, N), (None, None, up, K)):
             beta = tensor(N_of, dtype=adapter_dtype, seed=1)
             for biases in ((a, beta), (None, beta), (a, None), (None, None)):
-                y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, activation, *biases)
-                rest = (A, up_of, 0.7, activation, *biases, 0.0, None, "cpu")
-                ordinary = adapter_block_unchecked(x, *rest) if W is None else lora_linear_unchecked(x, W, b, *rest)
+                rest = {"activation": activation, "bias_A": biases[0], "bias_B": biases[1]}
+                y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, **rest)
+                made = adapter_of(A, up_of, 0.7, **rest)
+                if W is None:
+                    ordinary = adapter_block_unchecked(x, made, backend="cpu")
+                else:
+                    ordinary = lora_linear_unchecked(x, W, b, made, backend="cpu")
                 assert y is not None, name
                 assert y.dtype == dtype
                 assert torch.equal(y, ordinary), name
@@ -93,7 +98,7 @@ def test_adapters_that_are_not_plain_go_the_ordinary_way():
     x, a, beta = tensor(4, K), tensor(R), tensor(N)
 
     def call(x=x, weight=weight, bias=bias, A=A, B=B, a=a, beta=beta):
-        return dispatch.direct_lora_linear(x, weight, bias, A, B, 0.7, "relu", a, beta)
+        return dispatch.direct_lora_linear(x, weight, bias, A, B, 0.7, activation="relu", bias_A=a, bias_B=beta)
 
     assert call() is not None
     for change in (
@@ -119,7 +124,7 @@ def test_adapters_that_are_not_plain_go_the_ordinary_way():
 def test_weights_that_lie_transposed_or_apart():
     weight, bias, A, B = layer()
     x = tensor(4, K)
-    expected = lora_linear_unchecked(x, weight, bias, A, B, 0.7, backend="cpu")
+    expected = lora_linear_unchecked(x, weight, bias, adapter_of(A, B, 0.7), backend="cpu")
     apart = torch.zeros(N, K + 3)[:, :K].copy_(weight)
     torch.testing.assert_close(dispatch.direct_lora_linear(x, weight.t().contiguous().t(), bias, A, B, 0.7), expected)
     assert torch.equal(dispatch.direct_lora_linear(x, apart, bias, A, B, 0.7), expected)
@@ -276,7 +281,7 @@ def test_layers_take_the_short_way(monkeypatch):
         return single(x), multi(x, torch.tensor([0, -1])), multi(x), series(x), parallel(x)
 
     expected = served()
-    for ordinary in ("_prepared", "_dropping"):
+    for ordinary in ("_one", "_many"):
         monkeypatch.setattr(layer_calls, ordinary, None)
     got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

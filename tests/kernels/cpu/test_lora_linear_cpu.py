@@ -16,9 +16,10 @@ from torch import Tensor
 from peftk import _cpu
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, AdapterGrads
+from peftk.adapters.dropout import Dropout
 from peftk.backends import cpu, reference
-from peftk.backends.call import Call
 from tests.support import numerics
+from tests.support.calls import call
 from tests.support.cases import DTYPES, Case, expected, expected_grads, random_case
 
 LEVELS = _cpu.simd_levels()
@@ -131,8 +132,7 @@ def test_activations(level: str, activation: str) -> None:
 
 
 def check_gradients(case: Case, dropout_p: float, dy: Tensor | None = None) -> None:
-    seed = torch.tensor([0x1234_5678_9ABC_DEF0]) if dropout_p else None
-    kwargs = {"dropout_p": dropout_p, "seed": seed}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([0x1234_5678_9ABC_DEF0])) if dropout_p else None}
     if dy is None:
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
     _, z = forward(case, save_z=True, **kwargs)
@@ -225,9 +225,14 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def linear_of(case: Case, dropout: Dropout | None = None, *, over_base: bool) -> _cpu.Linear:
+    shape = (case.x.shape[0], *case.weight.shape)
+    return cpu._linear(shape, case.x, case.x.dtype, case.weight, None, dropout, over_base=over_base)
+
+
 def call_over_base(case: Case, y: Tensor) -> None:
     """Adds the adapters' part to y, in place."""
-    linear = cpu._linear(cpu._rows(case.x, case.weight.shape[0]), None, None, 0.0, None, over_base=True)
+    linear = linear_of(case, over_base=True)
     out = {"y": y.data_ptr(), "y_stride": y.stride(0)}
     if case.ids is None:
         one = cpu._one_page(case.adapters[0])  # held until the call is over
@@ -245,12 +250,10 @@ def call_backward(
     grads: list[AdapterGrads | None],
     *,
     over_base: bool = False,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """The backward into given tensors; whatever is None isn't wanted."""
-    rows = cpu._rows(case.x, case.weight.shape[0])
-    linear = cpu._linear(rows, case.weight, None, dropout_p, seed, over_base=over_base)
+    linear = linear_of(case, dropout, over_base=over_base)
     out = {
         "dy": dy.data_ptr(),
         "dy_stride": dy.stride(0),
@@ -297,7 +300,7 @@ def test_adapters_over_a_base_that_is_there(level: str) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_input_gradients_over_a_base_that_is_there(level: str, dropout_p: float) -> None:
-    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     for name, case in over_base_cases():
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
         _, z = forward(case, save_z=True, **kwargs)
@@ -325,7 +328,7 @@ def assert_same_grads(actual: list[AdapterGrads | None], wanted: list[AdapterGra
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: float) -> None:
-    kwargs = {"dropout_p": dropout_p, "seed": torch.tensor([77]) if dropout_p else None}
+    kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     rng = random.Random(5)
     for name, case in over_base_cases():
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
@@ -343,7 +346,7 @@ def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: floa
 def test_dropout_masks_are_the_references(level: str, p: float) -> None:
     K, seed = 37, torch.tensor([-(2**62) + 12345])
     identity = Adapter((torch.eye(K),), (torch.eye(K),), 1.0)
-    y, _ = cpu.lora_linear(torch.ones(50, K), torch.zeros(K, K), None, identity, dropout_p=p, seed=seed)
+    y, _ = cpu.lora_linear(torch.ones(50, K), torch.zeros(K, K), None, identity, dropout=Dropout(p, seed))
     assert torch.equal(y != 0, reference.philox.keep_mask(50, K, p, seed))
     assert (y[y != 0] == torch.tensor(1 / (1 - p))).all()
 
@@ -358,8 +361,8 @@ def test_bits_are_the_same_with_any_number_of_threads(level: str, threads: None,
     results = []
     for count in (1, 2, 3, 5, 5):
         torch.set_num_threads(count)
-        y, z = forward(case, save_z=True, dropout_p=0.2, seed=seed)
-        dx, grads = backward(case, dy, z, dropout_p=0.2, seed=seed)
+        y, z = forward(case, save_z=True, dropout=Dropout(0.2, seed))
+        dx, grads = backward(case, dy, z, dropout=Dropout(0.2, seed))
         results.append([y, z, dx, *(t for g in grads if g is not None for t in g if t is not None)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -416,22 +419,22 @@ def test_empty_contraction_gives_the_bias(level: str) -> None:
 
 
 def test_cannot_serve_names_the_reason() -> None:
-    call = Call("lora_linear", "cpu", torch.float32, torch.bfloat16, torch.float16, 1, 2, 3, 4, 1)
-    assert cpu.cannot_serve(call) is None
-    assert "weight is float64" in str(cpu.cannot_serve(call._replace(weight_dtype=torch.float64)))
-    assert "not on cuda" in str(cpu.cannot_serve(call._replace(device="cuda")))
+    mixed = call(weight_dtype=torch.bfloat16, adapter_dtype=torch.float16)
+    assert cpu.cannot_serve(mixed) is None
+    assert "weight is float64" in str(cpu.cannot_serve(call(weight_dtype=torch.float64)))
+    assert "not on cuda" in str(cpu.cannot_serve(call(device="cuda")))
 
 
 def test_describe_says_which_form_serves(level: str, threads: None) -> None:
     torch.set_num_threads(2)
     half = torch.bfloat16
-    call = Call("lora_linear", "cpu", half, half, half, 4, 1024, 1024, 16, 1)
+    form = {"dtype": half, "K": 1024, "N": 1024, "rank": 16}
     simd = f"{level} (bf16 pairs)" if level == "avx512_bf16" else level
-    assert cpu.describe(call) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
-    assert "lanes form" in cpu.describe(call._replace(M=64))
-    assert "columns form" in cpu.describe(call._replace(op="multi_lora_linear_backward"))
-    assert f"dot form, {level}, 1 thread" in cpu.describe(call._replace(x_dtype=torch.float32, M=1, K=64))
-    assert "merge" in cpu.describe(call._replace(op="merge"))
+    assert cpu.describe(call(**form)) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
+    assert "lanes form" in cpu.describe(call(**form, M=64))
+    assert "columns form" in cpu.describe(call("multi_lora_linear_backward", **form))
+    assert f"dot form, {level}, 1 thread" in cpu.describe(call(**{**form, "K": 64}, x_dtype=torch.float32, M=1))
+    assert "merge" in cpu.describe(call("merge", **form))
 
 
 def test_simd_level_is_chosen_by_environment() -> None:
@@ -470,3 +473,31 @@ def test_an_adapters_only_row_has_the_bits_of_one_among_many(level: str, dtype: 
                 mixed, _ = cpu.multi_lora_linear(x, weight, None, both, ids)
                 same, _ = cpu.multi_lora_linear(x, weight, None, both, torch.ones_like(ids))
                 assert torch.equal(mixed, same), (R, N, K, M)
+
+
+def test_every_machine_has_the_portable_level() -> None:
+    assert LEVELS[0] == "portable"
+
+
+NO_MEMORY = """
+import resource
+import torch
+from peftk import functional
+torch.set_num_threads(1)
+K = 20_000_000
+x, W, A = (torch.zeros(1, K, dtype=torch.bfloat16) for _ in range(3))
+B = torch.zeros(1, 1, dtype=torch.bfloat16)
+functional.lora_linear(x[:, :8], W[:, :8], None, A[:, :8], B, backend="cpu")
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**25, resource.RLIM_INFINITY))
+try:
+    functional.lora_linear(x, W, None, A, B, dropout_p=0.5, backend="cpu")  # copies x, in fp32
+except MemoryError:
+    print("refused")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_without_memory_for_a_copy_it_raises() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "refused"), done.stderr[-2000:]

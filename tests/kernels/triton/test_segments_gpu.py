@@ -10,8 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 import peftk
-from peftk.backends import choice
+from peftk.backends import registry
 from peftk.backends.call import BackendError
+from peftk.backends.contract import served as part
 from peftk.launch.segments import Segments
 from tests.models.test_model import two_adapters
 from tests.support.segment_cases import expect, random_ids
@@ -25,7 +26,7 @@ Sort = Callable[[torch.Tensor, int], Segments]
 @pytest.fixture(params=["triton", "cuda"])
 def sort(request: pytest.FixtureRequest) -> Sort:
     try:
-        return choice.module(request.param).segments
+        return part(registry.backend(request.param).sort).segments
     except BackendError as error:
         pytest.skip(str(error))
 

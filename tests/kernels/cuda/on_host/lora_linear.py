@@ -17,10 +17,11 @@ from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.backends import cuda as backend
 from peftk.backends import reference
-from peftk.backends.call import BackendError, Call
+from peftk.backends.call import BackendError
 from peftk.launch import workspace
 from tests.kernels.cuda.on_host.conftest import Executor
 from tests.support import numerics
+from tests.support.calls import call
 from tests.support.cases import Case, decode_adapter, decode_case, double, expected, normal
 from tests.support.tiers import spread
 
@@ -341,10 +342,10 @@ def test_through_the_public_functions() -> None:
     ],
 )
 def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> None:
-    call = Call("lora_linear", "cpu", BF16, BF16, BF16, M=4, K=64, N=64, rank=16, adapters=1)
-    assert backend.cannot_serve(call) is None
-    assert "1 launch" in backend.describe(call)
-    assert reason in str(backend.cannot_serve(call._replace(**change)))  # type: ignore[arg-type]
+    made = {"dtype": BF16, "rank": 16}
+    assert backend.cannot_serve(call(**made)) is None
+    assert "1 launch" in backend.describe(call(**made))
+    assert reason in str(backend.cannot_serve(call(**{**made, **change})))
 
 
 @pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "merge", "unmerge", "segments"])
@@ -353,11 +354,11 @@ def test_older_gpus_are_left_to_others(monkeypatch: pytest.MonkeyPatch, op: str)
     monkeypatch.setattr(_cuda, "device", "cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    call = Call(op, "cuda", BF16, BF16, BF16, M=4, K=64, N=64, rank=16, adapters=1)
+    asked = call(op, device="cuda", dtype=BF16, rank=16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert backend.cannot_serve(call) is None
+    assert backend.cannot_serve(asked) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in str(backend.cannot_serve(call))
+    assert "compute capability 8.0" in str(backend.cannot_serve(asked))
 
 
 def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:

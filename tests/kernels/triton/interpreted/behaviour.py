@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
 from peftk import functional
-from peftk.backends import choice
+from peftk.backends import triton
 from peftk.cli import main
 from peftk.launch import workspace
 from peftk.tools import selftest
@@ -149,7 +149,7 @@ def test_the_whole_command(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    wgrad = choice.module("triton").gradients.wgrad
+    wgrad = triton.gradients.wgrad
 
     def slightly_wrong(*args: object, **kwargs: object) -> object:
         return [
@@ -157,7 +157,7 @@ def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
             for g in wgrad(*args, **kwargs)
         ]
 
-    monkeypatch.setattr(choice.module("triton").gradients, "wgrad", slightly_wrong)
+    monkeypatch.setattr(triton.gradients, "wgrad", slightly_wrong)
     monkeypatch.setattr(parity, "DTYPES", (torch.float32,))
     for sweep in ("_random", "_forms", "_launches", "_segments"):
         monkeypatch.setattr(parity, sweep, lambda *_: ())

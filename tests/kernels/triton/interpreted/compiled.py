@@ -52,7 +52,7 @@ def test_compiled_and_eager_give_the_same_bits(rank: int, dropout_p: float, many
     def call(x: Tensor, tensors: list[Tensor]) -> Tensor:
         rest = (dropout_p, given.seed, "triton")
         if case.ids is not None:
-            args = (x, case.weight, case.bias, case.ids, tensors, layout, scalings, [], *rest)
+            args = (x, case.weight, case.bias, tensors, layout, scalings, [], case.ids, *rest)
             return custom_ops.multi_lora_linear(*args)[0]
         A, B, a, b = tensors
         return functional.lora_linear(
@@ -74,16 +74,14 @@ def test_z_may_be_a_view_or_not(rank: int) -> None:
     case, adapter = given.case, given.case.adapters[0]
     assert adapter is not None
     with torch.no_grad():
-        rest = (0.0, None, "triton")
-        _, z = dispatch.lora_linear(case.x, case.weight, case.bias, adapter, *rest, True)
+        _, z = dispatch.lora_linear(case.x, case.weight, case.bias, adapter, backend="triton", save_z=True)
         assert z is not None
         assert z.shape == (19, rank)
         assert z.stride(0) == (16 if rank <= 16 else 32)
-        needs = (True, peftk.reference.ALL)
-        dx, grads = dispatch.lora_linear_backward(given.dy, case.x, case.weight, adapter, z, *rest, *needs)
+        dx, grads = dispatch.lora_linear_backward(given.dy, case.x, case.weight, adapter, z, backend="triton")
         for other in (z.contiguous(), torch.cat([z, z], 1)[:, :rank]):
             dx_too, grads_too = dispatch.lora_linear_backward(
-                given.dy, case.x, case.weight, adapter, other, *rest, *needs
+                given.dy, case.x, case.weight, adapter, other, backend="triton"
             )
             assert torch.equal(dx, dx_too)
             assert all(torch.equal(one, too) for one, too in zip(grads, grads_too, strict=True))

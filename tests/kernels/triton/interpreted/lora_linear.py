@@ -14,6 +14,7 @@ from torch import Tensor
 from peftk.adapters import table
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import Dropout
 from peftk.backends import reference
 from peftk.backends import triton as backend
 from peftk.reference import philox
@@ -217,7 +218,7 @@ def test_dropout_and_z(K: int, ids: list[int] | None, mix: tuple[torch.dtype, to
     p, seed = 0.3, torch.tensor([0x123456789ABCDEF])
     adapters = tuple(adapter(5 + 4 * i, K, 24, mix[2], "gelu", 9 * i) for i in range(7))
     case = make(mix, adapters, ids, M=20, K=K, N=24)
-    kwargs = {"dropout_p": p, "seed": seed, "save_z": True}
+    kwargs = {"dropout": Dropout(p, seed), "save_z": True}
     wide = tuple(double(a) for a in adapters)
     if ids is None:
         y, z = backend.lora_linear(case.x, case.weight, case.bias, adapters[0], **kwargs)

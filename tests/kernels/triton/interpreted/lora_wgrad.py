@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import PAGE, Adapter, AdapterGrads, Wanted
+from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.backends import reference
 from peftk.backends import triton as backend
 from peftk.launch import workspace
@@ -33,19 +35,18 @@ class Inputs:
     dy: Tensor
     z: Tensor
     u: Tensor
-    dropout_p: float
-    seed: Tensor | None
+    dropout: Dropout | None
 
 
 def inputs(case: Case, *, dropout_p: float = 0.0) -> Inputs:
     M, N = case.x.shape[0], case.weight.shape[0]
     dy = normal(M, N, dtype=case.x.dtype, seed=77)
-    seed = torch.tensor([0x123456789ABCDEF]) if dropout_p else None
+    dropout = Dropout(dropout_p, torch.tensor([0x123456789ABCDEF])) if dropout_p else None
     width = -(-max((a.rank for a in case.adapters if a is not None), default=0) // PAGE) * PAGE
     ids = torch.zeros(M, dtype=torch.int32) if case.ids is None else case.ids
     full = table.build(tuple(double(a) for a in case.adapters), dtype=torch.float64, device=case.x.device)
     _, z = reference.multi_lora_linear(
-        case.x.double(), case.weight.double(), None, full, ids, dropout_p=dropout_p, seed=seed, save_z=True
+        case.x.double(), case.weight.double(), None, full, ids, dropout=dropout, save_z=True
     )
     u = torch.zeros(M, width, dtype=torch.float64)
     for index, a in enumerate(full.adapters):
@@ -53,7 +54,7 @@ def inputs(case: Case, *, dropout_p: float = 0.0) -> Inputs:
         if a is not None and a.rank:
             slope = activations.derivative(a.activation, z[rows, : a.rank])
             u[rows, : a.rank] = (dy[rows].double() @ a.lora_B) * slope
-    return Inputs(case, dy, z.float(), u.float(), dropout_p, seed)
+    return Inputs(case, dy, z.float(), u.float(), dropout)
 
 
 def everything(a: Adapter | None) -> Wanted:
@@ -74,9 +75,9 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
     plan = kernels.plan(
         ranks, wanted, (0, case.weight.shape[0]), case.x.dtype, case.x.device, many=case.ids is not None
     )
+    p, seed = flat_dropout(given.dropout)
     grads = kernels.wgrad(
-        given.dy, case.x, given.z, given.u, adapters, order, plan,
-        dropout_p=given.dropout_p, seed=given.seed,
+        given.dy, case.x, given.z, given.u, adapters, order, plan, dropout_p=p, seed=seed
     )  # fmt: skip
     assert not any(counters.any() for counters in workspace._of_stream.values()), "a counter was left"
     return grads
@@ -85,7 +86,7 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
 def check(case: Case, *, dropout_p: float = 0.0) -> list[AdapterGrads | None]:
     given = inputs(case, dropout_p=dropout_p)
     grads = run(given)
-    _, expected, _, magnitudes, terms = expected_grads(case, given.dy, dropout_p=dropout_p, seed=given.seed)
+    _, expected, _, magnitudes, terms = expected_grads(case, given.dy, dropout=given.dropout)
     assert len(grads) == len(case.adapters)
     for index, a in enumerate(case.adapters):
         if a is None:
@@ -284,3 +285,12 @@ def test_ranges_fill_the_processors_within_their_memory() -> None:
                 assert rows % bf16.BLOCK_R == 0
                 assert ranges <= 16
                 assert ranges <= 1 or 2 * ranges * groups * blocks * 17 * bf16.BLOCK_C * 4 <= 65 << 20
+
+
+def test_scalars_arrive_whole() -> None:
+    """A kernel's annotation decides in how many bits a scalar travels: s and 1/(1 - p) are fp32."""
+    parameters = inspect.signature(kernels.wgrad_kernel.fn).parameters.values()
+    none = (inspect.Parameter.empty, "tl.constexpr")
+    scalars = {p.name: p.annotation for p in parameters if p.annotation not in none}
+    assert {scalars.pop(name) for name in ("scaling", "keep_scale")} == {"tl.float32"}
+    assert set(scalars.values()) == {"tl.int32"}

@@ -14,11 +14,11 @@ from peftk import functional
 from peftk.backends import choice, reference
 from peftk.backends import reference as reference_backend
 from peftk.backends import triton as backend
-from peftk.backends.call import Call
 from peftk.reference.merge import Factors
 from peftk.reference.merge import factors as adapters
 from peftk.reference.receipt import MergeReceipt
 from peftk.triton_kernels import merge as kernels
+from tests.support.calls import call
 from tests.support.merge_cases import (
     DTYPES,
     FORMS,
@@ -233,5 +233,4 @@ def test_through_the_public_functions() -> None:
 def test_explained() -> None:
     assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="triton").kernel
     assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="triton").kernel
-    call = Call("merge", "cpu", torch.float64, torch.float64, torch.float64, 8, 8, 8, 4, 1)
-    assert "float64" in str(choice.cannot_serve("triton", call))
+    assert "float64" in str(choice.cannot_serve("triton", call("merge", dtype=torch.float64)))

@@ -12,6 +12,7 @@ from torch import Tensor
 from peftk import functional
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_tensors
 from peftk.adapters.table import AdapterTable
 from tests.kernels.triton.interpreted.lora_linear import BF16, F16, F32, adapter, normal
@@ -64,7 +65,9 @@ def test_forward_and_gradients(seed: int, dtypes: tuple[torch.dtype, torch.dtype
     for j, (start, end) in enumerate(itertools.pairwise(packed.columns)):
         adapters = packed.adapters[j * packed.count : (j + 1) * packed.count]
         case = Case(x.detach(), weight[start:end], None if bias is None else bias[start:end], adapters, ids)
-        dx, grads, magnitude, magnitudes, width = expected_grads(case, dy[:, start:end], dropout_p=dropout_p, seed=key)
+        dx, grads, magnitude, magnitudes, width = expected_grads(
+            case, dy[:, start:end], dropout=dropout_from(dropout_p, key)
+        )
         dx_star, dx_magnitude, terms = dx_star + dx, dx_magnitude + magnitude, max(terms, width)
         if not dropout_p:
             numerics.check(y[:, start:end], *expected(case))

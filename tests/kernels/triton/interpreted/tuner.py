@@ -147,3 +147,23 @@ def test_explain_says_where_a_plan_comes_from(cache: Path) -> None:
     keep()
     assert "2 launches" in said()
     assert "tuned on this interpreter" in said()
+
+
+def test_splits_fill_the_processors_and_cost_little() -> None:
+    """Of few tokens: as many blocks as there is room for, and fp32 parts below a sixteenth of W's bytes."""
+    splits = []
+    for M, N, K in [
+        (1, 4096, 4096),
+        (1, 128, 8192),
+        (16, 4096, 4096),
+        (16, 256, 8192),
+        (64, 128, 8192),
+        (4, 32000, 256),
+    ]:
+        plan = config.lora_linear(config.Form(M, N, K, False, False, False, True, BF16, BF16, BF16, False, 1), 90)
+        tiles = -(-M // plan.BLOCK_M) * -(-N // plan.BLOCK_N)
+        splits.append(plan.expand_splits)
+        if plan.expand_splits > 1:
+            assert tiles * plan.expand_splits <= plan.fill
+            assert 4 * M * N * plan.expand_splits <= 2 * N * K / 16
+    assert min(splits) == 1 < max(splits) <= 8

@@ -1,0 +1,1 @@
+"""Measurements that ship with the checkout and not with the package."""

@@ -1,0 +1,24 @@
+"""The backends that there are. A new one is a file of this folder and its name here; `contract` says what it has."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from peftk.backends.call import BackendError
+from peftk.backends.contract import Backend
+
+NAMES = ("reference", "cpu", "gemm", "triton", "cuda")
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    """Raises ValueError for an unknown name, BackendError with the reason where it cannot be imported here."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    try:
+        module = importlib.import_module(f"peftk.backends.{name}")
+    except ImportError as error:
+        raise BackendError(f"backend {name!r} cannot be imported: {error}") from error
+    found: Backend = module.backend()
+    return found

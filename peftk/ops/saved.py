@@ -1,0 +1,91 @@
+"""What a forward saves for its backward, in eager mode and in a recorded operation alike: what is read, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from peftk.adapters.adapter import Adapter, Wanted, adapter_of, flat_adapter
+from peftk.adapters.dropout import Dropout, dropout_from, flat_dropout
+from peftk.reference.lora_linear import reads_z
+
+
+class Reads(NamedTuple):
+    """What a backward reads of the forward, besides dY.
+
+    x is read for dA, W for dX, z where `peftk.reference.reads_z` says so. A and B are read for dX, dA and da; they
+    count for dB too, which saves nothing to leave them out, and whoever changes an adapter that waits for its backward
+    will have meant to change it after. No gradient reads a bias.
+    """
+
+    x: bool
+    weight: bool
+    factors: bool
+    z: bool
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter | None], wanted: Sequence[Wanted], need_dx: bool) -> Reads:
+        """wanted: of each adapter, in this order."""
+        x = z = factors = False
+        for adapter, wants in zip(adapters, wanted, strict=True):
+            x = x or wants.lora_A
+            z = z or reads_z(adapter, wants, need_dx)
+            factors = factors or wants.lora_A or wants.lora_B or wants.bias_A
+        return cls(x, need_dx, factors or need_dx, z)
+
+
+class Saved(NamedTuple):
+    """x and z: None where nothing reads them. weight: also where only its shape is read."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    z: Tensor | None
+    dropout: Dropout | None
+    others: list[Tensor | None]
+
+
+def save(
+    ctx: Any,
+    reads: Reads,
+    x: Tensor,
+    weight: Tensor | None,
+    z: Tensor | None,
+    *others: Tensor | None,
+    dropout: Dropout | None,
+) -> None:
+    p, seed = flat_dropout(dropout)
+    kept = (x if reads.x else None, weight if reads.weight else None, z if reads.z else None, seed)
+    ctx.save_for_backward(*kept, *others)
+    ctx.weight, ctx.dropout_p = weight, p
+
+
+def saved(ctx: Any) -> Saved:
+    x, weight, z, seed, *others = ctx.saved_tensors
+    return Saved(x, ctx.weight if weight is None else weight, z, dropout_from(ctx.dropout_p, seed), others)
+
+
+def save_one(
+    ctx: Any,
+    reads: Reads,
+    x: Tensor,
+    weight: Tensor | None,
+    adapter: Adapter | None,
+    z: Tensor | None,
+    *,
+    dropout: Dropout | None,
+    wanted: Wanted,
+) -> None:
+    """`save` with an adapter, of whose biases a backward reads shapes and dtypes."""
+    lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
+    factors = (lora_A, lora_B) if reads.factors else (None, None)
+    save(ctx, reads, x, weight, z, *factors, dropout=dropout)
+    ctx.adapter = (scaling, activation, bias_A if wanted.bias_A else None, bias_B if wanted.bias_B else None)
+
+
+def saved_one(ctx: Any) -> tuple[Saved, Adapter | None]:
+    """What `save_one` saved; an adapter without factors where nothing reads these."""
+    found = saved(ctx)
+    lora_A, lora_B = found.others
+    return found, adapter_of(lora_A, lora_B, *ctx.adapter)

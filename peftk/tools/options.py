@@ -1,0 +1,61 @@
+"""Options of the command lines: lists in one word, and files to write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class CommaList(click.ParamType):  # type: ignore[type-arg]
+    """Words separated by commas, each turned into a value by `parse`."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self.parse(word.strip()) for word in value.split(","))
+        except ValueError as error:
+            self.fail(f"expected {self.name}, got {value!r} ({error})", param, ctx)
+
+
+def positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError(f"{number} is less than 1")
+    return number
+
+
+def dims_of(word: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", word):
+        raise ValueError(f"{word!r} is neither K nor KxN")
+    sides = [positive(side) for side in word.split("x")]
+    return sides[0], sides[-1]
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(word: str) -> str:
+        if word not in choices:
+            raise ValueError(f"{word!r} is none of {', '.join(choices)}")
+        return word
+
+    return parse
+
+
+INTEGERS = CommaList("INT,INT…", positive)
+
+
+def make_folders(files: dict[str, Path | None]) -> None:
+    for file in files.values():
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
