@@ -16,7 +16,7 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
-from peftk.adapters.dropout import Dropout, flat_dropout
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
