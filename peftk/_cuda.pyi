@@ -1,6 +1,228 @@
-# The CUDA module: addresses, sizes, strides and a stream in. Only peftk.backends.cuda calls it.
-from typing import Any
+"""The CUDA module. Only `peftk.backends.cuda` calls it.
 
-device: str  # of the tensors that the kernels take: "cuda"
+Addresses are in device memory, 0 where there is no tensor; strides and counts are in elements. Dtype codes: 0 float32,
+1 bfloat16, 2 float16. A launch goes to `stream` of `device` and returns at once: whoever makes one, or an object, keeps
+the tensors. Raises TypeError for a wrong or missing argument, ValueError for what no kernel is built for, and
+RuntimeError for a launch that CUDA refuses.
+"""
 
-def __getattr__(name: str) -> Any: ...
+device: str
+"""Of the tensors that the kernels take: "cuda"; "cpu" in the module that tests compile for the host."""
+
+# ---- lora_linear -----------------------------------------------------------------------------------------------------
+
+most_rows: int
+"""M is at most this in `lora_linear`."""
+
+class Adapters:
+    """The adapters that a call's ids name, of one dtype."""
+
+    @staticmethod
+    def none(*, dtype: int) -> Adapters:
+        """The base layer alone."""
+
+    @staticmethod
+    def one(
+        *,
+        A: int,
+        stride_A: int,
+        B: int,
+        stride_Bn: int,
+        stride_Br: int,
+        bias_A: int,
+        bias_B: int,
+        rank: int,
+        activation: int,
+        scaling: float,
+        dtype: int,
+    ) -> Adapters:
+        """A [rank, K], rows contiguous, B [N, rank] with any strides, biases [rank] and [N], contiguous.
+
+        rank 0: no A and no B. activation: a code of `peftk.adapters.activations.CODES`.
+        """
+
+    @staticmethod
+    def of_table(
+        *,
+        pages: int,
+        rows: int,
+        scaling: int,
+        biases: int,
+        slices: int = 0,
+        slice_count: int,
+        count: int,
+        z_pages: int,
+        dtype: int,
+    ) -> Adapters:
+        """The tensors of a `peftk.adapters.table.AdapterTable`.
+
+        pages int64 [P, 5], rows int32 [slice_count · count, 4], scaling float32 [slice_count · count], biases int64
+        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: how many adapters an id
+        may name. z_pages: pages of a row of z, over all slices.
+        """
+
+class LoraLinearPlan:
+    """How a call is cut into blocks, and what memory that takes."""
+
+    @property
+    def shrink_splits(self) -> int:
+        """Ranges of K that a tile of z is cut into."""
+
+    @property
+    def expand_splits(self) -> int:
+        """Ranges of K that a tile of y is cut into."""
+
+    @property
+    def shrink_tiles(self) -> int:
+        """All of them, splits included."""
+
+    @property
+    def expand_tiles(self) -> int:
+        """All of them, splits included."""
+
+    @property
+    def partials(self) -> int:
+        """float32 of workspace, of any content."""
+
+    @property
+    def counters(self) -> int:
+        """int32 of workspace, zero before a launch and after it."""
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+
+def plan_lora_linear(M: int, N: int, K: int, z_pages: int, processors: int) -> LoraLinearPlan:
+    """Depends on nothing else. processors: of the device."""
+
+def lora_linear(
+    x: int,
+    x_stride: int,
+    weight: int,
+    weight_stride: int,
+    bias: int,
+    bias_dtype: int,
+    y: int,
+    z: int,
+    z_dense: bool,
+    ids: int,
+    adapters: Adapters,
+    M: int,
+    N: int,
+    K: int,
+    dtype: int,
+    plan: LoraLinearPlan,
+    partials: int,
+    counters: int,
+    device: int,
+    stream: int,
+) -> None:
+    """One launch. x [M, K] and weight [N, K], rows at multiples of 16 bytes, bias [N], y [M, N], dense, all of dtype.
+
+    z float32 [M, 16 · z_pages]: 0 for the ranks that a row has not, if z_dense, else these are not written. ids int32
+    [M], contiguous; 0: every row takes the first adapter; what names no adapter takes the base layer alone.
+    """
+
+# ---- merge -----------------------------------------------------------------------------------------------------------
+# All launches take the list of layers first: table int64 [layers, 15], the FIELDS of peftk/launch/merge_layers.py, ends
+# int32 and scaling float32 [adapters of all layers], the number of tiles of all layers, the dtypes of W and of A and B.
+
+def merge_tile(dtype: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of W, and bytes of shared memory of a block."""
+
+def merge(
+    table: int,
+    ends: int,
+    scaling: int,
+    layers: int,
+    tiles: int,
+    dtype: int,
+    adapter_dtype: int,
+    merged: int,
+    row_sums: int,
+    refused: int,
+    raw_count: int,
+    raw_keys: int,
+    raw_values: int,
+    room: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Merges every tile that is not merged, in place.
+
+    merged int8 [tiles], row_sums uint32 [rows of all layers], refused int32 [layers], raw_count int32 [1], raw_keys
+    int64 [room], raw_values [room] in W's dtype.
+    """
+
+def unmerge(
+    table: int,
+    ends: int,
+    scaling: int,
+    layers: int,
+    tiles: int,
+    dtype: int,
+    adapter_dtype: int,
+    merged: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Unmerges every tile that is merged; raw weights are left to merge_restore."""
+
+def merge_restore(
+    table: int,
+    ends: int,
+    scaling: int,
+    layers: int,
+    tiles: int,
+    dtype: int,
+    adapter_dtype: int,
+    raw_keys: int,
+    raw_values: int,
+    count: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Puts raw weights where they belong; keys below 0 are none."""
+
+def merge_sum_rows(
+    table: int,
+    ends: int,
+    scaling: int,
+    layers: int,
+    tiles: int,
+    dtype: int,
+    adapter_dtype: int,
+    row_sums: int,
+    device: int,
+    stream: int,
+) -> None:
+    """Adds each weight to its row's sum of the checksum: row_sums uint32 [rows of all layers]."""
+
+# ---- segments --------------------------------------------------------------------------------------------------------
+
+def segments_workspace(M: int, adapters: int) -> int:
+    """How many int32 of workspace a call needs."""
+
+def segments_shared(M: int) -> int:
+    """Bytes of shared memory of a block, of the largest launch."""
+
+def segments(
+    ids: int,
+    stride: int,
+    wide: bool,
+    M: int,
+    adapters: int,
+    order: int,
+    sorted_ids: int,
+    ends: int,
+    starts: int,
+    owners: int,
+    blocks: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None:
+    """The rows in the order of their adapters. ids [M], int64 if wide, else int32; S = min(M, adapters + 1).
+
+    order int64 [M]; int32: sorted_ids [M], ends [1 + adapters], starts [S + 1], owners [S + 1], blocks [⌈M / 16⌉].
+    """

@@ -3,41 +3,49 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <optional>
-#include <tuple>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "bindings/adapters.h"
 #include "bindings/dtype_arg.h"
+#include "bindings/named.h"
 #include "cpu/checksum.h"
 #include "cpu/merge.h"
 
 namespace peftk {
 
-// lora_A, lora_B, the end of each adapter's ranks, their scalings, their dtype, the halves, the far codes and how many,
-// the raw values and how many. The last four are of a side that W comes from.
-using MergeSideArgs = std::tuple<uintptr_t, uintptr_t, std::vector<int64_t>, std::vector<float>, int, uintptr_t,
-                                 uintptr_t, int64_t, uintptr_t, int64_t>;
+// W, changed in place.
+struct MergeWeight {
+    void* weight;
+    int64_t stride, N, K;
+    Dtype dtype;
+};
 
-// Points into `args`.
-inline MergeSide merge_side(const std::optional<MergeSideArgs>& args) {
-    if (!args) return {};
-    const auto& [lora_A, lora_B, ends, scaling, dtype, halves, far, far_count, raws, raw_count] = *args;
-    if (ends.empty() || ends.size() != scaling.size()) {
-        throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
-                                    std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
+// Adapters side by side and their codes. `side` points into the rest: it is put together where it lies.
+struct MergeSideArgs {
+    uintptr_t lora_A, lora_B;
+    std::vector<int64_t> ends;
+    std::vector<float> scaling;
+    Dtype dtype;
+    uintptr_t halves, far;
+    int64_t far_count;
+    uintptr_t raws;
+    int64_t raw_count;
+
+    MergeSide side() const {
+        const MergeFactors factors{address<void>(lora_A), address<void>(lora_B), ends.data(), scaling.data(),
+                                   int64_t(ends.size()),  ends.back(),           dtype};
+        return {factors,   address<uint8_t>(halves), nullptr,  address<int8_t>(far),
+                far_count, address<void>(raws),      raw_count};
     }
-    const MergeFactors factors{reinterpret_cast<const void*>(lora_A),
-                               reinterpret_cast<const void*>(lora_B),
-                               ends.data(),
-                               scaling.data(),
-                               int64_t(ends.size()),
-                               ends.back(),
-                               dtype_of("adapter_dtype", dtype)};
-    return {factors,   reinterpret_cast<uint8_t*>(halves),  nullptr,  reinterpret_cast<const int8_t*>(far),
-            far_count, reinterpret_cast<const void*>(raws), raw_count};
-}
+};
+
+template <>
+constexpr bool kHasClass<MergeWeight> = true;
+template <>
+constexpr bool kHasClass<MergeSideArgs> = true;
 
 template <class Bits>
 pybind11::array bits_of(const std::vector<RawWeight>& raws) {
@@ -47,38 +55,55 @@ pybind11::array bits_of(const std::vector<RawWeight>& raws) {
     return bits;
 }
 
-inline void bind_merge(pybind11::module_& module) {
+static inline void define_merge_arguments(pybind11::module_& module) {
+    const auto weight = define_class<MergeWeight>(module, "MergeWeight", "W, changed in place.");
+    define(weight, "of", "(*, weight, stride, N, K, dtype)", "weight [N, K], contiguous rows.",
+           [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype) {
+               return MergeWeight{address<void>(weight), stride, N, K, dtype_of("dtype", dtype)};
+           });
+    const auto side =
+        define_class<MergeSideArgs>(module, "MergeSide", "Adapters side by side, and the codes that undo their merge.");
+    define(side, "of", "(*, lora_A, lora_B, ends, scaling, dtype, halves, far=0, far_count=0, raws=0, raw_count=0)",
+           "lora_A [R, K], lora_B [N, R]; the last four are of a side that W comes from.",
+           [](uintptr_t lora_A, uintptr_t lora_B, const std::vector<int64_t>& ends, const std::vector<float>& scaling,
+              int dtype, uintptr_t halves, uintptr_t far, int64_t far_count, uintptr_t raws, int64_t raw_count) {
+               if (ends.empty() || ends.size() != scaling.size()) {
+                   throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
+                                               std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
+               }
+               return MergeSideArgs{lora_A, lora_B, ends,      scaling, dtype_of("dtype", dtype),
+                                    halves, far,    far_count, raws,    raw_count};
+           });
+}
+
+static inline void bind_merge(pybind11::module_& module) {
     namespace py = pybind11;
-    module.def(
-        "remerge",
-        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, const std::optional<MergeSideArgs>& from,
-           const std::optional<MergeSideArgs>& to, int threads) {
-            MergePass pass{};
-            pass.weight = reinterpret_cast<void*>(weight);
-            pass.stride = stride, pass.N = N, pass.K = K, pass.dtype = dtype_of("dtype", dtype);
-            pass.from = merge_side(from), pass.to = merge_side(to);
-            py::tuple outcome;
-            const py::gil_scoped_release release;
-            // made while the pass can still be undone: there may be no memory for it
-            remerge(pass, threads, [&](const MergeResult& result) {
-                const py::gil_scoped_acquire acquire;
-                outcome = py::make_tuple(
-                    result.finite, result.checksum,
-                    py::array_t<int8_t>(py::ssize_t(result.far.size()), result.far.data()),
-                    pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
-            });
-            return outcome;
-        },
-        py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("from_side"),
-        py::arg("to_side"), py::arg("threads"));
-    module.def(
-        "checksum",
-        [](uintptr_t weight, int64_t stride, int64_t N, int64_t K, int dtype, int threads) {
-            const Dtype type = dtype_of("dtype", dtype);
-            const py::gil_scoped_release release;
-            return checksum(reinterpret_cast<const void*>(weight), stride, N, K, type, threads);
-        },
-        py::arg("weight"), py::arg("stride"), py::arg("N"), py::arg("K"), py::arg("dtype"), py::arg("threads"));
+    define_merge_arguments(module);
+    define(module, "remerge", "(weight, from_side, to_side, *, threads)",
+           "Takes from_side out of W and puts to_side in, in one pass: finite, checksum, far codes, raw weights' bits.",
+           [](const MergeWeight& weight, const MergeSideArgs* from, const MergeSideArgs* to, int threads) {
+               MergePass pass{};
+               pass.weight = weight.weight, pass.dtype = weight.dtype;
+               pass.stride = weight.stride, pass.N = weight.N, pass.K = weight.K;
+               if (from) pass.from = from->side();
+               if (to) pass.to = to->side();
+               py::tuple outcome;
+               const py::gil_scoped_release release;
+               // made while the pass can still be undone: there may be no memory for it
+               remerge(pass, threads, [&](const MergeResult& result) {
+                   const py::gil_scoped_acquire acquire;
+                   outcome = py::make_tuple(
+                       result.finite, result.checksum,
+                       py::array_t<int8_t>(py::ssize_t(result.far.size()), result.far.data()),
+                       pass.dtype == kFloat32 ? bits_of<int32_t>(result.raws) : bits_of<int16_t>(result.raws));
+               });
+               return outcome;
+           });
+    define(module, "checksum", "(weight, *, threads)", "Of all of W's bits.",
+           [](const MergeWeight& weight, int threads) {
+               const py::gil_scoped_release release;
+               return checksum(weight.weight, weight.stride, weight.N, weight.K, weight.dtype, threads);
+           });
 }
 
 }  // namespace peftk

@@ -3,9 +3,22 @@
 
 #include <pybind11/pybind11.h>
 
+#include "bindings/adapters.h"
 #include "bindings/cuda_status.h"
 #include "bindings/dtype_arg.h"
 #include "cuda/lora_linear.h"
+
+// Adapters as an argument of what pybind11 wraps.
+template <>
+struct pybind11::detail::type_caster<peftk::Adapters> {
+    const peftk::Adapters* value = nullptr;
+    static constexpr auto name = const_name("Adapters");
+    template <class T>
+    using cast_op_type = const peftk::Adapters&;
+
+    bool load(handle object, bool) { return (value = peftk::value_of<peftk::Adapters>(object.ptr())) != nullptr; }
+    operator const peftk::Adapters&() { return *value; }
+};
 
 namespace peftk::cuda {
 
@@ -21,50 +34,9 @@ inline void define_lora_linear(pybind11::module_& module) {
         .def_readonly("partials", &LoraLinearPlan::partials)
         .def_readonly("counters", &LoraLinearPlan::counters)
         .def_readonly("shared", &LoraLinearPlan::shared);
+    define_adapters(module);
     module.def("plan_lora_linear", &plan_lora_linear, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("z_pages"),
                py::arg("processors"));
-
-    // What does not change between calls with the same adapters. It holds addresses: the caller keeps the tensors.
-    py::class_<Adapters>(module, "Adapters")
-        .def_static(
-            "of_table",
-            [](uintptr_t pages, uintptr_t rows, uintptr_t scaling, uintptr_t biases, uintptr_t slices, int slice_count,
-               int count, int z_pages, int dtype) {
-                return Adapters{reinterpret_cast<const int64_t*>(pages),
-                                reinterpret_cast<const int32_t*>(rows),
-                                reinterpret_cast<const float*>(scaling),
-                                reinterpret_cast<const int64_t*>(biases),
-                                reinterpret_cast<const int32_t*>(slices),
-                                slice_count,
-                                count,
-                                z_pages,
-                                dtype_of("adapter_dtype", dtype),
-                                {}};
-            },
-            py::arg("pages"), py::arg("rows"), py::arg("scaling"), py::arg("biases"), py::arg("slices"),
-            py::arg("slice_count"), py::arg("count"), py::arg("z_pages"), py::arg("dtype"))
-        .def_static(
-            "one",
-            [](int64_t A, int64_t stride_A, int64_t B, int64_t stride_Bn, int64_t stride_Br, int64_t bias_A,
-               int64_t bias_B, int rank, int activation, float scaling, int dtype) {
-                Adapters adapters = {};
-                adapters.count = 1;
-                adapters.z_pages = (rank + 15) / 16;
-                adapters.dtype = dtype_of("adapter_dtype", dtype);
-                adapters.one = {A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling};
-                return adapters;
-            },
-            py::arg("A"), py::arg("stride_A"), py::arg("B"), py::arg("stride_Bn"), py::arg("stride_Br"),
-            py::arg("bias_A"), py::arg("bias_B"), py::arg("rank"), py::arg("activation"), py::arg("scaling"),
-            py::arg("dtype"))
-        .def_static(
-            "none",
-            [](int dtype) {
-                Adapters adapters = {};
-                adapters.dtype = dtype_of("adapter_dtype", dtype);
-                return adapters;
-            },
-            py::arg("dtype"));
 
     module.def(
         "lora_linear",

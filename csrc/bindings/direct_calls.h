@@ -8,12 +8,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <stdexcept>
 
-#include "bindings/adapters.h"
+#include "bindings/errors.h"
 #include "bindings/gil.h"
 #include "bindings/tensor.h"
+#include "common/adapters.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
 
@@ -58,12 +58,12 @@ static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* b
 }
 
 // The address of a bias [size] of this dtype, or 0 for None.
-static inline bool adapter_bias_of(PyObject* object, int64_t size, int dtype, uintptr_t* address) {
+static inline bool adapter_bias_of(PyObject* object, int64_t size, int dtype, int64_t* address) {
     View bias;
     *address = 0;
     if (object == Py_None) return true;
     if (!view_of(object, &bias) || bias.ndim != 1 || bias.size(0) != size || bias.stride(0) != 1) return false;
-    *address = reinterpret_cast<uintptr_t>(bias.data);
+    *address = reinterpret_cast<int64_t>(bias.data);
     return float_dtype(bias) == dtype;
 }
 
@@ -72,7 +72,7 @@ static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scal
                               PyObject* bias_A_object, PyObject* bias_B_object, const LinearArgs& linear,
                               Adapters* adapters) {
     View A, B;
-    uintptr_t bias_A, bias_B;
+    int64_t bias_A, bias_B;
     if (A_object == Py_None && B_object == Py_None) return bias_A_object == Py_None && bias_B_object == Py_None;
     if (!view_of(A_object, &A) || !view_of(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
     const int64_t R = A.size(0), N = linear.N, K = linear.K;
@@ -81,9 +81,10 @@ static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scal
     if (B.size(0) != N || B.size(1) != R || dtype < 0 || float_dtype(B) != dtype) return false;
     if (!adapter_bias_of(bias_A_object, R, dtype, &bias_A) || !adapter_bias_of(bias_B_object, N, dtype, &bias_B))
         return false;
-    const auto address = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data); };
-    *adapters = table_of_one(address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], int(R),
-                             activation, scaling, bias_A, bias_B, dtype);
+    const auto address = [](const View& view) { return reinterpret_cast<int64_t>(view.data); };
+    *adapters = adapters_of_one({address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], bias_A,
+                                 bias_B, int(R), activation, scaling},
+                                Dtype(dtype));
     return true;
 }
 
@@ -165,21 +166,6 @@ static inline bool backend_is_forced() {
     return name && *name;
 }
 
-// Exceptions as Python has them.
-template <class Body>
-static inline PyObject* guarded(Body body) {
-    try {
-        return body();
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    } catch (const std::invalid_argument& error) {
-        PyErr_SetString(PyExc_ValueError, error.what());
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return nullptr;
-}
-
 // (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads) → y or None
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
@@ -206,15 +192,17 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
         LinearArgs args{};
         const double limit = PyFloat_AsDouble(in[4]);
         args.threads = int(PyLong_AsLong(in[5]));
-        uintptr_t addresses[4];
-        for (int i = 0; i < 4; i++) addresses[i] = PyLong_AsSize_t(in[6 + i]);
-        const int adapters = int(PyLong_AsLong(in[10])), dtype = int(PyLong_AsLong(in[11]));
+        Adapters& adapters = args.adapters;
+        adapters.pages = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[6]));
+        adapters.rows = static_cast<const int32_t*>(PyLong_AsVoidPtr(in[7]));
+        adapters.scaling = static_cast<const float*>(PyLong_AsVoidPtr(in[8]));
+        adapters.biases = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[9]));
+        adapters.count = int(PyLong_AsLong(in[10])), adapters.dtype = Dtype(PyLong_AsLong(in[11]));
         if (PyErr_Occurred()) return nullptr;
         if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
             !ids_of(x, in[3], args.M, &args.ids)) {
             Py_RETURN_NONE;
         }
-        args.adapters = table_of(addresses[0], addresses[1], addresses[2], addresses[3], adapters, dtype);
         return served(in[0], x, args);
     });
 }
@@ -251,10 +239,15 @@ static inline void bind_direct_calls(PyObject* module) {
         return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
     };
     static PyMethodDef methods[] = {
-        {"plain_tensors", method(plain_tensors), METH_FASTCALL, nullptr},
-        {"dense", method(dense), METH_FASTCALL, nullptr},
-        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL, nullptr},
-        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL, nullptr},
+        {"plain_tensors", method(plain_tensors), METH_FASTCALL,
+         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, is_neg, /)\n--\n\n"},
+        {"dense", method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
+        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL,
+         "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"
+         "\n--\n\n"},
+        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL,
+         "direct_multi_lora_linear(x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype, /)"
+         "\n--\n\n"},
         {nullptr, nullptr, 0, nullptr},
     };
     if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("direct calls can't be added");

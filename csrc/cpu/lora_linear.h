@@ -3,19 +3,10 @@
 
 #include <cstdint>
 
+#include "common/adapters.h"
 #include "cpu/levels.h"
 
 namespace peftk {
-
-// The adapters of a batch: the layout is documented in peftk/adapters/table.py.
-struct Adapters {
-    const int64_t* pages;   // [P, 5]
-    const int32_t* rows;    // [count, 4]
-    const float* scaling;   // [count]
-    const int64_t* biases;  // [count, 2]
-    int32_t count = 0;
-    int dtype = 0;
-};
 
 // Rows of x sorted by adapter. Position i holds row token(i); adapter a has positions starts[a + 1] … starts[a + 2] -
 // 1, and a = -1 is the base layer.
@@ -39,27 +30,32 @@ struct Dropout {
     uint64_t seed = 0;
 };
 
-// y[m] = x[m] Wᵀ + bias + s act(x̃[m] Aᵀ + a) Bᵀ + β. Strides in elements; W has unit stride along K or along N.
-struct LinearArgs {
+// What the forward and the backward share: x and the base layer. Strides in elements; W has unit stride along K or
+// along N.
+struct Linear {
     int64_t M, N, K;
-    bool over_base;  // y holds x[m] Wᵀ + bias already: the adapters' part is added in place, W and bias are not looked
-                     // at
+    bool over_base;  // y, or dX, holds the base layer's part already: the adapters' is added in place, and W and bias
+                     // are not looked at
     const void* x;
     int64_t x_stride;
     int x_dtype;
     const void* weight;
     int64_t weight_n, weight_k;
     int weight_dtype;
-    const void* bias;  // [N] or null
+    const void* bias;  // [N] or null; the backward does not look at it
     int bias_dtype;
+    Dropout dropout;
+    int threads;
+};
+
+// y[m] = x[m] Wᵀ + bias + s act(x̃[m] Aᵀ + a) Bᵀ + β.
+struct LinearArgs : Linear {
     void* y;  // x's dtype
     int64_t y_stride;
     float* z;  // [M, z_stride] or null: pre-activations, written for the ranks that a row has
     int64_t z_stride;
     Adapters adapters;
     const int32_t* ids;
-    Dropout dropout;
-    int threads;
 };
 
 // dX, and the gradients of every adapter, dense, in the adapters' dtype; addresses as int64, 0: not wanted.
@@ -77,26 +73,32 @@ struct LinearBackwardArgs {
 
 // Multiply-adds of the adapters' part.
 static inline double adapters_work(const LinearArgs& args) {
-    int32_t rank = 0;
+    int32_t most = 0;
     for (int32_t a = 0; a < args.adapters.count; a++) {
-        if (args.adapters.rows[4 * a + 1] > rank) rank = args.adapters.rows[4 * a + 1];
+        const int32_t rank = adapter_at(args.adapters, a).rank;
+        if (rank > most) most = rank;
     }
-    return double(args.M) * rank * double(args.K + args.N);
+    return double(args.M) * most * double(args.K + args.N);
 }
 
-// Multiply-adds of the product with W, or of the adapters' part where that is all of it.
+// Multiply-adds of the product with W.
+static inline double product_work(const Linear& linear) {
+    return double(linear.M) * double(linear.N) * double(linear.K);
+}
+
+// The same, or those of the adapters' part where that is all of it.
 static inline double work_of(const LinearArgs& args, bool product) {
-    return product ? double(args.M) * double(args.N) * double(args.K) : adapters_work(args);
+    return product ? product_work(args) : adapters_work(args);
 }
 
-// How a call is served, for those who ask: nothing but shapes, dtypes and strides of `args` is looked at.
+// How a call is served, for those who ask: nothing but shapes, dtypes and strides of `linear` is looked at.
 struct Plan {
     const char* form;  // dot, lanes or columns
     bool pairs;        // of bf16, by the processor's instruction for them
     int threads;       // at most
 };
 
-PEFTK_DECLARE(void, lora_linear_plan, (const LinearArgs& args, bool backward, Plan* plan))
+PEFTK_DECLARE(void, lora_linear_plan, (const Linear& linear, bool backward, Plan* plan))
 PEFTK_DECLARE(void, lora_linear, (const LinearArgs& args, const Order& order))
 PEFTK_DECLARE(void, lora_linear_backward, (const LinearBackwardArgs& args, const Order& order))
 

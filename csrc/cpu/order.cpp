@@ -18,7 +18,7 @@ Order order_by_adapter(const int32_t* ids, int64_t M, const Adapters& adapters) 
     int64_t* counts = starts + 1;  // counts[id + 1], which prefix sums turn into ends
     for (int64_t m = 0; m < M; m++) {
         const int32_t id = ids[m];
-        if (id < -1 || id >= count || (id >= 0 && !adapters.rows[4 * id + 3])) {
+        if (id < -1 || id >= count || (id >= 0 && !is_taken(adapters, id))) {
             throw std::invalid_argument("ids[" + std::to_string(m) + "]: expected -1 or an adapter's number below " +
                                         std::to_string(count) + ", got " + std::to_string(id) +
                                         (id >= 0 && id < count ? ", an empty slot" : ""));

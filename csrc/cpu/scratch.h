@@ -22,7 +22,6 @@ enum ScratchSlot : int {
     kVSlot,
     kUSlot,
     kTransposedSlot,
-    kTableSlot,
     kPagesSlot,
     kIdsSlot,
     kScratchSlots

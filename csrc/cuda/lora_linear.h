@@ -3,33 +3,11 @@
 
 #include <cstdint>
 
+#include "common/adapters.h"
 #include "common/dtype.h"
 #include "cuda/status.h"
 
 namespace peftk::cuda {
-
-// One adapter without a table. Addresses are 0 where there is no tensor; strides are in elements.
-struct OneAdapter {
-    int64_t A, stride_A;              // [rank, K], contiguous along K
-    int64_t B, stride_Bn, stride_Br;  // [N, rank]
-    int64_t bias_A, bias_B;           // [rank], [N]
-    int32_t rank, activation;
-    float scaling;
-};
-
-// The tensors of peftk.adapters.table.AdapterTable, in device memory; with `rows` null, `one`.
-struct Adapters {
-    const int64_t* pages;
-    const int32_t* rows;
-    const float* scaling;
-    const int64_t* biases;
-    const int32_t* slices;  // [slice_count + 1, 2]: first column, first page of z; null: one slice
-    int32_t slice_count;
-    int32_t count;    // how many adapters an id may name; 0: the base layer alone
-    int32_t z_pages;  // pages of a row of z, over all slices
-    Dtype dtype;
-    OneAdapter one;
-};
 
 // y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i with z[m] = x[m] A_iᵀ + a_i and i = ids[m]; any id that is not
 // one of 0 … count - 1 means the base layer only. Strides are in elements.

@@ -8,7 +8,7 @@ writes to is made by `x.new_empty`: torch's default device and dtype are the use
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 import peftk._cpu as _cpu
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
-from peftk.adapters.dropout import Dropout, flat_dropout
+from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
@@ -26,7 +26,7 @@ from peftk.reference.receipt import MergeReceipt, halves
 if TYPE_CHECKING:
     from peftk.backends.call import Call
 
-_NO_ADAPTER = (0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0)
+_NO_ADAPTER = _cpu.Adapters.none(dtype=DTYPES[torch.float32])
 
 
 def backend() -> Backend:
@@ -53,11 +53,22 @@ def describe(call: Call) -> str:
     threads = torch.get_num_threads()
     if call.op.kind in ("merge", "unmerge"):
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
-    x_dtype, weight_dtype = DTYPES[call.x_dtype], DTYPES[call.weight_dtype]
     if call.op.kind == "adapter_block":
         return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_count(threads)}"
-    shape = (call.M, call.N, call.K)
-    form, pairs, threads = _cpu.plan(*shape, x_dtype, call.K, 1, weight_dtype, threads, call.op.backward)
+    linear = _cpu.Linear.of(
+        M=call.M,
+        N=call.N,
+        K=call.K,
+        x=0,
+        x_stride=call.K,
+        x_dtype=DTYPES[call.x_dtype],
+        weight=0,
+        weight_n=call.K,
+        weight_k=1,
+        weight_dtype=DTYPES[call.weight_dtype],
+        threads=threads,
+    )
+    form, pairs, threads = _cpu.plan(linear, backward=call.op.backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
     return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
 
@@ -88,18 +99,18 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
     x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
-    M, N = x.shape[0], _out(x, weight)
+    M, K = x.shape
+    N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
-        *_linear(x, weight, dropout, over_base=base is not None),
-        *_adapter(adapter),
-        *_bias(bias),
-        y.data_ptr(),
-        N,
-        0 if z is None else z.data_ptr(),
-        0 if z is None else z.shape[1],
+        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
+        _one(adapter),
+        y=y.data_ptr(),
+        y_stride=N,
+        z=0 if z is None else z.data_ptr(),
+        z_stride=0 if z is None else z.shape[1],
     )
     return y, z
 
@@ -147,20 +158,20 @@ def multi_lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """base: as in `lora_linear`."""
     x, weight, ids = rows(x), _dense(weight), _ids(ids)
-    M, N = x.shape[0], _out(x, weight)
+    M, K = x.shape
+    N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     # rows of smaller rank leave the rest alone
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
-    _cpu.multi_lora_linear(
-        *_linear(x, weight, dropout, over_base=base is not None),
-        *_table(table),
-        ids.data_ptr(),
-        *_bias(bias),
-        y.data_ptr(),
-        N,
-        0 if z is None else z.data_ptr(),
-        table.z_width,
+    _cpu.lora_linear(
+        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
+        _adapters(table),
+        ids=ids.data_ptr(),
+        y=y.data_ptr(),
+        y_stride=N,
+        z=0 if z is None else z.data_ptr(),
+        z_stride=0 if z is None else z.shape[1],
     )
     return y, z
 
@@ -180,20 +191,20 @@ def lora_linear_backward(
     """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
     dy, weight, adapter = rows(dy), _dense(weight), _one_page(adapter)
     x = None if x is None else rows(x)
-    K = _in(dy, x, weight)
-    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy, K, wanted)
     _cpu.lora_linear_backward(
-        *_linear_backward(dy, x, weight, K, dropout, over_base=base is not None),
-        *_adapter(adapter),
-        dy.data_ptr(),
-        dy.stride(0),
-        DTYPES[dy.dtype],
-        0 if dx is None else dx.data_ptr(),
-        K,
-        0 if z is None else z.data_ptr(),
-        0 if z is None else z.stride(0),
-        *_addresses(grads),
+        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
+        _one(adapter),
+        dy=dy.data_ptr(),
+        dy_stride=dy.stride(0),
+        dy_dtype=DTYPES[dy.dtype],
+        dx=0 if dx is None else dx.data_ptr(),
+        dx_stride=K,
+        z=0 if z is None else z.data_ptr(),
+        z_stride=0 if z is None else z.stride(0),
+        grads=[] if adapter is None else [_addresses(grads)],
     )
     return dx, grads
 
@@ -214,23 +225,22 @@ def multi_lora_linear_backward(
     """base: as in `lora_linear_backward`."""
     dy, weight, ids = rows(dy), _dense(weight), _ids(ids)
     x, z = None if x is None else rows(x), None if z is None else rows(z)
-    K = _in(dy, x, weight)
-    base, dx = _room_for_dx(dy, x, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
     each = [ALL] * len(table.adapters) if wanted is None else wanted
     grads = [None if a is None else _empty_grads(a, dy, K, w) for a, w in zip(table.adapters, each, strict=True)]
-    addresses = dy.new_tensor([[0, 0, 0, 0] if g is None else _addresses(g) for g in grads], dtype=torch.int64)
-    _cpu.multi_lora_linear_backward(
-        *_linear_backward(dy, x, weight, K, dropout, over_base=base is not None),
-        *_table(table),
-        ids.data_ptr(),
-        dy.data_ptr(),
-        dy.stride(0),
-        DTYPES[dy.dtype],
-        0 if dx is None else dx.data_ptr(),
-        K,
-        0 if z is None else z.data_ptr(),
-        0 if z is None else z.stride(0),
-        addresses.data_ptr(),
+    _cpu.lora_linear_backward(
+        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
+        _adapters(table),
+        ids=ids.data_ptr(),
+        dy=dy.data_ptr(),
+        dy_stride=dy.stride(0),
+        dy_dtype=DTYPES[dy.dtype],
+        dx=0 if dx is None else dx.data_ptr(),
+        dx_stride=K,
+        z=0 if z is None else z.data_ptr(),
+        z_stride=0 if z is None else z.stride(0),
+        grads=[(0, 0, 0, 0) if g is None else _addresses(g) for g in grads],
     )
     return dx, grads
 
@@ -242,7 +252,8 @@ def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
     with in_rows([weight]) as (W,):
         code, far = halves(receipt)
-        _cpu.remerge(*_weight(W), _side(receipt.factors, code, far, receipt.raw_values), None, torch.get_num_threads())
+        from_side = _side(receipt.factors, code, far, receipt.raw_values)
+        _cpu.remerge(_weight(W), from_side, None, threads=torch.get_num_threads())
 
 
 def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
@@ -251,7 +262,7 @@ def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeRe
 
 def checksum(weight: Tensor) -> int:
     weight = rows(weight)  # held until the call is over
-    return _cpu.checksum(*_weight(weight), torch.get_num_threads())
+    return _cpu.checksum(_weight(weight), threads=torch.get_num_threads())
 
 
 def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
@@ -261,38 +272,42 @@ def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) ->
     old = None if receipt is None else halves(receipt)  # held until the call is over
     from_side = None if receipt is None or old is None else _side(receipt.factors, *old, receipt.raw_values)
     with in_rows([weight]) as (W,):
-        finite, total, far, bits = _cpu.remerge(*_weight(W), from_side, _side(factors, code), torch.get_num_threads())
+        to_side, threads = _side(factors, code), torch.get_num_threads()
+        finite, total, far, bits = _cpu.remerge(_weight(W), from_side, to_side, threads=threads)
         if not finite:
             raise NotFiniteError
     return MergeReceipt(factors, code, torch.from_numpy(far), torch.from_numpy(bits).view(weight.dtype), total)
 
 
-def _weight(weight: Tensor) -> tuple[int, ...]:
-    return (weight.data_ptr(), weight.stride(0), *weight.shape, DTYPES[weight.dtype])
+def _weight(weight: Tensor) -> _cpu.MergeWeight:
+    N, K = weight.shape
+    return _cpu.MergeWeight.of(weight=weight.data_ptr(), stride=weight.stride(0), N=N, K=K, dtype=DTYPES[weight.dtype])
 
 
 def _side(
     factors: Factors, code: Tensor, far: Tensor | None = None, raw_values: Tensor | None = None
-) -> tuple[Any, ...]:
+) -> _cpu.MergeSide:
     """Adapters and their code, two weights a byte. Addresses: the caller keeps the tensors alive.
 
     A receipt's tensors are contiguous: made here, or by `to`. far and raw_values: of what W holds before the call.
     """
     A, B, ends, scaling = factors
-    return (
-        *(A.data_ptr(), B.data_ptr(), ends, scaling, DTYPES[A.dtype], code.data_ptr()),
-        *((0, 0) if far is None else (far.data_ptr(), len(far))),
-        *((0, 0) if raw_values is None else (raw_values.data_ptr(), len(raw_values))),
+    return _cpu.MergeSide.of(
+        lora_A=A.data_ptr(),
+        lora_B=B.data_ptr(),
+        ends=ends,
+        scaling=scaling,
+        dtype=DTYPES[A.dtype],
+        halves=code.data_ptr(),
+        far=0 if far is None else far.data_ptr(),
+        far_count=0 if far is None else len(far),
+        raws=0 if raw_values is None else raw_values.data_ptr(),
+        raw_count=0 if raw_values is None else len(raw_values),
     )
 
 
 def _dense(weight: Tensor | None) -> Tensor | None:
     return weight if weight is None or 1 in weight.stride() else weight.contiguous()
-
-
-def _out(x: Tensor, weight: Tensor | None) -> int:
-    """N; without a weight (the identity: a series adapter) it is K."""
-    return x.shape[1] if weight is None else weight.shape[0]
 
 
 def _in(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> int:
@@ -315,79 +330,114 @@ def _one_page(adapter: Adapter | None) -> Adapter | None:
 
 
 def _linear(
-    x: Tensor, weight: Tensor | None, dropout: Dropout | None, *, over_base: bool = False
-) -> tuple[int | float, ...]:
-    """M, N, K; x; weight, of dtype -1 where its part is there already; dropout; threads."""
-    M, K = x.shape
-    part = (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
-    return M, _out(x, weight), K, *part, *_weight_and_rest(weight, K, dropout, over_base=over_base)
-
-
-def _linear_backward(
-    dy: Tensor,
+    shape: tuple[int, int, int],
     x: Tensor | None,
+    x_dtype: torch.dtype,
     weight: Tensor | None,
-    K: int,
+    bias: Tensor | None,
     dropout: Dropout | None,
     *,
     over_base: bool,
-) -> tuple[int | float, ...]:
-    """The same for a backward: without x it says the dtype of dX alone."""
-    M, N = dy.shape
-    part = (0, K, DTYPES[dy.dtype]) if x is None else (x.data_ptr(), x.stride()[0], DTYPES[x.dtype])
-    return M, N, K, *part, *_weight_and_rest(weight, K, dropout, over_base=over_base)
-
-
-def _weight_and_rest(
-    weight: Tensor | None, K: int, dropout: Dropout | None, *, over_base: bool
-) -> tuple[int | float, ...]:
-    p, seed = flat_dropout(dropout)
-    n_stride, k_stride = (K, 1) if weight is None else weight.stride()
-    return (
-        0 if weight is None else weight.data_ptr(),
-        n_stride,
-        k_stride,
-        -1 if over_base or weight is None else DTYPES[weight.dtype],
-        p,
-        0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF,
-        torch.get_num_threads(),
+) -> _cpu.Linear:
+    """shape: M, N, K. Without x, as a backward may be, x_dtype is that of dX alone."""
+    M, N, K = shape
+    p, seed = (0.0, 0) if dropout is None else (dropout.p, int(dropout.seed) & 0xFFFFFFFFFFFFFFFF)
+    if over_base or weight is None:
+        return _cpu.Linear.over_base(
+            M=M,
+            N=N,
+            K=K,
+            x=0 if x is None else x.data_ptr(),
+            x_stride=K if x is None else x.stride(0),
+            x_dtype=DTYPES[x_dtype],
+            dropout_p=p,
+            seed=seed,
+            threads=torch.get_num_threads(),
+        )
+    weight_n, weight_k = weight.stride()
+    return _cpu.Linear.of(
+        M=M,
+        N=N,
+        K=K,
+        x=0 if x is None else x.data_ptr(),
+        x_stride=K if x is None else x.stride(0),
+        x_dtype=DTYPES[x_dtype],
+        weight=weight.data_ptr(),
+        weight_n=weight_n,
+        weight_k=weight_k,
+        weight_dtype=DTYPES[weight.dtype],
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
+        dropout_p=p,
+        seed=seed,
+        threads=torch.get_num_threads(),
     )
 
 
 def _room_for_dx(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
+    dy: Tensor, dtype: torch.dtype, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """What dX is added to, where it is there already (without a weight dX begins as dY), and dX [M, K]."""
     if not need_dx:
         return None, None
     if weight is None:
         base = dy.clone(memory_format=torch.contiguous_format)
-    return base, dy.new_empty(dy.shape[0], K, dtype=dy.dtype if x is None else x.dtype) if base is None else base
+    return base, dy.new_empty(dy.shape[0], K, dtype=dtype) if base is None else base
 
 
-def _adapter(adapter: Adapter | None) -> tuple[int | float, ...]:
-    """A, B, rank, activation, scaling, both biases, dtype."""
+def _one(adapter: Adapter | None) -> _cpu.Adapters:
+    """The adapter of `_one_page`. Addresses: the caller keeps it alive."""
     if adapter is None:
         return _NO_ADAPTER
     bias_A, bias_B = adapter.bias_A, adapter.bias_B
-    biases = (0 if bias_A is None else bias_A.data_ptr(), 0 if bias_B is None else bias_B.data_ptr())
-    if not adapter.pages_A:
-        return (0, 0, 0, 0, 0, 0, 0, 0.0, *biases, 0 if bias_B is None else DTYPES[bias_B.dtype])
+    if not adapter.pages_A:  # biases alone
+        return _cpu.Adapters.one(
+            A=0,
+            stride_A=0,
+            B=0,
+            stride_Bn=0,
+            stride_Br=0,
+            bias_A=0 if bias_A is None else bias_A.data_ptr(),
+            bias_B=0 if bias_B is None else bias_B.data_ptr(),
+            rank=0,
+            activation=0,
+            scaling=0.0,
+            dtype=DTYPES[torch.float32 if bias_B is None else bias_B.dtype],
+        )
     A, B = adapter.pages_A[0], adapter.pages_B[0]
-    return (
-        A.data_ptr(),
-        A.stride()[0],
-        B.data_ptr(),
-        *B.stride(),
-        A.shape[0],
-        CODES[adapter.activation],
-        adapter.scaling,
-        *biases,
-        DTYPES[A.dtype],
+    stride_Bn, stride_Br = B.stride()
+    return _cpu.Adapters.one(
+        A=A.data_ptr(),
+        stride_A=A.stride(0),
+        B=B.data_ptr(),
+        stride_Bn=stride_Bn,
+        stride_Br=stride_Br,
+        bias_A=0 if bias_A is None else bias_A.data_ptr(),
+        bias_B=0 if bias_B is None else bias_B.data_ptr(),
+        rank=A.shape[0],
+        activation=CODES[adapter.activation],
+        scaling=adapter.scaling,
+        dtype=DTYPES[A.dtype],
     )
 
 
-def _table(table: AdapterTable) -> tuple[int, ...]:
+def _adapters(table: AdapterTable) -> _cpu.Adapters:
+    """A table of one slice: packed outputs are other backends'."""
+    pages, rows, scaling, biases, count, dtype = _table(table)
+    return _cpu.Adapters.of_table(
+        pages=pages,
+        rows=rows,
+        scaling=scaling,
+        biases=biases,
+        slice_count=1,
+        count=count,
+        z_pages=table.slice_pages[-1],
+        dtype=dtype,
+    )
+
+
+def _table(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
+    """The same, flat."""
     return (
         table.pages.data_ptr(),
         table.rows.data_ptr(),
@@ -396,10 +446,6 @@ def _table(table: AdapterTable) -> tuple[int, ...]:
         len(table.adapters),
         DTYPES[table.dtype],
     )
-
-
-def _bias(bias: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
 
 
 def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> AdapterGrads:
@@ -418,5 +464,6 @@ def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> Adapte
     )
 
 
-def _addresses(grads: AdapterGrads) -> list[int]:
-    return [0 if g is None else g.data_ptr() for g in grads]
+def _addresses(grads: AdapterGrads) -> tuple[int, int, int, int]:
+    A, B, bias_A, bias_B = (0 if g is None else g.data_ptr() for g in grads)
+    return A, B, bias_A, bias_B

@@ -125,9 +125,9 @@ def lora_linear(
     args, held = one(adapter)
     some = held.any()
     if adapter is None or some is None:
-        y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(DTYPES[x.dtype]), 0, None, save_z=False)
+        y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(dtype=DTYPES[x.dtype]), 0, None, save_z=False)
         return y, None
-    adapters = _cuda.Adapters.one(*args, DTYPES[some.dtype])
+    adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[some.dtype])
     y, z = _lora_linear(x, weight, bias, adapters, -(-adapter.rank // PAGE), None, save_z=save_z)
     return y, z[:, : adapter.rank] if save_z and adapter.rank else None
 
@@ -159,15 +159,15 @@ def _adapters(table: AdapterTable) -> _cuda.Adapters:
     found = _ADAPTERS.get(table)
     if found is None:
         found = _ADAPTERS[table] = _cuda.Adapters.of_table(
-            table.pages.data_ptr(),
-            table.rows.data_ptr(),
-            table.scaling.data_ptr(),
-            table.biases.data_ptr(),
-            0 if table.ends is None else table.ends.data_ptr(),
-            table.slices,
-            table.count,
-            table.slice_pages[-1],
-            DTYPES[table.dtype],
+            pages=table.pages.data_ptr(),
+            rows=table.rows.data_ptr(),
+            scaling=table.scaling.data_ptr(),
+            biases=table.biases.data_ptr(),
+            slices=0 if table.ends is None else table.ends.data_ptr(),
+            slice_count=table.slices,
+            count=table.count,
+            z_pages=table.slice_pages[-1],
+            dtype=DTYPES[table.dtype],
         )
     return found
 

@@ -30,7 +30,7 @@ struct Columns {
     int64_t first, count, padded;  // padded: rounded up to whole registers
 };
 
-struct Linear {
+struct LinearOp {
     int64_t M, C, O;
     const void* in;
     int64_t in_row;
@@ -58,49 +58,45 @@ struct Linear {
     const Factor* turned;  // backward: the pages of B, contiguous along N; by page number
     const int64_t* grads;  // backward: [count, 4], as LinearBackwardArgs has them
 
-    int64_t rank(int32_t a) const { return adapters.rows[4 * a + 1]; }
-    int activation(int32_t a) const { return adapters.rows[4 * a + 2]; }
-    const int64_t* page(int32_t a, int64_t p) const { return adapters.pages + 5 * (adapters.rows[4 * a] + p); }
-    int page_ranks(int32_t a, int64_t p) const { return int(min64(16, rank(a) - 16 * p)); }
-    const void* rank_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a]); }
-    const void* output_bias(int32_t a) const { return reinterpret_cast<const void*>(adapters.biases[2 * a + 1]); }
+    Adapter adapter(int32_t a) const { return adapter_at(adapters, a); }
+    int64_t rank(int32_t a) const { return adapter(a).rank; }
+    int64_t page(int32_t a, int64_t p) const { return adapter(a).first_page + p; }  // its number
+    int page_ranks(int32_t a, int64_t p) const { return int(min64(kPage, rank(a) - kPage * p)); }
 
     // The shrink's results that someone wants: v forward and s·u backward; s·v backward.
     bool wants_v(int32_t a) const { return !backward || out || grads[4 * a] || grads[4 * a + 2]; }
     bool wants_w(int32_t a) const { return backward && grads[4 * a + 1]; }
 
     Factor factor_A(int32_t a, int64_t p) const {
-        const int64_t* entry = page(a, p);
-        return {reinterpret_cast<const void*>(entry[0]), entry[1], 1};
+        const Page entry = page_at(adapters, page(a, p));
+        return {reinterpret_cast<const void*>(entry.A), entry.stride_A, 1};
     }
     Factor factor_B(int32_t a, int64_t p) const {
-        const int64_t* entry = page(a, p);
-        return {reinterpret_cast<const void*>(entry[2]), entry[4], entry[3]};
+        const Page entry = page_at(adapters, page(a, p));
+        return {reinterpret_cast<const void*>(entry.B), entry.stride_Br, entry.stride_Bn};
     }
-    Factor shrink_factor(int32_t a, int64_t p) const {
-        return backward ? turned[adapters.rows[4 * a] + p] : factor_A(a, p);
-    }
+    Factor shrink_factor(int32_t a, int64_t p) const { return backward ? turned[page(a, p)] : factor_A(a, p); }
     Factor expand_factor(int32_t a, int64_t p) const { return backward ? factor_A(a, p) : factor_B(a, p); }
 };
 
 // Below so many multiply-adds for a thread, waking it costs more than it brings.
 constexpr double kWorkPerThread = 1 << 16;
 
-static inline int useful_threads(const LinearArgs& args, bool product) {
-    const double threads = work_of(args, product) / kWorkPerThread;
-    return threads < 2 || args.threads < 1 ? 1 : threads < args.threads ? int(threads) : args.threads;
+static inline int useful_threads(double work, int most) {
+    const double threads = work / kWorkPerThread;
+    return threads < 2 || most < 1 ? 1 : threads < most ? int(threads) : most;
 }
 
 static inline int64_t max_rank(const Adapters& adapters, const Order& order) {
-    int64_t rank = 0;
+    int64_t most = 0;
     for (int32_t a = 0; a < adapters.count; a++) {
-        if (order.begin(a) < order.end(a) && adapters.rows[4 * a + 1] > rank) rank = adapters.rows[4 * a + 1];
+        if (order.begin(a) < order.end(a)) most = max64(most, adapter_at(adapters, a).rank);
     }
-    return rank;
+    return most;
 }
 
-static inline Linear forward_op(const LinearArgs& args, const Order& order) {
-    Linear op{};
+static inline LinearOp forward_op(const LinearArgs& args, const Order& order) {
+    LinearOp op{};
     op.M = args.M, op.C = args.K, op.O = args.N;
     op.in = args.x, op.in_row = args.x_stride, op.in_dtype = args.x_dtype;
     op.weight = args.weight, op.weight_o = args.weight_n, op.weight_c = args.weight_k;
@@ -110,14 +106,14 @@ static inline Linear forward_op(const LinearArgs& args, const Order& order) {
     op.out = args.y, op.out_row = args.y_stride, op.out_dtype = args.x_dtype;
     op.z = args.z, op.z_row = args.z_stride;
     op.adapters = args.adapters, op.order = order, op.dropout = args.dropout;
-    op.threads = useful_threads(args, !args.over_base);
+    op.threads = useful_threads(work_of(args, !args.over_base), args.threads);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);
     op.v = scratch_of<float>(kVSlot, round_up(op.M, W) * op.v_row);  // whole registers of rows are read
     return op;
 }
 
-void run(const Linear& op);
+void run(const LinearOp& op);
 
 }  // namespace PEFTK_LEVEL
 }  // namespace peftk

@@ -56,7 +56,7 @@ constexpr bool kHavePairs = false;
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
 // in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row]. `after`: the factor that comes next.
-void project(const Linear& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
+void project(const LinearOp& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
              int ranks, const void* after, float* out, int64_t out_row) {
     if (widened) {
         with_type(op.adapters.dtype, [&](auto type) {
@@ -76,7 +76,7 @@ void project(const Linear& op, const Group& group, const void* const* rows, bool
 constexpr float kNoZ[16] = {};
 
 // z, v and u of a group of rows for the ranks of pages first … last - 1. `after`: the group that comes next.
-void shrink(const Linear& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
+void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
     const bool drops = op.dropout.on && !op.backward;
     const bool pairs = kHavePairs && op.in_dtype == kBFloat16 && op.adapters.dtype == kBFloat16 && !drops;
     const bool wants_v = op.wants_v(group.adapter), wants_w = op.wants_w(group.adapter);
@@ -95,9 +95,10 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
         }
     }
     const int32_t a = group.adapter;
-    const int code = op.activation(a);
-    const float s = op.adapters.scaling[a];
-    const void* bias = op.rank_bias(a);
+    const Adapter adapter = op.adapter(a);
+    const int code = adapter.activation;
+    const float s = adapter.scaling;
+    const void* bias = reinterpret_cast<const void*>(adapter.bias_A);
     for (int64_t page = first_page; page < last_page; page++) {
         const int ranks = op.page_ranks(a, page);
         float out[kDotTokens * 16];
@@ -139,7 +140,7 @@ void shrink(const Linear& op, const Group& group, const Group& after, int64_t fi
 // ---- the input's prepared forms -----------------------------------------------------------------------------------
 
 // W rows of the block, from lane `first` on.
-void prepare(const Linear& op, const Shape& shape, int64_t first) {
+void prepare(const LinearOp& op, const Shape& shape, int64_t first) {
     const int count = int(min64(W, shape.rows - first));
     const void* rows[W];
     for (int i = 0; i < count; i++) {
@@ -184,7 +185,7 @@ void prepare(const Linear& op, const Shape& shape, int64_t first) {
 
 // ---- the product with W, form by form; the result is a tile [rows, columns], in the lanes form its transpose -------
 
-void product_dot(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
+void product_dot(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
     const void* after = at(weight, op.weight_dtype, columns.count * op.weight_o);
     const void* rows[kMostDotTokens];
@@ -212,7 +213,7 @@ void product_dot(const Linear& op, const Shape& shape, const Columns& columns, f
 }
 
 // Steps first … first + steps - 1 of the block's rows of W as [count, row] in fp32 or pairs.
-void copy_weight_rows(const Linear& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
+void copy_weight_rows(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                       float* to, int64_t row) {
     for (int64_t o = 0; o < columns.count; o++) {
         const int64_t c = shape.pairs ? 2 * first : first;
@@ -229,7 +230,7 @@ void copy_weight_rows(const Linear& op, const Shape& shape, const Columns& colum
 }
 
 template <class T>
-void product_lanes(const Linear& op, const Shape& shape, const Columns& columns, float* acc, int64_t acc_row) {
+void product_lanes(const LinearOp& op, const Shape& shape, const Columns& columns, float* acc, int64_t acc_row) {
     constexpr int64_t row = kSteps + kPad;
     const Panels panels(shape.rows);
     float* weight = scratch_of<float>(kWeightSlot, columns.count * row);
@@ -258,7 +259,7 @@ void product_lanes(const Linear& op, const Shape& shape, const Columns& columns,
 }
 
 // Steps first … first + steps - 1 of the block's columns of W as panels [steps, width] in fp32 or pairs.
-void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
+void copy_weight_columns(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                          float* to) {
     const Panels panels(columns.count);
     for (int64_t s = 0; s < steps; s++) {
@@ -286,7 +287,7 @@ void copy_weight_columns(const Linear& op, const Shape& shape, const Columns& co
 }
 
 template <class T>
-void product_columns(const Linear& op, const Shape& shape, const Columns& columns, float* tile) {
+void product_columns(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
     const Panels panels(columns.count);
     float* weight = scratch_of<float>(kWeightSlot, columns.padded * kColumnSteps);
     int64_t first = 0;
@@ -322,7 +323,7 @@ void product_columns(const Linear& op, const Shape& shape, const Columns& column
 // Adds adapters and biases to `count` rows of fp32 results, rounds once and stores. `tile` is [count, padded].
 class Epilogue {
 public:
-    Epilogue(const Linear& op, const Columns& columns) : op_(op), columns_(columns) {
+    Epilogue(const LinearOp& op, const Columns& columns) : op_(op), columns_(columns) {
         const int64_t padded = columns.padded;
         float* memory = scratch_of<float>(kFactorSlot, (op.max_rank + 2 + W) * padded);
         bias_ = memory;
@@ -391,7 +392,8 @@ public:
 private:
     void load_adapter() {
         loaded_ = true, pages_loaded_ = false;
-        const void* beta = op_.backward ? nullptr : op_.output_bias(adapter_);
+        const int64_t address = op_.backward ? 0 : op_.adapter(adapter_).bias_B;
+        const auto* beta = reinterpret_cast<const void*>(address);
         has_beta_ = beta != nullptr;
         if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
         next_ = adapter_ + 1;
@@ -599,7 +601,7 @@ private:
         });
     }
 
-    const Linear& op_;
+    const LinearOp& op_;
     const Columns columns_;
     int adapter_ = -1, next_ = 0;
     bool loaded_ = false, pages_loaded_ = false, single_ = false, has_beta_ = false, lanes_done_ = false;
@@ -607,7 +609,7 @@ private:
 };
 
 // One block of output columns, from what they hold to the stored result; the base layer's rows are left as they are.
-void add_to_base(const Linear& op, const Shape& shape, const Columns& columns, const Meeting& shrunk) {
+void add_to_base(const LinearOp& op, const Shape& shape, const Columns& columns, const Meeting& shrunk) {
     Epilogue epilogue(op, columns);
     shrunk.wait();
     float* tile = scratch_of<float>(kTileSlot, W * columns.padded);
@@ -624,7 +626,7 @@ void add_to_base(const Linear& op, const Shape& shape, const Columns& columns, c
 
 // One block of output columns, from W to the stored result. Its product waits for the input's prepared form, v is
 // wanted only after that.
-void block(const Linear& op, const Shape& shape, const Columns& columns, const Meeting& prepared,
+void block(const LinearOp& op, const Shape& shape, const Columns& columns, const Meeting& prepared,
            const Meeting& shrunk) {
     if (shape.form == kOverBase) return add_to_base(op, shape, columns, shrunk);
     const int64_t padded = columns.padded;
@@ -665,15 +667,15 @@ void block(const Linear& op, const Shape& shape, const Columns& columns, const M
     }
 }
 
-bool takes_pairs(const Linear& op) { return kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16; }
+bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFloat16 && op.weight_dtype == kBFloat16; }
 
-Form form_of(const Linear& op) {
+Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
     return op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes;
 }
 
 // Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
-int64_t block_columns(const Linear& op, Form form, int threads) {
+int64_t block_columns(const LinearOp& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
     // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
     int64_t columns = form == kDot        ? 16 * kDotRows
@@ -686,7 +688,7 @@ int64_t block_columns(const Linear& op, Form form, int threads) {
 }
 
 // The groups of rows that the shrink works on among `rows` rows from `first` on, at most one for each row.
-int64_t make_groups(const Linear& op, int64_t first, int64_t rows, Group* groups) {
+int64_t make_groups(const LinearOp& op, int64_t first, int64_t rows, Group* groups) {
     int64_t count = 0;
     for (int32_t a = 0; a < op.adapters.count; a++) {
         if (op.rank(a) == 0 || (!op.wants_v(a) && !op.wants_w(a))) continue;
@@ -699,7 +701,7 @@ int64_t make_groups(const Linear& op, int64_t first, int64_t rows, Group* groups
 }
 
 // All of the operation for some rows that share a pass over W.
-void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
+void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     Shape shape;
     shape.pairs = takes_pairs(op);
     shape.form = form_of(op);
@@ -752,7 +754,7 @@ void run_rows(const Linear& op, int64_t first, int64_t rows, int threads) {
 
 }  // namespace
 
-void run(const Linear& op) {
+void run(const LinearOp& op) {
     if (op.M == 0) return;
     const int64_t share = round_up(ceil_div(op.M, op.threads), W);
     const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * size_of(op.weight_dtype) : 0;
@@ -773,12 +775,12 @@ void run(const Linear& op) {
 
 void lora_linear(const LinearArgs& args, const Order& order) { run(forward_op(args, order)); }
 
-void lora_linear_plan(const LinearArgs& args, bool backward, Plan* plan) {
-    Linear op{};
-    op.M = args.M, op.O = backward ? args.K : args.N;
-    op.in_dtype = args.x_dtype, op.weight_dtype = args.weight_dtype;
-    op.weight_c = backward ? args.weight_n : args.weight_k;
-    op.threads = useful_threads(args, true);
+void lora_linear_plan(const Linear& linear, bool backward, Plan* plan) {
+    LinearOp op{};
+    op.M = linear.M, op.O = backward ? linear.K : linear.N;
+    op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype;
+    op.weight_c = backward ? linear.weight_n : linear.weight_k;
+    op.threads = useful_threads(product_work(linear), linear.threads);
     const char* names[] = {"dot", "lanes", "columns"};
     const Form form = form_of(op);
     *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form, op.threads))))};

@@ -41,7 +41,7 @@ void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, fl
 
 // sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1, and below those
 // source.ranks rows another one, of Σ_i source[i][first + j].
-void contract_span(const Linear& op, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t count,
+void contract_span(const LinearOp& op, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t count,
                    float* sum) {
     const int64_t padded = round_up(count, W);
     float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
@@ -68,7 +68,7 @@ void contract_span(const Linear& op, const Source& source, int64_t begin, int64_
 }
 
 // The same over all of the adapter's rows.
-void contract(const Linear& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
+void contract(const LinearOp& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
     const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (source.ranks + 1) * round_up(count, W);
     contract_span(op, source, begin, min64(begin + kRowSpan, end), first, count, sum);
     for (int64_t row = begin + kRowSpan; row < end; row += kRowSpan) {
@@ -78,7 +78,7 @@ void contract(const Linear& op, int32_t a, const Source& source, int64_t first, 
     }
 }
 
-void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
+void grad_A(const LinearOp& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
     const int64_t padded = round_up(count, W), rank = x.ranks;
     float* sum = scratch_of<float>(kTileSlot, (rank + 1) * padded);
     contract(op, a, x, first, count, sum);
@@ -86,7 +86,7 @@ void grad_A(const Linear& op, int32_t a, const Source& x, void* to, int64_t firs
     for (int64_t r = 0; r < rank; r++) narrow(sum + r * padded, count, at(to, dtype, r * x.columns + first), dtype);
 }
 
-void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bias, int64_t first, int64_t count) {
+void grad_B(const LinearOp& op, int32_t a, const Source& dy, void* to, void* to_bias, int64_t first, int64_t count) {
     const int64_t padded = round_up(count, W), rank = dy.ranks, ranks = round_up(rank, W);
     float* sum = scratch_of<float>(kTileSlot, (ranks + 1) * padded);
     contract(op, a, dy, first, count, sum);
@@ -100,7 +100,7 @@ void grad_B(const Linear& op, int32_t a, const Source& dy, void* to, void* to_bi
     for (int64_t j = 0; j < count; j++) narrow(turned + j * ranks, rank, at(to, dtype, (first + j) * rank), dtype);
 }
 
-void grad_rank_bias(const Linear& op, int32_t a, void* to) {
+void grad_rank_bias(const LinearOp& op, int32_t a, void* to) {
     const int64_t rank = op.rank(a), padded = round_up(rank, W), end = op.order.end(a);
     float* sum = scratch_of<float>(kTileSlot, 2 * padded);
     float* span = sum + padded;
@@ -113,7 +113,7 @@ void grad_rank_bias(const Linear& op, int32_t a, void* to) {
     narrow(sum, rank, to, op.adapters.dtype);
 }
 
-void adapter_grads(const Linear& op, const LinearBackwardArgs& args) {
+void adapter_grads(const LinearOp& op, const LinearBackwardArgs& args) {
     const LinearArgs& forward = args.forward;
     const Dropout* dropout = forward.dropout.on ? &forward.dropout : nullptr;
     const int64_t blocks_A = ceil_div(forward.K, kColumnBlock), blocks_B = ceil_div(forward.N, kColumnBlock);
@@ -160,7 +160,7 @@ void turn_page(const T* from, const Factor& factor, int ranks, int64_t C, T* to)
 }
 
 // The shrink of dX contracts over B's rows: pages whose ranks are not contiguous along N are copied so that they are.
-void turn_pages(Linear* op, int64_t page_count) {
+void turn_pages(LinearOp* op, int64_t page_count) {
     auto* turned = scratch_of<Factor>(kPagesSlot, page_count);
     const int64_t size = size_of(op->adapters.dtype), page_bytes = 16 * op->C * size;
     int64_t copies = 0;
@@ -175,7 +175,7 @@ void turn_pages(Linear* op, int64_t page_count) {
     char* memory = scratch_of<char>(kTransposedSlot, copies * page_bytes);
     each_page([&](int32_t a, int64_t p) {
         const Factor factor = op->factor_B(a, p);
-        Factor& result = turned[op->adapters.rows[4 * a] + p];
+        Factor& result = turned[op->page(a, p)];
         result = factor;
         if (!is_copied(a, p)) return;
         with_type(op->adapters.dtype, [&](auto type) {
@@ -194,9 +194,9 @@ void turn_pages(Linear* op, int64_t page_count) {
 
 void lora_linear_backward(const LinearBackwardArgs& args, const Order& order) {
     const LinearArgs& forward = args.forward;
-    Linear op = forward_op(forward, order);
+    LinearOp op = forward_op(forward, order);
     op.backward = true;
-    op.threads = useful_threads(forward, args.dx && !forward.over_base);
+    op.threads = useful_threads(work_of(forward, args.dx && !forward.over_base), forward.threads);
     op.grads = args.grads;
     op.C = forward.N, op.O = forward.K;
     op.in = args.dy, op.in_row = args.dy_stride, op.in_dtype = args.dy_dtype;
@@ -206,7 +206,7 @@ void lora_linear_backward(const LinearBackwardArgs& args, const Order& order) {
     op.w = scratch_of<float>(kUSlot, op.M * op.v_row);
     int64_t page_count = 0;
     for (int32_t a = 0; a < op.adapters.count; a++) {
-        const int64_t last = op.adapters.rows[4 * a] + ceil_div(op.rank(a), 16);
+        const int64_t last = op.page(a, ceil_div(op.rank(a), kPage));
         if (last > page_count) page_count = last;
     }
     turn_pages(&op, page_count);

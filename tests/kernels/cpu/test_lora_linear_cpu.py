@@ -202,9 +202,6 @@ def test_random_gradients(level: str, dropout_p: float) -> None:
             raise AssertionError(f"case {seed}: {case}: {error}") from error
 
 
-NO_WEIGHT = (0, 0, 0, -1)
-
-
 def without_base(case: Case) -> Case:
     """The adapters' part alone, as the reference computes it."""
     return dataclasses.replace(case, weight=torch.zeros_like(case.weight), bias=None)
@@ -228,16 +225,21 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def linear_of(case: Case, dropout: Dropout | None = None, *, over_base: bool) -> _cpu.Linear:
+    shape = (case.x.shape[0], *case.weight.shape)
+    return cpu._linear(shape, case.x, case.x.dtype, case.weight, None, dropout, over_base=over_base)
+
+
 def call_over_base(case: Case, y: Tensor) -> None:
     """Adds the adapters' part to y, in place."""
-    linear = cpu._linear(case.x, case.weight, 0.0, None)
-    linear = (*linear[:6], *NO_WEIGHT, *linear[10:])
-    out = (0, 0, y.data_ptr(), y.stride(0), 0, 0)
+    linear = linear_of(case, over_base=True)
+    out = {"y": y.data_ptr(), "y_stride": y.stride(0)}
     if case.ids is None:
-        _cpu.lora_linear(*linear, *cpu._adapter(cpu._one_page(case.adapters[0])), *out)
+        one = cpu._one_page(case.adapters[0])  # held until the call is over
+        _cpu.lora_linear(linear, cpu._one(one), **out)
     else:
         built = case.table()
-        _cpu.multi_lora_linear(*linear, *cpu._table(built), case.ids.data_ptr(), *out)
+        _cpu.lora_linear(linear, cpu._adapters(built), ids=case.ids.data_ptr(), **out)
 
 
 def call_backward(
@@ -251,19 +253,23 @@ def call_backward(
     dropout: Dropout | None = None,
 ) -> None:
     """The backward into given tensors; whatever is None isn't wanted."""
-    linear = cpu._linear(case.x, case.weight, dropout)
-    linear = (*linear[:6], *NO_WEIGHT, *linear[10:]) if over_base else linear
-    addresses = torch.tensor([[0] * 4 if g is None else [address(t) for t in g] for g in grads])
-    out = (dy.data_ptr(), dy.stride(0), DTYPE_CODES[dy.dtype], address(dx), case.weight.shape[1], address(z))
-    z_row = 0 if z is None else z.stride(0)
+    linear = linear_of(case, dropout, over_base=over_base)
+    out = {
+        "dy": dy.data_ptr(),
+        "dy_stride": dy.stride(0),
+        "dy_dtype": DTYPE_CODES[dy.dtype],
+        "dx": address(dx),
+        "dx_stride": case.weight.shape[1],
+        "z": address(z),
+        "z_stride": 0 if z is None else z.stride(0),
+    }
+    addresses = [(0,) * 4 if g is None else tuple(address(t) for t in g) for g in grads]
     if case.ids is None:
-        adapter = cpu._adapter(cpu._one_page(case.adapters[0]))
-        _cpu.lora_linear_backward(*linear, *adapter, *out, z_row, *addresses[0].tolist())
+        one = cpu._one_page(case.adapters[0])
+        _cpu.lora_linear_backward(linear, cpu._one(one), **out, grads=[] if one is None else addresses[:1])
     else:
         built = case.table()
-        _cpu.multi_lora_linear_backward(
-            *linear, *cpu._table(built), case.ids.data_ptr(), *out, z_row, addresses.data_ptr()
-        )
+        _cpu.lora_linear_backward(linear, cpu._adapters(built), ids=case.ids.data_ptr(), **out, grads=addresses)
 
 
 def over_base_cases() -> Iterator[tuple[str, Case]]:

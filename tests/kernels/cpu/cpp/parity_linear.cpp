@@ -337,7 +337,7 @@ void call(const Case& c, Level level, int threads, Outputs& outputs) {
     args.z = c.max_rank ? static_cast<float*>(outputs.z.data()) : nullptr, args.z_stride = outputs.z.row;
     args.adapters.pages = table.pages.data(), args.adapters.rows = table.rows.data();
     args.adapters.scaling = table.scaling.data(), args.adapters.biases = table.biases.data();
-    args.adapters.count = int32_t(c.adapters.size()), args.adapters.dtype = c.adapter_dtype;
+    args.adapters.count = int32_t(c.adapters.size()), args.adapters.dtype = Dtype(c.adapter_dtype);
     args.ids = c.ids.empty() ? nullptr : c.ids.data();
     args.dropout.on = c.dropout > 0;
     args.dropout.threshold = uint32_t(c.dropout * 0x1p32);

@@ -373,7 +373,7 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
         x, weight = (torch.zeros(8 * (K + 4) + 1, dtype=dtype)[shift:] for shift in shifts)
         x_stride, weight_stride = (K + more for more in apart)
         plan = _cuda.plan_lora_linear(M, 8, K, 0, 4)
-        none = _cuda.Adapters.none(backend.DTYPES[low])
+        none = _cuda.Adapters.none(dtype=backend.DTYPES[low])
         y = torch.full((M, 8), 3.0, dtype=dtype)
         code = backend.DTYPES[dtype]
         counters = torch.zeros(plan.counters, dtype=torch.int32)

@@ -13,6 +13,7 @@ from peftk.backends import choice
 from peftk.backends import cuda as backend
 from peftk.backends import segments as sorting
 from peftk.launch.segments import MOST_ADAPTERS, Segments
+from tests.support import stubs
 from tests.support.executor import Executor
 from tests.support.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
 from tests.support.tiers import spread
@@ -147,3 +148,7 @@ def test_same_bits_in_many_schedules(M: int, executor: Executor) -> None:
         executor.seed(seed)
         executor.limit_resident(seed % 5)
         check(ids, 40)
+
+
+def test_the_stub_says_what_the_module_has() -> None:
+    assert stubs.differences(backend._cuda) == []

@@ -1,0 +1,113 @@
+// The fused linear layer of peftk._cpu, forward and backward.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/adapters.h"
+#include "bindings/gil.h"
+#include "bindings/named.h"
+#include "cpu/lora_linear.h"
+
+namespace peftk {
+
+static inline Dropout dropout_of(double p, uint64_t seed) {
+    return {p > 0, uint32_t(p * 0x1p32), float(1 / (1 - p)), seed};
+}
+
+template <>
+constexpr bool kHasClass<Linear> = true;
+
+static inline void define_linear(pybind11::module_& module) {
+    const auto linear =
+        define_class<Linear>(module, "Linear", "What a forward and its backward share: x and the base layer.");
+    define(linear, "of",
+           "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, bias=0, bias_dtype=0, "
+           "dropout_p=0.0, seed=0, threads)",
+           "x [M, K], weight [N, K] with its strides along N and K, bias [N].",
+           [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
+              int64_t weight_n, int64_t weight_k, int weight_dtype, uintptr_t bias, int bias_dtype, double dropout_p,
+              uint64_t seed, int threads) {
+               Linear linear{};
+               linear.M = M, linear.N = N, linear.K = K;
+               linear.x = address<void>(x), linear.x_stride = x_stride, linear.x_dtype = dtype_of("x_dtype", x_dtype);
+               linear.weight = address<void>(weight), linear.weight_n = weight_n, linear.weight_k = weight_k;
+               linear.weight_dtype = dtype_of("weight_dtype", weight_dtype);
+               linear.bias = address<void>(bias), linear.bias_dtype = dtype_of("bias_dtype", bias_dtype);
+               linear.dropout = dropout_of(dropout_p, seed);
+               linear.threads = threads;
+               return linear;
+           });
+    define(linear, "over_base", "(*, M, N, K, x, x_stride, x_dtype, dropout_p=0.0, seed=0, threads)",
+           "Where y, or dx, holds the base layer's part already: the adapters' is added to it in place.",
+           [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, double dropout_p,
+              uint64_t seed, int threads) {
+               Linear linear{};
+               linear.M = M, linear.N = N, linear.K = K;
+               linear.over_base = true;
+               linear.x = address<void>(x), linear.x_stride = x_stride, linear.x_dtype = dtype_of("x_dtype", x_dtype);
+               linear.dropout = dropout_of(dropout_p, seed);
+               linear.threads = threads;
+               return linear;
+           });
+}
+
+static inline LinearArgs linear_args(const Linear& linear, const Adapters& adapters, uintptr_t ids, uintptr_t z,
+                                     int64_t z_stride) {
+    LinearArgs args{};
+    static_cast<Linear&>(args) = linear;
+    args.adapters = adapters, args.ids = address<int32_t>(ids);
+    args.z = address<float>(z), args.z_stride = z_stride;
+    return args;
+}
+
+static inline void bind_lora_linear(pybind11::module_& module) {
+    define_linear(module);
+    define(module, "plan", "(linear, *, backward)", "Form of the product, whether it takes pairs of bf16, threads.",
+           [](const Linear& linear, bool backward) {
+               Plan plan{};
+               PEFTK_CALL(level_in_use(), lora_linear_plan, (linear, backward, &plan));
+               return std::tuple(plan.form, plan.pairs, plan.threads);
+           });
+    define(
+        module, "lora_linear", "(linear, adapters, *, ids=0, y, y_stride, z=0, z_stride=0)",
+        "Writes y [M, N], and z [M, z_stride] where it has an address. Without ids every row takes the first adapter.",
+        [](const Linear& linear, const Adapters& adapters, uintptr_t ids, uintptr_t y, int64_t y_stride, uintptr_t z,
+           int64_t z_stride) {
+            LinearArgs args = linear_args(linear, adapters, ids, z, z_stride);
+            args.y = address<void>(y), args.y_stride = y_stride;
+            const Level level = level_in_use();
+            without_gil(work_of(args, !args.over_base), [&] {
+                const Order order = order_by_adapter(args.ids, args.M, args.adapters);
+                PEFTK_CALL(level, lora_linear, (args, order));
+            });
+        });
+    define(module, "lora_linear_backward",
+           "(linear, adapters, *, ids=0, dy, dy_stride, dy_dtype, dx=0, dx_stride=0, z=0, z_stride=0, grads)",
+           "Writes dx [M, K] and grads, for every adapter the addresses of dA, dB, da, dbeta; 0: not wanted.",
+           [](const Linear& linear, const Adapters& adapters, uintptr_t ids, uintptr_t dy, int64_t dy_stride,
+              int dy_dtype, uintptr_t dx, int64_t dx_stride, uintptr_t z, int64_t z_stride,
+              const std::vector<std::array<int64_t, 4>>& grads) {
+               if (grads.size() != size_t(adapters.count)) {
+                   throw std::invalid_argument("grads: expected one for each of " + std::to_string(adapters.count) +
+                                               " adapters, got " + std::to_string(grads.size()));
+               }
+               LinearBackwardArgs args{};
+               args.forward = linear_args(linear, adapters, ids, z, z_stride);
+               args.dy = address<void>(dy), args.dy_stride = dy_stride, args.dy_dtype = dtype_of("dy_dtype", dy_dtype);
+               args.dx = address<void>(dx), args.dx_stride = dx_stride;
+               args.grads = grads.empty() ? nullptr : grads.front().data();
+               const Level level = level_in_use();
+               without_gil(work_of(args.forward, args.dx && !linear.over_base), [&] {
+                   const Order order = order_by_adapter(args.forward.ids, linear.M, adapters);
+                   PEFTK_CALL(level, lora_linear_backward, (args, order));
+               });
+           });
+}
+
+}  // namespace peftk
