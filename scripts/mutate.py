@@ -142,7 +142,7 @@ TESTS = {
     ],
     "peftk/interop/adapterhub_checkpoint.py": ["test_adapterhub_interop.py", "test_checkpoints.py"],
     "peftk/interop/peft_checkpoint.py": ["test_peft_interop.py", "test_model.py"],
-    "peftk/interop/peft_*": ["test_accelerate.py"],
+    "peftk/interop/peft_*": ["test_accelerate.py", "test_shared.py", "test_all_or_none.py"],
     "peftk/interop/*": ["test_checkpoints.py", "test_peft_interop.py", "test_adapterhub_interop.py"],
     "peftk/interrupts.py": ["test_merge.py", "test_model_merge.py", "test_tuning.py"],
     "peftk/merge.py": ["test_model_merge.py", "test_layers.py", "test_merge.py", "interpreted/merge.py"],
