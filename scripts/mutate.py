@@ -171,6 +171,7 @@ TESTS = {
         "checkpoints/test_checkpoints.py",
         "models/test_model.py",
         "checkpoints/test_peft_interop.py",
+        "checkpoints/test_adapterhub_interop.py",
     ],
     "peftk/adapters/checks.py": [
         "ops/test_functional.py",
@@ -178,13 +179,19 @@ TESTS = {
         "adapters/test_bank.py",
         "ops/test_adapter_block.py",
         "ops/test_merge.py",
+        "system/test_storage.py",
     ],
     "peftk/adapters/flat.py": ["nn/test_layers.py", "ops/test_gradients.py", "ops/test_functional.py"],
     "peftk/adapters/row_order.py": ["adapters/test_rows.py", "adapters/test_routes.py"],
     "peftk/adapters/carry.py": ["adapters/test_routes.py"],
     "peftk/adapters/adapter.py": ["ops/test_gradients.py", "ops/test_functional.py"],
     "peftk/models/combine.py": ["models/test_combine.py"],
-    "peftk/ops/custom_ops.py": ["nn/test_layers.py", "ops/test_functional.py", "ops/test_adapter_block.py"],
+    "peftk/ops/custom_ops.py": [
+        "ops/test_gradients.py",
+        "nn/test_layers.py",
+        "ops/test_functional.py",
+        "ops/test_adapter_block.py",
+    ],
     "peftk/ops/composed.py": ["ops/test_torch_func.py", "ops/test_gradients.py"],
     "peftk/ops/layer_calls.py": ["nn/test_layers.py", "ops/test_functional.py", "ops/test_packed.py"],
     "peftk/ops/dispatch.py": [
@@ -202,7 +209,7 @@ TESTS = {
     ],
     "peftk/checkpoints/adapterhub.py": ["checkpoints/test_adapterhub_interop.py", "checkpoints/test_checkpoints.py"],
     "peftk/checkpoints/peft.py": ["checkpoints/test_peft_interop.py", "models/test_model.py"],
-    "peftk/interop/*": ["interop/test_accelerate.py"],
+    "peftk/interop/*": ["interop/test_accelerate.py", "models/test_shared.py", "models/test_all_or_none.py"],
     "peftk/checkpoints/*": [
         "checkpoints/test_checkpoints.py",
         "checkpoints/test_peft_interop.py",

@@ -16,6 +16,7 @@ from torch import nn
 
 import peftk
 from peftk.checkpoints import peft as peft_checkpoint
+from peftk.checkpoints.files import CheckpointError
 from peftk.methods.plan import injections
 
 peft = pytest.importorskip("peft")
@@ -598,3 +599,14 @@ def test_a_config_of_peft_is_refused_and_its_fields_are_taken() -> None:
     assert len(peftk.inject(bert(), ours)) == 3
     with pytest.raises(TypeError, match="'use_dora'"):
         peftk.LoraConfig(use_dora=True)  # type: ignore[call-arg]
+
+
+def test_the_largest_scaling_that_fp32_holds(tmp_path: pathlib.Path) -> None:
+    largest = torch.finfo(torch.float32).max
+    factors = {"linear": (torch.ones(1, 4), torch.ones(4, 1))}
+    config = {"r": 1, "target_modules": ["linear"]}
+    peft_checkpoint.save(tmp_path, {**config, "lora_alpha": largest}, factors)
+    assert peft_checkpoint.load(tmp_path).adapters["linear"].scaling == largest
+    peft_checkpoint.save(tmp_path, {**config, "lora_alpha": 2 * largest}, factors)
+    with pytest.raises(CheckpointError, match="scaling"):
+        peft_checkpoint.load(tmp_path)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import peftk
 from peftk.checkpoints.peft import LoadedAdapter
 from peftk.methods.inject import lora_layers
+from peftk.nn import shared
 from peftk.system import memory
 from tests.support import sharing
 from tests.support.sharing import FINE, SHARING, Sharing
@@ -348,3 +349,29 @@ def test_pefts_merge_into_what_another_module_holds(case: str, merge: str) -> No
             assert equal(values(base), before)
             with pytest.raises(ValueError, match=refusal(given).replace(".weight", ".*weight")):
                 model.merge_adapter()  # shared again
+
+
+def test_an_unmerge_that_fails_once_it_has_shared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged model keeps its copy: what was shared again is put back."""
+    peft = pytest.importorskip("peft")
+    case = next(name for name in sorted(SHARING) if name != "one of two places" and not SHARING[name].options)
+    given = SHARING[case]
+    config = peft.LoraConfig(target_modules=given.targets, init_lora_weights=False)
+    model = peftk.accelerate(peft.get_peft_model(given.make(), config))
+    base = model.base_model.model
+    model.merge_adapter(untie=True)
+    merged = {name: (id(p), p.detach().clone()) for name, p in base.named_parameters(remove_duplicate=False)}
+    retie = shared.retie
+
+    def fail(tie: shared.Tie) -> None:
+        retie(tie)
+        raise RuntimeError("in between")
+
+    monkeypatch.setattr(shared, "retie", fail)
+    with pytest.raises(RuntimeError, match="in between"):
+        model.unmerge_adapter()
+    now = {name: (id(p), p.detach()) for name, p in base.named_parameters(remove_duplicate=False)}
+    assert {name: one for name, (one, _) in now.items()} == {name: one for name, (one, _) in merged.items()}
+    assert all(torch.equal(value, merged[name][1]) for name, (_, value) in now.items())
+    monkeypatch.undo()
+    model.unmerge_adapter()

@@ -424,3 +424,8 @@ def test_torch_compile() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     results = [(f(x), torch.autograd.grad(f(x).sum(), parameters)) for f in (layer, compiled)]
     torch.testing.assert_close(*results)
+
+
+def test_a_prompt_is_fp32_where_nothing_else_is_asked_for() -> None:
+    adapter = LlamaAdapter(4, 2, Projections("q", "k", "v", "o"))
+    assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}

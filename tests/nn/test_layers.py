@@ -430,3 +430,8 @@ def test_hooks_of_the_linear_are_the_layers(kind: str) -> None:
     layer.load_state_dict(layer.state_dict())
     forward = ["forward pre", "forward", "backward pre", "backward"]
     assert called == [*forward, "state_dict pre", "state_dict", "load pre", "load"]
+
+
+def test_the_adapter_is_on_the_weights_device() -> None:
+    layer = LoRALinear.from_linear(nn.Linear(4, 3, device="meta"), r=2, lora_bias=True)
+    assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}

@@ -102,6 +102,19 @@ def test_opcheck_many_adapters() -> None:
     torch.library.opcheck(custom_ops.multi_lora_linear, arguments)
 
 
+def test_no_output_of_a_recorded_backward_shares_memory() -> None:
+    """Pages of one adapter get pieces of one gradient, each in memory of its own."""
+    pages = ((torch.randn(16, 7), torch.randn(4, 7)), (torch.randn(5, 16), torch.randn(5, 4)))
+    tensors, layout, scalings = pack((Adapter(*pages, 0.5),))
+    x, weight, dy, ids = torch.randn(4, 7), torch.randn(5, 7), torch.randn(4, 5), torch.zeros(4, dtype=torch.int32)
+    packed = (tensors, layout, scalings, (), ids)
+    _, z = custom_ops.multi_lora_linear(x, weight, None, *packed, 0.0, None, None)
+    needs = [True] * (1 + len(tensors))
+    grads = custom_ops.multi_lora_linear_backward(dy, x, weight, *packed, z, 0.0, None, None, needs)
+    assert [grad.shape for grad in grads] == [x.shape, *(t.shape for t in tensors)]
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+
+
 def test_compiled_without_any_adapter() -> None:
     torch._dynamo.reset()
     weight = torch.randn(5, 7)

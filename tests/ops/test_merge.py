@@ -551,3 +551,11 @@ def test_the_checksum_is_the_references(level: str, dtype: torch.dtype) -> None:
         assert cpu.checksum(changed) != cpu.checksum(weight)
         assert N == 1 or cpu.checksum(weight.roll(1, 0)) != cpu.checksum(weight)
         assert K == 1 or cpu.checksum(weight.roll(1, 1)) != cpu.checksum(weight)
+
+
+def test_fp64_weights_are_merged_in_fp64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, A, B = (torch.randn(*shape, generator=generator).double() / 3 for shape in ((9, 7), (4, 7), (9, 4)))
+    expected = weight + 0.3 * (B @ A)
+    functional.merge_(weight, A, B, 0.3)
+    assert torch.allclose(weight, expected, rtol=0, atol=1e-15)

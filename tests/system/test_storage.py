@@ -414,3 +414,12 @@ def test_torch_computes_only_what_kernels_cannot():
     assert not composed.serves(False, x, weight, None)
     assert composed.serves(False, torch._neg_view(x), weight)
     assert not composed.serves(True, torch._neg_view(x), weight), "a custom op gets it resolved"
+
+
+def test_a_table_without_any_adapter_where_torch_computes() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    none = table.build((), dtype=torch.float32, device=torch.device("cpu"))
+    y = functional.multi_lora_linear(torch._neg_view(x), weight, None, none, torch.tensor([-1, -1, -1]))
+    torch.testing.assert_close(y, -x @ weight.t())
+    with pytest.raises(ValueError, match="ids"):
+        functional.multi_lora_linear(torch._neg_view(x), weight, None, none, torch.tensor([-1, 0, -1]))
