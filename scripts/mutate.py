@@ -164,7 +164,7 @@ TESTS = {
     "peftk/reference/segments.py": ["interpreted/segments.py"],
     "peftk/reference/*": ["test_reference.py", "test_gradients.py"],
     "peftk/route.py": ["test_model.py", "interpreted/segments.py", "test_transformers.py"],
-    "peftk/server.py": ["test_model.py", "test_transformers.py"],
+    "peftk/server.py": ["test_model.py", "test_rows.py", "test_transformers.py"],
     "peftk/table.py": ["test_bank.py", "test_packed.py", "test_gradients.py", "interpreted/packed.py"],
     "peftk/tuning.py": ["test_tuning.py"],
     "*": ["test_functional.py"],
