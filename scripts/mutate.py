@@ -246,7 +246,7 @@ TESTS = {
         "kernels/triton/interpreted/segments.py",
         "models/test_transformers.py",
     ],
-    "peftk/models/server.py": ["models/test_model.py", "models/test_transformers.py"],
+    "peftk/models/server.py": ["models/test_model.py", "adapters/test_rows.py", "models/test_transformers.py"],
     "peftk/adapters/table.py": [
         "adapters/test_bank.py",
         "ops/test_packed.py",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftk
+from peftk.adapters import route as routes
 from peftk.methods.inject import lora_layers
 from tests.support import small_architectures, tiers
 
@@ -383,3 +384,15 @@ def test_some_architectures(tmp_path: pathlib.Path) -> None:
 def test_every_architecture(tmp_path: pathlib.Path) -> None:
     found = [architecture(name, tmp_path / name) for name in small_architectures.NAMES]
     assert sum(one is not None and "right" in one for one in found) >= 100
+
+
+def test_a_linear_that_comes_later_is_looked_at_too(tmp_path: pathlib.Path) -> None:
+    """After some forwards nobody looks at the order of rows any more, until an adapter brings another layer."""
+    model = Model(lambda fc, x: fc(x))
+    server, alone = served(model, tmp_path, ["fc"])
+    served(model, tmp_path / "later", ["head"])
+    for _ in range(2 * routes.LOOKS):
+        assert outcome(server, alone, draw(2, 3)) == "right"
+    assert server._serving.looks == 0
+    server.load("later", tmp_path / "later/a")
+    assert server._serving.looks == routes.LOOKS
