@@ -4,7 +4,7 @@
 PYTHON ?= python3
 CXX ?= g++
 ARGS ?=
-# A process a core, as far as memory has room for them; `make test PARALLEL=` runs the tests in one. (Not ?=: GNU parallel
+# A process per core, as far as memory has room for them; `make test PARALLEL=` runs the tests in one. (Not ?=: GNU parallel
 # has options of its own in a variable of this name.)
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 

@@ -1,7 +1,7 @@
 """peftk: kernels that make parameter-efficient fine-tuning free.
 
-One fused operation, y = W₀x + b + s·(xA)B, with another adapter for every token of a batch if need be, behind drop-in
-Linear replacements. See README.md for a tour, `peftk.explain` for what serves a call on this machine.
+One fused operation, y = W₀x + b + s·(xA)B, with a different adapter for every token of a batch if need be, behind
+drop-in Linear replacements. See README.md for a tour, `peftk.explain` for what runs a call on this machine.
 """
 
 from peftk import functional

@@ -67,7 +67,7 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
     type=CommaList("NAME,NAME…", one_of(*BACKENDS)),
     help="peftk backends to time [default: every compiled one that can run]",
 )
-@click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds a row.")
+@click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds per row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
 @click.option(
@@ -265,7 +265,7 @@ def tune(forget: bool) -> None:
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
     console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
-    console.print("[bold]Bold[/]: `gemm` serves such calls from now on; all others are served by `cpu`.")
+    console.print("[bold]Bold[/]: `gemm` runs such calls from now on; `cpu` runs all others.")
     table = Table("operation", "K = N", *(f"M = {M}" for M in tune.TOKENS))
     for key, points in found.items():
         margin = measured.margin(key)

@@ -1,4 +1,4 @@
-"""`peftk.explain`: which backend serves a call, and why."""
+"""`peftk.explain`: which backend runs a call, and why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def explain(
     dropout: bool = False,
     backend: str | None = None,
 ) -> Any:  # Choice or Explanation, by what is asked
-    """The backend that would serve a call, why, and why the preferred ones would not. Nothing is computed.
+    """The backend that would run a call, why, and why the preferred ones would not. Nothing is computed.
 
     Three ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`; `explain(layer, x)` with a
     LoRALinear, a MultiLoRALinear or a LoRA layer of HF PEFT and an input (or M=); `explain(peft_model)` with a whole
@@ -45,11 +45,11 @@ def explain(
 
     Returns:
         Choice: `.backend`, `.reason`, `.rejected`; print it to read it. The backend "peft" is PEFT's own code.
-        Explanation, of a whole model: `.peftk` and `.peft`, which map what serves, or why not, to names of layers.
+        Explanation, of a whole model: `.peftk` and `.peft`, which map what runs, or why not, to names of layers.
 
     Raises:
         ValueError, TypeError: an unknown operation or layer.
-        BackendError: the forced backend could not serve this call.
+        BackendError: the forced backend could not run this call.
     """
     if isinstance(what, nn.Module) and peft_model.has_lora(what):
         return peft_model.explain(what, M if x is None else x.numel() // x.shape[-1], backend)

@@ -6,7 +6,7 @@ Every backend accumulates in fp32 and rounds once, to x's dtype; with u the unit
 
     |y − y*| ≤ u·|y*| + c·√(K + R)·2⁻²⁴·(|x||W|ᵀ + |s||v||B|ᵀ + |bias| + |β|),   c = 2       (docs/numerics.md)
 
-fp64 inputs are served by the reference, in fp64.
+fp64 inputs are run by the reference, in fp64.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def lora_linear(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a weight that wants a gradient.
-        BackendError: the forced backend cannot serve this call.
+        BackendError: the forced backend cannot run this call.
 
     Source: Hu et al. 2021 (LoRA); He et al. 2021 (with an activation: parallel adapter).
     """
@@ -113,7 +113,8 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear layer with another adapter for every row: row m takes adapter ids[m], or none where that is -1.
+    """A frozen linear layer with a different adapter for every row: row m takes adapter ids[m], or none where that is
+    -1.
 
     Args:
         x: [..., K]; weight: W [N, K], frozen; bias: [N].
@@ -191,7 +192,7 @@ def adapter_block(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
-        BackendError: the forced backend cannot serve this call.
+        BackendError: the forced backend cannot run this call.
 
     Source: Houlsby et al. 2019.
     """
@@ -216,7 +217,8 @@ def multi_adapter_block(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A series adapter with another adapter for every row: `adapter_block` with adapter ids[m], or x where that is -1.
+    """A series adapter with a different adapter for every row: `adapter_block` with adapter ids[m], or x where that is
+    -1.
 
     Args:
         x: [..., K]; bank: adapters with N = K; ids, dropout_p, seed, backend: as in `multi_lora_linear`.
@@ -252,7 +254,7 @@ def merge_(
             Or sequences of one length, for several adapters of any ranks in one pass; one s may serve them all.
 
     Returns:
-        MergeReceipt: about half a byte a weight where ΔW is not several times W, besides A and B (docs/merge.md).
+        MergeReceipt: about half a byte per weight where ΔW is not several times W, besides A and B (docs/merge.md).
 
     Raises:
         TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
@@ -317,7 +319,7 @@ def merge_layers_(
         scaling: one number for all, or one entry a layer, as `merge_` takes it.
 
     Returns:
-        list[MergeReceipt]: one a layer. Each also serves `unmerge_` and `remerge_` alone.
+        list[MergeReceipt]: one per layer. Each also serves `unmerge_` and `remerge_` alone.
 
     Raises:
         TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.

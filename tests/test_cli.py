@@ -110,9 +110,9 @@ def test_bench_refuses_a_backend_that_cannot_serve(monkeypatch):
 
 
 def test_bench_says_when_no_compiled_backend_can_run(monkeypatch):
-    cannot_serve = choice.cannot_serve
+    cannot_run = choice.cannot_run
     monkeypatch.setattr(
-        choice, "cannot_serve", lambda name, call: "not built" if name == "cpu" else cannot_serve(name, call)
+        choice, "cannot_run", lambda name, call: "not built" if name == "cpu" else cannot_run(name, call)
     )
     result = invoke("bench", *TINY, "--op", "lora_linear")
     assert result.exit_code == 1

@@ -201,7 +201,7 @@ def _expand_by_row(
     acc, z_row, some, entry, rank, max_rank, n, N, pages, rows, scaling, biases,
     DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """acc + s · act(z) Bᵀ + β where each row reads its own adapter: BLOCK_N products a row and rank, no dots."""
+    """acc + s · act(z) Bᵀ + β where each row reads its own adapter: BLOCK_N products per row and rank, no dots."""
     columns = n < N
     if PACKED > 0:
         columns &= n >= 0

@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.launch import workspace
-from peftk.launch.adapter_args import NOTHING, One
+from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs
 from peftk.launch.segments import Segments
 
 from . import config, philox, tuned
@@ -117,18 +117,18 @@ class Many(NamedTuple):
 class Adapters(NamedTuple):
     """What the launcher needs to know about the adapters of a call."""
 
-    source: One | Many
+    source: AdapterArgs | Many
     dtype: torch.dtype
     z_width: int  # the largest rank in whole pages, summed over the slices; 0: no shrink tiles
     A: str  # how A's pages lie, as `shrink` calls it: "k16", "k", "any"
     B: str  # the same of B, "k" being N: "r16" too
 
-    def sources(self) -> tuple[One, Many | None]:
+    def sources(self) -> tuple[AdapterArgs, Many | None]:
         """What a kernel takes of one adapter, and of many."""
-        return (NOTHING, self.source) if isinstance(self.source, Many) else (self.source, None)
+        return (NO_ADAPTER, self.source) if isinstance(self.source, Many) else (self.source, None)
 
 
-BASE_ONLY = Adapters(NOTHING, torch.float32, 0, "k", "any")
+BASE_ONLY = Adapters(NO_ADAPTER, torch.float32, 0, "k", "any")
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

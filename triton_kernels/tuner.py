@@ -155,7 +155,9 @@ def _adapters(
 ) -> tuple[lora_linear.Adapters, Segments | None]:
     """One adapter, or a batch of many that take turns row by row."""
     if not many:
-        one = lora_linear.One(A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), B.stride(1), 0, 0, RANK, 0, 1.0)
+        one = lora_linear.AdapterArgs(
+            A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), B.stride(1), 0, 0, RANK, 0, 1.0
+        )
         return lora_linear.Adapters(one, A.dtype, RANK, "k16", "r16"), None
     pairs = zip(A.split(RANK), B.split(RANK, dim=1), strict=True)
     built = table.build(

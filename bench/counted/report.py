@@ -42,7 +42,7 @@ def groups(counted: Sequence[Counted]) -> list[list[Counted]]:
 def launches(counted: Sequence[Counted]) -> Table:
     """The most that a linear takes, by number of adapters."""
     sides = _sides(counted)
-    made = _table("launches a linear, base product included", ("", "adapters", *map(_short, sides)))
+    made = _table("launches per linear, base product included", ("", "adapters", *map(_short, sides)))
     most: dict[tuple[str, int], dict[str, int]] = {}
     for one in counted:
         for row in one.rows():

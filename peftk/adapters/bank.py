@@ -329,7 +329,7 @@ class AdapterBank:
         rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
         if storage.dense(*adapter.tensors()):
-            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot serve as it lies
+            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot run as it lies
 
     def _views(self, pages: list[int], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(pages)]

@@ -73,7 +73,7 @@ call_of = cast(type[Call], functools.lru_cache(maxsize=4096)(Call))
 
 
 class BackendError(RuntimeError):
-    """A backend was forced, by argument or by PEFTK_BACKEND, and cannot serve the call."""
+    """A backend was forced, by argument or by PEFTK_BACKEND, and cannot run the call."""
 
 
 class Choice(NamedTuple):

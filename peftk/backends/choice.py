@@ -20,7 +20,7 @@ from peftk.backends import measured, registry
 from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
 from peftk.backends.contract import Backend
 
-# First that can serve wins. The reference can serve everything, so a choice always exists.
+# First that can run wins. The reference can run everything, so a choice always exists.
 _PREFERENCE = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
@@ -92,17 +92,17 @@ def forget() -> None:
 @functools.lru_cache(maxsize=4096)
 def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
     if forced is not None:
-        reason = cannot_serve(forced, call)
+        reason = cannot_run(forced, call)
         if reason is not None:
-            raise BackendError(f"backend {forced!r} was forced and cannot serve {call.op}: {reason}")
+            raise BackendError(f"backend {forced!r} was forced and cannot run {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
     order, why = _preference(call, deterministic)
     for name in order:
-        reason = cannot_serve(name, call)
+        reason = cannot_run(name, call)
         if reason is None:
             return Choice(
-                name, why.get(name, f"first in preference on {call.device} that serves this call"), tuple(rejected)
+                name, why.get(name, f"first in preference on {call.device} that runs this call"), tuple(rejected)
             )
         rejected.append((name, reason))
     raise BackendError(f"no backend serves {call}: {rejected}")
@@ -129,10 +129,10 @@ def rounds_once(name: str) -> bool:
     return registry.backend(name).rounds_once
 
 
-def cannot_serve(name: str, call: Call) -> str | None:
-    """Why backend `name` cannot serve `call`, or None where it can."""
+def cannot_run(name: str, call: Call) -> str | None:
+    """Why backend `name` cannot run `call`, or None where it can."""
     try:
         backend = registry.backend(name)
     except BackendError as error:
         return str(error)
-    return backend.about.cannot_serve(call)
+    return backend.about.cannot_run(call)

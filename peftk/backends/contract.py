@@ -25,8 +25,8 @@ from peftk.reference.receipt import MergeReceipt
 class About(Protocol):
     """What every backend says of itself."""
 
-    def cannot_serve(self, call: Call) -> str | None:
-        """Why it cannot serve a call, or None where it can."""
+    def cannot_run(self, call: Call) -> str | None:
+        """Why it cannot run a call, or None where it can."""
 
     def describe(self, call: Call) -> str:
         """One line about the kernels that would run, for `peftk.explain`."""

@@ -35,21 +35,21 @@ def backend() -> Backend:
     return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, looks_at_ids=True)
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_run(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
     if call.op.kind == "segments":
         return "sorts no rows: its kernels take them as they come"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
-            return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+            return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
     if call.slices > 1:
         return "no C++ kernel for packed outputs with adapters of their own"
     return None
 
 
 def describe(call: Call) -> str:
-    """What serves a call, for `peftk.explain`. The weight is taken to be row-major."""
+    """What runs a call, for `peftk.explain`. The weight is taken to be row-major."""
     threads = torch.get_num_threads()
     if call.op.kind in ("merge", "unmerge"):
         return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
@@ -287,7 +287,7 @@ def _weight(weight: Tensor) -> _cpu.MergeWeight:
 def _side(
     factors: Factors, code: Tensor, far: Tensor | None = None, raw_values: Tensor | None = None
 ) -> _cpu.MergeSide:
-    """Adapters and their code, two weights a byte. Addresses: the caller keeps the tensors alive.
+    """Adapters and their code, two weights per byte. Addresses: the caller keeps the tensors alive.
 
     A receipt's tensors are contiguous: made here, or by `to`. far and raw_values: of what W holds before the call.
     """

@@ -20,7 +20,7 @@ from peftk.adapters.table import AdapterTable
 from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE
 from peftk.backends.contract import Backend
 from peftk.launch import workspace
-from peftk.launch.adapter_args import contiguous, one
+from peftk.launch.adapter_args import adapter_args, contiguous
 from peftk.launch.merge_args import DTYPES
 from peftk.launch.merge_layers import InPlace, Layers, Notes, Raw
 from peftk.launch.segments import Segments, empty
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "backend",
-    "cannot_serve",
+    "cannot_run",
     "checksum",
     "checksums",
     "describe",
@@ -54,7 +54,7 @@ def backend() -> Backend:
     return Backend(cuda, forward=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_run(call: Call) -> str | None:
     if _cuda.device == "cuda" and torch.version.cuda is None:
         return "this torch is not built for CUDA"
     if call.op not in _SERVED:
@@ -66,7 +66,7 @@ def cannot_serve(call: Call) -> str | None:
     if call.op in (MERGE, UNMERGE):
         for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
             if dtype is not None and dtype not in DTYPES:
-                return f"serves float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
+                return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
         return _too_old()
     return _cannot_serve_linear(call)
 
@@ -122,12 +122,12 @@ def lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses travel as arguments."""
-    args, held = one(adapter)
-    some = held.any()
-    if adapter is None or some is None:
+    args, tensors = adapter_args(adapter)
+    given = tensors.any()
+    if adapter is None or given is None:
         y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(dtype=DTYPES[x.dtype]), 0, None, save_z=False)
         return y, None
-    adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[some.dtype])
+    adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[given.dtype])
     y, z = _lora_linear(x, weight, bias, adapters, -(-adapter.rank // PAGE), None, save_z=save_z)
     return y, z[:, : adapter.rank] if save_z and adapter.rank else None
 
@@ -229,7 +229,7 @@ def _here(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _list(layers: Layers) -> tuple[int, ...]:
+def _list(layers: Layers) -> tuple[int, int, int, int, int, int, int]:
     """The layers as all launches of merge take them."""
     return (
         layers.table.data_ptr(),
@@ -278,13 +278,19 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     M, device = ids.shape[0], ids.device
     found = empty(M, adapters, device)
     room = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
+    order, sorted_ids, ends, starts, owners, blocks = (tensor.data_ptr() for tensor in found)
     _cuda.segments(
         ids.data_ptr(),
         ids.stride(0),
         ids.dtype == torch.int64,
         M,
         adapters,
-        *(table.data_ptr() for table in found),
+        order,
+        sorted_ids,
+        ends,
+        starts,
+        owners,
+        blocks,
         room.data_ptr(),
         *_here(device),
     )

@@ -32,12 +32,12 @@ def backend() -> Backend:
     return Backend(gemm, forward=gemm, backward=gemm, rounds_once=False)
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_run(call: Call) -> str | None:
     if call.op.kind != "lora_linear":
         return f"multiplies matrices, has none for {call.op}"
     if call.x_dtype != call.weight_dtype:
         return f"serves x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
-    return cpu.cannot_serve(call)
+    return cpu.cannot_run(call)
 
 
 def describe(call: Call) -> str:

@@ -1,4 +1,4 @@
-"""Plain torch on any device: the specification itself, and what serves fp64."""
+"""Plain torch on any device: the specification itself, and what runs fp64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "backend",
-    "cannot_serve",
+    "cannot_run",
     "checksum",
     "describe",
     "lora_linear",
@@ -46,7 +46,7 @@ def backend() -> Backend:
     return Backend(reference, forward=reference, backward=reference, merge=reference, sort=reference)
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_run(call: Call) -> str | None:
     return None
 
 

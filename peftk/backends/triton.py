@@ -14,7 +14,7 @@ from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import segments as sorted_rows
 from peftk.backends.contract import Backend
-from peftk.launch.adapter_args import Tensors, contiguous, one
+from peftk.launch.adapter_args import Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
 from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "backend",
-    "cannot_serve",
+    "cannot_run",
     "checksum",
     "checksums",
     "describe",
@@ -55,7 +55,7 @@ def backend() -> Backend:
     return Backend(triton, forward=triton, backward=triton, merge=triton, merge_layers=triton, sort=triton)
 
 
-def cannot_serve(call: Call) -> str | None:
+def cannot_run(call: Call) -> str | None:
     if call.device != _DEVICE:
         return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
     dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op.kind != "segments" else set()
@@ -118,11 +118,11 @@ def lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
-    adapters, held = _one(adapter)
+    adapters, tensors = _one_adapter(adapter)
     p, seed = flat_dropout(dropout)
     has_z = save_z and adapters.z_width > 0
     y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=p, seed=seed, save_z=has_z)
-    del held  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
+    del tensors  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
     return y, None if z is None or adapter is None else z[:, : adapter.rank]
 
 
@@ -154,7 +154,7 @@ def lora_linear_backward(
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
     """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
-    adapters, held = _one(adapter)
+    adapters, tensors = _one_adapter(adapter)
     K = dy.shape[1] if weight is None else weight.shape[1]
     p, seed = flat_dropout(dropout)
     dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=p, seed=seed, need_dx=need_dx)
@@ -163,7 +163,7 @@ def lora_linear_backward(
     x, z = _unread(x, z, dy, u)
     plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
     [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=p, seed=seed)
-    del held
+    del tensors
     return dx, grads or AdapterGrads(None, None, None, None)
 
 
@@ -239,30 +239,30 @@ def _adapters(table: AdapterTable) -> kernels.Adapters:
 
 def _many(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
-    lie_A = _common(_lie(page) for a in adapters for page in a.pages_A)
-    lie_B = _common(_lie(page.t()) for a in adapters for page in a.pages_B)
+    layout_A = _common(_layout_of(page) for a in adapters for page in a.pages_A)
+    layout_B = _common(_layout_of(page.t()) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0
     if table.slices > 1:
         slices, aligned = table.ends, 1 if any(column % 16 for column in table.columns) else 16
     source = kernels.Many(
         table.pages, table.rows, table.scaling, table.biases, slices, table.count, table.slices, aligned
     )
-    return kernels.Adapters(source, table.dtype, table.z_width, lie_A, lie_B)
+    return kernels.Adapters(source, table.dtype, table.z_width, layout_A, layout_B)
 
 
-def _one(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
+def _one_adapter(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
     """One adapter as kernel arguments, and the tensors that these point into."""
-    source, held = one(adapter)
-    some = held.any()
-    if adapter is None or some is None:
-        return kernels.BASE_ONLY, held
+    source, tensors = adapter_args(adapter)
+    given = tensors.any()
+    if adapter is None or given is None:
+        return kernels.BASE_ONLY, tensors
     z_width = -(-adapter.rank // PAGE) * PAGE
-    lie_A = "k" if held.A is None else _lie(held.A)
-    lie_B = "k" if held.B is None else _lie(held.B.t())
-    return kernels.Adapters(source, some.dtype, z_width, lie_A, lie_B), held
+    layout_A = "k" if tensors.A is None else _layout_of(tensors.A)
+    layout_B = "k" if tensors.B is None else _layout_of(tensors.B.t())
+    return kernels.Adapters(source, given.dtype, z_width, layout_A, layout_B), tensors
 
 
-def _lie(pages: Tensor) -> str:
+def _layout_of(pages: Tensor) -> str:
     """How A's ranks [r, K], or B's [r, N], lie in memory, as the kernels call it."""
     ranks, columns = pages.stride()
     sixteen = pages.data_ptr() % 16 == 0

@@ -175,7 +175,7 @@ def write(
             written = Path(scratch)
             safetensors.torch.save_file(tensors, written / weights_file, metadata={"format": "pt"})
             (written / CONFIG_FILE).write_text(text, encoding="utf-8")
-            with interrupts.held():
+            with interrupts.deferred():
                 _move(written, place, (weights_file, CONFIG_FILE))
     except BaseException:
         for one in new:

@@ -124,7 +124,7 @@ def _fill(model: nn.Module, contents: Contents, path: AnyPath) -> None:
         places.append((place, fitting.fitted(path, name, value, place).to(place.device), place.clone()))
     origin = origin_of(model)
     embeddings = dict.fromkeys((*origin.embeddings, *contents.origin.embeddings))
-    with torch.no_grad(), interrupts.held():
+    with torch.no_grad(), interrupts.deferred():
         try:
             for place, value, _ in places:
                 place.copy_(value)

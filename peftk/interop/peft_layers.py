@@ -53,7 +53,7 @@ class _Untabled(NamedTuple):
 
 
 class Linear(lora.Linear):
-    """PEFT's lora.Linear with forward, merge and unmerge by peftk's kernels where they can serve.
+    """PEFT's lora.Linear with forward, merge and unmerge by peftk's kernels where they can run.
 
     Base layer and active adapters are one call, and so is a mixed batch. What `reason` names keeps PEFT's own code.
     """
@@ -71,7 +71,7 @@ class Linear(lora.Linear):
         return super().forward(x, *args, **kwargs)
 
     def _served(self, x: Tensor, batch: Batch | None) -> Tensor | None:
-        """y where our kernels serve the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
+        """y where our kernels run the call, None where they do not. PEFT's order: disabled, mixed, merged, active."""
         if self._disable_adapters:
             return None  # the base layer itself, so that outputs are the base model's to the bit
         base = peft_support.runs(cast(nn.Module, self._modules["base_layer"]))

@@ -73,14 +73,14 @@ def reason(layer: Any, names: Sequence[str]) -> str | None:
 @contextlib.contextmanager
 def step(layer: nn.Module) -> Iterator[contextlib.ExitStack]:
     """Around the merge or unmerge of one layer. What fails inside is undone, with what `together` has done before."""
-    with interrupts.held() as held:  # a merged W and its receipt are not to be parted
+    with interrupts.deferred() as deferred:  # a merged W and its receipt are not to be parted
         whole = _together.get()
         if whole is None:
             with contextlib.ExitStack() as undo:
                 yield undo
                 undo.pop_all()
             return
-        held.deliver()
+        deferred.deliver()
         try:
             yield whole.undo
         except (TypeError, ValueError, RuntimeError) as error:
@@ -307,7 +307,7 @@ def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: b
     Raises ValueError where a weight that would change is another module's too, unless `untie`.
     """
     layers = tuner_layers(model.model)
-    with interrupts.held(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
+    with interrupts.deferred(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
         places = []
         for name, layer in layers:
             names = list(layer.active_adapters if adapter_names is None else adapter_names)
@@ -330,7 +330,7 @@ def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: b
 def apart(model: Any) -> Iterator[None]:
     """Around a LoraModel's unmerge of all its layers, or none."""
     layers = tuner_layers(model.model)
-    with interrupts.held(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
+    with interrupts.deferred(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
         for _, layer in layers:
             if layer.merged_adapters and not _exact(layer):
                 keep(layer, copies)

@@ -87,7 +87,7 @@ def has_lora(model: nn.Module) -> bool:
 
 
 class Explanation(NamedTuple):
-    """peftk: what serves → names of layers; peft: why PEFT's own code is kept → names of layers."""
+    """peftk: what runs → names of layers; peft: why PEFT's own code is kept → names of layers."""
 
     peftk: dict[str, list[str]]
     peft: dict[str, list[str]]
@@ -123,7 +123,7 @@ def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanati
 
 
 def _choice(layer: Any, M: int, backend: str | None) -> Choice:
-    """What would serve a call of the layer as it stands, without names of a mixed batch."""
+    """What would run a call of the layer as it stands, without names of a mixed batch."""
     from peft.tuners import lora
 
     from peftk.interop.peft_layers import Linear

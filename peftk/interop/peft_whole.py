@@ -21,7 +21,7 @@ def all_or_none(model: nn.Module) -> Iterator[contextlib.ExitStack]:
     That is all but the values of tensors, whose changes inside are for the stack to undo. A Ctrl-C waits until the end,
     or until somebody lets it come between two layers (`interrupts.Held.deliver`).
     """
-    with interrupts.held(), contextlib.ExitStack() as undo:
+    with interrupts.deferred(), contextlib.ExitStack() as undo:
         for module in model.modules():
             undo.callback(_put_back, module, type(module), _copies(module))
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import Adapter
 
 
-class One(NamedTuple):
+class AdapterArgs(NamedTuple):
     """Addresses in bytes, strides in elements, 0 where there is no tensor."""
 
     A: int
@@ -25,7 +25,7 @@ class One(NamedTuple):
     scaling: float
 
 
-NOTHING = One(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+NO_ADAPTER = AdapterArgs(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
 
 class Tensors(NamedTuple):
@@ -40,18 +40,18 @@ class Tensors(NamedTuple):
         return next((tensor for tensor in self if tensor is not None), None)
 
 
-def one(adapter: Adapter | None) -> tuple[One, Tensors]:
+def adapter_args(adapter: Adapter | None) -> tuple[AdapterArgs, Tensors]:
     """An adapter of several pages is gathered into one tensor first, on the device.
 
     The tensors must live until the launch is made; after it torch's allocator reuses memory in the stream's order.
     """
     if adapter is None:
-        return NOTHING, Tensors(None, None, None, None)
+        return NO_ADAPTER, Tensors(None, None, None, None)
     A, B = adapter.lora_A, adapter.lora_B
     if A is not None and A.stride(1) != 1:
         A = A.contiguous()
     tensors = Tensors(A, B, contiguous(adapter.bias_A), contiguous(adapter.bias_B))
-    args = One(
+    args = AdapterArgs(
         A=0 if A is None else A.data_ptr(),
         stride_A=0 if A is None else A.stride(0),
         B=0 if B is None else B.data_ptr(),

@@ -1,1 +1,1 @@
-"""The methods of the field: one file a method, its config with what it does to a model (`plan`)."""
+"""The methods of the field: one file per method, its config with what it does to a model (`plan`)."""

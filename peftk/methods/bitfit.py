@@ -19,7 +19,7 @@ ALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class BitFitConfig:
-    """Trains biases in place, and nothing else; linears whose bias trains are served by peftk's kernels.
+    """Trains biases in place, and nothing else; linears whose bias trains run on peftk's kernels.
 
     biases: "all"; or which ones, as names that end the dotted names of their modules (["query", "intermediate.dense"]),
     or one regular expression that matches these whole. "query", "key" and "value" are also known where a model calls

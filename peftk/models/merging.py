@@ -200,7 +200,7 @@ def _alone(model: nn.Module, layers: Layers, untie: bool) -> Iterator[contextlib
 
     Where what is done inside fails, what has been untied is shared again, and what else the stack holds is undone.
     """
-    with interrupts.held(), contextlib.ExitStack() as undo:
+    with interrupts.deferred(), contextlib.ExitStack() as undo:
         for place, other in shared.conflicts(model, merging.places(layers)):
             if not untie:
                 raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")

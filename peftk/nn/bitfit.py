@@ -15,7 +15,7 @@ class BitFitLinear(FrozenLinear):
     No parameter is added, so its state_dict is that of the linear. Served beside other adapters (`MultiLoRALinear`),
     the adapter is β = trained bias − the base model's. Precision: `peftk.functional.lora_linear`.
 
-    Where another method trains W too (a head that trains whole), torch's linear serves it.
+    Where another method trains W too (a head that trains whole), torch's linear runs it.
 
     Source: Ben Zaken et al. 2021.
     """

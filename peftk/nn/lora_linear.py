@@ -1,4 +1,4 @@
-"""LoRALinear: a drop-in nn.Linear with one trainable low-rank adapter, served by one fused operation."""
+"""LoRALinear: a drop-in nn.Linear with one trainable low-rank adapter, as one fused operation."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class LoRALinear(FrozenLinear):
         if self.merged:
             return
         parts = merging.parts(self)
-        with interrupts.held(), contextlib.ExitStack() as undo:
+        with interrupts.deferred(), contextlib.ExitStack() as undo:
             if untie:
                 for name in parts:
                     merging.untie(self, name, undo)

@@ -54,7 +54,7 @@ def merge(layers: Layers) -> None:
 def switch(layers: Layers, merges: Sequence[Merge]) -> None:
     """From what each layer holds, merged or not, to this. The adapters' own Parameters stay as they are."""
     biases: list[BiasReceipt | None] = []
-    with interrupts.held(), contextlib.ExitStack() as undo:  # a merged W and its receipt are not to be parted
+    with interrupts.deferred(), contextlib.ExitStack() as undo:  # a merged W and its receipt are not to be parted
         for (name, layer), one in zip(layers, merges, strict=True):
             with _named(name):
                 mergeable(layer)
@@ -81,7 +81,7 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
 def unmerge(layers: Layers) -> None:
     """All of them are merged. What a merge has untied is shared again where it has the same bits again."""
     biases: list[BiasReceipt | None] = []
-    with interrupts.held(), contextlib.ExitStack() as undo:
+    with interrupts.deferred(), contextlib.ExitStack() as undo:
         for name, layer in layers:
             with _named(name):
                 _check(layer)

@@ -1,4 +1,4 @@
-"""MultiLoRALinear: a drop-in nn.Linear in which every token may use another adapter, of another rank."""
+"""MultiLoRALinear: a drop-in nn.Linear in which every token may use a different adapter, of a different rank."""
 
 from __future__ import annotations
 

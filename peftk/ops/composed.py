@@ -1,4 +1,4 @@
-"""The operations composed of torch's own: what serves tensors that no kernel can read, and forward-mode AD.
+"""The operations composed of torch's own: what runs tensors that no kernel can read, and forward-mode AD.
 
     y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i
 
@@ -116,7 +116,7 @@ def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -
     got = next((why for why in reasons if why is not None), "a tensor with a tangent")
     forced = backend or choice.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
     if forced != "reference":
-        raise BackendError(f"backend {forced!r} was forced and cannot serve {op}: it got {got}")
+        raise BackendError(f"backend {forced!r} was forced and cannot run {op}: it got {got}")
     try:
         yield
     except (RuntimeError, TypeError) as error:

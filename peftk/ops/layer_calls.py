@@ -148,7 +148,7 @@ def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
-    """int32 [M], one id a row of x flattened to [M, K]."""
+    """int32 [M], one id per row of x flattened to [M, K]."""
     if ids.shape != x.shape[:-1]:
         ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     return route.flatten(ids)

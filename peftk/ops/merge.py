@@ -83,14 +83,14 @@ def _merge(
     with lasting():
         for server, layers in groups:
             _left_by_the_merge(server, layers, weights, before)
-        with interrupts.held() as held:
+        with interrupts.deferred() as deferred:
             try:
                 for server, layers in groups:
-                    held.deliver()
+                    deferred.deliver()
                     receipts.update(zip(layers, _merge_group(server, layers, weights, before, factors), strict=True))
                     for layer in layers:
                         receipts[layer] = _smallest(server, weights[layer], receipts[layer])
-                held.deliver()
+                deferred.deliver()
                 ordered = [receipts[layer] for layer in range(len(weights))]
             except BaseException:
                 for server, layers in groups:
@@ -124,7 +124,7 @@ def _merge_group(
 
 
 def _smallest(server: Backend, weight: Tensor, receipt: MergeReceipt) -> MergeReceipt:
-    """The receipt in its smallest form. Where ΔW is many times W, that is no longer two weights a byte."""
+    """The receipt in its smallest form. Where ΔW is many times W, that is no longer two weights per byte."""
     form = smaller_form(receipt)
     if form == "bytes":
         return with_bytes(receipt)
@@ -144,24 +144,24 @@ def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backen
     with lasting():
         for server, layers in groups:
             _left_by_the_merge(server, layers, weights, receipts)
-        with interrupts.held() as held:
+        with interrupts.deferred() as deferred:
             try:
                 for server, layers in groups:
-                    held.deliver()
+                    deferred.deliver()
                     if len(layers) == 1:
                         served(server.merge).unmerge_(weights[layers[0]], receipts[layers[0]])
                     else:
                         merged = [weights[i] for i in layers]
                         served(server.merge_layers).unmerge_layers_(merged, [receipts[i] for i in layers])
                     unmerged += [(server, layer) for layer in layers]
-                held.deliver()
+                deferred.deliver()
             except BaseException:
                 for server, layer in unmerged:
                     served(server.merge).merge_(weights[layer], receipts[layer].factors)
                 raise
 
 
-# Weights that one call of a backend may take: kernels that take a list of layers leave a byte a weight before it is
+# Weights that one call of a backend may take: kernels that take a list of layers leave a byte per weight before it is
 # packed, so this is also the memory that a call takes for a while, 256 MiB. (They count raw weights in int32, too.)
 _TOGETHER = 2**28
 

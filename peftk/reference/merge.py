@@ -6,11 +6,11 @@
     merge:    W' = round(fl(W + d))                                  round: to W's dtype, to nearest even
     unmerge:  W″ = round(fl(W' - d)),  then the code brings W back from W″
 
-The code is one byte a weight: the distance from W″ to W, counted in representable values of W's dtype in
+The code is one byte per weight: the distance from W″ to W, counted in representable values of W's dtype in
 sign-magnitude order (so -0 and +0 are neighbours, not equal). Two codes are special: `RAW` where the distance does not
 fit (the caller keeps those weights aside), `ZERO` where W was +0 (pruned weights, which would all be RAW otherwise).
 
-fp64 weights are computed in fp64 with a rounded product in place of the fma; only the reference serves them.
+fp64 weights are computed in fp64 with a rounded product in place of the fma; only the reference takes them.
 """
 
 from __future__ import annotations

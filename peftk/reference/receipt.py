@@ -20,10 +20,10 @@ class MergeReceipt:
     """Everything that brings W back from W' bit for bit; independent of the tensors that the merge was called with.
 
     factors: the adapters, copied. code: for each weight the distance between W and what plain subtraction gives, in one
-    of three forms, whichever is the smallest: uint8 [N, ⌈K/2⌉], two weights a byte, with those that need a byte of
-    their own in `far` (int8, in order of place); int8 [N, K], a byte a weight; or int8 [0, 0], where raw_values are all
-    of W. raw_values: the bits (W's dtype, in order of place) of the few weights whose distance does not fit in a byte.
-    checksum: of W'.
+    of three forms, whichever is the smallest: uint8 [N, ⌈K/2⌉], two weights per byte, with those that need a byte of
+    their own in `far` (int8, in order of place); int8 [N, K], a byte per weight; or int8 [0, 0], where raw_values are
+    all of W. raw_values: the bits (W's dtype, in order of place) of the few weights whose distance does not fit in a
+    byte. checksum: of W'.
     """
 
     factors: Factors
@@ -102,12 +102,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def packed(factors: Factors, code: Tensor, raw_values: Tensor, checksum: int) -> MergeReceipt:
-    """The receipt of a code of one byte a weight, int8 [N, K], two weights a byte."""
+    """The receipt of a code of one byte per weight, int8 [N, K], two weights per byte."""
     return MergeReceipt(factors, *merge_code.pack(code), raw_values, checksum)
 
 
 def halves(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
-    """The code at two weights a byte, and the far ones, whatever the receipt's form."""
+    """The code at two weights per byte, and the far ones, whatever the receipt's form."""
     if receipt.code.dtype == torch.uint8:
         return receipt.code, receipt.far
     if receipt.code.numel():
@@ -137,7 +137,7 @@ def bytewise(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
 
 
 def smaller_form(receipt: MergeReceipt) -> str | None:
-    """Which form of a receipt with two weights a byte would be smaller, "bytes" or "weights", if any."""
+    """Which form of a receipt with two weights per byte would be smaller, "bytes" or "weights", if any."""
     weights, raw = receipt.shape.numel(), receipt.raw_values.nbytes
     sizes = {
         None: receipt.code.nbytes + receipt.far.nbytes + raw,
@@ -148,7 +148,7 @@ def smaller_form(receipt: MergeReceipt) -> str | None:
 
 
 def with_bytes(receipt: MergeReceipt) -> MergeReceipt:
-    """The same receipt at a byte a weight."""
+    """The same receipt at a byte per weight."""
     code, _ = bytewise(receipt)
     return dataclasses.replace(receipt, code=code, far=receipt.far.new_empty(0))
 

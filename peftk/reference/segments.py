@@ -22,8 +22,8 @@ def segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor, Tensor, Tensor
         blocks  int32 [⌈M/16⌉]      the index (into starts) of the segment that holds place 16·b
     """
     M, S = ids.shape[0], min(ids.shape[0], adapters + 1)
-    served = torch.where((ids >= 0) & (ids < adapters), ids, -1).to(torch.int32)
-    sorted_ids, order = torch.sort(served, stable=True)
+    known = torch.where((ids >= 0) & (ids < adapters), ids, -1).to(torch.int32)
+    sorted_ids, order = torch.sort(known, stable=True)
     sizes = torch.bincount(sorted_ids + 1, minlength=adapters + 1)
     ends = sizes.cumsum(0)
     filled = sizes > 0

@@ -13,7 +13,7 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGALRM, signal.SIGTERM)
 
 
-class Held:
+class Deferred:
     """The signals that came and wait."""
 
     def __init__(self) -> None:
@@ -35,23 +35,23 @@ class Held:
                 signal.signal(number, handler)
 
 
-_outermost: Held | None = None
+_outermost: Deferred | None = None
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Held]:
-    """Inside, signals with handlers in Python wait until somebody calls `deliver`, or the outermost `held` ends.
+def deferred() -> Iterator[Deferred]:
+    """Inside, signals with handlers in Python wait until somebody calls `deliver`, or the outermost `deferred` ends.
 
     Other threads than the main one get no signals in Python: for them nothing changes.
     """
     global _outermost
     if threading.current_thread() is not threading.main_thread():
-        yield Held()
+        yield Deferred()
         return
     if _outermost is not None:
         yield _outermost
         return
-    mine = Held()
+    mine = Deferred()
     try:
         for number in _SIGNALS:
             handler = signal.getsignal(number)

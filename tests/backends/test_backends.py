@@ -49,7 +49,7 @@ def test_forcing_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
     x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    with pytest.raises(peftk.BackendError, match=f"backend '{backend}' was forced and cannot serve lora_linear"):
+    with pytest.raises(peftk.BackendError, match=f"backend '{backend}' was forced and cannot run lora_linear"):
         functional.lora_linear(x, weight, backend=backend)
 
 
@@ -57,7 +57,7 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
     sort = call("segments", dtype=torch.int32, adapter_dtype=None, adapters=2)
     with choice.forcing(None):
         assert choice.forced() is None
-    with choice.forcing("cpu"), pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot serve segments"):
+    with choice.forcing("cpu"), pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot run segments"):
         choice.choose(sort)
     with choice.forcing("cpu"):
         assert choice.choose(sort, "reference").backend == "reference"
@@ -83,9 +83,9 @@ def test_triton_refuses_cpu_tensors_where_nothing_interprets() -> None:
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
         choice.choose(call(), "triton")
     for dtype, refusal in ((torch.float16, None), (torch.float64, "float64")):
-        why = choice.cannot_serve("triton", call("merge", device="cuda", dtype=torch.bfloat16, adapter_dtype=dtype))
+        why = choice.cannot_run("triton", call("merge", device="cuda", dtype=torch.bfloat16, adapter_dtype=dtype))
         assert why is None if refusal is None else refusal in str(why)
-    assert choice.cannot_serve("triton", call(device="cuda")) is None
+    assert choice.cannot_run("triton", call(device="cuda")) is None
     for x, weight, word in ((torch.float64, torch.float64, "float64"), (torch.float16, torch.bfloat16, "in one call")):
         mix = call(device="cuda", x_dtype=x, weight_dtype=weight)
-        assert word in str(choice.cannot_serve("triton", mix))
+        assert word in str(choice.cannot_run("triton", mix))

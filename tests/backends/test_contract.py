@@ -29,7 +29,7 @@ PARTS = {
     "merge_layers": MergeLayers,
     "sort": Sort,
 }
-# What serves an operation. A series adapter is a linear layer without a weight.
+# What runs an operation. A series adapter is a linear layer without a weight.
 SERVES: dict[Kind, str] = {"merge": "merge", "unmerge": "merge", "segments": "sort"}
 
 
@@ -68,12 +68,12 @@ def test_a_backend_that_serves_an_operation_has_its_functions(name: str, device:
     found = backend(name)
     for op in OPS:
         one = call(op, device=device, dtype=torch.bfloat16)
-        if found.about.cannot_serve(one) is None:
+        if found.about.cannot_run(one) is None:
             part = SERVES.get(op.kind, "backward" if op.backward else "forward")
             assert getattr(found, part) is not None, op
             assert found.about.describe(one), op
         else:
-            assert len(str(found.about.cannot_serve(one))) > 5
+            assert len(str(found.about.cannot_run(one))) > 5
 
 
 def test_every_file_of_a_backend_is_registered() -> None:

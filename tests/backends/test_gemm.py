@@ -104,10 +104,10 @@ def test_rows_of_the_base_layer_are_torchs_bits() -> None:
 
 
 def test_what_it_does_not_serve() -> None:
-    assert gemm.cannot_serve(call()) is None
-    assert "one dtype" in str(gemm.cannot_serve(call(x_dtype=torch.bfloat16)))
-    assert "has none for merge" in str(gemm.cannot_serve(call("merge")))
-    assert "cpu tensors" in str(gemm.cannot_serve(call(device="cuda")))
+    assert gemm.cannot_run(call()) is None
+    assert "one dtype" in str(gemm.cannot_run(call(x_dtype=torch.bfloat16)))
+    assert "has none for merge" in str(gemm.cannot_run(call("merge")))
+    assert "cpu tensors" in str(gemm.cannot_run(call(device="cuda")))
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8)
     with pytest.raises(peftk.BackendError, match="serves x and weight of one dtype"):
         functional.lora_linear(x, weight, backend="gemm")

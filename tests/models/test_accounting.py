@@ -160,7 +160,7 @@ def bert_large() -> nn.Module:
 
 
 PUBLISHED = [
-    # Houlsby et al. 2019, section 2.1: 2·m·d + d + m an adapter, two a layer; their 64 is 2.1 % of BERT-large with its
+    # Houlsby et al. 2019, section 2.1: 2·m·d + d + m per adapter, two a layer; their 64 is 2.1 % of BERT-large with its
     # LayerNorms and head, which train besides there
     pytest.param(
         bert_large,
@@ -171,7 +171,7 @@ PUBLISHED = [
         marks=FULL,
     ),
     (bert, SeriesAdapterConfig(bottleneck=64), "series adapter", 2_379_264, 2.13),
-    # Pfeiffer et al. 2020: one a layer, d/a = 16; what
+    # Pfeiffer et al. 2020: one per layer, d/a = 16; what
     # AdapterHub's adapter_summary() prints for BERT-base (seq_bn, and double_seq_bn)
     pytest.param(
         bert, SeriesAdapterConfig(reduction_factor=16, where=["mlp"]), "series adapter", 894_528, 0.81, marks=FULL

@@ -572,8 +572,8 @@ def test_signals_at_random_moments(alarms: None, rounds: int) -> None:
 
 
 def test_signals_are_held_for_the_outermost_only() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts.held():  # noqa: PT012
-        with interrupts.held() as inner:
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012
+        with interrupts.deferred() as inner:
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             inner.deliver()

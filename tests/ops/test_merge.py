@@ -30,7 +30,7 @@ SHAPES = [(1, 1, 1), (2, 3, 2), (7, 63, 5), (24, 64, 16), (25, 129, 17), (50, 20
 
 
 def cpu_merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor, MergeReceipt]:
-    """W', the code at a byte a weight and the receipt, of a copy of W with W's strides."""
+    """W', the code at a byte per weight and the receipt, of a copy of W with W's strides."""
     merged = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(weight)
     receipt = cpu.merge_(merged, factors)
     return merged, bytewise(receipt)[0], receipt
@@ -513,7 +513,7 @@ def test_the_cuda_backend_says_what_it_cannot_serve(monkeypatch: pytest.MonkeyPa
     cuda = pytest.importorskip("peftk.backends.cuda", reason="needs peftk._cuda, which nvcc builds")
 
     def why(op: str, device: str, dtype: torch.dtype) -> str | None:
-        return cuda.cannot_serve(call(op, device=device, dtype=dtype, adapter_dtype=torch.float32))
+        return cuda.cannot_run(call(op, device=device, dtype=dtype, adapter_dtype=torch.float32))
 
     assert why("merge", "cuda", torch.bfloat16) is None
     assert "adapter_block" in str(why("adapter_block", "cuda", torch.bfloat16))

@@ -1,4 +1,4 @@
-"""What a merge's receipt holds: the forms of its code, how many bytes a weight they take, and ways to keep it."""
+"""What a merge's receipt holds: the forms of its code, how many bytes per weight they take, and ways to keep it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def held_per_weight(
     return left.nbytes / W.numel(), left
 
 
-# measured at 4096 x 4096 in docs/merge.md; A and B are 0.03 bytes a weight there and 0.06 at 2048 x 2048
+# measured at 4096 x 4096 in docs/merge.md; A and B are 0.03 bytes per weight there and 0.06 at 2048 x 2048
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [2048, pytest.param(4096, marks=pytest.mark.full)])
 def test_bytes_per_weight(dtype: torch.dtype, size: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,7 @@ def test_bytes_per_weight(dtype: torch.dtype, size: int, capsys: pytest.CaptureF
     lines = []
     for ratio, most in ((0.025, 0.6), (0.25, 0.6), (2.5, 0.7), (10.0, 1.0)):
         held, left = held_per_weight(dtype, size, size, 16, ratio)
-        lines.append(f"  {dtype} {size}² |ΔW|/|W| {ratio:<5}: {held:.3f} bytes a weight, far {len(left.far)}")
+        lines.append(f"  {dtype} {size}² |ΔW|/|W| {ratio:<5}: {held:.3f} bytes per weight, far {len(left.far)}")
         assert held <= most, lines[-1]
     with capsys.disabled():
         print("", *lines, sep="\n")

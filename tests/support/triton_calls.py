@@ -56,7 +56,7 @@ def compile_call(
     x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
     if identity:
         weight, bias = None, None
-    source: kernels.One | kernels.Many = kernels.One(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
+    source: kernels.AdapterArgs | kernels.Many = kernels.AdapterArgs(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
     segments = None
     if many:
         i32, i64 = torch.int32, torch.int64
@@ -108,7 +108,7 @@ def compile_wgrad(
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     i32, i64 = torch.int32, torch.int64
-    source: kernels.One | kernels.Many = kernels.One(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
+    source: kernels.AdapterArgs | kernels.Many = kernels.AdapterArgs(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
     segments = None
     if many:
         shapes = ((64, 5), i64), ((adapters, 4), i32), ((adapters,), F32), ((adapters, 2), i64)

@@ -18,7 +18,7 @@ from tests.support.triton_calls import BF16, F32, FORMS, MORE_TARGETS, TARGETS, 
 HEADER = f"""# What the compiler makes of the shipped configurations
 
 Written by `python -m tests.support.triton_table` with triton {triton.__version__}; nothing was timed, and no GPU was
-there. K = N = 4096, rows that start on 16 bytes. Spilled: bytes of stack a thread. Tensor cores: the instructions in
+there. K = N = 4096, rows that start on 16 bytes. Spilled: bytes of stack per thread. Tensor cores: the instructions in
 the code, not how often they run. 16 bytes: accesses of global memory that are so wide; copy engine: those by tensor
 descriptors.
 

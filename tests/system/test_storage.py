@@ -231,7 +231,7 @@ def test_a_weight_that_is_quantized_under_a_layer():
 
 def test_a_forced_backend_does_not_give_way():
     linear, _ = quantized()
-    with pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot serve lora_linear: it got a Scaled"):
+    with pytest.raises(peftk.BackendError, match="'cpu' was forced and cannot run lora_linear: it got a Scaled"):
         functional.lora_linear(torch.randn(2, 16), linear.weight, backend="cpu")
     y = functional.lora_linear(torch.randn(2, 16), linear.weight, backend="reference")
     assert y.shape == (2, 24)

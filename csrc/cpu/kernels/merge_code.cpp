@@ -1,4 +1,4 @@
-// The codes of a merge, a byte each, to what a receipt holds, two a byte, and back (common/merge.h, docs/merge.md).
+// The codes of a merge, a byte each, to what a receipt holds, two per byte, and back (common/merge.h, docs/merge.md).
 
 #include "cpu/kernels/vec.h"
 #include "cpu/merge.h"

@@ -182,13 +182,13 @@ def serving(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
 
     The reference is a specification and Triton's interpreter a debugger: they are timed only where asked for.
 
-    Raises BackendError where one that was asked for cannot serve, or none can.
+    Raises BackendError where one that was asked for cannot run, or none can.
     """
     calls = _calls(shape, device)
     candidates = asked or ((choice.choose(calls[0]).backend,) if device == "cpu" else ("cuda", "triton"))
     refused = {}
     for name in candidates:
-        reasons = [choice.cannot_serve(name, call) for call in calls]
+        reasons = [choice.cannot_run(name, call) for call in calls]
         refused[name] = next(filter(None, reasons), None)
     able = [name for name, reason in refused.items() if reason is None]
     if not able or (asked and len(able) < len(refused)):

@@ -17,9 +17,9 @@ _PACKAGES = ("numpy", "peft", "torch", "transformers", "triton")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions, processor, threads and which backend serves on the device, as plain JSON values.
+    """Versions, processor, threads and which backend runs on the device, as plain JSON values.
 
-    Raises BackendError where PEFTK_BACKEND names a backend that cannot serve there.
+    Raises BackendError where PEFTK_BACKEND names a backend that cannot run there.
     """
     serving = {
         op: {"backend": choice.backend, "kernel": choice.kernel}

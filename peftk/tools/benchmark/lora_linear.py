@@ -47,7 +47,7 @@ def _side(name: str, module: nn.Module, x: Tensor, expected: bounds.Expected, fu
 
 
 def peftk_layer(linear: nn.Linear, A: Tensor, B: Tensor, backend: str, M: int) -> LoRALinear:
-    """The layer that users have, served by `backend`; adapters in fp32, which is its default and PEFT's."""
+    """The layer that users have, run by `backend`; adapters in fp32, which is its default and PEFT's."""
     made = LoRALinear if _is_choice(linear, A, backend, M) else _forced(backend)
     module = made.from_linear(linear, r=A.shape[0], lora_alpha=SCALING * A.shape[0])
     with torch.no_grad():

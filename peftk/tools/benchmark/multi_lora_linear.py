@@ -75,7 +75,7 @@ def _expected(
 def peftk_layer(
     linear: nn.Linear, adapters: dict[str, tuple[Tensor, Tensor]], backend: str, shape: Shape
 ) -> MultiLoRALinear:
-    """The layer that users have, served by `backend`; adapters in the weight's dtype, which is its default."""
+    """The layer that users have, run by `backend`; adapters in the weight's dtype, which is its default."""
     dtype, device = linear.weight.dtype, linear.weight.device.type
     call = Call(
         op=Op("lora_linear", many=True),

@@ -55,7 +55,7 @@ def rows(options: Options) -> list[tuple[Shape, Callable[[], Case]]]:
 def measure_all(console: Console, options: Options, where: dict[str, Any]) -> list[Record]:
     """Measures row after row and shows each table as soon as it is complete.
 
-    Raises BackendError where a backend that was asked for cannot serve, or none can.
+    Raises BackendError where a backend that was asked for cannot run, or none can.
     """
     console.print(
         f"[bold]peftk {where['peftk']}[/] {where['gpu'] or where['cpu']}, {torch.get_num_threads()} threads · "

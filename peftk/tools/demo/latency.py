@@ -53,7 +53,7 @@ def _row(stage: Stage, minilm: MiniLM, batch: Batch, dtype: str, r: int) -> dict
         with tempfile.TemporaryDirectory() as folder:
             peftk.save_adapter(models["peftk"], folder)
             models["peft"] = hf_peft(minilm.copy(DTYPES[dtype]), {"default": folder})
-    exact = adapted(minilm.copy(DTYPES[dtype]).double(), r, seed=r)  # the same rounded weights; served by the reference
+    exact = adapted(minilm.copy(DTYPES[dtype]).double(), r, seed=r)  # the same rounded weights; run by the reference
     with torch.inference_mode():
         outputs = {name: embed(model, batch) for name, model in models.items()}
         outputs["exact"] = embed(exact, batch)

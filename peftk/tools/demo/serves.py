@@ -10,8 +10,8 @@ from peftk.tools.minilm import FP32_BOUND, Batch, MiniLM, embed
 
 
 def what_serves(stage: Stage, tokens: int) -> None:
-    stage.step(1, "What serves on this machine")
-    stage.say("peftk.explain(...) says who serves a call and why; here for this model's layers:")
+    stage.step(1, "What runs on this machine")
+    stage.say("peftk.explain(...) says what runs a call and why; here for this model's layers:")
     asked = {
         "lora_linear fp32": peftk.explain("lora_linear", M=tokens, K=384, N=1536, dtype=torch.float32),
         "lora_linear bf16": peftk.explain(

@@ -47,7 +47,7 @@ def train(stage: Stage, minilm: MiniLM) -> nn.Module:
     after = accuracy(minilm, model, seen, held_out)
     last = sum(losses[-5:]) / 5
     stage.say(
-        f"loss  {losses[0]:.2f} [cyan]{sparkline(losses)}[/] {last:.2f}    {1000 * seconds / steps:.0f} ms a step\n"
+        f"loss  {losses[0]:.2f} [cyan]{sparkline(losses)}[/] {last:.2f}    {1000 * seconds / steps:.0f} ms per step\n"
         f"held-out sentences grouped right: {before:.0%} before, [bold]{after:.0%}[/] after"
     )
     stage.check("loss fell: last five steps over the first", last / losses[0], 0.5)

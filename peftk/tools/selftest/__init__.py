@@ -28,7 +28,7 @@ def target(name: str) -> Target:
     if name == "interpreter":
         return Target(name, "cpu", ("triton",))
     ops = ("lora_linear", "merge")
-    able = tuple(b for b in registry.NAMES if any(parity.cannot_serve(b, op, name) is None for op in ops))
+    able = tuple(b for b in registry.NAMES if any(parity.cannot_run(b, op, name) is None for op in ops))
     return Target(name, name, able)
 
 
@@ -86,6 +86,6 @@ def _absent(where: Target) -> list[str]:
     lines = []
     for backend in registry.NAMES:
         if backend not in where.backends and not where.rehearses:
-            reasons = {op: parity.cannot_serve(backend, op, where.device) for op in ("lora_linear", "merge")}
+            reasons = {op: parity.cannot_run(backend, op, where.device) for op in ("lora_linear", "merge")}
             lines.append(f"{backend} does not run here: {'; '.join(f'{op}: {why}' for op, why in reasons.items())}")
     return lines

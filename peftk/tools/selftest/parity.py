@@ -36,7 +36,7 @@ Shapes = tuple[tuple[int, int, int], ...]
 def checks(target: Target) -> Iterator[Check]:
     for backend in target.backends:
         yield from _sweeps(backend, target)
-        if choice.rounds_once(backend) and cannot_serve(backend, "lora_linear_backward", target.device) is None:
+        if choice.rounds_once(backend) and cannot_run(backend, "lora_linear_backward", target.device) is None:
             yield from _random(backend, target)
             yield from _forms(backend, target)
         if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
@@ -44,11 +44,11 @@ def checks(target: Target) -> Iterator[Check]:
             yield from _launches(target)
         if backend == "cuda":
             yield from _decode(target)
-        if backend != "reference" and cannot_serve(backend, "segments", target.device) is None:
+        if backend != "reference" and cannot_run(backend, "segments", target.device) is None:
             yield from _segments(backend, target)
 
 
-def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.bfloat16, M: int = 16) -> str | None:
+def cannot_run(backend: str, op: str, device: str, dtype: torch.dtype = torch.bfloat16, M: int = 16) -> str | None:
     call = Call(
         op=Op.parse(op),
         device=device,
@@ -61,13 +61,13 @@ def cannot_serve(backend: str, op: str, device: str, dtype: torch.dtype = torch.
         rank=16,
         adapters=1,
     )
-    return choice.cannot_serve(backend, call)
+    return choice.cannot_run(backend, call)
 
 
 def _sweeps(backend: str, target: Target) -> Iterator[Check]:
     for op, sweeps in _SWEEPS.items():
         for dtype in DTYPES:
-            if cannot_serve(backend, op, target.device, dtype) is None:
+            if cannot_run(backend, op, target.device, dtype) is None:
                 shapes = TINY if target.rehearses else DECODE if backend == "cuda" and op != "merge" else SHAPES
                 for sweep in sweeps:
                     yield from sweep(backend, target.device, dtype, shapes)
@@ -169,7 +169,7 @@ def _no_rows(backend: str, device: str, dtype: torch.dtype, shapes: Shapes) -> I
             raise WrongError(f"expected shape [0, 32], got {list(y.shape)}")
         return 0.0
 
-    if cannot_serve(backend, "lora_linear", device, dtype, M=0) is None:
+    if cannot_run(backend, "lora_linear", device, dtype, M=0) is None:
         yield Check("parity", backend, "lora_linear", f"{_short(dtype)} without rows", run)
 
 

@@ -189,7 +189,7 @@ def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> boo
         slices=slices,
     )
     backward = dataclasses.replace(forward, op=forward.op._replace(backward=True))
-    return all(choice.cannot_serve(backend, call) is None for call in (forward, backward))
+    return all(choice.cannot_run(backend, call) is None for call in (forward, backward))
 
 
 def _fill(tensor: Tensor, seed: int) -> None:

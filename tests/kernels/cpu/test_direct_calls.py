@@ -254,7 +254,7 @@ def test_ids_that_are_not_plain_go_the_ordinary_way():
         [0] * 6,
     ):
         assert dispatch.direct_multi_lora_linear(x, weight, bias, table, ids) is None
-    # one id a sequence needs sequences
+    # one id per sequence needs sequences
     assert dispatch.direct_multi_lora_linear(x, weight, bias, table, torch.zeros(1, dtype=torch.int64)) is None
 
 

@@ -420,9 +420,9 @@ def test_empty_contraction_gives_the_bias(level: str) -> None:
 
 def test_cannot_serve_names_the_reason() -> None:
     mixed = call(weight_dtype=torch.bfloat16, adapter_dtype=torch.float16)
-    assert cpu.cannot_serve(mixed) is None
-    assert "weight is float64" in str(cpu.cannot_serve(call(weight_dtype=torch.float64)))
-    assert "not on cuda" in str(cpu.cannot_serve(call(device="cuda")))
+    assert cpu.cannot_run(mixed) is None
+    assert "weight is float64" in str(cpu.cannot_run(call(weight_dtype=torch.float64)))
+    assert "not on cuda" in str(cpu.cannot_run(call(device="cuda")))
 
 
 def test_describe_says_which_form_serves(level: str, threads: None) -> None:

@@ -40,7 +40,7 @@ EVERY_MIX: list[Mix] = [
 
 
 def served(target: int | str, mix: Mix) -> bool:
-    """As `cannot_serve` says."""
+    """As `cannot_run` says."""
     return isinstance(target, int) or (mix[0] == mix[1] and mix[2] in (mix[0], F32))
 
 
@@ -110,7 +110,7 @@ def test_a_rank_is_not_compiled_for() -> None:
     """One variant serves rank 1 and rank 512, one row and many, every adapter's place and strides."""
     with compiling(90, kernels, ("lora_linear_kernel",)) as compiled:
         for rank, width, address, stride in ((1, 16, 1 << 40, 1), (512, 512, (1 << 40) + 2, 37), (16, 16, 4096, 16)):
-            one = kernels.One(address, 4096, address, stride, 1, 0, address, rank, 0, 1.0)
+            one = kernels.AdapterArgs(address, 4096, address, stride, 1, 0, address, rank, 0, 1.0)
             x = torch.empty(1 if rank == 1 else 16, 4096, dtype=BF16, device="meta")
             weight = torch.empty(4096, 4096, dtype=BF16, device="meta")
             kernels.forward(x, weight, None, kernels.Adapters(one, BF16, width, "k16", "any"), None)

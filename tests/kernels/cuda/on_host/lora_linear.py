@@ -343,9 +343,9 @@ def test_through_the_public_functions() -> None:
 )
 def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> None:
     made = {"dtype": BF16, "rank": 16}
-    assert backend.cannot_serve(call(**made)) is None
+    assert backend.cannot_run(call(**made)) is None
     assert "1 launch" in backend.describe(call(**made))
-    assert reason in str(backend.cannot_serve(call(**{**made, **change})))
+    assert reason in str(backend.cannot_run(call(**{**made, **change})))
 
 
 @pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "merge", "unmerge", "segments"])
@@ -356,9 +356,9 @@ def test_older_gpus_are_left_to_others(monkeypatch: pytest.MonkeyPatch, op: str)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = call(op, device="cuda", dtype=BF16, rank=16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert backend.cannot_serve(asked) is None
+    assert backend.cannot_run(asked) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in str(backend.cannot_serve(asked))
+    assert "compute capability 8.0" in str(backend.cannot_run(asked))
 
 
 def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:

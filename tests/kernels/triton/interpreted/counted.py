@@ -54,7 +54,7 @@ class Tensors:
             full = table.build(self.adapters, dtype=batch.adapter_dtype, device=torch.device("cpu"))
             self.source = backend._many(full)
         else:
-            self.source, self.held = backend._one(self.adapters[0])
+            self.source, self.tensors = backend._one_adapter(self.adapters[0])
 
     def names(self) -> dict[str, Tensor | Sequence[Tensor]]:
         found = {

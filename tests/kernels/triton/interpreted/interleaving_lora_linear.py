@@ -40,7 +40,7 @@ def launches() -> dict[str, Callable[[], Sequence[Tensor]]]:
     one = make((F32, F32, F32), (adapter(20, K, N, F32, "silu", 3),), None, M, K, N)
     some = tuple(adapter(rank, K, N, F32, "identity", 7 * rank) for rank in (20, 3, 9))
     many = make((F32, F32, F32), some, IDS, M, K, N)
-    of_one, held = backend._one(one.adapters[0])
+    of_one, held = backend._one_adapter(one.adapters[0])
     of_many, order = backend._many(many.table()), segments(many.ids, 3)
     dy, z = normal(M, N, dtype=F32, seed=5), normal(M, 32, dtype=F32, seed=6)
     seed = torch.tensor([11])

@@ -37,7 +37,7 @@ def given(many: bool) -> Inputs:
 
 def launch(many: bool) -> Sequence[Tensor]:
     case = given(many).case
-    adapters, order = backend._one(case.adapters[0])[0], None
+    adapters, order = backend._one_adapter(case.adapters[0])[0], None
     if many:
         adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
     ranks, wanted = [a.rank for a in case.adapters], [everything(a) for a in case.adapters]

@@ -29,7 +29,7 @@ GRADS = AdapterGrads._fields
 def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads | None]:
     case = given.case
     if case.ids is None:
-        adapters, _ = backend._one(case.adapters[0])
+        adapters, _ = backend._one_adapter(case.adapters[0])
         order = None
     else:
         adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))

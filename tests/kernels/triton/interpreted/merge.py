@@ -234,7 +234,7 @@ def test_through_the_public_functions() -> None:
 def test_explained() -> None:
     assert "merge_kernel" in peftk.explain("merge", dtype=BF16, adapter_dtype=F16, backend="triton").kernel
     assert "unmerge_kernel" in peftk.explain("unmerge", dtype=BF16, backend="triton").kernel
-    assert "float64" in str(choice.cannot_serve("triton", call("merge", dtype=torch.float64)))
+    assert "float64" in str(choice.cannot_run("triton", call("merge", dtype=torch.float64)))
 
 
 def test_a_list_is_cut_where_its_codes_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,9 +49,9 @@ def keep() -> None:
 
 
 def launches() -> int:
-    """How many launches a forward with one adapter takes."""
+    """How many launches per forward with one adapter takes."""
     x, weight, A, B = (torch.ones(*size, dtype=BF16) for size in ((16, 32), (32, 32), (16, 32), (32, 16)))
-    one = lora_linear.One(A.data_ptr(), 32, B.data_ptr(), 16, 1, 0, 0, 16, 0, 1.0)
+    one = lora_linear.AdapterArgs(A.data_ptr(), 32, B.data_ptr(), 16, 1, 0, 0, 16, 0, 1.0)
     kernel = mock.MagicMock()
     with mock.patch.object(lora_linear, "lora_linear_kernel", kernel):
         lora_linear.forward(x, weight, None, lora_linear.Adapters(one, BF16, 16, "k16", "r16"), None)
