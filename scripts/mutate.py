@@ -185,6 +185,8 @@ TESTS = {
     "peftk/adapters/row_order.py": ["adapters/test_rows.py", "adapters/test_routes.py"],
     "peftk/adapters/carry.py": ["adapters/test_routes.py"],
     "peftk/adapters/adapter.py": ["ops/test_gradients.py", "ops/test_functional.py"],
+    "peftk/adapters/dropout.py": ["ops/test_functional.py", "nn/test_layers.py", "ops/test_gradients.py"],
+    "peftk/ops/saved.py": ["ops/test_gradients.py", "nn/test_layers.py", "nn/test_every_layer.py"],
     "peftk/models/combine.py": ["models/test_combine.py"],
     "peftk/ops/custom_ops.py": [
         "ops/test_gradients.py",

@@ -356,11 +356,11 @@ def test_very_long_lists_take_several_launches(
     if refused:
         factors[3].lora_A.fill_(float("inf"))
         with pytest.raises(ValueError, match="layer 3"):
-            merge.merge_layers_(weights, factors, "cuda")
+            merge.merge_layers_(weights, factors, backend="cuda")
     else:
-        receipts = merge.merge_layers_(weights, factors, "cuda")
+        receipts = merge.merge_layers_(weights, factors, backend="cuda")
         assert executor.statistics.launches == 3
         for weight, case in zip(weights, cases, strict=True):
             assert same_bits(weight, reference.merge(case.weight, case.factors)[0])
-        merge.unmerge_layers_(weights, receipts, "cuda")
+        merge.unmerge_layers_(weights, receipts, backend="cuda")
     assert all(same_bits(weight, case.weight) for weight, case in zip(weights, cases, strict=True))
