@@ -244,11 +244,12 @@ def opchecks(device: str, many: bool) -> float:
         tensor.requires_grad_()
     rest = (0.25, torch.tensor([3], device=device), "triton")
     if case.ids is not None:
-        arguments = (case.x, case.weight, case.bias, case.ids, tensors, layout, scalings, (), *rest)
+        arguments = (case.x, case.weight, case.bias, tensors, layout, scalings, (), case.ids, *rest)
         torch.library.opcheck(custom_ops.multi_lora_linear, arguments)
     else:
-        base = (case.x, case.weight, case.bias, *tensors, scalings[0], "gelu", *rest)
-        torch.library.opcheck(custom_ops.lora_linear, base)
+        lora_A, lora_B, *biases = tensors
+        one = (case.x, case.weight, case.bias, lora_A, lora_B, scalings[0], "gelu", *biases, *rest)
+        torch.library.opcheck(custom_ops.lora_linear, one)
     return 0.0
 
 
