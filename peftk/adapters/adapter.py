@@ -70,6 +70,7 @@ class Wanted(NamedTuple):
 
 
 ALL = Wanted()
+NOTHING = Wanted(False, False, False, False)
 
 
 def adapter_of(
@@ -95,9 +96,6 @@ def flat_adapter(adapter: Adapter | None) -> FlatAdapter:
     if adapter is None:
         return None, None, 1.0, "identity", None, None
     return adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B
-
-
-NOTHING = Wanted(False, False, False, False)
 
 
 def both_factors(lora_A: Tensor | None, lora_B: Tensor | None) -> None:

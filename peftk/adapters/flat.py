@@ -47,8 +47,6 @@ def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | 
 
 
 _ACTIVATIONS = {code: name for name, code in activations.CODES.items()}
-
-
 _FIELDS = 4
 
 
@@ -67,7 +65,7 @@ def pack(adapters: tuple[Adapter | None, ...]) -> tuple[list[Tensor], list[int],
     return flat_tensors(adapters), layout, scalings
 
 
-def _unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> tuple[Adapter | None, ...]:
+def unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> tuple[Adapter | None, ...]:
     remaining = list(tensors)
 
     def take(count: int) -> tuple[Tensor, ...]:

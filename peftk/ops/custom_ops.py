@@ -21,7 +21,7 @@ from torch import Tensor
 from peftk.adapters import checks, table
 from peftk.adapters.adapter import PAGE, Wanted, adapter_of, flat_adapter
 from peftk.adapters.dropout import dropout_from, flat_dropout
-from peftk.adapters.flat import _unpack, flat_grads, flat_wanted
+from peftk.adapters.flat import flat_grads, flat_wanted, unpack
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
 from peftk.ops.saved import Reads, save, save_one, saved, saved_one
@@ -133,7 +133,7 @@ def _table(
     columns: Sequence[int],
 ) -> AdapterTable:
     dtype = tensors[0].dtype if tensors else x.dtype
-    built = table.build(_unpack(tensors, layout, scalings), dtype=dtype, device=x.device)
+    built = table.build(unpack(tensors, layout, scalings), dtype=dtype, device=x.device)
     return dataclasses.replace(built, columns=tuple(columns))
 
 
@@ -162,7 +162,7 @@ def multi_lora_linear(
 @multi_lora_linear.register_fake
 def _(x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
-    adapters = _unpack(tensors, layout, scalings)
+    adapters = unpack(tensors, layout, scalings)
     width = table.z_pages(adapters, max(len(columns) - 1, 1))[-1] * PAGE
     return y, x.new_empty((ids.shape[0], width), dtype=accumulate_dtype(x, weight, *tensors))
 
@@ -208,7 +208,7 @@ def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend = inputs
     # needs_input_grad has one answer for the list of tensors
     needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
-    adapters = _unpack(tensors, layout, scalings)
+    adapters = unpack(tensors, layout, scalings)
     reads = Reads.of(adapters, flat_wanted(adapters, needs[1:]), needs[0])
     save(ctx, reads, x, weight, output[1], ids, *tensors, dropout=dropout_from(dropout_p, seed))
     ctx.rest = (None if bias is None else bias.dtype, needs, (layout, scalings, columns), backend)

@@ -20,6 +20,7 @@ from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
 from peftk.backends.call import BackendError, Op, call_of
 from peftk.backends.contract import Backend, Direct, served
+from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
 
 
@@ -39,16 +40,12 @@ def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
         checks.of_floats("bias", bias.dtype)
         if weight is not None:
             checks.mixes("bias", bias.dtype, "weight", weight.dtype)
-    return _line(bias)
-
-
-def _line(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+    return contiguous(bias)
 
 
 def _with_lines(adapter: Adapter) -> Adapter:
     """The adapter itself where its biases are contiguous, else one with copies."""
-    bias_A, bias_B = _line(adapter.bias_A), _line(adapter.bias_B)
+    bias_A, bias_B = contiguous(adapter.bias_A), contiguous(adapter.bias_B)
     if bias_A is adapter.bias_A and bias_B is adapter.bias_B:
         return adapter
     return dataclasses.replace(adapter, bias_A=bias_A, bias_B=bias_B)

@@ -9,7 +9,7 @@ import peftk
 from peftk import functional
 from peftk.adapters import activations, table
 from peftk.adapters.adapter import Adapter, Wanted
-from peftk.adapters.flat import _unpack, pack
+from peftk.adapters.flat import pack, unpack
 from peftk.backends import cpu
 from peftk.nn import MultiLoRALinear
 from peftk.ops import custom_ops
@@ -130,7 +130,7 @@ def test_packing_keeps_every_adapter() -> None:
         None,
         Adapter((torch.randn(16, 4), torch.randn(2, 4)), (torch.randn(3, 16), torch.randn(3, 2)), 2.0, "relu"),
     )
-    unpacked = _unpack(*pack(adapters))
+    unpacked = unpack(*pack(adapters))
     assert unpacked[0] is None
     assert unpacked[1].rank == 18
     assert unpacked[1].activation == "relu"
