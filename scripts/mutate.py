@@ -245,6 +245,7 @@ TESTS = {
     "peftk/reference/*": ["reference/test_reference.py", "ops/test_gradients.py"],
     "peftk/adapters/route.py": [
         "models/test_model.py",
+        "adapters/test_routes.py",
         "kernels/triton/interpreted/segments.py",
         "models/test_transformers.py",
     ],

@@ -824,6 +824,22 @@ def test_compiled_models_follow_the_route(tenants: Tenants, part: str) -> None:
             torch.testing.assert_close(model(x), tenants.model(x))
         with pytest.raises(ValueError, match="route: expected x"):
             model(X.expand(4, 8))
+        model(X.expand(2, 3, 8))
+        with pytest.raises(ValueError, match="route: expected x"):  # the model has returned: its shape counts no more
+            tenants.model[0](X.expand(6, 8))
+
+
+def test_the_route_of_a_compiled_model_is_found_outside_of_graphs(tenants: Tenants) -> None:
+    """Graphs break where we say so, not where torch's compiler fails to trace a context variable."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model = torch.compile(tenants.model, backend="eager")
+    with tenants.server.route(["a", "b"]):
+        model(X.expand(2, 3, 8))
+    breaks = list(counters["graph_break"])
+    assert breaks and all("torch.compiler.disable" in reason for reason in breaks), breaks
 
 
 def test_an_interrupted_forward_leaves_nothing(tenants: Tenants) -> None:
