@@ -11,6 +11,14 @@ import torch
 from peftk import _cpu
 
 
+# What starts long processes of its own. In turn at the end, they would leave the other workers without work.
+FIRST = ("test_interpreter.py", "test_lora_linear_on_host.py", "test_merge_on_host.py", "test_segments_on_host.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_measured_choice(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The choice of backend is the default, whatever `peftk tune` has found on this machine."""

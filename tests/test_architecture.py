@@ -124,7 +124,7 @@ def test_no_circles():
 
 def test_import_is_light():
     """`import peftk` loads no tool, and nothing that only some users have."""
-    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "triton")
+    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton")
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -78,8 +78,8 @@ def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool
 @pytest.mark.parametrize(
     ("entry", "mode", "frozen"),
     [
-        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=3, full=8),
-        pytest.param(by_name("lora plain"), "inductor", False),
+        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=2, full=9),
+        pytest.param(by_name("lora plain"), "inductor", False, marks=FULL),
         pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
     ],
     ids=named,
