@@ -35,6 +35,7 @@ class Form(NamedTuple):
     adapters: torch.dtype
     own_sums: bool  # the adapters' terms are summed apart (dropout in the backward)
     z_pages: int
+    identity: bool = False  # for W: a series adapter
 
     def shape(self) -> Shape:
         return Shape(next(rows for rows in HEIGHTS if rows >= self.M or rows == HEIGHTS[-1]), *self[3:11])
@@ -229,7 +230,7 @@ def _splits(tiles: int, K: int, block_k: int, at_most: int, fill: int) -> int:
 
 def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
     """Few tokens: W is read by more blocks at once. The parts of y, fp32, stay below a sixteenth of W's bytes."""
-    if plan.BLOCK_M > 64 or not tiles:
+    if plan.BLOCK_M > 64 or not tiles or form.identity:  # W = identity is no sum: each part would add x
         return 1
     cheap = form.K * form.weight.itemsize // (16 * 4 * form.M)
     return min(_splits(tiles, form.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))

@@ -229,6 +229,7 @@ def _launch(
         adapters=adapters.dtype,
         own_sums=backward and dropout_p > 0.0,
         z_pages=adapters.z_width // PAGE.value,
+        identity=weight is None,
     )
     where = target(device)
     plan = config.fitted(plan, form) if plan else tuned.lora_linear(form, device, where)

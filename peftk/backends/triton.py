@@ -97,7 +97,7 @@ def describe(call: Call) -> str:
     form = config.Form(
         call.M, call.K if backward else call.N, call.N if backward else call.K, many, call.slices > 1, backward,
         call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
-        backward and call.dropout, -(-call.rank // PAGE),
+        backward and call.dropout, -(-call.rank // PAGE), call.op.kind == "adapter_block",
     )  # fmt: skip
     plan = tuned.lora_linear(form, device, where)
     count = (1 if plan.once or not call.rank else 2) + (1 if backward and call.rank else 0)

@@ -19,10 +19,10 @@ from tests.support.gradients import flatten
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def check(seed: int, backend: str | None, *, max_rows: int = 40, max_width: int = 80) -> None:
+def check(seed: int, backend: str | None, *, max_rows: int = 40, min_width: int = 1, max_width: int = 80) -> None:
     """y and all gradients of a random case within the bounds, with W = identity."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    M, K = rng.choice([0, 1, rng.randint(1, max_rows)]), rng.randint(1, max_width)
+    M, K = rng.choice([0, 1, rng.randint(1, max_rows)]), rng.randint(min_width, max_width)
     dtype, adapter_dtype = rng.choice([(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)])
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
