@@ -4,8 +4,8 @@ sides of one shape form a group.
     pytest bench --benchmark-autosave          # and again after a change, then
     pytest-benchmark compare --group-by=fullname
 
-Each side runs alone here, so compare a side only with itself in a different run. For ratios between sides use `peftk
-bench`, where they take turns. Every side is checked against fp64 arithmetic before it is timed.
+Each side runs alone here, so compare a side only with itself in a different run. `peftk bench` measures ratios between
+sides, which take turns there. Every side is checked against fp64 arithmetic before it is timed.
 """
 
 from __future__ import annotations

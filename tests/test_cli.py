@@ -126,9 +126,9 @@ def test_bench_says_when_no_compiled_backend_can_run(monkeypatch):
         ("--ranks", "0", "0 is less than 1"),
         ("--ranks", "4,x", "'4,x'"),
         ("--dims", "4096x", "neither K nor KxN"),
-        ("--dtype", "int8", "none of bf16, fp16, fp32"),
-        ("--op", "nothing", "none of lora_linear"),
-        ("--backend", "mkl", "none of reference"),
+        ("--dtype", "int8", "not one of bf16, fp16, fp32"),
+        ("--op", "nothing", "not one of lora_linear"),
+        ("--backend", "mkl", "not one of reference"),
         ("--threads", "0", "--threads"),
     ],
 )

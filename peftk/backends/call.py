@@ -25,10 +25,10 @@ class Op(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> Op:
         """The operation with this name. Raises ValueError for an unknown name."""
-        found = _BY_NAME.get(name)
-        if found is None:
+        op = _BY_NAME.get(name)
+        if op is None:
             raise ValueError(f"op: expected one of {', '.join(_BY_NAME)}, got {name!r}")
-        return found
+        return op
 
 
 LORA_LINEAR = Op("lora_linear")

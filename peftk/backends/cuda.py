@@ -156,9 +156,9 @@ _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _table_adapters(table: AdapterTable) -> _cuda.Adapters:
     """The table as kernel arguments, cached."""
-    found = _ADAPTERS.get(table)
-    if found is None:
-        found = _ADAPTERS[table] = _cuda.Adapters.of_table(
+    adapters = _ADAPTERS.get(table)
+    if adapters is None:
+        adapters = _ADAPTERS[table] = _cuda.Adapters.of_table(
             pages=table.pages.data_ptr(),
             rows=table.rows.data_ptr(),
             scaling=table.scaling.data_ptr(),
@@ -169,7 +169,7 @@ def _table_adapters(table: AdapterTable) -> _cuda.Adapters:
             z_pages=table.slice_pages[-1],
             dtype=DTYPES[table.dtype],
         )
-    return found
+    return adapters
 
 
 @functools.lru_cache(maxsize=4096)
@@ -276,9 +276,9 @@ remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_plac
 def segments(ids: Tensor, adapters: int) -> Segments:
     """`peftk.reference.segments`: one launch up to 1,024 rows, three for more."""
     M, device = ids.shape[0], ids.device
-    found = empty(M, adapters, device)
+    result = empty(M, adapters, device)
     scratch = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
-    order, sorted_ids, ends, starts, owners, blocks = (tensor.data_ptr() for tensor in found)
+    order, sorted_ids, ends, starts, owners, blocks = (tensor.data_ptr() for tensor in result)
     _cuda.segments(
         ids.data_ptr(),
         ids.stride(0),
@@ -294,4 +294,4 @@ def segments(ids: Tensor, adapters: int) -> Segments:
         scratch.data_ptr(),
         *_device_and_stream(device),
     )
-    return found
+    return result

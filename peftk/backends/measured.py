@@ -83,8 +83,8 @@ def delete() -> bool:
 @functools.cache
 def _load_grids() -> tuple[dict[str, list[Point]], str]:
     """This machine's grids by op and dtype, and an empty string; or an empty dict, and why there are none."""
-    found, problem = cache.load(_FILE, _machine(), _made_with(), _parse_grids, verb="measured", unit="machine")
-    return found or {}, problem
+    grids, problem = cache.load(_FILE, _machine(), _made_with(), _parse_grids, verb="measured", unit="machine")
+    return grids or {}, problem
 
 
 def _parse_grids(entry: dict[str, Any]) -> dict[str, list[Point]]:

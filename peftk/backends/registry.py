@@ -20,5 +20,5 @@ def backend(name: str) -> Backend:
         module = importlib.import_module(f"peftk.backends.{name}")
     except ImportError as error:
         raise BackendError(f"backend {name!r} cannot be imported: {error}") from error
-    found: Backend = module.backend()
-    return found
+    implementation: Backend = module.backend()
+    return implementation

@@ -235,10 +235,10 @@ _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _table_adapters(table: AdapterTable) -> kernels.Adapters:
-    found = _ADAPTERS.get(table)
-    if found is None:
-        found = _ADAPTERS[table] = _build_table_adapters(table)
-    return found
+    adapters = _ADAPTERS.get(table)
+    if adapters is None:
+        adapters = _ADAPTERS[table] = _build_table_adapters(table)
+    return adapters
 
 
 def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
@@ -277,7 +277,7 @@ def _layout_of(pages: Tensor) -> str:
 
 def _common_layout(layouts: Iterable[str]) -> str:
     """The most specific layout that holds for all pages."""
-    found = set(layouts)
-    if len(found) <= 1:
-        return found.pop() if found else "k"
-    return "k" if found == {"k16", "k"} else "any"
+    distinct = set(layouts)
+    if len(distinct) <= 1:
+        return distinct.pop() if distinct else "k"
+    return "k" if distinct == {"k16", "k"} else "any"

@@ -58,10 +58,10 @@ def _counters(device: torch.device, count: int) -> Tensor:
             return _captured_counters(device, count)
         if device not in _slabs:
             _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
-    found = _of_stream.get((device, stream))
-    if found is None or found.numel() < count:
-        found = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return found
+    buffer = _of_stream.get((device, stream))
+    if buffer is None or buffer.numel() < count:
+        buffer = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return buffer
 
 
 def _captured_counters(device: torch.device, count: int) -> Tensor:

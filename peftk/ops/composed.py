@@ -34,7 +34,7 @@ from peftk.system import storage
 def should_run(recording: bool, x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether plain torch must compute with these tensors, because no kernel can.
 
-    recording: whether operations are being recorded (`torch.compile`, …). Raises RuntimeError where tangents would be
+    recording: whether operations are being recorded (`torch.compile`, …). Raises RuntimeError if tangents would be
     lost.
     """
     if storage.has_tangent(x, *tensors):

@@ -78,7 +78,7 @@ def direct_lora_linear(
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
-    """The same for a table of adapters; not while recording. Raises ValueError for an id outside the table."""
+    """The same for a table of adapters, if nothing is being recorded. Raises ValueError for an id outside the table."""
     impl = _direct_backend()
     if impl is None or not table.direct:
         return None

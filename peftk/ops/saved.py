@@ -86,6 +86,6 @@ def save_with_adapter(
 
 def load_with_adapter(ctx: Any) -> tuple[Saved, Adapter | None]:
     """What `save_with_adapter` saved. The adapter has no A and B if the backward does not read them."""
-    found = load_saved(ctx)
-    lora_A, lora_B = found.others
-    return found, adapter_of(lora_A, lora_B, *ctx.adapter)
+    saved = load_saved(ctx)
+    lora_A, lora_B = saved.others
+    return saved, adapter_of(lora_A, lora_B, *ctx.adapter)

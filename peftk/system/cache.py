@@ -70,10 +70,10 @@ def delete(file: str, name: str) -> bool:
     """Deletes an entry, or the whole file if it is broken. Returns whether there was anything to delete."""
     file_path = path(file)
     try:
-        found = _read(file_path)
-        existed = found.pop(name, None) is not None
+        entries = _read(file_path)
+        existed = entries.pop(name, None) is not None
         if existed:
-            _write(file_path, found)
+            _write(file_path, entries)
     except ValueError:
         file_path.unlink()
         existed = True

@@ -100,7 +100,7 @@ def test_rows_of_the_base_layer_cost_no_adapter() -> None:
     assert all(launch.tensors.get("lora_A", Traffic()).read == 0 for launch in ours.sides["peftk"])
 
 
-def test_crossing() -> None:
+def test_hbm_bytes() -> None:
     first = Launch("a", {"x": Traffic(10, 0, 10, 0), "v": Traffic(0, 8, 0, 8), "y": Traffic(0, 100, 0, 100)})
     second = Launch("b", {"v": Traffic(8, 0, 8, 0), "x": Traffic(30, 0, 15, 0), "y": Traffic(50, 50, 50, 50)})
     assert hbm_bytes([first, second], l2_keeps_all=False) == [118, 8 + 15 + 100]

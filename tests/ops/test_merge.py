@@ -122,7 +122,7 @@ POISONS = ("inf in B", "NaN in A", "huge A", "inf in W", "NaN in W", "largest Na
 
 
 def poisoned(poison: str, weight: Tensor, place: tuple[int, int], seed: int) -> tuple[Tensor, Factors]:
-    """W and adapters whose W' is not finite in same_raw_bits one element, at `place`."""
+    """W and adapters whose W' is not finite in exactly one element, at `place`."""
     n, j = place
     case = merge_case(seed, *weight.shape, 5, weight.dtype, torch.float32, size=1.0, padding=0)
     A, B, bad = case.lora_A, case.lora_B, weight.clone()

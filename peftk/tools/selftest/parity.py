@@ -103,9 +103,9 @@ def _inputs(shape: tuple[int, int, int], rank: int, device: str, dtype: torch.dt
 
 def _forward(backend: str, inputs: _Inputs) -> float:
     x, weight, bias, A, B, _ = inputs
-    one, two = (functional.lora_linear(x, weight, bias, A, B, SCALING, backend=backend) for _ in range(2))
-    require_same_bits("y of two runs", one, two)
-    return bounds.error(one, bounds.forward(x, weight, bias, A, B, SCALING), fused=choice.rounds_once(backend))
+    first, second = (functional.lora_linear(x, weight, bias, A, B, SCALING, backend=backend) for _ in range(2))
+    require_same_bits("y of two runs", first, second)
+    return bounds.error(first, bounds.forward(x, weight, bias, A, B, SCALING), fused=choice.rounds_once(backend))
 
 
 def _backward(backend: str, inputs: _Inputs) -> float:
@@ -116,11 +116,11 @@ def _backward(backend: str, inputs: _Inputs) -> float:
         y = functional.lora_linear(wanted[0], weight, bias, wanted[1], wanted[2], SCALING, backend=backend)
         return torch.autograd.grad(y, wanted, dy)
 
-    one, two = gradients(), gradients()
-    for first, second in zip(one, two, strict=True):
+    run_1, run_2 = gradients(), gradients()
+    for first, second in zip(run_1, run_2, strict=True):
         require_same_bits("gradients of two runs", first, second)
     expected = bounds.backward(dy, x, weight, A, B, SCALING).values()
-    return max(bounds.error(g, e, fused=choice.rounds_once(backend)) for g, e in zip(one, expected, strict=True))
+    return max(bounds.error(g, e, fused=choice.rounds_once(backend)) for g, e in zip(run_1, expected, strict=True))
 
 
 def _mixed(backend: str, device: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[Check]:
@@ -148,15 +148,15 @@ def _mixed_batch_error(backend: str, device: str, dtype: torch.dtype, M: int, K:
         bank.add(str(index), A, B, SCALING)
     x, weight, bias = random(M, K), random(N, K), random(N)
     ids = torch.randint(-1, len(RANKS), (M,), generator=generator).to(device, torch.int32)
-    one, two = (functional.multi_lora_linear(x, weight, bias, bank, ids, backend=backend) for _ in range(2))
-    require_same_bits("y of two runs", one, two)
+    first, second = (functional.multi_lora_linear(x, weight, bias, bank, ids, backend=backend) for _ in range(2))
+    require_same_bits("y of two runs", first, second)
     error = 0.0
     nothing = (torch.zeros(1, K, device=device), torch.zeros(N, 1, device=device))
     for index in range(-1, len(RANKS)):
         rows = (ids == index).nonzero().flatten()
         A, B = adapters[index] if index >= 0 else nothing
         expected = bounds.forward(x[rows], weight, bias, A, B, SCALING)
-        error = max(error, bounds.error(one[rows], expected, fused=choice.rounds_once(backend)))
+        error = max(error, bounds.error(first[rows], expected, fused=choice.rounds_once(backend)))
     return error
 
 
