@@ -1,1 +1,1 @@
-"""Measurements that ship with the checkout and not with the package."""
+"""Benchmarks that are part of the checkout, but not of the package."""

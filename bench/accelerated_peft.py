@@ -1,7 +1,7 @@
-"""MiniLM under plain HF PEFT and under `peftk.accelerate`, side by side.
+"""Times MiniLM under plain HF PEFT and under `peftk.accelerate`, side by side.
 
-A LoRA of rank 16 on every linear. Both sides start from one PEFT model and are compared numerically before they are
-timed; every repetition runs each once, and the medians are divided (`peftk.system.timing`).
+A LoRA of rank 16 on every linear layer. Both sides start from the same PEFT model, and their results are compared
+before they are timed. Every repetition runs each side once; × is the ratio of the medians (`peftk.system.timing`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXTS = [
 
 
 def models(minilm: MiniLM, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Plain PEFT and accelerated, of the same numbers, eight adapters."""
+    """A plain and an accelerated PEFT model with the same weights and eight adapters."""
     torch.manual_seed(0)
     config = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
     model: Any = peft.get_peft_model(minilm.copy(dtype), peft.LoraConfig(**config), adapter_name=NAMES[0])
@@ -63,7 +63,7 @@ def step(model: nn.Module, batch: Any) -> Callable[[], Tensor]:
 
 
 def loop(model: Any, batch: Any) -> Callable[[], None]:
-    """What one does with plain PEFT to train a mixed batch: one adapter after another."""
+    """Trains a mixed batch with plain PEFT: one adapter after another."""
 
     def run() -> None:
         model.zero_grad()

@@ -1,11 +1,11 @@
-"""The measurements of `peftk.tools.benchmark` under pytest-benchmark: each side a benchmark, the sides of a shape one
-group.
+"""Runs the measurements of `peftk.tools.benchmark` under pytest-benchmark. Each side of a shape is a benchmark, and the
+sides of one shape form a group.
 
     pytest bench --benchmark-autosave          # and again after a change, then
     pytest-benchmark compare --group-by=fullname
 
-Here a side runs by itself, so compare a side with itself in another run; for ratios between sides, `peftk bench` lets
-them take turns. Every side is checked against fp64 arithmetic before it is timed.
+Each side runs alone here, so compare a side only with itself in a different run. `peftk bench` measures ratios between
+sides, which take turns there. Every side is checked against fp64 arithmetic before it is timed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def bench(benchmark: Any, shape: Shape, name: str) -> None:
         side.run()
         rounds = int(SECONDS / max(time.perf_counter() - started, 1e-6))
         side.reset()
-        # one run a round, so that what the run changed can be put back before the next
+        # one run per round, so that the state can be reset before the next
         benchmark.pedantic(side.run, teardown=side.reset, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
 
 
 @functools.lru_cache(maxsize=1)
 def _case(shape: Shape) -> Case:
-    """Kept while the sides of a shape follow one another."""
+    """Caches the last case, because the sides of a shape run one after another."""
     return MODULES[shape.op].case(shape, "cpu", ())

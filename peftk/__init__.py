@@ -1,7 +1,8 @@
 """peftk: kernels that make parameter-efficient fine-tuning free.
 
 One fused operation, y = W₀x + b + s·(xA)B, with a different adapter for every token of a batch if need be, behind
-drop-in Linear replacements. See README.md for a tour, `peftk.explain` for what runs a call on this machine.
+drop-in replacements of nn.Linear. README.md gives a tour; `peftk.explain` says which kernel runs a call on this
+machine.
 """
 
 from peftk import functional

@@ -1,8 +1,8 @@
-"""The C++ module of CPU kernels. Only `peftk.backends.cpu` calls its kernels, and the benchmark its two peaks.
+"""The C++ module of CPU kernels. Only `peftk.backends.cpu` calls the kernels, and only the benchmark `..._peak`.
 
-Addresses are of a tensor's first element, 0 where there is none; strides and counts are in elements. Dtype codes: 0
-float32, 1 bfloat16, 2 float16. An object holds addresses: whoever makes one keeps the tensors until the last call with
-it is over. A wrong, missing or unknown argument raises TypeError and names it, an unknown code ValueError.
+An address is that of a tensor's first element, or 0 for no tensor. Strides and counts are in elements. Dtype codes: 0
+float32, 1 bfloat16, 2 float16. Objects hold addresses: the caller keeps the tensors alive until the last call with the
+object has returned. A wrong, missing or unknown argument raises TypeError and is named; an unknown code ValueError.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from torch import Tensor
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 def borrows_openmp() -> bool:
-    """Whether jobs run on torch's OpenMP threads, not on our own."""
+    """Whether jobs run on torch's OpenMP threads instead of our own."""
 
 def pool_workers() -> int:
-    """Worker threads that this process has started."""
+    """The number of worker threads that this process has started."""
 
 def simd_levels() -> list[str]:
-    """The SIMD levels that this build and machine have, ascending."""
+    """The SIMD levels that both this build and this machine have, ascending."""
 
 def simd_level() -> str:
     """The SIMD level in use."""
 
 def use_simd_level(name: str) -> None:
-    """Chooses a SIMD level for the whole process. Raises ValueError for one that is unknown or cannot run here."""
+    """Sets the SIMD level of the whole process. Raises ValueError for one that is unknown or cannot run here."""
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 
 class Linear:
-    """What a forward and its backward share: x and the base layer."""
+    """The arguments that a forward and its backward share: x and the base layer."""
 
     @staticmethod
     def of(
@@ -54,7 +54,7 @@ class Linear:
     ) -> Linear:
         """x [M, K], rows contiguous, x_stride from row to row; weight [N, K], its strides along N and K, one of them 1.
 
-        bias [N], contiguous. seed: 64 bits, read where dropout_p > 0. threads: at most so many.
+        bias [N], contiguous. seed: 64 bits, read if dropout_p > 0. threads: the maximum number of threads.
         """
 
     @staticmethod
@@ -70,10 +70,10 @@ class Linear:
         seed: int = 0,
         threads: int,
     ) -> Linear:
-        """Where y, or dx, holds the base layer's part already: the adapters' is added to it in place."""
+        """For a y, or dx, that already holds the base layer's part: the adapters' part is added to it in place."""
 
 class Adapters:
-    """The adapters that a call's ids name, of one dtype."""
+    """The adapters of a call, of one dtype."""
 
     @staticmethod
     def none(*, dtype: int) -> Adapters:
@@ -115,19 +115,19 @@ class Adapters:
         """The tensors of a `peftk.adapters.table.AdapterTable`.
 
         pages int64 [P, 5], rows int32 [slice_count · count, 4], scaling float32 [slice_count · count], biases int64
-        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: how many adapters an id
-        may name. z_pages: pages of a row of z, over all slices.
+        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: the number of adapters.
+        z_pages: the pages of a row of z, over all slices.
         """
 
 def plan(linear: Linear, *, backward: bool) -> tuple[str, bool, int]:
-    """How a call is served: form of the product, whether it takes pairs of bf16, threads. Reads no tensor."""
+    """How a call runs: form of the product, whether with bf16 pair instructions, threads. Reads no tensor."""
 
 def lora_linear(
     linear: Linear, adapters: Adapters, *, ids: int = 0, y: int, y_stride: int, z: int = 0, z_stride: int = 0
 ) -> None:
-    """y [M, N] in x's dtype, and z float32 [M, z_stride] for the ranks that a row has, if it has an address.
+    """Writes y [M, N] in x's dtype and, unless its address is 0, z float32 [M, z_stride], for the ranks that a row has.
 
-    ids: int32 [M], contiguous; 0: every row takes the first adapter. Raises ValueError for an id of no adapter.
+    ids: int32 [M], contiguous; 0: all rows use the first adapter. Raises ValueError for an id without an adapter.
     """
 
 def lora_linear_backward(
@@ -144,11 +144,11 @@ def lora_linear_backward(
     z_stride: int = 0,
     grads: Sequence[tuple[int, int, int, int]],
 ) -> None:
-    """dx [M, K] in x's dtype, and for every adapter dA [R, K], dB [N, R], da [R], dβ [N], dense, in its dtype.
+    """Writes dx [M, K] in x's dtype, and for every adapter dA [R, K], dB [N, R], da [R], dβ [N], dense, in its dtype.
 
-    An address of 0 is not wanted. dy [M, N] and z [M, z_stride], as the forward left it, have contiguous rows. linear's
-    x is read for a dA only, its weight for dx only, its bias never. Raises ValueError as `lora_linear` does, and
-    for grads that are not one for each adapter.
+    An address of 0: not wanted. dy [M, N] and z [M, z_stride] of the forward have contiguous rows. x is read only for
+    dA, the weight only for dx, the bias not at all. Raises ValueError as `lora_linear` does, and unless grads has one
+    entry per adapter.
     """
 
 def direct_lora_linear(
@@ -165,7 +165,7 @@ def direct_lora_linear(
     threads: int,
     /,
 ) -> Tensor | None:
-    """y [..., N] where all are plain dense tensors on the CPU and M·N·K ≤ limit, else None. weight None: y = x + …"""
+    """y [..., N] if all are plain dense tensors on the CPU and M·N·K ≤ limit, else None. weight None: the identity."""
 
 def direct_multi_lora_linear(
     x: Tensor,
@@ -182,19 +182,19 @@ def direct_multi_lora_linear(
     dtype: int,
     /,
 ) -> Tensor | None:
-    """The same for a table of one slice; ids int32 or int64, one for a row of x or for a sequence."""
+    """The same for a table of one slice; ids int32 or int64, one per row of x or per sequence."""
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 class MergeWeight:
-    """W, changed in place."""
+    """The weight W of a merge, changed in place."""
 
     @staticmethod
     def of(*, weight: int, stride: int, N: int, K: int, dtype: int) -> MergeWeight:
         """weight [N, K], rows contiguous, stride from row to row."""
 
 class MergeSide:
-    """Adapters side by side, and the codes that undo their merge."""
+    """Adapters, concatenated, and the codes that undo their merge."""
 
     @staticmethod
     def of(
@@ -210,35 +210,35 @@ class MergeSide:
         raws: int = 0,
         raw_count: int = 0,
     ) -> MergeSide:
-        """lora_A [R, K], lora_B [N, R], dense, ranks ends[t - 1] … ends[t] - 1 of adapter t; scaling of each.
+        """lora_A [R, K], lora_B [N, R], dense; adapter t has the ranks ends[t - 1] … ends[t] - 1; scaling of each.
 
-        halves uint8 [N, ⌈K / 2⌉]: two codes a byte. far int8 [far_count], raws [raw_count] in W's dtype: of a side that
-        W comes from, the codes that no half holds and the weights that no code gives back. Sequences: list or tuple.
-        Raises ValueError where ends and scaling are empty or of two lengths.
+        halves uint8 [N, ⌈K / 2⌉]: two codes per byte. far int8 [far_count], raws [raw_count] in W's dtype: for the side
+        that W comes from, the codes that need a whole byte, and the weights that no code can restore. Sequences: list
+        or tuple. Raises ValueError if ends and scaling are empty or differ in length.
         """
 
 def remerge(
     weight: MergeWeight, from_side: MergeSide | None, to_side: MergeSide | None, *, threads: int
 ) -> tuple[bool, int, NDArray[int8], NDArray[int16] | NDArray[int32]]:
-    """Takes from_side out of W, exactly, and puts to_side in, in one pass; writes to_side's halves.
+    """Unmerges from_side exactly and merges to_side, in one pass over W; writes to_side's halves.
 
-    Whether W would be finite (if not, it is as it was), its checksum (0 without to_side), to_side's far and the bits of
-    its raws. Raises ValueError where from_side's codes don't belong together.
+    Returns whether W would be finite (if not, W is unchanged), its checksum (0 without to_side), to_side's far, and the
+    bits of its raws. Raises ValueError if from_side's codes are inconsistent.
     """
 
 def checksum(weight: MergeWeight, *, threads: int) -> int:
-    """Of all of W's bits: 64 bits."""
+    """The 64-bit checksum of W's bits: `peftk.reference.merge.checksum`."""
 
 # ---- tensors, and the machine ----------------------------------------------------------------------------------------
 
 def plain_tensors(tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, is_neg: int, /) -> None:
-    """Says what a plain tensor and a Parameter are, and where what torch exports is (csrc/bindings/tensor.h)."""
+    """Sets how to recognise a plain tensor and a Parameter: examples, and addresses of torch's functions (tensor.h)."""
 
 def dense(*tensors: object) -> bool:
-    """Whether all are plain dense tensors on one device, or None."""
+    """Whether each is a plain dense tensor on one common device, or None."""
 
 def fma_peak(multiply_adds: int, dtype: int, threads: int) -> None:
-    """So many multiply-adds of a dtype, as fast as they go."""
+    """Executes this many multiply-adds of a dtype, as fast as possible."""
 
 def read_peak(from_: int, bytes: int, threads: int) -> int:
-    """Reads memory as fast as it goes; the sum of its 64-bit words modulo 2⁶⁴."""
+    """Reads memory as fast as possible. Returns the sum of its 64-bit words modulo 2⁶⁴."""

@@ -1,21 +1,21 @@
 """The CUDA module. Only `peftk.backends.cuda` calls it.
 
-Addresses are in device memory, 0 where there is no tensor; strides and counts are in elements. Dtype codes: 0 float32,
-1 bfloat16, 2 float16. A launch goes to `stream` of `device` and returns at once: whoever makes one, or an object, keeps
-the tensors. Raises TypeError for a wrong or missing argument, ValueError for what no kernel is built for, and
-RuntimeError for a launch that CUDA refuses.
+Addresses are in device memory, 0 for no tensor. Strides and counts are in elements. Dtype codes: 0 float32, 1 bfloat16,
+2 float16. A launch goes to `stream` of `device` and returns at once. The caller keeps the tensors alive during
+launches, and while there are objects with their addresses. Raises TypeError for a wrong or missing argument, ValueError
+for a case that no kernel is built for, and RuntimeError for a launch that CUDA refuses.
 """
 
 device: str
-"""Of the tensors that the kernels take: "cuda"; "cpu" in the module that tests compile for the host."""
+"""The device type of the kernels' tensors: "cuda"; "cpu" in the module that tests compile for the host."""
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 
 most_rows: int
-"""M is at most this in `lora_linear`."""
+"""The largest M of `lora_linear`."""
 
 class Adapters:
-    """The adapters that a call's ids name, of one dtype."""
+    """The adapters of a call, of one dtype."""
 
     @staticmethod
     def none(*, dtype: int) -> Adapters:
@@ -57,20 +57,20 @@ class Adapters:
         """The tensors of a `peftk.adapters.table.AdapterTable`.
 
         pages int64 [P, 5], rows int32 [slice_count · count, 4], scaling float32 [slice_count · count], biases int64
-        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: how many adapters an id
-        may name. z_pages: pages of a row of z, over all slices.
+        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: the number of adapters.
+        z_pages: the pages of a row of z, over all slices.
         """
 
 class LoraLinearPlan:
-    """How a call is cut into blocks, and what memory that takes."""
+    """How a call is divided into blocks, and the memory that this needs."""
 
     @property
     def shrink_splits(self) -> int:
-        """Ranges of K that a tile of z is cut into."""
+        """The number of ranges of K that a tile of z is split into."""
 
     @property
     def expand_splits(self) -> int:
-        """Ranges of K that a tile of y is cut into."""
+        """The number of ranges of K that a tile of y is split into."""
 
     @property
     def shrink_tiles(self) -> int:
@@ -82,18 +82,18 @@ class LoraLinearPlan:
 
     @property
     def partials(self) -> int:
-        """float32 of workspace, of any content."""
+        """The number of float32 of workspace, not initialised."""
 
     @property
     def counters(self) -> int:
-        """int32 of workspace, zero before a launch and after it."""
+        """The number of int32 of workspace, zero before and after a launch."""
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory of a block."""
+        """The bytes of shared memory per block."""
 
 def plan_lora_linear(M: int, N: int, K: int, z_pages: int, processors: int) -> LoraLinearPlan:
-    """Depends on nothing else. processors: of the device."""
+    """The plan for these sizes; it depends on nothing else. processors: multiprocessors of the device."""
 
 def lora_linear(
     x: int,
@@ -119,13 +119,13 @@ def lora_linear(
 ) -> None:
     """One launch. x [M, K] and weight [N, K], rows at multiples of 16 bytes, bias [N], y [M, N], dense, all of dtype.
 
-    z float32 [M, 16 · z_pages]: 0 for the ranks that a row has not, if z_dense, else these are not written. ids int32
-    [M], contiguous; 0: every row takes the first adapter; what names no adapter takes the base layer alone.
+    z float32 [M, 16 · z_pages]: ranks that a row does not have are 0 if z_dense, else not written. ids int32 [M],
+    contiguous; 0: all rows use the first adapter. An id without an adapter uses only the base layer.
     """
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
-# All launches take the list of layers first: table int64 [layers, 15], the FIELDS of peftk/launch/merge_layers.py, ends
-# int32 and scaling float32 [adapters of all layers], the number of tiles of all layers, the dtypes of W and of A and B.
+# All launches first take the list of layers: table int64 [layers, 15] with the FIELDS of peftk/launch/merge_layers.py,
+# ends int32 and scaling float32 [adapters of all layers], the number of tiles of all layers, the dtypes of W, A and B.
 
 def merge_tile(dtype: int) -> tuple[int, int, int]:
     """Rows and columns of a tile of W, and bytes of shared memory of a block."""
@@ -148,7 +148,7 @@ def merge(
     device: int,
     stream: int,
 ) -> None:
-    """Merges every tile that is not merged, in place.
+    """Merges every tile that is not merged yet, in place.
 
     merged int8 [tiles], row_sums uint32 [rows of all layers], refused int32 [layers], raw_count int32 [1], raw_keys
     int64 [room], raw_values [room] in W's dtype.
@@ -182,7 +182,7 @@ def merge_restore(
     device: int,
     stream: int,
 ) -> None:
-    """Puts raw weights where they belong; keys below 0 are none."""
+    """Writes raw weights to their places in W; keys below 0 are empty slots."""
 
 def merge_sum_rows(
     table: int,
@@ -196,15 +196,15 @@ def merge_sum_rows(
     device: int,
     stream: int,
 ) -> None:
-    """Adds each weight to its row's sum of the checksum: row_sums uint32 [rows of all layers]."""
+    """Adds each row's part of the checksum to row_sums, uint32 [rows of all layers]."""
 
 # ---- segments --------------------------------------------------------------------------------------------------------
 
 def segments_workspace(M: int, adapters: int) -> int:
-    """How many int32 of workspace a call needs."""
+    """The number of int32 of workspace that a call needs."""
 
 def segments_shared(M: int) -> int:
-    """Bytes of shared memory of a block, of the largest launch."""
+    """The bytes of shared memory per block of the largest launch."""
 
 def segments(
     ids: int,
@@ -222,7 +222,7 @@ def segments(
     device: int,
     stream: int,
 ) -> None:
-    """The rows in the order of their adapters. ids [M], int64 if wide, else int32; S = min(M, adapters + 1).
+    """Sorts the rows by adapter. ids [M], int64 if wide, else int32; S = min(M, adapters + 1).
 
     order int64 [M]; int32: sorted_ids [M], ends [1 + adapters], starts [S + 1], owners [S + 1], blocks [⌈M / 16⌉].
     """

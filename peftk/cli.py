@@ -1,4 +1,4 @@
-"""The command line: peftk demo, bench, tune, selftest. Heavy imports wait until a command needs them."""
+"""The command line: peftk demo, bench, tune, selftest. Each command imports the heavy modules that it needs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--out", type=FOLDER, default=Path("peftk-demo"), show_default=True, help="For demo.png and demo.json.")
+@click.option(
+    "--out", type=FOLDER, default=Path("peftk-demo"), show_default=True, help="Folder for demo.png and demo.json."
+)
 @click.option("--quick", is_flag=True, help="Fewer ranks, adapters and steps: well under a minute.")
 def demo(out: Path, quick: bool) -> None:
-    """peftk on a real pretrained model, in under three minutes.
+    """Shows peftk on a pretrained model, in under three minutes.
 
-    Adapts every linear of all-MiniLM-L6-v2; compares latency per rank with the plain model and HF PEFT; serves LoRAs of
-    many ranks in one batch; trains one; merges and unmerges exactly. Exits with 1 if any check fails.
+    Adapts every linear layer of all-MiniLM-L6-v2, compares the latency at each rank with the plain model and with HF
+    PEFT, runs LoRAs of many ranks in one batch, trains one, merges and unmerges it exactly. Exits with 1 if a check
+    fails.
     """
     from peftk.backends.call import BackendError
     from peftk.tools import demo as demo_package
@@ -49,102 +52,105 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
 @main.command()
-@click.option("--suite", type=click.Choice(["cpu"]), help="Every target of a backend, with pass or short.")
+@click.option("--suite", type=click.Choice(["cpu"]), help="Measures every target of a backend instead: pass or short.")
 @click.option(
     "--op",
     "ops",
     type=CommaList("OP,OP…", one_of(*dict.fromkeys(OPS + SUITE_OPS))),
-    help=f"{', '.join(OPS)} [default: all but unmerge]; of the suite: {', '.join(SUITE_OPS)} [default: all]",
+    help=f"{', '.join(OPS)} [default: all but unmerge]; with --suite: {', '.join(SUITE_OPS)} [default: all]",
 )
-@click.option("--ranks", type=INTEGERS, help="LoRA ranks; multi_lora_linear mixes them in one batch.")
+@click.option("--ranks", type=INTEGERS, help="LoRA ranks. multi_lora_linear mixes them in one batch.")
 @click.option("--tokens", type=INTEGERS, help="Rows of x.")
-@click.option("--adapters", type=INTEGERS, help="For multi_lora_linear: adapters in the batch.")
+@click.option("--adapters", type=INTEGERS, help="Number of adapters in a batch of multi_lora_linear.")
 @click.option("--dtype", "dtypes", type=CommaList("DTYPE,…", one_of("bf16", "fp16", "fp32")), help="bf16, fp16, fp32.")
 @click.option("--dims", type=CommaList("K or KxN,…", dims_of), help="in_features, or in_features x out_features.")
 @click.option(
     "--backend",
     "backends",
     type=CommaList("NAME,NAME…", one_of(*BACKENDS)),
-    help="peftk backends to time [default: every compiled one that can run]",
+    help="peftk backends to time [default: every compiled one that can run the call]",
 )
-@click.option("--no-compile", is_flag=True, help="Of the suite: leaves out torch.compile, which takes seconds per row.")
+@click.option("--no-compile", is_flag=True, help="With --suite: skips torch.compile, which takes seconds per row.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), help="Time for each row [default: 0.7; the suite 1.5]"
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time per row, in seconds [default: 0.7; with --suite 1.5]",
 )
-@click.option("--repeats", type=click.IntRange(min=1), help="At most so many repetitions a row [default: 1000]")
-@click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
-@click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Maximum repetitions per row [default: 1000]")
+@click.option("--json", "json_file", type=FILE, help="Writes all figures and the environment to this file.")
+@click.option("--csv", "csv_file", type=FILE, help="Writes all figures to this file.")
 @click.option("--plot", "plot_file", type=FILE, help="Writes a PNG, SVG or PDF (needs matplotlib).")
-@click.option("--markdown", "markdown_file", type=FILE, help="Of the suite: writes the tables.")
+@click.option("--markdown", "markdown_file", type=FILE, help="With --suite: writes the tables to this file.")
 def bench(
     suite: str | None,
     no_compile: bool,
     device: str,
     threads: int | None,
-    **asked: Any,
+    **options_given: Any,
 ) -> None:
-    """Latency beside nn.Linear (without any adapter) and HF PEFT, checked before it is timed.
+    """Compares latency with nn.Linear (without any adapter) and with HF PEFT. Checks each result before timing it.
 
-    All sides of a row take turns within one run; medians. "×" is how many times faster. Every result is first compared
-    with fp64 arithmetic; a side that is wrong shows FAIL, is not timed, and the exit code is 1. Without options: all
-    ops at a few shapes, in under two minutes. Lists are separated by commas: --ranks 1,2,4,8,16,32,64 --dims 768,4096.
+    The sides of a row take turns within one run; the figures are medians. "×": how many times faster than the side that
+    the column names. Every result is first compared with fp64 arithmetic; a side that is wrong shows FAIL and is not
+    timed, and the exit code is 1. Without options: all ops at a few shapes, in under two minutes. Lists are separated
+    by commas: --ranks 1,2,4,8,16,32,64 --dims 768,4096.
 
-    --suite cpu measures the targets of the CPU backend instead, each with its ratio, the target and the limit that this
-    machine sets; the other options then choose among its rows. A target that is missed is no error.
+    --suite cpu measures the targets of the CPU backend instead, each with its ratio, its target and the limit that this
+    machine sets. The other options then select among its rows. A missed target is not an error.
     """
     import torch
 
     from peftk.backends.call import BackendError
 
-    chosen = {name: value for name, value in asked.items() if value is not None}
+    chosen = {name: value for name, value in options_given.items() if value is not None}
     files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
-    _fits_suite(suite, device, no_compile, chosen, files)
-    _need_device(device)
+    _check_suite_options(suite, device, no_compile, chosen, files)
+    _require_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
     try:
         if suite is not None:
-            right = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
+            all_correct = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
         else:
-            right = _bench_ops(console, {**chosen, "device": device}, files)
+            all_correct = _bench_ops(console, {**chosen, "device": device}, files)
     except (BackendError, extras.MissingExtraError) as error:
         raise click.ClickException(str(error)) from error
     written = [str(file) for file in files.values() if file is not None]
     if written:
         console.print(f"Written: {', '.join(written)}", highlight=False)
-    if not right:
+    if not all_correct:
         console.print(
-            "[bold red]FAIL[/]: a side is wrong (its error as a multiple of what is allowed stands beside it)."
+            "[bold red]FAIL[/]: a side is wrong (the figure beside it: its error as a multiple of the allowed error)."
         )
         raise SystemExit(1)
 
 
-def _fits_suite(
+def _check_suite_options(
     suite: str | None, device: str, no_compile: bool, chosen: dict[str, Any], files: dict[str, Path | None]
 ) -> None:
-    """Raises UsageError for an option that means nothing with, or without, --suite."""
+    """Raises UsageError for an option that does not work with, or without, --suite."""
     ops = chosen.get("ops", ())
     if suite is None:
-        wrong = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": set(ops) - set(OPS)}
-        rule = "only with --suite"
+        misplaced = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": set(ops) - set(OPS)}
+        reason = "only with --suite"
     else:
-        wrong = {
+        misplaced = {
             "--device cuda": device != "cpu",
             "--backend": "backends" in chosen,
             "--plot": files["plot"],
             "--op": set(ops) - set(SUITE_OPS),
         }
-        rule = f"not with --suite {suite}"
-    for option, given in wrong.items():
+        reason = f"not with --suite {suite}"
+    for option, given in misplaced.items():
         if given:
             what = f"{option} {','.join(sorted(given))}" if isinstance(given, set) else option
-            raise click.UsageError(f"{what}: {rule}")
+            raise click.UsageError(f"{what}: {reason}")
 
 
-def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
+def _bench_ops(console: Console, options_given: dict[str, Any], files: dict[str, Path | None]) -> bool:
     from peftk.tools.benchmark import report
     from peftk.tools.benchmark.common import Record
     from peftk.tools.benchmark.environment import environment
@@ -152,32 +158,32 @@ def _bench_ops(console: Console, asked: dict[str, Any], files: dict[str, Path | 
 
     if files["plot"] is not None:
         extras.require("bench", "--plot", ["matplotlib"])
-    options = Options(**asked)
-    where = environment(options.device)
-    records = measure_all(console, options, where)
+    options = Options(**options_given)
+    env = environment(options.device)
+    records = measure_all(console, options, env)
     make_folders(files)
     if files["json"] is not None:
-        report.write_json(files["json"], records, where, dataclasses.asdict(options))
+        report.write_json(files["json"], records, env, dataclasses.asdict(options))
     if files["csv"] is not None:
         report.write_csv(files["csv"], Record, records)
     if files["plot"] is not None:
-        report.write_plot(files["plot"], records, where)
+        report.write_plot(files["plot"], records, env)
     return all(record.passed for record in records)
 
 
-def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path | None]) -> bool:
+def _bench_suite(console: Console, options_given: dict[str, Any], files: dict[str, Path | None]) -> bool:
     from peftk.tools.benchmark import report, suite
     from peftk.tools.benchmark.environment import environment
 
-    options = suite.Options(**asked)
-    where = environment()
-    outcome = suite.run(console, options, where)
+    options = suite.Options(**options_given)
+    env = environment()
+    outcome = suite.run(console, options, env)
     make_folders(files)
     if files["json"] is not None:
         report.write_json(
             files["json"],
             outcome.records,
-            where,
+            env,
             dataclasses.asdict(options),
             roofline=outcome.roofline._asdict(),
             targets=[dataclasses.asdict(result) for result in outcome.results],
@@ -185,8 +191,8 @@ def _bench_suite(console: Console, asked: dict[str, Any], files: dict[str, Path 
     if files["csv"] is not None:
         report.write_csv(files["csv"], suite.Result, outcome.results)
     if files["markdown"] is not None:
-        files["markdown"].write_text(suite.markdown(outcome, where), encoding="utf-8")
-    return outcome.right
+        files["markdown"].write_text(suite.markdown(outcome, env), encoding="utf-8")
+    return outcome.all_correct
 
 
 SECTIONS = ("parity", "behaviour", "speed")
@@ -199,21 +205,21 @@ SECTIONS = ("parity", "behaviour", "speed")
     "sections",
     type=CommaList("SECTION,…", one_of(*SECTIONS)),
     default=SECTIONS,
-    help="parity, behaviour, speed [default: all; on a CPU there is parity alone]",
+    help="parity, behaviour, speed [default: all; on a CPU only parity]",
 )
 @click.option(
-    "--out", type=FOLDER, help="For report.json and report.txt [default: peftk-selftest; on a CPU none is written]"
+    "--out", type=FOLDER, help="Folder for report.json and report.txt [default: peftk-selftest; on a CPU none]"
 )
 def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
-    """Every backend that can run on the device against the reference in fp64: error bounds, determinism, exact unmerge.
+    """Tests every backend of the device against the reference in fp64: error bounds, determinism, exact unmerge.
 
-    --device cuda also asks what only a GPU can show (CUDA graphs, streams, launches, torch.compile) and measures speed:
-    all GPU tests and benchmarks in one report. --device interpreter rehearses that without a GPU, in Triton's
-    interpreter, on tiny shapes. Exits with 1 if anything is wrong.
+    --device cuda also tests what needs a GPU (CUDA graphs, streams, launches, torch.compile) and measures speed: all
+    GPU tests and benchmarks in one report. --device interpreter runs the same without a GPU, in Triton's interpreter,
+    on tiny shapes. Exits with 1 if a test fails.
     """
     if device == "interpreter":
-        _interpret()
-    _need_device(device)
+        _use_interpreter()
+    _require_device(device)
 
     from peftk.tools import selftest as package
 
@@ -223,8 +229,8 @@ def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
         raise SystemExit(1)
 
 
-def _interpret() -> None:
-    """Triton decides when it is imported, which nothing has done yet in a process of the command."""
+def _use_interpreter() -> None:
+    """Makes Triton use its interpreter. Triton decides that when it is imported, so it must not be imported yet."""
     if "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -242,13 +248,13 @@ def _interpret() -> None:
 
 
 @main.command()
-@click.option("--forget", is_flag=True, help="Deletes what was measured on this machine.")
+@click.option("--forget", is_flag=True, help="Deletes this machine's measurements instead.")
 def tune(forget: bool) -> None:
-    """Measures where torch's matrix product is faster than our kernels on this CPU, for the choice in later processes.
+    """Measures at which shapes torch's matrix product is faster than our kernels on this CPU, for later processes.
 
-    Takes seconds. Kept in $PEFTK_CACHE_DIR/choice.json (else below $XDG_CACHE_HOME or ~/.cache/peftk), by processor.
-    Where there is a GPU, also measures which tiles its Triton kernels are the fastest with; minutes, since all are
-    compiled. Kept in gpu.json beside it, by GPU.
+    Takes seconds. The results are kept by processor in choice.json, in the folder $PEFTK_CACHE_DIR, else
+    $XDG_CACHE_HOME/peftk or ~/.cache/peftk. With a GPU, also measures the fastest tile sizes of the Triton kernels.
+    That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the same folder.
     """
     from rich.table import Table
 
@@ -301,17 +307,17 @@ def _tune_gpu(console: Console) -> None:
 
 
 def _console(*, record: bool = False) -> Console:
-    """Files and pipes have no width of their own: wide enough there for every table."""
+    """A console; on a file or pipe, which has no width, wide enough for every table."""
     console = Console(record=record)
     return console if console.is_terminal else Console(width=110, record=record)
 
 
-def _need_device(device: str) -> None:
+def _require_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException(
-            f"--device cuda: expected a CUDA GPU, torch {torch.__version__} finds none (torch.cuda.is_available())"
+            f"--device: expected a CUDA GPU for cuda, got none in torch {torch.__version__} (torch.cuda.is_available())"
         )
 
 

@@ -29,38 +29,48 @@ def explain(
     device: str | torch.device = "cpu",
     dropout: bool = False,
     backend: str | None = None,
-) -> Any:  # Choice or Explanation, by what is asked
-    """The backend that would run a call, why, and why the preferred ones would not. Nothing is computed.
+) -> Any:  # Choice, or Explanation for a model of HF PEFT
+    """Which backend would run a call and why, and why the preferred ones would not. Computes nothing.
 
     Three ways to ask: `explain("lora_linear", M=64, K=4096, N=4096, dtype=torch.bfloat16)`; `explain(layer, x)` with a
     LoRALinear, a MultiLoRALinear or a LoRA layer of HF PEFT and an input (or M=); `explain(peft_model)` with a whole
     model of HF PEFT: which of its layers run on peftk's kernels, and which keep PEFT's own code and why.
 
     Args:
-        what: one of lora_linear, multi_lora_linear, adapter_block, multi_adapter_block, their _backward, merge,
-            unmerge, segments (the sort of a batch's ids: of M and adapters alone); or a layer.
-        M, K, N: tokens, in_features, out_features; rank: the largest; adapters: how many a batch mixes.
-        dtype: of x; weight_dtype and adapter_dtype default to it.
-        backend: what would be forced (else PEFTK_BACKEND is looked at, as in a call).
+        what: lora_linear, multi_lora_linear, adapter_block, multi_adapter_block, one of these with _backward appended,
+            merge, unmerge, or segments (the sort of a batch's ids, which depends on M and adapters only); or a layer or
+            model as above.
+        x: an input of the layer; None: M rows in the weight's dtype.
+        M: rows of x (tokens); K: in_features; N: out_features; rank: the largest of the adapters; adapters: how many
+            adapters the call has.
+        dtype: of x; weight_dtype and adapter_dtype default to it. dropout: whether the call has dropout.
+        backend: the backend to force; None uses PEFTK_BACKEND if it is set, as a call does.
 
     Returns:
-        Choice: `.backend`, `.reason`, `.rejected`; print it to read it. The backend "peft" is PEFT's own code.
-        Explanation, of a whole model: `.peftk` and `.peft`, which map what runs, or why not, to names of layers.
+        Choice: `.backend`, `.reason`, `.rejected`, `.kernel`; print it for a readable form. The backend "peft" is
+            PEFT's own code.
+        Explanation, for a whole model: `.peftk` maps what runs, and `.peft` why peftk does not, to names of layers.
 
     Raises:
-        ValueError, TypeError: an unknown operation or layer.
-        BackendError: the forced backend could not run this call.
+        ValueError, TypeError: an unknown operation, a size out of range, or an unsupported layer.
+        BackendError: the forced backend cannot run this call.
     """
     if isinstance(what, nn.Module) and peft_model.has_lora(what):
         return peft_model.explain(what, M if x is None else x.numel() // x.shape[-1], backend)
     if isinstance(what, nn.Module):
-        call = _of_layer(what, x, M)
+        call = _layer_call(what, x, M)
     else:
         if what not in _NAMES:
             raise ValueError(f"what: expected a layer or one of {', '.join(_NAMES)}, got {what!r}")
-        for name, size, least in (("M", M, 0), ("K", K, 1), ("N", N, 1), ("rank", rank, 0), ("adapters", adapters, 0)):
-            if size < least:
-                raise ValueError(f"{name}: expected {least} or more, got {size}")
+        for name, size, minimum in (
+            ("M", M, 0),
+            ("K", K, 1),
+            ("N", N, 1),
+            ("rank", rank, 0),
+            ("adapters", adapters, 0),
+        ):
+            if size < minimum:
+                raise ValueError(f"{name}: expected {minimum} or more, got {size}")
         call = Call(
             op=Op.parse(what),
             device=torch.device(device).type,
@@ -74,10 +84,10 @@ def explain(
             adapters=adapters,
             dropout=dropout,
         )
-    return choice.explained(call, backend)
+    return choice.choose_and_describe(call, backend)
 
 
-def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
+def _layer_call(layer: nn.Module, x: Tensor | None, M: int) -> Call:
     from peftk.nn import LoRALinear, MultiLoRALinear
 
     if isinstance(layer, LoRALinear):
@@ -85,8 +95,8 @@ def _of_layer(layer: nn.Module, x: Tensor | None, M: int) -> Call:
         adapter_dtype: torch.dtype | None = layer.lora_A.dtype
         dropout = layer.training and layer.lora_dropout > 0 and not layer.merged
     elif isinstance(layer, MultiLoRALinear):
-        taken = [a for a in layer.bank.adapters if a is not None]
-        op, rank = LORA_LINEAR._replace(many=True), max((a.rank for a in taken), default=0)
+        present = [a for a in layer.bank.adapters if a is not None]
+        op, rank = LORA_LINEAR._replace(many=True), max((a.rank for a in present), default=0)
         adapters = len(layer.bank.adapters)
         adapter_dtype = layer.bank.pool.dtype
         dropout = False

@@ -1,4 +1,4 @@
-"""The public operations. Each checks its arguments, lets `peftk.backends` choose who serves, and wires the gradients.
+"""The public operations: each checks its arguments, chooses a backend, and is differentiable.
 
     y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i
 
@@ -6,7 +6,7 @@ Every backend accumulates in fp32 and rounds once, to x's dtype; with u the unit
 
     |y − y*| ≤ u·|y*| + c·√(K + R)·2⁻²⁴·(|x||W|ᵀ + |s||v||B|ᵀ + |bias| + |β|),   c = 2       (docs/numerics.md)
 
-fp64 inputs are run by the reference, in fp64.
+The reference runs fp64 inputs, in fp64. v is act(x̃Aᵀ + a), x̃ is x after dropout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftk.adapters.bank import AdapterBank, PackedBank
 from peftk.adapters.dropout import dropout_of
 from peftk.adapters.table import AdapterTable
 from peftk.ops import merge
-from peftk.ops.dispatch import direct_lora_linear, recorded
+from peftk.ops.dispatch import direct_lora_linear, is_recording
 from peftk.ops.layer_calls import (
     adapter_block_unchecked,
     lora_linear_unchecked,
@@ -65,26 +65,28 @@ def lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear layer and one adapter as one operation: `y = xWᵀ + bias + s·act(x̃Aᵀ + a)Bᵀ + β`.
+    """A frozen linear layer with one adapter, in one operation: `y = xWᵀ + bias + s·act(x̃Aᵀ + a)Bᵀ + β`.
 
     Args:
         x: [..., K]; weight: W [N, K], frozen; bias: [N].
         lora_A: A [R, K]; lora_B: B [N, R]; any R ≥ 1; both None for the base layer alone.
         scaling: s, dimensionless (lora_alpha / r).
-        activation: identity, relu, gelu (erf), gelu_tanh or silu, on the R hidden values.
+        activation: identity, relu, gelu (erf), gelu_tanh or silu, applied to the R hidden values.
         bias_A: a [R]; bias_B: β [N].
-        dropout_p: probability that the adapter does not see an element of x; the mask comes from `seed` by Philox, so
-            it is never stored. seed: int64 tensor of one element on x's device; None draws one from torch's generator.
-        backend: reference, cpu, triton or cuda; None lets the choice decide (see `peftk.explain`).
+        dropout_p: p, the probability with which each element of x is zeroed for the adapter only (x̃); the others are
+            scaled by 1/(1 - p). The mask is recomputed from `seed` with Philox and not stored.
+        seed: int64 tensor of one element on x's device; None draws one from torch's generator.
+        backend: reference, cpu, gemm, triton or cuda; None chooses one (see `peftk.explain`).
 
-    Dtypes: x, W and bias fp32, bf16 or fp16 in any mixture, the adapter of one dtype of its own; or all fp64.
+    Dtypes: x, W and bias in fp32, bf16 or fp16, mixed freely; the adapter's tensors share one dtype, which may differ.
+    Or everything in fp64.
 
     Returns:
-        y [..., N] in x's dtype: fp32 accumulation, one rounding; for the error bound see the module's docstring.
+        y [..., N] in x's dtype: fp32 accumulation, one rounding; the module's docstring has the error bound.
         Differentiable in x, bias and the adapter's four tensors.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a weight that wants a gradient.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or a weight that requires grad.
         BackendError: the forced backend cannot run this call.
 
     Source: Hu et al. 2021 (LoRA); He et al. 2021 (with an activation: parallel adapter).
@@ -113,52 +115,54 @@ def multi_lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear layer with a different adapter for every row: row m takes adapter ids[m], or none where that is
-    -1.
+    """A frozen linear layer with a different adapter per row: row m uses adapter ids[m], or none if that is -1.
+
+    y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i, with i = ids[m].
 
     Args:
         x: [..., K]; weight: W [N, K], frozen; bias: [N].
-        bank: the adapters (`peftk.AdapterBank`, or an `AdapterTable` of tensors that lie elsewhere), of any ranks,
-            activations and biases. A `peftk.PackedBank` for packed outputs: each slice of W's rows (query, key and
-            value, say) has adapters of its own, and a row takes those of its id in every slice.
-        ids: int32 or int64, of shape x.shape[:-1] (per token) or, where x has three or more dimensions, x.shape[:1]
+        bank: the adapters (`peftk.AdapterBank`, or an `AdapterTable` of tensors stored elsewhere), with any ranks,
+            activations and biases. A `peftk.PackedBank` for packed outputs: each slice of W's rows (for example query,
+            key and value) has its own adapters, and a row uses those of its id in every slice.
+        ids: int32 or int64, of shape x.shape[:-1] (per token) or, if x has three or more dimensions, x.shape[:1]
             (per sequence); in any order.
         dropout_p, seed, backend: as in `lora_linear`.
 
     Returns:
-        y [..., N] in x's dtype. Each row has the bound of `lora_linear` with its own adapter; rows do not influence
-        each other (an inf in one adapter stays in its rows). Differentiable in x, bias and the adapters' tensors.
+        y [..., N] in x's dtype. Each row has the error bound of `lora_linear` with its adapter. Rows do not influence
+        each other: an inf in one adapter stays in its rows. Differentiable in x, bias and the adapters' tensors.
 
     Raises:
-        TypeError, ValueError: as in `lora_linear`; and, on a CPU, an id that is neither -1 nor the number of an adapter
-            that is still there. On a GPU such an id counts as -1, unless PEFTK_CHECK=1 asks to look (which
-            synchronises).
+        TypeError, ValueError: as in `lora_linear`; also, on a CPU, for an id that is neither -1 nor the number of an
+            adapter in the bank. On a GPU such an id counts as -1, unless PEFTK_CHECK=1 is set, which checks the ids and
+            so synchronises.
+        BackendError: the forced backend cannot run this call.
 
-    Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
+    Source: the problem is from Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA).
     """
     checks.base(weight, bias)
     if not isinstance(bank, (AdapterBank, PackedBank, AdapterTable)):
         raise TypeError(f"bank: expected an AdapterBank, a PackedBank or an AdapterTable, got {type(bank).__name__}")
-    bank = _as_it_lies(bank)
-    _bank_fits(bank, *weight.shape)
+    bank = _current_bank(bank)
+    _check_bank(bank, *weight.shape)
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     dropout = dropout_of(dropout_p, seed, weight.device)
-    return multi_lora_linear_unchecked(x, weight, bias, bank, _slots(bank, ids), dropout=dropout, backend=backend)
+    return multi_lora_linear_unchecked(x, weight, bias, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
 
 
-def _as_it_lies(bank: Any) -> Any:
-    """A table of a user's own, made anew where Parameters have moved since. (A bank looks after its own.)"""
-    return bank.current() if isinstance(bank, AdapterTable) and not recorded() else bank
+def _current_bank(bank: Any) -> Any:
+    """Rebuilds a user's AdapterTable if its Parameters have moved in memory. (A bank does so itself.)"""
+    return bank.current() if isinstance(bank, AdapterTable) and not is_recording() else bank
 
 
-def _slots(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
-    """A user's ids, numbers of adapters, as the slots that kernels take. An AdapterTable has no others."""
+def _slot_ids(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
+    """Converts adapter numbers to slots of the bank. In an AdapterTable they are the same."""
     return ids if isinstance(bank, AdapterTable) else bank.slots_of(ids)
 
 
-def _bank_fits(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
-    """A bank has checked its adapters against its own shape, so those of many are not looked at in every call."""
+def _check_bank(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
+    """Checks that the adapters fit W. A bank has checked them against its own shape, so only that shape is compared."""
     if isinstance(bank, AdapterTable) or bank.shape != (N, K):
         checks.bank(bank.adapters, bank.columns, N, K)
 
@@ -176,19 +180,19 @@ def adapter_block(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A series adapter as one operation: skip, down, activation, up: `y = x + s·act(x̃Aᵀ + a)Bᵀ + β`.
+    """A series adapter (skip, down, activation, up) in one operation: `y = x + s·act(x̃Aᵀ + a)Bᵀ + β`.
 
-    It is `lora_linear` with W = identity, which nobody multiplies with.
+    It is `lora_linear` with W = identity, without that product.
 
     Args:
         x: [..., K]; lora_A: A [R, K] (down); lora_B: B [K, R] (up); any R ≥ 1.
-        scaling: s, dimensionless; activation; bias_A: a [R]; bias_B: β [K]; dropout_p, seed, backend: as in
-            `lora_linear`.
+        scaling: s, dimensionless; bias_A: a [R]; bias_B: β [K].
+        activation, dropout_p, seed, backend: as in `lora_linear`.
 
     Returns:
-        y [..., K] in x's dtype: fp32 accumulation, one rounding, so the error is at most
-        u·|y*| + c·√(K + R)·2⁻²⁴·(|x| + |s|(|x̃||A|ᵀ + |a|)|B|ᵀ + |β|): there is no |x||W|ᵀ beside which v's own error is
-        small. Differentiable in x and the adapter's four tensors.
+        y [..., K] in x's dtype: fp32 accumulation, one rounding, so the error is at most u·|y*| + c·√(K + R)·2⁻²⁴·(|x|
+        + |s|(|x̃||A|ᵀ + |a|)|B|ᵀ + |β|). Unlike in `lora_linear`, the error of the hidden values v counts, because
+        there is no large |x||W|ᵀ. Differentiable in x and the adapter's four tensors.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
@@ -217,21 +221,24 @@ def multi_adapter_block(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A series adapter with a different adapter for every row: `adapter_block` with adapter ids[m], or x where that is
-    -1.
+    """A different series adapter per row: `adapter_block` with adapter ids[m], or y[m] = x[m] if that is -1.
 
     Args:
         x: [..., K]; bank: adapters with N = K; ids, dropout_p, seed, backend: as in `multi_lora_linear`.
 
-    Returns, Raises: as `adapter_block` and `multi_lora_linear`.
+    Returns:
+        y [..., K] in x's dtype; each row has the error bound of `adapter_block` with its adapter.
+
+    Raises:
+        As `adapter_block` and `multi_lora_linear`.
     """
     if not isinstance(bank, (AdapterBank, AdapterTable)) or bank.columns:
         raise TypeError(f"bank: expected an AdapterBank or an AdapterTable, got {type(bank).__name__}")
-    bank = _as_it_lies(bank)
+    bank = _current_bank(bank)
     checks.block_bank(x, bank.device, bank.dtype)
-    _bank_fits(bank, x.shape[-1], x.shape[-1])
+    _check_bank(bank, x.shape[-1], x.shape[-1])
     dropout = dropout_of(dropout_p, seed, x.device)
-    return multi_adapter_block_unchecked(x, bank, _slots(bank, ids), dropout=dropout, backend=backend)
+    return multi_adapter_block_unchecked(x, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
 
 
 def merge_(
@@ -242,35 +249,42 @@ def merge_(
     *,
     backend: str | None = None,
 ) -> MergeReceipt:
-    """W ← round(W + Σ s·BA), in place, and a receipt from which `unmerge_` gives back every bit of W.
+    """Merges adapters in place, W ← round(W + Σ s·BA), and returns the receipt from which `unmerge_` restores W.
 
-    Each product is a chain of fp32 fma over ascending rank, then one product with s; those of several adapters are
-    added in order, and one sum with W follows, each rounded once (`peftk.reference.merge`). Every backend gives the
-    same bits, so a merge made on one can be undone on another.
+    Each BA is a chain of fp32 fmas over ascending rank, then multiplied by s. The products of several adapters are
+    added in order, and their sum is added to W. Each of these steps rounds once (`peftk.reference.merge`). All backends
+    give the same bits, so a merge made on one can be undone on another.
 
     Args:
-        weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), any strides that give each element its own place.
-        lora_A: A [R, K]; lora_B: B [N, R]; copied into the receipt. scaling: s, dimensionless.
-            Or sequences of one length, for several adapters of any ranks in one pass; one s may serve them all.
+        weight: W [N, K], fp32, bf16 or fp16 (fp64: reference only), with any strides under which elements do not
+            overlap.
+        lora_A: A [R, K]; lora_B: B [N, R]; both are copied into the receipt. scaling: s, dimensionless. For several
+            adapters in one pass: lists of equal length, of any ranks; scaling may still be one number for all.
+        backend: as in `lora_linear`.
 
     Returns:
-        MergeReceipt: about half a byte per weight where ΔW is not several times W, besides A and B (docs/merge.md).
+        MergeReceipt: A, B, and about half a byte per weight unless ΔW is several times as large as W (docs/merge.md).
 
     Raises:
-        TypeError, ValueError: as in `lora_linear`; or W' would not be finite. W is unchanged then.
+        TypeError, ValueError: as in `lora_linear`, or if W' would not be finite. W is then unchanged.
+        BackendError: the forced backend cannot run this call.
     """
-    factors = _factors(weight, lora_A, lora_B, scaling)
+    factors = _checked_factors(weight, lora_A, lora_B, scaling)
     return merge.merge_(weight, factors, backend=backend)
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt, *, backend: str | None = None) -> None:
-    """Gives `weight` back every bit that it had before `receipt = merge_(weight, ...)`, in place.
+    """Restores every bit that `weight` had before `receipt = merge_(weight, ...)`, in place.
+
+    Args:
+        weight: W' [N, K] as the merge left it; receipt: of that merge; backend: any, not only the one that merged.
 
     Raises:
         TypeError: receipt is not a MergeReceipt.
-        ValueError: weight is not what the merge left (shape, dtype or checksum). It is unchanged then.
+        ValueError: weight differs from what the merge left (shape, dtype, device or checksum). It is then unchanged.
+        BackendError: the forced backend cannot run this call.
     """
-    _merged(weight, receipt)
+    _check_merged_weight(weight, receipt)
     merge.unmerge_(weight, receipt, backend=backend)
 
 
@@ -283,20 +297,21 @@ def remerge_(
     *,
     backend: str | None = None,
 ) -> MergeReceipt:
-    """From one merge to another: `unmerge_(weight, receipt)` and `merge_(weight, lora_A, lora_B, scaling)`, to the bit.
+    """Replaces one merge by another, with the bits of `unmerge_` followed by `merge_`.
 
-    On a CPU it is one pass over W, in place, and no forward in between sees the base layer.
+    On a CPU this is one pass over W, in place, and no forward in between sees the unmerged weight.
 
-    Args: as in both.
+    Args:
+        As in `unmerge_` and `merge_`.
 
     Returns:
-        MergeReceipt: of the new merge; it goes back to the base layer, not to the merge before.
+        MergeReceipt: of the new merge. It restores the base layer's weight, not the previous merge.
 
     Raises:
-        TypeError, ValueError: as both. W is unchanged then: still merged, and `receipt` still undoes it.
+        As `unmerge_` and `merge_`. W is then unchanged: still merged, and `receipt` still undoes that.
     """
-    factors = _factors(weight, lora_A, lora_B, scaling)
-    _receipt(receipt)
+    factors = _checked_factors(weight, lora_A, lora_B, scaling)
+    _require_receipt(receipt)
     return merge.remerge_(weight, receipt, factors, backend=backend)
 
 
@@ -308,23 +323,22 @@ def merge_layers_(
     *,
     backend: str | None = None,
 ) -> list[MergeReceipt]:
-    """`merge_` of many layers, each of its own shape, adapters and ranks. All are merged, or none.
+    """`merge_` for many layers, with shapes, adapters and ranks that may differ. Merges all of them or none.
 
-    That holds whatever is raised meanwhile; a Ctrl-C waits until the layers at work are whole. The CUDA C++ and Triton
-    backends merge all layers of a device and pair of dtypes in one launch (of at most 2²⁸ weights), other backends one
-    after another.
+    That holds whatever is raised; Ctrl-C is delivered between two groups of layers. The CUDA C++ and Triton backends
+    merge all layers of one device and pair of dtypes in one launch (of at most 2²⁸ weights), other backends one by one.
 
     Args:
-        weights: of the layers; no two share memory. lora_A, lora_B: one entry a layer, as `merge_` takes them.
-        scaling: one number for all, or one entry a layer, as `merge_` takes it.
+        weights: one per layer; no two may share memory. lora_A, lora_B: one entry per layer, each as for `merge_`.
+        scaling: one number for all layers, or one entry per layer, each as for `merge_`.
 
     Returns:
-        list[MergeReceipt]: one per layer. Each also serves `unmerge_` and `remerge_` alone.
+        list[MergeReceipt]: one per layer. Each can also be used alone, with `unmerge_` and `remerge_`.
 
     Raises:
-        TypeError, ValueError: as in `merge_`, with the number of the layer. No weight has changed then.
+        As `merge_`, with the number of the layer. No weight has then changed.
     """
-    return merge.merge_layers_(weights, _layers(weights, lora_A, lora_B, scaling), backend=backend)
+    return merge.merge_layers_(weights, _layer_factors(weights, lora_A, lora_B, scaling), backend=backend)
 
 
 def remerge_layers_(
@@ -336,63 +350,67 @@ def remerge_layers_(
     *,
     backend: str | None = None,
 ) -> list[MergeReceipt]:
-    """`remerge_` of many layers: each from what its receipt says it holds (None: the base layer) to these adapters.
+    """`remerge_` for many layers: replaces the merge of each receipt by one of these adapters. Changes all or none.
 
-    All change over, or none: whatever is raised, those that had changed go back to the merge before, to the bit, and
-    `receipts` still undo it.
+    Whatever is raised, layers that had already changed get the bits of their previous merge again, and `receipts` still
+    undo it.
 
-    Args: as in `merge_layers_` and `unmerge_layers_`.
+    Args:
+        receipts: one per layer; None for a weight that is not merged. The others as in `merge_layers_`.
+
+    Returns:
+        list[MergeReceipt]: of the new merges, one per layer.
 
     Raises:
-        TypeError, ValueError: as both, with the number of the layer.
+        As `remerge_`, with the number of the layer.
     """
-    factors = _layers(weights, lora_A, lora_B, scaling)
-    _sequences(weights=weights, receipts=receipts)
+    factors = _layer_factors(weights, lora_A, lora_B, scaling)
+    _check_sequences(weights=weights, receipts=receipts)
     for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
         if receipt is not None:
-            with _numbered(layer):
-                _merged(weight, receipt)
+            with _name_layer_in_errors(layer):
+                _check_merged_weight(weight, receipt)
     return merge.remerge_layers_(weights, receipts, factors, backend=backend)
 
 
 def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], *, backend: str | None = None) -> None:
-    """`unmerge_` of many layers. All are unmerged, or none.
+    """`unmerge_` for many layers. Unmerges all or none.
 
     Raises:
-        TypeError, ValueError: as in `unmerge_`, with the number of the layer. No weight has changed then.
+        As `unmerge_`, with the number of the layer. No weight has then changed.
     """
-    _sequences(weights=weights, receipts=receipts)
+    _check_sequences(weights=weights, receipts=receipts)
     for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
-        with _numbered(layer):
-            _merged(weight, receipt)
+        with _name_layer_in_errors(layer):
+            _check_merged_weight(weight, receipt)
     checks.apart(weights)
     merge.unmerge_layers_(weights, receipts, backend=backend)
 
 
-def _layers(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list[Factors]:
-    """The adapters of many layers' merges, checked and copied."""
-    _sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
-    each = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
-    _sequences(weights=weights, scaling=each)
+def _layer_factors(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list[Factors]:
+    """The adapters to merge into each layer, checked and copied."""
+    _check_sequences(weights=weights, lora_A=lora_A, lora_B=lora_B)
+    scalings = [scaling] * len(weights) if isinstance(scaling, (int, float)) else scaling
+    _check_sequences(weights=weights, scaling=scalings)
     factors = []
-    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
-        with _numbered(layer):
-            factors.append(_factors(*arguments))
+    for layer, arguments in enumerate(zip(weights, lora_A, lora_B, scalings, strict=True)):
+        with _name_layer_in_errors(layer):
+            factors.append(_checked_factors(*arguments))
     checks.apart(weights)
     return factors
 
 
 @contextlib.contextmanager
-def _numbered(layer: int) -> Iterator[None]:
-    """An error says which layer it is about."""
+def _name_layer_in_errors(layer: int) -> Iterator[None]:
+    """Prefixes errors with the number of the layer."""
     try:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"layer {layer}: {error}") from None
 
 
-def _sequences(**arguments: Any) -> None:
-    """Lists or tuples of one length."""
+def _check_sequences(**arguments: Any) -> None:
+    """Checks for lists or tuples, all of one length."""
     (first, layers), *_ = arguments.items()
     for name, values in arguments.items():
         if not isinstance(values, (list, tuple)):
@@ -401,32 +419,32 @@ def _sequences(**arguments: Any) -> None:
             raise ValueError(f"{name}: expected {len(layers)}, as many as {first}, got {len(values)}")
 
 
-def _merged(weight: Tensor, receipt: MergeReceipt) -> None:
-    """What unmerging looks at before it looks at values."""
+def _check_merged_weight(weight: Tensor, receipt: MergeReceipt) -> None:
+    """The checks of unmerging, except those of values."""
     checks.dense("weight", weight)
-    _receipt(receipt)
+    _require_receipt(receipt)
     checks.floating("weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape {list(receipt.shape)} of the merge, got {list(weight.shape)}")
+        raise ValueError(f"weight: expected shape {list(receipt.shape)} as in the merge, got {list(weight.shape)}")
     checks.writable("weight", weight)
 
 
-def _receipt(receipt: MergeReceipt) -> None:
+def _require_receipt(receipt: MergeReceipt) -> None:
     if not isinstance(receipt, MergeReceipt):
         raise TypeError(f"receipt: expected the MergeReceipt that merge_ returned, got {type(receipt).__name__}")
     check_receipt(receipt)
 
 
 @lasting()
-def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
-    """The adapters of a merge, one or several, checked and copied side by side."""
+def _checked_factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
+    """The adapters of one layer's merge, one or several, checked and copied into one A and one B."""
     checks.dense("weight", weight)
     checks.base(weight.detach(), None)
     checks.writable("weight", weight)
     if not isinstance(lora_A, (list, tuple)) and not isinstance(lora_B, (list, tuple)):
         if lora_A is None:
             raise ValueError("lora_A: expected a tensor [R, K], got None")
-        _factor(weight, lora_A, lora_B, scaling)
+        _check_factors(weight, lora_A, lora_B, scaling)
         return factors((lora_A,), (lora_B,), (float(scaling),))
     count = len(lora_A) if isinstance(lora_A, (list, tuple)) else len(lora_B)
     if isinstance(scaling, (int, float)):
@@ -440,14 +458,14 @@ def _factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> Factors:
         if A is None:
             raise ValueError(f"adapter {number}: lora_A: expected a tensor [R, K], got None")
         try:
-            _factor(weight, A, B, s)
+            _check_factors(weight, A, B, s)
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapter {number}: {error}") from None
     return factors(lora_A, lora_B, [float(s) for s in scaling])
 
 
-def _factor(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> None:
-    """One adapter of a merge."""
+def _check_factors(weight: Tensor, lora_A: Any, lora_B: Any, scaling: Any) -> None:
+    """Checks one adapter of a merge."""
     checks.adapter(weight, lora_A, lora_B, scaling)
     checks.dense("lora_A", lora_A)
     checks.dense("lora_B", lora_B)

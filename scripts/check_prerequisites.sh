@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks what the build needs and cannot install by itself; names all that is missing, with the command that installs it.
+# Checks for what the build needs but cannot install, and prints what is missing with the command that installs it.
 # Usage: check_prerequisites.sh PYTHON CXX
 python=$1
 cxx=$2
@@ -14,7 +14,7 @@ if ! version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 
     missing "Python ('$python' does not run)" "python3 python3-venv python3-dev"
 elif ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "missing: Python 3.10 or newer ('$python' is $version)." >&2
-    echo "Debian 12, Ubuntu 22.04 and newer have one as python3; another is chosen with: make PYTHON=python3.12" >&2
+    echo "Debian 12, Ubuntu 22.04 and newer have one as python3; choose a different one with: make PYTHON=python3.12" >&2
     exit 1
 else
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||

@@ -1,7 +1,7 @@
-"""Draws the pictures of docs/methods: what a method adds to a layer or a block; frozen parts grey, trained coloured.
+"""Draws the pictures of docs/methods: what each method adds to a layer or block. Frozen grey, trained orange.
 
 python scripts/draw_methods.py            # writes docs/methods/*.svg, the same bytes every time
-python scripts/draw_methods.py --png DIR  # PNGs, to look at
+python scripts/draw_methods.py --png DIR  # writes PNGs into DIR instead
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZE = 10.0
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "docs" / "methods"
 
 STYLE = {
-    "svg.fonttype": "path",  # the same on every machine
+    "svg.fonttype": "path",  # independent of installed fonts
     "svg.hashsalt": "peftk",
     "font.family": "DejaVu Sans",
     "font.size": SIZE,
@@ -32,7 +32,7 @@ STYLE = {
 
 
 class Sketch:
-    """A drawing in units of its own: boxes, trapezoids, sums and arrows between them."""
+    """A drawing of boxes, trapezoids, sums and arrows, in units of inches."""
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = pyplot.figure(figsize=(width, height), facecolor="white")
@@ -42,7 +42,7 @@ class Sketch:
         self.axes.axis("off")
 
     def box(self, x: float, y: float, width: float, height: float, text: str, *, trained: bool = False) -> None:
-        """A box around (x, y)."""
+        """A box centred at (x, y)."""
         patch = FancyBboxPatch(
             (x - width / 2, y - height / 2),
             width,
@@ -56,7 +56,7 @@ class Sketch:
         self.text(x, y, text, colour=TRAINED_INK if trained else INK)
 
     def funnel(self, x: float, y: float, wide: float, narrow: float, height: float, text: str, *, up: bool) -> None:
-        """A trained factor: from wide to narrow (down-projection), or from narrow to wide (up)."""
+        """A trained factor: narrowing (a down-projection) or widening (up), from bottom to top."""
         bottom, top = (narrow, wide) if up else (wide, narrow)
         corners = [
             (x - bottom / 2, y - height / 2),
@@ -77,7 +77,7 @@ class Sketch:
         self.text(x, y - 0.005, text, colour=TRAINED_INK if trained else INK)
 
     def arrow(self, *points: tuple[float, float], trained: bool = False, head: bool = True) -> None:
-        """A line through the points, with a head at its end."""
+        """A line through the points, with an arrow head at its end."""
         colour = TRAINED_EDGE if trained else INK
         *rest, last = points
         if len(points) > 2:
@@ -127,7 +127,7 @@ def lora() -> Sketch:
 
 
 def bottleneck(s: Sketch, x: float, y: float, scale: float = 1.0) -> None:
-    """down, activation, up; from y - 0.62 to y + 0.62 times scale."""
+    """Down-projection, activation, up-projection; from y - 0.62·scale to y + 0.62·scale."""
     s.funnel(x, y - 0.42 * scale, 1.3 * scale, 0.62 * scale, 0.4 * scale, "$A, a$", up=False)
     s.box(x, y, 0.62 * scale, 0.3 * scale, "act", trained=False)
     s.funnel(x, y + 0.42 * scale, 1.3 * scale, 0.62 * scale, 0.4 * scale, "$s\\cdot B, \\beta$", up=True)
@@ -241,7 +241,7 @@ def layers() -> Sketch:
 
 
 def overview() -> Sketch:
-    """One transformer block with the places of all methods."""
+    """One transformer block, with the places where the methods add something."""
     s = Sketch(8.0, 5.6)
     x = 2.6
     s.text(x, 0.3, "hidden states $[T, d]$")
@@ -263,7 +263,7 @@ def overview() -> Sketch:
     s.arrow((x, 2.72), (0.75, 2.72), (0.75, 4.5), (x - 0.15, 4.5))
     s.arrow((x, 4.64), (x, 4.9))
     s.box(x, 5.1, 2.5, 0.36, "head", trained=True)
-    # beside the projections and the MLP
+    # next to the projections and the MLP
     notes = (
         (1.14, "LoRA: $+\\, s\\cdot(xA^T)B^T$ on any linear\nBitFit: $b + \\beta$ on any bias\n"
          "LLaMA-Adapter: $+\\tanh(g)$ · attention to a prompt"),
@@ -302,7 +302,7 @@ def draw(folder: pathlib.Path, kind: str = "svg") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--png", type=pathlib.Path, metavar="DIR", help="write PNGs there instead")
+    parser.add_argument("--png", type=pathlib.Path, metavar="DIR", help="write PNGs into this folder instead")
     folder = parser.parse_args().png
     if folder is None:
         draw(FOLDER)

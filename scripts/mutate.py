@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Mutation testing: a hundred small mistakes in the sources, one at a time, and whether the tests notice each.
+"""Mutation testing: makes a hundred small mistakes in the sources, one at a time, and checks that the tests catch each.
 
-    scripts/mutate.py draw      writes scripts/mutants.json: by a seed, before any of them is run
-    scripts/mutate.py run       each mutant against the tests of its file (TESTS), at most 3 minutes; resumes
-    scripts/mutate.py full      what survived, and five that did not, against all that `make test-full` runs; hours
-    scripts/mutate.py report    what is known so far
+    scripts/mutate.py draw      writes scripts/mutants.json, drawn with a fixed seed
+    scripts/mutate.py run       runs each mutant against the tests of its file (TESTS), at most 3 minutes; resumes
+    scripts/mutate.py full      runs survivors, and five others, against all of `make test-full`; takes hours
+    scripts/mutate.py report    prints the results so far
 
-A mutant is one changed line. The list keeps the line as it was, so that it holds while the sources change around it;
-one whose line is gone is reported as such. Each runs in a copy of the tree outside the checkout, where the C++ that it
-touches is compiled for the SIMD levels that this processor has. `--only 3 17` runs some of them again, by their number.
+A mutant is one changed line. The list has the original line, so a mutant stays valid while the sources around it
+change; one whose line no longer exists is reported as gone. Each runs in a copy of the tree outside the checkout. There
+the C++ that it touches is compiled for the SIMD levels of this processor. `--only 3 17` runs these mutants again, by
+number.
 
-A test that fails without the mutant too notices nothing: what failed is run once on the sources as they are. A mutant
-that nobody can tell from the original is `equivalent`: the list says why, by hand, and it counts neither way.
+A test that fails without the mutant too proves nothing, so a failed test is run once on the original sources. A mutant
+that behaves like the original is `equivalent`: the list says why, by hand, and it counts neither way.
 """
 
 from __future__ import annotations
@@ -49,10 +50,13 @@ SCRATCH = Path(tempfile.gettempdir(), f"peftk-mutants{str(ROOT).replace('/', '-'
 ORIGINAL, MUTANT = SCRATCH / "original", SCRATCH / "mutant"
 SEED = 13
 SECONDS, FULL_SECONDS = 180, 4 * 3600
-STILL, FULL_STILL = 60, 1200  # seconds in one test, of the processor or without any: it hangs
+IDLE_SECONDS, FULL_IDLE_SECONDS = (
+    60,
+    1200,
+)  # seconds of CPU time in one test, or without progress, after which it counts as hanging
 
-# How many, and in which files: those that compute, not those that measure or show. What is compiled for processors that
-# few have (NEON, AVX-512) and what only nvcc reads is left to the tests of the build.
+# The number of mutants, and their files: those that compute, not those that measure or print. Code for processors that
+# few have (NEON, AVX-512) and code that only nvcc compiles is left to the tests of the build.
 GROUPS = {
     "C++": (26, ["csrc/cpu/*", "csrc/bindings/*", "csrc/common/*"], ["*cuda*", "*peak*", "*_neon.h", "*_avx512.h"]),
     "CUDA": (10, ["csrc/cuda/*", "csrc/bindings/cuda*"], ["*/instructions.cuh"]),
@@ -64,7 +68,7 @@ GROUPS = {
     ),
 }
 
-# The tests of a file: those of the first pattern that fits it.
+# The tests of a file: those of the first pattern that matches it.
 KERNELS = [
     "kernels/cpu/test_direct_calls.py",
     "kernels/cpu/test_guard_pages.py",
@@ -259,7 +263,7 @@ TESTS = {
     "peftk/tuning/tune.py": ["tuning/test_tuning.py"],
 }
 
-# ---- Drawing. A mistake is a pattern in a line of code, and what it becomes there.
+# ---- Drawing. A mistake is a pattern in a line of code, and its replacement.
 
 NAME = r"[A-Za-z_][\w.]*"
 PARENTHESES = r"\([^()]*(?:\([^()]*\)[^()]*)*\)"
@@ -319,7 +323,7 @@ NO_CODE = r" *(def|class|import|from|assert|@triton|template|using|namespace|sta
 
 
 def draw() -> None:
-    """Evenly over the code, one in each stretch of it; there the kind of mistake that has been made least often."""
+    """Draws mutants evenly over the code: one per stretch of it, of the kind of mistake used least often so far."""
     rng, drawn = random.Random(SEED), []
     for group, (count, include, exclude) in GROUPS.items():
         possible = [mutant for path in files(include, exclude) for mutant in mutants_of(group, path)]
@@ -328,7 +332,7 @@ def draw() -> None:
             stretch = possible[len(possible) * i // count : len(possible) * (i + 1) // count]
             rng.shuffle(stretch)
             stretch.sort(key=lambda mutant: used[mutant["mistake"]])
-            drawn.append(next(mutant for mutant in stretch if compiles(mutant["path"], mutated(ROOT, mutant))))
+            drawn.append(next(mutant for mutant in stretch if compiles(mutant["path"], apply_mutant(ROOT, mutant))))
             used[drawn[-1]["mistake"]] += 1
     LIST.write_text(json.dumps(drawn, indent=1, ensure_ascii=False) + "\n")
 
@@ -343,23 +347,23 @@ def files(include: Sequence[str], exclude: Sequence[str]) -> list[str]:
 
 
 def mutants_of(group: str, path: str) -> Iterator[dict[str, Any]]:
-    """Whatever may be mistaken in a file, line by line."""
+    """All possible mutants of a file, line by line."""
     text, python = (ROOT / path).read_text(), path.endswith(".py")
-    bare = without_texts(text, python).split("\n")
+    bare = blank_texts(text, python).split("\n")
     for number, line in enumerate(text.split("\n")):
         if re.match(NO_CODE, bare[number]):
             continue
         for mistake, pattern, becomes in MISTAKES + (IN_PYTHON if python else IN_CXX):
             for at in re.finditer(pattern, bare[number]):
                 changed = line[: at.start()] + at.expand(becomes) + line[at.end() :]
-                # whatever the mistake takes along must be code, and what changes nothing is none
+                # the matched text must be code, and the line must change
                 if line[at.start() : at.end()] == at[0] and changed.strip() != line.strip():
                     mutant = {"group": group, "path": path, "line": number + 1, "mistake": mistake}
                     yield mutant | {"before": line, "after": changed}
 
 
-def without_texts(text: str, python: bool) -> str:
-    """The same lines with blanks where strings and comments are."""
+def blank_texts(text: str, python: bool) -> str:
+    """The text with strings and comments replaced by spaces."""
     if not python:
         texts = r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|^ *#[^\n]*"
         return re.sub(texts, lambda found: re.sub(r"[^\n]", " ", found[0]), text, flags=re.S | re.M)
@@ -374,8 +378,8 @@ def without_texts(text: str, python: bool) -> str:
     return "\n".join("".join(line) for line in lines)
 
 
-def mutated(tree: Path, mutant: dict[str, Any]) -> str:
-    """The text of its file with the mutant, in the line as it was and nearest to where it was; "": there is none."""
+def apply_mutant(tree: Path, mutant: dict[str, Any]) -> str:
+    """The file's text with the mutant, in the matching line nearest to its old number; "" if no line matches."""
     file = tree / mutant["path"]
     lines = file.read_text().split("\n") if file.exists() else []
     places = [number for number, line in enumerate(lines) if line == mutant["before"]]
@@ -392,7 +396,7 @@ def compiles(path: str, text: str) -> bool:
         except SyntaxError:
             return False
         return True
-    # a header is read with a source that includes it, if only by way of others
+    # a header is compiled with a source that includes it, possibly indirectly
     source = next(source for source in sources() if ROOT / path in depends_on(source, {})).relative_to(ROOT)
     flags = ["-std=c++17", "-fsyntax-only", "-DPEFTK_LEVEL=avx2", "-DPEFTK_LEVELS_AVX2=1", "-mavx2", "-mfma", "-mf16c"]
     with tempfile.TemporaryDirectory() as folder:
@@ -410,7 +414,7 @@ def sources() -> list[Path]:
 
 
 def prepare() -> None:
-    """The tree as it is and its modules, in a copy; files that have not changed keep their time for ninja."""
+    """Copies the tree and its modules. Unchanged files keep their modification time, for ninja."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     names = [name for name in listed.stdout.split() if (ROOT / name).is_file()]
     for old in ORIGINAL.rglob("*.py"):
@@ -423,7 +427,7 @@ def prepare() -> None:
             shutil.copy(source, target)
     for module in (ROOT / "peftk").glob("_*.so"):
         shutil.copy(module, ORIGINAL / "peftk")
-    if (compiled := ROOT / "build/on_host").exists():  # by the content of the sources: no mutant's, and many mutants'
+    if (compiled := ROOT / "build/on_host").exists():  # cached by the content of the sources
         shutil.copytree(compiled, ORIGINAL / "build/on_host", dirs_exist_ok=True)
     link = ORIGINAL / "peftk/triton_kernels"
     if not link.is_symlink():
@@ -443,7 +447,7 @@ shutil.copy(setup.BUILD / "cpu.so", "peftk/_cpu" + sysconfig.get_config_var("EXT
 
 
 def build(tree: Path) -> subprocess.CompletedProcess[str]:
-    """peftk._cpu of a tree, for the levels that this processor has."""
+    """Builds peftk._cpu of a tree, for the SIMD levels of this processor."""
     from peftk import _cpu
 
     command = [sys.executable, "-c", BUILD.format(levels=_cpu.simd_levels())]
@@ -460,32 +464,32 @@ def tests_of(path: str) -> list[str]:
 
 
 def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tuple[str, str, float]:
-    """How tests of a tree end, "survived", "caught" or "too long"; the first that failed or hung; and how long.
+    """Runs tests of a tree: "survived", "caught" or "too long"; the first test that failed or hung; the seconds.
 
-    Seconds are those of the processor, so that whatever else runs here decides nothing.
+    Seconds are CPU time, so that other programs on this machine do not affect the result.
     """
-    total, still = 0.0, FULL_STILL if options else STILL
+    total, idle_limit = 0.0, FULL_IDLE_SECONDS if options else IDLE_SECONDS
     for test in tests:
         interpreted = {"TRITON_INTERPRET": "1"} if test.startswith("tests/kernels/triton/interpreted") else {}
         command = [sys.executable, "-m", "pytest", "-x", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-W", "ignore::RuntimeWarning", *options, test]
         with tempfile.TemporaryFile("w+") as output:
             out = {"stdout": output, "stderr": subprocess.STDOUT, "text": True}
-            # a session of its own: all its processes end with it
+            # a new session, so that all its processes can be killed together
             process = subprocess.Popen(
                 command, cwd=tree, env=environment(tree) | interpreted, start_new_session=True, **out
             )
-            used, moved, written, begun = 0.0, time.monotonic(), 0, 0.0
+            used, last_progress, written, test_started = 0.0, time.monotonic(), 0, 0.0
             try:
                 while (code := process.poll()) is None and total + used < seconds:
                     time.sleep(0.5)
                     now, size = processor_time(process.pid), os.fstat(output.fileno()).st_size
                     if now > used or size > written:
-                        moved = time.monotonic()
-                    if size > written:  # another test
-                        begun = now
+                        last_progress = time.monotonic()
+                    if size > written:  # the next test has started
+                        test_started = now
                     used, written = now, size
-                    if used - begun > still or time.monotonic() - moved > still:
+                    if used - test_started > idle_limit or time.monotonic() - last_progress > idle_limit:
                         break
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -496,12 +500,12 @@ def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tupl
         total += used
         if code is None and total >= seconds:
             return "too long", test, total
-        if code is None:  # CI would wait for it in vain
+        if code is None:  # it hangs
             running = re.findall(r"^(tests/\S+\.py::.+?) *(?:PASSED|SKIPPED|XFAIL|$)", text, re.M)
             return "caught", running[-1] if running else test, total
-        if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # the file has nothing of this tier
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:  # the file has no tests of this tier
             continue
-        assert code <= pytest.ExitCode.INTERNAL_ERROR, text  # otherwise it is no test that failed
+        assert code <= pytest.ExitCode.INTERNAL_ERROR, text  # else pytest itself failed
         if code < 0:
             return "caught", test, total  # the process died
         if code:
@@ -511,7 +515,7 @@ def run(tree: Path, tests: Sequence[str], seconds: float, *options: str) -> tupl
 
 
 def processor_time(session: int) -> float:
-    """Seconds that the processes of a session have used, and those of their children that have ended."""
+    """CPU seconds of the processes of a session, including their children that have ended."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -520,13 +524,13 @@ def processor_time(session: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def attempt(
+def try_mutant(
     mutant: dict[str, Any], passed: dict[str, bool], tests: Sequence[str], seconds: float, *options: str
 ) -> dict[str, Any]:
-    """One mutant in a tree of its own. passed: what is known of single tests without a mutant; more is added."""
-    if mutant["group"] == "C++":  # so that a mutant compiles no more than what it touches
+    """Runs one mutant in its own tree. passed: whether single tests pass without a mutant; results are added to it."""
+    if mutant["group"] == "C++":  # so that the mutant only compiles what it touches
         build(ORIGINAL).check_returncode()
-    text = mutated(ORIGINAL, mutant)
+    text = apply_mutant(ORIGINAL, mutant)
     if not text:
         return {"status": "gone"}
     shutil.rmtree(MUTANT, ignore_errors=True)
@@ -544,20 +548,20 @@ def attempt(
 
 
 def run_all(numbers: Sequence[int], stage: str) -> None:
-    """Those that have no result of this stage yet, or those asked for; each result is written at once."""
+    """Runs the mutants without a result of this stage, or those in `numbers`. Writes each result immediately."""
     prepare()
-    mutants, results = json.loads(LIST.read_text()), known()
+    mutants, results = json.loads(LIST.read_text()), load_results()
     for number in numbers or range(len(mutants)):
         mutant = mutants[number]
         found = results["mutants"].setdefault(key(mutant), {})
         if (stage in found and not numbers) or mutant.get("equivalent"):
             continue
         if stage == "run":
-            found[stage] = attempt(mutant, results["passed"], tests_of(mutant["path"]), SECONDS)
+            found[stage] = try_mutant(mutant, results["passed"], tests_of(mutant["path"]), SECONDS)
         else:
-            # those of its file first; what the interpreter runs is among `tests`, in processes of its own
+            # the tests of its file first; `tests` runs the interpreter's tests in separate processes
             tests = [*tests_of(mutant["path"]), "tests"]
-            found[stage] = attempt(mutant, results["passed"], tests, FULL_SECONDS, "-m", "full")
+            found[stage] = try_mutant(mutant, results["passed"], tests, FULL_SECONDS, "-m", "full")
         print(f"{number:3} {mutant['path']}:{mutant['line']} {mutant['mistake']}: {found[stage]}", flush=True)
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1))
@@ -567,13 +571,13 @@ def key(mutant: dict[str, Any]) -> str:
     return f"{mutant['path']}:{mutant['line']}: {mutant['after'].strip()}"
 
 
-def known() -> dict[str, Any]:
+def load_results() -> dict[str, Any]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"mutants": {}, "passed": {}}
 
 
-def for_full() -> list[int]:
-    """What survived, and the first five that the seed draws of the others."""
-    mutants, results = json.loads(LIST.read_text()), known()["mutants"]
+def full_numbers() -> list[int]:
+    """The mutants that survived, and five of the others, drawn with the seed."""
+    mutants, results = json.loads(LIST.read_text()), load_results()["mutants"]
     status = [results.get(key(mutant), {}).get("run", {}).get("status") for mutant in mutants]
     caught = [number for number, found in enumerate(status) if found == "caught"]
     return [number for number, found in enumerate(status) if found == "survived"] + random.Random(SEED).sample(
@@ -582,7 +586,7 @@ def for_full() -> list[int]:
 
 
 def report() -> None:
-    mutants, results = json.loads(LIST.read_text()), known()["mutants"]
+    mutants, results = json.loads(LIST.read_text()), load_results()["mutants"]
     table: dict[str, Counter[str]] = {group: Counter() for group in GROUPS}
     for number, mutant in enumerate(mutants):
         stages = results.get(key(mutant), {})
@@ -608,15 +612,19 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["draw", "run", "full", "report"])
-    parser.add_argument("--only", type=int, nargs="+", default=[], metavar="NUMBER", help="these, again")
+    parser.add_argument(
+        "--only", type=int, nargs="+", default=[], metavar="NUMBER", help="run only these mutants, again"
+    )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell, tests would never get one
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores SIGINT for background jobs, and tests would inherit that
     if arguments.command == "draw":
         draw()
     elif arguments.command == "run":
         run_all(arguments.only, "run")
     elif arguments.command == "full":
-        run_all(arguments.only or for_full(), "full")
+        run_all(arguments.only or full_numbers(), "full")
     report()
 
 

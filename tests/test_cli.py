@@ -126,9 +126,9 @@ def test_bench_says_when_no_compiled_backend_can_run(monkeypatch):
         ("--ranks", "0", "0 is less than 1"),
         ("--ranks", "4,x", "'4,x'"),
         ("--dims", "4096x", "neither K nor KxN"),
-        ("--dtype", "int8", "none of bf16, fp16, fp32"),
-        ("--op", "nothing", "none of lora_linear"),
-        ("--backend", "mkl", "none of reference"),
+        ("--dtype", "int8", "not one of bf16, fp16, fp32"),
+        ("--op", "nothing", "not one of lora_linear"),
+        ("--backend", "mkl", "not one of reference"),
         ("--threads", "0", "--threads"),
     ],
 )
@@ -139,7 +139,7 @@ def test_bench_bad_options(option, value, said):
 
 
 def test_missing_extras_name_the_command_that_installs_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "installed", lambda module: module not in ("transformers", "matplotlib"))
+    monkeypatch.setattr(extras, "is_installed", lambda module: module not in ("transformers", "matplotlib"))
     result = invoke("demo", "--out", str(tmp_path / "demo"))
     assert result.exit_code == 1
     assert "transformers, matplotlib" in result.output
@@ -151,8 +151,8 @@ def test_missing_extras_name_the_command_that_installs_them(tmp_path, monkeypatc
 
 
 def test_bench_without_peft_leaves_its_column_out(monkeypatch):
-    installed = extras.installed
-    monkeypatch.setattr(extras, "installed", lambda module: module != "peft" and installed(module))
+    installed = extras.is_installed
+    monkeypatch.setattr(extras, "is_installed", lambda module: module != "peft" and installed(module))
     result = invoke("bench", *TINY, "--op", "lora_linear", "--backend", "reference")
     assert result.exit_code == 0, result.output
     assert "HF PEFT" not in result.output.split("lora_linear:", 1)[1]
@@ -202,7 +202,7 @@ def test_cuda_where_there_is_none(command):
 def test_bound_detects_the_adapter():
     for dtype in ("bf16", "fp16", "fp32"):
         case = lora_linear.case(Shape("lora_linear", dtype, 4, 96, 64, 8, 1), "cpu", ["reference"])
-        assert case.detects > 8
+        assert case.sensitivity > 8
 
 
 def test_bound_is_that_of_the_tests():

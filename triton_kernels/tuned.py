@@ -108,7 +108,7 @@ def cache_file() -> Path:
 @functools.cache
 def _loaded(name: str) -> tuple[dict[str, Any], str]:
     """The plans found on this GPU, by class of shapes; or none, and why."""
-    found, problem = cache.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), done="tuned", here=name)
+    found, problem = cache.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), verb="tuned", unit=name)
     return found or {}, problem
 
 

@@ -1,6 +1,6 @@
-"""`python -m bench.counted`: what peftk's GPU kernels launch and move, beside models of other libraries.
+"""`python -m bench.counted`: counts what peftk's GPU kernels launch and move, compared with models of other libraries.
 
-`docs/counted.md` says how.
+`docs/counted.md` explains the method.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from peftk.tools.options import FILE, INTEGERS, CommaList, dims_of, make_folders
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--dims", type=CommaList("K or KxN,…", dims_of), help="in_features, or in_features x out_features.")
 @click.option("--tokens", type=INTEGERS, help="Rows of x.")
-@click.option("--adapters", type=INTEGERS, help="Adapters in the batch.")
-@click.option("--ranks", type=INTEGERS, help="LoRA ranks: each by itself, and mixed where there are several adapters.")
-@click.option("--json", "json_file", type=FILE, help="Writes every figure and the environment.")
-@click.option("--csv", "csv_file", type=FILE, help="Writes every figure.")
-@click.option("--markdown", "markdown_file", type=FILE, help="Writes the tables.")
-def main(json_file: Path | None, csv_file: Path | None, markdown_file: Path | None, **asked: Any) -> None:
-    """Launches and bytes of peftk's GPU kernels, per linear, beside models of other libraries. It measures nothing.
+@click.option("--adapters", type=INTEGERS, help="Numbers of adapters in the batch.")
+@click.option("--ranks", type=INTEGERS, help="LoRA ranks: each alone and, with several adapters, mixed.")
+@click.option("--json", "json_file", type=FILE, help="Writes all figures and the environment to this file.")
+@click.option("--csv", "csv_file", type=FILE, help="Writes all figures to this file.")
+@click.option("--markdown", "markdown_file", type=FILE, help="Writes the tables to this file.")
+def main(json_file: Path | None, csv_file: Path | None, markdown_file: Path | None, **options_given: Any) -> None:
+    """Counts launches and bytes of peftk's GPU kernels per linear layer, and of other libraries. Measures nothing.
 
-    It counts what peftk's kernels launch, read, write and multiply, beside models of vLLM, SGLang, Punica, LoRAFusion
-    and HF PEFT, and gives every side a modelled time on an H100. Lists are separated by commas.
+    Counts what peftk's kernels launch, read, write and multiply, compares it with models of vLLM, SGLang, Punica,
+    LoRAFusion and HF PEFT, and gives each a modelled time on an H100. Lists are separated by commas.
     """
-    options = run.Options(**{name: value for name, value in asked.items() if value is not None})
+    options = run.Options(**{name: value for name, value in options_given.items() if value is not None})
     counted = run.count(options)
     console = Console()
     report.show(console, counted)
-    rows = [row for one in counted for row in one.rows()]
+    rows = [row for linear in counted for row in linear.rows()]
     written = {"json": json_file, "csv": csv_file, "markdown": markdown_file}
     make_folders(written)
     if json_file is not None:

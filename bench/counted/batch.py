@@ -1,4 +1,4 @@
-"""What the counts of a linear depend on: sizes, dtypes, the adapters' ranks, and how many rows use each adapter."""
+"""The input of a count: sizes, dtypes, the ranks of the adapters, and how many rows use each adapter."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Segment(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One linear on M rows, of which rows_of[i] use adapter i and the rest the base layer only; no dropout.
+    """One linear layer on M rows. rows_of[i] of them use adapter i, the others only the base layer; no dropout.
 
-    Kernels work on rows sorted by adapter, so the order of a batch's ids changes no count. many: adapters are chosen by
-    ids; else there is one, for all rows.
+    Kernels work on rows sorted by adapter, so the order of the ids does not matter. many: adapters are selected by ids;
+    else there is one for all rows.
     """
 
     M: int
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     dtype: torch.dtype = torch.bfloat16  # of x, W, bias and the outputs
     adapter_dtype: torch.dtype = torch.bfloat16
     bias: bool = False
-    adapter_biases: bool = False  # a_i and β_i, of all adapters
+    adapter_biases: bool = False  # whether all adapters have a_i and β_i
 
     @property
     def itemsize(self) -> int:
@@ -50,14 +50,14 @@ class Batch(NamedTuple):
         return -(-max(self.ranks, default=0) // PAGE) * PAGE
 
     def swapped(self) -> Batch:
-        """The backward is the forward with the roles of K and N exchanged."""
+        """The batch with K and N exchanged: the backward is such a forward."""
         return self._replace(K=self.N, N=self.K, bias=False)
 
     def rank(self, id: int) -> int:
         return self.ranks[id] if id >= 0 else 0
 
     def segments(self) -> list[Segment]:
-        """In sorted order; those without rows are left out."""
+        """The segments that have rows, in sorted order."""
         found, start = [], 0
         for id, rows in enumerate((self.M - sum(self.rows_of), *self.rows_of), start=-1):
             if rows:
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
 
     @property
     def rank_rows(self) -> int:
-        """The rank summed over all rows: how many values z has."""
+        """The sum of the ranks over all rows: the number of values of z."""
         return sum(self.rank(s.id) * s.rows for s in self.used)
 
     @property
@@ -90,20 +90,21 @@ class Batch(NamedTuple):
         return sum(self.rank(s.id) for s in self.used)
 
 
-def one(M: int, K: int, N: int, rank: int, **more: object) -> Batch:
-    """All rows use the one adapter there is."""
+def one_adapter(M: int, K: int, N: int, rank: int, **more: object) -> Batch:
+    """A batch with one adapter for all rows."""
     return Batch(M, K, N, (rank,), (M,), many=False, **more)  # type: ignore[arg-type]
 
 
 def of_ids(K: int, N: int, ranks: Sequence[int], ids: Sequence[int], **more: object) -> Batch:
+    """The batch with these ids, one per row; -1: base layer only."""
     counts = Counter(ids)
     return Batch(len(ids), K, N, tuple(ranks), tuple(counts[i] for i in range(len(ranks))), **more)  # type: ignore[arg-type]
 
 
-# A factor as a sum of bf16 terms: 8 significant bits each.
+# The number of bf16 terms, of 8 significant bits each, that a factor is split into.
 TERMS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def terms(a: torch.dtype, b: torch.dtype) -> int:
-    """How many tensor-core products `arithmetic.dot` makes of one."""
+    """The number of tensor-core products that `arithmetic.dot` executes for one product."""
     return 1 if a == b else TERMS[a] * TERMS[b]

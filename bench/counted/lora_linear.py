@@ -1,8 +1,8 @@
-"""What `triton_kernels/lora_linear.py` launches do, in closed form: a tile at a time, columns all at once.
+"""Counts the work of the launches of `triton_kernels/lora_linear.py` in closed form, one row of tiles at a time.
 
-Follows the kernel's text line by line, since every load of a table is counted too;
-`tests/kernels/triton/interpreted/counted.py` proves it equal to what the interpreter sees. Numbers of loads don't
-depend on which block does which tile.
+It follows the kernel's code line by line, because every load of a table counts.
+`tests/kernels/triton/interpreted/counted.py` checks that it equals what the interpreter executes. The number of loads
+does not depend on which block computes which tile.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from bench.counted.work import Launch
 from peftk.adapters.adapter import PAGE
 from peftk.triton_kernels import config
 
-H100 = 132  # its processors
+H100 = 132  # multiprocessors
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
 
 
 def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool = False) -> config.Plan:
-    """The plan that the launcher takes for this batch; backward: for dX, of a batch that is swapped."""
+    """The plan that the launcher chooses for this batch. backward: for dX; pass `batch.swapped()`."""
     return config.lora_linear(
         config.Form(
             M=batch.M,
@@ -41,7 +41,7 @@ def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool =
 
 
 def forward(batch: Batch, plan: config.Plan, *, dense: bool = False, processors: int = H100) -> list[Launch]:
-    """The launches of the forward. dense: z is saved, so all of it is written."""
+    """The launches of the forward. dense: z is saved, so it is written completely."""
     return _launches(batch, plan, processors, dense=dense, backward=False)
 
 
@@ -59,11 +59,11 @@ def _launches(batch: Batch, plan: config.Plan, processors: int, *, dense: bool, 
         _expand(tally, batch, plan, backward)
         tiles = shrink_tiles * plan.shrink_splits + expand_tiles * plan.expand_splits
         row_blocks = _cdiv(batch.M, plan.BLOCK_M)
-        # every tile is drawn, and blocks that stay for more draw once in vain; every block leaves; every complete
-        # shrink tile is published, every complete expand tile asks for its rows at least once
+        # an atomic for: each tile drawn; the last, vain draw of each block that stays; each block that leaves; each
+        # complete shrink tile published; each complete expand tile's wait for its rows (or more than one)
         stay = min(tiles, plan.per_processor * processors)
         tally.atomics["counters"] += tiles + (2 * stay or tiles) + shrink_tiles + expand_tiles
-        # the last block out clears tickets and row blocks
+        # the last block clears the tickets and the counters of row blocks
         tally.written["counters"] += 4 * (_READY + row_blocks)
         return [_launch(tally, batch, plan, backward, shrink=True, expand=True)]
     found = []
@@ -79,7 +79,7 @@ def _launches(batch: Batch, plan: config.Plan, processors: int, *, dense: bool, 
 
 
 def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, shrink: bool, expand: bool) -> Launch:
-    """The distinct bytes of the matrices. Everything else is marked where it is read."""
+    """Adds the distinct bytes of the matrices. Entries of tables were marked when they were read."""
     M, K, N, e, a = batch.M, batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
     x, y, z, down, up = _names(backward)
     with_rank = sum(s.rows for s in batch.used if batch.rank(s.id))
@@ -99,7 +99,7 @@ def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, sh
 
 
 def _names(backward: bool) -> tuple[str, str, str, str, str]:
-    """x, y, z, what x is multiplied with, what z is multiplied with: as the forward calls them."""
+    """The names of x, y, z, of the factor that x is multiplied with, and of the one that z is multiplied with."""
     return ("dy", "dx", "u", "lora_B", "lora_A") if backward else ("x", "y", "z", "lora_A", "lora_B")
 
 
@@ -164,7 +164,7 @@ def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> No
     dot_v = 2 * plan.BLOCK_M * PAGE * plan.BLOCK_N * (1 if ieee else 3 * TERMS[batch.adapter_dtype])
     for segments in batch.blocks(plan.BLOCK_M):
         block = _Block(batch, segments)
-        # a descriptor leaves out what lies beyond the tensor, a load reads the last row again
+        # a descriptor reads nothing beyond the tensor; a load reads the last row again
         exact = plan.descriptors and not batch.many
         tally.read[x] += columns * (block.size if exact else plan.BLOCK_M) * K * e
         tally.read["weight"] += (N if plan.descriptors else columns * plan.BLOCK_N) * K * e
@@ -228,13 +228,13 @@ def _expand_many(
 
 
 class _Block:
-    """A block of rows in sorted order, and the tables that its tiles read."""
+    """A block of sorted rows, and the table entries that its tiles read."""
 
     def __init__(self, batch: Batch, segments: list[Segment]) -> None:
         self.batch, self.segments, self.place = batch, segments, segments[0].start
         self.size = sum(s.rows for s in segments)
         self.owned = [s for s in segments if s.id >= 0]
-        # the number of the first one in the batch
+        # the index of the first segment in the batch
         self.segment = [s.id for s in batch.segments()].index(segments[0].id)
 
     def order(self, tally: Tally, height: int, times: int) -> None:
@@ -246,7 +246,7 @@ class _Block:
         self.ids(tally, times)
 
     def ids(self, tally: Tally, times: int) -> None:
-        """The ids and ranks of the rows, and of each row with an adapter, but for the first, the id before it."""
+        """The ids and ranks of the rows; for each row with an adapter but the first, also the id before it."""
         tally.table("ids", 4, range(self.place, self.place + self.size), times)
         base = self.size - sum(s.rows for s in self.owned)
         tally.table("ids", 4, range(self.place + max(base, 1) - 1, self.place + self.size - 1), times)
@@ -272,7 +272,7 @@ class _Block:
 
 
 def _sum_of_splits(tally: Tally, size: int, splits: int, tiles: int = 1) -> None:
-    """Every split writes its part; the last reads all and clears the counter."""
+    """Every split writes its partial sum; the last one reads them all and clears the counter."""
     tally.written["partials"] += tiles * splits * size
     tally.read["partials"] += tiles * splits * size
     tally.atomics["counters"] += tiles * splits
@@ -280,7 +280,7 @@ def _sum_of_splits(tally: Tally, size: int, splits: int, tiles: int = 1) -> None
 
 
 def _steps(K: int, splits: int, block_k: int) -> int:
-    """How many steps of block_k all splits take together."""
+    """The total number of steps of block_k over all splits."""
     per_split = _cdiv(_cdiv(K, splits), block_k) * block_k
     return sum(_cdiv(min(per_split, max(K - split * per_split, 0)), block_k) for split in range(splits))
 

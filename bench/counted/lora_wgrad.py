@@ -1,4 +1,4 @@
-"""What the launch of `triton_kernels/lora_wgrad.py` does, in closed form: dA and dB of all adapters."""
+"""Counts the work of the launch of `triton_kernels/lora_wgrad.py` in closed form: dA and dB of all adapters."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from peftk.triton_kernels import config
 
 class Tiling(NamedTuple):
     block: config.Wgrad
-    heads: int  # pieces of ranks of all adapters
-    groups: int  # the most pieces of one
+    heads: int  # pieces of ranks, over all adapters
+    groups: int  # the maximum number of pieces of an adapter
     blocks_A: int
     blocks: int  # of columns
     range_rows: int
 
 
 def tiling(batch: Batch, target: int | str, *, wide: bool = True) -> Tiling:
-    """What the launcher chooses for this batch, where every dA and dB is wanted and no gradient of a bias."""
+    """The tiling that the launcher chooses for this batch, if all dA and dB are wanted and no gradient of a bias."""
     pages = config.wgrad_pages(max(batch.ranks), batch.dtype, target)
     block = config.wgrad(pages, batch.many, wide, batch.dtype, target)
     pieces = [_cdiv(_cdiv(rank, PAGE), pages) for rank in batch.ranks]
@@ -50,7 +50,7 @@ def wgrad(batch: Batch, tiling: Tiling) -> list[Launch]:
         for group in range(_cdiv(_cdiv(rank, PAGE), block.PAGES)):
             ranks = min(rank - group * height, height)
             if batch.many:
-                # of all ranges, and of the places whose range turns out to be the first, or beyond the last
+                # for all ranges, and for range starts in these rows that turn out not to begin a range
                 _task(tally, id, first_task, blocks * (1 + _boundaries(batch, tiling, id)))
             for number in range(ranges):
                 first = start + number * range_rows
@@ -84,7 +84,7 @@ def wgrad(batch: Batch, tiling: Tiling) -> list[Launch]:
 
 
 def _further_ranges(tally: Tally, batch: Batch, tiling: Tiling) -> None:
-    """Every program beyond the heads asks whose rows lie at its place."""
+    """Every program after the heads looks up the adapter of the row where its range starts."""
     for boundary in range(1, _cdiv(batch.M, tiling.range_rows)):
         times = tiling.groups * tiling.blocks
         place = boundary * tiling.range_rows
@@ -95,14 +95,14 @@ def _further_ranges(tally: Tally, batch: Batch, tiling: Tiling) -> None:
 
 
 def _boundaries(batch: Batch, tiling: Tiling, id: int) -> int:
-    """How many places that are multiples of range_rows, 0 excepted, lie in the adapter's rows."""
+    """The number of multiples of range_rows, without 0, among the sorted places of the adapter's rows."""
     start, end = _ends(batch, id)
     size = tiling.range_rows
     return (end - 1) // size - max(start - 1, 0) // size if end > start else 0
 
 
 def _ends(batch: Batch, id: int) -> tuple[int, int]:
-    """The sorted places of an adapter's rows: first, and behind the last."""
+    """The sorted places of an adapter's rows: the first, and one past the last."""
     return next(((s.start, s.start + s.rows) for s in batch.used if s.id == id), (0, 0))
 
 

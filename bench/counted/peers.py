@@ -1,9 +1,9 @@
 """Other libraries' launches for one linear, modelled from their published kernels.
 
-SOURCES says which lines of which commits. In doubt a model favours the peer: no launch of the host's bookkeeping, no
-metadata (indices, pointers, ranks), no biases, adapters in the base layer's dtype, each block of a product reads what
-its masks let it. All run the base product apart from the adapters, LoRAFusion excepted; it is a tile of 128 · 256 (64 ·
-64 for up to 64 rows) for everybody.
+SOURCES names the lines and commits. In case of doubt a model favours the peer: it has no launches for the host's
+bookkeeping, no metadata (indices, pointers, ranks) and no biases, adapters are in the base layer's dtype, and each
+block of a product reads only what its masks allow. All but LoRAFusion compute the base product separately from the
+adapters; its tiles are 128 · 256 (64 · 64 for up to 64 rows) for every peer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FP32 = 4
 
 class Source(NamedTuple):
     repository: str
-    files: tuple[str, ...]  # each with its commit, and lines or functions
+    files: tuple[str, ...]  # each with commit, and lines or functions
 
 
 _PUNICA = "591b59899f0a20760821785d06b331c8a2e5cb86"
@@ -79,7 +79,7 @@ SOURCES = {
 
 
 class _Tensors:
-    """The traffic of one launch: `times` how often each byte is requested."""
+    """The traffic of one launch. times: how often each byte is requested."""
 
     def __init__(self) -> None:
         self.traffic: dict[str, Traffic] = {}
@@ -91,7 +91,7 @@ class _Tensors:
         return self._add(name, Traffic(0, round(distinct * times), 0, distinct))
 
     def update(self, name: str, distinct: int, times: float = 1.0) -> _Tensors:
-        """Read, changed and written; an atomic addition is one too."""
+        """Reads and writes the tensor; also for atomic additions."""
         return self.read(name, distinct, times).write(name, distinct, times)
 
     def _add(self, name: str, traffic: Traffic) -> _Tensors:
@@ -105,12 +105,12 @@ class _Tensors:
 def vllm(batch: Batch) -> list[Launch] | None:
     """Base GEMM; the fp32 buffer is zeroed; shrink adds to it by atomics (split K); expand reads and rewrites y.
 
-    A and B lie in stacks of the largest rank (base_linear.py:56-78), so smaller ranks are padded with zeros that are
-    read; here the stack is as wide as the largest rank of the batch. Rows are grouped through an index, any order.
+    A and B are in stacks of the largest rank (base_linear.py:56-78), so smaller ranks are padded with zeros, which are
+    read. Here the stack is as wide as the largest rank of the batch. Rows are grouped through an index, in any order.
     """
     M, K, N, e, rank = batch.M, batch.K, batch.N, batch.itemsize, max(batch.ranks)
     block_k, splits = (256, 64) if M < 128 else (32, 8)
-    # fewer splits have work where K is short
+    # with a short K, fewer splits have work
     splits = min(splits, _cdiv(K, block_k))
     padded = _round(rank, 16)  # columns beyond the rank wrap around
     shrink, expand = _Tensors(), _Tensors()

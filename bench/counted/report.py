@@ -1,4 +1,4 @@
-"""What `python -m bench.counted` shows: launches, bytes and modelled times side by side, and one linear by tensor."""
+"""The output of `python -m bench.counted`: launches, bytes and modelled times by side, and one linear by tensor."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ from bench.counted.work import H100, Traffic
 _SHORT = {"Punica SGMV": "P. SGMV", "Punica BGMV": "P. BGMV", "LoRAFusion": "LoRAFus."}
 INTRODUCTION = (
     "Counted, not measured: nothing ran. Bytes ×: through HBM over the compulsory minimum (each input\n"
-    "read once, each output written once), where L2 keeps nothing between launches. µs: modelled, on\n"
+    "read once, each output written once), if L2 keeps nothing between launches. µs: modelled, on\n"
     f"the roofline of an {H100.name} ({H100.bytes_per_us / 1e6:.2f} TB/s, {H100.flops_per_us / 1e6:.0f} TFLOP/s bf16), "
-    "a launch at a time;\nlaunching itself costs nothing in it."
+    "one\nlaunch at a time, without the cost of launching."
 )
 
 
 def show(console: Console, counted: Sequence[Counted]) -> None:
     console.print(INTRODUCTION, highlight=False)
-    console.print(launches(counted))
+    console.print(launches_table(counted))
     for group in groups(counted):
-        console.print(beside(group))
-    for op in dict.fromkeys(one.op for one in counted):
-        console.print(by_tensor([one for one in counted if one.op == op][-1]))
+        console.print(comparison_table(group))
+    for op in dict.fromkeys(linear.op for linear in counted):
+        console.print(tensor_table([linear for linear in counted if linear.op == op][-1]))
     console.print(summary(counted), highlight=False)
 
 
 def groups(counted: Sequence[Counted]) -> list[list[Counted]]:
-    """Of one op and layer size."""
-    found: dict[tuple[str, int, int], list[Counted]] = {}
-    for one in counted:
-        found.setdefault((one.op, one.batch.K, one.batch.N), []).append(one)
-    return list(found.values())
+    """Groups of the same op and layer size."""
+    groups_by_layer: dict[tuple[str, int, int], list[Counted]] = {}
+    for linear in counted:
+        groups_by_layer.setdefault((linear.op, linear.batch.K, linear.batch.N), []).append(linear)
+    return list(groups_by_layer.values())
 
 
-def launches(counted: Sequence[Counted]) -> Table:
-    """The most that a linear takes, by number of adapters."""
+def launches_table(counted: Sequence[Counted]) -> Table:
+    """The maximum number of launches of a linear layer, by number of adapters."""
     sides = _sides(counted)
-    made = _table("launches per linear, base product included", ("", "adapters", *map(_short, sides)))
-    most: dict[tuple[str, int], dict[str, int]] = {}
-    for one in counted:
-        for row in one.rows():
-            cell = most.setdefault((one.op, row.adapters), {})
+    new_table = _table("launches per linear, base product included", ("", "adapters", *map(_column_name, sides)))
+    max_launches: dict[tuple[str, int], dict[str, int]] = {}
+    for linear in counted:
+        for row in linear.rows():
+            cell = max_launches.setdefault((linear.op, row.adapters), {})
             cell[row.side] = max(cell.get(row.side, 0), row.launches)
-    for (op, adapters), cells in most.items():
-        made.add_row(op, str(adapters), *(str(cells.get(side, "–")) for side in sides))
-    return made
+    for (op, adapters), cells in max_launches.items():
+        new_table.add_row(op, str(adapters), *(str(cells.get(side, "–")) for side in sides))
+    return new_table
 
 
-def beside(group: Sequence[Counted]) -> Table:
-    """Each side's bytes over the compulsory ones, and its modelled time."""
+def comparison_table(group: Sequence[Counted]) -> Table:
+    """For each side, its bytes over the compulsory bytes, and its modelled time."""
     first, sides = group[0], _sides(group)
     title = f"{first.op} bf16  {first.batch.K} → {first.batch.N}: bytes ×, µs modelled"
-    made = _table(title, ("tokens", "n", "rank", "MB", *map(_short, sides)))
-    for one in group:
-        rows = {row.side: row for row in one.rows()}
-        least = sum(one.compulsory.values())
+    new_table = _table(title, ("tokens", "n", "rank", "MB", *map(_column_name, sides)))
+    for linear in group:
+        rows = {row.side: row for row in linear.rows()}
+        minimum = sum(linear.compulsory.values())
         cells = [_cell(rows.get(side)) for side in sides]
-        made.add_row(str(one.batch.M), str(len(one.batch.ranks)), one.rank, f"{least / 1e6:.1f}", *cells)
-    return made
+        new_table.add_row(
+            str(linear.batch.M), str(len(linear.batch.ranks)), linear.rank, f"{minimum / 1e6:.1f}", *cells
+        )
+    return new_table
 
 
 def _cell(row: Row | None) -> str:
@@ -74,23 +76,23 @@ def _cell(row: Row | None) -> str:
     return f"[bold]{text}[/]" if row.side == PEFTK else text
 
 
-def by_tensor(one: Counted) -> Table:
-    """peftk's bytes of one linear, tensor by tensor, beside the compulsory ones."""
-    batch = one.batch
-    adapters = f"{len(batch.ranks)} of rank {one.rank}"
-    title = f"peftk {one.op} {batch.K} → {batch.N}, M = {batch.M}, {adapters}: MB"
-    made = _table(title, ("launch", "tensor", "compulsory", "distinct", "requested"))
-    for number, launch in enumerate(one.sides[PEFTK] or (), start=1):
+def tensor_table(linear: Counted) -> Table:
+    """peftk's bytes for one linear layer by tensor, compared with the compulsory bytes."""
+    batch = linear.batch
+    adapters = f"{len(batch.ranks)} of rank {linear.rank}"
+    title = f"peftk {linear.op} {batch.K} → {batch.N}, M = {batch.M}, {adapters}: MB"
+    new_table = _table(title, ("launch", "tensor", "compulsory", "distinct", "requested"))
+    for number, launch in enumerate(linear.sides[PEFTK] or (), start=1):
         small = Traffic()
         for name, traffic in by_adapter(launch).items():
-            if name not in one.compulsory and traffic.requested < 5e4:
+            if name not in linear.compulsory and traffic.requested < 5e4:
                 small = small + traffic
                 continue
-            least = one.compulsory.get(name)
-            made.add_row(f"{number}", name, "–" if least is None else _mb(least), *_traffic(traffic))
-        made.add_row(f"{number}", "the rest", "–", *_traffic(small))
-        made.add_section()
-    return made
+            minimum = linear.compulsory.get(name)
+            new_table.add_row(f"{number}", name, "–" if minimum is None else _mb(minimum), *_traffic(traffic))
+        new_table.add_row(f"{number}", "the rest", "–", *_traffic(small))
+        new_table.add_section()
+    return new_table
 
 
 def _traffic(traffic: Traffic) -> tuple[str, str]:
@@ -103,42 +105,46 @@ def _mb(size: int) -> str:
 
 def summary(counted: Sequence[Counted]) -> str:
     lines = []
-    for op in dict.fromkeys(one.op for one in counted):
-        mine = [one for one in counted if one.op == op]
-        met = sum(one.on_target for one in mine)
-        worst = max(mine, key=lambda one: one.over_least)
+    for op in dict.fromkeys(linear.op for linear in counted):
+        op_linears = [linear for linear in counted if linear.op == op]
+        met = sum(linear.on_target for linear in op_linears)
+        worst = max(op_linears, key=lambda linear: linear.over_minimum)
         each = "1 launch" if op == "forward" else "2 launches, each reading its inputs once"
-        most = f"at most {worst.over_least:.3f} × the least"
-        lines.append(f"{op}: {met} of {len(mine)} on target; {each}; {most}")
+        bound = f"at most {worst.over_minimum:.3f} × the minimum"
+        lines.append(f"{op}: {met} of {len(op_linears)} on target; {each}; {bound}")
     lines.append(f"(target: ≤ {LIMIT} ×, ≤ {LIMIT_WITH_SPLITS} × where sums are split over blocks)")
     return "\n".join(lines)
 
 
 def markdown(counted: Sequence[Counted]) -> str:
-    """All tables, with what L2 could spare the peers, for `docs/`."""
+    """All tables in Markdown, for `docs/`, with the range that L2 may save."""
     parts = [INTRODUCTION.replace("\n", " "), summary(counted).replace("\n", "\n\n")]
     sides = _sides(counted)
     for group in groups(counted):
         first = group[0]
         parts.append(f"**{first.op}, {first.batch.K} → {first.batch.N}**")
-        here = [side for side in sides if any(one.sides.get(side) is not None for one in group)]
-        head = ("tokens", "adapters", "rank", "compulsory MB", "GFLOP", "peftk requested MB", *here)
-        parts.append("\n".join([_line(head), _line("---" for _ in head), *(_line(_cells(one, here)) for one in group)]))
+        group_sides = [side for side in sides if any(linear.sides.get(side) is not None for linear in group)]
+        header = ("tokens", "adapters", "rank", "compulsory MB", "GFLOP", "peftk requested MB", *group_sides)
+        parts.append(
+            "\n".join(
+                [_line(header), _line("---" for _ in header), *(_line(_cells(linear, group_sides)) for linear in group)]
+            )
+        )
     sources = [f"- {name}: {source.repository}: {'; '.join(source.files)}" for name, source in SOURCES.items()]
     return "\n\n".join([*parts, "\n".join(sources)]) + "\n"
 
 
-def _cells(one: Counted, sides: Sequence[str]) -> list[str]:
-    rows = {row.side: row for row in one.rows()}
+def _cells(linear: Counted, sides: Sequence[str]) -> list[str]:
+    rows = {row.side: row for row in linear.rows()}
     ours = rows[PEFTK]
-    batch = one.batch
-    cells = [str(batch.M), str(len(batch.ranks)), one.rank, f"{ours.compulsory_bytes / 1e6:.1f}"]
-    cells += [f"{one.flops / 1e9:.1f}", f"{ours.requested_bytes / 1e6:.1f}"]
+    batch = linear.batch
+    cells = [str(batch.M), str(len(batch.ranks)), linear.rank, f"{ours.compulsory_bytes / 1e6:.1f}"]
+    cells += [f"{linear.flops / 1e9:.1f}", f"{ours.requested_bytes / 1e6:.1f}"]
     return cells + [_range(rows.get(side)) for side in sides]
 
 
 def _range(row: Row | None) -> str:
-    """Bytes × and µs: if L2 keeps everything between launches, to nothing."""
+    """Bytes × and µs, each from "L2 keeps everything between launches" to "L2 keeps nothing"."""
     if row is None:
         return "–"
     kept = row.kept_bytes / row.compulsory_bytes
@@ -146,8 +152,8 @@ def _range(row: Row | None) -> str:
 
 
 def _span(low: float, high: float, digits: int) -> str:
-    one, other = f"{low:.{digits}f}", f"{high:.{digits}f}"
-    return one if one == other else f"{one}–{other}"
+    first, second = f"{low:.{digits}f}", f"{high:.{digits}f}"
+    return first if first == second else f"{first}–{second}"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -155,15 +161,17 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _sides(counted: Sequence[Counted]) -> list[str]:
-    return list(dict.fromkeys(side for one in counted for side in one.sides))
+    return list(dict.fromkeys(side for linear in counted for side in linear.sides))
 
 
-def _short(side: str) -> str:
+def _column_name(side: str) -> str:
     return _SHORT.get(side, side)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False, padding=0)
+    new_table = Table(
+        box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", pad_edge=False, padding=0
+    )
     for column in columns:
-        made.add_column(column, justify="right", no_wrap=True)
-    return made
+        new_table.add_column(column, justify="right", no_wrap=True)
+    return new_table

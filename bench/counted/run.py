@@ -1,4 +1,4 @@
-"""Which linears are counted, and what is written down of each side."""
+"""Which linear layers are counted, and the figures of each side."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.counted import lora_linear, lora_wgrad, peers
-from bench.counted.batch import Batch, one
-from bench.counted.work import H100, Launch, crossing
+from bench.counted.batch import Batch, one_adapter
+from bench.counted.work import H100, Launch, hbm_bytes
 
 PEFTK = "peftk"
-TARGET = 90  # the architecture whose tile sizes peftk's launches have: an H100
-LIMIT, LIMIT_WITH_SPLITS = 1.02, 1.15  # of distinct over compulsory bytes: DESIGN, section 7
+TARGET = 90  # the GPU architecture for peftk's tile sizes: H100
+LIMIT, LIMIT_WITH_SPLITS = (
+    1.02,
+    1.15,
+)  # for distinct / minimum bytes; with splits, partial sums are written and read, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +23,12 @@ class Options:
     dims: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 14336))
     tokens: tuple[int, ...] = (1, 16, 64, 512, 4096)
     adapters: tuple[int, ...] = (1, 8, 64)
-    ranks: tuple[int, ...] = (8, 16, 64)  # each by itself, and where there are several adapters mixed
+    ranks: tuple[int, ...] = (8, 16, 64)  # each alone and, with several adapters, mixed
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One side of one linear, as JSON and CSV have it. Bytes are counted, times are modelled."""
+    """One side of one linear layer, as written to JSON and CSV. Bytes are counted, times are modelled."""
 
     op: str
     M: int
@@ -36,11 +39,11 @@ class Row:
     side: str
     launches: int
     requested_bytes: int
-    distinct_bytes: int  # through HBM where L2 keeps nothing between launches
-    kept_bytes: int  # … where it keeps everything
+    distinct_bytes: int  # through HBM, if L2 keeps nothing between launches
+    kept_bytes: int  # … if it keeps everything
     compulsory_bytes: int
     over_compulsory: float
-    flops: int  # that the linear needs
+    flops: int  # that the linear layer needs
     executed_flops: int
     modelled_us: float
     modelled_us_kept: float
@@ -48,7 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """One linear: its compulsory bytes by tensor, and each side's launches. None: the side has no kernel for it."""
+    """One linear layer: its compulsory bytes by tensor, and each side's launches (None: it has no kernel for this)."""
 
     op: str
     batch: Batch
@@ -58,7 +61,7 @@ class Counted:
 
     @property
     def flops(self) -> int:
-        """Products that no one can do without; the backward has dX, dA, dB and u."""
+        """The necessary products; those of the backward are dX, dA, dB and u."""
         batch = self.batch
         base = 2 * batch.M * batch.K * batch.N
         adapters = 2 * batch.rank_rows * (batch.K + batch.N)
@@ -70,8 +73,8 @@ class Counted:
     def row(self, side: str) -> Row:
         launches = self.sides[side]
         assert launches is not None
-        cold, kept = crossing(launches, kept=False), crossing(launches, kept=True)
-        least = sum(self.compulsory.values())
+        cold, l2_kept = hbm_bytes(launches, l2_keeps_all=False), hbm_bytes(launches, l2_keeps_all=True)
+        minimum = sum(self.compulsory.values())
         batch = self.batch
         return Row(
             op=self.op,
@@ -84,13 +87,13 @@ class Counted:
             launches=len(launches),
             requested_bytes=sum(launch.requested for launch in launches),
             distinct_bytes=sum(cold),
-            kept_bytes=sum(kept),
-            compulsory_bytes=least,
-            over_compulsory=sum(cold) / least,
+            kept_bytes=sum(l2_kept),
+            compulsory_bytes=minimum,
+            over_compulsory=sum(cold) / minimum,
             flops=self.flops,
             executed_flops=sum(launch.flops + launch.vector_flops for launch in launches),
             modelled_us=sum(map(H100.us, launches, cold)),
-            modelled_us_kept=sum(map(H100.us, launches, kept)),
+            modelled_us_kept=sum(map(H100.us, launches, l2_kept)),
         )
 
     @property
@@ -98,15 +101,15 @@ class Counted:
         return any("partials" in launch.tensors for launch in self.sides[PEFTK] or ())
 
     @property
-    def over_least(self) -> float:
-        """peftk's distinct bytes over the least of its number of launches: each reads its own inputs once."""
-        return self.row(PEFTK).distinct_bytes / (sum(self.compulsory.values()) + self.twice)
+    def over_minimum(self) -> float:
+        """peftk's distinct bytes over the minimum for its number of launches, where each reads its inputs once."""
+        return self.row(PEFTK).distinct_bytes / (sum(self.compulsory.values()) + self.second_launch_bytes)
 
     @property
-    def twice(self) -> int:
-        """Bytes that two launches of the backward need more: the second reads dY too, and the u that the first leaves.
+    def second_launch_bytes(self) -> int:
+        """Additional bytes of a backward in two launches: the second also reads dY, and the u that the first wrote.
 
-        z and u are fp32, of which `compulsory` has z in 16 bits.
+        z and u are fp32; `compulsory` counts z in 16 bits.
         """
         batch = self.batch
         if self.op == "forward":
@@ -115,28 +118,28 @@ class Counted:
 
     @property
     def on_target(self) -> bool:
-        most = 1 if self.op == "forward" else 2
+        max_launches = 1 if self.op == "forward" else 2
         limit = LIMIT_WITH_SPLITS if self.splits else LIMIT
-        return self.row(PEFTK).launches <= most and self.over_least <= limit
+        return self.row(PEFTK).launches <= max_launches and self.over_minimum <= limit
 
 
 def batches(options: Options) -> list[tuple[Batch, str]]:
-    """With what the ranks are called. Rows take turns with the adapters."""
-    found = []
+    """The batches, each with a name for its ranks. Rows are distributed evenly over the adapters."""
+    named_batches = []
     for K, N in options.dims:
         for M in options.tokens:
             for n in options.adapters:
                 for rank in options.ranks:
-                    found.append((_batch(M, K, N, (rank,) * n), str(rank)))
+                    named_batches.append((_batch(M, K, N, (rank,) * n), str(rank)))
                 if n > 1 and len(options.ranks) > 1:
                     mixed = tuple(options.ranks[i % len(options.ranks)] for i in range(n))
-                    found.append((_batch(M, K, N, mixed), "mixed"))
-    return found
+                    named_batches.append((_batch(M, K, N, mixed), "mixed"))
+    return named_batches
 
 
 def _batch(M: int, K: int, N: int, ranks: tuple[int, ...]) -> Batch:
     if len(ranks) == 1:
-        return one(M, K, N, ranks[0])
+        return one_adapter(M, K, N, ranks[0])
     n = len(ranks)
     return Batch(M, K, N, ranks, tuple(M // n + (i < M % n) for i in range(n)))
 
@@ -148,7 +151,7 @@ def forward(batch: Batch, rank: str) -> Counted:
 
 
 def backward(batch: Batch, rank: str) -> Counted:
-    """Gradients of x, of every A and of every B that rows use."""
+    """The gradients of x, and of every A and B that rows use."""
     ours = lora_linear.backward(batch, lora_linear.plan(batch.swapped(), TARGET, backward=True))
     ours += lora_wgrad.wgrad(batch, lora_wgrad.tiling(batch, TARGET))
     sides = {PEFTK: ours, **{name: model(batch) for name, model in peers.BACKWARD.items()}}
@@ -156,26 +159,33 @@ def backward(batch: Batch, rank: str) -> Counted:
 
 
 def compulsory(batch: Batch, op: str) -> dict[str, int]:
-    """Every input read once, every output written once; of the adapters what rows use. v is saved in x's dtype."""
+    """Bytes by tensor if inputs are read once and outputs written once. Only adapters that rows use; v in x's dtype."""
     M, K, N, e, a = batch.M, batch.K, batch.N, batch.itemsize, batch.adapter_itemsize
     A, B = batch.used_ranks * K * a, batch.used_ranks * N * a
     if op == "forward":
         return {"x": M * K * e, "weight": N * K * e, "lora_A": A, "lora_B": B, "y": M * N * e}
-    least = {"dy": M * N * e, "x": M * K * e, "z": batch.rank_rows * e, "weight": N * K * e, "lora_A": A, "lora_B": B}
-    return {**least, "dx": M * K * e, "dA": A, "dB": B}
+    tensors_read = {
+        "dy": M * N * e,
+        "x": M * K * e,
+        "z": batch.rank_rows * e,
+        "weight": N * K * e,
+        "lora_A": A,
+        "lora_B": B,
+    }
+    return {**tensors_read, "dx": M * K * e, "dA": A, "dB": B}
 
 
-TRAINED_FROM = 512  # rows: nobody trains on fewer
+TRAINED_FROM = 512  # rows; training with fewer is unusual
 
 
 def count(options: Options) -> list[Counted]:
     wanted = batches(options)
-    found = [forward(batch, rank) for batch, rank in wanted]
-    return found + [backward(batch, rank) for batch, rank in wanted if batch.M >= TRAINED_FROM]
+    counted_linears = [forward(batch, rank) for batch, rank in wanted]
+    return counted_linears + [backward(batch, rank) for batch, rank in wanted if batch.M >= TRAINED_FROM]
 
 
 def tensors(counted: Sequence[Counted]) -> list[dict[str, Any]]:
-    """Every launch with its bytes by tensor, for JSON."""
+    """Every launch with its bytes by tensor, as JSON values."""
     return [
         {
             "op": one.op,
@@ -205,9 +215,9 @@ def tensors(counted: Sequence[Counted]) -> list[dict[str, Any]]:
 
 
 def by_adapter(launch: Launch) -> dict[str, Any]:
-    """Tensors of all adapters together: lora_A[3] counts as lora_A."""
-    found: dict[str, Any] = {}
+    """The traffic by tensor, with all adapters added up: lora_A[3] counts as lora_A."""
+    traffic_of: dict[str, Any] = {}
     for name, traffic in launch.tensors.items():
         stem = name.split("[")[0]
-        found[stem] = found[stem] + traffic if stem in found else traffic
-    return found
+        traffic_of[stem] = traffic_of[stem] + traffic if stem in traffic_of else traffic
+    return traffic_of

@@ -1,4 +1,4 @@
-"""Adds up what tiles request. Distinct bytes: of small tables by marking entries, of matrices from their sizes."""
+"""Adds up what the tiles of a launch request. Distinct bytes of small tables are counted by marking their entries."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Tally:
         self.vector_flops = 0
 
     def table(self, name: str, width: int, entries: Iterable[int], times: int = 1) -> None:
-        """Each of the entries, `width` bytes wide, is read `times` times."""
+        """Reads each of the entries, of `width` bytes, `times` times."""
         entries = list(entries)
         self.read[name] += len(entries) * width * times
         self.marks[name].update(entries)
         self.widths[name] = width
 
     def launch(self, kernel: str, reads: dict[str, int], writes: dict[str, int]) -> Launch:
-        """reads, writes: distinct bytes of the tensors that are no tables."""
+        """reads, writes: distinct bytes of the tensors that are not tables."""
         for name, marked in self.marks.items():
             reads = {**reads, name: len(marked) * self.widths[name]}
         names = [name for name in {**self.read, **self.written} if self.read[name] or self.written[name]]

@@ -1,8 +1,7 @@
-"""What a launch does, in numbers: bytes of each tensor, products, atomics. And its time on a GPU's roofline.
+"""The work of a launch (bytes per tensor, products, atomics), and its time on a GPU's roofline.
 
-*requested* bytes are those of all loads and stores: what L2 serves. *distinct* bytes are those that a launch cannot do
-without: read before the launch has written them itself, or written; counted once however often they are touched. They
-cross HBM if L2 keeps what a launch reads again.
+*requested* bytes: those of all loads and stores, which L2 handles. *distinct* bytes: those read before the launch has
+written them itself, and those written, each counted once. They go through HBM if L2 keeps what a launch reads again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """flops: of `dot`s, as executed. vector_flops: of products that no tensor core does. atomics: by tensor."""
+    """flops: of `dot`s, as executed. vector_flops: of products outside the tensor cores. atomics: number by tensor."""
 
     kernel: str
     tensors: Mapping[str, Traffic]
@@ -57,10 +56,10 @@ class Machine(NamedTuple):
     flops_per_us: float  # bf16 tensor cores, fp32 accumulators, dense
     vector_flops_per_us: float  # fp32 outside the tensor cores
 
-    def us(self, launch: Launch, crossing: int) -> float:
-        """The roofline: memory and products overlap perfectly, and nothing else takes time."""
+    def us(self, launch: Launch, hbm_bytes: int) -> float:
+        """The time in µs on the roofline: memory and products overlap perfectly, and nothing else takes time."""
         computing = launch.flops / self.flops_per_us + launch.vector_flops / self.vector_flops_per_us
-        return max(crossing / self.bytes_per_us, computing)
+        return max(hbm_bytes / self.bytes_per_us, computing)
 
 
 # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 3.35 TB/s, 1,979 TFLOPS bf16 with sparsity (half of it dense),
@@ -71,23 +70,23 @@ H100 = Machine("H100 SXM", 3.35e6, 989.5e6, 67e6)
 OUTPUTS = frozenset({"y", "dx", "dA", "dB"})
 
 
-def crossing(launches: Sequence[Launch], *, kept: bool) -> list[int]:
-    """Bytes that each launch moves through HBM, where L2 keeps nothing between launches, or (kept) everything.
+def hbm_bytes(launches: Sequence[Launch], *, l2_keeps_all: bool) -> list[int]:
+    """Bytes that each launch moves through HBM, if L2 keeps nothing between launches, or everything.
 
-    kept: an input crosses when it is first read, an output when it is last written; what one launch writes for another
-    never does. The truth lies between the two.
+    l2_keeps_all: an input is moved when it is first read, an output when it is last written, and intermediate tensors
+    not at all. A real GPU is between the two.
     """
-    if not kept:
+    if not l2_keeps_all:
         return [launch.distinct for launch in launches]
-    writers = [(i, name, t.distinct_written) for i, one in enumerate(launches) for name, t in one.tensors.items()]
+    writers = [(i, name, t.distinct_written) for i, launch in enumerate(launches) for name, t in launch.tensors.items()]
     last = {name: i for i, name, written in writers if written}
-    whole = {name: max(w for _, other, w in writers if other == name) for name in OUTPUTS & last.keys()}
-    near: dict[str, int] = {}  # bytes of a tensor that L2 has
-    crossed = [0] * len(launches)
+    output_bytes = {name: max(w for _, other, w in writers if other == name) for name in OUTPUTS & last.keys()}
+    in_l2: dict[str, int] = {}  # bytes of a tensor that L2 has
+    moved = [0] * len(launches)
     for i, launch in enumerate(launches):
         for name, traffic in launch.tensors.items():
-            crossed[i] += max(traffic.distinct_read - near.get(name, 0), 0)
-            near[name] = max(near.get(name, 0), traffic.distinct_read, traffic.distinct_written)
-            if name in whole and last[name] == i:
-                crossed[i] += whole[name]
-    return crossed
+            moved[i] += max(traffic.distinct_read - in_l2.get(name, 0), 0)
+            in_l2[name] = max(in_l2.get(name, 0), traffic.distinct_read, traffic.distinct_written)
+            if name in output_bytes and last[name] == i:
+                moved[i] += output_bytes[name]
+    return moved

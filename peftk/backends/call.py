@@ -1,4 +1,4 @@
-"""What a choice between backends depends on, and what it is."""
+"""Describes a call (`Call`) and the choice of its backend (`Choice`)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Kind = Literal["lora_linear", "adapter_block", "merge", "unmerge", "segments"]
 
 
 class Op(NamedTuple):
-    """An operation. many: another adapter for every row."""
+    """An operation. many: each row may use a different adapter."""
 
     kind: Kind
     many: bool = False
     backward: bool = False
 
     def __str__(self) -> str:
-        """Its name: multi_lora_linear_backward, say."""
+        """Its name, for example multi_lora_linear_backward."""
         return f"{'multi_' if self.many else ''}{self.kind}{'_backward' if self.backward else ''}"
 
     @classmethod
     def parse(cls, name: str) -> Op:
-        """The operation of a name. Raises ValueError for a name that none has."""
-        found = _BY_NAME.get(name)
-        if found is None:
+        """The operation with this name. Raises ValueError for an unknown name."""
+        op = _BY_NAME.get(name)
+        if op is None:
             raise ValueError(f"op: expected one of {', '.join(_BY_NAME)}, got {name!r}")
-        return found
+        return op
 
 
 LORA_LINEAR = Op("lora_linear")
@@ -51,7 +51,7 @@ _BY_NAME = {str(op): op for op in OPS}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a choice depends on: nothing about a call's values, everything about its form."""
+    """What the choice of a backend depends on: shapes, dtypes and device of a call, but no values."""
 
     op: Op
     device: str  # torch device type
@@ -61,26 +61,28 @@ class Call:
     M: int
     K: int
     N: int
-    rank: int  # the largest in the batch
+    rank: int  # the largest of the adapters
     adapters: int
     dropout: bool = False
     slices: int = 1  # of packed outputs
     aligned: bool = True  # W's rows are contiguous and start at multiples of 16 bytes
 
 
-# For every call: the same Call for the same form, which takes a tenth of the time that making one takes.
+# Used in every call: a cached Call costs a tenth of a new one.
 call_of = cast(type[Call], functools.lru_cache(maxsize=4096)(Call))
 
 
 class BackendError(RuntimeError):
-    """A backend was forced, by argument or by PEFTK_BACKEND, and cannot run the call."""
+    """A backend cannot be imported, or was forced (by argument or PEFTK_BACKEND) and cannot run the call."""
 
 
 class Choice(NamedTuple):
+    """Which backend runs a call, and why; `str()` gives the lines that `peftk.explain` prints."""
+
     backend: str
     reason: str
-    rejected: tuple[tuple[str, str], ...]  # (backend, why not), in the order they were asked
-    kernel: str = ""  # what the backend says of itself: kernels, launches, SIMD level
+    rejected: tuple[tuple[str, str], ...]  # (backend, why not), in the order they were tried
+    kernel: str = ""  # the backend's description: kernels, launches, SIMD level
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]

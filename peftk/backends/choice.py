@@ -1,9 +1,9 @@
-"""The one place that decides which backend runs. What a backend is: `peftk.backends.contract`.
+"""Decides which backend runs a call. `peftk.backends.contract` says what a backend is.
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
-`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it wins). `choose` is a pure function of
-the call, of what `peftk tune` has measured on this machine (`peftk.backends.measured`), and of torch's switch for
-deterministic algorithms, which keeps to our own kernels; `explained` says what it chose and why.
+`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it is faster). The choice depends on the
+call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`), and on torch's switch for
+deterministic algorithms, which excludes `gemm`.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from peftk.backends import measured, registry
 from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
 from peftk.backends.contract import Backend
 
-# First that can run wins. The reference can run everything, so a choice always exists.
-_PREFERENCE = {
+# The first backend that can run the call is chosen. The reference runs every call, so there is always one.
+_ORDER = {
     "cpu": ("cpu", "reference"),
     "cuda": ("cuda", "triton", "reference"),
 }
-# On any device: only kernels of these two walk sorted rows.
-_PREFERENCE_FOR_SEGMENTS = ("cuda", "triton", "reference")
+# On any device: only the kernels of cuda and triton read sorted rows.
+_SEGMENTS_ORDER = ("cuda", "triton", "reference")
 
 
-# Calls of up to so many multiply-adds (M·N·K) on a CPU are about overhead: no measurement is asked, `cpu` serves them.
-SMALL = 1 << 22
+# Up to this many multiply-adds (M·N·K), overhead dominates a call on a CPU: `cpu` runs it whatever was measured.
+SMALL_CALL = 1 << 22
 
 
 def choose(call: Call, forced: str | None = None) -> Choice:
-    """The backend that serves `call`. `forced` (else PEFTK_BACKEND) names one; it serves or BackendError is raised.
+    """The backend for `call`. Raises BackendError if a forced backend cannot run it.
 
-    Within `forcing` that is what `forced` is where it is not given.
+    A backend is forced by `forced`, else by an enclosing `forcing`, else by PEFTK_BACKEND.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
 
 
-def serving(call: Call, forced: str | None = None) -> Backend:
+def backend_for(call: Call, forced: str | None = None) -> Backend:
     """The backend that `choose` names."""
     return registry.backend(choose(call, forced).backend)
 
 
-def explained(call: Call, forced: str | None = None) -> Choice:
-    """`choose`, with what the backend says of the kernel that would run."""
+def choose_and_describe(call: Call, forced: str | None = None) -> Choice:
+    """`choose`, with the backend's description of the kernel that would run."""
     choice = choose(call, forced)
     return choice._replace(kernel=registry.backend(choice.backend).about.describe(call))
 
@@ -58,7 +58,7 @@ _UNFORCED = contextlib.nullcontext()
 
 
 def forcing(name: str | None) -> contextlib.AbstractContextManager[None]:
-    """While a forced backend serves a call, what it chooses in turn is forced too: it uses no other one."""
+    """Forces the backend of all choices inside, so that a forced backend uses no other one for a part of its call."""
     return _UNFORCED if name is None else _forcing(name)
 
 
@@ -72,21 +72,21 @@ def _forcing(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The name that `forcing` was given, or None outside of it."""
+    """The name given to the enclosing `forcing`, or None outside of one."""
     return _forced.get()
 
 
 @functools.cache
-def direct_up_to(dtype: torch.dtype) -> int:
-    """Up to how many multiply-adds (M·K·N) a forward in `dtype` on a CPU is `cpu`'s whatever its shape."""
-    return SMALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else 1 << 62
+def direct_limit(dtype: torch.dtype) -> int:
+    """Up to how many multiply-adds (M·K·N) `cpu` runs a forward in `dtype` whatever its shape."""
+    return SMALL_CALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else 1 << 62
 
 
 def forget() -> None:
-    """Chooses anew from here on: something was measured."""
+    """Clears cached choices, after a new measurement."""
     measured.forget_loaded()
     _choose.cache_clear()
-    direct_up_to.cache_clear()
+    direct_limit.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -97,40 +97,40 @@ def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
             raise BackendError(f"backend {forced!r} was forced and cannot run {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
-    order, why = _preference(call, deterministic)
+    order, why = _backend_order(call, deterministic)
     for name in order:
         reason = cannot_run(name, call)
         if reason is None:
             return Choice(
-                name, why.get(name, f"first in preference on {call.device} that runs this call"), tuple(rejected)
+                name, why.get(name, f"the preferred backend on {call.device} that can run this call"), tuple(rejected)
             )
         rejected.append((name, reason))
-    raise BackendError(f"no backend serves {call}: {rejected}")
+    raise BackendError(f"no backend can run {call}: {rejected}")
 
 
-def _preference(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends to ask, in order, and reasons for some of them."""
+def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The backends to try, in order, and reasons for some of them."""
     if call.op == SEGMENTS:
-        return _PREFERENCE_FOR_SEGMENTS, {}
+        return _SEGMENTS_ORDER, {}
     if call.device != "cpu" or call.op.kind != "lora_linear":
-        return _PREFERENCE.get(call.device, ("triton", "reference")), {}
+        return _ORDER.get(call.device, ("triton", "reference")), {}
     if deterministic:
-        return _PREFERENCE["cpu"], {"cpu": "torch.use_deterministic_algorithms keeps to our own kernels"}
+        return _ORDER["cpu"], {"cpu": "with torch.use_deterministic_algorithms only our own kernels run"}
     if call.x_dtype != call.weight_dtype:
-        return _PREFERENCE["cpu"], {"cpu": "of mixed dtypes only our kernels make a product without a copy"}
-    if call.M * call.K * call.N <= SMALL:
-        return _PREFERENCE["cpu"], {"cpu": "a small call goes straight to our kernels"}
+        return _ORDER["cpu"], {"cpu": "only our kernels multiply mixed dtypes without a copy"}
+    if call.M * call.K * call.N <= SMALL_CALL:
+        return _ORDER["cpu"], {"cpu": "a small call goes directly to our kernels"}
     gemm, reason = measured.verdict(call)
-    return (("gemm", *_PREFERENCE["cpu"]) if gemm else _PREFERENCE["cpu"]), {"gemm" if gemm else "cpu": reason}
+    return (("gemm", *_ORDER["cpu"]) if gemm else _ORDER["cpu"]), {"gemm" if gemm else "cpu": reason}
 
 
 def rounds_once(name: str) -> bool:
-    """Whether a backend's results are rounded to their dtype once; if not, also the base layer's part of them."""
+    """Whether a backend rounds its results to their dtype once; if not, it also rounds the base layer's part."""
     return registry.backend(name).rounds_once
 
 
 def cannot_run(name: str, call: Call) -> str | None:
-    """Why backend `name` cannot run `call`, or None where it can."""
+    """Why backend `name` cannot run `call`, or None if it can."""
     try:
         backend = registry.backend(name)
     except BackendError as error:

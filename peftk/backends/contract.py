@@ -1,9 +1,10 @@
-"""What a backend is: what every one has, and what one has that serves a kind of operation.
+"""What a backend must implement: `About` always, and one of the other protocols per kind of operation it runs.
 
     x [M, K], weight [N, K] or None (the identity: a series adapter), bias [N], y [M, N], ids int32 [M]
 
-A backend is a module of this folder, with functions of these names and signatures for what it serves, and a function
-`backend()` that names them to `Backend`, where mypy compares them. What they compute is `peftk.reference`.
+A backend is a module of this folder that has functions with these names and signatures for the operations it runs. Its
+function `backend()` passes the module to `Backend`, where mypy checks the signatures. `peftk.reference` specifies what
+the functions compute.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from peftk.reference.receipt import MergeReceipt
 
 
 class About(Protocol):
-    """What every backend says of itself."""
+    """What every backend has: whether it can run a call, and a description for people."""
 
     def cannot_run(self, call: Call) -> str | None:
-        """Why it cannot run a call, or None where it can."""
+        """Why it cannot run a call, or None if it can."""
 
     def describe(self, call: Call) -> str:
         """One line about the kernels that would run, for `peftk.explain`."""
 
 
 class Forward(Protocol):
-    """y, and where save_z asks, z for the backward: fp32 [M, R], or [M, table.z_width]."""
+    """Returns y and, if save_z, z for the backward: fp32 [M, R], or [M, table.z_width]."""
 
     def lora_linear(
         self,
@@ -60,9 +61,9 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """dx [M, K] where need_dx asks, and the gradients of the adapters' tensors that are wanted (None: of all).
+    """Returns dx [M, K] if need_dx, and the gradients of the adapters' tensors in `wanted` (None: all of them).
 
-    x: None where no dA is wanted. z: None where no gradient reads it (`peftk.reference.reads_z`).
+    x: may be None if no dA is wanted. z: may be None if no gradient reads it (`peftk.reference.reads_z`).
     """
 
     def lora_linear_backward(
@@ -94,7 +95,7 @@ class Backward(Protocol):
 
 
 class Direct(Protocol):
-    """The shortest way of a forward without gradients on a CPU; None where there is none for these tensors."""
+    """The shortest way to run a forward without gradients on a CPU; returns None if these tensors cannot take it."""
 
     def direct_lora_linear(
         self,
@@ -116,7 +117,7 @@ class Direct(Protocol):
 
 
 class Merge(Protocol):
-    """In place. Raises NotFiniteError where W' would not be finite; W is unchanged then."""
+    """Merges in place. Raises NotFiniteError if W' would not be finite, and leaves W unchanged."""
 
     def merge_(self, weight: Tensor, factors: Factors) -> MergeReceipt: ...
 
@@ -128,7 +129,7 @@ class Merge(Protocol):
 
 
 class MergeLayers(Protocol):
-    """The same for layers of one device and one pair of dtypes. All are merged, or none: NotFiniteError says which."""
+    """The same for layers of one device and one pair of dtypes: all or none. NotFiniteError names the layer."""
 
     def merge_layers_(self, weights: Sequence[Tensor], factors: Sequence[Factors]) -> list[MergeReceipt]: ...
 
@@ -138,11 +139,13 @@ class MergeLayers(Protocol):
 
 
 class Sort(Protocol):
+    """Sorts the rows of a batch by adapter: `peftk.reference.segments`."""
+
     def segments(self, ids: Tensor, adapters: int) -> Segments: ...
 
 
 class Backend(NamedTuple):
-    """A backend by what it serves: None is what it does not."""
+    """A backend's parts. None: it does not run these operations."""
 
     about: About
     forward: Forward | None = None
@@ -151,14 +154,14 @@ class Backend(NamedTuple):
     merge: Merge | None = None
     merge_layers: MergeLayers | None = None
     sort: Sort | None = None
-    rounds_once: bool = True  # to y's dtype; if not, also the base layer's part of it
-    looks_at_ids: bool = False  # raises ValueError itself for an id outside of the table
+    rounds_once: bool = True  # to y's dtype; if False, the base layer's part is rounded as well
+    checks_ids: bool = False  # it raises ValueError itself for an id outside the table
 
 
 _Part = TypeVar("_Part")
 
 
-def served(part: _Part | None) -> _Part:
-    """A part of a backend that has said that it serves the call."""
-    assert part is not None, "a backend serves a call for which it has no function"
+def require(part: _Part | None) -> _Part:
+    """`part`, which must exist: the backend has said that it can run the call."""
+    assert part is not None, "a backend accepted a call for which it has no function"
     return part

@@ -1,8 +1,8 @@
-"""The C++ SIMD kernels of `peftk._cpu`: what runs on a CPU by default. Docs: `docs/cpu.md`.
+"""The C++ SIMD kernels of `peftk._cpu`, the default on a CPU. Docs: `docs/cpu.md`.
 
-The functions have the reference's signatures. Tensors are read where they lie, with two exceptions that are copied
-first: x or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension. What a kernel
-writes to is made by `x.new_empty`: torch's default device and dtype are the user's to set.
+The functions have the reference's signatures. Tensors are read in place, with two exceptions that are copied first: x
+or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension. Outputs are made with
+`x.new_empty`, because users may change torch's default device and dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftk.adapters.table import AdapterTable
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
-from peftk.reference.receipt import MergeReceipt, halves
+from peftk.reference.receipt import MergeReceipt, code_as_halves
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -32,29 +32,29 @@ _NO_ADAPTER = _cpu.Adapters.none(dtype=DTYPES[torch.float32])
 def backend() -> Backend:
     from peftk.backends import cpu
 
-    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, looks_at_ids=True)
+    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, checks_ids=True)
 
 
 def cannot_run(call: Call) -> str | None:
     if call.device != "cpu":
         return f"runs on cpu tensors, not on {call.device}"
     if call.op.kind == "segments":
-        return "sorts no rows: its kernels take them as they come"
+        return "does not sort rows: its kernels read them in any order"
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
     if call.slices > 1:
-        return "no C++ kernel for packed outputs with adapters of their own"
+        return "no C++ kernel for packed outputs whose slices have their own adapters"
     return None
 
 
 def describe(call: Call) -> str:
-    """What runs a call, for `peftk.explain`. The weight is taken to be row-major."""
+    """Which kernels run a call, for `peftk.explain`. Assumes a row-major weight."""
     threads = torch.get_num_threads()
     if call.op.kind in ("merge", "unmerge"):
-        return f"C++ merge kernels at SIMD level {simd_level()}, {_count(threads)} at most"
+        return f"C++ merge kernels at SIMD level {simd_level()}, {_thread_count(threads)} at most"
     if call.op.kind == "adapter_block":
-        return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_count(threads)}"
+        return f"a copy of x, then the C++ kernels' adapters, {simd_level()}, {_thread_count(threads)}"
     linear = _cpu.Linear.of(
         M=call.M,
         N=call.N,
@@ -70,20 +70,20 @@ def describe(call: Call) -> str:
     )
     form, pairs, threads = _cpu.plan(linear, backward=call.op.backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
-    return f"C++ lora_linear kernels: {form} form, {level}, {_count(threads)}"
+    return f"C++ lora_linear kernels: {form} form, {level}, {_thread_count(threads)}"
 
 
-def _count(threads: int) -> str:
+def _thread_count(threads: int) -> str:
     return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def simd_level() -> str:
-    """The SIMD level in use: the best that this machine has, or what PEFTK_SIMD names."""
+    """The SIMD level in use: the one named by PEFTK_SIMD, else the best of this machine."""
     return _cpu.simd_level()
 
 
 def simd_levels() -> list[str]:
-    """The SIMD levels that this build and machine have, ascending."""
+    """The SIMD levels that both this build and this machine have, ascending."""
     return _cpu.simd_levels()
 
 
@@ -97,16 +97,16 @@ def lora_linear(
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """base: y [M, N], contiguous, where somebody else has computed xWᵀ + bias; the adapter is added to it in place."""
-    x, weight, adapter = rows(x), _dense(weight), _one_page(adapter)
+    """base: y [M, N], contiguous, if xWᵀ + bias is already computed; the adapter is then added to it in place."""
+    x, weight, adapter = rows(x), _dense_weight(weight), _one_page(adapter)
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
     z = x.new_empty(M, adapter.rank, dtype=torch.float32) if save_z and adapter is not None and adapter.rank else None
     _cpu.lora_linear(
-        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
-        _one(adapter),
+        _linear_args((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
+        _adapter_args(adapter),
         y=y.data_ptr(),
         y_stride=N,
         z=0 if z is None else z.data_ptr(),
@@ -127,9 +127,9 @@ def direct_lora_linear(
     bias_B: Tensor | None,
     limit: int,
 ) -> Tensor | None:
-    """y where x is a plain tensor and M·N·K ≤ limit, in a fraction of `lora_linear`'s overhead; None elsewhere.
+    """y with a fraction of `lora_linear`'s overhead; None if a tensor is not a plain one, or M·N·K > limit.
 
-    weight None: the identity, y = x + the adapter, at any size.
+    weight None: the identity, y = x + the adapter, of any size.
     """
     adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
     return _cpu.direct_lora_linear(x, weight, bias, *adapter, limit, torch.get_num_threads())
@@ -138,11 +138,11 @@ def direct_lora_linear(
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
 ) -> Tensor | None:
-    """`direct_lora_linear` for many adapters; ids as users give them. Raises ValueError for an id outside the table."""
+    """`direct_lora_linear` for many adapters; ids as users pass them. Raises ValueError for an id outside the table."""
     if table.dtype not in DTYPES:  # fp64
         return None
     threads = torch.get_num_threads()
-    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table(table))
+    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table_addresses(table))
 
 
 def multi_lora_linear(
@@ -157,16 +157,16 @@ def multi_lora_linear(
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """base: as in `lora_linear`."""
-    x, weight, ids = rows(x), _dense(weight), _ids(ids)
+    x, weight, ids = rows(x), _dense_weight(weight), _ids(ids)
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
     base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
     y = x.new_empty(M, N) if base is None else base
-    # rows of smaller rank leave the rest alone
+    # zeros: rows of smaller rank write only a part
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
     _cpu.lora_linear(
-        _linear((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
-        _adapters(table),
+        _linear_args((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
+        _table_args(table),
         ids=ids.data_ptr(),
         y=y.data_ptr(),
         y_stride=N,
@@ -188,15 +188,15 @@ def lora_linear_backward(
     wanted: Wanted = ALL,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """base: dx [M, K], contiguous, where somebody else has computed dY W; the adapter's part is added in place."""
-    dy, weight, adapter = rows(dy), _dense(weight), _one_page(adapter)
+    """base: dx [M, K], contiguous, if dY W is already computed; the adapter's part is then added to it in place."""
+    dy, weight, adapter = rows(dy), _dense_weight(weight), _one_page(adapter)
     x = None if x is None else rows(x)
-    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
-    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in_features(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _dx_buffers(dy, dtype, weight, K, need_dx, base)
     grads = AdapterGrads(None, None, None, None) if adapter is None else _empty_grads(adapter, dy, K, wanted)
     _cpu.lora_linear_backward(
-        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
-        _one(adapter),
+        _linear_args((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
+        _adapter_args(adapter),
         dy=dy.data_ptr(),
         dy_stride=dy.stride(0),
         dy_dtype=DTYPES[dy.dtype],
@@ -223,15 +223,15 @@ def multi_lora_linear_backward(
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """base: as in `lora_linear_backward`."""
-    dy, weight, ids = rows(dy), _dense(weight), _ids(ids)
+    dy, weight, ids = rows(dy), _dense_weight(weight), _ids(ids)
     x, z = None if x is None else rows(x), None if z is None else rows(z)
-    (M, N), K, dtype = dy.shape, _in(dy, x, weight), dy.dtype if x is None else x.dtype
-    base, dx = _room_for_dx(dy, dtype, weight, K, need_dx, base)
+    (M, N), K, dtype = dy.shape, _in_features(dy, x, weight), dy.dtype if x is None else x.dtype
+    base, dx = _dx_buffers(dy, dtype, weight, K, need_dx, base)
     each = [ALL] * len(table.adapters) if wanted is None else wanted
     grads = [None if a is None else _empty_grads(a, dy, K, w) for a, w in zip(table.adapters, each, strict=True)]
     _cpu.lora_linear_backward(
-        _linear((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
-        _adapters(table),
+        _linear_args((M, N, K), x, dtype, weight, None, dropout, over_base=base is not None),
+        _table_args(table),
         ids=ids.data_ptr(),
         dy=dy.data_ptr(),
         dy_stride=dy.stride(0),
@@ -246,33 +246,33 @@ def multi_lora_linear_backward(
 
 
 def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
-    return _remerged(weight, None, factors)
+    return _remerge(weight, None, factors)
 
 
 def unmerge_(weight: Tensor, receipt: MergeReceipt) -> None:
     with in_rows([weight]) as (W,):
-        code, far = halves(receipt)
-        from_side = _side(receipt.factors, code, far, receipt.raw_values)
+        code, far = code_as_halves(receipt)
+        from_side = _merge_side(receipt.factors, code, far, receipt.raw_values)
         _cpu.remerge(_weight(W), from_side, None, threads=torch.get_num_threads())
 
 
 def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeReceipt:
-    return _remerged(weight, receipt, factors)
+    return _remerge(weight, receipt, factors)
 
 
 def checksum(weight: Tensor) -> int:
-    weight = rows(weight)  # held until the call is over
+    weight = rows(weight)  # keeps a copy alive during the call
     return _cpu.checksum(_weight(weight), threads=torch.get_num_threads())
 
 
-def _remerged(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
-    """From W, or from W' with other adapters, to W' with these: one pass, in place."""
+def _remerge(weight: Tensor, receipt: MergeReceipt | None, factors: Factors) -> MergeReceipt:
+    """From W, or from W' of the receipt's merge, to W' with `factors`: one pass, in place."""
     N, K = weight.shape
     code = weight.new_empty(N, (K + 1) // 2, dtype=torch.uint8)
-    old = None if receipt is None else halves(receipt)  # held until the call is over
-    from_side = None if receipt is None or old is None else _side(receipt.factors, *old, receipt.raw_values)
+    old = None if receipt is None else code_as_halves(receipt)  # keeps the tensors alive during the call
+    from_side = None if receipt is None or old is None else _merge_side(receipt.factors, *old, receipt.raw_values)
     with in_rows([weight]) as (W,):
-        to_side, threads = _side(factors, code), torch.get_num_threads()
+        to_side, threads = _merge_side(factors, code), torch.get_num_threads()
         finite, total, far, bits = _cpu.remerge(_weight(W), from_side, to_side, threads=threads)
         if not finite:
             raise NotFiniteError
@@ -284,12 +284,13 @@ def _weight(weight: Tensor) -> _cpu.MergeWeight:
     return _cpu.MergeWeight.of(weight=weight.data_ptr(), stride=weight.stride(0), N=N, K=K, dtype=DTYPES[weight.dtype])
 
 
-def _side(
+def _merge_side(
     factors: Factors, code: Tensor, far: Tensor | None = None, raw_values: Tensor | None = None
 ) -> _cpu.MergeSide:
-    """Adapters and their code, two weights per byte. Addresses: the caller keeps the tensors alive.
+    """Adapters and their code, two weights per byte. It holds addresses: the caller keeps the tensors alive.
 
-    A receipt's tensors are contiguous: made here, or by `to`. far and raw_values: of what W holds before the call.
+    A receipt's tensors are contiguous: made here, or by its `to`. far, raw_values: of the merge that W holds before the
+    call.
     """
     A, B, ends, scaling = factors
     return _cpu.MergeSide.of(
@@ -306,12 +307,12 @@ def _side(
     )
 
 
-def _dense(weight: Tensor | None) -> Tensor | None:
+def _dense_weight(weight: Tensor | None) -> Tensor | None:
     return weight if weight is None or 1 in weight.stride() else weight.contiguous()
 
 
-def _in(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> int:
-    """K, of a backward that may have no x; without a weight it is N."""
+def _in_features(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> int:
+    """K in a backward, where x may be None; without a weight, K = N."""
     return x.shape[1] if x is not None else dy.shape[1] if weight is None else weight.shape[1]
 
 
@@ -322,14 +323,14 @@ def _ids(ids: Tensor) -> Tensor:
 
 
 def _one_page(adapter: Adapter | None) -> Adapter | None:
-    """The same adapter with A and B as one tensor each, A's rows contiguous. Copies only what is in several pages."""
+    """The adapter with A and B as one tensor each and contiguous rows of A. Copies only if it is not so already."""
     if adapter is None or (len(adapter.pages_A) == 1 and adapter.pages_A[0].stride()[1] == 1) or not adapter.pages_A:
         return adapter
     A, B = torch.cat(adapter.pages_A), torch.cat(adapter.pages_B, dim=1)
     return Adapter((A,), (B,), adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
 
 
-def _linear(
+def _linear_args(
     shape: tuple[int, int, int],
     x: Tensor | None,
     x_dtype: torch.dtype,
@@ -339,7 +340,7 @@ def _linear(
     *,
     over_base: bool,
 ) -> _cpu.Linear:
-    """shape: M, N, K. Without x, as a backward may be, x_dtype is that of dX alone."""
+    """shape: M, N, K. x is None in some backwards; x_dtype is then the dtype of dX."""
     M, N, K = shape
     p, seed = (0.0, 0) if dropout is None else (dropout.p, int(dropout.seed) & 0xFFFFFFFFFFFFFFFF)
     if over_base or weight is None:
@@ -374,10 +375,10 @@ def _linear(
     )
 
 
-def _room_for_dx(
+def _dx_buffers(
     dy: Tensor, dtype: torch.dtype, weight: Tensor | None, K: int, need_dx: bool, base: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What dX is added to, where it is there already (without a weight dX begins as dY), and dX [M, K]."""
+    """The tensor that dX is accumulated into, if there is one (without a weight, a copy of dY), and dX [M, K]."""
     if not need_dx:
         return None, None
     if weight is None:
@@ -385,8 +386,8 @@ def _room_for_dx(
     return base, dy.new_empty(dy.shape[0], K, dtype=dtype) if base is None else base
 
 
-def _one(adapter: Adapter | None) -> _cpu.Adapters:
-    """The adapter of `_one_page`. Addresses: the caller keeps it alive."""
+def _adapter_args(adapter: Adapter | None) -> _cpu.Adapters:
+    """The adapter of `_one_page` as kernel arguments: addresses, so the caller keeps it alive."""
     if adapter is None:
         return _NO_ADAPTER
     bias_A, bias_B = adapter.bias_A, adapter.bias_B
@@ -421,9 +422,9 @@ def _one(adapter: Adapter | None) -> _cpu.Adapters:
     )
 
 
-def _adapters(table: AdapterTable) -> _cpu.Adapters:
-    """A table of one slice: packed outputs are other backends'."""
-    pages, rows, scaling, biases, count, dtype = _table(table)
+def _table_args(table: AdapterTable) -> _cpu.Adapters:
+    """A table as kernel arguments. It has one slice: `cannot_run` refuses packed outputs."""
+    pages, rows, scaling, biases, count, dtype = _table_addresses(table)
     return _cpu.Adapters.of_table(
         pages=pages,
         rows=rows,
@@ -436,8 +437,8 @@ def _adapters(table: AdapterTable) -> _cpu.Adapters:
     )
 
 
-def _table(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
-    """The same, flat."""
+def _table_addresses(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
+    """Addresses of pages, rows, scaling and biases; the number of adapters; the dtype's code."""
     return (
         table.pages.data_ptr(),
         table.rows.data_ptr(),
@@ -449,18 +450,18 @@ def _table(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
 
 
 def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> AdapterGrads:
-    """Room for the gradients that are wanted, in the shapes of the adapter's dense tensors."""
+    """Empty tensors for the wanted gradients, in the shapes of the adapter's dense tensors."""
     dtype = adapter.tensors()[0].dtype if adapter.tensors() else dy.dtype
     N, R = dy.shape[1], adapter.rank
 
-    def room(exists: bool, wants: bool, *shape: int) -> Tensor | None:
+    def empty(exists: bool, wants: bool, *shape: int) -> Tensor | None:
         return dy.new_empty(shape, dtype=dtype) if exists and wants else None
 
     return AdapterGrads(
-        room(bool(adapter.pages_A), wanted.lora_A, R, K),
-        room(bool(adapter.pages_B), wanted.lora_B, N, R),
-        room(adapter.bias_A is not None, wanted.bias_A, R),
-        room(adapter.bias_B is not None, wanted.bias_B, N),
+        empty(bool(adapter.pages_A), wanted.lora_A, R, K),
+        empty(bool(adapter.pages_B), wanted.lora_B, N, R),
+        empty(adapter.bias_A is not None, wanted.bias_A, R),
+        empty(adapter.bias_B is not None, wanted.bias_B, N),
     )
 
 

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of `peftk._cuda`. Docs: `docs/decode.md`, `docs/merge.md`, `docs/segments.md`.
 
-Launches go to torch's current stream of the weight's device and return at once. Temporaries are
-allocated on that stream, so the caching allocator gives their memory to nothing that could overtake the kernel.
+Launches go to torch's current stream on the device of the inputs, and return at once. Temporaries are allocated on that
+stream, so torch's caching allocator reuses their memory only for work that runs after the kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-_SERVED = (LORA_LINEAR, LORA_LINEAR._replace(many=True), MERGE, UNMERGE, SEGMENTS)
+_OPS = (LORA_LINEAR, LORA_LINEAR._replace(many=True), MERGE, UNMERGE, SEGMENTS)
 
 
 def backend() -> Backend:
@@ -57,21 +57,21 @@ def backend() -> Backend:
 def cannot_run(call: Call) -> str | None:
     if _cuda.device == "cuda" and torch.version.cuda is None:
         return "this torch is not built for CUDA"
-    if call.op not in _SERVED:
+    if call.op not in _OPS:
         return f"no CUDA C++ kernel for {call.op}"
     if call.device != _cuda.device:
         return f"runs on {_cuda.device} tensors, not on {call.device}"
     if call.op == SEGMENTS:
-        return _too_old()
+        return _capability_problem()
     if call.op in (MERGE, UNMERGE):
         for name, dtype in (("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
             if dtype is not None and dtype not in DTYPES:
                 return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
-        return _too_old()
-    return _cannot_serve_linear(call)
+        return _capability_problem()
+    return _cannot_run_linear(call)
 
 
-def _cannot_serve_linear(call: Call) -> str | None:
+def _cannot_run_linear(call: Call) -> str | None:
     if call.x_dtype not in (torch.bfloat16, torch.float16) or call.weight_dtype != call.x_dtype:
         return f"needs x and weight both bfloat16 or both float16, got {call.x_dtype} and {call.weight_dtype}"
     if call.adapter_dtype not in (None, call.x_dtype, torch.float32):
@@ -79,13 +79,13 @@ def _cannot_serve_linear(call: Call) -> str | None:
     if call.dropout:
         return "no dropout"
     if not 1 <= call.M <= _cuda.most_rows:
-        return f"for 1 to {_cuda.most_rows} rows, got {call.M}"
+        return f"runs 1 to {_cuda.most_rows} rows, got {call.M}"
     if call.K % 8 or call.K == 0 or not call.aligned:
         return "needs K a multiple of 8, and rows of weight that are contiguous and start at multiples of 16 bytes"
-    return _too_old()
+    return _capability_problem()
 
 
-def _too_old() -> str | None:
+def _capability_problem() -> str | None:
     if _cuda.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "needs a GPU of compute capability 8.0 or later"
     return None
@@ -103,7 +103,7 @@ def describe(call: Call) -> str:
             "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; sum_rows_kernel before them"
         )
     if _cuda.device == "cuda" and not torch.cuda.is_available():
-        return "1 launch; its plan depends on the GPU, of which torch finds none here"
+        return "1 launch; its plan depends on the GPU, and torch finds none here"
     device = torch.device(call.device)
     plan = _plan(call.M, call.N, call.K, call.slices * -(-call.rank // PAGE), workspace.processors(device))
     return (
@@ -121,13 +121,13 @@ def lora_linear(
     dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses travel as arguments."""
+    """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses are kernel arguments."""
     args, tensors = adapter_args(adapter)
-    given = tensors.any()
-    if adapter is None or given is None:
+    any_tensor = tensors.any()
+    if adapter is None or any_tensor is None:
         y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(dtype=DTYPES[x.dtype]), 0, None, save_z=False)
         return y, None
-    adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[given.dtype])
+    adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[any_tensor.dtype])
     y, z = _lora_linear(x, weight, bias, adapters, -(-adapter.rank // PAGE), None, save_z=save_z)
     return y, z[:, : adapter.rank] if save_z and adapter.rank else None
 
@@ -142,23 +142,23 @@ def multi_lora_linear(
     dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. Blocks sort the ids themselves."""
-    adapters = _adapters(table)
+    """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. The kernel sorts the ids itself."""
+    adapters = _table_adapters(table)
     y, z = _lora_linear(
         x, weight, bias, adapters, table.slice_pages[-1], ids.to(torch.int32).contiguous(), save_z=save_z
     )
     return y, z if save_z else None
 
 
-# A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
+# A table does not change, so the arguments made from it are cached, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _adapters(table: AdapterTable) -> _cuda.Adapters:
-    """The table as the launcher takes it."""
-    found = _ADAPTERS.get(table)
-    if found is None:
-        found = _ADAPTERS[table] = _cuda.Adapters.of_table(
+def _table_adapters(table: AdapterTable) -> _cuda.Adapters:
+    """The table as kernel arguments, cached."""
+    adapters = _ADAPTERS.get(table)
+    if adapters is None:
+        adapters = _ADAPTERS[table] = _cuda.Adapters.of_table(
             pages=table.pages.data_ptr(),
             rows=table.rows.data_ptr(),
             scaling=table.scaling.data_ptr(),
@@ -169,7 +169,7 @@ def _adapters(table: AdapterTable) -> _cuda.Adapters:
             z_pages=table.slice_pages[-1],
             dtype=DTYPES[table.dtype],
         )
-    return found
+    return adapters
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,8 +187,8 @@ def _lora_linear(
     *,
     save_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N], and z [M, 16 · z_pages], whole if it is saved."""
-    assert weight is not None  # it serves no series adapter
+    """y [M, N], and z [M, 16 · z_pages], complete only if save_z."""
+    assert weight is not None  # `cannot_run` refuses series adapters
     (M, K), N, device = x.shape, weight.shape[0], x.device
     if x.stride(1) != 1 or (x.data_ptr() | x.stride(0) * x.element_size()) % 16:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -217,20 +217,20 @@ def _lora_linear(
             plan,
             0 if partials is None else partials.data_ptr(),
             counters.data_ptr(),
-            *_here(device),
+            *_device_and_stream(device),
         )
     return y, z
 
 
-def _here(device: torch.device) -> tuple[int, int]:
-    """The device's number and torch's current stream of it, for a launch."""
-    if device.type == "cpu":  # the module that tests compile for the host
+def _device_and_stream(device: torch.device) -> tuple[int, int]:
+    """The device's index and its current torch stream, for a launch."""
+    if device.type == "cpu":  # tests compile the module for the host
         return 0, 0
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _list(layers: Layers) -> tuple[int, int, int, int, int, int, int]:
-    """The layers as all launches of merge take them."""
+def _layer_args(layers: Layers) -> tuple[int, int, int, int, int, int, int]:
+    """The layers as arguments of the merge launches."""
     return (
         layers.table.data_ptr(),
         layers.ends.data_ptr(),
@@ -250,21 +250,21 @@ def _tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
 def _merge(layers: Layers, notes: Notes, raw: Raw) -> None:
     merged, row_sums, status = (note.data_ptr() for note in notes)
     refused, raw_count = status + 4, status
-    places = (merged, row_sums, refused, raw_count, raw.keys.data_ptr(), raw.values.data_ptr(), len(raw.keys))
-    _cuda.merge(*_list(layers), *places, *_here(layers.device))
+    outputs = (merged, row_sums, refused, raw_count, raw.keys.data_ptr(), raw.values.data_ptr(), len(raw.keys))
+    _cuda.merge(*_layer_args(layers), *outputs, *_device_and_stream(layers.device))
 
 
 def _unmerge(layers: Layers, merged: Tensor) -> None:
-    _cuda.unmerge(*_list(layers), merged.data_ptr(), *_here(layers.device))
+    _cuda.unmerge(*_layer_args(layers), merged.data_ptr(), *_device_and_stream(layers.device))
 
 
 def _restore(layers: Layers, raw: Raw) -> None:
     values = (raw.keys.data_ptr(), raw.values.data_ptr(), len(raw.keys))
-    _cuda.merge_restore(*_list(layers), *values, *_here(layers.device))
+    _cuda.merge_restore(*_layer_args(layers), *values, *_device_and_stream(layers.device))
 
 
 def _sum_rows(layers: Layers, row_sums: Tensor) -> None:
-    _cuda.merge_sum_rows(*_list(layers), row_sums.data_ptr(), *_here(layers.device))
+    _cuda.merge_sum_rows(*_layer_args(layers), row_sums.data_ptr(), *_device_and_stream(layers.device))
 
 
 _in_place = InPlace(_tile, _merge, _unmerge, _restore, _sum_rows)
@@ -274,11 +274,11 @@ remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_plac
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
-    """`peftk.reference.segments` in one launch for up to 1,024 rows, in three beyond."""
+    """`peftk.reference.segments`: one launch up to 1,024 rows, three for more."""
     M, device = ids.shape[0], ids.device
-    found = empty(M, adapters, device)
-    room = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
-    order, sorted_ids, ends, starts, owners, blocks = (tensor.data_ptr() for tensor in found)
+    result = empty(M, adapters, device)
+    scratch = torch.empty(_cuda.segments_workspace(M, adapters), dtype=torch.int32, device=device)
+    order, sorted_ids, ends, starts, owners, blocks = (tensor.data_ptr() for tensor in result)
     _cuda.segments(
         ids.data_ptr(),
         ids.stride(0),
@@ -291,7 +291,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
         starts,
         owners,
         blocks,
-        room.data_ptr(),
-        *_here(device),
+        scratch.data_ptr(),
+        *_device_and_stream(device),
     )
-    return found
+    return result

@@ -1,10 +1,10 @@
-"""torch's own matrix product for the base layer, and the adapters on top by the kernels of `peftk._cpu`.
+"""torch's matrix product for the base layer, and the kernels of `peftk._cpu` for the adapters on top.
 
-For processors on which a library multiplies faster than our kernels (AMX tiles, say): `peftk tune` measures where that
-is so (`peftk.tuning`). The functions have the reference's signatures.
+For processors on which torch's library multiplies faster than our kernels, for example with AMX tiles. `peftk tune`
+measures where that is the case (`peftk.tuning`). The functions have the reference's signatures.
 
-Rounding: 16-bit results are rounded twice, once by the library and once with the adapters added, so their bound has
-another u·|xWᵀ + bias| (docs/numerics.md). Whether the bits depend on the number of threads is the library's affair.
+Rounding: 16-bit results are rounded twice, once by the library and once with the adapters added, so their error bound
+has an additional u·|xWᵀ + bias| (docs/numerics.md). The bits may depend on the number of threads, as the library's do.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def backend() -> Backend:
 
 def cannot_run(call: Call) -> str | None:
     if call.op.kind != "lora_linear":
-        return f"multiplies matrices, has none for {call.op}"
+        return f"runs lora_linear and multi_lora_linear only, got {call.op}"
     if call.x_dtype != call.weight_dtype:
-        return f"serves x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
+        return f"needs x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
     return cpu.cannot_run(call)
 
 
@@ -110,7 +110,7 @@ def multi_lora_linear_backward(
 
 def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """xWᵀ + bias, contiguous."""
-    assert weight is not None  # it serves no series adapter
+    assert weight is not None  # `cannot_run` refuses series adapters
     if bias is not None and bias.dtype != x.dtype:
         return functional.linear(x, weight).contiguous().add_(bias)
     return functional.linear(x, weight, bias).contiguous()

@@ -1,8 +1,8 @@
-"""What `peftk tune` has measured on this machine, and what follows from it for a call.
+"""Whether torch's GEMM is faster than our CPU kernels for a call, as measured by `peftk tune` on this machine.
 
-A measurement is a grid of shapes for each operation and dtype; a call takes the answer of the nearest shape. It is kept
-in choice.json (`kept`), by processor, and holds for the versions and the SIMD level that it was made with. Without one,
-our kernels serve, except where the processor has AMX tiles.
+A measurement is a grid of shapes for each operation and dtype; a call uses the nearest shape. It is kept in choice.json
+(`peftk.system.cache`) by processor, and is valid for the versions and the SIMD level that it was made with. Without a
+measurement our kernels run, except for bf16 on a processor with AMX tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AMX_TOKENS = 32
 
 
 class Point(NamedTuple):
-    """One shape of the grid. gain: how many times faster torch's product with our adapters was than our kernels."""
+    """One shape of the grid. gain: time of our kernels / time of torch's GEMM with our adapters."""
 
     M: int
     dim: int  # K and N
@@ -35,9 +35,9 @@ class Point(NamedTuple):
 
 
 def verdict(call: Call) -> tuple[bool, str]:
-    """Whether `gemm` is to be preferred to `cpu` for this call, and what says so."""
+    """Whether to prefer `gemm` to `cpu` for this call, and the reason."""
     key = key_of(call.op, call.x_dtype)
-    measured, problem = _measured()
+    measured, problem = _load_grids()
     points = measured.get(key)
     if not points:
         return _default(call, problem)
@@ -47,51 +47,51 @@ def verdict(call: Call) -> tuple[bool, str]:
 
 
 def margin(key: str) -> float:
-    """How many times as fast torch's product must be to serve; in 16 bits it costs a second rounding."""
+    """The gain from which `gemm` is preferred. Higher in 16 bits, where it costs a second rounding."""
     return 1.05 if key.endswith("float32") else 1.15
 
 
 def may_prefer_gemm(op: Op, dtype: torch.dtype) -> bool:
-    """Whether there is a shape for which `verdict` prefers it."""
+    """Whether `verdict` prefers `gemm` for any shape."""
     key = key_of(op, dtype)
-    points = _measured()[0].get(key)
+    points = _load_grids()[0].get(key)
     if not points:
-        return _has_tiles(dtype)
+        return _has_amx_tiles(dtype)
     return any(point.gain >= margin(key) for point in points)
 
 
 def _default(call: Call, problem: str) -> tuple[bool, str]:
-    if _has_tiles(call.x_dtype) and call.M >= _AMX_TOKENS:
+    if _has_amx_tiles(call.x_dtype) and call.M >= _AMX_TOKENS:
         return True, f"{problem}; by default many bf16 tokens go to AMX tiles, which torch's GEMM uses"
     return False, f"{problem}; our kernels are the default"
 
 
-def _has_tiles(dtype: torch.dtype) -> bool:
+def _has_amx_tiles(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 
 
 def cache_file() -> Path:
-    """Raises OSError where no folder is named and the user has no home."""
+    """The path of choice.json. Raises OSError if PEFTK_CACHE_DIR is not set and the user has no home."""
     return cache.path(_FILE)
 
 
 def delete() -> bool:
-    """Deletes what was measured on this machine, and a file that cannot be read; whether there was something."""
+    """Deletes this machine's measurement, or the file if it is broken. Returns whether there was anything to delete."""
     return cache.delete(_FILE, _machine())
 
 
 @functools.cache
-def _measured() -> tuple[dict[str, list[Point]], str]:
-    """The grids of this machine by op and dtype; or none, and why."""
-    found, problem = cache.load(_FILE, _machine(), _made_with(), _points, done="measured", here="machine")
-    return found or {}, problem
+def _load_grids() -> tuple[dict[str, list[Point]], str]:
+    """This machine's grids by op and dtype, and an empty string; or an empty dict, and why there are none."""
+    grids, problem = cache.load(_FILE, _machine(), _made_with(), _parse_grids, verb="measured", unit="machine")
+    return grids or {}, problem
 
 
-def _points(entry: dict[str, Any]) -> dict[str, list[Point]]:
-    return {key: [_point(*point) for point in points] for key, points in entry["gain"].items()}
+def _parse_grids(entry: dict[str, Any]) -> dict[str, list[Point]]:
+    return {key: [_parse_point(*point) for point in points] for key, points in entry["gain"].items()}
 
 
-def _point(M: int, dim: int, gain: float) -> Point:
+def _parse_point(M: int, dim: int, gain: float) -> Point:
     if not (0 < M < math.inf and 0 < dim < math.inf and gain >= 0):
         raise ValueError(f"expected M, K=N > 0 and a gain, got {M}, {dim} and {gain}")
     return Point(M, dim, gain)
@@ -108,15 +108,15 @@ def _made_with() -> dict[str, str]:
 
 
 def key_of(op: Op, dtype: torch.dtype) -> str:
-    """What a grid is kept under: one adapter or many are alike."""
+    """The key of a grid. One adapter and many share a grid."""
     return f"{op._replace(many=False)} {str(dtype).removeprefix('torch.')}"
 
 
 def save(measured: dict[str, list[Point]]) -> None:
-    """Keeps a measurement of this machine. Raises OSError where the cache cannot be written."""
+    """Writes this machine's measurement. Raises OSError if the cache cannot be written."""
     cache.save(_FILE, _machine(), _made_with(), {"threads": torch.get_num_threads(), "gain": measured})
 
 
 def forget_loaded() -> None:
-    """Reads the cache again at the next question."""
-    _measured.cache_clear()
+    """Makes the next call read the cache file again."""
+    _load_grids.cache_clear()

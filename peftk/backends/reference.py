@@ -1,4 +1,4 @@
-"""Plain torch on any device: the specification itself, and what runs fp64."""
+"""The reference in plain torch: runs every call on any device, among them those in fp64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftk.reference.lora_linear import (
     multi_lora_linear_backward,
 )
 from peftk.reference.merge import RAW, Factors, checksum, merge, unmerge
-from peftk.reference.receipt import MergeReceipt, bytewise, packed
+from peftk.reference.receipt import MergeReceipt, code_as_bytes, pack_receipt
 from peftk.reference.segments import segments as sorted_rows
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
 
 
 def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:
-    """W' is a new tensor first: W is written last."""
+    """W' is computed in a new tensor; W is written last, so an exception leaves it unchanged."""
     return _merge_from(weight, weight, factors)
 
 
@@ -72,7 +72,7 @@ def remerge_(weight: Tensor, receipt: MergeReceipt, factors: Factors) -> MergeRe
 
 
 def _base(weight: Tensor, receipt: MergeReceipt) -> Tensor:
-    code, raw_index = bytewise(receipt)
+    code, raw_index = code_as_bytes(receipt)
     base = unmerge(weight, receipt.factors, code)
     base.view(-1)[raw_index] = receipt.raw_values
     return base
@@ -82,6 +82,6 @@ def _merge_from(weight: Tensor, base: Tensor, factors: Factors) -> MergeReceipt:
     new, code = merge(base, factors)
     if not bool(new.isfinite().all()):
         raise NotFiniteError
-    receipt = packed(factors, code, base[code == RAW], checksum(new))
+    receipt = pack_receipt(factors, code, base[code == RAW], checksum(new))
     write(weight, new)
     return receipt

@@ -1,4 +1,4 @@
-"""The backends that there are. A new one is a file of this folder and its name here; `contract` says what it has."""
+"""The list of backends. A new one is a file in this folder (see `contract`) and its name here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ NAMES = ("reference", "cpu", "gemm", "triton", "cuda")
 
 @functools.cache
 def backend(name: str) -> Backend:
-    """Raises ValueError for an unknown name, BackendError with the reason where it cannot be imported here."""
+    """The backend of this name. Raises ValueError for an unknown name, BackendError if it cannot be imported."""
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     try:
         module = importlib.import_module(f"peftk.backends.{name}")
     except ImportError as error:
         raise BackendError(f"backend {name!r} cannot be imported: {error}") from error
-    found: Backend = module.backend()
-    return found
+    implementation: Backend = module.backend()
+    return implementation

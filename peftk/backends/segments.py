@@ -1,7 +1,6 @@
-"""The rows of a batch in the order of their adapters: what it is made of, and who makes it. `docs/segments.md`.
+"""Sorts the rows of a batch by adapter, for the kernels of every backend that need it. `docs/segments.md`.
 
-`of` serves the kernels of every backend that walk rows so. It is a choice like any other
-(`peftk.backends.choice`), made once for all layers of a route.
+Which backend sorts is chosen as for any operation (`peftk.backends.choice`). All layers of a route share one sort.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from torch import Tensor
 from peftk.adapters import route
 from peftk.backends import choice
 from peftk.backends.call import SEGMENTS, Call
-from peftk.backends.contract import served
+from peftk.backends.contract import require
 from peftk.launch.segments import Segments
 from peftk.system.lasting import lasting
 
@@ -19,7 +18,7 @@ from peftk.system.lasting import lasting
 def of(ids: Tensor, adapters: int) -> Segments:
     """The segments of ids (int32 or int64 [M], any stride). An id outside 0 … adapters - 1 counts as -1.
 
-    Sorted once for all layers of a route and their backward; ids that a user passes, in every call.
+    With a route, sorted once for all its layers and their backward. Ids that a user passes are sorted in every call.
     """
     return route.once(ids, (adapters, choice.forced()), lambda: _sorted(ids, adapters))
 
@@ -38,4 +37,4 @@ def _sorted(ids: Tensor, adapters: int) -> Segments:
         rank=0,
         adapters=adapters,
     )
-    return served(choice.serving(call).sort).segments(ids, adapters)
+    return require(choice.backend_for(call).sort).segments(ids, adapters)

@@ -1,4 +1,4 @@
-"""Triton kernels: any GPU that Triton knows, or CPU tensors where TRITON_INTERPRET=1 was set before the import."""
+"""The Triton kernels, for GPUs that Triton supports, or for CPU tensors if TRITON_INTERPRET=1 was set before import."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def backend() -> Backend:
 
 def cannot_run(call: Call) -> str | None:
     if call.device != _DEVICE:
-        return f"this process runs Triton on {_DEVICE} tensors (TRITON_INTERPRET=1 chooses cpu), got {call.device}"
+        return f"runs on {_DEVICE} tensors in this process (on cpu with TRITON_INTERPRET=1), got {call.device}"
     dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op.kind != "segments" else set()
     for dtype in dtypes:
         if dtype not in kernels.DTYPES:
@@ -81,7 +81,7 @@ def cannot_run(call: Call) -> str | None:
 
 
 def describe(call: Call) -> str:
-    """What a call launches, for `peftk.explain`: where rows start on 16 bytes, and dX is wanted."""
+    """What a call launches, for `peftk.explain`. Assumes rows aligned to 16 bytes, and that dX is wanted."""
     if call.op.kind == "segments":
         return "1 launch: segments_kernel" if call.M <= TILE else "3 launches: sort_kernel, scan_kernel, scatter_kernel"
     if call.op.kind == "merge":
@@ -91,7 +91,7 @@ def describe(call: Call) -> str:
             "2 launches, for a list of layers the same two: unmerge_kernel, restore_kernel; checksum_kernel before them"
         )
     if call.device != "cpu" and not torch.cuda.is_available():
-        return "its plan depends on the GPU, of which torch finds none here"
+        return "its plan depends on the GPU, and torch finds none here"
     device, many, backward = torch.device(call.device), call.op.many, call.op.backward
     where = tuned.target(device)
     form = config.Form(
@@ -117,12 +117,12 @@ def lora_linear(
     dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in one launch. The adapter's addresses travel as kernel arguments."""
+    """`peftk.reference.lora_linear` in one launch. The adapter's addresses are kernel arguments."""
     adapters, tensors = _one_adapter(adapter)
     p, seed = flat_dropout(dropout)
     has_z = save_z and adapters.z_width > 0
     y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=p, seed=seed, save_z=has_z)
-    del tensors  # a launch in flight keeps the memory of its stream: torch's allocator reuses it in stream order
+    del tensors  # safe after the launch: torch's allocator reuses memory in stream order
     return y, None if z is None or adapter is None else z[:, : adapter.rank]
 
 
@@ -137,7 +137,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
-    adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
+    adapters, order = _table_adapters(table), sorted_rows.of(ids, table.count)
     p, seed = flat_dropout(dropout)
     return kernels.forward(x, weight, contiguous(bias), adapters, order, dropout_p=p, seed=seed, save_z=save_z)
 
@@ -160,8 +160,10 @@ def lora_linear_backward(
     dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
-    x, z = _unread(x, z, dy, u)
-    plan = gradients.plan([adapter.rank], [_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False)
+    x, z = _fill_unread(x, z, dy, u)
+    plan = gradients.plan(
+        [adapter.rank], [_wanted_and_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False
+    )
     [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=p, seed=seed)
     del tensors
     return dx, grads or AdapterGrads(None, None, None, None)
@@ -180,36 +182,38 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
-    adapters, order = _adapters(table), sorted_rows.of(ids, table.count)
+    adapters, order = _table_adapters(table), sorted_rows.of(ids, table.count)
     K = dy.shape[1] if weight is None else weight.shape[1]
     p, seed = flat_dropout(dropout)
     dx, u = kernels.backward(dy, weight, K, adapters, order, z, dropout_p=p, seed=seed, need_dx=need_dx)
-    x, z = _unread(x, z, dy, u)
+    x, z = _fill_unread(x, z, dy, u)
     plan = _plan(table, wanted, dy.shape[1], x)
     return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=p, seed=seed)
 
 
-def _unread(x: Tensor | None, z: Tensor | None, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """x and z; for one that no gradient reads, another tensor, as a kernel's argument."""
+def _fill_unread(x: Tensor | None, z: Tensor | None, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """x and z; dy or u stands in for one that no gradient reads, because the kernel needs a tensor argument."""
     return dy if x is None else x, u if z is None else z
 
 
 def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tensor) -> gradients.Plan:
-    """Which gradients of a table's adapters: made once for the same table and wishes, since it copies to the device."""
-    wishes = tuple(
-        Wanted(False, False, False, False) if a is None else _present(a, ALL if wanted is None else wanted[i])
+    """The plan for the gradients of a table's adapters. Cached by table and wanted gradients: it is on the device."""
+    all_wanted = tuple(
+        Wanted(False, False, False, False)
+        if a is None
+        else _wanted_and_present(a, ALL if wanted is None else wanted[i])
         for i, a in enumerate(table.adapters)
     )
     plans = _PLANS.setdefault(table, {})
-    key = (wishes, N, x.dtype)
+    key = (all_wanted, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
-        plans[key] = gradients.plan(ranks, wishes, table.columns or (0, N), x.dtype, x.device)
+        plans[key] = gradients.plan(ranks, all_wanted, table.columns or (0, N), x.dtype, x.device)
     return plans[key]
 
 
-def _present(adapter: Adapter, wanted: Wanted) -> Wanted:
-    """What is wanted of what there is."""
+def _wanted_and_present(adapter: Adapter, wanted: Wanted) -> Wanted:
+    """The wanted gradients, without those of tensors that the adapter does not have."""
     ranks = adapter.rank > 0
     return Wanted(
         ranks and wanted.lora_A,
@@ -225,22 +229,22 @@ unmerge_, unmerge_layers_ = _in_place.unmerge_, _in_place.unmerge_layers_
 remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_place.checksums
 
 
-# A table never changes, so what the launcher derives from it is derived once, and dropped with the table.
+# A table does not change, so the arguments made from it are cached, and dropped with the table.
 _ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _adapters(table: AdapterTable) -> kernels.Adapters:
-    found = _ADAPTERS.get(table)
-    if found is None:
-        found = _ADAPTERS[table] = _many(table)
-    return found
+def _table_adapters(table: AdapterTable) -> kernels.Adapters:
+    adapters = _ADAPTERS.get(table)
+    if adapters is None:
+        adapters = _ADAPTERS[table] = _build_table_adapters(table)
+    return adapters
 
 
-def _many(table: AdapterTable) -> kernels.Adapters:
+def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
-    layout_A = _common(_layout_of(page) for a in adapters for page in a.pages_A)
-    layout_B = _common(_layout_of(page.t()) for a in adapters for page in a.pages_B)
+    layout_A = _common_layout(_layout_of(page) for a in adapters for page in a.pages_A)
+    layout_B = _common_layout(_layout_of(page.t()) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0
     if table.slices > 1:
         slices, aligned = table.ends, 1 if any(column % 16 for column in table.columns) else 16
@@ -253,27 +257,27 @@ def _many(table: AdapterTable) -> kernels.Adapters:
 def _one_adapter(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
     """One adapter as kernel arguments, and the tensors that these point into."""
     source, tensors = adapter_args(adapter)
-    given = tensors.any()
-    if adapter is None or given is None:
+    any_tensor = tensors.any()
+    if adapter is None or any_tensor is None:
         return kernels.BASE_ONLY, tensors
     z_width = -(-adapter.rank // PAGE) * PAGE
     layout_A = "k" if tensors.A is None else _layout_of(tensors.A)
     layout_B = "k" if tensors.B is None else _layout_of(tensors.B.t())
-    return kernels.Adapters(source, given.dtype, z_width, layout_A, layout_B), tensors
+    return kernels.Adapters(source, any_tensor.dtype, z_width, layout_A, layout_B), tensors
 
 
 def _layout_of(pages: Tensor) -> str:
-    """How A's ranks [r, K], or B's [r, N], lie in memory, as the kernels call it."""
+    """The memory layout of A [r, K], or of Bᵀ [r, N], by the kernels' name for it."""
     ranks, columns = pages.stride()
-    sixteen = pages.data_ptr() % 16 == 0
+    aligned = pages.data_ptr() % 16 == 0
     if columns == 1 or pages.shape[1] == 1:
-        return "k16" if sixteen and ranks * pages.element_size() % 16 == 0 else "k"
-    return "r16" if sixteen and ranks == 1 and columns * pages.element_size() % 16 == 0 else "any"
+        return "k16" if aligned and ranks * pages.element_size() % 16 == 0 else "k"
+    return "r16" if aligned and ranks == 1 and columns * pages.element_size() % 16 == 0 else "any"
 
 
-def _common(kinds: Iterable[str]) -> str:
-    """What holds of all."""
-    found = set(kinds)
-    if len(found) <= 1:
-        return found.pop() if found else "k"
-    return "k" if found == {"k16", "k"} else "any"
+def _common_layout(layouts: Iterable[str]) -> str:
+    """The most specific layout that holds for all pages."""
+    distinct = set(layouts)
+    if len(distinct) <= 1:
+        return distinct.pop() if distinct else "k"
+    return "k" if distinct == {"k16", "k"} else "any"

@@ -154,4 +154,4 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
         adapters=len(adapters[:1]),
         dropout=dropout,
     )
-    return choice.explained(call, backend)
+    return choice.choose_and_describe(call, backend)

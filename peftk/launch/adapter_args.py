@@ -1,4 +1,4 @@
-"""One adapter as the arguments of a GPU kernel: addresses and strides, so that nothing is copied to the device."""
+"""One adapter as arguments of a GPU kernel: addresses and strides, so nothing is copied to the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_ADAPTER = AdapterArgs(0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
 
 
 class Tensors(NamedTuple):
-    """What the addresses point into: A [R, K] with contiguous rows, B [N, R], contiguous biases."""
+    """The tensors whose addresses are passed: A [R, K] with contiguous rows, B [N, R], contiguous biases."""
 
     A: Tensor | None
     B: Tensor | None
@@ -37,13 +37,14 @@ class Tensors(NamedTuple):
     bias_B: Tensor | None
 
     def any(self) -> Tensor | None:
+        """The first tensor there is; None for an empty adapter."""
         return next((tensor for tensor in self if tensor is not None), None)
 
 
 def adapter_args(adapter: Adapter | None) -> tuple[AdapterArgs, Tensors]:
-    """An adapter of several pages is gathered into one tensor first, on the device.
+    """An adapter's kernel arguments, and the tensors they point to. Several pages are first copied into one tensor.
 
-    The tensors must live until the launch is made; after it torch's allocator reuses memory in the stream's order.
+    Keep the tensors alive until the launch; after it torch's allocator reuses their memory in stream order.
     """
     if adapter is None:
         return NO_ADAPTER, Tensors(None, None, None, None)

@@ -1,4 +1,4 @@
-"""What the merges of the backends share."""
+"""What the merges of all backends share: errors, dtype codes, and weights with contiguous rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class LayerError(ValueError):
-    """What is wrong with a layer; layer: which of those of the call. All are as they were."""
+    """A layer of a merge is bad; no layer has changed. layer: its index in the call."""
 
     def __init__(self, message: str, layer: int) -> None:
         super().__init__(message)
@@ -29,23 +29,23 @@ class NotFiniteError(LayerError):
 
 
 def rows(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous, else a copy."""
+    """x itself if its rows are contiguous, else a copy."""
     return x if x.stride()[1] == 1 else x.contiguous()
 
 
 def write(weight: Tensor, values: Tensor) -> None:
-    """weight ← values, also where it was made in torch.inference_mode(), outside of which torch refuses to."""
+    """weight ← values. Also for an inference tensor, which torch refuses to change outside of inference mode."""
     with torch.inference_mode(weight.is_inference()):
         weight.copy_(values)
 
 
 @contextlib.contextmanager
 def in_rows(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Each W itself where its rows are contiguous, else a copy that is put back unless an exception comes."""
+    """Each W itself if its rows are contiguous, else a copy, which is written back unless an exception is raised."""
     rows_of = [rows(weight) for weight in weights]
     yield rows_of
     for weight, W in zip(weights, rows_of, strict=True):
         if W is not weight:
             write(weight, W)
         elif not weight.is_inference():
-            torch.autograd.graph.increment_version(weight)  # as any change in place: a graph that saved W must notice
+            torch.autograd.graph.increment_version(weight)  # a change in place: graphs that saved W must notice

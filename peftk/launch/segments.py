@@ -1,4 +1,4 @@
-"""The rows of a batch in the order of their adapters: what it is made of. `docs/segments.md`."""
+"""The rows of a batch sorted by adapter: the tensors that describe them. `docs/segments.md`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MOST_ADAPTERS = 2**20  # a key of the kernels, (id + 1) · 1024 + row, fits in i
 
 
 class Segments(NamedTuple):
-    """Depends on the ids only: one of these serves every layer of a model's forward."""
+    """The rows of a batch sorted by adapter. Depends only on the ids, so all layers of a forward share one."""
 
     order: Tensor  # int64 [M]: the original row at each sorted place; rows of one adapter keep their order
-    ids: Tensor  # int32 [M]: the adapter at each sorted place, ascending; -1 = base layer only
+    ids: Tensor  # int32 [M]: the adapter at each sorted place, ascending; -1: base layer only
     ends: Tensor  # int32 [1 + adapters]: the place after the last row of -1, of adapter 0, of adapter 1, …
     starts: Tensor  # int32 [S + 1], S = min(M, adapters + 1): where each non-empty segment starts, in order; then M
     owners: Tensor  # int32 [S + 1]: the adapter of each of these segments (-1 possible only first); then -1
@@ -22,7 +22,7 @@ class Segments(NamedTuple):
 
 
 def empty(M: int, adapters: int, device: torch.device) -> Segments:
-    """Memory for the segments of M rows."""
+    """Uninitialised segments of M rows. Raises ValueError for more than MOST_ADAPTERS adapters."""
     if adapters > MOST_ADAPTERS:
         raise ValueError(f"adapters: expected at most {MOST_ADAPTERS}, got {adapters}")
     S = min(M, adapters + 1)

@@ -1,7 +1,7 @@
-"""Memory that a launch needs beside its arguments: counters that are zero between launches.
+"""The workspace of a launch: counters in device memory that are zero between launches.
 
-A workspace belongs to one device and stream, or to one node of a CUDA graph: two launches in flight never share
-counters. Kernels leave their counters at zero, so nothing is cleared between launches and a captured graph replays.
+A workspace belongs to one device and stream, or to one node of a CUDA graph, so two launches in flight do not share
+counters. Kernels reset their counters to zero. So nothing is cleared between launches, and a captured graph can replay.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from peftk.system.lasting import lasting
 
-_SLAB = 1 << 18  # counters that wait for graphs to capture their launches; 1 MiB a device
+_SLAB = 1 << 18  # counters reserved for launches captured in CUDA graphs: 1 MiB per device
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _slabs: dict[torch.device, Tensor] = {}
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where Triton launches on this device: it asks for the current one."""
+    """Makes the device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -30,9 +30,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def counters(device: torch.device, count: int) -> Iterator[Tensor]:
     """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.
 
-    After a launch that failed they may hold anything, so the next one gets new ones. While a CUDA graph is captured,
-    counters that no other launch will ever get: from a slab that was zeroed before the capture, or, where that is used
-    up, zeroed by a node of the graph itself.
+    A launch that fails may leave any values, so the next launch gets new counters. While a CUDA graph is captured, each
+    launch gets counters of its own: from a slab that was zeroed before the capture, or, once that is used up, from
+    memory that a node of the graph zeroes.
     """
     try:
         yield _counters(device, count)
@@ -42,7 +42,7 @@ def counters(device: torch.device, count: int) -> Iterator[Tensor]:
 
 
 def forget(device: torch.device) -> None:
-    """The next launch on the device gets new counters."""
+    """Drops the device's counters, so that its next launch gets new ones."""
     for key in [key for key in _of_stream if key[0] == device]:
         del _of_stream[key]
 
@@ -55,16 +55,16 @@ def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         if torch.cuda.is_current_stream_capturing():
-            return _captured(device, count)
+            return _captured_counters(device, count)
         if device not in _slabs:
             _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
-    found = _of_stream.get((device, stream))
-    if found is None or found.numel() < count:
-        found = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return found
+    buffer = _of_stream.get((device, stream))
+    if buffer is None or buffer.numel() < count:
+        buffer = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+    return buffer
 
 
-def _captured(device: torch.device, count: int) -> Tensor:
+def _captured_counters(device: torch.device, count: int) -> Tensor:
     count = -(-count // 32) * 32  # whole lines of 128 bytes
     slab = _slabs.get(device)
     if slab is None or slab.numel() < count:
@@ -75,5 +75,5 @@ def _captured(device: torch.device, count: int) -> Tensor:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors share the work of a launch; 4 where a CPU stands in for the GPU."""
+    """The number of multiprocessors of the GPU; 4 if a CPU stands in for it."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

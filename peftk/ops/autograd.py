@@ -1,9 +1,9 @@
 """Gradients in eager mode: torch.autograd Functions that call the backend directly.
 
-They save what the gradients that are asked for read, and no more (`peftk.ops.saved`): nothing of the size of [M, N], no
-mask, and of W, A and B no copies. Saved tensors that somebody changes in place before the backward make it raise, as in
-torch. What a Function returns is no view and nobody else's memory, so it may be changed in place. W is frozen, so it
-has no gradient; the backward of the backward is not defined.
+Each Function saves only what the requested gradients read (`peftk.ops.saved`): nothing of size [M, N], no dropout mask,
+and no copies of W, A or B. As in torch, the backward raises if a saved tensor was changed in place since the forward.
+The output is not a view and shares no memory, so it may be changed in place. W is frozen and gets no gradient. Second
+derivatives are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_grads, flat_tensors, flat_wanted
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
-from peftk.ops.saved import Reads, save, save_one, saved, saved_one
+from peftk.ops.saved import Reads, load_saved, load_with_adapter, save, save_with_adapter
 
 
 def lora_linear(
@@ -58,14 +58,14 @@ def multi_lora_linear(
     return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout=dropout, backend=backend)[0]
 
 
-_TWICE = (
-    "backward: expected one that nobody differentiates, got one with create_graph; the transforms of torch.func "
-    "compute second derivatives (torch.func.hessian, jvp of grad, …)"
+_SECOND_DERIVATIVE_ERROR = (
+    "backward: expected no second derivative, got one (create_graph=True); for second derivatives use the transforms "
+    "of torch.func (torch.func.hessian, jvp of grad, …)"
 )
 
 
-class _Final(torch.autograd.Function):
-    """Gradients as they are, that depend on `sources` in a way nobody can differentiate: an error for who tries."""
+class _NotDifferentiable(torch.autograd.Function):
+    """Passes gradients through unchanged. They depend on `sources`; differentiating them raises RuntimeError."""
 
     @staticmethod
     def forward(ctx: Any, grads: Sequence[Tensor | None], *sources: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,29 +73,31 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(_TWICE)
+        raise RuntimeError(_SECOND_DERIVATIVE_ERROR)
 
 
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """As torch's, but whoever differentiates a gradient gets an error even where unused ones are allowed.
+    """Like torch's decorator, but differentiating a gradient raises even where unused inputs are allowed.
 
-    (torch's gradients hang on nothing, so that `torch.autograd.functional.jvp` and `hvp` take their zeros for answers.)
+    With torch's own, the gradients are connected to nothing, so `torch.autograd.functional.jvp` and `hvp` would return
+    zeros instead of raising.
 
-    ctx.unseen: whether gradients depend on an x that was not saved. ctx.biases: on these, besides what was saved.
+    Reads from ctx: reads_unsaved_x, whether the gradients depend on an x that was not saved; biases, tensors that the
+    gradients depend on besides the saved ones.
     """
 
     @functools.wraps(backward)
-    def once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def wrapper(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             grads = backward(ctx, dy)
         if not torch.is_grad_enabled():
             return grads
-        if ctx.unseen:
-            raise RuntimeError(_TWICE)
+        if ctx.reads_unsaved_x:
+            raise RuntimeError(_SECOND_DERIVATIVE_ERROR)
         sources = (dy, *ctx.saved_tensors, *ctx.biases)
-        return _Final.apply(grads, *(t for t in sources if t is not None and t.requires_grad))
+        return _NotDifferentiable.apply(grads, *(t for t in sources if t is not None and t.requires_grad))
 
-    return once
+    return wrapper
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -114,20 +116,20 @@ class _LoraLinear(torch.autograd.Function):
         backend: str | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """tensors: the adapter's lora_A, lora_B, bias_A and bias_B, as torch is to see them."""
+        """tensors: the adapter's lora_A, lora_B, bias_A and bias_B once more, so that torch tracks them as inputs."""
         needs = ctx.needs_input_grad
         wanted = Wanted(*needs[6:])
         reads = Reads.of((adapter,), (wanted,), needs[0])
         y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend, save_z=reads.z)
-        save_one(ctx, reads, x, weight, adapter, z, dropout=dropout, wanted=wanted)
-        ctx.unseen, ctx.biases = reads.z and needs[0] and not reads.x, tensors[2:3]
+        save_with_adapter(ctx, reads, x, weight, adapter, z, dropout=dropout, wanted=wanted)
+        ctx.reads_unsaved_x, ctx.biases = reads.z and needs[0] and not reads.x, tensors[2:3]
         ctx.rest = (None if bias is None else bias.dtype, wanted, backend)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, z, dropout, _), adapter = saved_one(ctx)
+        (x, weight, z, dropout, _), adapter = load_with_adapter(ctx)
         bias_dtype, wanted, backend = ctx.rest
         needs = ctx.needs_input_grad
         dx, grads = dispatch.lora_linear_backward(
@@ -154,10 +156,10 @@ class _MultiLoraLinear(torch.autograd.Function):
         wanted = flat_wanted(table.adapters, needs[7:])
         reads = Reads.of(table.adapters, wanted, needs[0])
         y, z = dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout=dropout, backend=backend, save_z=reads.z)
-        # the kernels find the adapters by the table; they are saved so that autograd notices where one changes in place
-        pages = factors(table.adapters) if reads.factors else ()
-        save(ctx, reads, x, weight, z, ids.clone() if ids.is_inference() else ids, *pages, dropout=dropout)
-        ctx.unseen, ctx.biases = (
+        # the kernels read the adapters through the table; saving them lets autograd detect changes in place
+        factor_list = factor_tensors(table.adapters) if reads.factors else ()
+        save(ctx, reads, x, weight, z, ids.clone() if ids.is_inference() else ids, *factor_list, dropout=dropout)
+        ctx.reads_unsaved_x, ctx.biases = (
             reads.z and needs[0] and not reads.x,
             [a.bias_A for a in table.adapters if a is not None],
         )
@@ -167,7 +169,7 @@ class _MultiLoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, z, dropout, (ids, *_) = saved(ctx)
+        x, weight, z, dropout, (ids, *_) = load_saved(ctx)
         bias_dtype, table, wanted, backend = ctx.rest
         needs = ctx.needs_input_grad
         assert ids is not None
@@ -178,6 +180,6 @@ class _MultiLoraLinear(torch.autograd.Function):
         return dx, None, dbias, None, None, None, None, *flat_grads(table.adapters, grads)
 
 
-def factors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
-    """All adapters' pages of A and B: `flat_tensors` without the biases."""
+def factor_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
+    """The pages of A and B of all adapters: `flat_tensors` without the biases."""
     return [page for adapter in adapters if adapter is not None for page in adapter.pages_A + adapter.pages_B]

@@ -1,10 +1,11 @@
-"""The operations composed of torch's own: what runs tensors that no kernel can read, and forward-mode AD.
+"""The operations in plain torch, for tensors that no kernel can read and for forward-mode AD.
 
     y[m] = x[m] Wᵀ + bias + s_i · act(x̃[m] A_iᵀ + a_i) B_iᵀ + β_i
 
-Every step is an operation that torch differentiates forwards and backwards, any number of times, maps (vmap), and
-hands to tensor subclasses. A weight of a subclass (torchao's quantized ones) is multiplied by `nn.functional.linear`
-in x's dtype, as its own library does; all else as in `peftk.reference`, in fp32 (fp64), and rounded once.
+Every step is a torch operation, so torch can differentiate it in forward and reverse mode any number of times, vmap it,
+and dispatch it to tensor subclasses. A weight of a tensor subclass (a quantized one of torchao, for example) is
+multiplied by `nn.functional.linear` in x's dtype, as its own library does. Everything else is computed as in
+`peftk.reference`: in fp32 (fp64 for fp64 inputs), rounded once at the end.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_ter
 from peftk.system import storage
 
 
-def serves(recorded: bool, x: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether these are for torch to compute with, rather than for kernels.
+def should_run(recording: bool, x: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether plain torch must compute with these tensors, because no kernel can.
 
-    recorded: whether operations are (`torch.compile`, …). Raises RuntimeError where tangents would be lost.
+    recording: whether operations are being recorded (`torch.compile`, …). Raises RuntimeError if tangents would be
+    lost.
     """
     if storage.has_tangent(x, *tensors):
         checks.keeps_tangents(x, *tensors)
         return True
-    if recorded:
+    if recording:
         return torch._C._are_functorch_transforms_active() or not storage.recordable(x, *tensors)
     return not storage.dense(x, *tensors)
 
@@ -54,7 +56,7 @@ def lora_linear(
 ) -> Tensor:
     """x [..., K] → y [..., N] in x's dtype."""
     tensors = () if adapter is None else adapter.tensors()
-    with _said("lora_linear", (x, weight, bias, _seed(dropout), *tensors), backend):
+    with _error_context("lora_linear", (x, weight, bias, _seed(dropout), *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
         acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
@@ -73,11 +75,11 @@ def multi_lora_linear(
     dropout: Dropout | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x [..., K], ids int32 [M] → y [..., N]."""
+    """x [..., K], ids int32 [M] → y [..., N] in x's dtype."""
     adapters, columns = bank.adapters, bank.columns
     tensors = flat_tensors(adapters)
     count = len(adapters) // max(len(columns) - 1, 1)
-    with _said("multi_lora_linear", (x, weight, bias, ids, _seed(dropout), *tensors), backend):
+    with _error_context("multi_lora_linear", (x, weight, bias, ids, _seed(dropout), *tensors), backend):
         rows = x.reshape(-1, x.shape[-1])
         acc = accumulate_dtype(rows, weight, *tensors)
         y, inputs = _base(rows, weight, bias, acc), with_dropout(rows, dropout, acc)
@@ -86,16 +88,16 @@ def multi_lora_linear(
         for entry, adapter in enumerate(adapters):
             if adapter is None:
                 continue
-            # selected on both sides: an inf of one adapter is no other row's, in y or in a gradient
-            mine = (ids == entry % count)[:, None]
-            term, _ = adapter_term(torch.where(mine, inputs, 0.0), adapter, acc)
-            parts[entry // count] = parts[entry // count] + torch.where(mine, term, 0.0)
+            # masked before and after: an inf in one adapter must not reach the rows of others, in y or in a gradient
+            row_mask = (ids == entry % count)[:, None]
+            term, _ = adapter_term(torch.where(row_mask, inputs, 0.0), adapter, acc)
+            parts[entry // count] = parts[entry // count] + torch.where(row_mask, term, 0.0)
         y = torch.cat(parts, dim=1)
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
-    if weight is None or not storage.computes(weight):
+    if weight is None or not storage.overrides_operations(weight):
         return base_term(rows, weight, bias, acc)
     y = functional.linear(rows, weight).to(acc)
     return y if bias is None else y + bias.to(acc)
@@ -105,13 +107,18 @@ def _seed(dropout: Dropout | None) -> Tensor | None:
     return None if dropout is None else dropout.seed
 
 
-def _said(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> contextlib.AbstractContextManager[None]:
-    """What torch raises, with what the tensors are. Raises BackendError where another backend is forced."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _explained(op, tensors, backend)
+def _error_context(
+    op: str, tensors: Sequence[Tensor | None], backend: str | None
+) -> contextlib.AbstractContextManager[None]:
+    """Adds to torch's errors which kind of tensor was passed. Raises BackendError if a backend is forced.
+
+    Does nothing while torch.compile traces.
+    """
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _explain_errors(op, tensors, backend)
 
 
 @contextlib.contextmanager
-def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
+def _explain_errors(op: str, tensors: Sequence[Tensor | None], backend: str | None) -> Iterator[None]:
     reasons = (storage.reason(tensor) for tensor in tensors if tensor is not None)
     got = next((why for why in reasons if why is not None), "a tensor with a tangent")
     forced = backend or choice.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
@@ -121,4 +128,6 @@ def _explained(op: str, tensors: Sequence[Tensor | None], backend: str | None) -
         yield
     except (RuntimeError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else RuntimeError
-        raise kind(f"{op}: expected dense tensors, or such as torch computes this with, got {got}: {error}") from error
+        raise kind(
+            f"{op}: expected dense tensors, or tensors that torch can compute it with, got {got}: {error}"
+        ) from error

@@ -1,12 +1,12 @@
-"""The same operations as registered custom ops: what torch.compile, torch.export and other recorders of ops see.
+"""The operations as registered custom ops, for torch.compile, torch.export and anything else that records operations.
 
-Eager calls do not come here: the dispatcher's layers cost more than a small linear layer. A custom op returns tensors
-only, so an absent z or gradient is an empty tensor; and takes flat lists, so a table of adapters is packed into one
-list of tensors, one of integers (per adapter: pages or -1 for an empty slot, activation, has bias_A, has bias_B), one
-of scalings, and the columns where slices of packed outputs begin.
+Eager calls do not come here: torch's dispatcher costs more than a small linear layer. A custom op returns only tensors,
+so an absent z or gradient is an empty tensor. It takes only flat lists, so a table of adapters is packed into a list of
+tensors, a list of integers (per adapter: number of pages or -1 for an empty slot, activation, has bias_A, has bias_B),
+a list of scalings, and the first columns of the slices of packed outputs.
 
-torch keeps compiled backwards on disk under a key that knows the forward alone. So whoever changes the arguments of a
-backward op gives its forward another name too; else a user's next start calls the new one with the old arguments.
+torch caches compiled backwards on disk, under a key made from the forward only. If you change the arguments of a
+backward op, rename its forward op too. Otherwise a cached backward calls the new op with the old arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peftk.adapters.dropout import dropout_from, flat_dropout
 from peftk.adapters.flat import flat_grads, flat_wanted, unpack
 from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
-from peftk.ops.saved import Reads, save, save_one, saved, saved_one
+from peftk.ops.saved import Reads, load_saved, load_with_adapter, save, save_with_adapter
 from peftk.reference.lora_linear import accumulate_dtype, reads_z
 
 
@@ -43,7 +43,7 @@ def lora_linear(
     seed: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y [..., N] and z [M, R]."""
+    """Returns y [..., N] and z [M, R]; z is empty without an adapter of rank 1 or more."""
     checks.for_kernels(
         x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, bias_A=bias_A, bias_B=bias_B, seed=seed
     )
@@ -78,7 +78,7 @@ def lora_linear_backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, lora_A, lora_B, bias_A and bias_B: those that `needs` names, in this order."""
+    """The gradients of x, lora_A, lora_B, bias_A and bias_B. `needs`: which to compute; the others are empty."""
     adapter, dropout = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B), dropout_from(dropout_p, seed)
     wanted = Wanted(*needs[1:])
     z_saved = z if reads_z(adapter, wanted, needs[0]) else None
@@ -99,7 +99,7 @@ def _(dy, x, weight, lora_A, lora_B, scaling, activation, bias_A, bias_B, z, dro
 
 
 def _dx(dy: Tensor, weight: Tensor | None) -> Tensor:
-    """A tensor like dX [..., K]; without a weight, K is N."""
+    """An empty tensor of dX's shape [..., K]; without a weight, K = N."""
     return dy.new_empty((*dy.shape[:-1], dy.shape[-1] if weight is None else weight.shape[1]))
 
 
@@ -108,12 +108,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     adapter, needs = adapter_of(*flat), [ctx.needs_input_grad[i] for i in (0, 3, 4, 7, 8)]
     wanted = Wanted(*needs[1:])
     reads = Reads.of((adapter,), (wanted,), needs[0])
-    save_one(ctx, reads, x, weight, adapter, output[1], dropout=dropout_from(dropout_p, seed), wanted=wanted)
+    save_with_adapter(ctx, reads, x, weight, adapter, output[1], dropout=dropout_from(dropout_p, seed), wanted=wanted)
     ctx.rest = (None if bias is None else bias.dtype, needs, backend)
 
 
 def _backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    (x, weight, z, dropout, _), adapter = saved_one(ctx)
+    (x, weight, z, dropout, _), adapter = load_with_adapter(ctx)
     bias_dtype, needs, backend = ctx.rest
     z = dy.new_empty(0) if z is None else z
     grads = lora_linear_backward(dy, x, weight, *flat_adapter(adapter), z, *flat_dropout(dropout), backend, needs)
@@ -183,7 +183,7 @@ def multi_lora_linear_backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Returns the gradient of x, then those of `tensors`: those that `needs` names, in this order."""
+    """The gradient of x, then those of `tensors`. `needs`: which to compute; the others are empty."""
     adapters, dropout = _table(dy, tensors, layout, scalings, columns), dropout_from(dropout_p, seed)
     wanted = flat_wanted(adapters.adapters, needs[1:])
     z_saved = z if Reads.of(adapters.adapters, wanted, needs[0]).z else None
@@ -191,7 +191,7 @@ def multi_lora_linear_backward(
         dy, x, weight, adapters, ids, z_saved, dropout=dropout, backend=backend, need_dx=needs[0], wanted=wanted
     )
     flat = [dx, *flat_grads(adapters.adapters, grads)]
-    # outputs of a custom op may not be views of one another
+    # outputs of a custom op must not share memory
     return [
         dy.new_empty(0) if g is None or not need else g.contiguous().clone() if g._is_view() else g
         for g, need in zip(flat, needs, strict=True)
@@ -206,7 +206,7 @@ def _(dy, x, weight, tensors, layout, scalings, columns, ids, z, dropout_p, seed
 
 def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend = inputs
-    # needs_input_grad has one answer for the list of tensors
+    # needs_input_grad has a single entry for the whole list of tensors
     needs = [ctx.needs_input_grad[0], *(t.requires_grad for t in tensors)]
     adapters = unpack(tensors, layout, scalings)
     reads = Reads.of(adapters, flat_wanted(adapters, needs[1:]), needs[0])
@@ -215,14 +215,14 @@ def _multi_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 
 
 def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
-    x, weight, z, dropout, (ids, *tensors) = saved(ctx)
+    x, weight, z, dropout, (ids, *tensors) = load_saved(ctx)
     bias_dtype, needs, numbers, backend = ctx.rest
     z = dy.new_empty(0) if z is None else z
-    found = multi_lora_linear_backward(dy, x, weight, tensors, *numbers, ids, z, *flat_dropout(dropout), backend, needs)
-    dx, *grads = (g if need else None for g, need in zip(found, needs, strict=True))
+    grads = multi_lora_linear_backward(dy, x, weight, tensors, *numbers, ids, z, *flat_dropout(dropout), backend, needs)
+    dx, *grads = (g if need else None for g, need in zip(grads, needs, strict=True))
     dbias = dispatch.bias_grad(dy, bias_dtype) if ctx.needs_input_grad[2] else None
-    # torch takes an empty list for one of tensors, whose gradient is a list
-    plain: list[list[None] | None] = [None if some else [] for some in numbers]
+    # torch takes an empty list of numbers for a list of tensors, whose gradient is a list too
+    plain: list[list[None] | None] = [None if values else [] for values in numbers]
     return dx, None, dbias, grads, *plain, None, None, None, None
 
 

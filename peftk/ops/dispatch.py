@@ -1,7 +1,7 @@
-"""From an operation with checked arguments to the backend that serves it: flatten, choose, call, unflatten.
+"""Runs an operation with checked arguments on a backend: flatten the rows, choose the backend, call it, unflatten.
 
-Both the eager autograd Functions and the ops registered for torch.compile come through here. weight None is the
-identity, a series adapter.
+Both the eager autograd Functions and the ops registered for torch.compile come through here. weight None stands for the
+identity: a series adapter.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
 from peftk.backends.call import BackendError, Op, call_of
-from peftk.backends.contract import Backend, Direct, served
+from peftk.backends.contract import Backend, Direct, require
 from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
 
 
-def recorded() -> bool:
-    """Whether somebody follows which ops run, and must see ours: torch.compile, torch.jit.trace, make_fx, a mode."""
+def is_recording() -> bool:
+    """Whether operations are being recorded: by torch.compile, torch.jit.trace, make_fx, or a torch dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -43,8 +43,8 @@ def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return contiguous(bias)
 
 
-def _with_lines(adapter: Adapter) -> Adapter:
-    """The adapter itself where its biases are contiguous, else one with copies."""
+def _with_contiguous_biases(adapter: Adapter) -> Adapter:
+    """The adapter with contiguous biases: the same object if they already are."""
     bias_A, bias_B = contiguous(adapter.bias_A), contiguous(adapter.bias_B)
     if bias_A is adapter.bias_A and bias_B is adapter.bias_B:
         return adapter
@@ -63,31 +63,31 @@ def direct_lora_linear(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> Tensor | None:
-    """y of a call on a CPU, without gradients, by the shortest way to the kernel; None where there is none.
+    """y by the shortest way to the CPU kernel, without gradients; None if this call cannot take it.
 
-    It takes the adapter in pieces, since an object costs a tenth of such a call. Nothing has been checked: what doesn't
-    fit gets None too, and its error from the other way.
+    Takes the adapter's tensors rather than an Adapter, because making the object costs a tenth of such a call. The
+    arguments are unchecked. Bad ones get None too, and the ordinary way then raises the error.
     """
-    server = _direct_server()
-    if server is None or recorded():
+    impl = _direct_backend()
+    if impl is None or is_recording():
         return None
-    limit = 0 if weight is None else choice.direct_up_to(weight.dtype)
-    return server.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
+    limit = 0 if weight is None else choice.direct_limit(weight.dtype)
+    return impl.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
 
 
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
-    """The same for many adapters, where nothing is recorded. Raises ValueError for an id that is no adapter's."""
-    server = _direct_server()
-    if server is None or not table.direct:
+    """The same for a table of adapters, if nothing is being recorded. Raises ValueError for an id outside the table."""
+    impl = _direct_backend()
+    if impl is None or not table.direct:
         return None
-    return server.direct_multi_lora_linear(x, weight, bias, table, ids, choice.direct_up_to(weight.dtype))
+    return impl.direct_multi_lora_linear(x, weight, bias, table, ids, choice.direct_limit(weight.dtype))
 
 
-def _direct_server() -> Direct | None:
-    """The cpu backend, where a call may go to it directly."""
-    if torch.is_grad_enabled() or storage.tangents() or torch.is_autocast_enabled("cpu"):
+def _direct_backend() -> Direct | None:
+    """The cpu backend if calls may go to it directly, else None."""
+    if torch.is_grad_enabled() or storage.forward_ad_active() or torch.is_autocast_enabled("cpu"):
         return None
     return _cpu()
 
@@ -110,20 +110,21 @@ def lora_linear(
     backend: str | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [..., K] → y [..., N], and z [M, R] where asked."""
+    """x [..., K] → y [..., N], and z [M, R] if `save_z`."""
     if adapter is not None:
-        checks.fits("adapter", adapter, _out(x, weight), x.shape[-1])
-        adapter = _with_lines(adapter)
+        checks.fits("adapter", adapter, _out_features(x, weight), x.shape[-1])
+        adapter = _with_contiguous_biases(adapter)
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    server = _server(rows, weight, adapter, K=x.shape[-1], dropout=dropout, backend=backend)
-    y, z = served(server.forward).lora_linear(rows, weight, bias, adapter, dropout=dropout, save_z=save_z)
+    impl = _backend_for(rows, weight, adapter, K=x.shape[-1], dropout=dropout, backend=backend)
+    y, z = require(impl.forward).lora_linear(rows, weight, bias, adapter, dropout=dropout, save_z=save_z)
     return _as_output(y, x), z
 
 
 def _as_output(y: Tensor, x: Tensor) -> Tensor:
-    """y [M, N], which is ours alone, as [..., N] for x [..., K].
+    """Reshapes y [M, N] to [..., N] for x [..., K].
 
-    Not as a view: one that an autograd Function returns may not be changed in place.
+    Resizes in place instead of making a view: a view returned by an autograd Function may not be changed in place. The
+    caller must own y's memory.
     """
     return y if x.dim() == 2 else y.contiguous().resize_(*x.shape[:-1], y.shape[1])
 
@@ -140,19 +141,19 @@ def lora_linear_backward(
     need_dx: bool = True,
     wanted: Wanted = ALL,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """dy [..., N] → dx [..., K] and the adapter's gradients, as far as they are wanted.
+    """dy [..., N] → dx [..., K] if `need_dx`, and the adapter's gradients in `wanted`.
 
-    x, z: None where a backward reads neither (`peftk.reference.lora_linear_backward`).
+    x, z: may be None if no requested gradient reads them (`peftk.reference.lora_linear_backward`).
     """
     read = (x, weight if need_dx else None, z, *(() if adapter is None else adapter.tensors()))
-    backend = _reads_back(dy, read, dropout, backend)
+    backend = _backward_backend(dy, read, dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
         checks.fits("adapter", adapter, rows.shape[1], K)
         if z is not None and z.shape != (rows.shape[0], adapter.rank):
-            raise _other_rank(z.shape[1], adapter.rank)
-    server = _server(rows, weight, adapter, K=K, backward=True, dropout=dropout, backend=backend)
-    dx, grads = served(server.backward).lora_linear_backward(
+            raise _rank_error(z.shape[1], adapter.rank)
+    impl = _backend_for(rows, weight, adapter, K=K, backward=True, dropout=dropout, backend=backend)
+    dx, grads = require(impl.backward).lora_linear_backward(
         rows, x_rows, weight, adapter, z, dropout=dropout, need_dx=need_dx, wanted=wanted
     )
     return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
@@ -169,13 +170,13 @@ def multi_lora_linear(
     backend: str | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] where asked."""
+    """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] if `save_z`."""
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
-    server = _server(rows, weight, table, K=x.shape[-1], dropout=dropout, backend=backend)
-    if not server.looks_at_ids and checks.look_at_ids(x.device):
+    impl = _backend_for(rows, weight, table, K=x.shape[-1], dropout=dropout, backend=backend)
+    if not impl.checks_ids and checks.look_at_ids(x.device):
         checks.ids_in_table(ids, table)
     with choice.forcing(backend):
-        y, z = served(server.forward).multi_lora_linear(rows, weight, bias, table, ids, dropout=dropout, save_z=save_z)
+        y, z = require(impl.forward).multi_lora_linear(rows, weight, bias, table, ids, dropout=dropout, save_z=save_z)
     return _as_output(y, x), z
 
 
@@ -192,53 +193,55 @@ def multi_lora_linear_backward(
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """dy [..., N] → dx [..., K] and the gradients of every adapter of the table, as far as they are wanted.
+    """dy [..., N] → dx [..., K] if `need_dx`, and the gradients in `wanted` of every adapter of the table (None: all).
 
     x, z: as in `lora_linear_backward`.
     """
-    backend = _reads_back(dy, (x, weight if need_dx else None, z, ids), dropout, backend)
+    backend = _backward_backend(dy, (x, weight if need_dx else None, z, ids), dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:
         checks.bank(now.adapters, now.columns, rows.shape[1], K)
         if z is not None and z.shape[1] != now.z_width:
-            raise _other_rank(z.shape[1], now.z_width)
+            raise _rank_error(z.shape[1], now.z_width)
         table = now
-    server = _server(rows, weight, table, K=K, backward=True, dropout=dropout, backend=backend)
+    impl = _backend_for(rows, weight, table, K=K, backward=True, dropout=dropout, backend=backend)
     with choice.forcing(backend):
-        dx, grads = served(server.backward).multi_lora_linear_backward(
+        dx, grads = require(impl.backward).multi_lora_linear_backward(
             rows, x_rows, weight, table, ids, z, dropout=dropout, need_dx=need_dx, wanted=wanted
         )
     return None if dx is None else dx.reshape(*dy.shape[:-1], K), grads
 
 
 def _backward_rows(dy: Tensor, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-    """dY [M, N], x [M, K] and K. Raises RuntimeError where the weight got another shape since the forward."""
+    """dY [M, N], x [M, K] and K. Raises RuntimeError if the weight's shape has changed since the forward."""
     N, K = (dy.shape[-1], dy.shape[-1]) if weight is None else weight.shape
     if dy.shape[-1] != N or (x is not None and x.shape[-1] != K):
-        raise RuntimeError(f"weight: expected the shape that it had in the forward, got {[N, K]}")
+        raise RuntimeError(f"weight: expected the shape it had in the forward, got {[N, K]}")
     return dy.reshape(-1, N), None if x is None else x.reshape(-1, K), K
 
 
-def _other_rank(before: int, now: int) -> RuntimeError:
-    return RuntimeError(f"lora_A: expected the {before} ranks of the forward, got {now}")
+def _rank_error(before: int, now: int) -> RuntimeError:
+    return RuntimeError(f"lora_A: expected {before} ranks as in the forward, got {now}")
 
 
-def _reads_back(dy: Tensor, saved: Sequence[Tensor | None], dropout: Dropout | None, backend: str | None) -> str | None:
-    """The backend that a backward is to use. Plain torch for a dy that is no dense tensor, as in a vmapped backward.
+def _backward_backend(
+    dy: Tensor, saved: Sequence[Tensor | None], dropout: Dropout | None, backend: str | None
+) -> str | None:
+    """The forced backend of a backward: `backend`, or the reference if a tensor is not dense, as in a vmapped backward.
 
-    Raises RuntimeError where what the forward saved has been freed since.
+    Raises RuntimeError for a tensor that plain torch cannot compute with either, such as one whose memory was freed.
     """
     saved = saved if dropout is None else (*saved, dropout.seed)
     if storage.dense(dy, *saved):
         return backend
     for name, tensor in (("dy", dy), *(("a saved tensor", tensor) for tensor in saved if tensor is not None)):
         if not storage.by_torch(tensor):
-            raise RuntimeError(f"backward: expected {name} that is dense, got {storage.reason(tensor)}")
+            raise RuntimeError(f"backward: expected {name} to be dense, got {storage.reason(tensor)}")
     return backend or "reference"
 
 
-def _server(
+def _backend_for(
     rows: Tensor,
     weight: Tensor | None,
     adapters: Adapter | AdapterTable | None,
@@ -248,9 +251,9 @@ def _server(
     dropout: Dropout | None,
     backend: str | None,
 ) -> Backend:
-    """The backend that serves one adapter, a table of them, or the base layer alone.
+    """The backend for a call with one adapter, a table of adapters, or none.
 
-    rows: x, or dY of a backward, which has its dtype too. Without a weight it is a series adapter that is asked for.
+    rows: x [M, K], or dY [M, N] of a backward, which has x's dtype. weight None: a series adapter.
     """
     slices = 1
     if adapters is None:
@@ -277,7 +280,7 @@ def _server(
         slices=slices,
         aligned=weight is None or _aligned(weight),
     )
-    return choice.serving(call, backend)
+    return choice.backend_for(call, backend)
 
 
 def _aligned(weight: Tensor) -> bool:
@@ -285,12 +288,12 @@ def _aligned(weight: Tensor) -> bool:
     return along == 1 and (weight.data_ptr() | across * weight.element_size()) % 16 == 0
 
 
-def _out(x: Tensor, weight: Tensor | None) -> int:
-    """N; without a weight (the identity) it is K."""
+def _out_features(x: Tensor, weight: Tensor | None) -> int:
+    """N; without a weight (the identity), N = K."""
     return x.shape[-1] if weight is None else weight.shape[0]
 
 
 def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ dY over all rows [N], accumulated in fp32 (fp64), in the bias's dtype."""
+    """Σ dY over all rows: [N] in the bias's dtype, accumulated in fp32 (fp64 for an fp64 dY)."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide).to(dtype)

@@ -1,7 +1,7 @@
-"""The operations as layers call them: weight and adapter were checked when the layer was made, so only x is looked at.
+"""The operations as layers call them. Layers checked weight and adapter when they were made, so only x is checked here.
 
-With one adapter, whoever has its tensors tries `peftk.ops.dispatch.direct_lora_linear` first, and makes an Adapter only
-where that gives None.
+A layer with one adapter tries `peftk.ops.dispatch.direct_lora_linear` first, and builds an Adapter only if that returns
+None.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.flat import flat_tensors, pack
 from peftk.adapters.table import AdapterTable
 from peftk.ops import autograd, composed, custom_ops, dispatch
-from peftk.ops.dispatch import recorded
+from peftk.ops.dispatch import is_recording
 from peftk.system import storage
 
 
 def base_linear_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`lora_linear` without an adapter: y = xWᵀ + bias."""
+    """The base layer alone: y = xWᵀ + bias."""
     y = dispatch.direct_lora_linear(x, weight, bias, None, None, 1.0)
     return lora_linear_unchecked(x, weight, bias, None) if y is None else y
 
@@ -37,7 +37,7 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """`peftk.functional.lora_linear` for layers."""
     checks.input(x, weight)
-    return _one(_autocast(x), weight, bias, adapter, dropout=dropout, backend=backend)
+    return _single_adapter(_autocast(x), weight, bias, adapter, dropout=dropout, backend=backend)
 
 
 def adapter_block_unchecked(
@@ -46,10 +46,10 @@ def adapter_block_unchecked(
     """`peftk.functional.adapter_block` for modules."""
     if adapter is not None and adapter.lora_A is not None:
         checks.block_input(x, adapter.lora_A)
-    return _one(_autocast(x), None, None, adapter, dropout=dropout, backend=backend)
+    return _single_adapter(_autocast(x), None, None, adapter, dropout=dropout, backend=backend)
 
 
-def _one(
+def _single_adapter(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -58,17 +58,17 @@ def _one(
     dropout: Dropout | None,
     backend: str | None,
 ) -> Tensor:
-    """With a weight or without one (a series adapter)."""
-    follows, p_and_seed = recorded(), flat_dropout(dropout)
+    """One adapter or none. weight None: a series adapter."""
+    recording, p_and_seed = is_recording(), flat_dropout(dropout)
     tensors = () if adapter is None else adapter.tensors()
-    if composed.serves(follows, x, weight, bias, p_and_seed[1], *tensors):
+    if composed.should_run(recording, x, weight, bias, p_and_seed[1], *tensors):
         if weight is None:
             checks.block(x, *flat_adapter(adapter))
         else:
             checks.base(weight, bias)
             checks.adapter(weight, *flat_adapter(adapter))
         return composed.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
-    if follows:
+    if recording:
         return custom_ops.lora_linear(x, weight, bias, *flat_adapter(adapter), *p_and_seed, backend)[0]
     return autograd.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
@@ -83,14 +83,14 @@ def multi_lora_linear_unchecked(
     dropout: Dropout | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`peftk.functional.multi_lora_linear` for layers: only x and ids, slots, are looked at."""
-    table = None if recorded() else _table(bank)
+    """`peftk.functional.multi_lora_linear` for layers: checks only x and ids (slots of the bank)."""
+    table = None if is_recording() else _table(bank)
     if table is not None and dropout is None and backend is None:
         direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         if direct is not None:
             return direct
     checks.input(x, weight)
-    return _many(_autocast(x), weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
+    return _multi_adapter(_autocast(x), weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
 def multi_adapter_block_unchecked(
@@ -101,12 +101,12 @@ def multi_adapter_block_unchecked(
     dropout: Dropout | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`peftk.functional.multi_adapter_block` with x and a bank that fit, and ids, slots."""
-    table = None if recorded() else _table(bank)
-    return _many(_autocast(x), None, None, bank, ids, table=table, dropout=dropout, backend=backend)
+    """`peftk.functional.multi_adapter_block`: x and bank must fit; checks only ids (slots of the bank)."""
+    table = None if is_recording() else _table(bank)
+    return _multi_adapter(_autocast(x), None, None, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
-def _many(
+def _multi_adapter(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -117,12 +117,12 @@ def _many(
     dropout: Dropout | None,
     backend: str | None,
 ) -> Tensor:
-    """With a weight or without one (a series adapter). table: the bank's; None where no kernel is to read it."""
+    """Many adapters. weight None: series adapters. table: the bank's table; None if no kernel may read it."""
     checks.ids(ids, x)
     checks.same_device("bank", bank, x.device, "x")
-    follows, p_and_seed = recorded(), flat_dropout(dropout)
-    tensors = flat_tensors(bank.adapters) if table is None or storage.tangents() else []
-    if composed.serves(follows, x, weight, bias, ids, p_and_seed[1], *tensors):
+    recording, p_and_seed = is_recording(), flat_dropout(dropout)
+    tensors = flat_tensors(bank.adapters) if table is None or storage.forward_ad_active() else []
+    if composed.should_run(recording, x, weight, bias, ids, p_and_seed[1], *tensors):
         if weight is not None:
             checks.base(weight, bias)
         adapters = bank.adapters
@@ -131,7 +131,7 @@ def _many(
             checks.same_device("adapter", tensor, x.device, "x")
         checks.bank(adapters, bank.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
         flat = flat_ids(ids, x)
-        if not follows:
+        if not recording:
             checks.ids_in_bank(flat, adapters, max(len(bank.columns) - 1, 1))
         return composed.multi_lora_linear(x, weight, bias, bank, flat, dropout=dropout, backend=backend)
     if table is None:
@@ -143,7 +143,7 @@ def _many(
 
 
 def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
-    """What the kernels read of a bank; None where they can't read a lent adapter."""
+    """The table that kernels read; None if the bank has a lent adapter that they cannot read."""
     return bank if isinstance(bank, AdapterTable) else bank.table()
 
 
@@ -155,7 +155,7 @@ def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Under torch.autocast the output has its dtype, as with nn.Linear. W stays: kernels widen it as they read."""
+    """x in the dtype of torch.autocast if that is on, as nn.Linear does. W keeps its dtype: kernels convert on read."""
     kind = x.device.type
     if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))

@@ -1,7 +1,7 @@
-"""Merging and exact unmerging, after the checks of `peftk.functional`. Arithmetic: `peftk.reference.merge`.
+"""Merges and exactly unmerges lists of layers. `peftk.functional` checks the arguments; arithmetic: `reference.merge`.
 
-All layers of a call or none of them, whatever is raised and wherever: what is not finite, memory that runs out, or a
-Ctrl-C, which waits until the layers at work are whole (`peftk.system.interrupts`).
+A call changes all of its layers or none, whatever is raised: a result that is not finite, no memory left, or Ctrl-C,
+which is delivered between groups of layers (`peftk.system.interrupts`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftk.backends import choice, registry
 from peftk.backends.call import MERGE, UNMERGE, Call, Op
-from peftk.backends.contract import Backend, served
+from peftk.backends.contract import Backend, require
 from peftk.launch.merge_args import LayerError, NotFiniteError
 from peftk.reference.merge import Factors
 from peftk.reference.receipt import MergeReceipt, smaller_form, with_bytes, with_weights
@@ -57,7 +57,7 @@ def remerge_layers_(
     *,
     backend: str | None = None,
 ) -> list[MergeReceipt]:
-    """receipts: of what each layer holds, None where it is the base layer's weight."""
+    """receipts: of the merge that each weight holds now; None for an unmerged weight."""
     try:
         return _merge(weights, receipts, factors, backend)
     except LayerError as error:
@@ -81,31 +81,31 @@ def _merge(
     groups = _groups(MERGE, weights, factors, [receipt is None for receipt in before], backend)
     receipts: dict[int, MergeReceipt] = {}
     with lasting():
-        for server, layers in groups:
-            _left_by_the_merge(server, layers, weights, before)
+        for impl, layers in groups:
+            _check_unchanged(impl, layers, weights, before)
         with interrupts.deferred() as deferred:
             try:
-                for server, layers in groups:
+                for impl, layers in groups:
                     deferred.deliver()
-                    receipts.update(zip(layers, _merge_group(server, layers, weights, before, factors), strict=True))
+                    receipts.update(zip(layers, _merge_group(impl, layers, weights, before, factors), strict=True))
                     for layer in layers:
-                        receipts[layer] = _smallest(server, weights[layer], receipts[layer])
+                        receipts[layer] = _compact_receipt(impl, weights[layer], receipts[layer])
                 deferred.deliver()
                 ordered = [receipts[layer] for layer in range(len(weights))]
             except BaseException:
-                for server, layers in groups:
+                for impl, layers in groups:
                     for layer in receipts.keys() & set(layers):
                         old = before[layer]
                         if old is None:
-                            served(server.merge).unmerge_(weights[layer], receipts[layer])
+                            require(impl.merge).unmerge_(weights[layer], receipts[layer])
                         else:
-                            served(server.merge).remerge_(weights[layer], receipts[layer], old.factors)
+                            require(impl.merge).remerge_(weights[layer], receipts[layer], old.factors)
                 raise
     return ordered
 
 
 def _merge_group(
-    server: Backend,
+    impl: Backend,
     layers: Sequence[int],
     weights: Sequence[Tensor],
     before: Sequence[MergeReceipt | None],
@@ -115,103 +115,104 @@ def _merge_group(
     old = before[first]
     try:
         if old is not None:
-            return [served(server.merge).remerge_(weights[first], old, factors[first])]
+            return [require(impl.merge).remerge_(weights[first], old, factors[first])]
         if len(layers) == 1:
-            return [served(server.merge).merge_(weights[first], factors[first])]
-        return served(server.merge_layers).merge_layers_([weights[i] for i in layers], [factors[i] for i in layers])
+            return [require(impl.merge).merge_(weights[first], factors[first])]
+        return require(impl.merge_layers).merge_layers_([weights[i] for i in layers], [factors[i] for i in layers])
     except NotFiniteError as error:
         raise NotFiniteError(layers[error.layer]) from None
 
 
-def _smallest(server: Backend, weight: Tensor, receipt: MergeReceipt) -> MergeReceipt:
-    """The receipt in its smallest form. Where ΔW is many times W, that is no longer two weights per byte."""
+def _compact_receipt(impl: Backend, weight: Tensor, receipt: MergeReceipt) -> MergeReceipt:
+    """The receipt in its smallest form, which is two weights per byte unless ΔW is many times as large as W."""
     form = smaller_form(receipt)
     if form == "bytes":
         return with_bytes(receipt)
     if form == "weights":
         base = weight.clone(memory_format=torch.contiguous_format)
-        served(server.merge).unmerge_(base, receipt)
+        require(impl.merge).unmerge_(base, receipt)
         return with_weights(receipt, base)
     return receipt
 
 
 def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backend: str | None) -> None:
-    """All are looked at before the first changes. Where one fails then, those before it are merged again."""
+    """All layers are checked before the first changes. If one fails later, those already unmerged are merged again."""
     weights = [weight.detach() for weight in weights]
     factors = [receipt.factors for receipt in receipts]
     groups = _groups(UNMERGE, weights, factors, [True] * len(weights), backend)
     unmerged: list[tuple[Backend, int]] = []
     with lasting():
-        for server, layers in groups:
-            _left_by_the_merge(server, layers, weights, receipts)
+        for impl, layers in groups:
+            _check_unchanged(impl, layers, weights, receipts)
         with interrupts.deferred() as deferred:
             try:
-                for server, layers in groups:
+                for impl, layers in groups:
                     deferred.deliver()
                     if len(layers) == 1:
-                        served(server.merge).unmerge_(weights[layers[0]], receipts[layers[0]])
+                        require(impl.merge).unmerge_(weights[layers[0]], receipts[layers[0]])
                     else:
                         merged = [weights[i] for i in layers]
-                        served(server.merge_layers).unmerge_layers_(merged, [receipts[i] for i in layers])
-                    unmerged += [(server, layer) for layer in layers]
+                        require(impl.merge_layers).unmerge_layers_(merged, [receipts[i] for i in layers])
+                    unmerged += [(impl, layer) for layer in layers]
                 deferred.deliver()
             except BaseException:
-                for server, layer in unmerged:
-                    served(server.merge).merge_(weights[layer], receipts[layer].factors)
+                for impl, layer in unmerged:
+                    require(impl.merge).merge_(weights[layer], receipts[layer].factors)
                 raise
 
 
-# Weights that one call of a backend may take: kernels that take a list of layers leave a byte per weight before it is
-# packed, so this is also the memory that a call takes for a while, 256 MiB. (They count raw weights in int32, too.)
-_TOGETHER = 2**28
+# Kernels that take a list of layers write a byte per weight before packing the code, so this also limits a call's
+# temporary memory, to 256 MiB. (They also count raw weights in int32.)
+_MAX_WEIGHTS_PER_CALL = 2**28
 
 
 def _groups(
-    op: Op, weights: Sequence[Tensor], factors: Sequence[Factors], together: Sequence[bool], backend: str | None
+    op: Op, weights: Sequence[Tensor], factors: Sequence[Factors], groupable: Sequence[bool], backend: str | None
 ) -> list[tuple[Backend, list[int]]]:
-    """Layers that one call of a backend takes: of one device, one dtype, and one of the adapters; or one layer alone.
+    """Groups of layers for one backend call each: same device, weight dtype and adapter dtype; or one layer alone.
 
-    together: whether a layer may be with others.
+    groupable: for each layer, whether it may share a call with others.
     """
     groups: dict[tuple[object, ...], tuple[Backend, list[int]]] = {}
     counts: collections.Counter[tuple[object, ...]] = collections.Counter()
-    for layer, (weight, side) in enumerate(zip(weights, factors, strict=True)):
-        name = choice.choose(_call(op, weight, side), backend).backend
-        server = registry.backend(name)
-        kind = (name, weight.device, weight.dtype, side.lora_A.dtype)
+    for layer, (weight, layer_factors) in enumerate(zip(weights, factors, strict=True)):
+        name = choice.choose(_call(op, weight, layer_factors), backend).backend
+        impl = registry.backend(name)
+        kind = (name, weight.device, weight.dtype, layer_factors.lora_A.dtype)
         counts[kind] += weight.numel()
-        key: tuple[object, ...] = (*kind, counts[kind] // _TOGETHER)
-        if not together[layer] or server.merge_layers is None:
+        key: tuple[object, ...] = (*kind, counts[kind] // _MAX_WEIGHTS_PER_CALL)
+        if not groupable[layer] or impl.merge_layers is None:
             key = (layer,)
-        groups.setdefault(key, (server, []))[1].append(layer)
+        groups.setdefault(key, (impl, []))[1].append(layer)
     return list(groups.values())
 
 
-def _left_by_the_merge(
-    server: Backend, layers: Sequence[int], weights: Sequence[Tensor], receipts: Sequence[MergeReceipt | None]
+def _check_unchanged(
+    impl: Backend, layers: Sequence[int], weights: Sequence[Tensor], receipts: Sequence[MergeReceipt | None]
 ) -> None:
-    """Raises LayerError where one of these layers is not what the merge of its receipt left."""
+    """Raises LayerError if one of these weights has changed since the merge that wrote its receipt."""
     merged = [(layer, receipt) for layer in layers if (receipt := receipts[layer]) is not None]
     for layer, receipt in merged:
-        _fits(layer, weights[layer], receipt)
-    if server.merge_layers is not None and merged:
-        sums = server.merge_layers.checksums([weights[layer] for layer, _ in merged])
+        _check_layer(layer, weights[layer], receipt)
+    if impl.merge_layers is not None and merged:
+        sums = impl.merge_layers.checksums([weights[layer] for layer, _ in merged])
     else:
-        sums = [served(server.merge).checksum(weights[layer]) for layer, _ in merged]
+        sums = [require(impl.merge).checksum(weights[layer]) for layer, _ in merged]
     for (layer, receipt), found in zip(merged, sums, strict=True):
         if found != receipt.checksum:
             raise LayerError(
-                "weight: expected the bits that the merge left, got others; it was changed since, or is another", layer
+                "weight: expected the bits that the merge left, got others: changed since, or a different weight",
+                layer,
             )
 
 
-def _fits(layer: int, weight: Tensor, receipt: MergeReceipt) -> None:
+def _check_layer(layer: int, weight: Tensor, receipt: MergeReceipt) -> None:
     for name, expected, got in (
         ("shape", list(receipt.shape), list(weight.shape)),
         ("dtype", receipt.dtype, weight.dtype),
     ):
         if got != expected:
-            raise LayerError(f"weight: expected {name} {expected} of the merge, got {got}", layer)
+            raise LayerError(f"weight: expected {name} {expected} as in the merge, got {got}", layer)
     if weight.device != receipt.device:
         raise LayerError(f"weight: expected on {receipt.device} like the receipt, got {weight.device}", layer)
 

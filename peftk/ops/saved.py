@@ -1,4 +1,4 @@
-"""What a forward saves for its backward, in eager mode and in a recorded operation alike: what is read, and no more."""
+"""What a forward saves for its backward, for eager Functions and for custom ops: only what the backward reads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from peftk.reference.lora_linear import reads_z
 
 
 class Reads(NamedTuple):
-    """What a backward reads of the forward, besides dY.
+    """What a backward reads from the forward, besides dY.
 
-    x is read for dA, W for dX, z where `peftk.reference.reads_z` says so. A and B are read for dX, dA and da; they
-    count for dB too, which saves nothing to leave them out, and whoever changes an adapter that waits for its backward
-    will have meant to change it after. No gradient reads a bias.
+    dA reads x, dX reads W; `peftk.reference.reads_z` says when z is read. dX, dA and da read A and B. They are saved
+    for dB too, although it does not read them: that costs no memory, and a change of the adapter before the backward is
+    then detected. No gradient reads a bias.
     """
 
     x: bool
@@ -27,7 +27,7 @@ class Reads(NamedTuple):
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter | None], wanted: Sequence[Wanted], need_dx: bool) -> Reads:
-        """wanted: of each adapter, in this order."""
+        """wanted: for each adapter, in the order of `adapters`. need_dx: whether dX is computed."""
         x = z = factors = False
         for adapter, wants in zip(adapters, wanted, strict=True):
             x = x or wants.lora_A
@@ -37,7 +37,7 @@ class Reads(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """x and z: None where nothing reads them. weight: also where only its shape is read."""
+    """x and z are None if the backward does not read them. weight is always there: its shape is read anyway."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -61,12 +61,12 @@ def save(
     ctx.weight, ctx.dropout_p = weight, p
 
 
-def saved(ctx: Any) -> Saved:
+def load_saved(ctx: Any) -> Saved:
     x, weight, z, seed, *others = ctx.saved_tensors
     return Saved(x, ctx.weight if weight is None else weight, z, dropout_from(ctx.dropout_p, seed), others)
 
 
-def save_one(
+def save_with_adapter(
     ctx: Any,
     reads: Reads,
     x: Tensor,
@@ -77,15 +77,15 @@ def save_one(
     dropout: Dropout | None,
     wanted: Wanted,
 ) -> None:
-    """`save` with an adapter, of whose biases a backward reads shapes and dtypes."""
+    """`save` with an adapter. Its biases are kept on ctx: the backward reads only their shapes and dtypes."""
     lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
     factors = (lora_A, lora_B) if reads.factors else (None, None)
     save(ctx, reads, x, weight, z, *factors, dropout=dropout)
     ctx.adapter = (scaling, activation, bias_A if wanted.bias_A else None, bias_B if wanted.bias_B else None)
 
 
-def saved_one(ctx: Any) -> tuple[Saved, Adapter | None]:
-    """What `save_one` saved; an adapter without factors where nothing reads these."""
-    found = saved(ctx)
-    lora_A, lora_B = found.others
-    return found, adapter_of(lora_A, lora_B, *ctx.adapter)
+def load_with_adapter(ctx: Any) -> tuple[Saved, Adapter | None]:
+    """What `save_with_adapter` saved. The adapter has no A and B if the backward does not read them."""
+    saved = load_saved(ctx)
+    lora_A, lora_B = saved.others
+    return saved, adapter_of(lora_A, lora_B, *ctx.adapter)

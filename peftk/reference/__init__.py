@@ -1,1 +1,1 @@
-"""Every operation in plain torch: the specification that kernels, tests and benchmarks are held against."""
+"""Every operation in plain torch: the specification that kernels, tests and benchmarks are compared with."""

@@ -1,15 +1,15 @@
-"""Is a side right? Asked before it is timed, in fp64 from the same rounded inputs.
+"""Error bounds: checks a result against fp64 from the same rounded inputs, before it is timed.
 
-With u the unit roundoff of the result's dtype, a result y of exact value y* passes where, element by element,
+With u the unit roundoff of the result's dtype, a result y of exact value y* passes if, for each element,
 
     |y − y*| ≤ u·|y*| + c·√k·2⁻²⁴·m + tiny,    c = 2
 
-k is the length of the contraction, m the sum of the absolute values of all terms (`docs/numerics.md`): fp32
-accumulation and one rounding, which is what peftk promises. Other libraries round what lies between as well; they get
-another u for each such part: + 2u·(|base*| + |adapter*|).
+k is the length of the contraction, m the sum of the absolute values of all terms (`docs/numerics.md`). That allows fp32
+accumulation and one rounding, which peftk guarantees. Other libraries also round intermediate results, so they get an
+additional 2u·(|base*| + |adapter*|).
 
-A bound that a missing or wrong adapter would pass proves nothing, so `detects` says how many times the bound a typical
-contribution of the adapter is; `common.measure` insists on 4.
+A check is useless if a missing adapter would pass it. `sensitivity` is the ratio of a typical adapter contribution to
+the bound; `tools.benchmark.common` requires 4 or more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 TINY = {torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24, torch.float32: 2.0**-149}
 C = 2.0
 
-# For results of NORM_FROM elements or more, also the Frobenius norm of the error relative to that of the result.
+# The allowed Frobenius norm of the error relative to that of the result, for results of NORM_FROM elements or more.
 NORM = {torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4, torch.float32: 1e-6}
 NORM_FROM = 65_536
 
@@ -44,13 +44,13 @@ class Expected(NamedTuple):
     adapter: Tensor
 
     def allowed(self, dtype: torch.dtype, *, fused: bool) -> Tensor:
-        """The bound on |y − y*|. fused: one rounding; else also of the parts."""
+        """The bound on |y − y*|. fused: the result is rounded once; else its parts are rounded too."""
         allowed = bound(self.value, self.magnitude, self.contraction, dtype)
         return allowed if fused else allowed + 2 * UNIT[dtype] * (self.base.abs() + self.adapter.abs())
 
 
 def error(actual: Tensor, expected: Expected, *, fused: bool) -> float:
-    """The largest error as a multiple of what is allowed; ≤ 1 passes. inf: of the wrong shape, or not finite."""
+    """The largest error as a multiple of the bound; ≤ 1 passes. inf for a wrong shape or values that are not finite."""
     if actual.shape != expected.value.shape or not bool(actual.isfinite().all()):
         return float("inf")
     if actual.numel() == 0:
@@ -59,19 +59,19 @@ def error(actual: Tensor, expected: Expected, *, fused: bool) -> float:
     return float((difference / expected.allowed(actual.dtype, fused=fused)).max())
 
 
-def detects(expected: Expected, dtype: torch.dtype) -> float:
-    """How many times the widest bound in use the adapter's contribution is, in the median."""
+def sensitivity(expected: Expected, dtype: torch.dtype) -> float:
+    """The median over elements of |adapter contribution| / bound, for the widest bound in use (not fused)."""
     return float((expected.adapter.abs() / expected.allowed(dtype, fused=False)).median())
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Expected:
-    """y = xWᵀ + bias + s·(xAᵀ)Bᵀ, for one adapter."""
+    """y = xWᵀ + bias + s·(xAᵀ)Bᵀ, for one adapter, in fp64."""
     base, base_magnitude = linear(x, weight, bias)
     return with_adapter(x, base, base_magnitude, lora_A, lora_B, scaling)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """xWᵀ + bias and |x||W|ᵀ + |bias| in fp64. Large: kept over the ranks of a shape."""
+    """xWᵀ + bias and |x||W|ᵀ + |bias|, in fp64. Costly, so callers reuse it for all ranks of a shape."""
     wide_x, wide_W = x.detach().double(), weight.detach().double()
     value, magnitude = wide_x @ wide_W.T, wide_x.abs() @ wide_W.abs().T
     if bias is not None:
@@ -82,6 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 def with_adapter(
     x: Tensor, base: Tensor, base_magnitude: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Expected:
+    """Adds s·(xAᵀ)Bᵀ to the result of `linear`."""
     wide_x, A, B = x.detach().double(), lora_A.detach().double(), lora_B.detach().double()
     adapter = scaling * (wide_x @ A.T) @ B.T
     magnitude = base_magnitude + abs(scaling) * (wide_x.abs() @ A.abs().T) @ B.abs().T

@@ -1,16 +1,16 @@
 """The specification of merge and unmerge, in plain torch: the same bits as every kernel.
 
     for each adapter, in order:
-        t ← +0;  for k = 0 … R-1:  t ← fma(B[n, k], A[k, j], t)      fp32, ascending rank, one rounding a step
+        t ← +0;  for k = 0 … R-1:  t ← fma(B[n, k], A[k, j], t)      fp32, ascending rank, one rounding per step
         d ← fl(s · t) for the first one,  d ← fl(d + fl(s · t)) for the others
     merge:    W' = round(fl(W + d))                                  round: to W's dtype, to nearest even
     unmerge:  W″ = round(fl(W' - d)),  then the code brings W back from W″
 
 The code is one byte per weight: the distance from W″ to W, counted in representable values of W's dtype in
-sign-magnitude order (so -0 and +0 are neighbours, not equal). Two codes are special: `RAW` where the distance does not
-fit (the caller keeps those weights aside), `ZERO` where W was +0 (pruned weights, which would all be RAW otherwise).
+sign-magnitude order (so -0 and +0 are neighbours, not equal). Two codes are special: `RAW` if the distance does not fit
+(the caller stores those weights separately), and `ZERO` if W was +0 (pruned weights, which would otherwise be RAW).
 
-fp64 weights are computed in fp64 with a rounded product in place of the fma; only the reference takes them.
+fp64 weights are computed in fp64, with a rounded product and sum instead of the fma. Only the reference runs them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ZERO = -128
 
 
 class Factors(NamedTuple):
-    """The adapters of one merge, side by side: adapter t has the ranks from ends[t - 1] (0 for the first) to ends[t].
+    """The adapters of one merge, concatenated: adapter t has the ranks from ends[t - 1] (0 for the first) to ends[t].
 
-    lora_A [R, K] and lora_B [N, R], R the sum of all ranks: contiguous, of one dtype.
+    lora_A [R, K] and lora_B [N, R], with R the sum of all ranks: contiguous, of one dtype. scaling: s of each adapter.
     """
 
     lora_A: Tensor
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
 
 
 def factors(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequence[float]) -> Factors:
-    """Copies of the adapters, side by side. Where their dtypes differ they are widened to fp32, which is exact."""
+    """Copies the adapters into one A and one B. Different dtypes are converted to fp32, which is exact."""
     tensors = [tensor.detach() for tensor in (*lora_A, *lora_B)]
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.float() for tensor in tensors]
@@ -51,30 +51,31 @@ def factors(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: Sequenc
 
 
 def merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Returns W' [N, K] in W's dtype and the code int8 [N, K]. W is left alone; nothing is checked for being finite."""
+    """Returns W' [N, K] in W's dtype and the code int8 [N, K]. Does not change W, and does not check for inf or NaN."""
     delta = _delta(weight, factors)
     merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
     return merged, _encode(weight, _subtract(merged, delta))
 
 
 def unmerge(merged: Tensor, factors: Factors, code: Tensor) -> Tensor:
-    """Returns W [N, K] from W' and the code; where the code is RAW the value is W″, to be replaced by the caller."""
+    """Returns W [N, K] from W' and the code. Where the code is RAW it returns W″, which the caller must replace."""
     return _decode(_subtract(merged, _delta(merged, factors)), code)
 
 
 def checksum(weight: Tensor) -> int:
-    """A checksum of the bits of W [N, K], 64 bits.
+    """A 64-bit checksum of the bits of W [N, K].
 
         Σ_n ((n · 0x9E3779B97F4A7C15) | 1) · (Σ_j (2j + 1) · bits[n, j]  modulo 2³²)        modulo 2⁶⁴
 
-    16-bit values are signed, and so is their 2j + 1, of 16 bits too: one instruction multiplies a register of them. All
-    multipliers are odd, so that a change of one element always shows. fp64 counts as twice as many columns of 32 bits.
+    16-bit values and their factor 2j + 1 are signed 16-bit integers, so one SIMD instruction multiplies a register of
+    them. All factors are odd, so a change of one element always changes the checksum. fp64 counts as twice as many
+    columns of 32 bits.
     """
     bits = weight.detach().contiguous()
     bits = bits.view(torch.int16 if weight.element_size() == 2 else torch.int32)
     places = (2 * torch.arange(bits.shape[1], device=bits.device) + 1).to(bits.dtype).to(torch.int64)
     total = 0
-    for first in range(0, bits.shape[0], _CHECKSUM_ROWS):  # in pieces: the products take 8 bytes each
+    for first in range(0, bits.shape[0], _CHECKSUM_ROWS):  # in blocks: the products take 8 bytes each
         rows = (bits[first : first + _CHECKSUM_ROWS].to(torch.int64) * places).sum(1) & 0xFFFFFFFF
         for n, row in enumerate(rows.tolist(), start=first):
             total += row * ((n * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) | 1)
@@ -109,7 +110,7 @@ def _delta(weight: Tensor, factors: Factors) -> Tensor:
 def _round_sum(a: Tensor, b: Tensor) -> Tensor:
     """fl32(a + b) of two fp64 tensors, rounded once.
 
-    The fp64 sum is first rounded to odd: where two-sum says that it was inexact and its last bit is even, the other
+    The fp64 sum is first rounded to odd: if two-sum shows that it is inexact and its last bit is even, the other
     neighbour is taken. Rounding that to fp32 equals rounding the exact sum (Boldo and Melquiond 2008; 53 ≥ 24 + 2).
     """
     total = a + b
@@ -130,7 +131,7 @@ _BITS = {
 
 
 def _order(values: Tensor) -> Tensor:
-    """int64: the place of each value in sign-magnitude order; +0 is 0, -0 is -1. One to one on all bit patterns."""
+    """int64: the position of each value in sign-magnitude order; +0 is 0, -0 is -1. One to one on all bit patterns."""
     bits = values.contiguous().view(_BITS[values.dtype])
     magnitude = (bits & torch.iinfo(bits.dtype).max).to(torch.int64)
     return torch.where(bits < 0, -magnitude - 1, magnitude)

@@ -1,8 +1,8 @@
-"""Dropout masks from a counter: Philox4x32-10 (Salmon et al., SC 2011), the same bits on every backend.
+"""Dropout masks from the counter-based generator Philox4x32-10 (Salmon et al., SC 2011): the same on every backend.
 
-Element (row m, column k) of x [M, K] has the number e = m·K + k. The counter is (e // 4 as two 32-bit words, 0, 0), the
-key is the seed as two 32-bit words, and the element takes word e % 4 of the block. It is dropped where that word is
-below ⌊p · 2³²⌋. The number uses the row's place in the batch, so no order of work changes a mask.
+Element (row m, column k) of x [M, K] has the index e = m·K + k. The counter is (e // 4 as two 32-bit words, 0, 0), the
+key is the seed as two 32-bit words, and the element uses word e % 4 of the block. It is dropped if that word is below
+⌊p · 2³²⌋. The mask depends only on the index, so it does not depend on the order in which rows are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def threshold(p: float) -> int:
 
 
 def keep_mask(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
-    """bool [rows, columns], True where the element is kept; seed: int64 [1]. Expected share of True: 1 - p."""
+    """bool [rows, columns], True for elements that are kept, each with probability 1 - p. seed: int64 [1]."""
     device = seed.device
     blocks = torch.arange(-(-rows * columns // 4), dtype=torch.int64, device=device)
     words = _philox(blocks, seed.reshape(()))
@@ -33,7 +33,7 @@ def _philox(blocks: Tensor, seed: Tensor) -> list[Tensor]:
     c = [blocks & _MASK, (blocks >> 32) & _MASK, torch.zeros_like(blocks), torch.zeros_like(blocks)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # 32 x 32 -> 64 bits: the product wraps in int64, its two halves are right after masking
+        # 32 x 32 -> 64 bits: the product wraps in int64, but its two halves are correct after masking
         p0, p1 = c[0] * _M0, c[2] * _M1
         high0, high1 = (p0 >> 32) & _MASK, (p1 >> 32) & _MASK
         c = [(high1 ^ c[1] ^ k0) & _MASK, p1 & _MASK, (high0 ^ c[3] ^ k1) & _MASK, p0 & _MASK]

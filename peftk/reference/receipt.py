@@ -1,4 +1,4 @@
-"""What a merge leaves behind: everything that brings W back."""
+"""The receipt of a merge: everything needed to restore W."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from peftk.system.lasting import lasting
 
 @dataclasses.dataclass(frozen=True)
 class MergeReceipt:
-    """Everything that brings W back from W' bit for bit; independent of the tensors that the merge was called with.
+    """Everything needed to restore W from W' bit for bit. Shares no memory with the tensors passed to the merge.
 
-    factors: the adapters, copied. code: for each weight the distance between W and what plain subtraction gives, in one
-    of three forms, whichever is the smallest: uint8 [N, ⌈K/2⌉], two weights per byte, with those that need a byte of
-    their own in `far` (int8, in order of place); int8 [N, K], a byte per weight; or int8 [0, 0], where raw_values are
-    all of W. raw_values: the bits (W's dtype, in order of place) of the few weights whose distance does not fit in a
-    byte. checksum: of W'.
+    Attributes:
+        factors: copies of the adapters.
+        code: for each weight, the distance between W and the result of plain subtraction, in the smallest of three
+            forms: uint8 [N, ⌈K/2⌉], two weights per byte, with the codes that need a whole byte in `far`; int8 [N, K],
+            one byte per weight; or int8 [0, 0] if raw_values holds all of W.
+        far: int8 [number of far codes], in row-major order.
+        raw_values: in W's dtype and row-major order, the weights whose distance does not fit in a byte.
+        checksum: of W', 64 bits.
     """
 
     factors: Factors
@@ -34,35 +37,35 @@ class MergeReceipt:
 
     @property
     def shape(self) -> torch.Size:
-        """W's: [N, K]."""
+        """The shape of W: [N, K]."""
         return torch.Size((self.factors.lora_B.shape[0], self.factors.lora_A.shape[1]))
 
     @property
     def dtype(self) -> torch.dtype:
-        """W's."""
+        """The dtype of W."""
         return self.raw_values.dtype
 
     @property
     def device(self) -> torch.device:
-        """W's."""
+        """The device of W and of the receipt's tensors."""
         return self.code.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, A and B included."""
+        """The size of the receipt in bytes, including A and B."""
         tensors = (self.factors.lora_A, self.factors.lora_B, self.code, self.far, self.raw_values)
         return sum(tensor.nbytes for tensor in tensors)
 
     @lasting()
     def to(self, device: torch.device) -> MergeReceipt:
-        """The same receipt with its tensors on another device, for a W that has moved."""
+        """A copy of the receipt on `device`, for a weight that has moved there."""
         lora_A, lora_B = self.factors.lora_A.to(device), self.factors.lora_B.to(device)
         moved = {name: getattr(self, name).to(device) for name in ("code", "far", "raw_values")}
         return dataclasses.replace(self, factors=self.factors._replace(lora_A=lora_A, lora_B=lora_B), **moved)
 
 
 class BiasReceipt(NamedTuple):
-    """A bias [N] before a merge, and as the merge left it."""
+    """A bias [N] before and after a merge."""
 
     before: Tensor
     after: Tensor
@@ -72,42 +75,42 @@ class BiasReceipt(NamedTuple):
         return BiasReceipt(self.before.to(device), self.after.to(device))
 
     def check(self, bias: Tensor | None) -> None:
-        """Raises ValueError where the bias is no longer what the merge left."""
+        """Raises ValueError if the bias has changed since the merge."""
         if bias is None or not same_bits(bias, self.after):
-            raise ValueError("bias: expected the bits that the merge left, got others; it was changed since")
+            raise ValueError("bias: expected the bits that the merge left, got others: changed since")
 
 
 @lasting()
 def merge_bias(bias: Tensor, terms: Iterable[tuple[Tensor, float]]) -> BiasReceipt:
-    """bias + Σ s·b, rounded once to the bias's dtype. Raises ValueError where that would not be finite."""
-    after = _wide(bias)
+    """bias + Σ s·b, rounded once to the bias's dtype; does not change `bias`. Raises ValueError if it is not finite."""
+    after = _widen(bias)
     for lora_bias, scaling in terms:
-        after = after + _wide(lora_bias) * scaling
+        after = after + _widen(lora_bias) * scaling
     after = after.to(bias.dtype)
     if not bool(after.isfinite().all()):
         raise ValueError("bias: expected bias + s·b to be finite in every element, got inf or NaN; it is unchanged")
     return BiasReceipt(bias.detach().clone(), after)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal in shape, dtype, device and every bit: -0 is not 0, and a NaN is itself."""
+    """Whether shape, dtype, device and every bit are equal: -0 differs from 0, and a NaN equals itself."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return torch.equal(one.detach().view(bits), other.detach().view(bits))
 
 
-def packed(factors: Factors, code: Tensor, raw_values: Tensor, checksum: int) -> MergeReceipt:
-    """The receipt of a code of one byte per weight, int8 [N, K], two weights per byte."""
+def pack_receipt(factors: Factors, code: Tensor, raw_values: Tensor, checksum: int) -> MergeReceipt:
+    """A receipt with two weights per byte, from a code int8 [N, K] with one byte per weight."""
     return MergeReceipt(factors, *merge_code.pack(code), raw_values, checksum)
 
 
-def halves(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
-    """The code at two weights per byte, and the far ones, whatever the receipt's form."""
+def code_as_halves(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
+    """The code with two weights per byte, and the far codes, from a receipt of any form."""
     if receipt.code.dtype == torch.uint8:
         return receipt.code, receipt.far
     if receipt.code.numel():
@@ -119,25 +122,25 @@ def halves(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
     return code, receipt.far.new_full((N * K,), RAW)
 
 
-def bytewise(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
-    """The code as int8 [N, K], and where in the flattened W the raw values belong, int64; whatever the receipt's form.
+def code_as_bytes(receipt: MergeReceipt) -> tuple[Tensor, Tensor]:
+    """The code as int8 [N, K], and the indices of the raw values in the flattened W, int64; from a receipt of any form.
 
-    Raises ValueError where there are more or fewer far codes or raw values than the code calls for.
+    Raises ValueError unless there are as many far codes and raw values as the code refers to.
     """
     code = receipt.code
     if code.dtype == torch.uint8 or not code.numel():
-        code = merge_code.unpack(*halves(receipt), receipt.shape[1])
+        code = merge_code.unpack(*code_as_halves(receipt), receipt.shape[1])
     raw_index = (code == RAW).flatten().nonzero().flatten()
     if len(raw_index) != len(receipt.raw_values):
         raise ValueError(
-            f"receipt: expected {len(raw_index)} raw values, as many as its code calls for, "
+            f"receipt: expected {len(raw_index)} raw values, as many as its code refers to, "
             f"got {len(receipt.raw_values)}"
         )
     return code, raw_index
 
 
 def smaller_form(receipt: MergeReceipt) -> str | None:
-    """Which form of a receipt with two weights per byte would be smaller, "bytes" or "weights", if any."""
+    """Which form is smaller than that of a receipt with two weights per byte: "bytes", "weights", or None."""
     weights, raw = receipt.shape.numel(), receipt.raw_values.nbytes
     sizes = {
         None: receipt.code.nbytes + receipt.far.nbytes + raw,
@@ -148,19 +151,19 @@ def smaller_form(receipt: MergeReceipt) -> str | None:
 
 
 def with_bytes(receipt: MergeReceipt) -> MergeReceipt:
-    """The same receipt at a byte per weight."""
-    code, _ = bytewise(receipt)
+    """The same receipt with one byte per weight."""
+    code, _ = code_as_bytes(receipt)
     return dataclasses.replace(receipt, code=code, far=receipt.far.new_empty(0))
 
 
 def with_weights(receipt: MergeReceipt, base: Tensor) -> MergeReceipt:
-    """The same receipt with W itself, a tensor of the receipt's own."""
+    """The same receipt with W itself as raw_values. base: W; not copied."""
     empty = receipt.far.new_empty(0)
     return dataclasses.replace(receipt, code=empty.view(0, 0), far=empty, raw_values=base.reshape(-1))
 
 
 def check(receipt: MergeReceipt) -> None:
-    """Tensors as a merge makes them, which are read by address."""
+    """Checks that the tensors are as a merge makes them, because kernels read them by address. Raises ValueError."""
     A, B = receipt.factors.lora_A, receipt.factors.lora_B
     parts = {"lora_A": A, "lora_B": B, "code": receipt.code, "far": receipt.far, "raw_values": receipt.raw_values}
     for name, tensor in parts.items():
@@ -168,7 +171,7 @@ def check(receipt: MergeReceipt) -> None:
     for name, tensor in parts.items():
         checks.same_device(f"receipt.{name}", tensor, receipt.device, "its code")
         if not tensor.is_contiguous():
-            raise ValueError(f"receipt.{name}: expected it contiguous, got strides {tensor.stride()}")
+            raise ValueError(f"receipt.{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     ranks, (N, K) = receipt.factors.ends[-1], receipt.shape
     kinds = {torch.uint8: (N, (K + 1) // 2), torch.int8: (N, K) if receipt.code.numel() else (0, 0)}
     for name, expected, got in (

@@ -1,4 +1,4 @@
-"""The tokens of a batch in the order of their adapters: the specification of `segments.cu` and `segments.py`."""
+"""Sorts the rows of a batch by adapter: the specification of the CUDA C++ and Triton kernels of the same name."""
 
 from __future__ import annotations
 

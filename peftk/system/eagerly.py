@@ -1,4 +1,4 @@
-"""What a compiled graph can't hold. Only what is compiled imports it: torch's compiler takes seconds to import."""
+"""Runs a function outside of compiled graphs. Import it lazily: torch's compiler takes seconds to import."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ T = TypeVar("T")
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def eagerly(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """function(*args, **kwargs) between two graphs, in every call."""
+    """function(*args, **kwargs), run in every call, between two compiled graphs."""
     return function(*args, **kwargs)

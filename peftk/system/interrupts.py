@@ -1,4 +1,4 @@
-"""Ctrl-C at a moment of our choosing: between two steps of which each is whole."""
+"""Delays Ctrl-C and other signals until a step is complete."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# what a user's handler may raise from: Ctrl-C, a timeout, a request to end
+# signals whose handlers users let raise: Ctrl-C, a timeout, a request to terminate
 _SIGNALS = (signal.SIGINT, signal.SIGALRM, signal.SIGTERM)
 
 
 class Deferred:
-    """The signals that came and wait."""
+    """Signals that have arrived and are held back."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
-        self.waiting: list[tuple[int, FrameType | None]] = []
+        self.pending: list[tuple[int, FrameType | None]] = []
 
     def deliver(self) -> None:
-        """Calls the handlers of what has come, here; they may raise."""
-        while self.waiting:
-            number, frame = self.waiting.pop(0)
+        """Calls the handlers of the pending signals; they may raise."""
+        while self.pending:
+            number, frame = self.pending.pop(0)
             self.handlers[number](number, frame)
 
-    def note(self, number: int, frame: FrameType | None) -> None:
-        self.waiting.append((number, frame))
+    def hold(self, number: int, frame: FrameType | None) -> None:
+        self.pending.append((number, frame))
 
-    def put_back(self) -> None:
+    def restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
-            if signal.getsignal(number) == self.note:  # else somebody has set another meanwhile
+            if signal.getsignal(number) == self.hold:  # else another handler was set in the meantime
                 signal.signal(number, handler)
 
 
@@ -40,9 +40,9 @@ _outermost: Deferred | None = None
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Deferred]:
-    """Inside, signals with handlers in Python wait until somebody calls `deliver`, or the outermost `deferred` ends.
+    """Holds back signals with Python handlers until `deliver` is called, or the outermost `deferred` ends.
 
-    Other threads than the main one get no signals in Python: for them nothing changes.
+    Does nothing in other threads: Python runs signal handlers only in the main thread.
     """
     global _outermost
     if threading.current_thread() is not threading.main_thread():
@@ -51,19 +51,19 @@ def deferred() -> Iterator[Deferred]:
     if _outermost is not None:
         yield _outermost
         return
-    mine = Deferred()
+    signals = Deferred()
     try:
         for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
-                mine.handlers[number] = handler
-                signal.signal(number, mine.note)
-        _outermost = mine
-        yield mine
+                signals.handlers[number] = handler
+                signal.signal(number, signals.hold)
+        _outermost = signals
+        yield signals
     finally:
         _outermost = None
         try:
-            mine.put_back()
+            signals.restore_handlers()
         finally:
-            mine.put_back()  # a handler that was put back may have raised just then
-        mine.deliver()
+            signals.restore_handlers()  # a restored handler may have run, and raised, during the first attempt
+        signals.deliver()

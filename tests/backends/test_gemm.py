@@ -1,4 +1,4 @@
-"""The gemm backend: torch's product for the base layer, peftk's adapters on top; forward, gradients, many adapters."""
+"""The gemm backend, torch's product plus peftk's adapters: forward, gradients, one and many adapters."""
 
 from __future__ import annotations
 
@@ -103,26 +103,26 @@ def test_rows_of_the_base_layer_are_torchs_bits() -> None:
     assert torch.equal(y[ids == -1], torch.nn.functional.linear(x, weight, bias)[ids == -1])
 
 
-def test_what_it_does_not_serve() -> None:
+def test_calls_it_cannot_run() -> None:
     assert gemm.cannot_run(call()) is None
     assert "one dtype" in str(gemm.cannot_run(call(x_dtype=torch.bfloat16)))
-    assert "has none for merge" in str(gemm.cannot_run(call("merge")))
+    assert "got merge" in str(gemm.cannot_run(call("merge")))
     assert "cpu tensors" in str(gemm.cannot_run(call(device="cuda")))
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8)
-    with pytest.raises(peftk.BackendError, match="serves x and weight of one dtype"):
+    with pytest.raises(peftk.BackendError, match="needs x and weight of one dtype"):
         functional.lora_linear(x, weight, backend="gemm")
 
 
-def test_rows_apart_are_read_where_they_lie() -> None:
+def test_strided_rows() -> None:
     _, case = next(cases(1))
     x = torch.randn(2 * 6, case.x.shape[1]).to(case.x.dtype)[::2]
     ids = None if case.ids is None else torch.full((6,), -1, dtype=torch.int32)
-    apart = dataclasses.replace(case, x=x, ids=ids)
-    numerics.check(run(apart, "gemm"), *expected(apart), rounded=base_of(apart))
+    strided = dataclasses.replace(case, x=x, ids=ids)
+    numerics.check(run(strided, "gemm"), *expected(strided), rounded=base_of(strided))
 
 
 def test_input_gradients_take_torchs_product() -> None:
-    """Where the adapter adds nothing they are its bits, and not another sum's."""
+    """Where the adapter adds nothing, dX has the bits of torch's product."""
     weight, dy, x = torch.randn(500, 300), torch.randn(40, 500), torch.randn(40, 300)
     adapter = Adapter((torch.randn(4, 300),), (torch.zeros(500, 4),), 1.0, "identity", None, None)
     dx, _ = gemm.lora_linear_backward(dy, x, weight, adapter, torch.zeros(40, 4))

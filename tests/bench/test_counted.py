@@ -1,4 +1,4 @@
-"""`python -m bench.counted`: closed forms, models of other libraries, and the table. Nothing is timed."""
+"""`python -m bench.counted`: the closed forms, the models of other libraries, and the tables. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from bench.counted import peers, report, run
 from bench.counted.__main__ import main
-from bench.counted.batch import Batch, of_ids, one
-from bench.counted.work import H100, Launch, Traffic, crossing
+from bench.counted.batch import Batch, of_ids, one_adapter
+from bench.counted.work import H100, Launch, Traffic, hbm_bytes
 from tests.support.paths import ROOT
 
 COUNTED = run.count(run.Options())
@@ -31,7 +31,7 @@ def test_counting_needs_no_triton() -> None:
 
 
 def test_the_targets_of_the_forward() -> None:
-    """One launch; every byte that must move moves once, give or take 2 %, even where sums are split over blocks."""
+    """One launch, and at most 2 % more bytes than the minimum, even if sums are split over blocks."""
     assert len(rows("peftk")) == 2 * 5 * (3 + 4 + 4)
     for row in rows("peftk"):
         assert row.launches == 1
@@ -59,7 +59,7 @@ def test_launches_of_peft() -> None:
 
 
 def test_no_side_moves_less_than_the_minimum() -> None:
-    """L2 that keeps everything between launches spares all intermediates: then what is left are padded ranks."""
+    """If L2 keeps everything between launches, intermediates cost nothing; only padded ranks remain."""
     for row in [row for linear in COUNTED for row in linear.rows()]:
         assert row.compulsory_bytes <= row.kept_bytes <= row.distinct_bytes <= row.requested_bytes, row
         assert row.flops <= row.executed_flops * 1.001, row
@@ -85,7 +85,7 @@ def test_vllm_by_hand() -> None:
     assert expand.tensors["lora_B[1]"].distinct == 16 * 128 * 2
 
 
-def test_sglang_reads_only_the_ranks_there_are() -> None:
+def test_sglang_reads_no_padded_ranks() -> None:
     _, shrink, expand = peers.sglang(of_ids(256, 128, (16, 8), (0,) * 20 + (1,)))
     assert shrink.tensors["lora_A[0]"] == Traffic(2 * 16 * 256 * 2, 0, 16 * 256 * 2, 0)  # 20 rows are two chunks
     assert shrink.tensors["lora_A[1]"] == Traffic(8 * 256 * 2, 0, 8 * 256 * 2, 0)
@@ -100,11 +100,11 @@ def test_rows_of_the_base_layer_cost_no_adapter() -> None:
     assert all(launch.tensors.get("lora_A", Traffic()).read == 0 for launch in ours.sides["peftk"])
 
 
-def test_crossing() -> None:
+def test_hbm_bytes() -> None:
     first = Launch("a", {"x": Traffic(10, 0, 10, 0), "v": Traffic(0, 8, 0, 8), "y": Traffic(0, 100, 0, 100)})
     second = Launch("b", {"v": Traffic(8, 0, 8, 0), "x": Traffic(30, 0, 15, 0), "y": Traffic(50, 50, 50, 50)})
-    assert crossing([first, second], kept=False) == [118, 8 + 15 + 100]
-    assert crossing([first, second], kept=True) == [10, 5 + 100]
+    assert hbm_bytes([first, second], l2_keeps_all=False) == [118, 8 + 15 + 100]
+    assert hbm_bytes([first, second], l2_keeps_all=True) == [10, 5 + 100]
 
 
 def test_the_roofline_is_the_slower_of_memory_and_products() -> None:
@@ -120,7 +120,7 @@ def test_a_batch_in_blocks() -> None:
         [(2, 4, 3)],
     ]
     assert (batch.used_ranks, batch.rank_rows, batch.z_width) == (10, 2 * 4 + 4 * 6, 16)
-    assert one(3, 8, 8, 5, dtype=torch.float32).blocks(2).__next__()[0].rows == 2
+    assert one_adapter(3, 8, 8, 5, dtype=torch.float32).blocks(2).__next__()[0].rows == 2
 
 
 def test_command(tmp_path: Path) -> None:

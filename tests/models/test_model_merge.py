@@ -422,7 +422,7 @@ def test_a_merged_model_that_changed_its_dtype() -> None:
     model.half()
     for unmerge in (peftk.unmerge_adapter, lambda model: peftk.switch_adapter(model, adapters_of(model, 1))):
         with pytest.raises(
-            ValueError, match=r"^0: weight: expected dtype torch.float32 of the merge, got torch.float16"
+            ValueError, match=r"^0: weight: expected dtype torch.float32 as in the merge, got torch.float16"
         ):
             unmerge(model)
     assert all(layer.merged for layer in layers_of(model))
@@ -437,7 +437,7 @@ ACTIONS: dict[str, Action] = {
     "switch": lambda model: peftk.switch_adapter(model, adapters_of(model, 1, 2)),
 }
 # where it comes: in a call of the backend, before or after its work, or when what it left is looked at or packed
-PLACES = [(cpu, name) for name in ("merge_", "unmerge_", "remerge_", "checksum")] + [(merge, "_smallest")]
+PLACES = [(cpu, name) for name in ("merge_", "unmerge_", "remerge_", "checksum")] + [(merge, "_compact_receipt")]
 
 
 def prepared(action: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
@@ -491,9 +491,9 @@ def calls_of(action: str, name: str) -> bool:
     return (
         name
         in {
-            "merge": ("merge_", "_smallest"),
+            "merge": ("merge_", "_compact_receipt"),
             "unmerge": ("unmerge_", "checksum"),
-            "switch": ("remerge_", "checksum", "_smallest"),
+            "switch": ("remerge_", "checksum", "_compact_receipt"),
         }[action]
     )
 

@@ -34,7 +34,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(call, wide)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # what was compiled before is not under test
+@torch._inductor.config.patch(force_disable_caches=True)  # do not test graphs compiled earlier
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_compiles_without_a_graph_break(compiler: str) -> None:
     x, A, B, a, b = (t.requires_grad_() for t in tensors())

@@ -1,4 +1,4 @@
-"""The public operations: values, shapes, bad input, autocast; on the backend that the choice takes."""
+"""The public operations: values, shapes, bad input, autocast; on the default backend."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def test_bad_input_of_lora_linear(change: dict, error: type[Exception], message:
 
 
 def bank() -> AdapterBank:
+    """Adapters 0 (rank 2) and 1 (rank 20, relu) in 4 slots."""
     made = AdapterBank(8, 6, 4, torch.float32, torch.device("cpu"))
     made.add("a", torch.randn(2, 8), torch.randn(6, 2), 1.0)
     made.add("b", torch.randn(20, 8), torch.randn(6, 20), 0.5, activation="relu")
@@ -96,7 +97,7 @@ def bank() -> AdapterBank:
         (torch.tensor([0, -(2**32), 0]), ValueError, r"ids\[1\]: expected -1"),
         (torch.tensor([0, 4, 0]), ValueError, r"ids\[1\]: expected -1 or an adapter's number below 4, got 4"),
         (torch.tensor([0, -2, 0]), ValueError, r"ids\[1\]: .* got -2"),
-        (torch.tensor([0, 3, 0]), ValueError, r"ids\[1\]: .* got 3, an empty slot"),  # an empty slot
+        (torch.tensor([0, 3, 0]), ValueError, r"ids\[1\]: .* got 3, an empty slot"),
         (torch.tensor([0, 1, 0], device="meta"), ValueError, "ids: expected on cpu like x, got meta"),
     ],
 )

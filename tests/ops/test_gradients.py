@@ -103,7 +103,7 @@ def test_opcheck_many_adapters() -> None:
 
 
 def test_no_output_of_a_recorded_backward_shares_memory() -> None:
-    """Pages of one adapter get pieces of one gradient, each in memory of its own."""
+    """The gradients of an adapter's pages are pieces of one tensor, but each gets its own memory."""
     pages = ((torch.randn(16, 7), torch.randn(4, 7)), (torch.randn(5, 16), torch.randn(5, 4)))
     tensors, layout, scalings = pack((Adapter(*pages, 0.5),))
     x, weight, dy, ids = torch.randn(4, 7), torch.randn(5, 7), torch.randn(4, 5), torch.zeros(4, dtype=torch.int32)
@@ -145,7 +145,7 @@ SUBSETS = [("x",), ("lora_A",), ("lora_B",), ("lora_A", "lora_B"), ("bias_A", "b
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_only_the_gradients_that_are_needed(backend: str, needed: tuple[str, ...], dropout_p: float) -> None:
-    """Each is the one that a backward for everything gives, and the others are not computed."""
+    """The requested gradients equal those of a full backward; the others are not computed."""
     torch.manual_seed(0)
     M, K, N, r = 20, 24, 18, 5
     shapes = {"x": (M, K), "bias": (N,), "lora_A": (r, K), "lora_B": (N, r), "bias_A": (r,), "bias_B": (N,)}
@@ -166,18 +166,18 @@ def test_only_the_gradients_that_are_needed(backend: str, needed: tuple[str, ...
 
 
 def test_a_first_layer_computes_no_gradient_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
     backward = cpu.lora_linear_backward
 
     def spy(*args: object, **kwargs: object) -> object:
-        asked.append((kwargs["need_dx"], kwargs["wanted"]))
+        calls.append((kwargs["need_dx"], kwargs["wanted"]))
         return backward(*args, **kwargs)
 
     monkeypatch.setattr(cpu, "lora_linear_backward", spy)
     layer = peftk.LoRALinear.from_linear(torch.nn.Linear(8, 8), r=2)
     layer.lora_A.requires_grad_(False)
     layer(torch.randn(3, 8)).sum().backward()
-    assert asked == [(False, Wanted(False, True, False, False))]
+    assert calls == [(False, Wanted(False, True, False, False))]
 
 
 @pytest.mark.parametrize("compiles", [False, True])
@@ -196,11 +196,11 @@ def test_a_batch_with_served_and_trained_adapters_needs_the_trained_ones(compile
     torch.testing.assert_close(beta.grad, dy[rows].sum(0))
 
 
-# adapters that change between the forward and the backward
+# Adapters that change between the forward and the backward
 
 
 def one_and_many() -> list[tuple[str, torch.nn.Module, tuple[torch.Tensor, ...]]]:
-    """A LoRALinear, and a MultiLoRALinear with trained and with served adapters."""
+    """A LoRALinear, a MultiLoRALinear with adapters that train, and one with adapters that do not: name, layer, ids."""
     lora = peftk.LoRALinear.from_linear(torch.nn.Linear(8, 6), r=3)
     torch.nn.init.normal_(lora.lora_B)
     ids = torch.tensor([0, 1, -1, 0])
@@ -222,7 +222,7 @@ def adapter_of(layer: torch.nn.Module, number: int = 0) -> Adapter:
 @pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("which", ["pages_A", "pages_B"])
 def test_an_adapter_changed_in_place_before_the_backward_is_noticed(which: str, compiles: bool) -> None:
-    """In every Function, by the version that was saved with it; x wants a gradient, as behind another layer."""
+    """By every Function, through the saved version counter. x needs a gradient, as behind another layer."""
     for _, layer, rest in one_and_many():
         torch._dynamo.reset()
         run = torch.compile(layer, backend="aot_eager") if compiles else layer
@@ -244,7 +244,7 @@ def test_an_adapter_changed_behind_an_input_without_a_gradient_is_noticed(which:
 
 
 def test_other_pages_of_the_pool_may_change() -> None:
-    """Adapters come and go while a graph waits for its backward."""
+    """Adapters may be added and removed between a forward and its backward."""
     _, layer, (ids,) = one_and_many()[2]
     x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 6)
     layer(x, ids).backward(dy)
@@ -258,7 +258,7 @@ def test_other_pages_of_the_pool_may_change() -> None:
 
 
 def test_biases_may_change_before_the_backward() -> None:
-    """No gradient reads one, as with nn.Linear."""
+    """No gradient reads a bias, as with nn.Linear."""
     layer = peftk.nn.ParallelAdapterLinear.from_linear(torch.nn.Linear(8, 6), bottleneck=3)
     y = layer(torch.randn(4, 8, requires_grad=True))
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_biases_may_change_before_the_backward() -> None:
 
 
 def test_parameters_may_come_back_to_other_memory_before_the_backward() -> None:
-    """As offloading leaves them: a table has the addresses of the forward, and the old memory is somebody else's."""
+    """As offloading does: the table has the addresses of the forward, and the old memory has been reused since."""
     for name, layer, rest in one_and_many()[:2]:
         x, dy = torch.randn(4, 8, requires_grad=True), torch.randn(4, 6)
         trained = [p for p in layer.parameters() if p.requires_grad]
@@ -288,10 +288,10 @@ def test_parameters_may_come_back_to_other_memory_before_the_backward() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 5, 20])
 def test_another_rank_before_the_backward_is_refused(ranks: int) -> None:
-    """Kernels read z [M, R] of the forward: with another R they would read past its end."""
+    """Kernels read z [M, R] of the forward: with a different R they would read past its end."""
     for _, layer, rest in one_and_many()[:2]:
         y = layer(torch.randn(4, 8, requires_grad=True), *rest)
         adapter = adapter_of(layer)
         adapter.pages_A[0].data, adapter.pages_B[0].data = torch.randn(ranks, 8), torch.randn(6, ranks)
-        with pytest.raises(RuntimeError, match=r"expected the .* of the forward|invalid gradient"):
+        with pytest.raises(RuntimeError, match=r"expected .* in the forward|invalid gradient"):
             y.sum().backward()

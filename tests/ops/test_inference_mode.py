@@ -1,4 +1,4 @@
-"""What a layer, a bank, a table or a receipt keeps is no tensor of torch.inference_mode(), wherever it was made."""
+"""Layers, banks, tables and receipts keep no inference tensors, even if made inside torch.inference_mode()."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = [entry for entry in LAYERS if not entry.name.startswith("accelerated")]
 
 
-def ordinary(module: nn.Module) -> None:
-    """Parameters, buffers, and what banks hold."""
+def check_no_inference_tensors(module: nn.Module) -> None:
+    """Asserts that no parameter, buffer or tensor of a bank is an inference tensor."""
     tensors = [*module.parameters(), *module.buffers()]
     for part in module.modules():
         if isinstance(part, MultiLoRALinear):
@@ -42,21 +42,22 @@ def test_a_layer_that_is_made_inside_trains_outside(entry: Entry) -> None:
         made = entry.build(base)
         for x in entry.inputs():
             made.layer(x)
-    ordinary(made.module)
-    trains(entry, made)
+    check_no_inference_tensors(made.module)
+    check_trains(entry, made)
 
 
 @pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
 def test_a_layer_that_ran_inside_trains_outside(entry: Entry) -> None:
-    """Whatever it kept of the call."""
+    """Nothing that the layer caches from a call inside stops training outside."""
     made = entry.make()
     with torch.inference_mode():
         for x in entry.inputs():
             made.layer(x)
-    trains(entry, made)
+    check_trains(entry, made)
 
 
-def trains(entry: Entry, made: Made) -> None:
+def check_trains(entry: Entry, made: Made) -> None:
+    """Asserts gradients like the plain layer's, and that an optimizer can update the parameters."""
     for x in entry.inputs():
         x.requires_grad_()
         agree(gradients(made.layer, made, x), gradients(made.plain, made, x))
@@ -77,7 +78,7 @@ def test_adapters_are_loaded_inside_and_outside_and_served_together() -> None:
         layer.add_adapter("c", *factors(3), bias=torch.randn(24), bias_A=torch.randn(3), trainable=True)
         layer.add_adapter("d", nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(24, 2)), trainable=True)
     layer.add_adapter("e", *factors(17))
-    ordinary(layer)
+    check_no_inference_tensors(layer)
     x = torch.randn(6, 16, requires_grad=True)
 
     def ids() -> Tensor:
@@ -112,7 +113,7 @@ def test_ids_that_were_made_inside_train_outside() -> None:
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("inside", ["merge", "unmerge", "weight", "both"])
 def test_merging_and_unmerging_on_either_side(inside: str, strided: bool, backend: str | None) -> None:
-    """To the bit, also for a weight that was made inside."""
+    """Unmerging restores every bit, also for a weight made inside."""
 
     def mode(which: str) -> torch.inference_mode:
         return torch.inference_mode(inside in (which, "both"))
@@ -146,7 +147,7 @@ def test_a_model_is_injected_merged_and_switched_inside_and_trains_outside(tmp_p
         peftk.load_adapter(model, tmp_path)
         peftk.merge_adapter(model)
         peftk.switch_adapter(model, tmp_path)
-    ordinary(model)
+    check_no_inference_tensors(model)
     peftk.unmerge_adapter(model)
     assert torch.equal(model[0].weight, before)
     x = torch.randn(5, 16)
@@ -170,7 +171,7 @@ def test_a_server_loads_inside_and_outside(tmp_path: pathlib.Path) -> None:
         server.load("a", tmp_path)
     server.load("b", tmp_path)
     x = torch.randn(3, 16, requires_grad=True)
-    for inside in (True, False):  # the same route, in both
+    for inside in (True, False):  # one route, used in both modes
         with server.route(["a", None, "b"]):
             for mode in (inside, not inside):
                 with torch.inference_mode(mode):
@@ -178,7 +179,7 @@ def test_a_server_loads_inside_and_outside(tmp_path: pathlib.Path) -> None:
                 if not mode:
                     y.sum().backward()
     assert x.grad is not None
-    for inside in (True, False, True):  # a slot that is used again
+    for inside in (True, False, True):  # the slot is reused
         with torch.inference_mode(inside):
             server.unload("a")
             server.load("a", tmp_path)
@@ -218,7 +219,7 @@ def test_workspaces_and_sorted_rows_are_ordinary() -> None:
 
 @pytest.mark.parametrize("server", [cpu, gemm, reference], ids=lambda server: server.__name__.rpartition(".")[2])
 def test_inside_outputs_are_of_that_mode(server: object) -> None:
-    """As nn.Linear's, so that torch says what it has to say of them."""
+    """As with nn.Linear, so that torch raises its own errors for them."""
     layer, x = LoRALinear.from_linear(nn.Linear(16, 24), r=2), torch.randn(3, 16)
     with torch.inference_mode():
         y, _ = server.lora_linear(x, layer.weight, layer.bias, None)  # type: ignore[attr-defined]

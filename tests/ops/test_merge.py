@@ -1,4 +1,4 @@
-"""Exact merge and unmerge: the reference against libm's fma, every CPU level against the reference, 100 cycles."""
+"""Exact merge and unmerge: the reference against libm's fma, every SIMD level against the reference, 100 cycles."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from peftk.backends import cpu, reference
 from peftk.backends import reference as reference_backend
 from peftk.reference.merge import RAW, ZERO, Factors
 from peftk.reference.merge import factors as adapters
-from peftk.reference.receipt import MergeReceipt, bytewise
+from peftk.reference.receipt import MergeReceipt, code_as_bytes
 from tests.support.calls import call
 from tests.support.merge_cases import DTYPES, check_receipt, merge_case, same_bits, several
 from tests.support.tiers import spread
 
 LEVELS = _cpu.simd_levels()
-# N, K, R: single elements, ragged edges of every tile, ranks of every kind
+# N, K, R: single elements, partial tiles at every edge, ranks of every kind
 SHAPES = [(1, 1, 1), (2, 3, 2), (7, 63, 5), (24, 64, 16), (25, 129, 17), (50, 200, 8), (13, 70, 300)]
 
 
 def cpu_merge(weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor, MergeReceipt]:
-    """W', the code at a byte per weight and the receipt, of a copy of W with W's strides."""
+    """Merges a copy of W with W's strides: W', the code with one byte per weight, and the receipt."""
     merged = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype).copy_(weight)
     receipt = cpu.merge_(merged, factors)
-    return merged, bytewise(receipt)[0], receipt
+    return merged, code_as_bytes(receipt)[0], receipt
 
 
 def check_against_reference(weight: Tensor, factors: Factors, note: object = "") -> None:
-    """merge_ and unmerge_ in place, bit for bit; the receipt is the one that the reference writes."""
+    """merge_ and unmerge_ give the reference's bits and its receipt."""
     merged, code, receipt = cpu_merge(weight, factors)
     expected = weight.clone()
     theirs = reference_backend.merge_(expected, factors)
@@ -49,7 +49,7 @@ def check_against_reference(weight: Tensor, factors: Factors, note: object = "")
 
 
 def test_the_reference_against_libm() -> None:
-    """The same chain by the C library's fmaf, one element after another."""
+    """The same chain of fmas, element by element, with the C library's fmaf."""
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     libm.fmaf.restype = ctypes.c_float
     libm.fmaf.argtypes = [ctypes.c_float] * 3
@@ -81,7 +81,7 @@ def test_several_adapters_at_once(level: str, dtype: torch.dtype) -> None:
 
 
 def test_adding_adapters_starts_from_the_first_one(level: str) -> None:
-    """d of a single product -0 is -0, so that W = -0 stays; from +0 it would be +0."""
+    """If the only product is -0, d is -0 and W = -0 keeps its sign; a sum that starts at +0 would give +0."""
     A, B = torch.full((2, 40), 1.0), torch.full((7, 2), 2.0**-149)
     factors = adapters([A[:1], A[1:]], [B[:, :1], B[:, 1:]], [-0.25, -0.25])
     weight = torch.full((7, 40), -0.0)
@@ -92,7 +92,7 @@ def test_adding_adapters_starts_from_the_first_one(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_from_one_merge_to_another(level: str, dtype: torch.dtype) -> None:
-    """remerge_ is unmerge_ and merge_, to the bit, receipt included."""
+    """remerge_ gives the bits and the receipt of unmerge_ followed by merge_."""
     for seed, (shape, ranks) in enumerate(itertools.product([(1, 1), (53, 1100)], [(4,), (9, 1)])):
         weight = merge_case(seed, *shape, 1, dtype, torch.float32, size=1.0, padding=seed % 2).weight
         first, second = (several(seed + i, weight, ranks[: 2 - i], 3.0, torch.float32) for i in range(2))
@@ -122,7 +122,7 @@ POISONS = ("inf in B", "NaN in A", "huge A", "inf in W", "NaN in W", "largest Na
 
 
 def poisoned(poison: str, weight: Tensor, place: tuple[int, int], seed: int) -> tuple[Tensor, Factors]:
-    """W and adapters that are not finite in one element of W' only, at `place`."""
+    """W and adapters whose W' is not finite in exactly one element, at `place`."""
     n, j = place
     case = merge_case(seed, *weight.shape, 5, weight.dtype, torch.float32, size=1.0, padding=0)
     A, B, bad = case.lora_A, case.lora_B, weight.clone()
@@ -155,7 +155,7 @@ def ulp_of(largest: float, dtype: torch.dtype) -> float:
 def test_what_is_not_finite_is_refused_and_undone(
     level: str, threads: None, dtype: torch.dtype, place: tuple[int, int]
 ) -> None:
-    """Wherever the bad element is, blocks that were merged before it come back bit for bit; the same from a merge."""
+    """Blocks merged before the bad element get back their bits, wherever it is; also when remerging."""
     clean = merge_case(3, 60, 1100, 1, dtype, torch.float32, size=1.0, padding=0).weight
     clean[clean.abs() > 1e3] = 1.0
     first = several(9, clean, (3, 4), 3.0, torch.float32)
@@ -167,19 +167,19 @@ def test_what_is_not_finite_is_refused_and_undone(
         before = weight.clone()
         with pytest.raises(ValueError, match="finite"):
             cpu.merge_(weight, factors)
-        assert exactly(weight, before), poison
+        assert same_raw_bits(weight, before), poison
         if "W" in poison or poison.startswith("half"):
-            continue  # only what was merged can be merged anew
+            continue  # a remerge starts from a weight that could be merged
         again = merged.clone()
         with pytest.raises(ValueError, match="finite"):
             cpu.remerge_(again, receipt, factors)
-        assert exactly(again, merged), poison
+        assert same_raw_bits(again, merged), poison
         cpu.unmerge_(again, receipt)
-        assert exactly(again, clean)
+        assert same_raw_bits(again, clean)
 
 
-def exactly(a: Tensor, b: Tensor) -> bool:
-    """same_bits, but of NaNs too."""
+def same_raw_bits(a: Tensor, b: Tensor) -> bool:
+    """Like same_bits, but compares the bits of NaNs too."""
     integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return torch.equal(a.view(integer), b.view(integer))
 
@@ -195,7 +195,7 @@ def test_the_largest_finite_number_is_not_refused(level: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_a_merge_that_runs_out_of_memory_changes_nothing() -> None:
-    """Raw weights need memory while W is being written: where there is none, W comes back."""
+    """Raw weights need memory while W is being written. If there is none, W is restored."""
     script = """
 import resource, torch
 from peftk import functional
@@ -221,7 +221,7 @@ except MemoryError:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding_of_every_half_way_case(level: str, dtype: torch.dtype) -> None:
-    """W' = round(W + d) over all 16-bit patterns of W, with d that fall on and beside ties."""
+    """W' = round(W + d) for all 16-bit patterns of W, with d on and next to ties."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     weight = patterns.view(torch.bfloat16 if dtype == torch.float32 else dtype).to(dtype).reshape(256, 256)
     B = weight.float().nan_to_num(0.0, 0.0, 0.0)[:, :1] * torch.tensor([[2.0**-9, 2.0**-12, 2.0**-24]])
@@ -268,7 +268,7 @@ def test_same_bits_with_any_number_of_threads(threads: None, dtype: torch.dtype)
 
 
 def test_denormals_whatever_mode_torch_has_set(level: str, threads: None) -> None:
-    """torch.set_flush_denormal changes the calling thread; the kernels keep denormals and give the mode back."""
+    """torch.set_flush_denormal sets the mode of the calling thread; the kernels keep denormals and restore the mode."""
     case = merge_case(2, 190, 700, 16, torch.float32, torch.float32, size=1.0, padding=0)
     case.weight *= 1e-38
     case.lora_B *= 1e-38
@@ -292,7 +292,7 @@ def test_denormals_whatever_mode_torch_has_set(level: str, threads: None) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_distribution_of_the_code(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
-    """One byte is enough for nearly all weights, however large ΔW is beside W."""
+    """One byte is enough for nearly all weights, whatever the ratio of ΔW to W."""
     generator = torch.Generator().manual_seed(0)
     N, K, R = 512, 1024, 16
     weight = torch.randn(N, K, generator=generator).to(dtype)
@@ -313,7 +313,7 @@ def test_distribution_of_the_code(dtype: torch.dtype, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_100_cycles_leave_every_bit(dtype: torch.dtype) -> None:
     case = merge_case(4, 60, 90, 16, dtype, torch.float32, size=1.0, padding=0)
-    # `size` 1 beside weights near the largest number: keep W' finite
+    # with `size` 1, weights near the largest number would overflow
     case.weight.clamp_(-torch.finfo(dtype).max / 8, torch.finfo(dtype).max / 8)
     weight = case.weight.clone()
     for cycle in range(100):
@@ -392,7 +392,7 @@ def test_a_list_of_layers_is_merged_or_none_of_them(backend: str) -> None:
     B[2][1, 0] = float("nan")
     with pytest.raises(ValueError, match="layer 2: weight: expected W"):
         functional.merge_layers_(weights, A, B, backend=backend)
-    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
+    assert all(same_raw_bits(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
     assert functional.merge_layers_([], [], []) == []
 
 
@@ -410,8 +410,8 @@ def test_what_a_list_of_layers_is_refused_for() -> None:
     ):
         with pytest.raises(error, match=message):
             functional.merge_layers_(*arguments)  # type: ignore[arg-type]
-    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
-    receipts = functional.merge_layers_([whole[:20], whole[20:]], A[:1] * 2, B[:1] * 2)  # neighbours, not in one
+    assert all(same_raw_bits(a.contiguous(), b.contiguous()) for a, b in zip(weights, before, strict=True))
+    receipts = functional.merge_layers_([whole[:20], whole[20:]], A[:1] * 2, B[:1] * 2)  # adjacent memory, not shared
     with pytest.raises(TypeError, match="layer 1: receipt: expected"):
         functional.unmerge_layers_([whole[:20], whole[20:]], [receipts[0], None])  # type: ignore[list-item]
 
@@ -430,7 +430,7 @@ def test_a_list_that_fails_half_way_through_unmerging_stays_merged(monkeypatch: 
     monkeypatch.setattr(cpu, "unmerge_", failing)
     with pytest.raises(MemoryError):
         functional.unmerge_layers_(weights, receipts)
-    assert all(exactly(a.contiguous(), b.contiguous()) for a, b in zip(weights, merged, strict=True))
+    assert all(same_raw_bits(a.contiguous(), b.contiguous()) for a, b in zip(weights, merged, strict=True))
 
 
 def test_what_merge_says_of_bad_factors() -> None:

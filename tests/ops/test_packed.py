@@ -1,5 +1,7 @@
-"""Packed outputs: slices of W's rows with banks of their own, on a CPU. (In Triton:
-tests/kernels/triton/interpreted/packed.py.)"""
+"""Packed outputs on a CPU: slices of W's rows, each with its own bank.
+
+For Triton: tests/kernels/triton/interpreted/packed.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ K = 20
 
 
 def banks(*sizes: int, max_adapters: int = 3) -> list[peftk.AdapterBank]:
-    """Adapter 0 in all of them, adapter 2 only in the first, of other ranks."""
+    """Adapter 0 in every bank, with a different rank in each; adapter 2 only in the first."""
     made = []
     for j, N in enumerate(sizes):
         bank = peftk.AdapterBank(K, N, max_adapters, torch.float32, torch.device("cpu"))
@@ -33,7 +35,7 @@ def inputs() -> tuple[torch.Tensor, ...]:
 
 
 def by_slices(x, weight, bias, each, ids):  # type: ignore[no-untyped-def]
-    """Each slice as a layer of its own; ids that a bank doesn't have are its base layer."""
+    """Computes each slice as a separate layer; an id that a bank does not have uses the base layer."""
     parts = []
     for bank, W, b in zip(each, weight.split(SIZES), bias.split(SIZES), strict=True):
         known = torch.tensor([i if i >= 0 and bank.adapters[i] is not None else -1 for i in ids.tolist()])
@@ -42,7 +44,7 @@ def by_slices(x, weight, bias, each, ids):  # type: ignore[no-untyped-def]
 
 
 def check(y, x, weight, bias, each, ids):  # type: ignore[no-untyped-def]
-    """Within the bound of fp64."""
+    """y against fp64, within the error bound."""
     packed = peftk.PackedBank(each)
     numerics.check(y, *expected(Case(x, weight, bias, packed.adapters, ids.int(), packed.columns)))
 
@@ -65,7 +67,7 @@ def test_every_slice_has_the_adapters_of_its_bank() -> None:
 
 
 def test_without_gradients_too() -> None:
-    """Where a call with one bank would go to the C++ kernel directly, which knows no slices."""
+    """A call with one bank would take the direct C++ path, which does not support slices."""
     x, weight, bias, ids = inputs()
     each = banks(*SIZES)
     with torch.no_grad():
@@ -84,7 +86,7 @@ def test_a_bank_that_changes_is_seen() -> None:
     check(y, x, weight, bias, each, ids)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # what was compiled before is not under test
+@torch._inductor.config.patch(force_disable_caches=True)  # do not test graphs compiled earlier
 def test_compiles_without_a_graph_break() -> None:
     x, weight, bias, ids = inputs()
     x.requires_grad_()

@@ -1,5 +1,4 @@
-"""A thousand random cases, a third of them in every run, on every backend that runs on this machine's CPU, within the
-error bounds."""
+"""A thousand random cases on every CPU backend, within the error bounds; a default run takes a third of them."""
 
 from __future__ import annotations
 

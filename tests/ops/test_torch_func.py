@@ -1,4 +1,4 @@
-"""Forward-mode AD, the transforms of torch.func, vmap and second derivatives over every layer: right, or an error."""
+"""Forward-mode AD, torch.func transforms, vmap and second derivatives of every layer: correct, or an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDE = torch.float64
 
 
 class Many(nn.Module):
-    """A layer with three adapters, one of them a Parameter of its own, over three rows."""
+    """A layer with two adapters, one of which trains, on three rows: one per adapter, and one for the base layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Many(nn.Module):
 
 
 class Prompted(nn.Module):
-    """A LLaMA-Adapter's own part, for queries [3, K] of one head."""
+    """The LLaMA-Adapter module alone, for queries [3, K] of one head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-DERIVED = [name for name in LAYERS if name != "llama"]  # of whose attention torch has no forward derivative
+DERIVED = [name for name in LAYERS if name != "llama"]  # torch has no forward derivative of its attention
 
 
 def layer(name: str) -> nn.Module:
@@ -90,7 +90,7 @@ def direction() -> tuple[Tensor, Tensor]:
 
 
 def along(f: Callable[[Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """The derivative of f along t, by differences."""
+    """The derivative of f at x along t, by central differences."""
     with torch.no_grad():
         return (f(x + 1e-6 * t) - f(x - 1e-6 * t)) / 2e-6
 
@@ -141,7 +141,7 @@ def test_derivatives_in_the_input(name, frozen):
     expected = along(module, x, t)
     for transform, derivative in TRANSFORMS.items():
         if name == "accelerated" and transform == "linearize":
-            continue  # PEFT's own code looks at values
+            continue  # PEFT's code branches on values
         got = derivative(module, x, t)
         assert got is not None, transform
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6, msg=lambda text, of=transform: f"{of}: {text}")
@@ -161,9 +161,9 @@ def test_gradients_and_maps(name):
     torch.testing.assert_close(contracted(second, t), along(first, x, t), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in DERIVED if name != "merged"])  # whose adapter is in W
+@pytest.mark.parametrize("name", [name for name in DERIVED if name != "merged"])  # its adapter is merged into W
 def test_derivatives_in_the_parameters(name):
-    """Tangents and batches in each Parameter that trains, alone; and gradients of each row (differential privacy)."""
+    """Tangents and vmap in each trainable Parameter separately; per-row gradients, as for differential privacy."""
     module = layer(name)
     x, _ = direction()
     values = {key: p.detach() for key, p in module.named_parameters() if p.requires_grad}
@@ -199,11 +199,11 @@ def test_tangents_in_inference_mode_are_not_lost_in_silence(name):
         ):
             module(x)
         with torch.inference_mode():
-            module(direction()[0])  # which has none
+            module(direction()[0])  # an input without a tangent
 
 
 def test_an_accelerated_model_in_fp32():
-    """By our kernels, where PEFT's own code serves fp64."""
+    """fp32 uses our kernels; fp64 uses PEFT's own code."""
     model = accelerated().float()
     for parameter in model.parameters():
         nn.init.normal_(parameter.data, std=0.5)
@@ -230,7 +230,7 @@ def test_a_llama_adapter_raises_where_torch_has_no_derivative():
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("parallel", "llama", "accelerated")])
 def test_second_derivatives_raise_where_there_are_none(name):
-    """Even those that allow for unused tensors, which would take zeros for an answer."""
+    """Even with functions that allow unused tensors, which would otherwise return zeros."""
     module = layer(name)
     x, t = direction()
     functional = torch.autograd.functional
@@ -239,19 +239,19 @@ def test_second_derivatives_raise_where_there_are_none(name):
         lambda: functional.jvp(module, x, t),
         lambda: functional.hessian(lambda one: module(one).square().sum(), x),
     ):
-        with pytest.raises(RuntimeError, match="backward: expected one that nobody differentiates"):
+        with pytest.raises(RuntimeError, match="backward: expected no second derivative"):
             attempt()
     given = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(module(given).sum(), given, create_graph=True)  # by itself it does no harm
+    (first,) = torch.autograd.grad(module(given).sum(), given, create_graph=True)  # create_graph=True alone is allowed
     assert first.shape == x.shape
 
 
 def test_second_derivatives_in_what_was_not_saved():
-    """Only lora_B trains, so x is not saved: its gradient depends on x all the same."""
+    """Only lora_B trains, so x is not saved, but the gradient of lora_B still depends on x."""
     module = layer("lora")
     module.lora_A.requires_grad_(False)
     given = direction()[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="backward: expected one that nobody differentiates"):
+    with pytest.raises(RuntimeError, match="backward: expected no second derivative"):
         torch.autograd.grad(module(given).sum(), module.lora_B, create_graph=True)
 
 
@@ -265,7 +265,7 @@ def test_ids_may_be_mapped():
 
 
 def test_an_adapter_of_inf_stays_in_its_rows():
-    """Composed of torch's operations too, in values and in gradients."""
+    """Also in plain torch, in values and in gradients."""
     module = Many()
     module.layer.trained["slot1"].lora_B.data.fill_(torch.inf)
     x, t = direction()
@@ -286,7 +286,7 @@ def test_compiled_calls_do_not_lose_tangents(backend):
 
 
 def test_a_compiled_graph_that_is_given_tangents_says_so():
-    """One that was made without: exported, say."""
+    """A graph recorded without tangents, for example an exported one."""
     x, t = direction()
     with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="compiled call drops"):
         torch.ops.peftk.lora_linear(

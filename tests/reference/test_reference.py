@@ -57,7 +57,7 @@ def test_merge_chain_is_libm_fma() -> None:
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     libm.fmaf.restype, libm.fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
     torch.manual_seed(0)
-    # scales apart, so that the sums round at every step and some are denormal
+    # of very different scales, so that every step rounds and some sums are denormal
     A, B = torch.randn(7, 12) * 10.0 ** torch.randint(-22, 3, (7, 12)), torch.randn(9, 7) * 1e-20
     d = _delta(torch.zeros(9, 12), factors([A], [B], [1.0]))
     for n in range(9):

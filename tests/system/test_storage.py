@@ -1,4 +1,4 @@
-"""Tensors without plain dense storage: recognised before an address is taken, computed by torch or refused by name."""
+"""Tensors without plain dense storage: recognised before any address is taken; computed by torch, or refused."""
 
 from __future__ import annotations
 
@@ -59,28 +59,28 @@ REFUSED = {
 }
 
 
-def made(kind: str) -> Tensor:
-    odd, _ = KINDS[kind](torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
-    return odd
+def tensor_of_kind(kind: str) -> Tensor:
+    unusual, _ = KINDS[kind](torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    return unusual
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_kernels_read_what_is_dense(kind):
-    assert storage.reason(made(kind)) is None
-    assert storage.dense(made(kind))
-    checks.dense("x", made(kind))
+    assert storage.reason(tensor_of_kind(kind)) is None
+    assert storage.dense(tensor_of_kind(kind))
+    checks.dense("x", tensor_of_kind(kind))
 
 
 @pytest.mark.parametrize("kind", [*COMPUTED, *REFUSED])
-def test_everything_else_is_said_and_computed_or_refused(kind):
-    odd = made(kind)
-    assert {**COMPUTED, **REFUSED}[kind] in storage.reason(odd)
-    assert not storage.dense(odd)
-    assert not storage.dense(torch.zeros(2), None, odd)
-    assert not _cpu.dense(odd)
-    assert storage.by_torch(odd) is (kind in COMPUTED)
+def test_other_kinds_are_named_and_computed_or_refused(kind):
+    unusual = tensor_of_kind(kind)
+    assert {**COMPUTED, **REFUSED}[kind] in storage.reason(unusual)
+    assert not storage.dense(unusual)
+    assert not storage.dense(torch.zeros(2), None, unusual)
+    assert not _cpu.dense(unusual)
+    assert storage.by_torch(unusual) is (kind in COMPUTED)
     with pytest.raises(TypeError, match=r"^x: expected a (dense )?tensor"):
-        checks.dense("x", odd)
+        checks.dense("x", unusual)
 
 
 def test_no_kind_is_forgotten():
@@ -88,15 +88,15 @@ def test_no_kind_is_forgotten():
     assert set(KINDS) == {*READ, *COMPUTED, *REFUSED, *shapes_and_types, "dual, ended", "DTensor"}
 
 
-def test_both_ways_to_ask_agree(monkeypatch):
-    """The C++ module knows exact types alone, and leaves the rest to Python."""
+def test_cpp_and_python_checks_agree(monkeypatch):
+    """The C++ module recognises only exact types, and leaves subclasses to Python."""
     for kind in [*READ, *COMPUTED, *REFUSED]:
-        odd = made(kind)
-        quick = _cpu.dense(odd)
-        assert quick is (storage.reason(odd) is None and type(odd) in (Tensor, nn.Parameter)), kind
+        unusual = tensor_of_kind(kind)
+        quick = _cpu.dense(unusual)
+        assert quick is (storage.reason(unusual) is None and type(unusual) in (Tensor, nn.Parameter)), kind
     monkeypatch.setattr(storage, "_cpu", None)
-    assert all(storage.dense(made(kind)) for kind in READ)
-    assert not any(storage.dense(made(kind)) for kind in [*COMPUTED, *REFUSED])
+    assert all(storage.dense(tensor_of_kind(kind)) for kind in READ)
+    assert not any(storage.dense(tensor_of_kind(kind)) for kind in [*COMPUTED, *REFUSED])
 
 
 def test_all_on_one_device():
@@ -106,7 +106,7 @@ def test_all_on_one_device():
 
 
 def test_memory_that_ends_within_the_last_row():
-    room = torch.zeros(20)
+    storage_tensor = torch.zeros(20)
     whole, later, sparse, repeated = (
         ((3, 4), (4, 1), 0, 48),
         ((3, 4), (4, 1), 5, 68),
@@ -114,16 +114,16 @@ def test_memory_that_ends_within_the_last_row():
         ((2, 2), (0, 1), 0, 8),
     )
     for shape, strides, offset, bytes_ in (whole, later, sparse, repeated):
-        view = room.clone().as_strided(shape, strides, offset)
+        view = storage_tensor.clone().as_strided(shape, strides, offset)
         assert storage.dense(view)
         view.untyped_storage().resize_(bytes_)
-        assert storage.dense(view), "as much as it needs"
+        assert storage.dense(view), "exactly as much memory as it needs"
         view.untyped_storage().resize_(bytes_ - 1)
         assert not storage.dense(view)
         assert not _cpu.dense(view)
 
 
-# ---- ways in, in a child process ------------------------------------------------------------------------------------
+# ---- entry points, in a child process -------------------------------------------------------------------------------
 
 DRAWN = sorted(range(len(storage_fuzz.CASES)), key=lambda number: number * GOLDEN_RATIO % 1)
 CHUNKS = [DRAWN[:250], *(DRAWN[first : first + 1500] for first in range(250, len(DRAWN), 1500))]
@@ -131,26 +131,26 @@ CHUNKS = [DRAWN[:250], *(DRAWN[first : first + 1500] for first in range(250, len
 
 @pytest.mark.parametrize("numbers", spread([(chunk,) for chunk in CHUNKS], default=1, full=0))
 def test_no_tensor_is_read_wrongly_or_kills_the_process(numbers):
-    """Kinds × ways in × positions: plain torch's values, or an error that says what was expected."""
-    wrong, left = [], list(numbers)
-    while left and len(wrong) < 20:
+    """Kinds × entry points × arguments: the values of plain torch, or an error that says what was expected."""
+    wrong, remaining = [], list(numbers)
+    while remaining and len(wrong) < 20:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.support.storage_fuzz", *map(str, left)],
+            [sys.executable, "-m", "tests.support.storage_fuzz", *map(str, remaining)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             timeout=600,
         )
-        said = [line.partition(" ") for line in done.stdout.splitlines()]
-        outcomes = {int(number): what for number, _, what in said if number.isdigit()}
-        last = max(outcomes, key=left.index, default=left[0])
+        lines = [line.partition(" ") for line in done.stdout.splitlines()]
+        outcomes = {int(number): what for number, _, what in lines if number.isdigit()}
+        last = max(outcomes, key=remaining.index, default=remaining[0])
         if done.returncode != 0:
             outcomes[last] = f"the process ended with {done.returncode}: {done.stderr[-500:]}"
         wrong += [f"{storage_fuzz.CASES[n]}: {what}" for n, what in outcomes.items() if what not in FINE]
-        left = left[left.index(last) + 1 :]
+        remaining = remaining[remaining.index(last) + 1 :]
     assert not wrong, "\n".join(wrong)
-    assert not left
+    assert not remaining
 
 
 FINE = ("right", "refused", "unmade")
@@ -160,7 +160,7 @@ FINE = ("right", "refused", "unmade")
 
 
 def quantized(kind: type[Scaled] = Scaled, K: int = 16, N: int = 24) -> tuple[nn.Linear, nn.Linear]:
-    """A linear whose weight is a wrapper, and a plain one of the same values."""
+    """A linear layer whose weight is a tensor subclass, and a plain one with the same values."""
     torch.manual_seed(0)
     plain = nn.Linear(K, N).requires_grad_(False)
     scale = plain.weight.abs().max() / 127
@@ -182,9 +182,9 @@ def test_a_model_over_quantized_weights_trains_as_over_plain_ones(kind):
         torch.manual_seed(1)
         nn.init.normal_(model[0].lora_A)
         nn.init.normal_(model[0].lora_B)
-        given = x.clone().requires_grad_()
-        model(given).square().sum().backward()
-        grads.append((model(x), given.grad, model[0].lora_A.grad, model[0].lora_B.grad))
+        inputs = x.clone().requires_grad_()
+        model(inputs).square().sum().backward()
+        grads.append((model(x), inputs.grad, model[0].lora_A.grad, model[0].lora_B.grad))
         with torch.no_grad():
             torch.testing.assert_close(model(x), grads[-1][0])
     for got, expected in zip(*grads, strict=True):
@@ -212,7 +212,7 @@ def test_many_adapters_over_a_quantized_weight(tmp_path):
 
 
 def test_a_weight_that_is_quantized_under_a_layer():
-    """The direct call sees it, too, and what came before it leaves no trace."""
+    """The direct call notices it too, and nothing cached earlier is used."""
     linear, plain = quantized()
     layer = peftk.LoRALinear.from_linear(plain, r=4)
     x = torch.randn(5, 16)
@@ -237,7 +237,7 @@ def test_a_forced_backend_does_not_give_way():
     assert y.shape == (2, 24)
 
 
-def test_what_torch_cannot_compute_with_says_what_it_was():
+def test_errors_of_torch_name_the_kind_of_tensor():
     weight = torch.randn(4, 6).to("meta")
     with pytest.raises(ValueError, match="x: expected on meta"):
         functional.lora_linear(torch.randn(2, 6), weight)
@@ -246,7 +246,7 @@ def test_what_torch_cannot_compute_with_says_what_it_was():
         functional.lora_linear(torch.randn(2, 6), torch.randn(4, 6), None, masked, torch.randn(4, 4))
 
 
-def test_a_subclass_by_function_alone_means_what_it_says():
+def test_a_subclass_with_torch_function_only():
     weight = torch.randn(4, 6)
     y = functional.lora_linear(x := torch.randn(2, 6), weight.neg().as_subclass(Negated))
     torch.testing.assert_close(torch.Tensor(y), x @ weight.t())
@@ -271,19 +271,19 @@ def test_memory_that_is_freed_between_forward_and_backward():
     layer = peftk.LoRALinear.from_linear(nn.Linear(8, 8), r=2)
     x = torch.randn(3, 8, requires_grad=True)
     y = layer(x)
-    room = layer.weight.untyped_storage()
-    size, kept = room.nbytes(), layer.weight.detach().clone()
-    room.resize_(0)
-    with pytest.raises(RuntimeError, match="backward: expected a saved tensor that is dense, got one whose memory"):
+    storage_tensor = layer.weight.untyped_storage()
+    size, kept = storage_tensor.nbytes(), layer.weight.detach().clone()
+    storage_tensor.resize_(0)
+    with pytest.raises(RuntimeError, match="backward: expected a saved tensor to be dense, got one whose memory"):
         y.sum().backward(retain_graph=True)
-    room.resize_(size)
-    layer.weight.data.copy_(kept)  # as FSDP gathers it again
+    storage_tensor.resize_(size)
+    layer.weight.data.copy_(kept)  # as FSDP does when it gathers it again
     y.sum().backward()
     torch.testing.assert_close(x.grad, kept.sum(0).expand(3, 8) + layer.lora_B.sum(0) @ layer.lora_A)
 
 
 def test_a_weight_that_is_freed_where_no_gradient_reads_it():
-    """FSDP frees it after the forward; the first layer of a model wants no gradient for its input."""
+    """FSDP frees it after the forward. The first layer of a model needs no gradient of its input."""
     layer = peftk.LoRALinear.from_linear(nn.Linear(8, 8), r=2)
     y = layer(x := torch.randn(3, 8))
     layer.weight.untyped_storage().resize_(0)
@@ -303,23 +303,23 @@ def test_many_adapters_of_which_one_was_freed():
         y.sum().backward()
 
 
-def test_a_table_of_a_users_own_whose_parameters_have_moved():
+def test_a_users_table_whose_parameters_have_moved():
     A, B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
-    made_of = table.build((Adapter((A,), (B,), 1.0),), dtype=torch.float32, device=torch.device("cpu"))
+    adapters = table.build((Adapter((A,), (B,), 1.0),), dtype=torch.float32, device=torch.device("cpu"))
     x, weight, ids = torch.randn(3, 8), torch.randn(8, 8), torch.zeros(3, dtype=torch.int64)
     A.data = torch.randn(2, 8)
     with torch.no_grad():
-        y = functional.multi_lora_linear(x, weight, None, made_of, ids)
+        y = functional.multi_lora_linear(x, weight, None, adapters, ids)
         torch.testing.assert_close(y, x @ weight.t() + x @ A.t() @ B.t(), atol=1e-5, rtol=1e-5)
         A.untyped_storage().resize_(0)
         with pytest.raises(TypeError, match=r"adapters\[0\]: expected dense tensors, got one whose memory"):
-            functional.multi_lora_linear(x, weight, None, made_of, ids)
+            functional.multi_lora_linear(x, weight, None, adapters, ids)
     with pytest.raises(TypeError, match="expected dense tensors, got a negated"):
         table.build((Adapter((torch._neg_view(B.t()),), (B,), 1.0),), dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_a_bank_that_is_elsewhere():
-    """A model that was moved to meta and got its weights back, its bank not yet."""
+    """A model moved to meta whose weights were loaded again, but not its bank."""
     layer = peftk.MultiLoRALinear.from_linear(nn.Linear(8, 8), max_adapters=2)
     layer.add_adapter("one", torch.randn(2, 8), torch.randn(8, 2))
     weights = copy.deepcopy(layer.state_dict())
@@ -329,7 +329,7 @@ def test_a_bank_that_is_elsewhere():
             layer(torch.randn(3, 8), torch.zeros(3, dtype=torch.int64))
 
 
-# ---- what else may be replaced after a layer was made ---------------------------------------------------------------
+# ---- tensors replaced after a layer was made ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_a_bank_that_is_elsewhere():
         ("bias_B", torch.randn(9), "bias_B"),
     ],
 )
-def test_another_tensor_that_does_not_fit(name, value, says):
+def test_a_replaced_tensor_that_does_not_fit(name, value, says):
     layer = ParallelAdapterLinear.from_linear(nn.Linear(8, 8), bottleneck=2)
     layer._parameters[name] = value
     for grad in (True, False):
@@ -359,21 +359,21 @@ def test_another_tensor_that_does_not_fit(name, value, says):
             layer(torch.randn(3, 8))
 
 
-def test_another_tensor_that_lies_oddly():
+def test_a_replaced_tensor_with_strides():
     layer = ParallelAdapterLinear.from_linear(nn.Linear(8, 8), bottleneck=2, activation="gelu").requires_grad_(False)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(3, 8)
     expected = layer(x)
     for name, parameter in list(layer._parameters.items()):
-        room = torch.full([2 * size for size in parameter.shape], torch.nan)
-        layer._parameters[name] = room[tuple(slice(None, None, 2) for _ in parameter.shape)].copy_(parameter)
+        storage_tensor = torch.full([2 * size for size in parameter.shape], torch.nan)
+        layer._parameters[name] = storage_tensor[tuple(slice(None, None, 2) for _ in parameter.shape)].copy_(parameter)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), expected)
         torch.testing.assert_close(layer(x), expected)
 
 
-def test_no_ranks_are_no_adapter():
+def test_rank_0_is_no_adapter():
     layer = peftk.LoRALinear.from_linear(nn.Linear(8, 8), r=2)
     layer.lora_A, layer.lora_B = nn.Parameter(torch.zeros(0, 8)), nn.Parameter(torch.zeros(8, 0))
     x = torch.randn(3, 8)
@@ -384,9 +384,9 @@ def test_no_ranks_are_no_adapter():
 
 
 def test_rows_with_huge_strides():
-    """Only the address arithmetic is huge: memory that nobody touches is not there."""
-    room = torch.empty(2**30 + 8)
-    x = room.as_strided((2, 8), (2**30, 1))
+    """Tests the address arithmetic; pages that are not touched take no memory."""
+    storage_tensor = torch.empty(2**30 + 8)
+    x = storage_tensor.as_strided((2, 8), (2**30, 1))
     x.copy_(torch.randn(2, 8))
     layer = peftk.LoRALinear.from_linear(nn.Linear(8, 4), r=2)
     expected = nn.functional.linear(x, layer.weight, layer.bias)
@@ -395,25 +395,25 @@ def test_rows_with_huge_strides():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_the_direct_call_keeps_to_dense_tensors():
+def test_the_direct_call_takes_only_dense_tensors():
     weight, bias, A, B = torch.randn(4, 6), torch.randn(4), torch.randn(2, 6), torch.randn(4, 2)
-    given = {"x": torch.randn(3, 6), "weight": weight, "bias": bias, "lora_A": A, "lora_B": B}
+    inputs = {"x": torch.randn(3, 6), "weight": weight, "bias": bias, "lora_A": A, "lora_B": B}
     with torch.no_grad():
-        assert dispatch.direct_lora_linear(**given, scaling=1.0) is not None
-        for name, kind in ((name, kind) for name in given for kind in (*COMPUTED, *REFUSED)):
+        assert dispatch.direct_lora_linear(**inputs, scaling=1.0) is not None
+        for name, kind in ((name, kind) for name in inputs for kind in (*COMPUTED, *REFUSED)):
             try:
-                odd, _ = KINDS[kind](given[name])
+                unusual, _ = KINDS[kind](inputs[name])
             except (RuntimeError, TypeError):
                 continue
-            if isinstance(odd, Tensor):
-                assert dispatch.direct_lora_linear(**{**given, name: odd}, scaling=1.0) is None, (name, kind)
+            if isinstance(unusual, Tensor):
+                assert dispatch.direct_lora_linear(**{**inputs, name: unusual}, scaling=1.0) is None, (name, kind)
 
 
 def test_torch_computes_only_what_kernels_cannot():
     x, weight = torch.randn(3, 8), torch.randn(8, 8)
-    assert not composed.serves(False, x, weight, None)
-    assert composed.serves(False, torch._neg_view(x), weight)
-    assert not composed.serves(True, torch._neg_view(x), weight), "a custom op gets it resolved"
+    assert not composed.should_run(False, x, weight, None)
+    assert composed.should_run(False, torch._neg_view(x), weight)
+    assert not composed.should_run(True, torch._neg_view(x), weight), "a custom op gets a resolved tensor"
 
 
 def test_a_table_without_any_adapter_where_torch_computes() -> None:

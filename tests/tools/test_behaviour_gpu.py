@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs, streams, no waiting, launches, torch.compile. The checks of `peftk selftest`."""
+"""The behaviour checks of `peftk selftest` on a GPU: CUDA graphs, streams, syncs, launches, torch.compile."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def checks() -> list[Check]:
-    where = target("cuda")
-    return list(behaviour.checks(where, behaviour.tools(where)))
+    cuda = target("cuda")
+    return list(behaviour.checks(cuda, behaviour.tools(cuda)))
 
 
 @pytest.mark.parametrize("check", checks(), ids=str)

@@ -1,4 +1,4 @@
-"""`peftk bench --suite cpu`: the targets, how they are held against figures, tiny runs of every kind of row."""
+"""`peftk bench --suite cpu`: the targets, their marks, and tiny runs of every kind of row."""
 
 from __future__ import annotations
 
@@ -51,37 +51,37 @@ def small(op: str, M: int = 8, K: int = 288, N: int = 272, rank: int = 16, adapt
     ],
 )
 def test_targets_of_the_forward(dtype, peer, values):
-    found = {
+    targets = {
         t.shape.M: t for t in TARGETS if t.peer == peer and t.shape.dtype == dtype and t.shape.K == t.shape.N == 4096
     }
     for M, value in zip((1, 4, 16, 64, 256, 512), values, strict=True):
-        assert (found[M].value, found[M].at_most, found[M].noise, found[M].shape.rank) == (value, False, 0, 16)
+        assert (targets[M].value, targets[M].at_most, targets[M].noise, targets[M].shape.rank) == (value, False, 0, 16)
 
 
 def test_targets_of_the_rest():
-    found = {(t.shape, t.peer): (t.value, t.at_most) for t in TARGETS}
-    assert len(found) == len(TARGETS)
+    targets = {(t.shape, t.peer): (t.value, t.at_most) for t in TARGETS}
+    assert len(targets) == len(TARGETS)
     for dtype in ("bf16", "fp32"):
-        assert found[Shape("lora_linear", dtype, 512, 4096, 4096, 16, 1), FMA_PEAK] == (0.9, False)
+        assert targets[Shape("lora_linear", dtype, 512, 4096, 4096, 16, 1), FMA_PEAK] == (0.9, False)
         for K, N in ((384, 384), (768, 768), (1024, 1024), (4096, 11008)):
             for M in (1, 16, 256):
-                assert found[Shape("lora_linear", dtype, M, K, N, 16, 1), LINEAR] == (1.0, False)
+                assert targets[Shape("lora_linear", dtype, M, K, N, 16, 1), LINEAR] == (1.0, False)
         for M in (16, 64, 256):
-            assert found[Shape("adapter_cost", dtype, M, 4096, 4096, 16, 1), BASE] == (1.03, True)
-            assert found[Shape("adapter_cost", dtype, M, 4096, 4096, 64, 1), BASE] == (1.10, True)
-        assert found[Shape("adapter_cost", dtype, 64, 4096, 4096, 16, 64), ONE_ADAPTER] == (1.15, True)
-        assert found[Shape("lora_linear", dtype, 1, 64, 64, 16, 1), LINEAR] == (1.5, True)
-        assert found[Shape("multi_lora_linear", dtype, 8, 64, 64, 16, 8), LINEAR] == (2.0, True)
-    assert found[Shape("train", "bf16", 256, 4096, 4096, 16, 1), PEFT] == (100, False)
-    assert found[Shape("train", "fp32", 256, 4096, 4096, 16, 1), PEFT] == (1.3, False)
+            assert targets[Shape("adapter_cost", dtype, M, 4096, 4096, 16, 1), BASE] == (1.03, True)
+            assert targets[Shape("adapter_cost", dtype, M, 4096, 4096, 64, 1), BASE] == (1.10, True)
+        assert targets[Shape("adapter_cost", dtype, 64, 4096, 4096, 16, 64), ONE_ADAPTER] == (1.15, True)
+        assert targets[Shape("lora_linear", dtype, 1, 64, 64, 16, 1), LINEAR] == (1.5, True)
+        assert targets[Shape("multi_lora_linear", dtype, 8, 64, 64, 16, 8), LINEAR] == (2.0, True)
+    assert targets[Shape("train", "bf16", 256, 4096, 4096, 16, 1), PEFT] == (100, False)
+    assert targets[Shape("train", "fp32", 256, 4096, 4096, 16, 1), PEFT] == (1.3, False)
     for dtype, copies in (("fp32", 2), ("bf16", 4), ("fp16", 4)):
         merge = Shape("merge", dtype, 0, 4096, 4096, 16, 1)
-        assert (found[merge, COPY], found[merge, PEFT]) == ((copies, True), (15, False))
+        assert (targets[merge, COPY], targets[merge, PEFT]) == ((copies, True), (15, False))
     assert {t.shape.dtype: t.value for t in TARGETS if t.peer == PLAIN_MODEL} == {"fp32": 1.2, "bf16": 3.0}
     assert {t.shape.op for t in TARGETS} == set(suite_cases.OPS) == set(cli.SUITE_OPS)
 
 
-def test_noise_is_said_and_only_where_never_slower_is_asked_for():
+def test_only_never_slower_targets_have_noise():
     assert {t.noise for t in TARGETS if (t.value, t.peer) != (1.0, LINEAR)} == {0.0}
     target = next(t for t in TARGETS if t.noise)
     assert str(target) == "≥ 1 (−3%)"
@@ -91,7 +91,7 @@ def test_noise_is_said_and_only_where_never_slower_is_asked_for():
 
 def test_options_choose_among_the_targets():
     def chosen(**options):
-        return [target for target in TARGETS if suite.Options(**options).asks_for(target)]
+        return [target for target in TARGETS if suite.Options(**options).selects(target)]
 
     assert chosen() == list(TARGETS)
     assert {t.shape.dtype for t in chosen(dtypes=("bf16",))} == {"bf16"}
@@ -108,7 +108,7 @@ def test_limit():
     bound = Bound(work=Work(1000, 400), probed=Work(1000, 200))
     row = Row(None, bound)  # type: ignore[arg-type]
     times = {LINEAR: 30.0, FMA_PEAK: 5.0, READ: 5.0}
-    assert suite._limit(target, row, times) == pytest.approx(30 / 10)  # twice the bytes that the probe read
+    assert suite._limit(target, row, times) == pytest.approx(30 / 10)  # twice the bytes of the probe
     assert suite._limit(target._replace(at_most=True), row, times) == pytest.approx(10 / 30)
     assert suite._limit(target._replace(peer=FMA_PEAK), row, times) == pytest.approx(1)
     rest = dataclasses.replace(row, rest="rest")
@@ -130,7 +130,7 @@ def test_every_kind_of_row_runs_and_is_right():
         Target("e", small("multi_lora_linear", adapters=3), LINEAR, 1e6, at_most=True),
     ]
     outcome = run(*targets)
-    assert outcome.right
+    assert outcome.all_correct
     assert [(r.section, r.peer, r.mark) for r in outcome.results] == [
         (t.section, t.peer, SHORT if t.peer == FMA_PEAK else PASS) for t in targets
     ]
@@ -144,7 +144,7 @@ def test_every_kind_of_row_runs_and_is_right():
 
 
 def test_the_choice_is_what_is_measured(monkeypatch):
-    """After `peftk tune`, torch's product may serve; its results round twice in 16 bits, and are held to that."""
+    """After `peftk tune`, torch's product may be chosen. Its 16-bit results round twice, and get the bound for that."""
     monkeypatch.setattr(choice.measured, "verdict", lambda call: (True, "as if measured"))
     choice.forget()
     try:
@@ -158,11 +158,11 @@ def test_the_choice_is_what_is_measured(monkeypatch):
     finally:
         monkeypatch.undo()
         choice.forget()
-    assert outcome.right
+    assert outcome.all_correct
     assert [(r.side, r.mark) for r in outcome.results] == [("peftk gemm", PASS)] * 4
 
 
-def test_bench_times_gemm_where_asked_for():
+def test_bench_times_gemm_if_requested():
     result = invoke("--op", "lora_linear,multi_lora_linear,train", "--dims", "288", "--tokens", "64", "--ranks", "16",
                     "--backend", "gemm", "--repeats", "1")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -171,22 +171,22 @@ def test_bench_times_gemm_where_asked_for():
 
 def test_model_row():
     outcome = run(*(t for t in TARGETS if t.shape.op == "model" and t.shape.dtype == "fp32"))
-    assert outcome.right
+    assert outcome.all_correct
     assert outcome.results[0].limit > 0
     assert outcome.results[0].mark in (PASS, SHORT)
 
 
 @pytest.mark.full
 def test_compile_row():
-    """More shapes than Dynamo compiles of one function before it gives up: each must really be compiled."""
+    """More shapes than Dynamo compiles of one function by default: each must still be compiled."""
     outcome = run(*(Target("", small("compile", M=M, dtype="fp32"), COMPILE, 1e-6) for M in range(1, 10)))
-    assert outcome.right
+    assert outcome.all_correct
     assert {r.mark for r in outcome.results} == {PASS}
 
 
-def test_what_is_not_here_is_said(monkeypatch):
-    installed = extras.installed
-    monkeypatch.setattr(extras, "installed", lambda name: name not in ("peft", "transformers") and installed(name))
+def test_missing_packages_are_reported(monkeypatch):
+    installed = extras.is_installed
+    monkeypatch.setattr(extras, "is_installed", lambda name: name not in ("peft", "transformers") and installed(name))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     merge = small("merge", M=0)
     model = next(t for t in TARGETS if t.shape.op == "model")
@@ -204,9 +204,9 @@ def test_what_is_not_here_is_said(monkeypatch):
     assert "peftk[bench]" in train.note
     assert "peftk[bench]" in peft.note
     assert "peftk[demo]" in whole.note
-    assert outcome.right
+    assert outcome.all_correct
     (left_out,) = run(TARGETS[next(i for i, t in enumerate(TARGETS) if t.peer == COMPILE)], compile=False).results
-    assert (left_out.mark, left_out.note) == (NOT_MEASURED, "left out by --no-compile")
+    assert (left_out.mark, left_out.note) == (NOT_MEASURED, "skipped by --no-compile")
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_suite_writes_json_csv_and_markdown(tmp_path):
     files = {kind: tmp_path / "made" / f"suite.{kind}" for kind in ("json", "csv", "markdown")}
     written = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
     result = invoke("--suite", "cpu", "--dims", "64", "--repeats", "2", "--seconds", "0.1", *written)
-    assert result.exit_code == 0, result.output  # whatever the marks say
+    assert result.exit_code == 0, result.output  # also if targets are missed
     assert "of 4 targets met" in result.output
     report = json.loads(files["json"].read_text())
     assert {"fp32_gflops", "bf16_gflops", "read_gbytes", "simd_level"} <= report["roofline"].keys()
@@ -237,8 +237,8 @@ def test_suite_writes_json_csv_and_markdown(tmp_path):
 
 
 def test_suite_finds_a_wrong_side(monkeypatch, tmp_path):
-    right = lora_linear.peftk_layer
-    monkeypatch.setattr(lora_linear, "peftk_layer", lambda linear, A, B, *rest: right(linear, A, 1.05 * B, *rest))
+    peftk_layer = lora_linear.peftk_layer
+    monkeypatch.setattr(lora_linear, "peftk_layer", lambda linear, A, B, *rest: peftk_layer(linear, A, 1.05 * B, *rest))
     file = tmp_path / "suite.json"
     chosen = ["--op", "lora_linear", "--dims", "64", "--dtype", "bf16"]
     result = invoke("--suite", "cpu", *chosen, "--repeats", "1", "--json", str(file))
@@ -250,7 +250,7 @@ def test_suite_finds_a_wrong_side(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--no-compile"], "--no-compile: only with --suite"),
         (["--markdown", "x.md"], "--markdown: only with --suite"),
@@ -262,10 +262,10 @@ def test_suite_finds_a_wrong_side(monkeypatch, tmp_path):
         (["--suite", "gpu"], "gpu"),
     ],
 )
-def test_options_that_do_not_fit(arguments, said):
+def test_options_that_do_not_fit(arguments, message):
     result = invoke(*arguments)
     assert result.exit_code == 2
-    assert said in result.output
+    assert message in result.output
 
 
 # ---- the probes -----------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_read_peak_reads_every_word(level, words):
 
 
 def test_fma_peak_does_the_work(level):
-    """Ten times the work takes longer: the compiler has not taken it out."""
+    """Ten times the work takes longer: the compiler has not removed it."""
     for code in (0, 1):
         few, many = (min(_seconds(work, code) for _ in range(5)) for work in (1 << 20, 10 << 20))
         assert many > 3 * few

@@ -1,4 +1,4 @@
-"""`peftk demo` as users run it."""
+"""`peftk demo`: every step, its checks and its files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from peftk.tools.demo.stage import sparkline
 from peftk.tools.minilm import MiniLM
 from peftk.tools.sentences import KINDS, SENTENCES, split
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # steady where other tests run beside it
+# one thread: steady timings while other tests run
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-STEPS = ("unchanged", "HF PEFT", "alone", "loss fell", "bits")  # each with a check of its own
+STEPS = ("unchanged", "HF PEFT", "alone", "loss fell", "bits")  # words in the names of each step's checks
 
 
 def test_every_step_with_a_sixth_of_the_model(tmp_path, monkeypatch):
-    """One layer of six, and little time to measure: what is computed is right, whatever such a model learns."""
-    made = MiniLM.__init__
+    """With one layer of six and short timings: the results are right, even if such a model learns little."""
+    original_init = MiniLM.__init__
 
     def cut(minilm):
-        made(minilm)
+        original_init(minilm)
         del minilm.plain.encoder.layer[1:]
 
     monkeypatch.setattr(MiniLM, "__init__", cut)
@@ -77,14 +78,14 @@ def test_demo_quick(tmp_path):
     for figures in report["merge"].values():
         assert figures["bits_changed"] == 0
         assert figures["receipt_mib"] > 0
-        assert figures["peft_weights_changed"] > 0  # what exactness is for
+        assert figures["peft_weights_changed"] > 0  # which an exact unmerge avoids
     assert {"cpu", "threads", "torch", "peft", "serving"} <= report["environment"].keys()
 
 
 @pytest.mark.full
 def test_demo_without_peft(tmp_path, monkeypatch):
-    installed = extras.installed
-    monkeypatch.setattr(extras, "installed", lambda module: module != "peft" and installed(module))
+    installed = extras.is_installed
+    monkeypatch.setattr(extras, "is_installed", lambda module: module != "peft" and installed(module))
     result = CliRunner().invoke(main, ["demo", "--quick", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "peft is not installed" in result.output

@@ -1,4 +1,4 @@
-"""What `peftk tune` measures, keeps and changes: the choice between our kernels and torch's matrix product."""
+"""`peftk tune`: measurements, the cache file, and the choice between our kernels and torch's matrix product."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_second_rounding_must_be_worth_it(cache: Path) -> None:
     assert choice.choose(call(dtype=BF16)).backend == "cpu"
 
 
-def test_what_no_measurement_changes(cache: Path) -> None:
+def test_calls_that_ignore_measurements(cache: Path) -> None:
     write({f"{op} {dtype}": [(256, 4096, 9.0)] for op in tune.OPS for dtype in tune.DTYPES})
     assert choice.choose(call()).backend == "gemm"
     assert choice.choose(call(M=1, dim=64)).backend == "cpu"
@@ -148,29 +148,29 @@ def test_machines_share_a_file(cache: Path) -> None:
 def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "TOKENS", (8, 32))
     monkeypatch.setattr(tune, "DIMS", (512, 1024))
-    told = []
-    found = peftk.tune(told.append, seconds=0.001)
-    assert len(told) == len(found) == 6
+    messages = []
+    found = peftk.tune(messages.append, seconds=0.001)
+    assert len(messages) == len(found) == 6
     for points in found.values():
-        # the smallest shape goes to our kernels unasked
+        # the smallest shape always runs on our kernels
         assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
         assert all(0 < p.gain < 1e4 for p in points)
     assert json.loads(cache.read_text())[measured._machine()]["threads"] == torch.get_num_threads()
     assert "measured at M=32" in choice.choose(call()).reason
 
 
-def test_a_hopeless_library_is_not_asked_for_larger_shapes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_slow_library_is_not_measured_in_larger_shapes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
 
     def gain(op: str, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
-        asked.append((M, dim))
+        shapes.append((M, dim))
         return 0.2 if dim >= 1024 else 0.9
 
     monkeypatch.setattr(tune, "_gain", gain)
     points = list(tune._measure(Op("lora_linear"), F32, 0.001))
-    assert (64, 512) in asked
-    assert (64, 1024) in asked
-    assert (64, 2048) not in asked
+    assert (64, 512) in shapes
+    assert (64, 1024) in shapes
+    assert (64, 2048) not in shapes
     assert {p.dim for p in points} == set(tune.DIMS)
 
 
@@ -198,9 +198,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(cache: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{", "\xff"])
-def test_a_file_that_is_no_cache_is_written_anew_or_deleted(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
+def test_a_broken_file_is_replaced_or_deleted(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     cache.parent.mkdir()
     cache.write_text(text, encoding="latin-1")
     monkeypatch.setattr(tune, "_gain", lambda *_: 2.0)
@@ -212,7 +210,7 @@ def test_a_file_that_is_no_cache_is_written_anew_or_deleted(
 
 
 @pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
-def test_points_that_no_measurement_gives_are_not_believed(cache: Path, point: tuple[object, ...]) -> None:
+def test_impossible_points_are_ignored_with_a_warning(cache: Path, point: tuple[object, ...]) -> None:
     cache.parent.mkdir()
     entry = {"made_with": measured._made_with(), "gain": {"lora_linear float32": [point]}}
     cache.write_text(json.dumps({measured._machine(): entry}))
@@ -224,12 +222,12 @@ def test_points_that_no_measurement_gives_are_not_believed(cache: Path, point: t
 
 
 def test_without_a_home_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> Path:
+    def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("PEFTK_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(Path, "home", no_home)
     choice.forget()
     try:
         assert "expected a home directory or PEFTK_CACHE_DIR" in choice.choose(call()).reason

@@ -1,1 +1,1 @@
-"""`peftk bench`: latency beside nn.Linear and HF PEFT, checked before it is timed. `docs/benchmarks.md` says how."""
+"""`peftk bench`: latency compared with nn.Linear and HF PEFT, after a check of every result. See docs/benchmarks.md."""

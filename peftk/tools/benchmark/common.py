@@ -1,8 +1,8 @@
-"""What all benchmarks share: a shape, its sides, how they are checked and timed, what is written down.
+"""Shared by all benchmarks: shapes, the sides of a row, checking and timing them, and the records that are written.
 
-An op's file (`lora_linear.py`, `multi_lora_linear.py`, `train.py`, `merge.py`) has `shapes(...)`, the rows it measures,
-and `case(shape, ...)`, the sides of one row. Inputs are random but the same in every run; W is one tensor that all
-sides read; factors are exact in every dtype they are held in, so every side computes the same function.
+The file of an op (`lora_linear.py`, `multi_lora_linear.py`, `train.py`, `merge.py`) has `shapes(...)`, the rows to
+measure, and `case(shape, ...)`, the sides of one row. Inputs are random but the same in every run. All sides read the
+same W. The factors are exact in every dtype they are stored in, so all sides compute the same function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peftk.tools.benchmark import peers
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINEAR, PEFT, COPY = "nn.Linear", "HF PEFT", "copy of W"
 SCALING = 1.0
-DETECTABLE = 4.0
+MIN_SENSITIVITY = 4.0
 
 
 class Shape(NamedTuple):
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     M: int  # tokens; 0 for merge, unmerge and a whole model
     K: int
     N: int
-    rank: int  # the largest of the batch
+    rank: int  # the largest in the batch
     adapters: int
 
     @property
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One way to do the work. error: of its result, as a multiple of what is allowed; ≤ 1 passes."""
+    """One implementation in a row. error: of its result, in multiples of the bound; ≤ 1 passes. reset: undoes a run."""
 
     name: str
     run: Run
@@ -58,17 +58,17 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The sides of one row. The first is what ratios refer to. detects: see `agree`."""
+    """The sides of one row; ratios refer to the first. sensitivity: see `peftk.reference.bounds`."""
 
     shape: Shape
     sides: tuple[Side, ...]
-    detects: float
+    sensitivity: float
     inference: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One side of one row, as JSON and CSV have it. over_…: how many times faster; None where a side failed."""
+    """One side of one row, as written to JSON and CSV. over_…: how many times faster it is; None if a side failed."""
 
     op: str
     dtype: str
@@ -91,20 +91,22 @@ class Record:
 
 
 def measure(case: Case, *, device: str, seconds: float, repeats: int, clock: Clock | None = None) -> list[Record]:
-    """Checks every side, then times those that are right, together. clock: else the time that passes."""
+    """Checks every side, then times the correct ones side by side. clock: None for wall time."""
     with torch.inference_mode(case.inference):
-        if case.detects < DETECTABLE:
-            raise AssertionError(f"{case.shape}: an adapter {case.detects:.1f} times the bound could go unnoticed")
+        if case.sensitivity < MIN_SENSITIVITY:
+            raise AssertionError(
+                f"{case.shape}: the adapter is only {case.sensitivity:.1f} times the bound: too small for a check"
+            )
         errors = {}
         for side in case.sides:
             errors[side.name] = side.error()
             side.reset()
-        right = [side for side in case.sides if errors[side.name] <= 1.0]
+        correct = [side for side in case.sides if errors[side.name] <= 1.0]
         times = interleave(
-            {side.name: side.run for side in right},
+            {side.name: side.run for side in correct},
             seconds=seconds,
             repeats=repeats,
-            reset={side.name: side.reset for side in right},
+            reset={side.name: side.reset for side in correct},
             synchronize=torch.cuda.synchronize if device == "cuda" else None,
             clock=clock,
         )
@@ -112,21 +114,21 @@ def measure(case: Case, *, device: str, seconds: float, repeats: int, clock: Clo
 
 
 def _record(case: Case, device: str, name: str, error: float, times: dict[str, Times]) -> Record:
-    mine, baseline = times.get(name), case.sides[0].name
+    own, baseline = times.get(name), case.sides[0].name
 
     def over(other: str) -> float | None:
-        return times[other].median_us / mine.median_us if mine is not None and other in times else None
+        return times[other].median_us / own.median_us if own is not None and other in times else None
 
     return Record(
         **case.shape._asdict(),
         device=device,
         side=name,
-        passed=mine is not None,
+        passed=own is not None,
         error=error,
-        median_us=None if mine is None else mine.median_us,
-        p10_us=None if mine is None else mine.p10_us,
-        p90_us=None if mine is None else mine.p90_us,
-        repeats=0 if mine is None else mine.repeats,
+        median_us=None if own is None else own.median_us,
+        p10_us=None if own is None else own.p10_us,
+        p90_us=None if own is None else own.p90_us,
+        repeats=0 if own is None else own.repeats,
         baseline=baseline,
         over_baseline=over(baseline),
         over_peft=over(PEFT),
@@ -134,7 +136,7 @@ def _record(case: Case, device: str, name: str, error: float, times: dict[str, T
 
 
 class Layer(NamedTuple):
-    """x [M, K], a frozen nn.Linear, and its exact output with the sum of the absolute values of its terms."""
+    """x [M, K], a frozen nn.Linear, its exact output (fp64), and the sum of the absolute values of its terms."""
 
     x: Tensor
     linear: nn.Linear
@@ -144,7 +146,7 @@ class Layer(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def layer(M: int, K: int, N: int, dtype: torch.dtype, device: str) -> Layer:
-    """The last one is kept: the ranks of a shape share it."""
+    """Caches the last layer, because all ranks of a shape use the same one."""
     linear = plain_linear(K, N, dtype, device)
     x = torch.randn(M, K, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     return Layer(x, linear, *bounds.linear(x, linear.weight, linear.bias))
@@ -160,14 +162,14 @@ def plain_linear(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
 
 
 def factors(K: int, N: int, rank: int, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A [R, K] and B [N, R] with values of `dtype`, held in fp32; they add about as much as the base layer gives."""
+    """A [R, K] and B [N, R] in fp32, with values exact in `dtype`; ΔW is about as large as the base layer's W."""
     generator = torch.Generator().manual_seed(seed)
     A = (2 * torch.rand(rank, K, generator=generator) - 1) / K**0.5
     B = torch.randn(N, rank, generator=generator) / rank**0.5
     return A.to(dtype).float().to(device), B.to(dtype).float().to(device)
 
 
-# The calls of peftk's that an op makes.
+# The calls that peftk makes for an op.
 _CALLS = {
     "lora_linear": (LORA_LINEAR,),
     "multi_lora_linear": (Op("lora_linear", many=True),),
@@ -177,28 +179,28 @@ _CALLS = {
 }
 
 
-def serving(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
-    """The peftk backends to time: those asked for, else on a CPU the one that is chosen, on a GPU every compiled one.
+def backends_to_time(shape: Shape, device: str, requested: Sequence[str]) -> list[str]:
+    """The peftk backends to time: the requested ones, else the chosen one on a CPU and all compiled ones on a GPU.
 
-    The reference is a specification and Triton's interpreter a debugger: they are timed only where asked for.
+    The reference is a specification and Triton's interpreter a debugger, so they are timed only if requested.
 
-    Raises BackendError where one that was asked for cannot run, or none can.
+    Raises BackendError if a requested backend cannot run, or if none can.
     """
     calls = _calls(shape, device)
-    candidates = asked or ((choice.choose(calls[0]).backend,) if device == "cpu" else ("cuda", "triton"))
+    candidates = requested or ((choice.choose(calls[0]).backend,) if device == "cpu" else ("cuda", "triton"))
     refused = {}
     for name in candidates:
         reasons = [choice.cannot_run(name, call) for call in calls]
         refused[name] = next(filter(None, reasons), None)
-    able = [name for name, reason in refused.items() if reason is None]
-    if not able or (asked and len(able) < len(refused)):
+    runnable = [name for name, reason in refused.items() if reason is None]
+    if not runnable or (requested and len(runnable) < len(refused)):
         why = "; ".join(f"{name}: {reason}" for name, reason in refused.items() if reason is not None)
         raise BackendError(f"{shape}: {why} (--backend reference times the specification in plain torch)")
-    return able
+    return runnable
 
 
 def rounds_once(shape: Shape, device: str, name: str) -> bool:
-    """Whether peftk's side `name` is held to one rounding; where `gemm` serves one of its calls, it is not."""
+    """Whether peftk's side `name` must round only once. It need not if `gemm` runs one of its calls."""
     return all(map(choice.rounds_once, {name, *(choice.choose(call).backend for call in _calls(shape, device))}))
 
 
@@ -223,12 +225,16 @@ def _calls(shape: Shape, device: str) -> list[Call]:
     ]
 
 
-def side_names(shape: Shape, device: str, asked: Sequence[str]) -> list[str]:
-    """The names of the sides that the shape's case will have, without building it."""
+def side_names(shape: Shape, device: str, requested: Sequence[str]) -> list[str]:
+    """The names of the sides of the shape's case, without building it."""
     first = COPY if shape.op in ("merge", "unmerge") else LINEAR
-    return [first, *([PEFT] if peers.has_peft() else []), *(f"peftk {name}" for name in serving(shape, device, asked))]
+    return [
+        first,
+        *([PEFT] if peers.has_peft() else []),
+        *(f"peftk {name}" for name in backends_to_time(shape, device, requested)),
+    ]
 
 
 def to_json(records: Sequence[Any]) -> list[dict[str, Any]]:
-    """Of dataclasses."""
+    """Dataclass records as JSON values."""
     return [dataclasses.asdict(record) for record in records]

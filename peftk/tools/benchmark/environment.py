@@ -1,4 +1,4 @@
-"""What a measurement was taken on: figures without it mean nothing."""
+"""The environment of a measurement: versions, processor, threads, and the backends in use."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PACKAGES = ("numpy", "peft", "torch", "transformers", "triton")
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Versions, processor, threads and which backend runs on the device, as plain JSON values.
 
-    Raises BackendError where PEFTK_BACKEND names a backend that cannot run there.
+    Raises BackendError if PEFTK_BACKEND names a backend that cannot run on the device.
     """
-    serving = {
+    backends = {
         op: {"backend": choice.backend, "kernel": choice.kernel}
         for op in ("lora_linear", "multi_lora_linear", "merge")
         for choice in (peftk.explain(op, dtype=torch.bfloat16, device=device),)
@@ -38,20 +38,20 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "torch_simd": torch.backends.cpu.get_cpu_capability(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "serving": serving,
+        "serving": backends,
     }
 
 
-def busy(where: dict[str, Any]) -> str | None:
-    """A warning where other programs want the same cores: libraries suffer from that by very different amounts."""
-    load, cores = where["load"], where["cores"]
+def busy(env: dict[str, Any]) -> str | None:
+    """A warning if other programs use the same cores, which slows libraries by very different amounts; else None."""
+    load, cores = env["load"], env["cores"]
     if load is None or load <= 1.25 * cores:
         return None
-    return f"This machine is busy (load {load:g} on {cores} cores): timings, and ratios too, are unreliable."
+    return f"This machine is busy (load {load:g} on {cores} cores): timings and ratios are unreliable."
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None where the package is not installed."""
+    """The installed version, or None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

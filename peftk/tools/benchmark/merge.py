@@ -1,7 +1,7 @@
-"""merge and unmerge of one layer's weight, beside a copy of W (the least that a pass over it costs) and HF PEFT.
+"""merge and unmerge of one layer's weight, compared with a copy of W (the cheapest pass over it) and with HF PEFT.
 
-peftk's merge writes the receipt that brings every bit back; PEFT's unmerge subtracts. Each side has a W of its own,
-which is put back, untimed, after every run.
+peftk's merge includes the receipt that restores every bit; PEFT's unmerge subtracts. Each side has its own W, which is
+restored after every run, untimed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from peftk import functional
 from peftk.reference import bounds
 from peftk.tools.benchmark import peers
-from peftk.tools.benchmark.common import COPY, PEFT, SCALING, Case, Shape, Side, factors, plain_linear, serving
+from peftk.tools.benchmark.common import COPY, PEFT, SCALING, Case, Shape, Side, backends_to_time, factors, plain_linear
 
 RANKS = (16,)
 DIMS = ((768, 768), (4096, 4096))
@@ -24,20 +24,20 @@ def shapes(op: str, dtype: str, dims: tuple[int, int], ranks: Sequence[int]) -> 
     return [Shape(op, dtype, 0, *dims, rank, 1) for rank in ranks]
 
 
-def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
+def case(shape: Shape, device: str, requested: Sequence[str]) -> Case:
     dtype = shape.torch_dtype
     weight = plain_linear(shape.K, shape.N, dtype, device).weight.detach()
     A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
-    B /= 4  # ΔW about a quarter of W
+    B /= 4  # elements of ΔW are about a quarter of W's
     expected = bounds.merged(weight, A, B, SCALING)
     copy = torch.empty_like(weight)
     sides = [Side(COPY, lambda: copy.copy_(weight), lambda: 0.0)]
     make_peft, make_ours = (_peft_merge, _our_merge) if shape.op == "merge" else (_peft_unmerge, _our_unmerge)
     if peers.has_peft():
         sides.append(make_peft(shape, device, weight, A, B, expected))
-    for name in serving(shape, device, asked):
+    for name in backends_to_time(shape, device, requested):
         sides.append(make_ours(name, weight, A, B, expected))
-    return Case(shape, tuple(sides), bounds.detects(expected, dtype), inference=False)
+    return Case(shape, tuple(sides), bounds.sensitivity(expected, dtype), inference=False)
 
 
 def _our_merge(name: str, original: Tensor, A: Tensor, B: Tensor, expected: bounds.Expected) -> Side:
@@ -47,7 +47,7 @@ def _our_merge(name: str, original: Tensor, A: Tensor, B: Tensor, expected: boun
         return functional.merge_(weight, A, B, SCALING, backend=name)
 
     def error() -> float:
-        """Of the merged weight; and the receipt gives back every bit."""
+        """The error of the merged weight; inf if the receipt does not restore every bit."""
         receipt = run()
         merged = bounds.error(weight, expected, fused=True)
         functional.unmerge_(weight, receipt, backend=name)
@@ -91,7 +91,7 @@ def _peft_unmerge(shape: Shape, device: str, original: Tensor, A: Tensor, B: Ten
     layer.merge()
     weight = layer.base_layer.weight.detach()
     merged = weight.clone()
-    # what subtracting and rounding again may leave: W, to the roundings of the merge and of its undoing
+    # subtraction may restore W only up to the roundings of the merge and of the unmerge
     back = expected._replace(value=original.double(), base=expected.value)
 
     def error() -> float:

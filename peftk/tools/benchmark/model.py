@@ -1,6 +1,6 @@
-"""model: all-MiniLM-L6-v2 with a LoRA on every linear, beside the plain model without any adapter.
+"""model: all-MiniLM-L6-v2 with a LoRA on every linear layer, compared with the plain model without adapters.
 
-A third side is the model whose linears do nothing: what is left of its time is no linear layer's to save.
+A third side is the model whose linear layers return zeros. Its time is what no linear layer can save.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REST = "rest of the model"
 
 
 def row(shape: Shape) -> Row:
-    """Raises extras.MissingExtraError where the model is not installed."""
+    """Raises extras.MissingExtraError if the model is not installed."""
     from peftk.tools import minilm
     from peftk.tools.minilm import BOUNDS
     from peftk.tools.sentences import SENTENCES as TEXTS
@@ -27,14 +27,14 @@ def row(shape: Shape) -> Row:
     dtype, rank = shape.torch_dtype, shape.rank
     mini = minilm.MiniLM()
     batch = mini.tokenize([sentence.text for sentence in TEXTS[:: len(TEXTS) // SENTENCES][:SENTENCES]])
-    plain, bare = mini.copy(dtype), mini.copy(dtype)
-    ours = minilm.adapted(mini.copy(dtype), rank, seed=rank)
-    linears = minilm.linears(bare)
+    plain, without_linears = mini.copy(dtype), mini.copy(dtype)
+    ours = minilm.with_lora(mini.copy(dtype), rank, seed=rank)
+    linears = minilm.linears(without_linears)
     for name in linears:
-        bare.set_submodule(name, _Nothing(linears[name].out_features))
+        without_linears.set_submodule(name, _ZeroLinear(linears[name].out_features))
     with torch.inference_mode():
         exact_plain = minilm.embed(mini.copy(dtype).double(), batch)
-        exact = minilm.embed(minilm.adapted(mini.copy(dtype).double(), rank, seed=rank), batch)
+        exact = minilm.embed(minilm.with_lora(mini.copy(dtype).double(), rank, seed=rank), batch)
 
     def side(name: str, model: nn.Module, expected: Tensor) -> Side:
         def run() -> Tensor:
@@ -45,7 +45,7 @@ def row(shape: Shape) -> Row:
 
         return Side(name, run, error)
 
-    rest = Side(REST, lambda: minilm.embed(bare, batch), lambda: 0.0)
+    rest = Side(REST, lambda: minilm.embed(without_linears, batch), lambda: 0.0)
     tokens = batch["input_ids"].numel()
     sizes = [(tokens, linear.in_features, linear.out_features) for linear in linears.values()]
     work = add(
@@ -59,7 +59,7 @@ def row(shape: Shape) -> Row:
     return Row(Case(shape, sides, effect), bound, rest=REST)
 
 
-class _Nothing(nn.Module):
+class _ZeroLinear(nn.Module):
     def __init__(self, out_features: int) -> None:
         super().__init__()
         self.out_features = out_features

@@ -1,4 +1,4 @@
-"""multi_lora_linear: many adapters of mixed ranks in one batch, beside HF PEFT's `adapter_names`."""
+"""multi_lora_linear: many adapters of mixed ranks in one batch, compared with HF PEFT's `adapter_names`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from peftk.nn import MultiLoRALinear
 from peftk.ops.layer_calls import multi_lora_linear_unchecked
 from peftk.reference import bounds
 from peftk.tools.benchmark import peers
-from peftk.tools.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
+from peftk.tools.benchmark.common import (
+    LINEAR,
+    PEFT,
+    SCALING,
+    Case,
+    Shape,
+    Side,
+    backends_to_time,
+    factors,
+    layer,
+    rounds_once,
+)
 
 TOKENS = (64,)
 RANKS = (4, 8, 16, 64)
@@ -24,11 +35,11 @@ DIMS = ((768, 768), (4096, 4096))
 def shapes(
     dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequence[int], adapters: Sequence[int]
 ) -> list[Shape]:
-    """Adapter i has rank ranks[i mod len(ranks)], the largest first; a shape names the largest."""
+    """Adapter i has rank ranks[i mod len(ranks)], with ranks in descending order; the shape has the largest."""
     return [Shape("multi_lora_linear", dtype, M, *dims, max(ranks), n) for M in tokens for n in adapters]
 
 
-def case(shape: Shape, device: str, asked: Sequence[str], ranks: Sequence[int] = RANKS) -> Case:
+def case(shape: Shape, device: str, requested: Sequence[str], ranks: Sequence[int] = RANKS) -> Case:
     dtype = shape.torch_dtype
     x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
     mixed = sorted(ranks, reverse=True)
@@ -39,8 +50,8 @@ def case(shape: Shape, device: str, asked: Sequence[str], ranks: Sequence[int] =
     order = torch.randperm(shape.M, generator=torch.Generator().manual_seed(2))
     ids = (order % shape.adapters).to(device, torch.int32)
     expected = _expected(x, base, base_magnitude, adapters, ids)
-    alone = bounds.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
-    sides = [Side(LINEAR, lambda: linear(x), lambda: bounds.error(linear(x), alone, fused=False))]
+    base_only = bounds.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
+    sides = [Side(LINEAR, lambda: linear(x), lambda: bounds.error(linear(x), base_only, fused=False))]
     if peers.has_peft():
         peft = peers.peft_layer(linear, adapters, SCALING)
         names = [f"adapter{i}" for i in ids.tolist()]
@@ -49,11 +60,11 @@ def case(shape: Shape, device: str, asked: Sequence[str], ranks: Sequence[int] =
             return peft(x, adapter_names=names)
 
         sides.append(Side(PEFT, run_peft, lambda: bounds.error(run_peft(), expected, fused=False)))
-    for name in serving(shape, device, asked):
+    for name in backends_to_time(shape, device, requested):
         sides.append(
             _side(name, peftk_layer(linear, adapters, name, shape), x, ids, expected, rounds_once(shape, device, name))
         )
-    return Case(shape, tuple(sides), bounds.detects(expected, dtype))
+    return Case(shape, tuple(sides), bounds.sensitivity(expected, dtype))
 
 
 def _side(name: str, module: nn.Module, x: Tensor, ids: Tensor, expected: bounds.Expected, fused: bool) -> Side:
@@ -63,7 +74,7 @@ def _side(name: str, module: nn.Module, x: Tensor, ids: Tensor, expected: bounds
 def _expected(
     x: Tensor, base: Tensor, base_magnitude: Tensor, adapters: dict[str, tuple[Tensor, Tensor]], ids: Tensor
 ) -> bounds.Expected:
-    """Row by row what the row's own adapter gives."""
+    """The exact result, with each row's own adapter."""
     value, magnitude, part = base.clone(), base_magnitude.clone(), torch.zeros_like(base)
     for index, (A, B) in enumerate(adapters.values()):
         rows = (ids == index).nonzero().flatten()
@@ -75,7 +86,7 @@ def _expected(
 def peftk_layer(
     linear: nn.Linear, adapters: dict[str, tuple[Tensor, Tensor]], backend: str, shape: Shape
 ) -> MultiLoRALinear:
-    """The layer that users have, run by `backend`; adapters in the weight's dtype, which is its default."""
+    """The public layer, run by `backend`; adapters in the weight's dtype, as is its default."""
     dtype, device = linear.weight.dtype, linear.weight.device.type
     call = Call(
         op=Op("lora_linear", many=True),
@@ -89,16 +100,16 @@ def peftk_layer(
         rank=shape.rank,
         adapters=shape.adapters,
     )
-    made = MultiLoRALinear if choice.choose(call).backend == backend else _forced(backend)
-    module = made.from_linear(linear, max_adapters=len(adapters))
+    layer_class = MultiLoRALinear if choice.choose(call).backend == backend else _forced_layer_class(backend)
+    module = layer_class.from_linear(linear, max_adapters=len(adapters))
     for name, (A, B) in adapters.items():
         module.add_adapter(name, A, B, SCALING)
     return module.eval()
 
 
-def _forced(backend: str) -> type[MultiLoRALinear]:
+def _forced_layer_class(backend: str) -> type[MultiLoRALinear]:
     class Forced(MultiLoRALinear):
-        """MultiLoRALinear.forward with ids, with the backend said."""
+        """MultiLoRALinear whose forward, with ids, forces the backend."""
 
         def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
             if ids is None:

@@ -1,4 +1,4 @@
-"""The same layer in other libraries, built with their own public functions and left at their defaults."""
+"""The layers of other libraries to compare with, built with their public functions and default options."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from peftk.system import extras
 
 
 class UnavailableError(RuntimeError):
-    """A peer cannot be had on this machine; the message says why."""
+    """A peer is not available on this machine; the message says why."""
 
 
 def has_peft() -> bool:
-    return extras.installed("peft")
+    return extras.is_installed("peft")
 
 
 def peft_layer(linear: nn.Linear, adapters: Mapping[str, tuple[Tensor, Tensor]], scaling: float) -> Any:
-    """HF PEFT's LoRA layer over `linear` (which it keeps, not copies), the first adapter active.
+    """HF PEFT's LoRA layer over `linear` (not a copy of it), with the first adapter active.
 
-    PEFT holds adapters in fp32 over a 16-bit base, as it does by default. The layer is called itself, without the
-    wrapper of a PeftModel, which would only add time.
+    Over a 16-bit base PEFT keeps adapters in fp32, its default. The layer is called directly, without the PeftModel
+    around it, which would only add time.
     """
     import peft
 
@@ -49,21 +49,24 @@ def peft_layer(linear: nn.Linear, adapters: Mapping[str, tuple[Tensor, Tensor]],
 
 
 def compiled_layer(linear: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The plain layer, compiled here and now for x's shape by torch.compile with all that makes it fast on a CPU: its
-    C++ GEMM templates autotuned against torch's own products, W frozen and packed. For inference mode.
+    """The plain layer, compiled for x's shape by torch.compile with its fastest options for a CPU. For inference mode.
 
-    Raises UnavailableError where there is no C++ compiler, or the compilation fails.
+    The options: C++ GEMM templates, autotuned against torch's own products, and W frozen and packed.
+
+    Raises UnavailableError if there is no C++ compiler, or if the compilation fails.
     """
     import torch._inductor.config as inductor
 
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     if shutil.which(compiler) is None:
-        raise UnavailableError(f"torch.compile needs a C++ compiler, {compiler!r} is not here (apt-get install g++)")
-    torch._dynamo.reset()  # it compiles a function for eight shapes, and runs it uncompiled for the ninth
-    # patched rather than given as options: those come after Dynamo, which must know of `freezing` before
+        raise UnavailableError(
+            f"torch.compile needs a C++ compiler, {compiler!r} is not installed (apt-get install g++)"
+        )
+    torch._dynamo.reset()  # Dynamo compiles a function for eight shapes, and runs it uncompiled for a ninth
+    # patched, because options passed to compile are applied after Dynamo, which already needs `freezing`
     tuned = {"max_autotune": True, "freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}
     compiled: Callable[[Tensor], Tensor] = torch.compile(linear, fullgraph=True, dynamic=False)
-    chatter = contextlib.redirect_stderr(io.StringIO())  # the autotuner's tables
+    chatter = contextlib.redirect_stderr(io.StringIO())  # hides the autotuner's tables
     with torch.inference_mode(), inductor.patch(tuned), chatter:
         try:
             compiled(x)
@@ -75,7 +78,7 @@ def compiled_layer(linear: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
 def _alpha(scaling: float, rank: int) -> int:
     alpha = scaling * rank
     if not math.isclose(alpha, round(alpha)):
-        raise ValueError(f"scaling: expected scaling·rank to be whole, as PEFT's lora_alpha is, got {alpha}")
+        raise ValueError(f"scaling: expected scaling·rank to be an integer, as PEFT's lora_alpha is, got {alpha}")
     return round(alpha)
 
 

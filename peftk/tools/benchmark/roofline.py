@@ -1,7 +1,7 @@
-"""The machine's bounds, measured: the multiply-adds of a row on registers only, and reading its weights only.
+"""The machine's limits, measured: a row's multiply-adds on registers only, and only reading its weights.
 
-Both are sides of the row that they bound and take turns with the others, so they see the same machine in the same
-minute. No kernel at the SIMD level in use can be faster than the slower of the two.
+Both probes are sides of the row they bound, so they are timed in turn with the others, under the same conditions. No
+kernel at the SIMD level in use can be faster than the slower of the two.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from peftk.tools.benchmark.common import Case, Side
 from peftk.tools.benchmark.targets import FMA_PEAK
 
 READ = "read of W"
-_SERIAL = 1 << 17  # multiply-adds: below it a second thread costs more than it saves, as in our kernels
+_SERIAL_BELOW = 1 << 17  # multiply-adds; below this a second thread costs more than it saves, as in our kernels
 
 
 class Work(NamedTuple):
-    """What must be done at the least: multiply-adds, and bytes that are read or written once."""
+    """The minimum work: multiply-adds, and bytes that are read or written once."""
 
     multiply_adds: int
     bytes: int
 
-    def beyond(self, other: Work) -> Work:
+    def minus(self, other: Work) -> Work:
         return Work(self.multiply_adds - other.multiply_adds, self.bytes - other.bytes)
 
 
 class Bound(NamedTuple):
-    """work of peftk's side; probed: what the sides FMA_PEAK and READ do in the time that they take."""
+    """work: of peftk's side. probed: the multiply-adds of the side FMA_PEAK, and the bytes of the side READ."""
 
     work: Work
     probed: Work
 
-    def least_us(self, work: Work, times: dict[str, float]) -> float:
-        """The least time for some work at the measured speeds, as if reading and computing overlapped perfectly."""
+    def min_time_us(self, work: Work, times: dict[str, float]) -> float:
+        """The minimum time for `work` in µs at the measured speeds, if reading and computing overlap perfectly."""
         computing = times[FMA_PEAK] * work.multiply_adds / self.probed.multiply_adds
         return max(computing, times[READ] * work.bytes / self.probed.bytes)
 
 
 def probes(work: Work, dtype: torch.dtype, weight: Tensor) -> tuple[Bound, list[Side]]:
-    """The two sides. dtype: bf16 counts the processor's instruction for pairs where the SIMD level in use has it."""
-    threads = 1 if work.multiply_adds < _SERIAL else torch.get_num_threads()
+    """The bound and the two sides. dtype: for bf16, FMA_PEAK uses bf16 pair instructions if the SIMD level has them."""
+    threads = 1 if work.multiply_adds < _SERIAL_BELOW else torch.get_num_threads()
     read_bytes = weight.numel() * weight.element_size()
 
     def multiply() -> None:
@@ -75,7 +75,7 @@ class Roofline(NamedTuple):
 
 
 def measure_roofline(seconds: float = 0.5, mebibytes: int = 256) -> Roofline:
-    """The same two probes by themselves, on memory that fits no cache."""
+    """The two probes alone, on memory larger than any cache."""
     threads, work = torch.get_num_threads(), 1 << 27
     memory = torch.zeros(mebibytes << 18)
     times = interleave(
@@ -98,7 +98,7 @@ def linear_work(M: int, K: int, N: int, dtype: torch.dtype) -> Work:
 
 
 def adapter_work(M: int, K: int, N: int, rank: int, count: int, dtype: torch.dtype, *, trained: bool = False) -> Work:
-    """s·(xAᵀ)Bᵀ of `count` adapters in M rows together; trained: and its backward (two products each more)."""
+    """s·(xAᵀ)Bᵀ of `count` adapters, over M rows in total. trained: with the backward, two more products for each."""
     return Work((3 if trained else 1) * M * rank * (K + N), count * rank * (K + N) * dtype.itemsize)
 
 
@@ -108,8 +108,10 @@ def add(*works: Work) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """extra: what peftk's side does beyond its peer, where the peer is peftk's too. rest: a side whose time no linear
-    layer can take away.
+    """A case and its bounds.
+
+    extra: the additional work of peftk's side, if the peer is also peftk's. rest: the name of a side whose time no
+    linear layer can save.
     """
 
     case: Case

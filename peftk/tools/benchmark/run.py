@@ -1,4 +1,4 @@
-"""From options to rows: which shapes an op measures, and one case for each."""
+"""Runs `peftk bench`: turns the options into rows, measures them and prints the tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODULES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure. None: the op's own default, which together take less than two minutes."""
+    """What to measure. None: the default of the op. With all defaults a run takes less than two minutes."""
 
     ops: tuple[str, ...] = ("lora_linear", "multi_lora_linear", "train", "merge")
     dtypes: tuple[str, ...] = ("bf16", "fp32")
@@ -39,36 +39,36 @@ class Options:
 
 
 def rows(options: Options) -> list[tuple[Shape, Callable[[], Case]]]:
-    """Every shape to measure, in order, and what builds its case."""
-    device, asked = options.device, options.backends
-    found: list[tuple[Shape, Callable[[], Case]]] = []
+    """Every shape to measure, in order, and the function that builds its case."""
+    device, requested = options.device, options.backends
+    planned_rows: list[tuple[Shape, Callable[[], Case]]] = []
     for op in options.ops:
         module = MODULES[op]
         ranks = options.ranks or module.RANKS
         for dtype in options.dtypes:
             for dims in options.dims or module.DIMS:
                 for shape in _shapes(op, dtype, dims, ranks, options):
-                    found.append((shape, _builder(shape, device, asked, ranks)))
-    return found
+                    planned_rows.append((shape, _builder(shape, device, requested, ranks)))
+    return planned_rows
 
 
-def measure_all(console: Console, options: Options, where: dict[str, Any]) -> list[Record]:
-    """Measures row after row and shows each table as soon as it is complete.
+def measure_all(console: Console, options: Options, env: dict[str, Any]) -> list[Record]:
+    """Measures one row after another, and prints each table when it is complete.
 
-    Raises BackendError where a backend that was asked for cannot run, or none can.
+    Raises BackendError if a requested backend cannot run, or if none can.
     """
     console.print(
-        f"[bold]peftk {where['peftk']}[/] {where['gpu'] or where['cpu']}, {torch.get_num_threads()} threads · "
-        f"torch {where['torch']}" + (f" · peft {where['peft']}" if where["peft"] else " · HF PEFT is not installed"),
+        f"[bold]peftk {env['peftk']}[/] {env['gpu'] or env['cpu']}, {torch.get_num_threads()} threads · "
+        f"torch {env['torch']}" + (f" · peft {env['peft']}" if env["peft"] else " · HF PEFT is not installed"),
         highlight=False,
     )
     console.print(
-        "[dim]nn.Linear is torch's layer without any adapter; all others are with one.\n"
-        "Every side is checked against fp64 arithmetic first; then they take turns, medians.\n"
+        "[dim]nn.Linear is torch's layer without any adapter; all others have one.\n"
+        "Every side is first checked against fp64 arithmetic. Then the sides take turns; medians.\n"
         "×: how many times faster.[/]\n",
         highlight=False,
     )
-    if warning := busy(where):
+    if warning := busy(env):
         console.print(f"[yellow]{warning}[/]\n", highlight=False)
     planned = rows(options)
     records: list[Record] = []
@@ -102,7 +102,7 @@ def _shapes(op: str, dtype: str, dims: tuple[int, int], ranks: tuple[int, ...], 
     return lora_linear.shapes(dtype, dims, options.tokens or lora_linear.TOKENS, ranks)
 
 
-def _builder(shape: Shape, device: str, asked: tuple[str, ...], ranks: tuple[int, ...]) -> Callable[[], Case]:
+def _builder(shape: Shape, device: str, requested: tuple[str, ...], ranks: tuple[int, ...]) -> Callable[[], Case]:
     if shape.op == "multi_lora_linear":
-        return lambda: multi_lora_linear.case(shape, device, asked, ranks)
-    return lambda: MODULES[shape.op].case(shape, device, asked)
+        return lambda: multi_lora_linear.case(shape, device, requested, ranks)
+    return lambda: MODULES[shape.op].case(shape, device, requested)

@@ -1,8 +1,8 @@
-"""`peftk bench --suite cpu`: every target of the CPU backend measured in one run, with the machine's limit beside it.
+"""`peftk bench --suite cpu`: measures every target of the CPU backend in one run, and the limit that the machine sets.
 
-ratio and target: how many times faster than the peer (≥), or how many times its time (≤). limit: the best ratio that
-the peer's time in this run leaves room for: the work at the speed of the slower of this machine's two bounds,
-multiply-adds and reading (`roofline.py`). A target beyond its limit is out of reach here, for any kernel.
+ratio and target: how many times faster than the peer (≥), or how many times its time (≤). limit: the best possible
+ratio to the peer's time in this run, if the work ran at the slower of the machine's two bounds, multiply-adds and
+reading (`roofline.py`). No kernel can reach a target beyond its limit on this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COLOURS = {PASS: "green", SHORT: "yellow", WRONG: "bold red", NOT_MEASURED: "di
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One target, as JSON and CSV have it."""
+    """One target, as written to JSON and CSV."""
 
     section: str
     op: str
@@ -41,21 +41,21 @@ class Result:
     side: str
     peer: str
     ratio: float | None
-    at_most: bool  # ratio: this side's time over the peer's, not the peer's over this side's
+    at_most: bool  # ratio is this side's time over the peer's; else the peer's over this side's
     target: float
     noise: float
     limit: float | None
-    beyond_limit: bool | None  # the target: no kernel can reach it on this machine
+    beyond_limit: bool | None  # no kernel can reach the target on this machine
     mark: str
     median_us: float | None
     peer_us: float | None
-    peft: float | None  # HF PEFT's time over the peer's, where it was measured too
+    peft: float | None  # HF PEFT's time over the peer's, if it was measured
     note: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Which targets, and for how long. None: all."""
+    """Which targets to measure (None: all), and for how long."""
 
     ops: tuple[str, ...] | None = None
     dtypes: tuple[str, ...] | None = None
@@ -67,7 +67,7 @@ class Options:
     seconds: float = 1.5
     repeats: int = 1000
 
-    def asks_for(self, target: Target) -> bool:
+    def selects(self, target: Target) -> bool:
         shape = target.shape
         wanted = (
             (self.ops, shape.op),
@@ -87,63 +87,63 @@ class Outcome:
     records: list[Record]
 
     @property
-    def right(self) -> bool:
-        """No side is wrong. (Slow is no error.)"""
+    def all_correct(self) -> bool:
+        """Whether every side passed its check. A missed target is not an error."""
         return all(record.passed for record in self.records)
 
 
-def run(console: Console, options: Options, where: dict[str, Any], targets: Sequence[Target] = TARGETS) -> Outcome:
-    """Measures shape after shape and shows each section as soon as it is complete."""
-    wanted = [target for target in targets if options.asks_for(target)]
+def run(console: Console, options: Options, env: dict[str, Any], targets: Sequence[Target] = TARGETS) -> Outcome:
+    """Measures one shape after another, and prints each section when it is complete."""
+    wanted = [target for target in targets if options.selects(target)]
     roofline = measure_roofline(min(options.seconds, 0.5))
-    _introduce(console, where, roofline)
+    _print_header(console, env, roofline)
     results: list[Result] = []
     records: list[Record] = []
     shapes = list(dict.fromkeys(target.shape for target in wanted))
     with console.status("") as status:
         for section in dict.fromkeys(target.section for target in wanted):
-            mine = [target for target in wanted if target.section == section]
-            found: list[Result] = []
-            for shape in dict.fromkeys(target.shape for target in mine):
+            section_targets = [target for target in wanted if target.section == section]
+            section_results: list[Result] = []
+            for shape in dict.fromkeys(target.shape for target in section_targets):
                 status.update(f"[dim]{shapes.index(shape) + 1} of {len(shapes)}: {shape}")
-                measured, taken = _measure(shape, [t for t in mine if t.shape == shape], options)
-                found += measured
-                records += taken
-            results += found
-            console.print(table(section, found))
-            for mark, note in dict.fromkeys((result.mark, result.note) for result in found if result.note):
+                measured, shape_records = _measure(shape, [t for t in section_targets if t.shape == shape], options)
+                section_results += measured
+                records += shape_records
+            results += section_results
+            console.print(table(section, section_results))
+            for mark, note in dict.fromkeys((result.mark, result.note) for result in section_results if result.note):
                 console.print(f"[{_COLOURS[mark]}]{mark}: {note}[/]", highlight=False)
     console.print(summary(results), highlight=False)
     return Outcome(roofline, results, records)
 
 
-def _introduce(console: Console, where: dict[str, Any], roofline: Roofline) -> None:
-    console.print(f"[bold]peftk {where['peftk']}[/] {where['cpu']} · torch {where['torch']}", highlight=False)
+def _print_header(console: Console, env: dict[str, Any], roofline: Roofline) -> None:
+    console.print(f"[bold]peftk {env['peftk']}[/] {env['cpu']} · torch {env['torch']}", highlight=False)
     console.print(f"{roofline} (measured)\n", highlight=False)
     console.print(
-        "[dim]Every side is checked against fp64 arithmetic first; then all sides of a row take turns, medians.\n"
+        "[dim]Every side is first checked against fp64 arithmetic. Then the sides of a row take turns; medians.\n"
         "peftk has its adapters; nn.Linear, torch.compile and the plain model have none.\n"
-        "≥: how many times faster than the peer; ≤: how many times its time. limit: the best ratio that this\n"
-        "machine's multiply-adds and reading, measured in the same row, leave room for. “short: limit”: the target\n"
-        "lies beyond it.[/]\n",
+        "≥: how many times faster than the peer; ≤: how many times its time. limit: the best possible ratio, from\n"
+        "this machine's speed of multiply-adds and of reading, measured in the same row. “short: limit”: the target\n"
+        "is beyond it.[/]\n",
         highlight=False,
     )
-    if warning := busy(where):
+    if warning := busy(env):
         console.print(f"[yellow]{warning}[/]\n", highlight=False)
 
 
 def _measure(shape: Shape, targets: list[Target], options: Options) -> tuple[list[Result], list[Record]]:
     if targets[0].section == COMPILED and not options.compile:
-        return [_unmeasured(target, "left out by --no-compile") for target in targets], []
+        return [_not_measured(target, "skipped by --no-compile") for target in targets], []
     try:
         row = suite_cases.build(shape)
     except (peers.UnavailableError, extras.MissingExtraError) as error:
-        return [_unmeasured(target, str(error)) for target in targets], []
+        return [_not_measured(target, str(error)) for target in targets], []
     records = measure(row.case, device=suite_cases.DEVICE, seconds=options.seconds, repeats=options.repeats)
     return [_result(target, row, records) for target in targets], records
 
 
-def _unmeasured(target: Target, why: str) -> Result:
+def _not_measured(target: Target, why: str) -> Result:
     return Result(
         target.section,
         *target.shape,
@@ -167,12 +167,12 @@ def _result(target: Target, row: Row, records: list[Record]) -> Result:
     ours = next(record for record in records if record.side.startswith("peftk") and record.side != target.peer)
     peer = next((record for record in records if record.side == target.peer), None)
     if peer is None:
-        return _unmeasured(target, f"{target.peer} is not installed: pip install 'peftk[bench]'")
+        return _not_measured(target, f"{target.peer} is not installed: pip install 'peftk[bench]'")
     blank = dataclasses.replace(
-        _unmeasured(target, ""), side=ours.side, median_us=ours.median_us, peer_us=peer.median_us
+        _not_measured(target, ""), side=ours.side, median_us=ours.median_us, peer_us=peer.median_us
     )
     if ours.median_us is None or peer.median_us is None:
-        wrong = "; ".join(f"{r.side} is wrong by {r.error:.3g} × what is allowed" for r in (ours, peer) if not r.passed)
+        wrong = "; ".join(f"{r.side} is wrong by {r.error:.3g} × the bound" for r in (ours, peer) if not r.passed)
         return dataclasses.replace(blank, mark=WRONG, note=wrong)
     times = {record.side: record.median_us for record in records if record.median_us is not None}
     ratio = ours.median_us / peer.median_us if target.at_most else peer.median_us / ours.median_us
@@ -188,31 +188,31 @@ def _result(target: Target, row: Row, records: list[Record]) -> Result:
 
 
 def _limit(target: Target, row: Row, times: dict[str, float]) -> float | None:
-    """The best ratio to the peer's measured time, whatever the kernel."""
+    """The best possible ratio to the peer's measured time, for any kernel."""
     bound, peer = row.bound, times[target.peer]
     if bound is None:
         return None
-    if row.extra is not None:  # the peer's own work stays as it is
-        return 1 + bound.least_us(row.extra, times) / peer
-    # beside the peak of multiply-adds only these count
+    if row.extra is not None:  # only the additional work counts: the peer is peftk's too
+        return 1 + bound.min_time_us(row.extra, times) / peer
+    # compared with the FMA peak, only multiply-adds count
     work = bound.work if target.peer != FMA_PEAK else Work(bound.work.multiply_adds, 0)
-    least = bound.least_us(work, times) + (times[row.rest] if row.rest is not None else 0.0)
+    least = bound.min_time_us(work, times) + (times[row.rest] if row.rest is not None else 0.0)
     return least / peer if target.at_most else peer / least
 
 
 def table(section: str, results: Sequence[Result]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, title=section, title_style="bold", title_justify="left", pad_edge=False)
+    section_table = Table(box=box.SIMPLE_HEAD, title=section, title_style="bold", title_justify="left", pad_edge=False)
     columns = _columns(results)
     for header in columns:
-        made.add_column(header, justify="left" if header in ("against", "") else "right", no_wrap=True)
+        section_table.add_column(header, justify="left" if header in ("against", "") else "right", no_wrap=True)
     for number, result in enumerate(results):
         cells = [cells[number] for cells in columns.values()]
-        made.add_row(*cells[:-1], f"[{_COLOURS[result.mark]}]{cells[-1]}[/]")
-    return made
+        section_table.add_row(*cells[:-1], f"[{_COLOURS[result.mark]}]{cells[-1]}[/]")
+    return section_table
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Header and cells. Columns that would say nothing in this section are left out."""
+    """Headers and cells, without columns that are empty or the same in all rows of the section."""
     columns = {
         "dtype": [r.dtype for r in results],
         "layer": [f"{r.K}×{r.N}" for r in results],
@@ -248,16 +248,16 @@ def _number(value: float | None, digits: int) -> str:
 def summary(results: Sequence[Result]) -> str:
     counts = {mark: sum(result.mark == mark for result in results) for mark in _COLOURS}
     beyond = sum(result.mark == SHORT and bool(result.beyond_limit) for result in results)
-    said = [f"{counts[PASS]} of {len(results)} targets met"]
+    parts = [f"{counts[PASS]} of {len(results)} targets met"]
     if counts[SHORT]:
-        said.append(f"{counts[SHORT]} short" + (f", {beyond} of them beyond this machine's limit" if beyond else ""))
-    said += [f"{counts[mark]} {mark}" for mark in (WRONG, NOT_MEASURED) if counts[mark]]
-    return "; ".join(said)
+        parts.append(f"{counts[SHORT]} short" + (f", {beyond} of them beyond this machine's limit" if beyond else ""))
+    parts += [f"{counts[mark]} {mark}" for mark in (WRONG, NOT_MEASURED) if counts[mark]]
+    return "; ".join(parts)
 
 
-def markdown(outcome: Outcome, where: dict[str, Any]) -> str:
-    """The tables, to be pasted into a page."""
-    parts = [f"{where['cpu']}; {outcome.roofline}; torch {where['torch']}; peftk {where['peftk']}. "]
+def markdown(outcome: Outcome, env: dict[str, Any]) -> str:
+    """The tables in Markdown."""
+    parts = [f"{env['cpu']}; {outcome.roofline}; torch {env['torch']}; peftk {env['peftk']}. "]
     parts[0] += f"{summary(outcome.results)}."
     for section in dict.fromkeys(result.section for result in outcome.results):
         columns = _columns([result for result in outcome.results if result.section == section])

@@ -1,4 +1,4 @@
-"""The rows of the suite: an op's own sides where it has them, the others here; each with what bounds it."""
+"""Builds the rows of the suite: the sides from the op's benchmark where it has them, and the probes that bound them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from peftk.tools.benchmark.roofline import Row, Work, adapter_work, add, linear_
 from peftk.tools.benchmark.targets import BASE, COMPILE, ONE_ADAPTER
 
 DEVICE = "cpu"
-_CALL = 1 << 16  # below so many elements of W a row measures the call, not the work: no bound
+_MIN_WEIGHTS = 1 << 16  # with fewer elements of W, a row measures the overhead of a call: no bound
 
 
 def build(shape: Shape) -> Row:
-    """Raises peers.UnavailableError or extras.MissingExtraError where what the row needs is not here."""
+    """The row of a shape. Raises peers.UnavailableError or extras.MissingExtraError if a part of it cannot run here."""
     return _BUILDERS[shape.op](shape)
 
 
 def _forward(shape: Shape) -> Row:
     case = lora_linear.case(shape, DEVICE, ())
-    if shape.K * shape.N < _CALL:
+    if shape.K * shape.N < _MIN_WEIGHTS:
         return Row(case)
     base = layer(shape.M, shape.K, shape.N, shape.torch_dtype, DEVICE)
-    return _bounded(_only(case, LINEAR), _lora_work(shape), base.linear.weight)
+    return _with_bounds(_select_sides(case, LINEAR), _lora_work(shape), base.linear.weight)
 
 
 def _compile(shape: Shape) -> Row:
-    """torch.compile packs a W of its own; so the probe has a copy too, or it would leave W in the cache for peftk."""
+    """torch.compile packs its own W. The probe reads a copy too: else it would bring W into the cache for peftk."""
     dtype = shape.torch_dtype
     x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, DEVICE)
-    alone = bounds.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
+    base_only = bounds.Expected(base, base_magnitude, shape.K, base, torch.zeros_like(base))
     compiled = peers.compiled_layer(linear, x)
-    side = Side(COMPILE, lambda: compiled(x), lambda: bounds.error(compiled(x), alone, fused=False))
-    case = _only(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()))
+    side = Side(COMPILE, lambda: compiled(x), lambda: bounds.error(compiled(x), base_only, fused=False))
+    case = _select_sides(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()))
     case = dataclasses.replace(case, shape=shape, sides=(side, *case.sides))
-    return _bounded(case, _lora_work(shape), linear.weight.clone())
+    return _with_bounds(case, _lora_work(shape), linear.weight.clone())
 
 
 def _multi(shape: Shape) -> Row:
@@ -55,30 +55,32 @@ def _train(shape: Shape) -> Row:
     base = linear_work(shape.M, shape.K, shape.N, dtype)
     work = add(base, base, adapter_work(*shape[2:], torch.float32, trained=True))
     weight = layer(shape.M, shape.K, shape.N, dtype, DEVICE).linear.weight
-    return _bounded(_only(train.case(shape, DEVICE, ()), PEFT), work, weight)
+    return _with_bounds(_select_sides(train.case(shape, DEVICE, ()), PEFT), work, weight)
 
 
 def _adapter_cost(shape: Shape) -> Row:
-    """One adapter beside none, or many beside one: both sides are peftk's layers."""
+    """One adapter compared with none, or many with one. Both sides are peftk's layers."""
     dtype = shape.torch_dtype
     base = layer(shape.M, shape.K, shape.N, dtype, DEVICE)
     base_work = linear_work(shape.M, shape.K, shape.N, dtype)
     if shape.adapters == 1:
-        plain = MultiLoRALinear.from_linear(base.linear, max_adapters=1).eval()  # without ids: the base layer alone
-        alone = bounds.Expected(base.base, base.base_magnitude, shape.K, base.base, torch.zeros_like(base.base))
+        plain = MultiLoRALinear.from_linear(
+            base.linear, max_adapters=1
+        ).eval()  # without ids it runs the base layer alone
+        base_only = bounds.Expected(base.base, base.base_magnitude, shape.K, base.base, torch.zeros_like(base.base))
         fused = rounds_once(shape._replace(op="lora_linear"), DEVICE, "cpu")
-        peer = Side(BASE, lambda: plain(base.x), lambda: bounds.error(plain(base.x), alone, fused=fused))
-        case = _only(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()))
+        peer = Side(BASE, lambda: plain(base.x), lambda: bounds.error(plain(base.x), base_only, fused=fused))
+        case = _select_sides(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()))
         extra = adapter_work(*shape[2:], torch.float32)
     else:
         many = shape._replace(op="multi_lora_linear")
-        (one,) = _only(multi_lora_linear.case(many._replace(adapters=1), DEVICE, (), (shape.rank,))).sides
+        (one,) = _select_sides(multi_lora_linear.case(many._replace(adapters=1), DEVICE, (), (shape.rank,))).sides
         peer = dataclasses.replace(one, name=ONE_ADAPTER)
-        case = _only(multi_lora_linear.case(many, DEVICE, (), (shape.rank,)))
+        case = _select_sides(multi_lora_linear.case(many, DEVICE, (), (shape.rank,)))
         base_work = add(base_work, adapter_work(*shape[2:6], 1, dtype))
         extra = Work(0, adapter_work(*shape[2:6], shape.adapters - 1, dtype).bytes)
     case = dataclasses.replace(case, shape=shape, sides=(peer, *case.sides))
-    return dataclasses.replace(_bounded(case, add(base_work, extra), base.linear.weight), extra=extra)
+    return dataclasses.replace(_with_bounds(case, add(base_work, extra), base.linear.weight), extra=extra)
 
 
 def _merge(shape: Shape) -> Row:
@@ -86,7 +88,7 @@ def _merge(shape: Shape) -> Row:
     dtype = shape.torch_dtype
     weight = torch.zeros(shape.N, shape.K, dtype=dtype)
     work = Work(shape.rank * shape.K * shape.N, 2 * weight.nbytes)
-    # exact merges multiply in fp32 whatever W is
+    # exact merges multiply in fp32 for every dtype of W
     bound, sides = probes(work, torch.float32, weight)
     return Row(dataclasses.replace(case, sides=(*case.sides, *sides)), bound)
 
@@ -98,18 +100,18 @@ def _model(shape: Shape) -> Row:
 
 
 def _lora_work(shape: Shape) -> Work:
-    """Of LoRALinear, whose adapter is fp32."""
+    """The work of LoRALinear, whose adapter is fp32."""
     base = linear_work(shape.M, shape.K, shape.N, shape.torch_dtype)
     return add(base, adapter_work(*shape[2:], torch.float32))
 
 
-def _bounded(case: Case, work: Work, weight: Tensor) -> Row:
+def _with_bounds(case: Case, work: Work, weight: Tensor) -> Row:
     bound, sides = probes(work, case.shape.torch_dtype, weight)
     return Row(dataclasses.replace(case, sides=(*case.sides, *sides)), bound)
 
 
-def _only(case: Case, *peers: str) -> Case:
-    """peftk's sides and these peers."""
+def _select_sides(case: Case, *peers: str) -> Case:
+    """The case with only peftk's sides and these peers."""
     kept = tuple(side for side in case.sides if side.name in peers or side.name.startswith("peftk"))
     return dataclasses.replace(case, sides=kept)
 

@@ -1,6 +1,6 @@
-"""The targets of the CPU backend, as data: what `peftk bench --suite cpu` measures and holds the figures against.
+"""The performance targets of the CPU backend, which `peftk bench --suite cpu` measures.
 
-peftk's side has a rank-16 adapter unless the row says another rank; nn.Linear and torch.compile have none.
+peftk's side has a rank-16 adapter unless the row has a different rank; nn.Linear and torch.compile have none.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
 COMPILE, FMA_PEAK = "torch.compile", "FMA peak"
 BASE, ONE_ADAPTER, PLAIN_MODEL = "peftk base layer", "peftk 1 adapter", "plain model"
 
-NOISE = 0.03  # what "never slower" allows: medians of equal sides differ by so much
+NOISE = 0.03  # allowed by "never slower": medians of equal sides differ by this much
 
 # Sections, in the order in which they are printed.
 FORWARD = "Forward, 4096 → 4096"
-COMPILED = "Forward beside torch.compile of the plain layer, 4096 → 4096"
+COMPILED = "Forward compared with torch.compile of the plain layer, 4096 → 4096"
 SIZES = "Forward at other sizes: never slower than nn.Linear"
 TRAIN = "Training step: forward and backward, 4096 → 4096"
-ADAPTER = "What adapters cost on top of peftk's own base layer, 4096 → 4096"
+ADAPTER = "Cost of adapters on top of peftk's own base layer, 4096 → 4096"
 MERGE = "Merge, 4096 → 4096"
-MODEL = "all-MiniLM-L6-v2, every linear adapted"
+MODEL = "all-MiniLM-L6-v2, every linear layer adapted"
 OVERHEAD = "Cost of a call, 64 → 64"
 
 
 class Target(NamedTuple):
-    """ratio: how many times faster than the peer, at least `value`; or with at_most, how many times its time."""
+    """peftk must be at least `value` times faster than the peer; with at_most, take at most `value` times its time."""
 
     section: str
     shape: Shape

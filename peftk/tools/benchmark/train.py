@@ -1,6 +1,6 @@
 """train: forward and backward of one layer; gradients of x, A and B.
 
-nn.Linear stands beside it with its weight frozen and no adapter, so that its backward is that of x alone.
+It is compared with an nn.Linear with a frozen weight and no adapter, whose backward computes only the gradient of x.
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ from torch import Tensor, nn
 
 from peftk.reference import bounds
 from peftk.tools.benchmark import peers
-from peftk.tools.benchmark.common import LINEAR, PEFT, SCALING, Case, Shape, Side, factors, layer, rounds_once, serving
+from peftk.tools.benchmark.common import (
+    LINEAR,
+    PEFT,
+    SCALING,
+    Case,
+    Shape,
+    Side,
+    backends_to_time,
+    factors,
+    layer,
+    rounds_once,
+)
 from peftk.tools.benchmark.lora_linear import peftk_layer
 
 TOKENS = (256,)
 RANKS = (16,)
-DIMS = ((768, 768),)  # torch's own bf16 backward takes half a minute at 4096 on some machines
+DIMS = ((768, 768),)  # torch's bf16 backward takes half a minute at 4096 on some machines
 
 
 def shapes(dtype: str, dims: tuple[int, int], tokens: Sequence[int], ranks: Sequence[int]) -> list[Shape]:
     return [Shape("train", dtype, M, *dims, rank, 1) for M in tokens for rank in ranks]
 
 
-def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
+def case(shape: Shape, device: str, requested: Sequence[str]) -> Case:
     dtype = shape.torch_dtype
     base = layer(shape.M, shape.K, shape.N, dtype, device)
     linear = base.linear
@@ -32,17 +43,17 @@ def case(shape: Shape, device: str, asked: Sequence[str]) -> Case:
     dy = torch.randn(shape.M, shape.N, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
     expected = bounds.backward(dy, x, linear.weight, A, B, SCALING)
-    alone = bounds.backward(dy, x, linear.weight, torch.zeros_like(A), torch.zeros_like(B), SCALING)["x"]
-    sides = [_side(LINEAR, linear, x, dy, (), {"x": alone}, fused=False)]
+    base_only = bounds.backward(dy, x, linear.weight, torch.zeros_like(A), torch.zeros_like(B), SCALING)["x"]
+    sides = [_side(LINEAR, linear, x, dy, (), {"x": base_only}, fused=False)]
     if peers.has_peft():
         peft = peers.peft_layer(linear, {"default": (A, B)}, SCALING)
         trained = (peft.lora_A["default"].weight, peft.lora_B["default"].weight)
         sides.append(_side(PEFT, peft, x, dy, trained, expected, fused=False))
-    for name in serving(shape, device, asked):
+    for name in backends_to_time(shape, device, requested):
         ours = peftk_layer(linear, A, B, name, shape.M)
         fused = rounds_once(shape, device, name)
         sides.append(_side(f"peftk {name}", ours, x, dy, (ours.lora_A, ours.lora_B), expected, fused=fused))
-    return Case(shape, tuple(sides), bounds.detects(expected["x"], dtype), inference=False)
+    return Case(shape, tuple(sides), bounds.sensitivity(expected["x"], dtype), inference=False)
 
 
 def _side(

@@ -1,4 +1,4 @@
-"""`peftk demo`: what peftk is for, shown on a real pretrained model in under three minutes."""
+"""`peftk demo`: shows peftk on a pretrained model, in under three minutes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peftk.system import extras
 
 
 def run(out: Path, console: Console, *, quick: bool = False) -> bool:
-    """Runs all steps, writes demo.png and demo.json into `out`; True where every check passed.
+    """Runs all steps and writes demo.png and demo.json into the folder `out`. True if every check passed.
 
-    Raises extras.MissingExtraError where a package that it needs is not installed.
+    Raises extras.MissingExtraError if a required package is not installed.
     """
     from peftk.tools.minilm import MODULES, MiniLM
 
@@ -25,37 +25,37 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
     from peftk.tools.sentences import SENTENCES
 
     started = time.perf_counter()
-    stage = Stage(console, quick=quick, has_peft=extras.installed("peft"))
-    where = environment()
+    stage = Stage(console, quick=quick, has_peft=extras.is_installed("peft"))
+    env = environment()
     with stage.busy("loading all-MiniLM-L6-v2"):
         minilm = MiniLM()
     texts = [sentence.text for sentence in SENTENCES]
     parameters = sum(p.numel() for p in minilm.plain.parameters())
     stage.say(
-        f"[bold]peftk {where['peftk']}[/] on all-MiniLM-L6-v2, {parameters / 1e6:.1f} M parameters\n"
-        f"[dim]{where['cpu']}, {where['threads']} threads · torch {where['torch']}"
+        f"[bold]peftk {env['peftk']}[/] on all-MiniLM-L6-v2, {parameters / 1e6:.1f} M parameters\n"
+        f"[dim]{env['cpu']}, {env['threads']} threads · torch {env['torch']}"
         + (
-            f" · peft {where['peft']}[/]"
+            f" · peft {env['peft']}[/]"
             if stage.has_peft
             else "[/]\n[yellow]peft is not installed: no HF PEFT column[/]"
         )
     )
-    if warning := busy(where):
+    if warning := busy(env):
         stage.say(f"[yellow]{warning}[/]")
     batch = minilm.tokenize(texts[:: len(texts) // 16][:16])
-    serves.what_serves(stage, batch["input_ids"].numel())
-    serves.unchanged(stage, minilm, batch)
-    latency.latency(stage, minilm, batch)
-    mixed_batch.mixed_batch(stage, minilm, texts)
+    serves.show_backends(stage, batch["input_ids"].numel())
+    serves.check_unchanged(stage, minilm, batch)
+    latency.measure(stage, minilm, batch)
+    mixed_batch.measure(stage, minilm, texts)
     trained = training.train(stage, minilm)
-    merging.merging(stage, minilm, trained, batch)
+    merging.measure(stage, minilm, trained, batch)
     report.summary(stage)
     seconds = time.perf_counter() - started
     files = report.write(
         stage,
         out,
         {
-            "environment": where,
+            "environment": env,
             "quick": quick,
             "passed": stage.passed,
             "seconds": seconds,

@@ -1,4 +1,4 @@
-"""Step 3: latency per rank, beside the plain model and HF PEFT with the same adapter."""
+"""Step 3: latency per rank, compared with the plain model and with HF PEFT with the same adapter."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 import peftk
 from peftk.system.timing import Run, interleave
 from peftk.tools.demo.stage import Stage, speedup, table
-from peftk.tools.minilm import BOUNDS, Batch, MiniLM, adapted, embed, hf_peft
+from peftk.tools.minilm import BOUNDS, Batch, MiniLM, embed, load_hf_peft, with_lora
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 QUICK_RANKS = (1, 16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def latency(stage: Stage, minilm: MiniLM, batch: Batch) -> None:
+def measure(stage: Stage, minilm: MiniLM, batch: Batch) -> None:
     stage.step(3, "Latency per rank")
     sentences, tokens = batch["input_ids"].shape[0], batch["input_ids"].numel()
     stage.say(
-        f"{sentences} sentences, {tokens} tokens with padding; every linear adapted, nothing merged. "
-        "The plain model has no adapter.\nSides take turns within one run; medians."
+        f"{sentences} sentences, {tokens} tokens with padding; every linear layer adapted, nothing merged. "
+        "The plain model has no adapter.\nThe sides take turns within one run; medians."
     )
     rows = []
     for dtype in DTYPES:
@@ -33,27 +33,27 @@ def latency(stage: Stage, minilm: MiniLM, batch: Batch) -> None:
     _show(stage, rows)
     effect = min(row["adapter_effect"] for row in rows)
     for dtype, bound in BOUNDS.items():
-        mine = [row for row in rows if row["dtype"] == dtype]
+        dtype_rows = [row for row in rows if row["dtype"] == dtype]
         if stage.has_peft:
-            pair = max(row["peftk_against_peft"] for row in mine)
-            stage.check(f"{dtype}: peftk against HF PEFT, same adapter", pair, bound)
-        exact = max(row["peftk_against_exact"] for row in mine)
-        stage.check(f"{dtype}: peftk against fp64 arithmetic", exact, bound)
-    stage.check("what is allowed, over what the adapters change", max(BOUNDS.values()) / effect, 0.2)
+            against_peft = max(row["peftk_against_peft"] for row in dtype_rows)
+            stage.check(f"{dtype}: peftk against HF PEFT, same adapter", against_peft, bound)
+        against_exact = max(row["peftk_against_exact"] for row in dtype_rows)
+        stage.check(f"{dtype}: peftk against fp64 arithmetic", against_exact, bound)
+    stage.check("the bound, over what the adapters change", max(BOUNDS.values()) / effect, 0.2)
     stage.figures["latency"] = {"sentences": sentences, "tokens": tokens, "rows": rows}
 
 
 def _row(stage: Stage, minilm: MiniLM, batch: Batch, dtype: str, r: int) -> dict[str, Any]:
-    """Checks and then times one rank: figures in ms, differences between unit embeddings."""
+    """Times one rank: figures in ms, and the differences between unit embeddings."""
     models: dict[str, nn.Module] = {
         "plain": minilm.copy(DTYPES[dtype]),
-        "peftk": adapted(minilm.copy(DTYPES[dtype]), r, seed=r),
+        "peftk": with_lora(minilm.copy(DTYPES[dtype]), r, seed=r),
     }
     if stage.has_peft:
         with tempfile.TemporaryDirectory() as folder:
             peftk.save_adapter(models["peftk"], folder)
-            models["peft"] = hf_peft(minilm.copy(DTYPES[dtype]), {"default": folder})
-    exact = adapted(minilm.copy(DTYPES[dtype]).double(), r, seed=r)  # the same rounded weights; run by the reference
+            models["peft"] = load_hf_peft(minilm.copy(DTYPES[dtype]), {"default": folder})
+    exact = with_lora(minilm.copy(DTYPES[dtype]).double(), r, seed=r)  # the same rounded weights, in fp64
     with torch.inference_mode():
         outputs = {name: embed(model, batch) for name, model in models.items()}
         outputs["exact"] = embed(exact, batch)
@@ -80,7 +80,7 @@ def _embedding(model: nn.Module, batch: Batch) -> Run:
 
 def _show(stage: Stage, rows: list[dict[str, Any]]) -> None:
     peft = ["HF PEFT"] if stage.has_peft else []
-    shown = table(
+    latency_table = table(
         "dtype",
         "rank",
         "plain, ms",
@@ -92,8 +92,8 @@ def _show(stage: Stage, rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
         first = number == 0 or rows[number - 1]["dtype"] != row["dtype"]
         if first and number:
-            shown.add_section()
-        shown.add_row(
+            latency_table.add_section()
+        latency_table.add_row(
             row["dtype"] if first else "",
             str(row["rank"]),
             f"{row['plain_ms']:.1f}",
@@ -102,5 +102,5 @@ def _show(stage: Stage, rows: list[dict[str, Any]]) -> None:
             speedup(row["plain_ms"], row["peftk_ms"]),
             *([speedup(row["peft_ms"], row["peftk_ms"])] if stage.has_peft else []),
         )
-    stage.console.print(shown)
-    stage.say("[dim]× plain, × HF PEFT: how many times faster peftk is, its adapter included.[/]")
+    stage.console.print(latency_table)
+    stage.say("[dim]× plain, × HF PEFT: how many times faster peftk is, including its adapter.[/]")

@@ -1,4 +1,4 @@
-"""Step 6: merge, unmerge, and every bit of the weights is back."""
+"""Step 6: merge and unmerge; every bit of the weights is restored."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import peftk
 from peftk.methods.inject import lora_layers
 from peftk.tools.demo.latency import DTYPES
 from peftk.tools.demo.stage import Stage, table
-from peftk.tools.minilm import BOUNDS, Batch, MiniLM, embed, hf_peft
+from peftk.tools.minilm import BOUNDS, Batch, MiniLM, embed, load_hf_peft
 
 
-def merging(stage: Stage, minilm: MiniLM, trained: nn.Module, batch: Batch) -> None:
+def measure(stage: Stage, minilm: MiniLM, trained: nn.Module, batch: Batch) -> None:
     stage.step(6, "Merge and unmerge, exactly")
-    stage.say("The trained LoRA is added to the weights and taken out again; unmerging gives back every bit.")
+    stage.say("The trained LoRA is merged into the weights and unmerged again, which restores every bit.")
     figures: dict[str, Any] = {}
-    shown = table("", *DTYPES)
+    result_table = table("", *DTYPES)
     with tempfile.TemporaryDirectory() as folder:
         peftk.save_adapter(trained, folder)
         for dtype in DTYPES:
@@ -29,16 +29,16 @@ def merging(stage: Stage, minilm: MiniLM, trained: nn.Module, batch: Batch) -> N
                 if stage.has_peft:
                     figures[dtype]["peft_weights_changed"] = _peft_cycle(minilm, folder, DTYPES[dtype])
     rows = {
-        "merge, all 36 linears": "{merge_ms:.0f} ms",
+        "merge, all 36 linear layers": "{merge_ms:.0f} ms",
         "unmerge": "{unmerge_ms:.0f} ms",
-        "weights of these linears": "{weight_mib:.1f} MiB",
-        "held by receipts meanwhile": "{receipt_mib:.1f} MiB",
+        "weights of these layers": "{weight_mib:.1f} MiB",
+        "receipts while merged": "{receipt_mib:.1f} MiB",
         "weights that differ after one cycle, peftk": "[bold]{weights_changed:.2%}[/]",
     }
     rows |= {"weights that differ after one cycle, HF PEFT": "{peft_weights_changed:.2%}"} if stage.has_peft else {}
-    for text, form in rows.items():
-        shown.add_row(text, *(form.format(**figures[dtype]) for dtype in DTYPES))
-    stage.console.print(shown)
+    for text, template in rows.items():
+        result_table.add_row(text, *(template.format(**figures[dtype]) for dtype in DTYPES))
+    stage.console.print(result_table)
     for dtype in DTYPES:
         stage.check(f"{dtype}: merged against unmerged", figures[dtype]["merged_difference"], BOUNDS[dtype])
         stage.check(f"{dtype}: bits that differ after unmerge", figures[dtype]["bits_changed"], 0)
@@ -77,7 +77,7 @@ def _cycle(minilm: MiniLM, adapter: str, dtype: torch.dtype, batch: Batch) -> di
 
 
 def _peft_cycle(minilm: MiniLM, adapter: str, dtype: torch.dtype) -> float:
-    model = hf_peft(minilm.copy(dtype), {"default": adapter})
+    model = load_hf_peft(minilm.copy(dtype), {"default": adapter})
     weights = {n: p for n, p in model.named_parameters() if n.endswith("base_layer.weight")}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     model.base_model.merge_adapter()  # type: ignore[operator, union-attr]

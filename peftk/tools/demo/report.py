@@ -1,4 +1,4 @@
-"""The end of the demo: a short table, demo.json and demo.png."""
+"""The end of the demo: a summary table, demo.json and demo.png."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ PLAIN, PEFT, PEFTK, QUIET = "#8a8f98", "#d98e32", "#1f6feb", "#b9c3d0"
 
 def summary(stage: Stage) -> None:
     stage.console.print()
-    stage.console.rule("[bold]In short", align="left", style="dim")
+    stage.console.rule("[bold]Summary", align="left", style="dim")
     latency, mixed = stage.figures["latency"]["rows"], stage.figures["mixed_batch"]["throughput"]
     training, merge = stage.figures["training"], stage.figures["merge"]
-    shown = table("", "fp32", "bf16")
-    per = {dtype: [row for row in latency if row["dtype"] == dtype] for dtype in ("fp32", "bf16")}
+    summary_table = table("", "fp32", "bf16")
+    rows_by_dtype = {dtype: [row for row in latency if row["dtype"] == dtype] for dtype in ("fp32", "bf16")}
     others = {"plain": "the plain model", **({"peft": "HF PEFT"} if stage.has_peft else {})}
     for side, text in others.items():
-        ratios = [median(row[f"{side}_ms"] / row["peftk_ms"] for row in per[dtype]) for dtype in per]
-        shown.add_row(f"one adapter, median over ranks: × {text}", *(f"{ratio:.2f}" for ratio in ratios))
-    for side, text in {**others, "separate": "adapter after adapter"}.items():
-        shown.add_row(
+        ratios = [
+            median(row[f"{side}_ms"] / row["peftk_ms"] for row in rows_by_dtype[dtype]) for dtype in rows_by_dtype
+        ]
+        summary_table.add_row(f"one adapter, median over ranks: × {text}", *(f"{ratio:.2f}" for ratio in ratios))
+    for side, text in {**others, "separate": "one adapter after another"}.items():
+        summary_table.add_row(
             f"{len(stage.figures['mixed_batch']['ranks'])} adapters, one batch: × {text}",
             *(f"{row['mixed'] / row[side]:.2f}" for row in mixed),
         )
-    shown.add_section()
-    shown.add_row("bits that differ after merge and unmerge", *(f"{merge[d]['bits_changed']:.0f}" for d in per))
-    shown.add_row(
-        "held-out sentences grouped right", f"{training['accuracy_before']:.0%} → {training['accuracy_after']:.0%}", ""
+    summary_table.add_section()
+    summary_table.add_row(
+        "bits that differ after merge and unmerge", *(f"{merge[d]['bits_changed']:.0f}" for d in rows_by_dtype)
     )
-    stage.console.print(shown)
-    stage.say("[dim]× X: how many times faster peftk is than X, its adapters included.[/]")
+    summary_table.add_row(
+        "held-out sentences grouped correctly",
+        f"{training['accuracy_before']:.0%} → {training['accuracy_after']:.0%}",
+        "",
+    )
+    stage.console.print(summary_table)
+    stage.say("[dim]× X: how many times faster peftk is than X, including its adapters.[/]")
     failed = [check["name"] for check in stage.checks if not check["passed"]]
     if failed:
         stage.say(f"[bold red]{len(failed)} of {len(stage.checks)} checks failed:[/] {'; '.join(failed)}")
@@ -43,7 +49,7 @@ def summary(stage: Stage) -> None:
 
 
 def write(stage: Stage, out: Path, report: dict[str, Any]) -> list[Path]:
-    """Writes both files and returns where they are."""
+    """Writes demo.png and demo.json into `out` and returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _plot(stage, out / "demo.png", report)
@@ -65,7 +71,7 @@ def _plot(stage: Stage, file: Path, report: dict[str, Any]) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False)
         environment = report["environment"]
         figure.suptitle(
-            f"peftk {environment['peftk']} on all-MiniLM-L6-v2, every linear adapted · {environment['cpu']}, "
+            f"peftk {environment['peftk']} on all-MiniLM-L6-v2, every linear layer adapted · {environment['cpu']}, "
             f"{environment['threads']} threads · torch {environment['torch']}",
             fontsize=10,
         )
@@ -92,9 +98,9 @@ def _mixed(axis: Any, figures: dict[str, Any], stage: Stage) -> None:
     rows = figures["throughput"]
     width = 0.8 / len(rows)
     for number, row in enumerate(rows):
-        places = [place + (number - (len(rows) - 1) / 2) * width for place in range(len(sides))]
+        x_positions = [x + (number - (len(rows) - 1) / 2) * width for x in range(len(sides))]
         bars = axis.bar(
-            places,
+            x_positions,
             [row[side] for side, _, _ in sides],
             width * 0.92,
             color=[colour for _, _, colour in sides],

@@ -1,4 +1,4 @@
-"""What every step of the demo has at hand: the console, the figures that go into demo.json, the checks."""
+"""Shared by the steps of the demo: the console, the figures for demo.json, and the checks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Stage:
 
     @contextlib.contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """A spinner, on terminals that can show one."""
+        """Shows a spinner, if the terminal can."""
         with self.console.status(f"[dim]{text}"):
             yield
 
     def check(self, name: str, value: float, bound: float) -> None:
-        """Notes and prints whether value ≤ bound."""
+        """Records and prints whether value ≤ bound."""
         passed = bool(value <= bound)
         self.checks.append({"name": name, "value": float(value), "bound": float(bound), "passed": passed})
         mark = "[green]✓[/]" if passed else "[bold red]✗[/]"
@@ -48,11 +48,11 @@ class Stage:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """The one look of the demo's tables: the first column left, figures right."""
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    """A table in the style of the demo: the first column left-aligned, the others right-aligned."""
+    styled_table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right")
-    return made
+        styled_table.add_column(column, justify="left" if number == 0 else "right")
+    return styled_table
 
 
 def sparkline(values: list[float]) -> str:
@@ -62,6 +62,6 @@ def sparkline(values: list[float]) -> str:
 
 
 def speedup(theirs: float, ours: float) -> str:
-    """How many times faster ours is; green where it is faster."""
+    """How many times faster `ours` is than `theirs`, in green if it is faster."""
     ratio = theirs / ours
     return f"[green]{ratio:.2f}[/]" if ratio > 1 else f"{ratio:.2f}"

@@ -1,8 +1,8 @@
-"""`peftk selftest`: does what was built compute what it should on this machine?
+"""`peftk selftest`: checks that this build computes the right results on this machine.
 
-Three sections: `parity`, every backend that runs against the reference in fp64 within the documented bounds; on a GPU,
-or rehearsed in Triton's interpreter, also `behaviour`, what the kernels promise beside results (the same bits, CUDA
-graphs, streams, launches), and `speed`.
+Three sections. `parity`: every backend that runs here against the reference in fp64, within the documented bounds. On a
+GPU, or in Triton's interpreter, also `behaviour` (the same bits in every run, CUDA graphs, streams, launches) and
+`speed`.
 """
 
 from __future__ import annotations
@@ -24,68 +24,68 @@ SECTIONS = ("parity", "behaviour", "speed")
 
 
 def target(name: str) -> Target:
-    """cpu, cuda or interpreter, with all backends that run there."""
+    """The target cpu, cuda or interpreter, with all backends that run on it."""
     if name == "interpreter":
         return Target(name, "cpu", ("triton",))
     ops = ("lora_linear", "merge")
-    able = tuple(b for b in registry.NAMES if any(parity.cannot_run(b, op, name) is None for op in ops))
-    return Target(name, name, able)
+    runnable = tuple(b for b in registry.NAMES if any(parity.cannot_run(b, op, name) is None for op in ops))
+    return Target(name, name, runnable)
 
 
-def run(where: Target, console: Console, *, sections: Sequence[str] = SECTIONS, out: Path | None = None) -> bool:
-    """Prints one report and, with `out`, writes it into that folder too; True where everything passed.
+def run(tested: Target, console: Console, *, sections: Sequence[str] = SECTIONS, out: Path | None = None) -> bool:
+    """Runs the checks and prints a report; with `out`, also writes it into that folder. True if every check passed.
 
-    console: for `out` one that records.
+    console: must record if there is `out`.
     """
     started = time.monotonic()
-    described = report.describe(where)
-    report.head(console, described)
+    env = report.describe(tested)
+    report.print_header(console, env)
     outcomes: list[Outcome] = []
     measured: dict[str, list[list[Record]]] = {}
-    lost: str | None = None
+    gpu_lost: str | None = None
     for section in sections:
-        done: list[Outcome] = []
+        section_outcomes: list[Outcome] = []
         with console.status("") as status:
-            for check in _checks(section, where, measured):
+            for check in _checks(section, tested, measured):
                 status.update(f"[dim]{check}", spinner="dots")
-                outcome = perform(check) if lost is None else Outcome(*check[:4], not_run=lost)
-                if outcome.failed and lost is None and where.device == "cuda":
-                    lost = _lost(check)
-                done.append(outcome)
-        report.section(console, section, done)
-        outcomes += done
-    report.speed(console, measured)
-    absent = _absent(where)
-    report.foot(console, outcomes, absent, time.monotonic() - started)
+                outcome = perform(check) if gpu_lost is None else Outcome(*check[:4], not_run=gpu_lost)
+                if outcome.failed and gpu_lost is None and tested.device == "cuda":
+                    gpu_lost = _gpu_lost_reason(check)
+                section_outcomes.append(outcome)
+        report.print_section(console, section, section_outcomes)
+        outcomes += section_outcomes
+    report.print_speed(console, measured)
+    absent = _absent_backends(tested)
+    report.print_summary(console, outcomes, absent, time.monotonic() - started)
     if out is not None:
-        report.write(console, out, described, outcomes, absent, measured)
+        report.write(console, out, env, outcomes, absent, measured)
     return not any(outcome.failed for outcome in outcomes)
 
 
-def _checks(section: str, where: Target, measured: dict[str, list[list[Record]]]) -> Iterator[Check]:
+def _checks(section: str, tested: Target, measured: dict[str, list[list[Record]]]) -> Iterator[Check]:
     if section == "parity":
-        yield from parity.checks(where)
-    elif where.name != "cpu" and {"triton", "cuda"} & set(where.backends):
+        yield from parity.checks(tested)
+    elif tested.name != "cpu" and {"triton", "cuda"} & set(tested.backends):
         if section == "behaviour":
-            yield from behaviour.checks(where, behaviour.tools(where))
+            yield from behaviour.checks(tested, behaviour.tools(tested))
         else:
-            yield from speed.checks(where, cuda_events() if where.device == "cuda" else None, measured)
+            yield from speed.checks(tested, cuda_events() if tested.device == "cuda" else None, measured)
 
 
-def _lost(check: Check) -> str | None:
-    """Why nothing more can run: after some errors a process can't use its GPU any more."""
+def _gpu_lost_reason(check: Check) -> str | None:
+    """Why no more checks can run, if the failed check has made the GPU unusable for this process; else None."""
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return f"the GPU is lost to this process since {check}: {str(error).splitlines()[0]}"
+        return f"this process cannot use the GPU since {check}: {str(error).splitlines()[0]}"
     return None
 
 
-def _absent(where: Target) -> list[str]:
-    """A line for every backend that doesn't run here."""
+def _absent_backends(tested: Target) -> list[str]:
+    """A line for each backend that does not run here, with the reasons."""
     lines = []
     for backend in registry.NAMES:
-        if backend not in where.backends and not where.rehearses:
-            reasons = {op: parity.cannot_run(backend, op, where.device) for op in ("lora_linear", "merge")}
+        if backend not in tested.backends and not tested.is_rehearsal:
+            reasons = {op: parity.cannot_run(backend, op, tested.device) for op in ("lora_linear", "merge")}
             lines.append(f"{backend} does not run here: {'; '.join(f'{op}: {why}' for op, why in reasons.items())}")
     return lines

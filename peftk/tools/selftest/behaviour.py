@@ -1,6 +1,6 @@
-"""What the GPU backends promise beside their results: the same bits, CUDA graphs, streams, no wait, few launches.
+"""Checks of the GPU backends beyond their results: same bits in every run, CUDA graphs, streams, syncs, launches.
 
-What only a GPU has comes as an argument (`Tools`), so that the code of every check runs anywhere.
+What needs a GPU is an argument (`Tools`), so the code of every check can run without one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from peftk.adapters.flat import pack
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.ops import custom_ops
 from peftk.tools.selftest import launches
-from peftk.tools.selftest.check import Check, NotRunError, Target, WrongError, same_bits
-from peftk.tools.selftest.work import Form, Work, made
+from peftk.tools.selftest.check import Check, NotRunError, Target, WrongError, require_same_bits
+from peftk.tools.selftest.work import Form, Work, build_case
 
 Enter = Callable[[], contextlib.AbstractContextManager[Any]]
 Results = list[Tensor]
 
 
 class Tools(NamedTuple):
-    """capture: what a run returned, and what runs it again into the same tensors. streams: as many as asked. Both and
-    forbid_sync are None where there is no GPU. kernels: the names of the kernels that a run launches."""
+    """Functions that need a GPU, or their replacements.
+
+    compiler: backend of torch.compile. kernels: the names of the kernels that a run launches. capture: captures a run,
+    and returns its results and a function that replays it into the same tensors. streams: makes this many streams.
+    forbid_sync: makes host syncs raise. The last three are None without a GPU.
+    """
 
     compiler: str
     kernels: Callable[[Callable[[], object]], list[str]]
@@ -39,49 +43,51 @@ class Tools(NamedTuple):
 
 def tools(target: Target) -> Tools:
     if target.device != "cuda":
-        return Tools("aot_eager", launches.interpreted)
-    return Tools("inductor", launches.on_gpu, captured, streams, sync_forbidden)
+        return Tools("aot_eager", launches.interpreted_kernels)
+    return Tools("inductor", launches.gpu_kernels, capture_graph, streams, forbid_host_sync)
 
 
-def checks(target: Target, given: Tools) -> Iterator[Check]:
-    """Of every backend for GPUs that runs here."""
+def checks(target: Target, toolset: Tools) -> Iterator[Check]:
+    """The checks of every GPU backend that runs here."""
     if "cuda" in target.backends:
-        yield from _of("cuda", dict(decode_works(target)), target, given)
+        yield from _backend_checks("cuda", dict(decode_works(target)), target, toolset)
     if "triton" in target.backends:
-        yield from _of("triton", dict(works(target)), target, given)
-        yield from _of_torch(target, given)
+        yield from _backend_checks("triton", dict(works(target)), target, toolset)
+        yield from _torch_checks(target, toolset)
 
 
-def _of(backend: str, kinds: dict[str, Callable[[], Work]], target: Target, given: Tools) -> Iterator[Check]:
+def _backend_checks(
+    backend: str, kinds: dict[str, Callable[[], Work]], target: Target, toolset: Tools
+) -> Iterator[Check]:
     for name, make in kinds.items():
 
         def check(op: str, run: Callable[[Work], object], name: str = name, make: Callable[[], Work] = make) -> Check:
             return Check("behaviour", backend, op, name, lambda: (run(make()), 0.0)[1])
 
-        yield check("same bits twice", repeats)
-        yield check("counters at zero", leaves_counters)
-        yield check("launches", functools.partial(launched, count=given.kernels))
-        yield check("no waiting", functools.partial(waits_for_nothing, forbid_sync=given.forbid_sync))
-        yield check("CUDA graph", functools.partial(replays, capture=given.capture))
-    makers, rounds = list(kinds.values()), 1 if target.rehearses else 8
-    yield Check("behaviour", backend, "streams", "4 at once", lambda: side_by_side(makers, given.streams, rounds))
+        yield check("same bits twice", check_repeatable)
+        yield check("counters at zero", check_counters)
+        yield check("launches", functools.partial(check_launches, count=toolset.kernels))
+        yield check("no waiting", functools.partial(check_no_waiting, forbid_sync=toolset.forbid_sync))
+        yield check("CUDA graph", functools.partial(check_replay, capture=toolset.capture))
+    makers, rounds = list(kinds.values()), 1 if target.is_rehearsal else 8
+    yield Check("behaviour", backend, "streams", "4 at once", lambda: check_streams(makers, toolset.streams, rounds))
 
 
-def _of_torch(target: Target, given: Tools) -> Iterator[Check]:
-    for rank in (17,) if target.rehearses else (1, 8, 17):
+def _torch_checks(target: Target, toolset: Tools) -> Iterator[Check]:
+    for rank in (17,) if target.is_rehearsal else (1, 8, 17):
         for many in (False, True):
             name = f"{'many adapters up to' if many else 'one adapter of'} rank {rank}"
-            run = functools.partial(compiles, target, rank, many, compiler=given.compiler)
+            run = functools.partial(check_compile, target, rank, many, compiler=toolset.compiler)
             yield Check("behaviour", "triton", "torch.compile", name, run)
     for many in (False, True):
         name = "many adapters" if many else "one adapter"
-        yield Check("behaviour", "triton", "opcheck", name, functools.partial(opchecks, target.device, many))
+        yield Check("behaviour", "triton", "opcheck", name, functools.partial(check_opcheck, target.device, many))
 
 
 def decode_works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
-    """A decode step of every kind, which CUDA C++ serves: forward alone."""
+    """Decode steps of every kind, forward only, for the CUDA C++ backend."""
     shapes: tuple[tuple[int, int, int], ...] = ((1, 1024, 768), (16, 4096, 1024), (64, 1000, 520))
-    if target.device == "cpu":  # on the host, in tests
+    if target.device == "cpu":  # tests compile the kernels for the host
         shapes = ((3, 64, 40), (20, 136, 70))
     kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool], ...] = (
         ("base layer alone", "linear", (None,), False),
@@ -94,17 +100,19 @@ def decode_works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
 
             def make(shape=shape, form=form, ranks=ranks, many=many) -> Work:  # type: ignore[no-untyped-def]
                 dtype = torch.bfloat16
-                case = made(shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True)
+                case = build_case(
+                    shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True
+                )
                 return Work(case, "cuda", trains=False)
 
             yield f"{kind}, M={shape[0]} K={shape[1]} N={shape[2]}", make
 
 
 def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
-    """A call of every kind."""
-    shapes = ((17, 40, 24),) if target.rehearses else ((8, 1024, 768), (600, 1024, 2048), (3000, 1000, 520))
-    dtype = torch.float32 if target.rehearses else torch.bfloat16
-    mixed = (1, 17, 0, None) if target.rehearses else (1, 8, None, 17, 0, 64, 16, 128)
+    """Calls of every kind, by name."""
+    shapes = ((17, 40, 24),) if target.is_rehearsal else ((8, 1024, 768), (600, 1024, 2048), (3000, 1000, 520))
+    dtype = torch.float32 if target.is_rehearsal else torch.bfloat16
+    mixed = (1, 17, 0, None) if target.is_rehearsal else (1, 8, None, 17, 0, 64, 16, 128)
     kinds: tuple[tuple[str, Form, tuple[int | None, ...], bool, float], ...] = (
         ("base layer alone", "linear", (None,), False, 0.0),
         ("one adapter, dropout", "linear", (8,), False, 0.25),
@@ -112,7 +120,7 @@ def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
         ("many series adapters", "series", mixed, True, 0.0),
         ("packed outputs", "packed", mixed, True, 0.0),
     )
-    if not target.rehearses:
+    if not target.is_rehearsal:
         kinds += (
             ("one adapter", "linear", (17,), False, 0.0),
             ("many adapters", "linear", mixed, True, 0.0),
@@ -123,41 +131,43 @@ def works(target: Target) -> Iterator[tuple[str, Callable[[], Work]]]:
         for kind, form, ranks, many, dropout_p in kinds:
 
             def make(shape=shape, form=form, ranks=ranks, many=many, dropout_p=dropout_p) -> Work:  # type: ignore[no-untyped-def]
-                case = made(shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True)
+                case = build_case(
+                    shape, ranks, dtype, target.device, many=many, form=form, activation="silu", biases=True
+                )
                 return Work(case, "triton", dropout_p=dropout_p)
 
             yield f"{kind}, M={shape[0]} K={shape[1]} N={shape[2]}", make
 
 
-def repeats(work: Work) -> None:
-    """Also after other calls, which leave counters and memory behind."""
+def check_repeatable(work: Work) -> None:
+    """The same bits in every run, also after other calls, which leave counters and memory behind."""
     first = work.run()
     work.refill(1)
     work.run()
     work.refill(2)
     second, third = work.run(), work.run()
-    _same(work, "a second run", third, second)
+    _require_same_results(work, "a second run", third, second)
     if torch.equal(first[0], second[0]):
-        raise WrongError("other inputs gave the same y")
+        raise WrongError("different inputs gave the same y")
 
 
-def leaves_counters(work: Work) -> None:
-    """Every counter of a launch is zero after it."""
+def check_counters(work: Work) -> None:
+    """All counters are zero after a launch."""
     from peftk.launch import workspace
 
     work.run()
-    for kept in (*workspace._of_stream.values(), *workspace._slabs.values()):
-        if kept.any():
-            raise WrongError(f"{int(kept.count_nonzero())} counters are left")
+    for counters in (*workspace._of_stream.values(), *workspace._slabs.values()):
+        if counters.any():
+            raise WrongError(f"{int(counters.count_nonzero())} counters are not zero")
 
 
-def launched(work: Work, *, count: Callable[[Callable[[], object]], list[str]]) -> None:
-    """One launch forward, two backward; Triton sorts ids that no route holds before each."""
+def check_launches(work: Work, *, count: Callable[[Callable[[], object]], list[str]]) -> None:
+    """One launch forward, two backward. Without a route, Triton also sorts the ids before each."""
     ranks = [a.rank for a in work.case.adapters if a is not None]
-    sort = [] if work.case.ids is None or work.backend == "cuda" else launches.of_segments(work.case.x.shape[0])
+    sort = [] if work.case.ids is None or work.backend == "cuda" else launches.segments_kernels(work.case.x.shape[0])
     forward = [*sort, "lora_linear_kernel"]
     backward = [*sort, "lora_linear_kernel", *(["wgrad_kernel"] if ranks else [])]
-    work.run()  # what is compiled and copied once is no launch of this call
+    work.run()  # the first run also compiles and copies
     runs: list[tuple[str, Callable[[], object], list[str]]] = [("forward", work.forward, forward)]
     if work.leaves:
         runs.append(("forward and backward", work.run, forward + backward))
@@ -167,8 +177,8 @@ def launched(work: Work, *, count: Callable[[Callable[[], object]], list[str]]) 
             raise WrongError(f"{name}: expected the launches {expected}, got {found}")
 
 
-def waits_for_nothing(work: Work, *, forbid_sync: Enter | None) -> None:
-    """The host never waits for the device, so that it can be ahead of it."""
+def check_no_waiting(work: Work, *, forbid_sync: Enter | None) -> None:
+    """The host does not wait for the device."""
     if forbid_sync is None:
         raise NotRunError("needs a GPU")
     work.run()
@@ -176,10 +186,10 @@ def waits_for_nothing(work: Work, *, forbid_sync: Enter | None) -> None:
         work.run()
 
 
-def replays(
+def check_replay(
     work: Work, *, capture: Callable[[Callable[[], Results]], tuple[Results, Callable[[], object]]] | None
 ) -> None:
-    """A graph of forward and backward follows x, dY, ids and seed that change in place, with the bits of a call."""
+    """A CUDA graph, replayed after x, dY, ids and seed changed in place, gives the bits of an eager call."""
     if capture is None:
         raise NotRunError("needs a GPU")
     results, replay = capture(work.run)
@@ -188,23 +198,23 @@ def replays(
         work.refill(number)
         replay()
         replayed = [t.clone() for t in results]
-        _same(work, f"replay {number}", replayed, work.run())
+        _require_same_results(work, f"replay {number}", replayed, work.run())
         work.error(replayed)
         if before is not None and torch.equal(before, replayed[0]):
-            raise WrongError("a replay with other inputs gave the same y")
+            raise WrongError("a replay with different inputs gave the same y")
         before = replayed[0]
 
 
-def side_by_side(
+def check_streams(
     makers: Sequence[Callable[[], Work]], streams: Callable[[int], Sequence[Enter]] | None, rounds: int
 ) -> float:
-    """Calls on several streams at once, each with the bits that it has alone."""
+    """Calls on several streams at once give the bits that each gives alone."""
     if streams is None:
         raise NotRunError("needs a GPU")
-    several = [make() for make in makers]
-    alone = [work.run() for work in several]
-    for first in range(0, len(several), 4):
-        group = several[first : first + 4]
+    all_works = [make() for make in makers]
+    expected_results = [work.run() for work in all_works]
+    for first in range(0, len(all_works), 4):
+        group = all_works[first : first + 4]
         enter = streams(len(group))
         found: list[list[Results]] = [[] for _ in group]
         for _ in range(rounds):
@@ -213,32 +223,32 @@ def side_by_side(
                     results.append(work.run())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        for work, expected, results in zip(group, alone[first:], found, strict=False):
+        for work, expected, results in zip(group, expected_results[first:], found, strict=False):
             for one in results:
-                _same(work, "beside other streams", one, expected)
+                _require_same_results(work, "next to other streams", one, expected)
     return 0.0
 
 
-def compiles(target: Target, rank: int, many: bool, *, compiler: str) -> float:
-    """torch.compile without a graph break: the bits of the eager layer, y and every gradient."""
+def check_compile(target: Target, rank: int, many: bool, *, compiler: str) -> float:
+    """torch.compile without graph breaks gives the eager layer's bits, in y and in every gradient."""
     torch._dynamo.reset()
     layer, inputs, dy = _layer(target, rank, many)
     leaves = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
-    with _served_by("triton"):
+    with _forced_backend("triton"):
         y = layer(*inputs)
         eager = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
         y = torch.compile(layer, fullgraph=True, backend=compiler)(*inputs)
         found = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     for number, (one, other) in enumerate(zip(found, eager, strict=True)):
-        same_bits(f"result {number} compiled and eager", one, other)
+        require_same_bits(f"result {number} compiled and eager", one, other)
     return 0.0
 
 
-def opchecks(device: str, many: bool) -> float:
-    """torch's own examination of a custom op: schema, fake tensors, autograd."""
+def check_opcheck(device: str, many: bool) -> float:
+    """torch.library.opcheck of the custom ops: schema, fake tensors, autograd."""
     M, K, N = 4, 32, 16
     ranks = (3, 17, 0, None) if many else (17,)
-    case = made((M, K, N), ranks, torch.float32, device, many=many, biases=True)
+    case = build_case((M, K, N), ranks, torch.float32, device, many=many, biases=True)
     tensors, layout, scalings = pack(case.adapters)
     for tensor in (case.x, *tensors):
         tensor.requires_grad_()
@@ -253,12 +263,12 @@ def opchecks(device: str, many: bool) -> float:
     return 0.0
 
 
-def captured(run: Callable[[], Results]) -> tuple[Results, Callable[[], object]]:
-    """A CUDA graph of the run."""
+def capture_graph(run: Callable[[], Results]) -> tuple[Results, Callable[[], object]]:
+    """Captures a CUDA graph of `run`: its results, and the replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()  # what is compiled, allocated or copied once is not of the graph
+        run()  # compiles, allocates and copies what is not part of the graph
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -272,8 +282,8 @@ def streams(count: int) -> Sequence[Enter]:
 
 
 @contextlib.contextmanager
-def sync_forbidden() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU raises."""
+def forbid_host_sync() -> Iterator[None]:
+    """Raises if the host waits for the GPU."""
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -284,7 +294,7 @@ def sync_forbidden() -> Iterator[None]:
 
 
 def _layer(target: Target, rank: int, many: bool) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
-    M, K, N = (7, 40, 24) if target.rehearses else (64, 512, 256)
+    M, K, N = (7, 40, 24) if target.is_rehearsal else (64, 512, 256)
     generator = torch.Generator().manual_seed(rank)
 
     def random(*shape: int) -> Tensor:
@@ -303,13 +313,13 @@ def _layer(target: Target, rank: int, many: bool) -> tuple[nn.Module, tuple[Tens
     return layer, (x, torch.tensor([i % 3 - 1 for i in range(M)], device=target.device)), dy
 
 
-def _same(work: Work, when: str, ones: Results, others: Results) -> None:
+def _require_same_results(work: Work, when: str, ones: Results, others: Results) -> None:
     for name, one, other in zip(work.names(), ones, others, strict=True):
-        same_bits(f"{name}, {when}", one, other)
+        require_same_bits(f"{name}, {when}", one, other)
 
 
 @contextlib.contextmanager
-def _served_by(backend: str) -> Iterator[None]:
+def _forced_backend(backend: str) -> Iterator[None]:
     before = os.environ.get("PEFTK_BACKEND")
     os.environ["PEFTK_BACKEND"] = backend
     try:

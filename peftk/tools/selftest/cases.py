@@ -1,4 +1,4 @@
-"""Random cases of the operation and what they should give, computed by the reference in fp64 from the same values."""
+"""Random cases of the operation, and their expected results: the reference in fp64 on the same values."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of `multi_lora_linear`; with one adapter and ids None, of `lora_linear`.
+    """Inputs of `multi_lora_linear`, or of `lora_linear` with one adapter and ids None.
 
-    weight None: of a series adapter. columns: of packed outputs, as in `AdapterTable`.
+    weight None: series adapters. columns: of packed outputs, as in `AdapterTable`.
     """
 
     x: Tensor
@@ -45,44 +45,44 @@ class Case:
     def table(self) -> table.AdapterTable:
         return _table(self.adapters, self.columns, self.adapter_dtype(), self.x.device)
 
-    def taken(self) -> list[int]:
+    def valid_ids(self) -> list[int]:
         """The ids that a row may have."""
         count = len(self.adapters) // max(len(self.columns) - 1, 1)
         return [-1, *sorted({entry % count for entry, a in enumerate(self.adapters) if a is not None})]
 
     def all_ids(self) -> Tensor:
-        """ids, or all 0 where there is one adapter."""
+        """ids, or all 0 if there is one adapter."""
         return torch.zeros(self.x.shape[0], dtype=torch.int32, device=self.x.device) if self.ids is None else self.ids
 
     def to(self, device: str) -> Case:
-        """The same values in the same strides there."""
+        """The same values with the same strides on the device."""
         adapters = tuple(
             None
             if a is None
             else dataclasses.replace(
                 a,
-                pages_A=tuple(_to(t, device) for t in a.pages_A),
-                pages_B=tuple(_to(t, device) for t in a.pages_B),
-                bias_A=None if a.bias_A is None else _to(a.bias_A, device),
-                bias_B=None if a.bias_B is None else _to(a.bias_B, device),
+                pages_A=tuple(_to_device(t, device) for t in a.pages_A),
+                pages_B=tuple(_to_device(t, device) for t in a.pages_B),
+                bias_A=None if a.bias_A is None else _to_device(a.bias_A, device),
+                bias_B=None if a.bias_B is None else _to_device(a.bias_B, device),
             )
             for a in self.adapters
         )
-        weight, bias, ids = (None if t is None else _to(t, device) for t in (self.weight, self.bias, self.ids))
-        return Case(_to(self.x, device), weight, bias, adapters, ids, self.columns)
+        weight, bias, ids = (None if t is None else _to_device(t, device) for t in (self.weight, self.bias, self.ids))
+        return Case(_to_device(self.x, device), weight, bias, adapters, ids, self.columns)
 
     def __str__(self) -> str:
         ranks = [None if a is None else (a.rank, a.activation) for a in self.adapters]
         ids = "one adapter" if self.ids is None else f"ids {self.ids.tolist()[:8]}"
-        weight = "none" if self.weight is None else _described(self.weight)
+        weight = "none" if self.weight is None else _describe(self.weight)
         columns = f" of columns {list(self.columns)}" if self.columns else ""
         return (
-            f"x {_described(self.x)}, weight {weight}, bias {self.bias is not None}, "
+            f"x {_describe(self.x)}, weight {weight}, bias {self.bias is not None}, "
             f"{self.adapter_dtype()} ranks {ranks}{columns}, {ids}"
         )
 
 
-def _described(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} strides {tensor.stride()}"
 
 
@@ -96,14 +96,15 @@ def _table(
     return table.pack(tables, sizes) if sizes else tables[0]
 
 
-def _to(tensor: Tensor, device: str) -> Tensor:
+def _to_device(tensor: Tensor, device: str) -> Tensor:
     whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_width: int = 200) -> Case:
-    """A case drawn from everything that users do: ragged shapes, dtypes, ranks 1 to 256, ids of every pattern,
-    non-contiguous x and weight, no tokens, no adapters, empty slots, bias-only adapters."""
+    """A random case with anything a user may pass: odd shapes, dtypes, ranks 1 to 256, ids of every pattern,
+    non-contiguous x and weight, no tokens, no adapters, empty slots, adapters with only a bias.
+    """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     x_dtype = rng.choice(DTYPES)
@@ -148,16 +149,16 @@ def random_case(seed: int, *, many: bool | None = None, max_rows: int = 70, max_
         one = adapter() if rng.random() < 0.9 else None
         return Case(x, weight, bias, (one,), None)
     adapters = tuple(adapter() for _ in range(rng.choice([0, 1, 2, 8, 30])))
-    taken = [-1] + [i for i, a in enumerate(adapters) if a is not None]
+    valid_ids = [-1] + [i for i, a in enumerate(adapters) if a is not None]
     pattern = rng.choice(["random", "random", "base", "one", "sorted", "sequences"])
     if pattern == "base":
         ids = [-1] * M
     elif pattern == "one":
-        ids = [rng.choice(taken)] * M
+        ids = [rng.choice(valid_ids)] * M
     elif pattern == "sequences":
-        ids = [i for i in (rng.choice(taken) for _ in range(M)) for _ in range(7)][:M]
+        ids = [i for i in (rng.choice(valid_ids) for _ in range(M)) for _ in range(7)][:M]
     else:
-        ids = [rng.choice(taken) for _ in range(M)]
+        ids = [rng.choice(valid_ids) for _ in range(M)]
     if pattern == "sorted":
         ids.sort()
     return Case(x, weight, bias, adapters, torch.tensor(ids, dtype=torch.int32))
@@ -167,14 +168,14 @@ def normal(*shape: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> Te
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def _shifted(tensor: Tensor) -> Tensor:
-    """A copy that starts one element after the beginning of its heap block, which ends where it ends."""
+def _misaligned(tensor: Tensor) -> Tensor:
+    """A copy at an odd address: one element after the start of its heap block, with no memory after its end."""
     block = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     return block[1:].view(tensor.shape).copy_(tensor)
 
 
 def decode_adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank: int) -> Adapter:
-    """B along its ranks or its rows, any of the tensors at an odd address."""
+    """A random adapter: B contiguous along ranks or rows, or strided; tensors possibly at odd addresses."""
     seed = rng.getrandbits(30)
     bias_B = normal(N, dtype=dtype, seed=seed) if rng.random() < 0.5 else None
     if rank == 0:
@@ -186,16 +187,16 @@ def decode_adapter(rng: random.Random, N: int, K: int, dtype: torch.dtype, rank:
     elif rng.random() < 0.3:
         B = normal(N, 2 * rank, dtype=dtype, seed=seed + 2, scale=rank**-0.5)[:, ::2]
     if rng.random() < 0.2:
-        A = _shifted(A)
+        A = _misaligned(A)
     if rng.random() < 0.2:
-        B = _shifted(B) if B.is_contiguous() else _shifted(B.t().contiguous()).t()
+        B = _misaligned(B) if B.is_contiguous() else _misaligned(B.t().contiguous()).t()
     activation = rng.choice(["identity", *activations.CODES])
     bias_A = normal(rank, dtype=dtype, seed=seed + 3) if rng.random() < 0.5 else None
     return Adapter((A,), (B,), rng.choice([0.5, 1.0, -1.5]), activation, bias_A, bias_B)
 
 
 def decode_case(seed: int, M: int | None = None) -> Case:
-    """What a decode step may ask for: 1 to 64 rows in 16 bits, every rank and kind of adapter, ids in any order."""
+    """A random decode step: 1 to 64 rows in 16 bits, every rank and kind of adapter, ids in any order."""
     rng = random.Random(seed)
     M = M or rng.choice([1, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64])
     K = rng.choice([8, 16, 24, 56, 64, 72, 120, 128, 136, 264, 512, 1032])
@@ -213,14 +214,14 @@ def decode_case(seed: int, M: int | None = None) -> Case:
     elif count > 1 or rng.random() < 0.5:
         if rng.random() < 0.3:
             adapters[rng.randrange(count)] = None
-        taken = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
-        drawn = [rng.choice(taken) for _ in range(M)]
+        valid_ids = [-1, *(i for i, a in enumerate(adapters) if a is not None)]
+        drawn = [rng.choice(valid_ids) for _ in range(M)]
         ids = torch.tensor(sorted(drawn) if rng.random() < 0.2 else drawn, dtype=torch.int32)
     x = normal(M, K, dtype=dtype, seed=seed + 1)
     if rng.random() < 0.2:
         x = normal(M, K + 8, dtype=dtype, seed=seed + 1)[:, 8:]
     elif rng.random() < 0.2:
-        x = _shifted(x)
+        x = _misaligned(x)
     weight = normal(N, K, dtype=dtype, seed=seed + 2, scale=K**-0.5)
     if rng.random() < 0.2:
         weight = normal(N, K + 16, dtype=dtype, seed=seed + 2, scale=K**-0.5)[:, 8 : K + 8]
@@ -244,28 +245,28 @@ def double(adapter: Adapter | None) -> Adapter | None:
 
 
 def _weight(case: Case) -> Tensor:
-    """W in fp64; of a series adapter, the identity."""
+    """W in fp64; the identity for series adapters."""
     K = case.x.shape[1]
     return torch.eye(K, dtype=torch.float64, device=case.x.device) if case.weight is None else case.weight.double()
 
 
-def _kept(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """What dropout multiplies x [M, K] by, in fp64."""
+def _keep_factor(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """mask / (1 - p) [M, K] in fp64; ones without dropout."""
     if dropout is None:
         return torch.ones_like(x)
     return philox.keep_mask(x.shape[0], x.shape[1], dropout.p, dropout.seed).double() / (1 - dropout.p)
 
 
 def expected(case: Case, *, dropout: Dropout | None = None) -> tuple[Tensor, Tensor, int]:
-    """y* [M, N] in fp64; |x||W|ᵀ + |s||v||B|ᵀ + |bias| with β counted as a bias; and the terms of a sum, K + R.
+    """y* [M, N] in fp64; its magnitude |x||W|ᵀ + |s||v||B|ᵀ + |bias| + |β|; and the number of terms of a sum, K + R.
 
-    A series adapter has no |x||W|ᵀ, beside which v's own error is small. So there |v| is |x̃||A|ᵀ + |a|, the sums that v
-    comes from, times 1.13, which bounds every act'.
+    A series adapter has no large |x||W|ᵀ, so there the error of v itself counts: |v| is replaced by 1.13·(|x̃||A|ᵀ +
+    |a|), where 1.13 bounds every act'.
     """
     x, weight = case.x.double(), _weight(case)
     bias = None if case.bias is None else case.bias.double()
     ids = case.all_ids()
-    dropped = x * _kept(x, dropout)
+    x_dropped = x * _keep_factor(x, dropout)
     full = _table(tuple(double(a) for a in case.adapters), case.columns, torch.float64, x.device)
     magnitude, _ = reference.lora_linear(x.abs(), weight.abs(), None if bias is None else bias.abs(), None)
     y, _ = reference.lora_linear(x, weight, bias, None)
@@ -274,7 +275,7 @@ def expected(case: Case, *, dropout: Dropout | None = None) -> tuple[Tensor, Ten
             continue
         rows, columns = (ids == entry % full.count).nonzero().flatten(), slice(*full.columns_of(entry, y.shape[1]))
         zero = torch.zeros_like(weight[columns])
-        delta, z = reference.lora_linear(dropped[rows], zero, None, adapter, save_z=True)
+        delta, z = reference.lora_linear(x_dropped[rows], zero, None, adapter, save_z=True)
         y[rows, columns] += delta
         if adapter.bias_B is not None:
             magnitude[rows, columns] += adapter.bias_B.abs()
@@ -283,7 +284,7 @@ def expected(case: Case, *, dropout: Dropout | None = None) -> tuple[Tensor, Ten
             assert adapter.lora_B is not None
             v = activations.apply(adapter.activation, z).abs()
             if case.weight is None:
-                sums = dropped[rows].abs() @ adapter.lora_A.abs().t()
+                sums = x_dropped[rows].abs() @ adapter.lora_A.abs().t()
                 v = 1.13 * (sums if adapter.bias_A is None else sums + adapter.bias_A.abs())
             magnitude[rows, columns] += abs(adapter.scaling) * (v @ adapter.lora_B.abs().t())
     return y, magnitude, x.shape[1] + full.max_rank
@@ -292,10 +293,10 @@ def expected(case: Case, *, dropout: Dropout | None = None) -> tuple[Tensor, Ten
 def expected_grads(
     case: Case, dy: Tensor, *, dropout: Dropout | None = None
 ) -> tuple[Tensor, list[AdapterGrads | None], Tensor, list[AdapterGrads | None], int]:
-    """dx and the adapters' gradients in fp64, the sums of absolute values that bound their errors, and the terms.
+    """dx and the adapters' gradients in fp64, the magnitudes that bound their errors, and the number of terms.
 
-    An adapter's u and v are themselves computed in fp32, so their terms are counted by |dY||B| and |x||A| + |a| (and,
-    where act' depends on z, by z's terms too) rather than by |u| and |v|, which may cancel.
+    u and v are computed in fp32 themselves. So the magnitudes use |dY||B| and |x||A| + |a| (and z's terms, if act'
+    depends on z) instead of |u| and |v|, which may be small through cancellation.
     """
     x, weight, dy = case.x.double(), _weight(case), dy.double()
     ids = case.all_ids()
@@ -305,7 +306,7 @@ def expected_grads(
     dx, grads = reference.multi_lora_linear_backward(dy, x, weight, full, ids, z, dropout=dropout)
     assert dx is not None
 
-    keep = _kept(x, dropout)
+    keep = _keep_factor(x, dropout)
     x_abs = x.abs() * keep
     dx_magnitude = dy.abs() @ weight.abs()
     magnitudes: list[AdapterGrads | None] = []

@@ -1,4 +1,4 @@
-"""A check, its outcome, and where checks run."""
+"""The parts of `peftk selftest`: a check, its outcome, and the target that checks run on."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 
 
 class Target(NamedTuple):
-    """cpu, cuda, or the rehearsal of cuda: CPU tensors through Triton's interpreter, on tiny shapes."""
+    """What is tested: cpu, cuda, or interpreter (the checks of cuda on tiny CPU tensors, in Triton's interpreter)."""
 
     name: str
     device: str
     backends: tuple[str, ...]
 
     @property
-    def rehearses(self) -> bool:
+    def is_rehearsal(self) -> bool:
         return self.name == "interpreter"
 
 
 class WrongError(AssertionError):
-    """What a check found."""
+    """A check found a wrong result; the message says which."""
 
 
 class NotRunError(Exception):
-    """Why a check cannot be made here."""
+    """A check cannot run here; the message says why."""
 
 
 class Check(NamedTuple):
-    """One question. run: the error as a multiple of what is allowed; raises WrongError, NotRunError, or anything."""
+    """One check. run: returns the error in multiples of the bound; raises WrongError, NotRunError, or anything else."""
 
     section: str
     backend: str
@@ -46,6 +46,8 @@ class Check(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
+    """The result of a check. error: in multiples of the bound. problem: why it failed. not_run: why it did not run."""
+
     section: str
     backend: str
     op: str
@@ -64,12 +66,12 @@ class Outcome:
 
 
 def perform(check: Check) -> Outcome:
-    """Whatever a check raises is its outcome: the others go on."""
+    """Runs a check. Whatever it raises becomes its outcome, so the other checks still run."""
     started = time.monotonic()
     error, problem, not_run = 0.0, None, None
     try:
         error = check.run()
-        problem = None if error <= 1.0 else f"error {error:.2f}× allowed"
+        problem = None if error <= 1.0 else f"error {error:.2f}× the bound"
     except NotRunError as reason:
         not_run = str(reason)
     except torch.cuda.OutOfMemoryError:
@@ -81,10 +83,10 @@ def perform(check: Check) -> Outcome:
     return Outcome(*check[:4], time.monotonic() - started, error, problem, not_run)
 
 
-def same_bits(what: str, one: Tensor, other: Tensor) -> None:
-    """Raises WrongError where they differ, be it in the sign of a zero."""
+def require_same_bits(what: str, one: Tensor, other: Tensor) -> None:
+    """Raises WrongError if any bit differs, even only the sign of a zero."""
     if one.shape != other.shape or one.dtype != other.dtype:
-        raise WrongError(f"{what}: {list(one.shape)} {one.dtype} and {list(other.shape)} {other.dtype}")
+        raise WrongError(f"{what}: {list(one.shape)} {one.dtype} and {list(other.shape)} {other.dtype} differ")
     integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
     if not torch.equal(one.contiguous().view(integer), other.contiguous().view(integer)):
         raise WrongError(f"{what}: bits differ")

@@ -15,19 +15,19 @@ from peftk.adapters import activations
 from peftk.adapters.bank import AdapterBank
 from peftk.backends import choice, reference, registry
 from peftk.backends.call import Call, Op
-from peftk.backends.contract import served
+from peftk.backends.contract import require
 from peftk.reference import bounds
 from peftk.tools.selftest.cases import Case, decode_case, random_case
-from peftk.tools.selftest.check import Check, Target, WrongError, same_bits
-from peftk.tools.selftest.plans import PLANS, planned
-from peftk.tools.selftest.work import Form, Work, made, serves
+from peftk.tools.selftest.check import Check, Target, WrongError, require_same_bits
+from peftk.tools.selftest.plans import PLANS, override_plan
+from peftk.tools.selftest.work import Form, Work, build_case, can_run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 64, 48), (5, 33, 17), (16, 128, 256), (70, 96, 200))
 RANKS = (1, 3, 16, 40)
 SCALING = 0.5
 TINY = ((5, 33, 17),)  # for the interpreter
-DECODE = ((1, 64, 48), (5, 40, 17), (33, 128, 256), (64, 96, 200))  # for CUDA C++, which serves no others
+DECODE = ((1, 64, 48), (5, 40, 17), (33, 128, 256), (64, 96, 200))  # for CUDA C++, which runs only such shapes
 
 Sweep = Callable[[str, str, torch.dtype, "Shapes"], Iterator[Check]]
 Shapes = tuple[tuple[int, int, int], ...]
@@ -39,7 +39,7 @@ def checks(target: Target) -> Iterator[Check]:
         if choice.rounds_once(backend) and cannot_run(backend, "lora_linear_backward", target.device) is None:
             yield from _random(backend, target)
             yield from _forms(backend, target)
-        if backend == "triton" and target.device == ("cpu" if target.rehearses else "cuda"):
+        if backend == "triton" and target.device == ("cpu" if target.is_rehearsal else "cuda"):
             yield from _tiles(target)
             yield from _launches(target)
         if backend == "cuda":
@@ -68,7 +68,7 @@ def _sweeps(backend: str, target: Target) -> Iterator[Check]:
     for op, sweeps in _SWEEPS.items():
         for dtype in DTYPES:
             if cannot_run(backend, op, target.device, dtype) is None:
-                shapes = TINY if target.rehearses else DECODE if backend == "cuda" and op != "merge" else SHAPES
+                shapes = TINY if target.is_rehearsal else DECODE if backend == "cuda" and op != "merge" else SHAPES
                 for sweep in sweeps:
                     yield from sweep(backend, target.device, dtype, shapes)
 
@@ -82,12 +82,12 @@ class _Inputs(NamedTuple):
     dy: Tensor
 
 
-def _each(
+def _check_each_shape(
     op: str, backend: str, device: str, dtype: torch.dtype, shapes: Shapes, run: Callable[..., float]
 ) -> Iterator[Check]:
-    """A check of one adapter for every shape, each with a rank of its own."""
+    """A check with one adapter per shape; each shape has a different rank."""
     for shape, rank in zip(shapes, RANKS, strict=False):
-        name = f"{_short(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} R={rank}"
+        name = f"{_dtype_name(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} R={rank}"
         yield Check("parity", backend, op, name, lambda s=shape, r=rank: run(backend, _inputs(s, r, device, dtype)))  # type: ignore[misc]
 
 
@@ -103,9 +103,9 @@ def _inputs(shape: tuple[int, int, int], rank: int, device: str, dtype: torch.dt
 
 def _forward(backend: str, inputs: _Inputs) -> float:
     x, weight, bias, A, B, _ = inputs
-    one, two = (functional.lora_linear(x, weight, bias, A, B, SCALING, backend=backend) for _ in range(2))
-    same_bits("y of two runs", one, two)
-    return bounds.error(one, bounds.forward(x, weight, bias, A, B, SCALING), fused=choice.rounds_once(backend))
+    first, second = (functional.lora_linear(x, weight, bias, A, B, SCALING, backend=backend) for _ in range(2))
+    require_same_bits("y of two runs", first, second)
+    return bounds.error(first, bounds.forward(x, weight, bias, A, B, SCALING), fused=choice.rounds_once(backend))
 
 
 def _backward(backend: str, inputs: _Inputs) -> float:
@@ -116,27 +116,27 @@ def _backward(backend: str, inputs: _Inputs) -> float:
         y = functional.lora_linear(wanted[0], weight, bias, wanted[1], wanted[2], SCALING, backend=backend)
         return torch.autograd.grad(y, wanted, dy)
 
-    one, two = gradients(), gradients()
-    for first, second in zip(one, two, strict=True):
-        same_bits("gradients of two runs", first, second)
+    run_1, run_2 = gradients(), gradients()
+    for first, second in zip(run_1, run_2, strict=True):
+        require_same_bits("gradients of two runs", first, second)
     expected = bounds.backward(dy, x, weight, A, B, SCALING).values()
-    return max(bounds.error(g, e, fused=choice.rounds_once(backend)) for g, e in zip(one, expected, strict=True))
+    return max(bounds.error(g, e, fused=choice.rounds_once(backend)) for g, e in zip(run_1, expected, strict=True))
 
 
 def _mixed(backend: str, device: str, dtype: torch.dtype, shapes: Shapes) -> Iterator[Check]:
-    """All ranks in one batch, rows of the base layer between them, ids in no order."""
+    """All ranks in one batch, with rows of the base layer between them and ids in random order."""
     for M, K, N in shapes:
-        name = f"{_short(dtype)} M={M} K={K} N={N}"
+        name = f"{_dtype_name(dtype)} M={M} K={K} N={N}"
         yield Check(
             "parity",
             backend,
             "multi_lora_linear",
             name,
-            lambda s=(M, K, N): _one_mixed(backend, device, dtype, *s),  # type: ignore[misc]
+            lambda s=(M, K, N): _mixed_batch_error(backend, device, dtype, *s),  # type: ignore[misc]
         )
 
 
-def _one_mixed(backend: str, device: str, dtype: torch.dtype, M: int, K: int, N: int) -> float:
+def _mixed_batch_error(backend: str, device: str, dtype: torch.dtype, M: int, K: int, N: int) -> float:
     generator = torch.Generator().manual_seed(M + K)
     bank = AdapterBank(K, N, len(RANKS), dtype, torch.device(device))
 
@@ -148,15 +148,15 @@ def _one_mixed(backend: str, device: str, dtype: torch.dtype, M: int, K: int, N:
         bank.add(str(index), A, B, SCALING)
     x, weight, bias = random(M, K), random(N, K), random(N)
     ids = torch.randint(-1, len(RANKS), (M,), generator=generator).to(device, torch.int32)
-    one, two = (functional.multi_lora_linear(x, weight, bias, bank, ids, backend=backend) for _ in range(2))
-    same_bits("y of two runs", one, two)
+    first, second = (functional.multi_lora_linear(x, weight, bias, bank, ids, backend=backend) for _ in range(2))
+    require_same_bits("y of two runs", first, second)
     error = 0.0
     nothing = (torch.zeros(1, K, device=device), torch.zeros(N, 1, device=device))
     for index in range(-1, len(RANKS)):
         rows = (ids == index).nonzero().flatten()
         A, B = adapters[index] if index >= 0 else nothing
         expected = bounds.forward(x[rows], weight, bias, A, B, SCALING)
-        error = max(error, bounds.error(one[rows], expected, fused=choice.rounds_once(backend)))
+        error = max(error, bounds.error(first[rows], expected, fused=choice.rounds_once(backend)))
     return error
 
 
@@ -170,45 +170,45 @@ def _no_rows(backend: str, device: str, dtype: torch.dtype, shapes: Shapes) -> I
         return 0.0
 
     if cannot_run(backend, "lora_linear", device, dtype, M=0) is None:
-        yield Check("parity", backend, "lora_linear", f"{_short(dtype)} without rows", run)
+        yield Check("parity", backend, "lora_linear", f"{_dtype_name(dtype)} without rows", run)
 
 
 def _merge(backend: str, inputs: _Inputs) -> float:
-    """The reference's bits after merging, and after going over to another merge; W's own bits after unmerging."""
+    """The reference's bits after a merge and a remerge; the bits of W after unmerging."""
     weight, A, B = inputs.weight, inputs.lora_A, inputs.lora_B
     ours, theirs = weight.clone(), weight.clone()
     receipt = functional.merge_(ours, A, B, SCALING, backend=backend)
     functional.merge_(theirs, A, B, SCALING, backend="reference")
-    same_bits("merged, and the reference's", ours, theirs)
+    require_same_bits("merged, against the reference", ours, theirs)
     error = bounds.error(ours, bounds.merged(weight, A, B, SCALING), fused=True)
     receipt = functional.remerge_(ours, receipt, [B.t()[:1] @ weight, A], [B[:, :1], B], [1.0, -0.25], backend=backend)
     theirs.copy_(weight)
     functional.merge_(theirs, [B.t()[:1] @ weight, A], [B[:, :1], B], [1.0, -0.25], backend="reference")
-    same_bits("merged anew, and the reference's", ours, theirs)
+    require_same_bits("remerged, against the reference", ours, theirs)
     functional.unmerge_(ours, receipt, backend=backend)
-    same_bits("unmerged, and W before", ours, weight)
+    require_same_bits("unmerged, against W before", ours, weight)
     return error
 
 
-def _of(op: str, run: Callable[..., float]) -> Sweep:
-    return lambda backend, device, dtype, shapes: _each(op, backend, device, dtype, shapes, run)
+def _sweep_of(op: str, run: Callable[..., float]) -> Sweep:
+    return lambda backend, device, dtype, shapes: _check_each_shape(op, backend, device, dtype, shapes, run)
 
 
 _SWEEPS: dict[str, tuple[Sweep, ...]] = {
-    "lora_linear": (_of("lora_linear", _forward), _no_rows),
-    "lora_linear_backward": (_of("backward", _backward),),
+    "lora_linear": (_sweep_of("lora_linear", _forward), _no_rows),
+    "lora_linear_backward": (_sweep_of("backward", _backward),),
     "multi_lora_linear": (_mixed,),
-    "merge": (_of("merge", _merge),),
+    "merge": (_sweep_of("merge", _merge),),
 }
 
 
 def _random(backend: str, target: Target) -> Iterator[Check]:
-    """Whatever users may do: forward and every gradient."""
-    count = 2 if target.rehearses else 60 if target.device == "cpu" else 400
-    draw = functools.partial(random_case, max_rows=17, max_width=40) if target.rehearses else random_case
+    """Random calls: forward and every gradient."""
+    count = 2 if target.is_rehearsal else 60 if target.device == "cpu" else 400
+    draw = functools.partial(random_case, max_rows=17, max_width=40) if target.is_rehearsal else random_case
     for seed in range(count):
         dropout_p = 0.3 if seed % 3 == 0 else 0.0
-        if serves(backend, draw(seed), target.device, dropout_p):
+        if can_run(backend, draw(seed), target.device, dropout_p):
 
             def run(seed: int = seed, dropout_p: float = dropout_p) -> float:
                 return Work(draw(seed).to(target.device), backend, dropout_p=dropout_p).error()
@@ -217,7 +217,7 @@ def _random(backend: str, target: Target) -> Iterator[Check]:
 
 
 def _decode(target: Target) -> Iterator[Check]:
-    """What CUDA C++ serves, drawn at random: forward alone."""
+    """Random decode steps for CUDA C++: forward only."""
     for seed in range(400):
 
         def run(seed: int = seed) -> float:
@@ -227,24 +227,24 @@ def _decode(target: Target) -> Iterator[Check]:
 
 
 def _forms(backend: str, target: Target) -> Iterator[Check]:
-    """Series adapters and packed outputs, what random cases leave out: forward and every gradient."""
+    """Series adapters and packed outputs, which random cases do not have: forward and every gradient."""
     kinds: tuple[tuple[Form, bool], ...] = (("series", False), ("series", True), ("packed", True))
-    shapes = TINY if target.rehearses else SHAPES if target.device == "cpu" else TILES
+    shapes = TINY if target.is_rehearsal else SHAPES if target.device == "cpu" else TILES
     mixed = (1, 17, 0, None, 40)
     for (form, many), shape, dtype, dropout_p in itertools.product(kinds, shapes, DTYPES, (0.0, 0.25)):
         ranks = mixed if many else (17,)
-        make = functools.partial(made, shape, ranks, dtype, many=many, form=form, activation="gelu", biases=True)
-        if serves(backend, make(device="cpu"), target.device, dropout_p):
+        make = functools.partial(build_case, shape, ranks, dtype, many=many, form=form, activation="gelu", biases=True)
+        if can_run(backend, make(device="cpu"), target.device, dropout_p):
 
             def run(make: Callable[..., Case] = make, dropout_p: float = dropout_p) -> float:
                 return Work(make(device=target.device), backend, dropout_p=dropout_p).error()
 
-            name = f"{_short(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)}"
+            name = f"{_dtype_name(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)}"
             op = "packed outputs" if form == "packed" else "multi_adapter_block" if many else "adapter_block"
             yield Check("parity", backend, op, name + (" dropout" if dropout_p else ""), run)
 
 
-# M, K and N of every kind of tile: decode, a small batch, prefill; aligned or not
+# M, K and N for every kind of tile: decode, small batch, prefill; aligned or not
 TILES = ((1, 1024, 1536), (16, 4096, 512), (48, 1000, 520), (200, 1024, 768), (300, 520, 264), (1100, 1024, 2048))
 TINY_TILES = ((17, 40, 24),)
 ALONE = ((1,), (8,), (17,), (64,), (512,), (0,), (None,))
@@ -252,17 +252,19 @@ TOGETHER = ((8,) * 40, (1, 8, None, 16, 0, 17, 64, 256), (16,))
 
 
 def _tiles(target: Target) -> Iterator[Check]:
-    """Forward and every gradient through each kind of tile, with biases, activations and dropout in turn."""
+    """Forward and every gradient with each kind of tile, alternating biases, activations and dropout."""
     codes = list(activations.CODES)
-    shapes = TINY_TILES if target.rehearses else TILES
-    mixes = ((17,), (0,), (None,), (1, 8, None, 16, 0, 17)) if target.rehearses else (*ALONE, *TOGETHER)
+    shapes = TINY_TILES if target.is_rehearsal else TILES
+    mixes = ((17,), (0,), (None,), (1, 8, None, 16, 0, 17)) if target.is_rehearsal else (*ALONE, *TOGETHER)
     for number, (shape, dtype, ranks) in enumerate((s, d, r) for s in shapes for d in DTYPES for r in mixes):
         many, dropout_p = len(ranks) > 1 or ranks == (16,), 0.25 if number % 3 == 1 else 0.0
         wide = torch.float32 if number % 4 == 2 else dtype
-        name = f"{_short(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)} of {_short(wide)}"
+        name = (
+            f"{_dtype_name(dtype)} M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)} of {_dtype_name(wide)}"
+        )
 
         def case(number: int = number, shape=shape, dtype=dtype, ranks=ranks, many=many, wide=wide) -> Case:  # type: ignore[no-untyped-def]
-            return made(
+            return build_case(
                 shape, ranks, dtype, target.device,
                 many=many, activation=codes[number % len(codes)], biases=number % 2 == 0, adapter_dtype=wide,
             )  # fmt: skip
@@ -274,17 +276,17 @@ def _tiles(target: Target) -> Iterator[Check]:
 
 
 def _launches(target: Target) -> Iterator[Check]:
-    """Forward and every gradient in each way to launch them."""
-    shapes = TINY_TILES if target.rehearses else ((8, 1024, 768), (700, 1024, 1536))
+    """Forward and every gradient, launched in each way of `PLANS`."""
+    shapes = TINY_TILES if target.is_rehearsal else ((8, 1024, 768), (700, 1024, 1536))
     for plan, changes in PLANS.items():
         for shape in shapes:
-            for many in (True,) if target.rehearses else (False, True):
+            for many in (True,) if target.is_rehearsal else (False, True):
                 ranks = (17, 1, 40) if many else (17,)
 
                 def run(changes=changes, shape=shape, many=many, ranks=ranks) -> float:  # type: ignore[no-untyped-def]
-                    dtype = torch.float32 if target.rehearses else torch.bfloat16
-                    case = made(shape, ranks, dtype, target.device, many=many, activation="gelu", biases=True)
-                    with planned(**changes):
+                    dtype = torch.float32 if target.is_rehearsal else torch.bfloat16
+                    case = build_case(shape, ranks, dtype, target.device, many=many, activation="gelu", biases=True)
+                    with override_plan(**changes):
                         return Work(case, "triton", dropout_p=0.25).error()
 
                 name = f"{plan}, M={shape[0]} K={shape[1]} N={shape[2]} ranks {_ranks(ranks)}"
@@ -292,11 +294,11 @@ def _launches(target: Target) -> Iterator[Check]:
 
 
 def _segments(backend: str, target: Target) -> Iterator[Check]:
-    """To the integer what the specification says."""
-    segments = served(registry.backend(backend).sort).segments
-    sizes = (1, 70) if target.rehearses else (1, 64, 65, 256, 1024, 1025, 4097, 131072)
+    """The sorted segments are exactly those of the reference."""
+    segments = require(registry.backend(backend).sort).segments
+    sizes = (1, 70) if target.is_rehearsal else (1, 64, 65, 256, 1024, 1025, 4097, 131072)
     for M in sizes:
-        for adapters in (0, 1, 40) if target.rehearses else (0, 1, 64, 5000):
+        for adapters in (0, 1, 40) if target.is_rehearsal else (0, 1, 64, 5000):
 
             def run(M: int = M, adapters: int = adapters) -> float:
                 ids = torch.randint(-2, adapters + 2, (M,), generator=torch.Generator().manual_seed(M))
@@ -309,7 +311,7 @@ def _segments(backend: str, target: Target) -> Iterator[Check]:
             yield Check("parity", backend, "segments", f"M={M}, {adapters} adapters", run)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""The ways to launch one call."""
+"""The ways to launch one Triton call, for checks and timings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 PLANS: dict[str, dict[str, Any]] = {
     "1 launch": {"once": True},
     "2 launches": {"once": False},
-    "staying": {"once": True, "per_processor": 1},  # as many blocks as processors, which draw tile after tile
+    "staying": {"once": True, "per_processor": 1},  # one block per multiprocessor; each takes one tile after another
 }
 
 
 @contextlib.contextmanager
-def planned(**changes: Any) -> Iterator[None]:
-    """Calls are launched as chosen, but for these fields of the plan."""
+def override_plan(**changes: Any) -> Iterator[None]:
+    """Inside, the plans of all calls have these fields; the other fields are as chosen."""
     from peftk.triton_kernels import tuned
 
     chosen = tuned.lora_linear

@@ -1,4 +1,4 @@
-"""What `peftk selftest` shows and writes."""
+"""The output of `peftk selftest`: tables on the console, report.json and report.txt."""
 
 from __future__ import annotations
 
@@ -24,93 +24,93 @@ from peftk.tools.selftest.check import Outcome, Target
 TITLES = {
     "parity": "Results against fp64, as multiples of the documented bound",
     "behaviour": "Behaviour",
-    "speed": "Speed: medians, sides taking turns; ×: how many times faster",
+    "speed": "Speed: medians of sides that take turns; ×: how many times faster",
 }
-_AT_MOST = 20  # failures shown; the JSON file has all
+_AT_MOST = 20  # failures printed; the JSON file has all of them
 
 
 def describe(target: Target) -> dict[str, Any]:
-    """What the report was made on."""
-    where = environment(target.device)
+    """The environment of the report, as JSON values."""
+    env = environment(target.device)
     if target.device == "cuda":
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        where |= {
+        env |= {
             "capability": f"{properties.major}.{properties.minor}",
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
             "gpu_processors": properties.multi_processor_count,
             "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
             "driver": _driver(),
         }
-    return {"target": target.name, **where}
+    return {"target": target.name, **env}
 
 
 def _driver() -> str | None:
-    """The version, where nvidia-smi is there to say it."""
+    """The driver's version, or None if nvidia-smi does not report it."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else None
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return result.stdout.strip().splitlines()[0] if result.returncode == 0 and result.stdout.strip() else None
 
 
-def head(console: Console, where: dict[str, Any]) -> None:
-    console.print(f"[bold]peftk selftest[/] {where['target']}: {where['gpu'] or where['cpu']}", highlight=False)
+def print_header(console: Console, env: dict[str, Any]) -> None:
+    console.print(f"[bold]peftk selftest[/] {env['target']}: {env['gpu'] or env['cpu']}", highlight=False)
     fields = ("peftk", "torch", "triton", "peft", "python", "cuda", "driver", "capability")
     fields += ("gpu_processors", "gpu_memory_gib", "platform")  # type: ignore[assignment]
-    said = (f"{field} {where[field]}" for field in fields if where.get(field) is not None)
-    console.print(f"[dim]{' · '.join(said)}[/]", highlight=False)
-    if where["target"] == "interpreter":
+    parts = (f"{field} {env[field]}" for field in fields if env.get(field) is not None)
+    console.print(f"[dim]{' · '.join(parts)}[/]", highlight=False)
+    if env["target"] == "interpreter":
         console.print(
-            "[yellow]A rehearsal of --device cuda: tiny CPU tensors through Triton's interpreter. Its times say "
-            "nothing about any GPU.[/]",
+            "[yellow]The checks of --device cuda, on tiny CPU tensors in Triton's interpreter. Their times say nothing "
+            "about a GPU.[/]",
             highlight=False,
         )
 
 
-def section(console: Console, name: str, outcomes: Sequence[Outcome]) -> None:
-    """A line for every backend and operation."""
+def print_section(console: Console, name: str, outcomes: Sequence[Outcome]) -> None:
+    """Prints a table with a line per backend and operation."""
     if not outcomes:
         return
     console.print(f"\n[bold]{TITLES[name]}[/]", highlight=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = {"backend": "left", "operation": "left", "cases": "right", "worst error / allowed": "right", "": "left"}
+    columns = {"backend": "left", "operation": "left", "cases": "right", "worst error / bound": "right", "": "left"}
     if name != "parity":
-        del columns["worst error / allowed"]
+        del columns["worst error / bound"]
     for column, side in columns.items():
         table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for (backend, op), members in _grouped(outcomes).items():
+    for (backend, op), members in _group_by_operation(outcomes).items():
         ran = [o for o in members if o.not_run is None]
         worst = [f"{max((o.error for o in ran), default=0.0):.2f}"] if name == "parity" else []
         table.add_row(backend, op, str(len(ran) or len(members)), *worst, _mark(members))
     console.print(table)
 
 
-def _grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    found: dict[tuple[str, str], list[Outcome]] = {}
+def _group_by_operation(outcomes: Iterable[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    tables: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        found.setdefault((outcome.backend, outcome.op), []).append(outcome)
-    return found
+        tables.setdefault((outcome.backend, outcome.op), []).append(outcome)
+    return tables
 
 
 def _mark(outcomes: Sequence[Outcome]) -> str:
     if any(o.failed for o in outcomes):
         return "[bold red]FAIL[/]"
-    left_out = [o for o in outcomes if o.not_run is not None]
-    if not left_out:
+    skipped = [o for o in outcomes if o.not_run is not None]
+    if not skipped:
         return "[green]pass[/]"
-    return "[yellow]not run[/]" if len(left_out) == len(outcomes) else f"[green]pass[/], {len(left_out)} not run"
+    return "[yellow]not run[/]" if len(skipped) == len(outcomes) else f"[green]pass[/], {len(skipped)} not run"
 
 
-def speed(console: Console, found: dict[str, list[list[Record]]]) -> None:
-    for title, rows in found.items():
+def print_speed(console: Console, tables: dict[str, list[list[Record]]]) -> None:
+    for title, rows in tables.items():
         table = report.table(rows)
         table.title = title
         console.print(table)
 
 
-def foot(console: Console, outcomes: Sequence[Outcome], absent: Sequence[str], seconds: float) -> None:
-    """What was not run, and why; what is wrong."""
+def print_summary(console: Console, outcomes: Sequence[Outcome], absent: Sequence[str], seconds: float) -> None:
+    """Prints what was not run and why, the failures, and the totals."""
     reasons: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.not_run is not None:
@@ -131,19 +131,19 @@ def foot(console: Console, outcomes: Sequence[Outcome], absent: Sequence[str], s
 def write(
     console: Console,
     folder: Path,
-    where: dict[str, Any],
+    env: dict[str, Any],
     outcomes: Sequence[Outcome],
     absent: Sequence[str],
-    found: dict[str, list[list[Record]]],
+    tables: dict[str, list[list[Record]]],
 ) -> None:
-    """report.json and report.txt, what was shown; console: one that records."""
+    """Writes report.json, and report.txt with everything printed so far. console: must record."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = {
-        "environment": where,
+        "environment": env,
         "passed": not any(o.failed for o in outcomes),
         "absent": list(absent),
         "outcomes": [dataclasses.asdict(o) for o in outcomes],
-        "speed": [{"table": title, **r} for title, rows in found.items() for row in rows for r in to_json(row)],
+        "speed": [{"table": title, **r} for title, rows in tables.items() for row in rows for r in to_json(row)],
     }
     json_file, text_file = folder / "report.json", folder / "report.txt"
     json_file.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A call and its backward as a user makes it, to be run again and again, with other values in the same tensors."""
+"""A call and its backward through the public functions, repeatable with new values in the same tensors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Form = Literal["linear", "series", "packed"]
 
 
 class Work:
-    """`run` gives y, dX and the gradients of the adapters' tensors; `error` holds them to fp64.
+    """A call on one backend. `run` returns y, dX and the adapters' gradients; `error` compares them with fp64.
 
-    trains: if not, there are no gradients, only y.
+    trains: if False, `run` returns only y.
     """
 
     def __init__(
@@ -59,11 +59,12 @@ class Work:
         return functional.lora_linear(case.x, case.weight, case.bias, *adapter, **rest)
 
     def run(self) -> list[Tensor]:
-        """y, dX where it is needed, and the gradients in the order of `peftk.ops.autograd.flat_tensors`."""
+        """y, dX if needed, and the gradients in the order of `peftk.adapters.flat.flat_tensors`."""
         y = self.forward()
         return [y.detach(), *(torch.autograd.grad(y, self.leaves, self.dy) if self.leaves else ())]
 
     def names(self) -> list[str]:
+        """Names for the results of `run`, in their order."""
         tensors = [
             f"d{name} of adapter {i}"
             for i, a in enumerate(self.case.adapters)
@@ -75,7 +76,7 @@ class Work:
         return ["y", *(["dX"] if self.case.x.requires_grad else []), *tensors]
 
     def refill(self, number: int) -> None:
-        """Other x, dY, ids and seed, in place. The same for the same number."""
+        """Writes new values into x, dY, ids and seed, in place; the same values for the same number."""
         with torch.no_grad():
             _fill(self.case.x, 3 * number)
             _fill(self.dy, 3 * number + 1)
@@ -85,7 +86,7 @@ class Work:
                 self.seed.fill_(7919 * number)
 
     def error(self, results: list[Tensor] | None = None) -> float:
-        """The worst error of `results`, else of a run, as a multiple of what is allowed."""
+        """The largest error of `results` (None: of a run), as a multiple of the bound. Raises WrongError above 1."""
         actual = self.run() if results is None else results
         dropout = dropout_from(self.dropout_p, self.seed)
         with torch.no_grad():
@@ -99,10 +100,10 @@ class Work:
 
     def _worst(self, actual: list[Tensor], exact: list[tuple[Tensor, Tensor, int]]) -> float:
         worst = 0.0
-        for name, one, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
-            error = excess(one, value, magnitude, contraction)
+        for name, result, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
+            error = error_ratio(result, value, magnitude, contraction)
             if error > 1.0:
-                raise WrongError(f"{name}: error {error:.2f}× allowed ({self.case})")
+                raise WrongError(f"{name}: error {error:.2f}× the bound ({self.case})")
             worst = max(worst, error)
         return worst
 
@@ -110,8 +111,8 @@ class Work:
         return [g for g in flat_grads(self.case.adapters, grads) if g is not None]
 
 
-def excess(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> float:
-    """The error of one rounding's result as a multiple of what is allowed, element by element and in the norm."""
+def error_ratio(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> float:
+    """The error of a result that was rounded once, as a multiple of the bounds by element and in the norm."""
     error = bounds.error(actual, bounds.Expected(exact, magnitude, contraction, exact, exact), fused=True)
     if actual.numel() >= bounds.NORM_FROM and error <= 1.0:
         norm = float((actual.double() - exact).norm() / exact.norm())
@@ -119,7 +120,7 @@ def excess(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -
     return error
 
 
-def made(
+def build_case(
     shape: tuple[int, int, int],
     ranks: tuple[int | None, ...],
     dtype: torch.dtype,
@@ -131,9 +132,9 @@ def made(
     biases: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> Case:
-    """M, K, N, and adapters of these ranks: None is an empty slot (one adapter: none), 0 a bias alone.
+    """A random case. shape: M, K, N. ranks: None is an empty slot (or no adapter), 0 an adapter with only a bias.
 
-    series: N is K, and there is no W. packed: three slices, the ranks of each shifted by one id.
+    form: "series" has no W and N = K; "packed" has three slices, with the ranks rotated by one from slice to slice.
     """
     M, K, N = shape
     N = K if form == "series" else N
@@ -165,13 +166,13 @@ def made(
 
 
 def _ids(case: Case, generator: torch.Generator) -> Tensor:
-    """int32 [M] of what a row may have, drawn on the CPU."""
-    taken = torch.tensor(case.taken(), dtype=torch.int32)
-    return taken[torch.randint(len(taken), case.x.shape[:1], generator=generator)]
+    """int32 [M], drawn on the CPU from the valid ids."""
+    valid_ids = torch.tensor(case.valid_ids(), dtype=torch.int32)
+    return valid_ids[torch.randint(len(valid_ids), case.x.shape[:1], generator=generator)]
 
 
-def serves(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
-    """Whether the backend has the forward and the backward of the case there."""
+def can_run(backend: str, case: Case, device: str, dropout_p: float = 0.0) -> bool:
+    """Whether the backend can run the forward and the backward of the case on the device."""
     M, K = case.x.shape
     slices = max(len(case.columns) - 1, 1)
     forward = Call(

@@ -184,7 +184,7 @@ def test_gradients_autocast_a_measured_choice_and_a_forced_backend_go_the_ordina
     assert dispatch.direct_lora_linear(tensor(10_000, K), *call[1:]) is not None
     monkeypatch.setattr(measured, "may_prefer_gemm", lambda op, dtype: True)
     choice.forget()
-    most = choice.SMALL // (N * K)
+    most = choice.SMALL_CALL // (N * K)
     assert dispatch.direct_lora_linear(tensor(most, K), *call[1:]) is not None
     assert dispatch.direct_lora_linear(tensor(most + 1, K), *call[1:]) is None
     monkeypatch.undo()
@@ -281,7 +281,7 @@ def test_layers_take_the_short_way(monkeypatch):
         return single(x), multi(x, torch.tensor([0, -1])), multi(x), series(x), parallel(x)
 
     expected = served()
-    for ordinary in ("_one", "_many"):
+    for ordinary in ("_single_adapter", "_multi_adapter"):
         monkeypatch.setattr(layer_calls, ordinary, None)
     got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -228,7 +228,7 @@ def address(tensor: Tensor | None) -> int:
 
 def linear_of(case: Case, dropout: Dropout | None = None, *, over_base: bool) -> _cpu.Linear:
     shape = (case.x.shape[0], *case.weight.shape)
-    return cpu._linear(shape, case.x, case.x.dtype, case.weight, None, dropout, over_base=over_base)
+    return cpu._linear_args(shape, case.x, case.x.dtype, case.weight, None, dropout, over_base=over_base)
 
 
 def call_over_base(case: Case, y: Tensor) -> None:
@@ -237,10 +237,10 @@ def call_over_base(case: Case, y: Tensor) -> None:
     out = {"y": y.data_ptr(), "y_stride": y.stride(0)}
     if case.ids is None:
         one = cpu._one_page(case.adapters[0])  # held until the call is over
-        _cpu.lora_linear(linear, cpu._one(one), **out)
+        _cpu.lora_linear(linear, cpu._adapter_args(one), **out)
     else:
         built = case.table()
-        _cpu.lora_linear(linear, cpu._adapters(built), ids=case.ids.data_ptr(), **out)
+        _cpu.lora_linear(linear, cpu._table_args(built), ids=case.ids.data_ptr(), **out)
 
 
 def call_backward(
@@ -267,10 +267,10 @@ def call_backward(
     addresses = [(0,) * 4 if g is None else tuple(address(t) for t in g) for g in grads]
     if case.ids is None:
         one = cpu._one_page(case.adapters[0])
-        _cpu.lora_linear_backward(linear, cpu._one(one), **out, grads=[] if one is None else addresses[:1])
+        _cpu.lora_linear_backward(linear, cpu._adapter_args(one), **out, grads=[] if one is None else addresses[:1])
     else:
         built = case.table()
-        _cpu.lora_linear_backward(linear, cpu._adapters(built), ids=case.ids.data_ptr(), **out, grads=addresses)
+        _cpu.lora_linear_backward(linear, cpu._table_args(built), ids=case.ids.data_ptr(), **out, grads=addresses)
 
 
 def over_base_cases() -> Iterator[tuple[str, Case]]:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import peftk
 from peftk.backends import registry
 from peftk.backends.call import BackendError
-from peftk.backends.contract import served as part
+from peftk.backends.contract import require
 from peftk.launch.segments import Segments
 from tests.support.segment_cases import expect, random_ids
 from tests.support.served_model import two_adapters
@@ -26,7 +26,7 @@ Sort = Callable[[torch.Tensor, int], Segments]
 @pytest.fixture(params=["triton", "cuda"])
 def sort(request: pytest.FixtureRequest) -> Sort:
     try:
-        return part(registry.backend(request.param).sort).segments
+        return require(registry.backend(request.param).sort).segments
     except BackendError as error:
         pytest.skip(str(error))
 

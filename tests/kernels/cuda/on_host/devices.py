@@ -34,7 +34,7 @@ def merge_and_unmerge() -> None:
 def test_the_device_is_the_one_asked_for(
     executor: Executor, monkeypatch: pytest.MonkeyPatch, call: Callable[[], None], device: int
 ) -> None:
-    monkeypatch.setattr(backend, "_here", lambda _: (device, 0))
+    monkeypatch.setattr(backend, "_device_and_stream", lambda _: (device, 0))
     call()
     assert executor.statistics.launches > 0
     assert executor.statistics.device == device
@@ -42,7 +42,7 @@ def test_the_device_is_the_one_asked_for(
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch, executor: Executor) -> None:
-    monkeypatch.setattr(backend, "_here", lambda _: (2, 0))
+    monkeypatch.setattr(backend, "_device_and_stream", lambda _: (2, 0))
     for call in (lora_linear, segments, merge_and_unmerge):
         with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
             call()

@@ -23,8 +23,8 @@ from peftk.launch import workspace
 from peftk.tools import selftest
 from peftk.tools.selftest import behaviour, parity, target
 from peftk.tools.selftest.check import Check, WrongError
-from peftk.tools.selftest.plans import planned
-from peftk.tools.selftest.work import Form, Work, made
+from peftk.tools.selftest.plans import override_plan
+from peftk.tools.selftest.work import Form, Work, build_case
 from peftk.triton_kernels import segments as kernels
 from tests.support.cases import normal
 from tests.support.segment_cases import random_ids
@@ -165,7 +165,7 @@ def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
         main, ["selftest", "--device", "interpreter", "--section", "parity", "--out", str(tmp_path)]
     )
     assert result.exit_code == 1
-    assert re.search(r"triton every tile, float32 M=17 .*: dB of adapter 0: error .* allowed", result.output)
+    assert re.search(r"triton every tile, float32 M=17 .*: dB of adapter 0: error .* the bound", result.output)
     assert not json.loads((tmp_path / "report.json").read_text())["passed"]
 
 
@@ -183,7 +183,7 @@ def test_only_what_can_run_is_asked_once_the_gpu_is_lost(monkeypatch: pytest.Mon
     console = Console(record=True, width=200)
     assert not selftest.run(target("cpu")._replace(name="cuda", device="cuda"), console, sections=("parity",))
     shown = console.export_text()
-    assert "the GPU is lost to this process since triton op, case 1: an illegal memory access" in shown
+    assert "this process cannot use the GPU since triton op, case 1: an illegal memory access" in shown
     assert "(2 cases)" in shown
     assert "1 cases failed" in shown
 
@@ -194,7 +194,7 @@ def a_work() -> Work:
 
 def test_a_graph_that_keeps_its_inputs_is_found() -> None:
     with pytest.raises(WrongError, match="replay 1: bits differ"):
-        behaviour.replays(a_work(), capture=nothing_new)
+        behaviour.check_replay(a_work(), capture=nothing_new)
 
 
 @pytest.mark.parametrize("kept", spread(["ids", "seed"], default=0))
@@ -217,21 +217,21 @@ def test_a_graph_that_keeps_ids_or_seed_is_found(kept: str) -> None:
         return rerun(with_old)
 
     with pytest.raises(WrongError, match="bits differ"):
-        behaviour.replays(work, capture=capture)
+        behaviour.check_replay(work, capture=capture)
 
 
 def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     lora_linear = functional.lora_linear
     monkeypatch.setattr(functional, "lora_linear", lambda *a, **k: lora_linear(*a, **k) * (1 + torch.rand(1)))
     with pytest.raises(WrongError, match="a second run: bits differ"):
-        behaviour.repeats(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
+        behaviour.check_repeatable(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
 
 
 def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has as many as it asked for, on lines of its own; also where those that lay ready are used up."""
     device = torch.device("cpu")
     monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
-    taken = [workspace._captured(device, count) for count in (1, 33, 32, 40, 90, 1)]
+    taken = [workspace._captured_counters(device, count) for count in (1, 33, 32, 40, 90, 1)]
     for number, (counters, count) in enumerate(zip(taken, (1, 33, 32, 40, 90, 1), strict=True), start=1):
         assert counters.numel() >= count
         assert not counters.any()
@@ -246,25 +246,25 @@ def test_a_counter_that_is_left_is_found() -> None:
     work.run()
     [counters] = workspace._of_stream.values()
     counters[-1] = 1
-    with pytest.raises(WrongError, match="1 counters are left"):
-        behaviour.leaves_counters(work)
+    with pytest.raises(WrongError, match="1 counters are not zero"):
+        behaviour.check_counters(work)
     counters[-1] = 0
 
 
 def test_a_launch_too_many_is_found() -> None:
     work = WORKS["one adapter, dropout, M=17 K=40 N=24"]()
-    with planned(once=False), pytest.raises(WrongError, match="forward: expected the launches"):
-        behaviour.launched(work, count=STAND_INS.kernels)
+    with override_plan(once=False), pytest.raises(WrongError, match="forward: expected the launches"):
+        behaviour.check_launches(work, count=STAND_INS.kernels)
 
 
 def test_compiled_layers_run_our_kernels() -> None:
-    launches = STAND_INS.kernels(lambda: behaviour.compiles(HERE, 17, True, compiler="aot_eager"))
+    launches = STAND_INS.kernels(lambda: behaviour.check_compile(HERE, 17, True, compiler="aot_eager"))
     assert launches.count("wgrad_kernel") == 2  # eager, compiled
 
 
 @pytest.mark.parametrize("form", ["linear", "series", "packed"])
 def test_wrong_gradients_are_found(form: Form) -> None:
-    work = Work(made((5, 33, 17), (3,), torch.float32, "cpu", many=form == "packed", form=form), "triton")
+    work = Work(build_case((5, 33, 17), (3,), torch.float32, "cpu", many=form == "packed", form=form), "triton")
     results = work.run()
     assert work.error(results) <= 1.0
     for number, name in enumerate(["y", "dX", "dA of adapter 0", "dB of adapter 0"]):

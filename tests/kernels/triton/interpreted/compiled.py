@@ -17,7 +17,7 @@ from peftk import functional
 from peftk.adapters.flat import pack
 from peftk.ops import custom_ops, dispatch
 from peftk.tools.selftest import launches
-from peftk.tools.selftest.work import Work, made
+from peftk.tools.selftest.work import Work, build_case
 from tests.support.served_model import two_adapters
 from tests.support.tiers import spread
 
@@ -32,11 +32,11 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counted(run: Callable[[], object]) -> dict[str, int]:
-    return dict(collections.Counter(launches.interpreted(run)))
+    return dict(collections.Counter(launches.interpreted_kernels(run)))
 
 
 def work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need_dx: bool = True) -> Work:
-    case = made((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
+    case = build_case((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
     return Work(case, "triton", dropout_p=dropout_p, need_dx=need_dx)
 
 

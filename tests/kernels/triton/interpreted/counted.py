@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.counted import lora_linear as closed
 from bench.counted import lora_wgrad as closed_wgrad
-from bench.counted.batch import Batch, of_ids, one
+from bench.counted.batch import Batch, of_ids, one_adapter
 from bench.counted.work import Launch
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter, Wanted
@@ -52,7 +52,7 @@ class Tensors:
         if ids is not None:
             self.segments = segments(torch.tensor(ids, dtype=torch.int32), len(batch.ranks))
             full = table.build(self.adapters, dtype=batch.adapter_dtype, device=torch.device("cpu"))
-            self.source = backend._many(full)
+            self.source = backend._build_table_adapters(full)
         else:
             self.source, self.tensors = backend._one_adapter(self.adapters[0])
 
@@ -82,7 +82,7 @@ def same(seen: list[Launch], expected: list[Launch]) -> None:
 
 
 def make(K: int, N: int, ranks: Sequence[int], ids: Sequence[int] | None, M: int = 40, **more: object) -> Batch:
-    return one(M, K, N, ranks[0], **more) if ids is None else of_ids(K, N, ranks, ids, **more)
+    return one_adapter(M, K, N, ranks[0], **more) if ids is None else of_ids(K, N, ranks, ids, **more)
 
 
 def forward(batch: Batch, ids: Sequence[int] | None, *, save_z: bool = False) -> None:

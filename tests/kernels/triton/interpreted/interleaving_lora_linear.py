@@ -41,7 +41,7 @@ def launches() -> dict[str, Callable[[], Sequence[Tensor]]]:
     some = tuple(adapter(rank, K, N, F32, "identity", 7 * rank) for rank in (20, 3, 9))
     many = make((F32, F32, F32), some, IDS, M, K, N)
     of_one, held = backend._one_adapter(one.adapters[0])
-    of_many, order = backend._many(many.table()), segments(many.ids, 3)
+    of_many, order = backend._build_table_adapters(many.table()), segments(many.ids, 3)
     dy, z = normal(M, N, dtype=F32, seed=5), normal(M, 32, dtype=F32, seed=6)
     seed = torch.tensor([11])
 

@@ -32,7 +32,7 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
         adapters, _ = backend._one_adapter(case.adapters[0])
         order = None
     else:
-        adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
+        adapters, order = backend._build_table_adapters(case.table()), segments(case.ids, len(case.adapters))
     ranks = [None if a is None else a.rank for a in case.adapters]
     wanted = wanted or [everything(a) for a in case.adapters]
     plan = kernels.plan(

@@ -239,7 +239,7 @@ def test_explained() -> None:
 
 def test_a_list_is_cut_where_its_codes_would_take_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, merge_layers_ = [], backend.merge_layers_
-    monkeypatch.setattr(merge, "_TOGETHER", 150)
+    monkeypatch.setattr(merge, "_MAX_WEIGHTS_PER_CALL", 150)
     monkeypatch.setattr(backend, "merge_layers_", lambda w, *rest: (lengths.append(len(w)), merge_layers_(w, *rest))[1])
     weights, factors = [torch.randn(6, 10) for _ in range(5)], [(torch.randn(2, 10), torch.randn(6, 2))] * 5
     before = [weight.clone() for weight in weights]
