@@ -1,8 +1,9 @@
-"""The C++ module of CPU kernels. Only `peftk.backends.cpu` calls the kernels, and only the benchmark `..._peak`.
+"""The C++ module of CPU kernels. Only `peftk.backends.cpu` calls its kernels, and the benchmark its two peaks.
 
 An address is that of a tensor's first element, or 0 for no tensor. Strides and counts are in elements. Dtype codes: 0
-float32, 1 bfloat16, 2 float16. Objects hold addresses: the caller keeps the tensors alive until the last call with the
-object has returned. A wrong, missing or unknown argument raises TypeError and is named; an unknown code ValueError.
+float32, 1 bfloat16, 2 float16. Objects hold addresses, so their creator must keep the tensors alive until the last call
+with them has returned. A missing or unknown argument, or one of the wrong type, raises a TypeError that names it; an
+unknown dtype code raises ValueError.
 """
 
 from collections.abc import Sequence
@@ -14,24 +15,24 @@ from torch import Tensor
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 def borrows_openmp() -> bool:
-    """Whether jobs run on torch's OpenMP threads instead of our own."""
+    """Whether jobs run on torch's OpenMP threads instead of peftk's own."""
 
 def pool_workers() -> int:
-    """The number of worker threads that this process has started."""
+    """Worker threads that this process has started."""
 
 def simd_levels() -> list[str]:
-    """The SIMD levels that both this build and this machine have, ascending."""
+    """The SIMD levels that this build and machine support, ascending."""
 
 def simd_level() -> str:
     """The SIMD level in use."""
 
 def use_simd_level(name: str) -> None:
-    """Sets the SIMD level of the whole process. Raises ValueError for one that is unknown or cannot run here."""
+    """Sets the SIMD level of the whole process. Raises ValueError if it is unknown or cannot run here."""
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 
 class Linear:
-    """The arguments that a forward and its backward share: x and the base layer."""
+    """The arguments that forward and backward share: x and the base layer."""
 
     @staticmethod
     def of(
@@ -52,9 +53,10 @@ class Linear:
         seed: int = 0,
         threads: int,
     ) -> Linear:
-        """x [M, K], rows contiguous, x_stride from row to row; weight [N, K], its strides along N and K, one of them 1.
+        """x [M, K] with contiguous rows and row stride x_stride; weight [N, K] with strides weight_n and weight_k.
 
-        bias [N], contiguous. seed: 64 bits, read if dropout_p > 0. threads: the maximum number of threads.
+        One of weight_n and weight_k is 1. bias [N] is contiguous. seed: 64 bits, read if dropout_p > 0. threads: the
+        most threads to use.
         """
 
     @staticmethod
@@ -70,14 +72,14 @@ class Linear:
         seed: int = 0,
         threads: int,
     ) -> Linear:
-        """For a y, or dx, that already holds the base layer's part: the adapters' part is added to it in place."""
+        """For a y or dx that already holds the base layer's part: the adapters' part is added in place."""
 
 class Adapters:
-    """The adapters of a call, of one dtype."""
+    """The adapters that the ids of a call refer to, of one dtype."""
 
     @staticmethod
     def none(*, dtype: int) -> Adapters:
-        """The base layer alone."""
+        """No adapters: only the base layer."""
 
     @staticmethod
     def one(
@@ -94,7 +96,7 @@ class Adapters:
         scaling: float,
         dtype: int,
     ) -> Adapters:
-        """A [rank, K], rows contiguous, B [N, rank] with any strides, biases [rank] and [N], contiguous.
+        """A [rank, K] with contiguous rows, B [N, rank] with any strides, contiguous biases [rank] and [N].
 
         rank 0: no A and no B. activation: a code of `peftk.adapters.activations.CODES`.
         """
@@ -115,19 +117,20 @@ class Adapters:
         """The tensors of a `peftk.adapters.table.AdapterTable`.
 
         pages int64 [P, 5], rows int32 [slice_count · count, 4], scaling float32 [slice_count · count], biases int64
-        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: the number of adapters.
-        z_pages: the pages of a row of z, over all slices.
+        [slice_count · count, 2], slices int32 [slice_count + 1, 2], or 0 for a single slice. count: the number of
+        valid ids. z_pages: pages per row of z, over all slices.
         """
 
 def plan(linear: Linear, *, backward: bool) -> tuple[str, bool, int]:
-    """How a call runs: form of the product, whether with bf16 pair instructions, threads. Reads no tensor."""
+    """How a call is computed: (form of the product, whether it uses pairs of bf16, threads). Reads no tensor."""
 
 def lora_linear(
     linear: Linear, adapters: Adapters, *, ids: int = 0, y: int, y_stride: int, z: int = 0, z_stride: int = 0
 ) -> None:
-    """Writes y [M, N] in x's dtype and, unless its address is 0, z float32 [M, z_stride], for the ranks that a row has.
+    """Writes y [M, N] in x's dtype and, unless its address is 0, z float32 [M, z_stride].
 
-    ids: int32 [M], contiguous; 0: all rows use the first adapter. Raises ValueError for an id without an adapter.
+    z is written only for the ranks of a row's adapter. ids: int32 [M], contiguous; 0: every row uses the first adapter.
+    Raises ValueError for an id without an adapter.
     """
 
 def lora_linear_backward(
@@ -144,11 +147,11 @@ def lora_linear_backward(
     z_stride: int = 0,
     grads: Sequence[tuple[int, int, int, int]],
 ) -> None:
-    """Writes dx [M, K] in x's dtype, and for every adapter dA [R, K], dB [N, R], da [R], dβ [N], dense, in its dtype.
+    """Writes dx [M, K] in x's dtype and, for every adapter, dense dA [R, K], dB [N, R], da [R], dβ [N] in its dtype.
 
-    An address of 0: not wanted. dy [M, N] and z [M, z_stride] of the forward have contiguous rows. x is read only for
-    dA, the weight only for dx, the bias not at all. Raises ValueError as `lora_linear` does, and unless grads has one
-    entry per adapter.
+    A gradient with the address 0 is not computed. dy [M, N] and the forward's z [M, z_stride] have contiguous rows.
+    linear's x is read only for dA, its weight only for dx, its bias not at all. Raises ValueError as `lora_linear`
+    does, and if grads does not have one entry for each adapter.
     """
 
 def direct_lora_linear(
@@ -165,7 +168,7 @@ def direct_lora_linear(
     threads: int,
     /,
 ) -> Tensor | None:
-    """y [..., N] if all are plain dense tensors on the CPU and M·N·K ≤ limit, else None. weight None: the identity."""
+    """y [..., N] if all tensors are plain and dense on the CPU and M·N·K ≤ limit, else None. weight None: y = x + …"""
 
 def direct_multi_lora_linear(
     x: Tensor,
@@ -182,19 +185,19 @@ def direct_multi_lora_linear(
     dtype: int,
     /,
 ) -> Tensor | None:
-    """The same for a table of one slice; ids int32 or int64, one per row of x or per sequence."""
+    """The same for a table of one slice. ids: int32 or int64, one per row of x or one per sequence."""
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 class MergeWeight:
-    """The weight W of a merge, changed in place."""
+    """W, changed in place."""
 
     @staticmethod
     def of(*, weight: int, stride: int, N: int, K: int, dtype: int) -> MergeWeight:
-        """weight [N, K], rows contiguous, stride from row to row."""
+        """weight [N, K] with contiguous rows and the row stride `stride`."""
 
 class MergeSide:
-    """Adapters, concatenated, and the codes that undo their merge."""
+    """Adapters side by side, and the codes that undo their merge."""
 
     @staticmethod
     def of(
@@ -210,11 +213,11 @@ class MergeSide:
         raws: int = 0,
         raw_count: int = 0,
     ) -> MergeSide:
-        """lora_A [R, K], lora_B [N, R], dense; adapter t has the ranks ends[t - 1] … ends[t] - 1; scaling of each.
+        """Dense lora_A [R, K] and lora_B [N, R]. Adapter t has ranks ends[t - 1] … ends[t] - 1 and scaling[t].
 
-        halves uint8 [N, ⌈K / 2⌉]: two codes per byte. far int8 [far_count], raws [raw_count] in W's dtype: for the side
-        that W comes from, the codes that need a whole byte, and the weights that no code can restore. Sequences: list
-        or tuple. Raises ValueError if ends and scaling are empty or differ in length.
+        halves uint8 [N, ⌈K / 2⌉]: two codes per byte. For from_side only: far int8 [far_count], the codes that do not
+        fit into a half, and raws [raw_count] in W's dtype, the weights that have no code. Sequences are lists or
+        tuples. Raises ValueError if ends and scaling are empty or differ in length.
         """
 
 def remerge(
@@ -222,23 +225,23 @@ def remerge(
 ) -> tuple[bool, int, NDArray[int8], NDArray[int16] | NDArray[int32]]:
     """Unmerges from_side exactly and merges to_side, in one pass over W; writes to_side's halves.
 
-    Returns whether W would be finite (if not, W is unchanged), its checksum (0 without to_side), to_side's far, and the
-    bits of its raws. Raises ValueError if from_side's codes are inconsistent.
+    Returns (finite, checksum, far, raws): whether the new W is finite (if not, W is unchanged), its checksum (0 without
+    to_side), to_side's far codes and the bits of its raw weights. Raises ValueError if from_side's codes do not match.
     """
 
 def checksum(weight: MergeWeight, *, threads: int) -> int:
-    """The 64-bit checksum of W's bits: `peftk.reference.merge.checksum`."""
+    """The checksum of all bits of W, a 64-bit number."""
 
 # ---- tensors, and the machine ----------------------------------------------------------------------------------------
 
 def plain_tensors(tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, is_neg: int, /) -> None:
-    """Sets how to recognise a plain tensor and a Parameter: examples, and addresses of torch's functions (tensor.h)."""
+    """Registers the types of plain tensors, and the addresses of functions of torch (csrc/bindings/tensor.h)."""
 
 def dense(*tensors: object) -> bool:
-    """Whether each is a plain dense tensor on one common device, or None."""
+    """Whether all arguments are None or plain dense tensors on one device."""
 
 def fma_peak(multiply_adds: int, dtype: int, threads: int) -> None:
-    """Executes this many multiply-adds of a dtype, as fast as possible."""
+    """Runs that many multiply-adds of a dtype, as fast as the machine can."""
 
 def read_peak(from_: int, bytes: int, threads: int) -> int:
-    """Reads memory as fast as possible. Returns the sum of its 64-bit words modulo 2⁶⁴."""
+    """Reads memory as fast as the machine can. Returns the sum of its 64-bit words modulo 2⁶⁴."""

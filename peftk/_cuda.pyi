@@ -1,13 +1,13 @@
 """The CUDA module. Only `peftk.backends.cuda` calls it.
 
-Addresses are in device memory, 0 for no tensor. Strides and counts are in elements. Dtype codes: 0 float32, 1 bfloat16,
-2 float16. A launch goes to `stream` of `device` and returns at once. The caller keeps the tensors alive during
-launches, and while there are objects with their addresses. Raises TypeError for a wrong or missing argument, ValueError
-for a case that no kernel is built for, and RuntimeError for a launch that CUDA refuses.
+Addresses are in device memory, or 0 for no tensor. Strides and counts are in elements. Dtype codes: 0 float32, 1
+bfloat16, 2 float16. A launch is enqueued on `stream` of `device` and returns at once, so the caller must keep the
+tensors alive until it has run. Functions raise TypeError for a wrong or missing argument, ValueError for a call that no
+kernel supports, and RuntimeError for a launch that CUDA refuses.
 """
 
 device: str
-"""The device type of the kernels' tensors: "cuda"; "cpu" in the module that tests compile for the host."""
+"""The device type of the tensors: "cuda"; "cpu" in the module that tests compile for the host."""
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 
@@ -15,11 +15,11 @@ most_rows: int
 """The largest M of `lora_linear`."""
 
 class Adapters:
-    """The adapters of a call, of one dtype."""
+    """The adapters that the ids of a call refer to, of one dtype."""
 
     @staticmethod
     def none(*, dtype: int) -> Adapters:
-        """The base layer alone."""
+        """No adapters: only the base layer."""
 
     @staticmethod
     def one(
@@ -36,7 +36,7 @@ class Adapters:
         scaling: float,
         dtype: int,
     ) -> Adapters:
-        """A [rank, K], rows contiguous, B [N, rank] with any strides, biases [rank] and [N], contiguous.
+        """A [rank, K] with contiguous rows, B [N, rank] with any strides, contiguous biases [rank] and [N].
 
         rank 0: no A and no B. activation: a code of `peftk.adapters.activations.CODES`.
         """
@@ -57,43 +57,43 @@ class Adapters:
         """The tensors of a `peftk.adapters.table.AdapterTable`.
 
         pages int64 [P, 5], rows int32 [slice_count · count, 4], scaling float32 [slice_count · count], biases int64
-        [slice_count · count, 2], slices int32 [slice_count + 1, 2] or 0 for one slice. count: the number of adapters.
-        z_pages: the pages of a row of z, over all slices.
+        [slice_count · count, 2], slices int32 [slice_count + 1, 2], or 0 for a single slice. count: the number of
+        valid ids. z_pages: pages per row of z, over all slices.
         """
 
 class LoraLinearPlan:
-    """How a call is divided into blocks, and the memory that this needs."""
+    """How a call is divided into blocks, and the memory it needs."""
 
     @property
     def shrink_splits(self) -> int:
-        """The number of ranges of K that a tile of z is split into."""
+        """The number of ranges of K of a tile of z."""
 
     @property
     def expand_splits(self) -> int:
-        """The number of ranges of K that a tile of y is split into."""
+        """The number of ranges of K of a tile of y."""
 
     @property
     def shrink_tiles(self) -> int:
-        """All of them, splits included."""
+        """The number of shrink tiles, including splits."""
 
     @property
     def expand_tiles(self) -> int:
-        """All of them, splits included."""
+        """The number of expand tiles, including splits."""
 
     @property
     def partials(self) -> int:
-        """The number of float32 of workspace, not initialised."""
+        """The number of float32 of workspace, which may have any content."""
 
     @property
     def counters(self) -> int:
-        """The number of int32 of workspace, zero before and after a launch."""
+        """The number of int32 of workspace, which are zero before and after a launch."""
 
     @property
     def shared(self) -> int:
-        """The bytes of shared memory per block."""
+        """Bytes of shared memory per block."""
 
 def plan_lora_linear(M: int, N: int, K: int, z_pages: int, processors: int) -> LoraLinearPlan:
-    """The plan for these sizes; it depends on nothing else. processors: multiprocessors of the device."""
+    """The plan of a call, which depends only on these arguments. processors: multiprocessors of the device."""
 
 def lora_linear(
     x: int,
@@ -117,18 +117,20 @@ def lora_linear(
     device: int,
     stream: int,
 ) -> None:
-    """One launch. x [M, K] and weight [N, K], rows at multiples of 16 bytes, bias [N], y [M, N], dense, all of dtype.
+    """Writes y in one launch. x [M, K], weight [N, K] and dense y [M, N] have the dtype `dtype`, bias [N] bias_dtype.
 
-    z float32 [M, 16 · z_pages]: ranks that a row does not have are 0 if z_dense, else not written. ids int32 [M],
-    contiguous; 0: all rows use the first adapter. An id without an adapter uses only the base layer.
+    Rows of x and weight start at multiples of 16 bytes. z float32 [M, 16 · z_pages]: for ranks that a row does not
+    have, 0 if z_dense, else not written. ids int32 [M], contiguous; 0: every row uses the first adapter. A row whose id
+    is no adapter's uses only the base layer.
     """
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
-# All launches first take the list of layers: table int64 [layers, 15] with the FIELDS of peftk/launch/merge_layers.py,
-# ends int32 and scaling float32 [adapters of all layers], the number of tiles of all layers, the dtypes of W, A and B.
+# All launches take the list of layers first: table int64 [layers, 15] with the FIELDS of peftk/launch/merge_layers.py;
+# ends int32 and scaling float32 [adapters of all layers]; the number of layers, the number of tiles of all layers, the
+# dtype of W, and that of A and B.
 
 def merge_tile(dtype: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile of W, and bytes of shared memory of a block."""
+    """(rows, columns) of a tile of W, and bytes of shared memory per block."""
 
 def merge(
     table: int,
@@ -148,7 +150,7 @@ def merge(
     device: int,
     stream: int,
 ) -> None:
-    """Merges every tile that is not merged yet, in place.
+    """Merges every tile that is not merged, in place. See csrc/cuda/merge.h.
 
     merged int8 [tiles], row_sums uint32 [rows of all layers], refused int32 [layers], raw_count int32 [1], raw_keys
     int64 [room], raw_values [room] in W's dtype.
@@ -166,7 +168,7 @@ def unmerge(
     device: int,
     stream: int,
 ) -> None:
-    """Unmerges every tile that is merged; raw weights are left to merge_restore."""
+    """Unmerges every merged tile, in place. Raw weights are restored by merge_restore."""
 
 def merge_restore(
     table: int,
@@ -182,7 +184,7 @@ def merge_restore(
     device: int,
     stream: int,
 ) -> None:
-    """Writes raw weights to their places in W; keys below 0 are empty slots."""
+    """Writes raw weights back to W. Keys below 0 are skipped."""
 
 def merge_sum_rows(
     table: int,
@@ -196,7 +198,7 @@ def merge_sum_rows(
     device: int,
     stream: int,
 ) -> None:
-    """Adds each row's part of the checksum to row_sums, uint32 [rows of all layers]."""
+    """Adds each weight to its row's sum in the checksum: row_sums uint32 [rows of all layers]."""
 
 # ---- segments --------------------------------------------------------------------------------------------------------
 
@@ -204,7 +206,7 @@ def segments_workspace(M: int, adapters: int) -> int:
     """The number of int32 of workspace that a call needs."""
 
 def segments_shared(M: int) -> int:
-    """The bytes of shared memory per block of the largest launch."""
+    """Bytes of shared memory per block, of the launch that needs the most."""
 
 def segments(
     ids: int,
@@ -222,7 +224,7 @@ def segments(
     device: int,
     stream: int,
 ) -> None:
-    """Sorts the rows by adapter. ids [M], int64 if wide, else int32; S = min(M, adapters + 1).
+    """Sorts the rows by adapter. ids [M], int64 if wide, else int32. S = min(M, adapters + 1).
 
     order int64 [M]; int32: sorted_ids [M], ends [1 + adapters], starts [S + 1], owners [S + 1], blocks [⌈M / 16⌉].
     """

@@ -1,9 +1,11 @@
-"""Products, activations and roundings that say exactly what they round.
+"""Products, activations and roundings with exactly specified rounding points.
 
-Under TRITON_INTERPRET=1 four things are emulated, so that tests see the rounding points of the compiled kernels:
-operands widen before `tl.dot` (the interpreter's 16-bit dots are wrong), fp32 → bf16 rounds to nearest even (the
-interpreter truncates), bf16 → fp32 keeps denormals (the interpreter makes other numbers of them), and `fma` rounds once
-(the interpreter rounds the product, too).
+Four operations are emulated under TRITON_INTERPRET=1, so that tests see the rounding points of the compiled kernels:
+
+- operands are widened before `tl.dot`, since the interpreter's 16-bit dots are wrong;
+- fp32 → bf16 rounds to nearest even, where the interpreter truncates;
+- bf16 → fp32 keeps denormals, which the interpreter turns into other numbers;
+- `fma` rounds once, where the interpreter rounds the product as well.
 """
 
 import triton
@@ -14,24 +16,24 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a·b in fp32, each product exact: directly for equal dtypes (fp32 in ieee, never TF32), else `dot_terms`."""
+    """acc + a·b in fp32 with exact products: `tl.dot` for equal dtypes (fp32 as ieee, never TF32), else `dot_terms`."""
     return _mma(a, b, acc) if a.dtype == b.dtype else dot_terms(a, b, acc)
 
 
 @triton.jit
 def dot_terms(a, b, acc):
-    """acc + a·b on the bf16 tensor cores for factors of any dtype, each product exact.
+    """acc + a·b on the bf16 tensor cores for factors of any dtype, with exact products.
 
-    A factor is cut into bf16 terms that add up to it exactly: 3 for fp32 (24 = 3 · 8 significant bits), 2 for fp16
-    (11 = 8 + 3). Every pair of terms is multiplied: 3 products (fp32 · bf16) to 9 (fp32 · fp32) of a kind that runs
-    about 15 times as fast as fp32 products without tensor cores.
+    A factor is split into bf16 terms whose sum is exactly the factor: 3 for fp32 (24 = 3 · 8 significant bits), 2 for
+    fp16 (11 = 8 + 3). Every pair of terms is multiplied: from 3 products (fp32 · bf16) to 9 (fp32 · fp32). Such a
+    product runs about 15 times as fast as an fp32 product without tensor cores.
     """
     if a.dtype == tl.bfloat16:
         acc = _dot_term(a, b, acc)
     else:
         rest = a.to(tl.float32)
         for _ in tl.static_range(3 if a.dtype == tl.float32 else 2):
-            term = leading(rest)
+            term = leading_bits(rest)
             acc = _dot_term(term.to(tl.bfloat16), b, acc)
             rest = remainder(rest, term)
     return acc
@@ -44,7 +46,7 @@ def _dot_term(a, b, acc):
     else:
         rest = b.to(tl.float32)
         for _ in tl.static_range(3 if b.dtype == tl.float32 else 2):
-            term = leading(rest)
+            term = leading_bits(rest)
             acc = _mma(a, term.to(tl.bfloat16), acc)
             rest = remainder(rest, term)
     return acc
@@ -59,20 +61,20 @@ def _mma(a, b, acc):
 
 
 @triton.jit
-def leading(t):
-    """The first 8 significant bits of fp32 t: a bf16 value, cut and not rounded, so that it cannot overflow."""
+def leading_bits(t):
+    """The first 8 significant bits of fp32 t, a bf16 value. Truncated, not rounded, so that it cannot overflow."""
     return (t.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def remainder(t, high):
-    """t - high, exact; 0 for an infinite t, whose first term carries it."""
+    """t - high, exact; 0 for an infinite t, whose first term is t itself."""
     return tl.where(t == high, 0.0, t - high)
 
 
 @triton.jit
 def round_to(t, dtype: tl.constexpr):
-    """fp32 t rounded once to dtype, to nearest even."""
+    """fp32 t rounded once to dtype, to nearest even. No change for fp32."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = t.to(tl.uint32, bitcast=True)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -102,8 +104,10 @@ def fma(a, b, c):
 
 @triton.jit
 def _fma_in_fp64(product, c):
-    """The product of two fp32 is exact in fp64. Its sum with c is rounded to odd: where two-sum says that it is inexact
-    and its last bit is even, the other neighbour is taken. Rounding that is rounding the exact sum.
+    """fp32 of product + c, rounded once. product: of two fp32 numbers, exact in fp64.
+
+    The fp64 sum is rounded to odd: where two-sum finds it inexact and its last bit is even, it is replaced by its other
+    neighbour. Rounding that to fp32 gives the same result as rounding the exact sum.
     """
     total = c + product
     rest = total - c
@@ -116,10 +120,10 @@ def _fma_in_fp64(product, c):
 
 @triton.jit
 def activate(z, code):
-    """act(z) in fp32; code: `peftk.adapters.activations.CODES`, a scalar or one per row."""
+    """act(z) in fp32. code: the activation's number in `peftk.adapters.activations.CODES`, a scalar or one per row."""
     relu = tl.where(z < 0.0, 0.0, z)  # keeps NaN
     gelu = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    # 0.5 · (1 + tanh(t)) = sigmoid(2t) makes gelu_tanh and silu one expression
+    # 0.5 · (1 + tanh(t)) = sigmoid(2t), so gelu_tanh and silu share one expression
     slope = tl.where(code == 3, 1.5957691216057308 * (1.0 + 0.044715 * z * z), 1.0)
     gated = z / (1.0 + tl.exp(-z * slope))
     return tl.where(code == 0, z, tl.where(code == 1, relu, tl.where(code == 2, gelu, gated)))
@@ -127,10 +131,10 @@ def activate(z, code):
 
 @triton.jit
 def activation_slope(z, code):
-    """act'(z) in fp32, relu'(0) = 0; code as in `activate`."""
+    """act'(z) in fp32, with relu'(0) = 0. code: as in `activate`."""
     relu = tl.where(z > 0.0, 1.0, 0.0)
     gelu = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    # gelu_tanh and silu are z · sigmoid(q(z)): the slope is g + z · g (1 - g) q'(z)
+    # gelu_tanh and silu are z · g with g = sigmoid(q(z)): the slope is g + z · g (1 - g) q'(z)
     square = tl.where(code == 3, 0.044715 * z * z, 0.0)
     factor = tl.where(code == 3, 1.5957691216057308, 1.0)
     q = z * factor * (1.0 + square)

@@ -1,8 +1,9 @@
-"""The shipped table: tile sizes by the shape class of a call, for each family of targets. Pure functions, no measuring.
+"""The shipped table of launch plans: tile sizes for each class of shapes and each family of targets.
 
-Nothing here is measured on a GPU yet. `candidates` are the plans that `peftk tune` may choose instead (`tuned`); tests
-compile a sample of them and of the table, `make test-matrix` all. A target is a CUDA compute capability (80, 90, …),
-"hip", or "interpreter". Few shapes are told apart, so that few variants are compiled.
+Pure functions that measure nothing; no value has been measured on a GPU yet. `candidates` are the plans that
+`peftk tune` may choose instead (`tuned`). The tests compile a sample of them and of the table, `make test-long` all. A
+target is a CUDA compute capability (80, 90, …), "hip", or "interpreter". There are few classes of shapes, so that few
+variants are compiled.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-# Shared memory a block may have, in bytes. Other members of a family are served by its smallest.
+# Shared memory that a block may use, in KiB, by compute capability; 99 for any other.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-# wgmma and tcgen05 read their factors from shared memory, so that wide tiles leave registers for the epilogue.
+# wgmma and tcgen05 read their factors from shared memory, so even wide tiles leave registers for the epilogue.
 _FACTORS_IN_SHARED = (90, 100, 103, 110)
-_TENSOR_MEMORY = (100, 103, 110)  # where products of 64 rows and more have their accumulators
-_PROCESSORS = 128  # the order of an A100 (108) or an H100 (132)
+_TENSOR_MEMORY = (100, 103, 110)  # where products with at least 64 rows keep their accumulators in tensor memory
+_PROCESSORS = 128  # about as many as an A100 (108) or an H100 (132) has
 
 
-class Form(NamedTuple):
-    """What a plan depends on: nothing about a call's values."""
+class CallShape(NamedTuple):
+    """Everything about a call that its plan depends on: shapes, dtypes and flags, but no values."""
 
     M: int
     N: int
@@ -29,23 +30,23 @@ class Form(NamedTuple):
     many: bool
     packed: bool
     backward: bool
-    wide: bool  # x and W can be loaded 16 bytes at a time, and so go around the registers
+    wide: bool  # x and W can be loaded 16 bytes at a time, so their loads bypass the registers
     x: torch.dtype
     weight: torch.dtype
     adapters: torch.dtype
-    own_sums: bool  # the adapters' terms are summed apart (dropout in the backward)
+    own_sums: bool  # the adapters' terms have separate sums (dropout in the backward)
     z_pages: int
     identity: bool = False  # for W: a series adapter
 
-    def shape(self) -> Shape:
-        return Shape(next(rows for rows in HEIGHTS if rows >= self.M or rows == HEIGHTS[-1]), *self[3:11])
+    def shape_class(self) -> ShapeClass:
+        return ShapeClass(next(rows for rows in ROW_LIMITS if rows >= self.M or rows == ROW_LIMITS[-1]), *self[3:11])
 
 
-HEIGHTS = (16, 64, 256, 1024, 4096)  # rows up to which calls are of one class, the last without an end
+ROW_LIMITS = (16, 64, 256, 1024, 4096)  # the largest M of each class; the last class also has all larger M
 
 
-class Shape(NamedTuple):
-    """The class of shapes that share a plan: `Form` without its sizes, of which only the height of M counts."""
+class ShapeClass(NamedTuple):
+    """A class of calls that share a plan: `CallShape` without N, K and z_pages, and with M rounded up to ROW_LIMITS."""
 
     rows: int
     many: bool
@@ -58,15 +59,15 @@ class Shape(NamedTuple):
     own_sums: bool
 
     def key(self) -> str:
-        """What a tuned plan is kept under."""
+        """The key of a tuned plan in the cache file."""
         words = ["packed" if self.packed else "many" if self.many else "one"]
-        words += [word for word, said in (("backward", self.backward), ("dropout", self.own_sums)) if said]
+        words += [word for word, present in (("backward", self.backward), ("dropout", self.own_sums)) if present]
         words += [str(dtype).removeprefix("torch.") for dtype in (self.x, self.weight, self.adapters)]
         return " ".join([*words, *([] if self.wide else ["narrow"]), f"M={self.rows}"])
 
 
 class Plan(NamedTuple):
-    """How a call is launched. A tile of shrink has SHRINK_M rows, and SHRINK_R ranks; BLOCK_M is a multiple of it."""
+    """How a call is launched. A shrink tile has SHRINK_M rows and SHRINK_R ranks; BLOCK_M is a multiple of SHRINK_M."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -76,22 +77,24 @@ class Plan(NamedTuple):
     SHRINK_M: int
     SHRINK_K: int
     SHRINK_R: int
-    SHRINK_STEP: int  # of K, by row
+    SHRINK_STEP: int  # step in K where the shrink works by row
     num_warps: int
     num_stages: int
     shrink_splits: int = 1
     expand_splits: int = 1
-    once: bool = True  # one launch; False: shrink, then expand
+    once: bool = True  # a single launch; False: one for shrink, then one for expand
     descriptors: bool = False  # x and W by tensor descriptors (TMA)
-    per_processor: int = 0  # blocks that stay on each processor and draw tile after tile; 0: a block for every tile
-    fill: int = 128  # as many blocks as should at least run at once: the order of an A100 (108) or an H100 (132)
+    per_processor: int = 0  # persistent blocks per processor, which draw tile after tile; 0: one block per tile
+    fill: int = 128  # the least number of blocks that should run at once: about the processors of an A100
 
     def compiled(self) -> dict[str, int | bool]:
-        """What the kernel is compiled for."""
+        """The constexpr arguments and compiler options: the fields BLOCK_M … num_stages."""
         return dict(zip(self._fields[:11], self[:11], strict=True))
 
 
 class Wgrad(NamedTuple):
+    """The tile of a gradient: PAGES · 16 ranks by BLOCK_C columns, in steps of BLOCK_R rows."""
+
     BLOCK_R: int
     BLOCK_C: int
     PAGES: int
@@ -100,6 +103,8 @@ class Wgrad(NamedTuple):
 
 
 class Merge(NamedTuple):
+    """The tile of W that one block of merge owns."""
+
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
@@ -113,24 +118,24 @@ def shared_memory(target: int | str) -> int:
 
 
 def options(target: int | str) -> dict[str, int | bool]:
-    """What every launch tells the compiler."""
+    """The compiler options of every launch but merge's."""
     if target == "interpreter":
         return {}
-    fused = {"enable_fp_fusion": True}  # said aloud, since Triton's default differs between 3.9 and 3.10
-    # Left alone, ptxas spills a few words in order to fit one more block on a processor. Told a limit, it spills where
-    # it comes too close: no limit serves all versions.
+    fused = {"enable_fp_fusion": True}  # explicit, since Triton's default differs between 3.9 and 3.10
+    # Without maxnreg, ptxas spills a few words to fit one more block on a processor. With it, ptxas spills when it is
+    # too close to the limit, so the best limit depends on the version.
     return fused if target == "hip" else {**fused, "maxnreg": _most_registers()}
 
 
 @functools.cache
 def _most_registers() -> int:
-    import triton  # whoever only counts has none
+    import triton  # here, so that plans can be counted where triton is not installed
 
     return 252 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 255
 
 
 def exact_options(target: int | str) -> dict[str, int | bool]:
-    """For merge, whose every rounding is specified: no product may be contracted with a sum.
+    """The compiler options of merge. All of its roundings are specified, so no product may be contracted with a sum.
 
     128 registers, so that two of its blocks of 256 threads share a processor.
     """
@@ -139,44 +144,44 @@ def exact_options(target: int | str) -> dict[str, int | bool]:
     return {**options(target), "enable_fp_fusion": False, **({} if target == "hip" else {"maxnreg": 128})}
 
 
-def lora_linear(form: Form, target: int | str) -> Plan:
-    """The shipped plan of a call."""
-    return fitted(shipped(form.shape(), target), form)
+def lora_linear(call: CallShape, target: int | str) -> Plan:
+    """The shipped plan of a call, with its splits."""
+    return with_splits(shipped_plan(call.shape_class(), target), call)
 
 
-def fitted(plan: Plan, form: Form) -> Plan:
-    """The plan of a class of shapes, cut into the splits that this call needs."""
-    shrink = -(-form.M // plan.SHRINK_M) * -(-form.z_pages * 16 // plan.SHRINK_R)
-    expand = -(-form.M // plan.BLOCK_M) * -(-form.N // plan.BLOCK_N)
+def with_splits(plan: Plan, call: CallShape) -> Plan:
+    """The plan of a shape class, with the splits of K that this call needs. `once` needs shrink and expand tiles."""
+    shrink = -(-call.M // plan.SHRINK_M) * -(-call.z_pages * 16 // plan.SHRINK_R)
+    expand = -(-call.M // plan.BLOCK_M) * -(-call.N // plan.BLOCK_N)
     return plan._replace(
-        shrink_splits=_splits(shrink, form.K, plan.SHRINK_K, 16, plan.fill),
-        expand_splits=_expand_splits(expand, form, plan),
+        shrink_splits=_splits(shrink, call.K, plan.SHRINK_K, 16, plan.fill),
+        expand_splits=_expand_splits(expand, call, plan),
         once=plan.once and shrink > 0 and expand > 0,
     )
 
 
 @functools.cache
-def shipped(shape: Shape, target: int | str) -> Plan:
-    """The table's plan for a class of shapes. `by row` (see `lora_linear`) has the registers in small tiles only."""
+def shipped_plan(shape: ShapeClass, target: int | str) -> Plan:
+    """The table's plan for a class of shapes. "By row" (see `lora_linear`) only has enough registers in small tiles."""
     plan = _tiles(shape, target)
-    return _staged(plan._replace(BY_ROW=shape.many and plan.BY_ROW), shape, target)
+    return _limit_stages(plan._replace(BY_ROW=shape.many and plan.BY_ROW), shape, target)
 
 
-def _staged(plan: Plan, shape: Shape, target: int | str) -> Plan:
+def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
     stage = max(
         plan.BLOCK_K * (plan.BLOCK_M * shape.x.itemsize + plan.BLOCK_N * shape.weight.itemsize),
         plan.SHRINK_K * (plan.SHRINK_M * shape.x.itemsize + plan.SHRINK_R * shape.adapters.itemsize),
     )
-    return plan._replace(num_stages=_stages(plan.num_stages, stage, target))
+    return plan._replace(num_stages=_stages_that_fit(plan.num_stages, stage, target))
 
 
-def candidates(shape: Shape, target: int | str) -> tuple[Plan, ...]:
-    """The plans that a tuner may choose from, the shipped one first: each of them in one way unlike it."""
-    first = shipped(shape, target)
+def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
+    """The plans that the tuner may choose from: the shipped plan first, then plans that differ from it in one way."""
+    first = shipped_plan(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
     if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
-        return (first,)  # no other has the registers
+        return (first,)  # all others run out of registers
     other = [{"once": False}]
     if first.num_stages > 2:
         other += [{"num_stages": first.num_stages - 1}]
@@ -190,18 +195,18 @@ def candidates(shape: Shape, target: int | str) -> tuple[Plan, ...]:
         other += [{"BLOCK_N": first.BLOCK_N // 2}]
     if first.BLOCK_M == 128 and first.BLOCK_N == 128:
         other += [{"per_processor": 1}, {"per_processor": 2}]
-    plans = [first, *(_staged(first._replace(**fields), shape, target) for fields in other)]
+    plans = [first, *(_limit_stages(first._replace(**fields), shape, target) for fields in other)]
     return tuple(dict.fromkeys(plans))
 
 
-def _tiles(shape: Shape, target: int | str) -> Plan:
+def _tiles(shape: ShapeClass, target: int | str) -> Plan:
     M, many, wide, x, weight = shape.rows, shape.many, shape.wide, shape.x, shape.weight
     if target == "interpreter":
         return Plan(16, 32, 32, 2, True, 16, 32, 16, 16, 4, 1)
-    # single loads, fp32 products and factors cut into terms live in registers
+    # not direct: single loads, fp32 products and factors split into terms use registers
     direct = wide and x == shape.adapters and x != torch.float32
     shrink_k = 128 if direct else 64 if wide and not many else 32
-    few_warps = 8 if many and shape.backward else 4  # B by row, in any layout, takes many registers
+    few_warps = 8 if many and shape.backward else 4  # reading B by row takes many registers, whatever its layout
     if not wide or x != weight:
         return Plan(64, 32, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if x == torch.float32:
@@ -209,7 +214,7 @@ def _tiles(shape: Shape, target: int | str) -> Plan:
             return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 8, few_warps, 4)
         return Plan(64, 64, 32, 8, True, 16, shrink_k, 16, 16, 8, 3)
     if M <= 16:
-        if target == "hip":  # loads wait in registers
+        if target == "hip":  # loads in flight use registers
             return Plan(16, 64, 64, 8, True, 16, shrink_k, 16, 4, few_warps, 4)
         return Plan(16, 64, 128, 8, True, 16, shrink_k, 16, 8, few_warps, 4)
     if M <= 64 or (many and M <= 256):
@@ -224,53 +229,54 @@ def _tiles(shape: Shape, target: int | str) -> Plan:
 
 
 def _splits(tiles: int, K: int, block_k: int, at_most: int, fill: int) -> int:
-    """Into how many ranges K is cut so that the tiles fill the processors."""
+    """The number of splits of K, so that the tiles fill the processors."""
     return max(min(fill // max(tiles, 1), K // (4 * block_k), at_most), 1)
 
 
-def _expand_splits(tiles: int, form: Form, plan: Plan) -> int:
-    """Few tokens: W is read by more blocks at once. The parts of y, fp32, stay below a sixteenth of W's bytes."""
-    if plan.BLOCK_M > 64 or not tiles or form.identity:  # W = identity is no sum: each part would add x
+def _expand_splits(tiles: int, call: CallShape, plan: Plan) -> int:
+    """For few tokens: W is read by more blocks at once. The fp32 parts of y stay below a sixteenth of W's bytes."""
+    if plan.BLOCK_M > 64 or not tiles or call.identity:  # W = identity is no sum: each part would add x
         return 1
-    cheap = form.K * form.weight.itemsize // (16 * 4 * form.M)
-    return min(_splits(tiles, form.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))
+    cheap = call.K * call.weight.itemsize // (16 * 4 * call.M)
+    return min(_splits(tiles, call.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))
 
 
 def wgrad_pages(rank: int, x_dtype: torch.dtype, target: int | str) -> int:
-    """How many pages of ranks one tile of a gradient has, from the largest rank: x and dY are read once for them."""
+    """Pages of ranks in one tile of a gradient, given the largest rank. x and dY are read once for all of them."""
     if target == "interpreter":
         return 1 if rank <= 16 else 2
     if rank <= 16:
         return 1
     if x_dtype == torch.float16 and target in _TENSOR_MEMORY:
-        return 2  # of 64 ranks, the 6 products of fp16 would have more accumulators than fit there
+        return 2  # with 64 ranks, the 6 products of fp16 need more accumulators than tensor memory holds
     return 2 if x_dtype == torch.float32 else 4
 
 
 def wgrad(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> Wgrad:
-    """The tile of a gradient, PAGES · 16 ranks by BLOCK_C columns, and the rows of a step.
+    """The shipped tile of a gradient.
 
-    wide: x and dY can be loaded 16 bytes at a time. many: the loads of the rows' places take their share of the stages.
+    wide: x and dY can be loaded 16 bytes at a time. many: rows are gathered, and the loads of their indices take some
+    of the pipeline's stages.
     """
     if target == "interpreter":
         return Wgrad(16, 32, pages, 4, 1)
-    # fp32 products without tensor cores hold their factors in registers, a whole step of rows; so do the terms of fp16
+    # fp32 products without tensor cores hold the factors of a whole step of rows in registers; so do the terms of fp16
     tight = x_dtype == torch.float16 and pages > 1 and shared_memory(target) <= 100 * 1024
     rows = 16 if x_dtype == torch.float32 or tight else 32
     if not wide:
         return Wgrad(rows, 64, pages, 4, 2)
     block = Wgrad(rows, 128, pages, 4 if pages == 1 else 8, 6 if many else 4)
     stage = block.BLOCK_R * (16 * pages * 4 + block.BLOCK_C * x_dtype.itemsize)
-    return block._replace(num_stages=_stages(block.num_stages, stage, target))
+    return block._replace(num_stages=_stages_that_fit(block.num_stages, stage, target))
 
 
 def merge(target: int | str) -> Merge:
-    """A tile of W: 8 chains a thread. With 16 of them 128 registers (`exact_options`) do not suffice."""
+    """A tile of W. A thread has 8 chains of fma: 16 of them need more than the 128 registers of `exact_options`."""
     return Merge(32, 64, 4 if isinstance(target, str) else 8)  # AMD's warps have 64 threads
 
 
 def wgrad_candidates(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, target: int | str) -> tuple[Wgrad, ...]:
-    """As `candidates`. A tile's pages of ranks stay: how the gradients lie depends on them."""
+    """Like `candidates`, for `wgrad`. PAGES stays the same, since the layout of the gradients depends on it."""
     first = wgrad(pages, many, wide, x_dtype, target)
     if target == "interpreter":
         return first, first._replace(BLOCK_C=16)
@@ -279,10 +285,10 @@ def wgrad_candidates(pages: int, many: bool, wide: bool, x_dtype: torch.dtype, t
 
 
 def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> int:
-    """Into ranges of how many rows a segment is cut at most, so that one long segment fills the processors.
+    """The rows of a range: a longer segment is cut into several, so that a single long one fills the processors.
 
-    heads, groups: pieces of ranks of all adapters, and the most of one; blocks: of columns. At least four steps; at
-    most 16 ranges, and 64 MiB of partial sums, which stay fewer than the bytes of 16-bit x and dY.
+    heads: pieces of ranks of all adapters; groups: the most pieces of one adapter; blocks: of columns. A range has at
+    least four steps. There are at most 16 ranges and 64 MiB of partial sums, fewer bytes than 16-bit x and dY have.
     """
     tile = (block.PAGES * 16 + 1) * block.BLOCK_C * 4
     wanted = -(-4 * _PROCESSORS // max(blocks, 1))
@@ -293,7 +299,7 @@ def wgrad_range(M: int, heads: int, groups: int, blocks: int, block: Wgrad) -> i
     return max(steps, 1) * block.BLOCK_R
 
 
-def _stages(wanted: int, bytes_per_stage: int, target: int | str) -> int:
-    """As many loads in flight as fit, with 8 KiB left for the epilogue. AMD's pipeliner keeps one in registers."""
+def _stages_that_fit(wanted: int, bytes_per_stage: int, target: int | str) -> int:
+    """`wanted` pipeline stages, or as many as fit with 8 KiB left for the epilogue. AMD: at most 2."""
     fit = (shared_memory(target) - 8 * 1024) // bytes_per_stage
     return max(min(wanted, 2 if target == "hip" else wanted, fit), 1)

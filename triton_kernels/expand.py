@@ -1,14 +1,17 @@
-"""expand: y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i: the base GEMM, the adapter on its fp32 accumulators.
+"""expand: the base GEMM, with the adapter added to its fp32 accumulators.
 
-In the backward dX[m] = dY[m] W + mask/(1-p) ⊙ s_i · u[m] A_i: x is dY, W is read along its other side, z is u. "up" is
-what z is multiplied with: B in the forward, A in the backward. W = None is the identity: y = x + …, a series adapter.
+Forward: y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i.
+Backward: dX[m] = dY[m] W + mask/(1-p) ⊙ s_i · u[m] A_i. Here x is dY, W is transposed, and z is u.
+
+"up" is the matrix that z is multiplied with: B in the forward, A in the backward. W = None is the identity: y = x + …,
+a series adapter.
 """
 
 import triton
 import triton.language as tl
 
-from .arithmetic import activate, dot, leading, remainder, round_to
-from .philox import keep
+from .arithmetic import activate, dot, leading_bits, remainder, round_to
+from .philox import keep_mask
 from .segments import PAGE, rows_at, segment_heads
 from .tickets import sum_of_splits, wait_for
 
@@ -23,14 +26,14 @@ def expand_tile(
     IEEE: tl.constexpr, W_TILES: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or one split of it: the whole base product first, then the adapters of its rows.
+    """Computes one tile of y, or one split of it: first the whole base product, then the adapters of its rows.
 
-    x_tiles, and weight where W_TILES says so, are tensor descriptors: tiles of x, of W ("nk") or of Wᵀ ("kn").
-    ready: shrink tiles that must be complete for every `ready_rows` rows of a row block.
+    x_tiles is a tensor descriptor of x, or None. W_TILES: weight is a pointer (""), or a tensor descriptor of W ("nk")
+    or of Wᵀ ("kn"). ready: how many shrink tiles must be complete for every `ready_rows` rows of a row block.
     """
     split = tile % splits
     tile = tile // splits
-    # groups of GROUP_M row blocks share their column blocks of W in L2
+    # GROUP_M row blocks form a group, which shares column blocks of W in L2
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
     group_from = tile // (GROUP_M * blocks_n) * GROUP_M
@@ -80,7 +83,7 @@ def expand_tile(
             if z_pages > 0:
                 wait_for(counters, block_m, ready * tl.cdiv(block_to - block_from, ready_rows))
         z_row = z + row * (z_pages * PAGE)
-        # the mask of dropout is the adapter's alone, so it has sums of its own
+        # the dropout mask applies to the adapter's terms only, so they are summed separately
         OWN_SUMS: tl.constexpr = BACKWARD and DROPOUT
         delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if OWN_SUMS else acc
         if MANY:
@@ -118,11 +121,11 @@ def expand_tile(
                 beta = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE))
                 delta += tl.sum(_load_columns(beta, n, columns), axis=0)[None, :]
         if OWN_SUMS:
-            kept = keep(seed, row, block_n * BLOCK_N, N, threshold, QUADS, BLOCK_N)
+            kept = keep_mask(seed, row, block_n * BLOCK_N, N, threshold, QUADS, BLOCK_N)
             acc += tl.where(kept, delta * keep_scale, 0.0)
         else:
             acc = delta
-        # after the products: on Blackwell the sums then leave their memory once
+        # the bias comes after the products, so that on Blackwell the sums leave tensor memory only once
         if bias is not None:
             acc += tl.sum(_load_columns(bias, n, N), axis=0)[None, :]
         y_tile = y + row[:, None] * N + n[None, :]
@@ -136,11 +139,11 @@ def _expand_many(
     DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, BY_ROW: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """acc + the terms of the adapters of all rows of the block; entry: of adapter 0 in rows, scaling and biases."""
+    """acc plus the adapters' terms for all rows of the block. entry: index of adapter 0 in rows, scaling and biases."""
     segment = tl.load(blocks + block_from // 16)
     at = tl.load(starts + segment)
     if BY_ROW:
-        # by segment: a dot for each page of each segment; by row: a product for each rank. A dot costs two ranks
+        # by segment: one dot per page of each segment; by row: one product per rank. A dot costs as much as two ranks
         id = tl.load(ids + position, mask=position < M, other=-1)
         rank = tl.load(rows + (entry + id) * 4 + 1, mask=id >= 0, other=0)
         heads = segment_heads(position, id, ids, BLOCK_M)
@@ -172,11 +175,11 @@ def _expand_segment(
     acc, z_row, own, n, N, pages, rank, code, s, beta,
     DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """acc + s · act(z) Bᵀ + β of one adapter, in the rows that are its own.
+    """acc + s · act(z) Bᵀ + β of one adapter, for the rows that use it.
 
-    The other rows enter the dots as v = 0, which adds nothing to them as long as B is finite. So B's inf and NaN are
-    taken out of the dots, and come back as NaN in their columns of the adapter's own rows. (A second tile of sums
-    to select from would keep inf apart from NaN, at the price of its registers.)
+    All other rows enter the dots as v = 0, which adds nothing to them as long as B is finite. So inf and NaN in B are
+    replaced by 0 in the dots, and their columns become NaN in the adapter's own rows. (A second tile of sums to select
+    from would keep inf apart from NaN, but would cost its registers.)
     """
     columns = _load_columns(beta.to(tl.pointer_type(DTYPE)), n, tl.where(beta != 0 and not BACKWARD, N, 0))
     for page in tl.range(0, tl.cdiv(rank, PAGE), num_stages=1):
@@ -198,15 +201,15 @@ def _expand_segment(
 
 @triton.jit
 def _expand_by_row(
-    acc, z_row, some, entry, rank, max_rank, n, N, pages, rows, scaling, biases,
+    acc, z_row, has_adapter, entry, rank, max_rank, n, N, pages, rows, scaling, biases,
     DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """acc + s · act(z) Bᵀ + β where each row reads its own adapter: BLOCK_N products per row and rank, no dots."""
+    """acc + s · act(z) Bᵀ + β where each row reads its own adapter, without dots: BLOCK_N products per row and rank."""
     columns = n < N
     if PACKED > 0:
         columns &= n >= 0
-    first = tl.load(rows + entry * 4, mask=some, other=0)
-    s = tl.load(scaling + entry, mask=some, other=0.0)
+    first = tl.load(rows + entry * 4, mask=has_adapter, other=0)
+    s = tl.load(scaling + entry, mask=has_adapter, other=0.0)
     for page in tl.range(0, tl.cdiv(max_rank, PAGE), num_stages=1):
         on_page = rank > page * PAGE
         of_page = pages + (first + page) * 5
@@ -222,12 +225,12 @@ def _expand_by_row(
             own = page * PAGE + lane < rank
             v = tl.load(z_row + page * PAGE + lane, mask=own, other=0.0)
             if not BACKWARD:
-                v = activate(v, tl.load(rows + entry * 4 + 2, mask=some, other=0))
+                v = activate(v, tl.load(rows + entry * 4 + 2, mask=has_adapter, other=0))
             pointer = (up_row + lane * up_r)[:, None] + n[None, :].to(tl.int64) * up_n
             up_rank = tl.load(pointer, mask=own[:, None] & columns[None, :], other=0.0)
             acc += (v * s)[:, None] * up_rank.to(tl.float32)
     if not BACKWARD:
-        beta = tl.load(biases + entry * 2 + 1, mask=some, other=0)
+        beta = tl.load(biases + entry * 2 + 1, mask=has_adapter, other=0)
         pointer = beta.to(tl.pointer_type(DTYPE))[:, None] + n[None, :]
         acc += tl.load(pointer, mask=(beta != 0)[:, None] & columns[None, :], other=0.0).to(tl.float32)
     return acc
@@ -235,10 +238,10 @@ def _expand_by_row(
 
 @triton.jit
 def _dot_v(v, up, acc, IEEE: tl.constexpr):
-    """acc + v·up by the kind of products that made acc: `arithmetic.dot_terms`, term after term in a loop.
+    """acc + v·up with the same kind of products as acc: `arithmetic.dot_terms`, one term after another in a loop.
 
-    The loop is not unrolled: every product in the code has its own accumulators in Blackwell's tensor memory, where
-    there is room for two tiles of 128 · 256, and terms that wait for their turn take registers from the sums.
+    The loop is not unrolled. Every product in the code has its own accumulators in Blackwell's tensor memory, which has
+    room for two tiles of 128 · 256; and terms that wait for their turn would take registers from the sums.
     """
     if IEEE:
         acc = dot(v, up.to(tl.float32), acc)
@@ -247,7 +250,7 @@ def _dot_v(v, up, acc, IEEE: tl.constexpr):
     else:
         rest = up.to(tl.float32)
         for _ in tl.range(0, 3 if up.dtype == tl.float32 else 2, num_stages=1):
-            term = leading(rest)
+            term = leading_bits(rest)
             acc = _dot_v_term(v, term.to(tl.bfloat16), acc)
             rest = remainder(rest, term)
     return acc
@@ -257,7 +260,7 @@ def _dot_v(v, up, acc, IEEE: tl.constexpr):
 def _dot_v_term(v, up_term, acc):
     rest = v
     for _ in tl.range(0, 3, num_stages=1):
-        term = leading(rest)
+        term = leading_bits(rest)
         acc = dot(term.to(tl.bfloat16), up_term, acc)
         rest = remainder(rest, term)
     return acc
@@ -265,7 +268,7 @@ def _dot_v_term(v, up_term, acc):
 
 @triton.jit
 def _load_v(pointer, mask, code, BACKWARD: tl.constexpr):
-    """act(z) in fp32 for one adapter's code, or u as it is; 0 where masked."""
+    """v: act(z) in fp32 in the forward, u unchanged in the backward; 0 where masked. code: the adapter's activation."""
     v = tl.load(pointer, mask=mask, other=0.0)
     if not BACKWARD:
         if code > 0:
@@ -275,12 +278,12 @@ def _load_v(pointer, mask, code, BACKWARD: tl.constexpr):
 
 @triton.jit
 def _load_up(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr, PACKED: tl.constexpr):
-    """One page of Bᵀ (of A), [PAGE, BLOCK_N], zeros beyond its ranks and columns."""
+    """One page of Bᵀ (backward: of A), [PAGE, BLOCK_N], 0 beyond its ranks and columns."""
     lane = tl.arange(0, PAGE)
     columns = n < N
     if PACKED > 0:
         columns &= n >= 0
-    # an address that is an argument arrives as int32 where it is small
+    # an address passed as an argument arrives as int32 when it is small
     pointer = address.to(tl.int64).to(tl.pointer_type(DTYPE)) + lane[:, None].to(tl.int64) * stride_r
     return tl.load(
         pointer + n[None, :].to(tl.int64) * stride_n, mask=(lane < ranks)[:, None] & columns[None, :], other=0.0
@@ -289,10 +292,10 @@ def _load_up(address, stride_n, stride_r, ranks, n, N, DTYPE: tl.constexpr, PACK
 
 @triton.jit
 def _load_columns(pointer, n, columns):
-    """[PAGE, BLOCK_N] in fp32 to be summed over its rows: one value for each column 0 … columns - 1, else zero.
+    """fp32 [PAGE, BLOCK_N] whose sum over rows is the value of each column: 0 for columns outside 0 … columns - 1.
 
-    They lie in the first row of what looks like a page of B. A plain load would be made in the accumulators' layout,
-    where each thread holds every fourth column and would spend two registers on the address of each.
+    The values are in the first row; the other rows are 0, so the tile has the shape of a page of B. A plain load would
+    use the accumulators' layout, where each thread holds every fourth column and needs two registers per address.
     """
     lane = tl.arange(0, PAGE)
     mask = (lane == 0)[:, None] & ((n >= 0) & (n < columns))[None, :]

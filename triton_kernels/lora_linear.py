@@ -1,22 +1,23 @@
-"""One linear layer with its adapters in one launch, forward and dX. `docs/lora_linear.md` derives it.
+"""A linear layer with its adapters in one launch: forward and dX. `docs/lora_linear.md` has the derivation.
 
     shrink   z[m] = x̃[m] A_iᵀ + a_i                                      → fp32 [M, z_width]
     expand   y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i          the base GEMM; the adapter is its epilogue
 
-The blocks of a launch draw tickets (`tickets`): the first are shrink tiles, all later ones expand tiles, which wait for
-the z of their rows after the base product, when it has long been there. As two launches (ONCE = False: shrink tiles,
-then expand tiles, numbered by the block) the same code needs no waiting; that is the plain form.
+The blocks of a launch draw tickets (`tickets`): the first tickets are shrink tiles, the later ones expand tiles. An
+expand tile computes its base product first and only then waits for the z of its rows, which is usually complete by
+then. The same code also runs as two launches (ONCE = False): shrink tiles, then expand tiles, numbered by block, with
+no waiting.
 
-Backward, with the roles swapped: u[m] = (dY[m] B_i) ⊙ act'(z[m]) is the shrink, dX[m] = dY[m] W + mask/(1-p) ⊙
-s_i · u[m] A_i the expand.
+In the backward the roles are swapped: the shrink computes u[m] = (dY[m] B_i) ⊙ act'(z[m]), the expand
+dX[m] = dY[m] W + mask/(1-p) ⊙ s_i · u[m] A_i.
 
-Rows are worked on in the order of their adapters (`segments`), so a block of rows meets few of them. A block goes
-through its adapters one by one with dots over all its rows ("by segment"), or, where it meets so many that most of
-those dots would be thrown away, gives every row its own products without dots ("by row"). Both read what an adapter is
-from `peftk.adapters.table`: in device memory for many (MANY), in the kernel's arguments for one, so that a call with
-one adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows with adapters of their own, say
-query, key and value. Ranks come 16 at a time, a page; no rank is a compile-time constant. Rows and ranks are selected,
-never multiplied by zero: an adapter's inf stays with its own rows.
+Rows are processed in the order of their adapters (`segments`), so a block of rows has few adapters. It either goes
+through its adapters one by one, with dots over all its rows ("by segment"); or, where most of those dots would be
+thrown away, computes every row's products separately and without dots ("by row"). Both read the adapters as
+`peftk.adapters.table` describes them: many (MANY) from device memory, one from the kernel's arguments, so that a call
+with one adapter copies nothing to the device. Packed outputs (PACKED) are slices of W's rows, each with its own
+adapters, for example query, key and value. Ranks come in pages of 16; no rank is a compile-time constant. Rows and
+ranks are selected, not multiplied by zero, so an adapter's inf stays in its own rows.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from . import config, philox, tuned
 from .expand import expand_tile
 from .segments import PAGE
 from .shrink import shrink_tile
-from .tickets import READY, draw, leave, publish
+from .tickets import READY, draw_ticket, leave, publish
 from .tuned import target
 
-# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
+# Arguments that change between calls. Specialized, each would be compiled again for 1 and for multiples of 16.
 _VARYING = ["one_A", "one_stride_A", "one_B", "one_stride_Bn", "one_stride_Br", "one_bias_A", "one_bias_B"]
 _VARYING += ["one_rank", "one_activation", "one_scaling", "slice_count", "adapters", "M", "stride_pre", "z_pages"]
 _VARYING += ["shrink_tiles", "expand_tiles", "shrink_splits", "expand_splits", "dense", "threshold", "keep_scale"]
@@ -61,15 +62,15 @@ def lora_linear_kernel(
     BY_ROW: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
     SHRINK_STEP: tl.constexpr, STAY: tl.constexpr,
 ):  # fmt: skip
-    """Shrink tiles 0 … shrink_tiles - 1, then expand tiles; z is written by the ones and read by the others.
+    """Runs shrink tiles 0 … shrink_tiles - 1, which write z, then expand tiles, which read it.
 
-    Forward: z is z. Backward: x is dY, y is dX, z is u, and pre holds the forward's z.
+    In the backward x is dY, y is dX, z is u, and pre is the forward's z.
     """
     row_blocks = tl.cdiv(M, BLOCK_M)
     rank_blocks = tl.cdiv(z_pages * PAGE, SHRINK_R)
     shrink_arrivals = counters + READY + row_blocks
     expand_arrivals = shrink_arrivals + shrink_tiles
-    tile = draw(counters) if ONCE else tl.program_id(0)
+    tile = draw_ticket(counters) if ONCE else tl.program_id(0)
     while tile < shrink_tiles + expand_tiles:
         if tile < shrink_tiles:
             complete = shrink_tile(
@@ -95,37 +96,36 @@ def lora_linear_kernel(
                 DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, W_TILES, SPLIT, DROPOUT, QUADS,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BY_ROW,
             )  # fmt: skip
-        tile = draw(counters) if STAY else shrink_tiles + expand_tiles
+        tile = draw_ticket(counters) if STAY else shrink_tiles + expand_tiles
     if ONCE:
         leave(counters, row_blocks)
 
 
-class Many(NamedTuple):
-    """The tensors of a `peftk.adapters.table.AdapterTable`, or of several side by side
-    (`peftk.adapters.table.pack`)."""
+class ManyAdapters(NamedTuple):
+    """The tensors of one `peftk.adapters.table.AdapterTable`, or of several packed by `peftk.adapters.table.pack`."""
 
     pages: Tensor
     rows: Tensor
     scaling: Tensor
     biases: Tensor
-    slices: Tensor | None  # int32 [slice_count + 1, 2]: first column, first page of z; None: one slice
-    adapters: int  # of each slice
+    slices: Tensor | None  # int32 [slice_count + 1, 2]: first column, first page of z; None: a single slice
+    adapters: int  # in each slice
     slice_count: int = 1
-    aligned_slices: int = 0  # 16: every slice begins at a multiple of 16 columns; 1: some don't; 0: one slice
+    aligned_slices: int = 0  # 16: every slice begins at a multiple of 16 columns; 1: not all do; 0: a single slice
 
 
 class Adapters(NamedTuple):
     """What the launcher needs to know about the adapters of a call."""
 
-    source: AdapterArgs | Many
+    source: AdapterArgs | ManyAdapters
     dtype: torch.dtype
     z_width: int  # the largest rank in whole pages, summed over the slices; 0: no shrink tiles
-    A: str  # how A's pages lie, as `shrink` calls it: "k16", "k", "any"
-    B: str  # the same of B, "k" being N: "r16" too
+    A: str  # memory layout of A's pages, see `shrink._down_pointer`: "k16", "k" or "any"
+    B: str  # the same for B, whose "k" is N; also "r16"
 
-    def sources(self) -> tuple[AdapterArgs, Many | None]:
-        """What a kernel takes of one adapter, and of many."""
-        return (NO_ADAPTER, self.source) if isinstance(self.source, Many) else (self.source, None)
+    def sources(self) -> tuple[AdapterArgs, ManyAdapters | None]:
+        """The kernel's arguments for one adapter, and for many (None if there is one)."""
+        return (NO_ADAPTER, self.source) if isinstance(self.source, ManyAdapters) else (self.source, None)
 
 
 BASE_ONLY = Adapters(NO_ADAPTER, torch.float32, 0, "k", "any")
@@ -145,11 +145,11 @@ def forward(
     save_z: bool = False,
     plan: config.Plan | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [M, N] in x's dtype and, if asked, z [M, z_width] in fp32 (zero where the row's adapter has no such rank).
+    """y [M, N] in x's dtype and, with save_z, z [M, z_width] in fp32 (0 where the row's adapter has no such rank).
 
-    x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments: None
-    with one adapter. plan: one to be tried. Nothing is copied between host and device and nothing waits, so a CUDA
-    graph can capture the call.
+    x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments is None
+    with one adapter. plan: replaces the chosen plan. Nothing is copied between host and device and the host does not
+    wait, so a CUDA graph can capture the call.
     """
     M, K = x.shape
     N = K if weight is None else weight.shape[0]
@@ -171,9 +171,12 @@ def backward(
     need_dx: bool = True,
     plan: config.Plan | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """dX [M, columns] in dy's dtype, if needed, and u [M, z_width] in fp32, from dY [M, N] and the forward's z."""
+    """dX [M, columns] in dy's dtype (None without need_dx) and u [M, z_width] in fp32, from dY [M, N] and forward's z.
+
+    z may be None if no adapter has an activation. Everything else is as in `forward`.
+    """
     u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
-    z = u if z is None else z  # where it wasn't saved, none is read
+    z = u if z is None else z  # None: the kernel does not read it
     swapped = None if weight is None else weight.t()
     dx = _launch(
         dy,
@@ -209,14 +212,14 @@ def _launch(
     backward: bool = False,
     plan: config.Plan | None = None,
 ) -> Tensor:
-    """y [M, N], and z filled. N = 0: only z."""
+    """Returns y [M, N] and fills z. N = 0: only z."""
     (M, K), device = x.shape, x.device
     y = torch.empty(M, N, dtype=x.dtype, device=device)
     if not M or not (N or adapters.z_width):
         return y
     one, many = adapters.sources()
     weight_dtype = x.dtype if weight is None else weight.dtype
-    form = config.Form(
+    call = config.CallShape(
         M=M,
         N=N,
         K=K,
@@ -231,8 +234,8 @@ def _launch(
         z_pages=adapters.z_width // PAGE.value,
         identity=weight is None,
     )
-    where = target(device)
-    plan = config.fitted(plan, form) if plan else tuned.lora_linear(form, device, where)
+    compile_target = target(device)
+    plan = config.with_splits(plan, call) if plan else tuned.lora_linear(call, device, compile_target)
     row_blocks = triton.cdiv(M, plan.BLOCK_M)
     shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
     expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits
@@ -253,7 +256,7 @@ def _launch(
                 continue
             lora_linear_kernel[(blocks,)](
                 x, x_tiles, w_tiles, bias, y, z, pre, partials, partials[shrink_tiles * shrink_part :], counters,
-                seed if dropout_p else None, *_rows(segments), *(many[:5] if many else (None,) * 5),
+                seed if dropout_p else None, *_segment_tensors(segments), *(many[:5] if many else (None,) * 5),
                 *one, many.slice_count if many else 1, many.adapters if many else 1,
                 M, N, K, *x.stride(), *((0, 0) if weight is None else weight.stride()),
                 0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
@@ -263,13 +266,13 @@ def _launch(
                 BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
                 DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
                 DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,
-                W_TILES=w_kind, **plan.compiled(), **config.options(where),
+                W_TILES=w_kind, **plan.compiled(), **config.options(compile_target),
             )  # fmt: skip
     return y
 
 
-def _rows(segments: Segments | None) -> tuple[Tensor | None, ...]:
-    """What the kernel reads of the segments."""
+def _segment_tensors(segments: Segments | None) -> tuple[Tensor | None, ...]:
+    """The tensors of the segments that the kernel reads."""
     if segments is None:
         return (None,) * 5
     return segments.order, segments.ids, segments.starts, segments.owners, segments.blocks
@@ -278,7 +281,10 @@ def _rows(segments: Segments | None) -> tuple[Tensor | None, ...]:
 def _tiles(
     x: Tensor, weight: Tensor | None, plan: config.Plan, many: bool
 ) -> tuple[TensorDescriptor | None, Tensor | TensorDescriptor | None, str]:
-    """Descriptors of x (where its rows stand in their order) and W, for the copy engine of sm_90 and later."""
+    """Tensor descriptors of x (if its rows are in their original order) and of W, for the TMA of sm_90 and later.
+
+    Returns (x_tiles, weight, W_TILES) as `expand.expand_tile` takes them.
+    """
     if not plan.descriptors or weight is None:
         return None, weight, ""
     x_tiles = None if many or x.stride(1) != 1 else TensorDescriptor.from_tensor(x, [plan.BLOCK_M, plan.BLOCK_K])
@@ -288,6 +294,6 @@ def _tiles(
 
 
 def _wide(t: Tensor) -> bool:
-    """Whether the compiler can see that t's rows (or columns) are contiguous and start on 16 bytes."""
+    """Whether the compiler can see that t's rows (or columns) are contiguous and aligned to 16 bytes."""
     along, across = sorted(t.stride())
     return along == 1 and across % 16 == 0 and t.data_ptr() % 16 == 0

@@ -1,12 +1,13 @@
-"""All gradients of all adapters of one linear layer in one launch. `docs/lora_wgrad.md` derives it.
+"""All gradients of all adapters of one linear layer in one launch. `docs/lora_wgrad.md` has the derivation.
 
     dA_i = s_i · u_iᵀ x̃_i     dB_i = s_i · dY_iᵀ v_i     da_i = s_i · Σ u_i     dβ_i = Σ dY_i        v = act(z)
 
-over the rows of adapter i. A program makes one tile: some ranks of one adapter by some columns of x (dA) or of dY (dB),
-summed over a range of at most `range_rows` of the adapter's rows. The first range of every adapter has its own program;
-further ones are found by the places that are multiples of range_rows in the sorted order: each lies in one segment,
-and in every run of range_rows rows lies one of them. Where an adapter has several ranges, whoever arrives last adds
-their fp32 sums in ascending order: no floating-point atomics, the same bits whatever the schedule.
+over the rows of adapter i. A program computes one tile: some ranks of one adapter by some columns of x (dA) or of dY
+(dB), summed over a range of at most `range_rows` of the adapter's rows. The first range of every adapter has its own
+program. The further ranges are found through the boundaries, the multiples of range_rows in the sorted order: each
+boundary is in one segment, and any range_rows consecutive rows contain one boundary. Where an adapter has several
+ranges, the program that arrives last adds their fp32 sums in ascending order. There are no floating-point atomics, and
+the bits do not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from peftk.launch.segments import Segments
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
 from .lora_linear import Adapters
-from .philox import keep
+from .philox import keep_mask
 from .segments import PAGE, rows_at
 from .tuned import WgradShape, target
 
-# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
+# Arguments that change between calls. Specialized, each would be compiled again for 1 and for multiples of 16.
 _VARYING = ["rank", "activation", "scaling", "place_A", "place_B", "place_a", "place_b"]
 _VARYING += ["M", "z_pages", "heads", "pieces", "blocks_A", "blocks", "range_rows", "threshold", "keep_scale"]
 
@@ -48,13 +49,13 @@ def wgrad_kernel(
     MANY: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dAᵢ or of dBᵢᵀ, [PAGES · 16 ranks, BLOCK_C columns], and with it a piece of daᵢ or dβᵢ."""
+    """Computes one tile of dAᵢ or of dBᵢᵀ, [PAGES · 16 ranks, BLOCK_C columns], and its piece of daᵢ or dβᵢ."""
     RANKS: tl.constexpr = PAGES * PAGE
     column = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
-    # from `heads` on: the range that the place boundary · range_rows stands for
+    # from program `heads` on: the further range that the place boundary · range_rows stands for
     boundary = (head - heads) // pieces + 1
-    piece = (head - heads) % pieces  # of the ranks of an id's adapters
+    piece = (head - heads) % pieces  # which piece of the ranks of an id's adapters
     start, end = 0, M
     if MANY:
         task = head
@@ -64,7 +65,7 @@ def wgrad_kernel(
             task = tl.where(piece < tl.load(firsts + i * 2 + 1, mask=i >= 0, other=0), first_task + piece, -1)
         if task < 0:
             return
-        task *= 9  # a number and not an address: AMD's compiler cannot follow one through branches
+        task *= 9  # an index, not a pointer: AMD's compiler cannot follow a pointer through branches
         i = tl.load(tasks + task)
         entry = tl.load(tasks + task + 1)
         piece = tl.load(tasks + task + 2)
@@ -103,23 +104,23 @@ def wgrad_kernel(
     if column < blocks_A:
         c_start = column * BLOCK_C
         width = K
-        acc = _products(
+        acc = _product_tile(
             u, x, order, first, tl.where(place_A >= 0, last, first), M, r, rank, 0, z_pages * PAGE, c_start, K,
             stride_xm, stride_xk, seed, threshold, MANY, DROPOUT, QUADS, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         if DROPOUT:
             acc *= keep_scale
         summed = tl.where((place_a >= 0) & (column == 0), last, first)
-        sums = _sums(u, order, first, summed, M, group * RANKS, rank, z_pages * PAGE, 1, MANY, BLOCK_R, BLOCK_C)
+        sums = _column_sums(u, order, first, summed, M, group * RANKS, rank, z_pages * PAGE, 1, MANY, BLOCK_R, BLOCK_C)
     else:
         c_start = (column - blocks_A) * BLOCK_C
         width = N
-        acc = _products(
+        acc = _product_tile(
             z, dy, order, first, tl.where(place_B >= 0, last, first), M, r, rank, activation, stride_zm, c_start, N,
             stride_ym, stride_yn, seed, threshold, MANY, False, QUADS, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         summed = tl.where((place_b >= 0) & (group == 0), last, first)
-        sums = _sums(dy, order, first, summed, M, c_start, N, stride_ym, stride_yn, MANY, BLOCK_R, BLOCK_C)
+        sums = _column_sums(dy, order, first, summed, M, c_start, N, stride_ym, stride_yn, MANY, BLOCK_R, BLOCK_C)
 
     ranges = tl.cdiv(end - start, range_rows)
     complete = True
@@ -127,14 +128,14 @@ def wgrad_kernel(
         lane = tl.arange(0, BLOCK_C)
         inside = tl.arange(0, RANKS)[:, None] * BLOCK_C + lane[None, :]
         SIZE: tl.constexpr = (RANKS + 1) * BLOCK_C
-        # a first range and a further one may begin between the same two boundaries: two places for each
+        # two slots per boundary: a first range and a further one may begin between the same two boundaries
         step = pieces.to(tl.int64) * blocks * SIZE
         tile = partials + (start // range_rows * 2) * step + (piece * blocks + column) * SIZE
         mine = tile + tl.where(number > 0, 2 * number + 1, 0) * step
         tl.store(mine + inside, acc)
         tl.store(mine + RANKS * BLOCK_C + lane, sums)
         counter = counters + (start // range_rows * pieces + piece) * blocks + column
-        tl.debug_barrier()  # every thread's part of the sums is written before one thread says so
+        tl.debug_barrier()  # all threads have stored their part of the sums before one of them counts the arrival
         arrived = tl.atomic_add(counter, 1, sem="acq_rel")
         complete = arrived == ranges - 1
         if complete:
@@ -166,12 +167,12 @@ def wgrad_kernel(
 
 
 @triton.jit
-def _products(
+def _product_tile(
     left, right, order, first, last, M, r, rank, code, stride_left, c_start, width, stride_m, stride_c,
     seed, threshold, MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """[RANKS, BLOCK_C]: act(left)ᵀ · right over the rows at the places first … last - 1. left is z or u, fp32."""
+    """[RANKS, BLOCK_C]: act(left)ᵀ · right over the rows at places first … last - 1. left is z or u, in fp32."""
     c = c_start + tl.arange(0, BLOCK_C)
     acc = tl.zeros((RANKS, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_R):
@@ -184,8 +185,8 @@ def _products(
         right_row = right + row * stride_m
         tile = tl.load(right_row[:, None] + c[None, :].to(tl.int64) * stride_c, mask=mask, other=0.0)
         if DROPOUT:
-            # x̃ · (1 - p), a value of x's dtype; the division comes after the sum
-            tile = tl.where(keep(seed, row, c_start, width, threshold, QUADS, BLOCK_C), tile, 0.0)
+            # this is x̃ · (1 - p), exact in x's dtype; the division comes after the sum
+            tile = tl.where(keep_mask(seed, row, c_start, width, threshold, QUADS, BLOCK_C), tile, 0.0)
         if code > 0:
             left_tile = tl.where(left_mask, activate(left_tile, code), 0.0)
         acc = dot(tl.trans(left_tile), tile, acc)
@@ -193,11 +194,11 @@ def _products(
 
 
 @triton.jit
-def _sums(
+def _column_sums(
     values, order, first, last, M, c_start, width, stride_m, stride_c,
     MANY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_C]: the sums of columns over the rows at the places first … last - 1, of which none may be asked."""
+    """[BLOCK_C]: column sums over the rows at places first … last - 1; 0 where first = last."""
     c = c_start + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_R):
@@ -209,7 +210,7 @@ def _sums(
 
 
 class Places(NamedTuple):
-    """Where one adapter's gradients lie in the outputs; -1 where none is wanted."""
+    """Offsets of one adapter's gradients in the flat outputs; -1 for a gradient that is not wanted."""
 
     rank: int
     columns: int  # of dB
@@ -220,16 +221,16 @@ class Places(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which gradients of which adapters a call computes, and where it puts them. Depends on no ids and on no values."""
+    """Which gradients of which adapters a call computes, and where it puts them. Independent of ids and values."""
 
     places: tuple[Places | None, ...]  # by entry of the table; None for an empty slot
-    pages: int  # of ranks in one program's tile
-    heads: int  # pieces of `pages` pages of all adapters that want something
-    pieces: int  # the most of one id
-    columns: int  # the widest slice
-    sizes: tuple[int, int, int, int]  # of the outputs dA, dB, da and dβ, as Places counts
-    tasks: Tensor | None  # int32 [heads, 9]: see `plan`; with many adapters
-    firsts: Tensor | None  # int32 [n, 2]: the first task of each id and how many it has
+    pages: int  # pages of ranks in one program's tile
+    heads: int  # pieces of `pages` pages, of all adapters with a wanted gradient
+    pieces: int  # the most pieces of one id
+    columns: int  # of the widest slice
+    sizes: tuple[int, int, int, int]  # of the outputs dA, dB, da and dβ, in the units of Places
+    tasks: Tensor | None  # int32 [heads, 9], see `plan`; None with one adapter
+    firsts: Tensor | None  # int32 [n, 2]: the first task of each id, and its number of tasks; None with one adapter
 
 
 def plan(
@@ -241,17 +242,18 @@ def plan(
     *,
     many: bool = True,
 ) -> Plan:
-    """ranks: by entry of the table; None for an empty slot. Of `wanted` what an adapter doesn't have is False.
+    """Plans the gradients of a table of adapters, for any number of calls.
 
-    columns: where the slices of y begin and the last one ends; (0, N) where nothing is packed. many: what the kernel
-    needs is copied to the device, so make it once for all calls with the same table. One adapter (many=False) has it
-    in the kernel's arguments.
+    ranks: by entry of the table; None for an empty slot. wanted: by entry; False for a tensor that an adapter does not
+    have. columns: where the slices of y begin and the last one ends; (0, N) if nothing is packed. many: the tasks are
+    copied to the device, so make the plan once for all calls with the same table. With one adapter (many=False) the
+    kernel's arguments hold everything.
 
-    A task is a piece of an adapter's ranks: its id, its entry in the table, its number among the id's pieces, its
-    number among the adapter's, its four Places, its slice.
+    A task is a piece of an adapter's ranks, and has nine numbers: its id, its entry in the table, its number among the
+    id's pieces, its number among the adapter's pieces, its four Places and its slice.
     """
-    some = [rank for rank, wants in zip(ranks, wanted, strict=True) if rank is not None and any(wants)]
-    pages = config.wgrad_pages(max(some, default=0), x_dtype, target(device))
+    wanted_ranks = [rank for rank, wants in zip(ranks, wanted, strict=True) if rank is not None and any(wants)]
+    pages = config.wgrad_pages(max(wanted_ranks, default=0), x_dtype, target(device))
     widths = [end - start for start, end in itertools.pairwise(columns)]
     count = len(ranks) // len(widths)
     sizes = [0, 0, 0, 0]
@@ -265,16 +267,16 @@ def plan(
             rank, wants = ranks[entry], wanted[entry]
             if rank is None:
                 continue
-            of_rank = -(-rank // PAGE.value)
-            where = []
-            for kind, (wants_it, size) in enumerate(
-                zip(wants, (of_rank, of_rank * width, of_rank, width), strict=True)
+            rank_pages = -(-rank // PAGE.value)
+            offsets = []
+            for kind, (is_wanted, size) in enumerate(
+                zip(wants, (rank_pages, rank_pages * width, rank_pages, width), strict=True)
             ):
-                where.append(sizes[kind] if wants_it else -1)
-                sizes[kind] += size if wants_it else 0
-            places[entry] = Places(rank, width, *where)
-            for group in range(max(-(-of_rank // pages), 1) if any(wants) else 0):
-                tasks.append((index, entry, len(tasks) - first, group, *where, number))
+                offsets.append(sizes[kind] if is_wanted else -1)
+                sizes[kind] += size if is_wanted else 0
+            places[entry] = Places(rank, width, *offsets)
+            for group in range(max(-(-rank_pages // pages), 1) if any(wants) else 0):
+                tasks.append((index, entry, len(tasks) - first, group, *offsets, number))
         firsts.append((first, len(tasks) - first))
     return Plan(
         tuple(places),
@@ -301,11 +303,12 @@ def wgrad(
     seed: Tensor | None = None,
     block: config.Wgrad | None = None,
 ) -> list[AdapterGrads | None]:
-    """The gradients that `plan` lists, by entry; None for an empty slot. They are views of one allocation of each kind.
+    """The gradients that `plan` lists, by entry of the table; None for an empty slot.
 
-    dy [M, N] and x [M, K] of one dtype, in any strides; z (any row stride) and u fp32 [M, z_width], 0 where a row's
-    adapter has no such rank; segments: None with one adapter. block: one to be tried. Nothing is copied between host
-    and device and nothing waits, so a CUDA graph can capture the call.
+    The gradients of each kind are views of one allocation. dy [M, N] and x [M, K] have one dtype and any strides. z
+    (any row stride) and u are fp32 [M, z_width], 0 where a row's adapter has no such rank. segments is None with one
+    adapter. block: replaces the chosen tile. Nothing is copied between host and device and the host does not wait, so a
+    CUDA graph can capture the call.
     """
     M, N = dy.shape
     K = x.shape[1]
@@ -336,11 +339,11 @@ def wgrad(
                 QUADS=K % 4 == 0, **block._asdict(),
                 **config.options(target(device)),
             )  # fmt: skip
-    return [None if place is None else _views(place, dA, dB, da, db, K) for place in plan.places]
+    return [None if place is None else _grad_views(place, dA, dB, da, db, K) for place in plan.places]
 
 
 def _tiling(dy: Tensor, x: Tensor, plan: Plan, block: config.Wgrad | None) -> tuple[config.Wgrad, int, int, int]:
-    """The tile, the blocks of columns of dA, those of dA and dB together, and how many rows a range has at most."""
+    """The tile, the number of column blocks of dA, that of dA and dB together, and the most rows of a range."""
     if block is None:
         shape = WgradShape(plan.pages, plan.tasks is not None, _wide(dy) and _wide(x), x.dtype)
         block = tuned.wgrad(shape, x.device, target(x.device))
@@ -351,11 +354,11 @@ def _tiling(dy: Tensor, x: Tensor, plan: Plan, block: config.Wgrad | None) -> tu
 
 
 def _wide(t: Tensor) -> bool:
-    """Whether the compiler can see that t's rows are contiguous and start on 16 bytes."""
+    """Whether the compiler can see that t's rows are contiguous and aligned to 16 bytes."""
     return t.stride(1) == 1 and t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def _views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int) -> AdapterGrads:
+def _grad_views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int) -> AdapterGrads:
     def view(flat: Tensor, at: int, unit: int, *shape: int) -> Tensor | None:
         return None if at < 0 else flat[at * unit : at * unit + math.prod(shape)].view(shape)
 

@@ -1,4 +1,4 @@
-"""The launches of merge, one for a list of layers (`peftk.launch.merge_layers`). The kernels are in `merge_tile`."""
+"""Launchers of merge: one launch for a list of layers (`peftk.launch.merge_layers`). Kernels: `merge_tile`."""
 
 from __future__ import annotations
 
@@ -56,5 +56,5 @@ def sum_rows(layers: Layers, row_sums: Tensor) -> None:
 
 
 def _options(layers: Layers) -> dict[str, int | bool]:
-    where = target(layers.device)
-    return {**config.merge(where)._asdict(), **config.exact_options(where)}
+    compile_target = target(layers.device)
+    return {**config.merge(compile_target)._asdict(), **config.exact_options(compile_target)}

@@ -1,7 +1,7 @@
 """The kernels of merge: a program owns one tile of W of one layer. `peftk.reference.merge` is their specification.
 
-A layer is a row of a table in device memory; no rank, shape, stride, address or number of layers is a compile-time
-constant. Sums are integers wherever the order of programs could show.
+A layer is a row of a table in device memory. No rank, shape, stride, address or number of layers is a compile-time
+constant. Sums across programs are integers, so the result does not depend on the order of the programs.
 """
 
 import triton
@@ -15,14 +15,14 @@ from .arithmetic import fma, round_to, widen
 CODE_RAW = tl.constexpr(RAW)
 CODE_ZERO = tl.constexpr(ZERO)
 
-# A row of the table.
+# The columns of the table.
 WIDTH = tl.constexpr(len(FIELDS))
 WEIGHT, STRIDE, HEIGHT, COLUMNS, CODE, LORA_A, LORA_B, RANKS, FIRST_ADAPTER, END_ADAPTER, ACROSS = (
     tl.constexpr(column) for column in range(11)
 )
 FIRST_TILE, FIRST_ROW, FIRST_WEIGHT, IS_ALIGNED = (tl.constexpr(column) for column in range(11, 15))
 
-AT_ONCE = tl.constexpr(2)  # ranks whose loads are in flight together
+RANKS_AT_ONCE = tl.constexpr(2)  # ranks whose loads are in flight together
 
 
 @triton.jit(do_not_specialize=["layers", "room"])
@@ -30,8 +30,10 @@ def merge_kernel(
     table, ends, scaling, merged, row_sums, refused, raw_count, raw_keys, raw_values, layers: tl.int32, room: tl.int32,
     DTYPE: tl.constexpr, ADAPTER_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Merges a tile, in place, unless it is merged. It stays as it is where W' would not be finite (`refused`), and
-    where `room` does not suffice for its raw weights; `raw_count` then says how much would.
+    """Merges a tile in place, unless it is merged already.
+
+    It is left unmerged if W' would not be finite (`refused`), or if its raw weights do not fit into `room`; `raw_count`
+    then says how much room all of them need.
     """
     tile = tl.program_id(0)
     if tl.load(merged + tile) == 0:
@@ -55,7 +57,7 @@ def _merge_tile(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = table + layer * WIDTH
-    n, k, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
+    n, k, inside, w_at, code_at = _tile_elements(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     new = round_to(widen(w) + d, DTYPE)
@@ -71,7 +73,7 @@ def _merge_tile(
         slot = tl.atomic_add(raw_count + tl.zeros_like(code), 1, mask=raw, sem="relaxed")
         written = tl.max(tl.where(raw, slot, 0)) < room
         key = tl.load(row + FIRST_WEIGHT) + n * tl.load(row + COLUMNS) + k
-        # (not `raw & written`: Triton 3.9's interpreter can't mask by a vector and a scalar)
+        # (not `raw & written`: Triton 3.9's interpreter cannot combine a vector and a scalar in a mask)
         kept = raw & (slot < tl.where(written, room, 0))
         tl.store(raw_keys + slot, key, mask=kept)
         tl.store(raw_values + slot, w, mask=kept)
@@ -87,7 +89,7 @@ def unmerge_kernel(
     table, ends, scaling, merged, layers: tl.int32,
     DTYPE: tl.constexpr, ADAPTER_DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Unmerges a tile, in place, if it is merged. Raw weights become W″; `restore_kernel` then puts them back."""
+    """Unmerges a tile in place, if it is merged. Raw weights become W″ until `restore_kernel` puts them back."""
     tile = tl.program_id(0)
     if tl.load(merged + tile) != 0:
         row = table + layer_of(tile, table + FIRST_TILE, layers) * WIDTH
@@ -103,7 +105,7 @@ def _unmerge_tile(
     DTYPE: tl.constexpr, ADAPTER_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, _, inside, w_at, code_at = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
+    _, _, inside, w_at, code_at = _tile_elements(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     d = _delta(tile, row, ends, scaling, ADAPTER_DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     code = tl.load(code_at, mask=inside, other=0)
@@ -115,7 +117,7 @@ def _unmerge_tile(
 def restore_kernel(
     table, raw_keys, raw_values, layers: tl.int32, count: tl.int64, DTYPE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Puts raw weights where they belong. A key counts the weights of all layers through; -1 is none."""
+    """Writes raw weights back to W. A key is an index into the weights of all layers in order; -1 is no weight."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(raw_keys + at, mask=at < count, other=-1)
     row = table + layer_of(key, table + FIRST_WEIGHT, layers) * WIDTH
@@ -130,7 +132,7 @@ def restore_kernel(
 def checksum_kernel(
     table, row_sums, layers: tl.int32, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """A tile's share of the checksum's row sums."""
+    """Adds a tile's share to the row sums of the checksum."""
     tile = tl.program_id(0)
     row = table + layer_of(tile, table + FIRST_TILE, layers) * WIDTH
     if tl.load(row + IS_ALIGNED) != 0:
@@ -143,14 +145,14 @@ def checksum_kernel(
 def _checksum_tile(
     tile, row, row_sums, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    n, k, inside, w_at, _ = _place(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
+    n, k, inside, w_at, _ = _tile_elements(tile, row, DTYPE, ALIGNED, BLOCK_N, BLOCK_K)
     w = tl.load(w_at, mask=inside, other=0.0)
     _add_row_sums(row_sums, row, _bits(w), n, k, inside, DTYPE)
 
 
 @triton.jit
 def layer_of(item, firsts, layers):
-    """The layer that has this tile or weight, a scalar or a block of them, by bisection of the table's column."""
+    """The layer of a tile or weight (a scalar or a block of them), by bisection of the table's column `firsts`."""
     low = item.to(tl.int32) * 0
     high = low + layers
     span = layers
@@ -164,15 +166,15 @@ def layer_of(item, firsts, layers):
 
 
 @triton.jit
-def _place(tile, row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows and columns of the tile, which elements exist, and where W and the code have them.
+def _tile_elements(tile, row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tile's rows and columns, which of its elements exist, and their addresses in W and in the code.
 
-    Aligned, the tile is [BLOCK_N, BLOCK_K] and a thread has 16 neighbouring bytes of W; what is loaded from the table
-    carries no alignment for the compiler, so it is said. Otherwise the tile is as in `_delta`: single accesses, of
-    16 threads side by side, few addresses.
+    ALIGNED: the tile is [BLOCK_N, BLOCK_K], and a thread has 16 neighbouring bytes of W. The compiler cannot see the
+    alignment of values loaded from the table, so it is stated here. Otherwise the tile has the layout of `_delta`:
+    single accesses by 16 neighbouring threads, with few addresses.
     """
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth if ALIGNED else 1
-    first_n, first_k = _first(tile, row, BLOCK_N, BLOCK_K)
+    first_n, first_k = _tile_origin(tile, row, BLOCK_N, BLOCK_K)
     K = tl.multiple_of(tl.load(row + COLUMNS), VECTOR)
     stride = tl.multiple_of(tl.load(row + STRIDE), VECTOR)
     w_at = tl.multiple_of(tl.load(row + WEIGHT).to(tl.pointer_type(DTYPE)), 16 if ALIGNED else 1)
@@ -185,7 +187,7 @@ def _place(tile, row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.co
         w_at = w_at + n * stride + k
         code_at = code_at + n * K + k
     else:
-        n, k = _spread(BLOCK_N, BLOCK_K)
+        n, k = _spread_indices(BLOCK_N, BLOCK_K)
         w_at = w_at + n * stride + k
         code_at = code_at + n * K + k
     n += first_n
@@ -194,15 +196,15 @@ def _place(tile, row, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def _first(tile, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _tile_origin(tile, row, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     across = tl.load(row + ACROSS).to(tl.int32)
     index = tile - tl.load(row + FIRST_TILE).to(tl.int32)
     return index // across * BLOCK_N, index % across * BLOCK_K
 
 
 @triton.jit
-def _spread(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows and columns of a tile as [down, across, 16, 16]: 16 · 16 threads, each with down · across elements."""
+def _spread_indices(BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Row and column indices of a tile as [down, across, 16, 16]: 16 · 16 threads with down · across elements each."""
     n = tl.arange(0, BLOCK_N // 16)[:, None, None, None] * 16 + tl.arange(0, 16)[None, None, :, None]
     k = tl.arange(0, BLOCK_K // 16)[None, :, None, None] * 16 + tl.arange(0, 16)[None, None, None, :]
     return n, k
@@ -213,13 +215,13 @@ def _delta(
     tile, row, ends, scaling, ADAPTER_DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d: for each adapter a chain of fma over its ranks, times its scaling; their sum in order, in the tile's shape.
+    """d = Σ scaling · chain over the layer's adapters, in order, in the tile's shape. A chain is one fma per rank.
 
-    A chain may not run on over zeros, since fma(0, 0, -0) is +0: ranks that are left over go one by one. d starts at
-    -0, to which any d of either sign adds as itself.
+    A chain is not padded with zeros, since fma(0, 0, -0) is +0: the ranks that are left over are added one by one. d
+    starts at -0, since -0 + t = t for every t of either sign.
     """
-    first_n, first_k = _first(tile, row, BLOCK_N, BLOCK_K)
-    n, k = _spread(BLOCK_N, BLOCK_K)
+    first_n, first_k = _tile_origin(tile, row, BLOCK_N, BLOCK_K)
+    n, k = _spread_indices(BLOCK_N, BLOCK_K)
     K = tl.load(row + COLUMNS)
     R = tl.load(row + RANKS)
     k_exists = k < K.to(tl.int32) - first_k
@@ -231,20 +233,20 @@ def _delta(
     rank = 0
     for adapter in tl.range(tl.load(row + FIRST_ADAPTER).to(tl.int32), tl.load(row + END_ADAPTER).to(tl.int32)):
         end = tl.load(ends + adapter)
-        whole = rank + (end - rank) // AT_ONCE * AT_ONCE
+        whole = rank + (end - rank) // RANKS_AT_ONCE * RANKS_AT_ONCE
         t = zero
-        for start in tl.range(rank, whole, AT_ONCE, num_stages=1):
-            for r in tl.static_range(AT_ONCE):
-                t = _rank(t, A + (start + r) * K + k, B_at + start + r, k_exists, n_exists)
+        for start in tl.range(rank, whole, RANKS_AT_ONCE, num_stages=1):
+            for r in tl.static_range(RANKS_AT_ONCE):
+                t = _add_rank(t, A + (start + r) * K + k, B_at + start + r, k_exists, n_exists)
         for start in tl.range(whole, end, num_stages=1):
-            t = _rank(t, A + start * K + k, B_at + start, k_exists, n_exists)
+            t = _add_rank(t, A + start * K + k, B_at + start, k_exists, n_exists)
         d += tl.load(scaling + adapter) * t
         rank = end
     return tl.reshape(tl.permute(d, (0, 2, 1, 3)), (BLOCK_N, BLOCK_K)) if ALIGNED else d
 
 
 @triton.jit
-def _rank(t, A_at, B_at, k_exists, n_exists):
+def _add_rank(t, A_at, B_at, k_exists, n_exists):
     a = tl.load(A_at, mask=k_exists, other=0.0)
     b = tl.load(B_at, mask=n_exists, other=0.0)
     return fma(widen(b), widen(a), t)
@@ -252,13 +254,13 @@ def _rank(t, A_at, B_at, k_exists, n_exists):
 
 @triton.jit
 def _minus_zero():
-    """The literal -0.0 would arrive as +0."""
+    """fp32 -0. A literal -0.0 would arrive as +0."""
     return tl.full((), -2147483648, tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _add_row_sums(row_sums, row, bits, n, k, inside, DTYPE: tl.constexpr):
-    """Adds Σ_k (2k + 1) · bits modulo 2³², of each row of the tile. 16-bit values have 16-bit multipliers, signed."""
+    """Adds Σ_k (2k + 1) · bits modulo 2³² to each row's sum. 16-bit values have signed 16-bit multipliers."""
     odd = 2 * k + 1
     if DTYPE.primitive_bitwidth == 16:
         odd = odd.to(tl.int16).to(tl.int32)
@@ -272,7 +274,7 @@ def _add_row_sums(row_sums, row, bits, n, k, inside, DTYPE: tl.constexpr):
 
 @triton.jit
 def _bits(x):
-    """int32, sign-extended."""
+    """The bits of x as int32, sign-extended."""
     return x.to(tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True).to(tl.int32)
 
 
@@ -295,20 +297,20 @@ def _infinity(DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _order(bits, DTYPE: tl.constexpr):
-    """The place of a value in sign-magnitude order: +0 is 0, -0 is -1. Its own inverse."""
+def _sign_magnitude_order(bits, DTYPE: tl.constexpr):
+    """The rank of a value in sign-magnitude order: +0 is 0, -0 is -1. Its own inverse."""
     return bits ^ _magnitude(bits >> 31, DTYPE)
 
 
 @triton.jit
 def _encode(bits, back, DTYPE: tl.constexpr):
-    order = _order(bits, DTYPE)
-    distance = order - _order(back, DTYPE)
+    order = _sign_magnitude_order(bits, DTYPE)
+    distance = order - _sign_magnitude_order(back, DTYPE)
     code = tl.where((distance > CODE_ZERO) & (distance < CODE_RAW), distance, CODE_RAW)
     return tl.where(order == 0, CODE_ZERO, code)
 
 
 @triton.jit
 def _decode(back, code, DTYPE: tl.constexpr):
-    order = _order(back, DTYPE) + tl.where(code == CODE_RAW, 0, code)
-    return _order(tl.where(code == CODE_ZERO, 0, order), DTYPE)
+    order = _sign_magnitude_order(back, DTYPE) + tl.where(code == CODE_RAW, 0, code)
+    return _sign_magnitude_order(tl.where(code == CODE_ZERO, 0, order), DTYPE)

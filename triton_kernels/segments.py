@@ -1,16 +1,16 @@
-"""The tokens of a batch in the order of their adapters, on the device and without a host synchronisation.
+"""Sorts the rows of a batch by adapter, on the device and without host synchronisation.
 
-Up to TILE rows one launch of one program does it all: it sorts in registers. More rows take three launches over tiles
-of TILE rows, a counting sort:
+Up to TILE rows take one launch of one program, which sorts in registers. More rows take three launches over tiles of
+TILE rows, a counting sort:
 
-    sort     a tile sorts its rows in registers; how many of them have a group up to g, for every g      → running
-    scan     each column of `running` summed over the tiles
-    scatter  row of group g at place p of its sorted tile t goes to
+    sort     a tile sorts its rows in registers; running[t, g] = how many of its rows have a group up to g
+    scan     each column of `running` is summed over the tiles
+    scatter  the row of group g at place p of its sorted tile t goes to place
                  p + (rows of lower groups in other tiles) + (rows of group g in earlier tiles)
                = p + running[last, g - 1] - running[t, g - 1] + running[t - 1, g]
 
-Group g = id + 1, so that the base layer's rows are group 0. Nothing is decided by which program comes first, so the
-result never depends on it. `docs/segments.md` derives and counts it; `peftk.reference.segments` is the specification.
+Group g = id + 1, so that the base layer's rows are group 0. The result does not depend on the order in which programs
+run. `docs/segments.md` has the derivation and its costs; `peftk.reference.segments` is the specification.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from peftk.launch import workspace
 from peftk.launch.segments import Segments, empty
 
 PAGE = tl.constexpr(PAGE)
-BLOCK = tl.constexpr(16)  # rows to an entry of `Segments.blocks`
-TILE = 1024  # rows that one program sorts
+BLOCK = tl.constexpr(16)  # rows per entry of `Segments.blocks`
+TILE = 1024  # rows that one program sorts at most
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
-    """Sorts ids (int32 or int64, [M], any stride). An id outside 0 … adapters - 1 counts as -1.
+    """The segments of ids (int32 or int64, [M], any stride). An id outside 0 … adapters - 1 counts as -1.
 
     The launches depend on M and adapters only, so a CUDA graph can capture them.
     """
@@ -56,7 +56,7 @@ def _warps(size: int) -> int:
     return max(size // 128, 1)
 
 
-# Arguments that change between calls and would otherwise each compile again for 1, or for a multiple of 16.
+# Arguments that change between calls. Specialized, each would be compiled again for 1 and for multiples of 16.
 _VARYING = ["ids", "M", "adapters", "stride", "tiles"]
 
 
@@ -65,7 +65,7 @@ def segments_kernel(
     ids, order, sorted_ids, ends, starts, owners, blocks, M: tl.int32, adapters: tl.int32, stride: tl.int64,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """All of it for up to SIZE rows, by one program."""
+    """Computes all the segments of up to SIZE rows in one program."""
     place = tl.arange(0, SIZE)
     key = _sorted_keys(ids, 0, M, adapters, stride, SIZE)
     group = key // SIZE
@@ -79,7 +79,7 @@ def segments_kernel(
 
 @triton.jit(do_not_specialize=_VARYING[:4])
 def sort_kernel(ids, keys, running, M: tl.int32, adapters: tl.int32, stride: tl.int64, SIZE: tl.constexpr):
-    """One tile: its rows' keys, ascending, and running[tile, g] = how many of them have a group up to g."""
+    """Stores a tile's sorted keys, and running[tile, g] = how many of its rows have a group up to g."""
     tile = tl.program_id(0)
     key = _sorted_keys(ids, tile, M, adapters, stride, SIZE)
     tl.store(keys + tile * SIZE + tl.arange(0, SIZE), key)
@@ -88,7 +88,7 @@ def sort_kernel(ids, keys, running, M: tl.int32, adapters: tl.int32, stride: tl.
 
 @triton.jit(do_not_specialize=_VARYING[2:])
 def scan_kernel(running, ends, tiles: tl.int32, adapters: tl.int32, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """running[t, g] becomes the sum of running[0 … t, g]; the last of them is ends[g]."""
+    """Replaces running[t, g] by the sum of running[0 … t, g]. The sum over all tiles is ends[g]."""
     g = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, tiles, ROWS):
@@ -106,50 +106,50 @@ def scatter_kernel(
     keys, running, order, sorted_ids, ends, starts, owners, blocks, M: tl.int32, adapters: tl.int32,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The rows of one tile to their places; and its share of `starts` and `owners` beyond the last segment."""
+    """Stores the rows of one tile at their places, and its share of `starts` and `owners` beyond the segments."""
     tile = tl.program_id(0)
     at = tl.arange(0, SIZE)
     row = tl.load(keys + tile * SIZE + at)
     group = row // SIZE
     row = tile * SIZE + row % SIZE
     mine = running + tile.to(tl.int64) * (adapters + 1) + group
-    real = at < M - tile * SIZE  # rows that are none sort last
-    lower = real & (group > 0)
+    exists = at < M - tile * SIZE  # rows from M on are sorted last
+    lower = exists & (group > 0)
     start = tl.load(ends + group - 1, mask=lower, other=0)
     place = at + start - tl.load(mine - 1, mask=lower, other=0)
     place += tl.load(mine - (adapters + 1), mask=at < tl.where(tile > 0, M - tile * SIZE, 0), other=0)
-    place = tl.where(real, place, M)
+    place = tl.where(exists, place, M)
 
-    # how many groups up to this one have rows, for the group of each row: a chunk of groups after the other
+    # each row's segment: how many groups below its own have rows, counted in chunks of SIZE groups
     segment = tl.zeros((SIZE,), tl.int32)
     found = 0
     for first in range(0, adapters + 1, SIZE):
         g = first + at
         upto = tl.load(ends + g, mask=g <= adapters, other=M)
-        some = upto > tl.load(ends + g - 1, mask=(g > 0) & (g <= adapters), other=0)
-        some = (some & (g <= adapters)).to(tl.int32)
+        has_rows = upto > tl.load(ends + g - 1, mask=(g > 0) & (g <= adapters), other=0)
+        has_rows = (has_rows & (g <= adapters)).to(tl.int32)
         inside = (group >= first) & (group < first + SIZE)
-        number = tl.gather(found + tl.cumsum(some, 0), tl.where(inside, group - first, 0), 0)
+        number = tl.gather(found + tl.cumsum(has_rows, 0), tl.where(inside, group - first, 0), 0)
         segment = tl.where(inside, number - 1, segment)
-        found += tl.sum(some)
-    _store_rows(place, row, group, real & (place == start), segment, order, sorted_ids, starts, owners, blocks, M)
+        found += tl.sum(has_rows)
+    _store_rows(place, row, group, exists & (place == start), segment, order, sorted_ids, starts, owners, blocks, M)
     _store_beyond(tl.maximum(found, tile * SIZE + 1) + at, starts, owners, M, adapters)
 
 
 @triton.jit
 def _sorted_keys(ids, tile, M, adapters, stride, SIZE: tl.constexpr):
-    """group · SIZE + row of the tile, ascending: all differ, so any sort is stable. Rows from M on come last."""
+    """group · SIZE + row of the tile, ascending. All keys differ, so any sort is stable. Rows from M on are last."""
     at = tl.arange(0, SIZE)
     row = tile * SIZE + at
     id = tl.load(ids + row.to(tl.int64) * stride, mask=row < M, other=-1)
-    # compared before it is narrowed: an int64 may wrap to an adapter's number
+    # compared before narrowing: an int64 might wrap to a valid id
     group = tl.where((id >= 0) & (id < adapters), id, -1).to(tl.int32) + 1
     return tl.sort(tl.where(row < M, group * SIZE + at, 0x7FFFFFFF))
 
 
 @triton.jit
 def _store_counts(key, counts, adapters, SIZE: tl.constexpr):
-    """counts[g] = how many keys have a group up to g, by binary search."""
+    """Stores counts[g] = how many keys have a group up to g, by binary search."""
     for first in range(0, adapters + 1, SIZE):
         g = first + tl.arange(0, SIZE)
         limit = (tl.minimum(g, adapters) + 1) * SIZE
@@ -164,7 +164,7 @@ def _store_counts(key, counts, adapters, SIZE: tl.constexpr):
 
 @triton.jit
 def _store_rows(place, row, group, head, segment, order, sorted_ids, starts, owners, blocks, M):
-    """What each row says of its place; the first of a segment (head) also of the segment."""
+    """Stores the entries of each row at its place, and those of the segment for its first row (head)."""
     tl.store(order + place, row.to(tl.int64), mask=place < M)
     tl.store(sorted_ids + place, group - 1, mask=place < M)
     tl.store(starts + segment, place, mask=head)
@@ -181,13 +181,13 @@ def _store_beyond(beyond, starts, owners, M, adapters):
 
 @triton.jit
 def rows_at(position, order, M, MANY: tl.constexpr):
-    """The original rows (int64) at sorted positions; positions from M on get a row that exists."""
+    """The original rows (int64) at sorted positions. Positions from M on get the last row, so that loads stay valid."""
     place = tl.minimum(position, M - 1)
     return tl.load(order + place) if MANY else place.to(tl.int64)
 
 
 @triton.jit
 def segment_heads(position, id, ids, BLOCK_M: tl.constexpr):
-    """True at the first row of each segment of a block, base rows excepted."""
+    """True at the first row of each segment in a block, except for base rows (id -1)."""
     before = tl.load(ids + position - 1, mask=(tl.arange(0, BLOCK_M) > 0) & (id >= 0), other=-1)
     return (id >= 0) & (id != before)

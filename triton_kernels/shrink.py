@@ -1,13 +1,15 @@
-"""shrink: z[m] = x̃[m] A_iᵀ + a_i, and in the backward u[m] = (dY[m] B_i) ⊙ act'(z[m]): some ranks of a block of rows.
+"""shrink: the product with the low-rank side of the adapters, for some ranks of a block of rows.
 
-"down" is what x is multiplied with: A in the forward, and in the backward, where x is dY, B.
+Forward: z[m] = x̃[m] A_iᵀ + a_i. Backward, where x is dY: u[m] = (dY[m] B_i) ⊙ act'(z[m]).
+
+"down" is the matrix that x is multiplied with: A in the forward, B in the backward.
 """
 
 import triton
 import triton.language as tl
 
 from .arithmetic import activation_slope, dot
-from .philox import keep
+from .philox import keep_mask
 from .segments import PAGE, rows_at, segment_heads
 from .tickets import sum_of_splits
 
@@ -22,16 +24,17 @@ def shrink_tile(
     DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `out` [M, z_pages · 16]: BLOCK_M rows, BLOCK_R ranks, one split of K. True where it is complete.
+    """Computes one split of one tile of `out` [M, z_pages · 16], BLOCK_M rows by BLOCK_R ranks.
 
-    dense: where a row has no such rank, 0 is written, so that all of `out` is; otherwise those places are left alone.
+    Returns whether the tile is complete. dense: write 0 where a row has no such rank, so that all of `out` is written;
+    otherwise those elements are left unchanged.
     """
     split = tile % splits
     tile = tile // splits
     rank_blocks = tl.cdiv(z_pages * PAGE, BLOCK_R)
     block_from = tile // rank_blocks * BLOCK_M
     block_to = tl.minimum(block_from + BLOCK_M, M)
-    first = tile % rank_blocks * BLOCK_R  # the first rank of this tile: of `out`, …
+    first = tile % rank_blocks * BLOCK_R  # the tile's first rank, counted over all of `out`
     place = first + tl.arange(0, BLOCK_R)
     position = block_from + tl.arange(0, BLOCK_M)
     row = rows_at(position, order, M, MANY)
@@ -40,12 +43,12 @@ def shrink_tile(
     from_k = 0
     to_k = K
     if PACKED > 0:
-        # slices: first column, first page of z; a slice more that ends the last
+        # slices: first column and first page of z of each, and one more entry where the last slice ends
         slice = 0
         while tl.load(slices + slice * 2 + 3) * PAGE <= first:
             slice += 1
         entry = slice * adapters
-        first -= tl.load(slices + slice * 2 + 1) * PAGE  # … and of its adapters
+        first -= tl.load(slices + slice * 2 + 1) * PAGE  # the tile's first rank, counted in its slice
         if BACKWARD:
             from_k = tl.multiple_of(tl.load(slices + slice * 2), PACKED)
             to_k = tl.load(slices + slice * 2 + 2)
@@ -136,9 +139,9 @@ def _shrink_segment(
     DTYPE: tl.constexpr, DOWN: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_R]: x̃ · down over some ranks of one adapter, for the rows that are its own."""
+    """[BLOCK_M, BLOCK_R]: x̃ · down for some ranks of one adapter, 0 in rows that do not use it (own is False)."""
     lane = tl.arange(0, BLOCK_R).to(tl.int64)
-    # an address that is an argument arrives as int32 where it is small
+    # an address passed as an argument arrives as int32 when it is small
     down = address.to(tl.int64).to(tl.pointer_type(DTYPE))
     part = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k_start in range(k_from, k_to, BLOCK_K):
@@ -147,8 +150,8 @@ def _shrink_segment(
             x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=own[:, None] & (k < k_to)[None, :], other=0.0
         )
         if DROPOUT:
-            # x̃ · (1 - p), a value of x's dtype; the division comes after the sum
-            x_tile = tl.where(keep(seed, row, k_start, K, threshold, QUADS, BLOCK_K), x_tile, 0.0)
+            # this is x̃ · (1 - p), exact in x's dtype; the division comes after the sum
+            x_tile = tl.where(keep_mask(seed, row, k_start, K, threshold, QUADS, BLOCK_K), x_tile, 0.0)
         pointer = _down_pointer(down, lane[None, :], k[:, None], down_r, down_k, DOWN)
         part = dot(x_tile, tl.load(pointer, mask=ranks[None, :] & (k < k_to)[:, None], other=0.0), part)
     return part
@@ -160,24 +163,24 @@ def _shrink_by_row(
     DTYPE: tl.constexpr, BACKWARD: tl.constexpr, DOWN: tl.constexpr,
     DROPOUT: tl.constexpr, QUADS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """[rows, PAGE]: x̃ · down over one page, where each row reads its own adapter: no dots.
+    """[rows, PAGE]: x̃ · down over one page, where each row reads its own adapter, without dots.
 
-    [rows, PAGE, STEP] products lie in registers.
+    [rows, PAGE, STEP] products are held in registers.
     """
     lane = tl.arange(0, PAGE).to(tl.int64)
     own = r[None, :] < rank[:, None]
-    some = tl.min(r) < rank
-    page = pages + (tl.load(rows + entry * 4, mask=some, other=0) + tl.min(r) // PAGE) * 5
-    down = tl.load(page + 2 * BACKWARD, mask=some, other=0).to(tl.pointer_type(DTYPE))
-    down_r = tl.load(page + (4 if BACKWARD else 1), mask=some, other=0)
-    down_k = tl.load(page + 3, mask=some, other=0) if BACKWARD else down_r  # A's columns are contiguous: DOWN says so
+    has_rank = tl.min(r) < rank
+    page = pages + (tl.load(rows + entry * 4, mask=has_rank, other=0) + tl.min(r) // PAGE) * 5
+    down = tl.load(page + 2 * BACKWARD, mask=has_rank, other=0).to(tl.pointer_type(DTYPE))
+    down_r = tl.load(page + (4 if BACKWARD else 1), mask=has_rank, other=0)
+    down_k = tl.load(page + 3, mask=has_rank, other=0) if BACKWARD else down_r  # A's rows are contiguous (see DOWN)
     total = tl.zeros((row.shape[0], PAGE), tl.float32)
     for k_start in tl.range(k_from, k_to, STEP, num_stages=1):
         k = k_start + tl.arange(0, STEP)
-        mask = some[:, None] & (k < k_to)[None, :]
+        mask = has_rank[:, None] & (k < k_to)[None, :]
         x_tile = tl.load(x_row[:, None] + k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0)
         if DROPOUT:
-            x_tile = tl.where(keep(seed, row, k_start, K, threshold, QUADS, STEP), x_tile, 0.0)
+            x_tile = tl.where(keep_mask(seed, row, k_start, K, threshold, QUADS, STEP), x_tile, 0.0)
         pointer = _down_pointer(
             down[:, None, None], lane[None, :, None], k[None, None, :],
             down_r[:, None, None], down_k[:, None, None], DOWN,
@@ -189,10 +192,10 @@ def _shrink_by_row(
 
 @triton.jit
 def _down_pointer(down, lane, k, down_r, down_k, DOWN: tl.constexpr):
-    """down + lane · down_r + k · down_k; DOWN says what the compiler may know of it.
+    """down + lane · down_r + k · down_k. DOWN tells the compiler the layout, which it cannot see in a loaded address.
 
-    "k" and "k16": the k of a rank are contiguous, with 16 every rank starts on 16 bytes; "r16": the ranks of a k are
-    contiguous, every k starts on 16 bytes. "any" knows nothing. (An address from memory carries no such facts.)
+    "k": each rank's elements are contiguous along k. "k16": also, every rank starts on 16 bytes. "r16": the ranks of
+    each k are contiguous, and every k starts on 16 bytes. "any": nothing is known.
     """
     THREE: tl.constexpr = len(k.shape) == 3
     if DOWN == "k16":

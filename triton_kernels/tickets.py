@@ -1,16 +1,16 @@
-"""The protocol of a ticketed launch: who works on what, who waits for whom, who cleans up.
+"""The protocol of a ticketed launch: which block works on which tile, waits for which, and resets the counters.
 
-`docs/protocol.md` argues it.
+`docs/protocol.md` explains why it is correct.
 
-The counters of a launch are int32, zero before it and zero after it:
+The counters of a launch are int32, and zero before and after it:
 
     [0]                   tickets drawn
     [1]                   blocks that have left
-    [2 … 2 + row blocks)  shrink tiles of the row block that are complete
-    then                  arrivals at every tile that is cut into splits, one counter a tile
+    [2 … 2 + row blocks)  complete shrink tiles, per row block
+    then                  arrivals at each tile that is split, one counter per tile
 
-`tl.debug_barrier` (bar.sync) stands between the stores of a block's threads and the release by one of them, and between
-an acquire by one of them and the loads of all.
+There is a `tl.debug_barrier` (bar.sync) between the stores of a block's threads and the release by one of them, and
+between an acquire by one thread and the loads of all.
 """
 
 import triton
@@ -22,21 +22,21 @@ READY = tl.constexpr(2)
 
 
 @triton.jit
-def draw(counters):
-    """The next ticket. Whoever drew a smaller one has started: a tile may wait for tiles with smaller tickets."""
+def draw_ticket(counters):
+    """The next ticket. Blocks with smaller tickets have started, so a tile may wait for tiles with smaller tickets."""
     return tl.atomic_add(counters + TICKETS, 1, sem="relaxed")
 
 
 @triton.jit
 def publish(counters, row_block):
-    """What this block has stored is seen by whoever waits for the row block."""
+    """Counts a tile of the row block as complete, and makes this block's stores visible to blocks that wait for it."""
     tl.debug_barrier()
     tl.atomic_add(counters + READY + row_block, 1, sem="release")
 
 
 @triton.jit
 def wait_for(counters, row_block, tiles):
-    """Until `tiles` tiles of the row block have been published."""
+    """Waits until `tiles` tiles of the row block have been published."""
     while tl.atomic_add(counters + READY + row_block, 0, sem="acquire") < tiles:
         pass
     tl.debug_barrier()
@@ -44,7 +44,7 @@ def wait_for(counters, row_block, tiles):
 
 @triton.jit
 def sum_of_splits(part, partials, tile, split, splits, arrivals):
-    """(the sum of a tile's parts in ascending order, True) for the last of its splits to arrive; (…, False) before."""
+    """(sum of a tile's parts in ascending order, True) in the last split to arrive; (part, False) in the others."""
     rows: tl.constexpr = part.shape[0]
     columns: tl.constexpr = part.shape[1]
     place = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
@@ -63,7 +63,7 @@ def sum_of_splits(part, partials, tile, split, splits, arrivals):
 
 @triton.jit
 def leave(counters, row_blocks):
-    """Counts this block out; the last one leaves tickets and row blocks at zero for the next launch."""
+    """Counts this block as finished. The last one resets tickets and row blocks to zero for the next launch."""
     tl.debug_barrier()
     if tl.atomic_add(counters + LEFT, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         for start in tl.range(0, row_blocks + READY, 128, num_stages=1):

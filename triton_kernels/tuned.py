@@ -1,7 +1,7 @@
-"""Which plan serves a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
+"""The plan for a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
 
-What was found lies in gpu.json (`peftk.system.cache`), by GPU, and holds for the versions of triton and peftk that it
-was made with. It is read once, so a choice never changes within a process except by tuning.
+Tuned plans are kept by GPU in gpu.json (`peftk.system.cache`), and are valid for the versions of triton and peftk they
+were measured with. The file is read once, so within a process only tuning changes a choice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ P = TypeVar("P", config.Plan, config.Wgrad)
 
 
 class WgradShape(NamedTuple):
-    """The class of shapes that share a tile of `lora_wgrad`."""
+    """A class of calls that share a tile of `lora_wgrad`."""
 
     pages: int
     many: bool
@@ -40,7 +40,7 @@ class WgradShape(NamedTuple):
 
 @functools.cache
 def target(device: torch.device) -> int | str:
-    """What `config` calls the device."""
+    """The device's target, as `config` names it."""
     if INTERPRETED.value:
         return "interpreter"
     if torch.version.hip:
@@ -51,46 +51,46 @@ def target(device: torch.device) -> int | str:
 
 @functools.cache
 def gpu(device: torch.device) -> str:
-    """What plans are kept under."""
+    """The GPU's name in the cache file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def lora_linear(form: config.Form, device: torch.device, where: int | str) -> config.Plan:
-    """The plan of a call."""
-    found = _lora_linear(form.shape(), _name(device), where)[0]
-    return config.fitted(found, form) if found else config.lora_linear(form, where)
+def lora_linear(call: config.CallShape, device: torch.device, compile_target: int | str) -> config.Plan:
+    """The plan of a call: the tuned one, else the shipped one."""
+    found = _lora_linear(call.shape_class(), _gpu_name(device), compile_target)[0]
+    return config.with_splits(found, call) if found else config.lora_linear(call, compile_target)
 
 
-def wgrad(shape: WgradShape, device: torch.device, where: int | str) -> config.Wgrad:
-    """The tile of a call."""
-    return _wgrad(shape, _name(device), where)[0] or config.wgrad(*shape, where)
+def wgrad(shape: WgradShape, device: torch.device, compile_target: int | str) -> config.Wgrad:
+    """The tile of a call: the tuned one, else the shipped one."""
+    return _wgrad(shape, _gpu_name(device), compile_target)[0] or config.wgrad(*shape, compile_target)
 
 
-def source(shape: config.Shape | WgradShape, device: torch.device) -> str:
-    """Where the plan of a class of shapes comes from."""
+def source(shape: config.ShapeClass | WgradShape, device: torch.device) -> str:
+    """Says in words where the plan of a class of shapes comes from."""
     if isinstance(shape, WgradShape):
-        return _wgrad(shape, _name(device), target(device))[1]
-    return _lora_linear(shape, _name(device), target(device))[1]
+        return _wgrad(shape, _gpu_name(device), target(device))[1]
+    return _lora_linear(shape, _gpu_name(device), target(device))[1]
 
 
-def _name(device: torch.device) -> str:
+def _gpu_name(device: torch.device) -> str:
     return "" if device.type == "meta" else gpu(device)
 
 
 @functools.cache
-def _lora_linear(shape: config.Shape, name: str, where: int | str) -> tuple[config.Plan | None, str]:
-    return _found(shape.key(), name, where, config.candidates(shape, where))
+def _lora_linear(shape: config.ShapeClass, name: str, compile_target: int | str) -> tuple[config.Plan | None, str]:
+    return _look_up(shape.key(), name, compile_target, config.candidates(shape, compile_target))
 
 
 @functools.cache
-def _wgrad(shape: WgradShape, name: str, where: int | str) -> tuple[config.Wgrad | None, str]:
-    return _found(shape.key(), name, where, config.wgrad_candidates(*shape, where))
+def _wgrad(shape: WgradShape, name: str, compile_target: int | str) -> tuple[config.Wgrad | None, str]:
+    return _look_up(shape.key(), name, compile_target, config.wgrad_candidates(*shape, compile_target))
 
 
-def _found(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> tuple[P | None, str]:
-    """The candidate that was found to be the fastest, or None: the shipped table decides. And what says so."""
-    table = f"shipped table, {where if isinstance(where, str) else f'sm_{where}'}"
-    plans, problem = _loaded(name) if name else ({}, "no GPU")
+def _look_up(key: str, name: str, compile_target: int | str, candidates: tuple[P, ...]) -> tuple[P | None, str]:
+    """The candidate that was measured as the fastest, or None (use the shipped table); and a text that says which."""
+    table = f"shipped table, {compile_target if isinstance(compile_target, str) else f'sm_{compile_target}'}"
+    plans, problem = _load_plans(name) if name else ({}, "no GPU")
     if key not in plans:
         return None, f"{table}; {problem or f'`peftk tune` has not measured {key!r}'}"
     for plan in candidates:
@@ -101,35 +101,35 @@ def _found(key: str, name: str, where: int | str, candidates: tuple[P, ...]) -> 
 
 
 def cache_file() -> Path:
-    """Raises OSError where no folder is named and the user has no home."""
+    """The path of gpu.json. Raises OSError if no cache folder is set and the user has no home."""
     return cache.path(_FILE)
 
 
 @functools.cache
-def _loaded(name: str) -> tuple[dict[str, Any], str]:
-    """The plans found on this GPU, by class of shapes; or none, and why."""
-    found, problem = cache.load(_FILE, name, _made_with(), lambda entry: dict(entry["plans"]), verb="tuned", unit=name)
+def _load_plans(name: str) -> tuple[dict[str, Any], str]:
+    """The tuned plans of a GPU by the key of their class of shapes, and why there are none, if so."""
+    found, problem = cache.load(_FILE, name, _versions(), lambda entry: dict(entry["plans"]), verb="tuned", unit=name)
     return found or {}, problem
 
 
-def _made_with() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     return {"triton": triton.__version__, "peftk": __version__}
 
 
 def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:
-    """Keeps what was found on a GPU, for this process too. Raises OSError where the cache cannot be written."""
-    cache.save(_FILE, name, _made_with(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
+    """Saves the plans tuned on a GPU; this process uses them too. Raises OSError if the cache cannot be written."""
+    cache.save(_FILE, name, _versions(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
     forget_loaded()
 
 
 def delete(name: str) -> bool:
-    """Deletes what was found on a GPU, and a file that cannot be read; whether there was something."""
+    """Deletes the plans of a GPU, and the whole file if it cannot be read. Returns whether there was anything."""
     existed = cache.delete(_FILE, name)
     forget_loaded()
     return existed
 
 
 def forget_loaded() -> None:
-    """Reads the cache again at the next question."""
-    for cached in (_loaded, _lora_linear, _wgrad):
+    """Makes the next call read the cache file again."""
+    for cached in (_load_plans, _lora_linear, _wgrad):
         cached.cache_clear()

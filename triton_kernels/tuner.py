@@ -1,6 +1,6 @@
-"""`peftk tune` on a GPU: times the candidates of `config` for each class of shapes, keeps the fastest (`tuned`).
+"""`peftk tune` on a GPU: times the candidates of `config` for each class of shapes and keeps the fastest (`tuned`).
 
-A candidate must give the shipped plan's result, to rounding: one that doesn't is an error, never a choice.
+A candidate must give the same result as the shipped plan, up to rounding. One that does not is an error.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Timer = Callable[[Mapping[str, Run]], dict[str, float]]
 
 DIM = 4096  # K and N
 RANK = 16
-ADAPTERS = 8  # of a batch with many
-TOKENS = config.HEIGHTS
-_CLEARED = 256 << 20  # bytes written between two runs, more than any L2 holds
+ADAPTERS = 8  # in a batch with many adapters
+TOKENS = config.ROW_LIMITS
+_CLEARED = 256 << 20  # bytes written between two runs to clear the L2: more than any GPU's L2 holds
 
 
-class Found(NamedTuple):
-    """What was found for a class of shapes."""
+class TuningResult(NamedTuple):
+    """The fastest plan for a class of shapes, and the times in µs."""
 
     shipped_us: float
     best_us: float
     plan: config.Plan | config.Wgrad
-    name: str  # in which fields the plan is not the shipped one: "num_stages=3"; or "shipped"
+    name: str  # the fields in which the plan differs from the shipped one, such as "num_stages=3"; or "shipped"
 
 
 def cuda_timer(sides: Mapping[str, Run]) -> dict[str, float]:
-    """µs of each side by the GPU's clock: medians of 21 rounds in rotating order, from a cold L2."""
+    """The time of each side in µs, by CUDA events: median of 21 rounds in rotating order, each from a cold L2."""
     scratch = torch.empty(_CLEARED, dtype=torch.int8, device="cuda")
     names = list(sides)
     samples: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
@@ -65,12 +65,12 @@ def tune(
     timer: Timer = cuda_timer,
     tokens: Sequence[int] = TOKENS,
     dim: int = DIM,
-) -> dict[str, Found]:
-    """Measures, keeps the result for later processes, and takes it in this one.
+) -> dict[str, TuningResult]:
+    """Measures all candidates, saves the fastest for later processes, and uses them in this process.
 
-    Raises OSError where the cache cannot be written; the choice is as before then.
+    Raises OSError if the cache cannot be written; this process then uses the same plans as before.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, TuningResult] = {}
     for dtype in dtypes:
         for M in tokens:
             for many in (False, True):
@@ -84,24 +84,24 @@ def tune(
 
 def _best(
     key: str, plans: Sequence[config.Plan | config.Wgrad], run: Callable[..., list[Tensor]], timer: Timer
-) -> Found:
-    by_name = {", ".join(_unlike(plan, plans[0])) or "shipped": plan for plan in plans}
+) -> TuningResult:
+    by_name = {", ".join(_changed_fields(plan, plans[0])) or "shipped": plan for plan in plans}
     expected = run(plans[0])
     for name, plan in by_name.items():
         for got, want in zip(run(plan), expected, strict=True):
-            _agree(f"{key}: {name}", got, want)
+            _check_same_result(f"{key}: {name}", got, want)
     times = timer({name: functools.partial(run, plan) for name, plan in by_name.items()})
     best = min(by_name, key=times.__getitem__)
-    return Found(times["shipped"], times[best], by_name[best], best)
+    return TuningResult(times["shipped"], times[best], by_name[best], best)
 
 
-def _unlike(plan: config.Plan | config.Wgrad, shipped: config.Plan | config.Wgrad) -> tuple[str, ...]:
+def _changed_fields(plan: config.Plan | config.Wgrad, shipped: config.Plan | config.Wgrad) -> tuple[str, ...]:
     pairs = zip(plan._fields, plan, shipped, strict=True)
     return tuple(f"{field}={value}" for field, value, other in pairs if value != other)
 
 
-def _agree(what: str, got: Tensor, want: Tensor) -> None:
-    """Both are the same exact products, summed in fp32 in another order and rounded once."""
+def _check_same_result(what: str, got: Tensor, want: Tensor) -> None:
+    """Raises RuntimeError if got and want differ by more than another order of their fp32 sums and one rounding."""
     got, exact = got.double(), want.double()
     allowed = torch.finfo(want.dtype).eps * exact.abs() + 2.0**-12 * exact.abs().max()
     off = (got - exact).abs()
@@ -112,8 +112,8 @@ def _agree(what: str, got: Tensor, want: Tensor) -> None:
 def _cases(
     M: int, dim: int, dtype: torch.dtype, many: bool, device: torch.device
 ) -> Iterator[tuple[str, Sequence[config.Plan | config.Wgrad], Callable[..., list[Tensor]]]]:
-    """The key of a class of shapes, its candidates, and what runs one of them: forward, dX, and the gradients."""
-    where, count = tuned.target(device), ADAPTERS if many else 1
+    """For forward, dX and gradients: the key of the class of shapes, its candidates, and a function that runs one."""
+    compile_target, count = tuned.target(device), ADAPTERS if many else 1
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -122,21 +122,21 @@ def _cases(
     x, weight = random(M, dim), random(dim, dim)
     A, B = random(count * RANK, dim), random(dim, count * RANK)
     adapters, order = _adapters(A, B, M, many, device)
-    form = config.Form(
+    call = config.CallShape(
         M, dim, dim, many, False, False, True, dtype, dtype, dtype, False, adapters.z_width // PAGE.value
     )
 
     def forward(plan: config.Plan) -> list[Tensor]:
         return [lora_linear.forward(x, weight, None, adapters, order, plan=plan)[0]]
 
-    yield form.shape().key(), config.candidates(form.shape(), where), forward
+    yield call.shape_class().key(), config.candidates(call.shape_class(), compile_target), forward
 
     def backward(plan: config.Plan) -> list[Tensor]:
         dx, u = lora_linear.backward(x, weight, dim, adapters, order, None, plan=plan)
         return [u] if dx is None else [dx, u]
 
-    shape = form._replace(backward=True).shape()
-    yield shape.key(), config.candidates(shape, where), backward
+    shape = call._replace(backward=True).shape_class()
+    yield shape.key(), config.candidates(shape, compile_target), backward
 
     z = random(M, adapters.z_width, dtype=torch.float32)
     wanted = Wanted(True, True, False, False)
@@ -147,13 +147,13 @@ def _cases(
         return [t for g in grads if g is not None for t in (g.lora_A, g.lora_B) if t is not None]
 
     of_wgrad = tuned.WgradShape(gradients.pages, many, True, dtype)
-    yield of_wgrad.key(), config.wgrad_candidates(*of_wgrad, where), wgrad
+    yield of_wgrad.key(), config.wgrad_candidates(*of_wgrad, compile_target), wgrad
 
 
 def _adapters(
     A: Tensor, B: Tensor, M: int, many: bool, device: torch.device
 ) -> tuple[lora_linear.Adapters, Segments | None]:
-    """One adapter, or a batch of many that take turns row by row."""
+    """One adapter, or many that alternate row by row."""
     if not many:
         one = lora_linear.AdapterArgs(
             A.data_ptr(), A.stride(0), B.data_ptr(), B.stride(0), B.stride(1), 0, 0, RANK, 0, 1.0
@@ -163,6 +163,6 @@ def _adapters(
     built = table.build(
         tuple(Adapter((a,), (b,), 1.0, "identity", None, None) for a, b in pairs), dtype=A.dtype, device=device
     )
-    source = lora_linear.Many(built.pages, built.rows, built.scaling, built.biases, None, ADAPTERS)
+    source = lora_linear.ManyAdapters(built.pages, built.rows, built.scaling, built.biases, None, ADAPTERS)
     ids = torch.arange(M, dtype=torch.int32, device=device) % ADAPTERS
     return lora_linear.Adapters(source, A.dtype, built.z_width, "k16", "any"), segments(ids, ADAPTERS)

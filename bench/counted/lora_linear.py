@@ -22,7 +22,7 @@ _READY = 2  # counters before those of the row blocks: `tickets.READY`
 def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool = False) -> config.Plan:
     """The plan that the launcher chooses for this batch. backward: for dX; pass `batch.swapped()`."""
     return config.lora_linear(
-        config.Form(
+        config.CallShape(
             M=batch.M,
             N=batch.N,
             K=batch.K,

@@ -1,5 +1,5 @@
-// Adapters of peftk._cpu and of peftk._cuda: what does not change between calls with the same adapters. An object holds
-// addresses: the caller keeps the tensors.
+// The class Adapters of peftk._cpu and peftk._cuda: the arguments that stay the same between calls with the same
+// adapters. An object holds addresses; the caller keeps the tensors alive.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,15 +19,15 @@ template <>
 constexpr bool kHasClass<Adapters> = true;
 
 static inline void define_adapters(pybind11::module_& module) {
-    const auto adapters = define_class<Adapters>(module, "Adapters", "The adapters that a call's ids name.");
-    define(adapters, "none", "(*, dtype)", "The base layer alone.", [](int dtype) {
+    const auto adapters = define_class<Adapters>(module, "Adapters", "The adapters that the ids of a call refer to.");
+    define(adapters, "none", "(*, dtype)", "No adapters: only the base layer.", [](int dtype) {
         Adapters none{};
         none.dtype = dtype_of("dtype", dtype);
         return none;
     });
     define(adapters, "one",
            "(*, A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling, dtype)",
-           "One adapter by its tensors: A [rank, K], B [N, rank], bias_A [rank], bias_B [N].",
+           "One adapter, given by its tensors: A [rank, K], B [N, rank], bias_A [rank], bias_B [N].",
            [](int64_t A, int64_t stride_A, int64_t B, int64_t stride_Bn, int64_t stride_Br, int64_t bias_A,
               int64_t bias_B, int rank, int activation, float scaling, int dtype) {
                return adapters_of_one({A, stride_A, B, stride_Bn, stride_Br, bias_A, bias_B, rank, activation, scaling},

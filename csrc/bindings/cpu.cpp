@@ -1,4 +1,4 @@
-// The module peftk._cpu: addresses, sizes and codes in, nothing else. peftk/backends/cpu.py checks what it passes.
+// The module peftk._cpu. It takes addresses, sizes and codes, and peftk/backends/cpu.py checks them before each call.
 #include <pybind11/pybind11.h>
 
 #include "bindings/adapters.h"
@@ -24,7 +24,7 @@ py::list simd_levels() {
 }
 
 void bind_levels(py::module_& m) {
-    m.def("simd_levels", simd_levels, "The SIMD levels that this build and machine have, ascending.");
+    m.def("simd_levels", simd_levels, "The SIMD levels that this build and machine support, ascending.");
     m.def("simd_level", [] { return level_name(level_in_use()); }, "The SIMD level in use.");
     m.def("use_simd_level", use_level, py::arg("name"), "Chooses a SIMD level for the whole process.");
 }
@@ -33,10 +33,11 @@ void bind_levels(py::module_& m) {
 
 }  // namespace peftk
 
-// Without a GIL too: calls share nothing but the level in use, which is atomic, and the threads, which have a lock;
-// scratch memory is each thread's own.
+// Safe without a GIL: calls share only the level in use, which is atomic, and the worker threads, which have a lock.
+// Scratch memory is per thread.
 PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
-    m.def("borrows_openmp", peftk::borrows_openmp, "Whether jobs run on torch's OpenMP threads, not on our own.");
+    m.def("borrows_openmp", peftk::borrows_openmp,
+          "Whether jobs run on torch's OpenMP threads instead of peftk's own.");
     m.def("pool_workers", peftk::pool_workers, "Worker threads that this process has started.");
     peftk::bind_levels(m);
     peftk::define_adapters(m);

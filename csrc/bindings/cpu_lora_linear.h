@@ -25,7 +25,7 @@ constexpr bool kHasClass<Linear> = true;
 
 static inline void define_linear(pybind11::module_& module) {
     const auto linear =
-        define_class<Linear>(module, "Linear", "What a forward and its backward share: x and the base layer.");
+        define_class<Linear>(module, "Linear", "The arguments that forward and backward share: x and the base layer.");
     define(linear, "of",
            "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, bias=0, bias_dtype=0, "
            "dropout_p=0.0, seed=0, threads)",
@@ -44,7 +44,7 @@ static inline void define_linear(pybind11::module_& module) {
                return linear;
            });
     define(linear, "over_base", "(*, M, N, K, x, x_stride, x_dtype, dropout_p=0.0, seed=0, threads)",
-           "Where y, or dx, holds the base layer's part already: the adapters' is added to it in place.",
+           "For a y or dx that already holds the base layer's part: the adapters' part is added in place.",
            [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, double dropout_p,
               uint64_t seed, int threads) {
                Linear linear{};
@@ -68,7 +68,8 @@ static inline LinearArgs linear_args(const Linear& linear, const Adapters& adapt
 
 static inline void bind_lora_linear(pybind11::module_& module) {
     define_linear(module);
-    define(module, "plan", "(linear, *, backward)", "Form of the product, whether it takes pairs of bf16, threads.",
+    define(module, "plan", "(linear, *, backward)",
+           "(form of the product, whether it uses pairs of bf16, number of threads)",
            [](const Linear& linear, bool backward) {
                Plan plan{};
                PEFTK_CALL(level_in_use(), lora_linear_plan, (linear, backward, &plan));
@@ -76,7 +77,7 @@ static inline void bind_lora_linear(pybind11::module_& module) {
            });
     define(
         module, "lora_linear", "(linear, adapters, *, ids=0, y, y_stride, z=0, z_stride=0)",
-        "Writes y [M, N], and z [M, z_stride] where it has an address. Without ids every row takes the first adapter.",
+        "Writes y [M, N], and z [M, z_stride] unless its address is 0. Without ids every row uses the first adapter.",
         [](const Linear& linear, const Adapters& adapters, uintptr_t ids, uintptr_t y, int64_t y_stride, uintptr_t z,
            int64_t z_stride) {
             LinearArgs args = linear_args(linear, adapters, ids, z, z_stride);
@@ -89,13 +90,14 @@ static inline void bind_lora_linear(pybind11::module_& module) {
         });
     define(module, "lora_linear_backward",
            "(linear, adapters, *, ids=0, dy, dy_stride, dy_dtype, dx=0, dx_stride=0, z=0, z_stride=0, grads)",
-           "Writes dx [M, K] and grads, for every adapter the addresses of dA, dB, da, dbeta; 0: not wanted.",
+           "Writes dx [M, K] and the gradients. grads: per adapter the addresses of dA, dB, da, dbeta; 0: not wanted.",
            [](const Linear& linear, const Adapters& adapters, uintptr_t ids, uintptr_t dy, int64_t dy_stride,
               int dy_dtype, uintptr_t dx, int64_t dx_stride, uintptr_t z, int64_t z_stride,
               const std::vector<std::array<int64_t, 4>>& grads) {
                if (grads.size() != size_t(adapters.count)) {
-                   throw std::invalid_argument("grads: expected one for each of " + std::to_string(adapters.count) +
-                                               " adapters, got " + std::to_string(grads.size()));
+                   throw std::invalid_argument("grads: expected one entry for each of " +
+                                               std::to_string(adapters.count) + " adapters, got " +
+                                               std::to_string(grads.size()));
                }
                LinearBackwardArgs args{};
                args.forward = linear_args(linear, adapters, ids, z, z_stride);

@@ -1,4 +1,4 @@
-// merge, unmerge and both at once of peftk._cpu, and the checksum of what they leave.
+// merge and unmerge of peftk._cpu, alone or in one pass, and the checksum of the merged weight.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -23,7 +23,7 @@ struct MergeWeight {
     Dtype dtype;
 };
 
-// Adapters side by side and their codes. `side` points into the rest: it is put together where it lies.
+// Adapters side by side and their codes. `side()` points into this object, which must outlive it.
 struct MergeSideArgs {
     uintptr_t lora_A, lora_B;
     std::vector<int64_t> ends;
@@ -64,11 +64,11 @@ static inline void define_merge_arguments(pybind11::module_& module) {
     const auto side =
         define_class<MergeSideArgs>(module, "MergeSide", "Adapters side by side, and the codes that undo their merge.");
     define(side, "of", "(*, lora_A, lora_B, ends, scaling, dtype, halves, far=0, far_count=0, raws=0, raw_count=0)",
-           "lora_A [R, K], lora_B [N, R]; the last four are of a side that W comes from.",
+           "lora_A [R, K], lora_B [N, R]; the last four arguments are for from_side only.",
            [](uintptr_t lora_A, uintptr_t lora_B, const std::vector<int64_t>& ends, const std::vector<float>& scaling,
               int dtype, uintptr_t halves, uintptr_t far, int64_t far_count, uintptr_t raws, int64_t raw_count) {
                if (ends.empty() || ends.size() != scaling.size()) {
-                   throw std::invalid_argument("scaling: expected one for each of 1 or more adapters, got " +
+                   throw std::invalid_argument("scaling: expected one for each adapter, and at least one, got " +
                                                std::to_string(scaling.size()) + " for " + std::to_string(ends.size()));
                }
                return MergeSideArgs{lora_A, lora_B, ends,      scaling, dtype_of("dtype", dtype),
@@ -80,7 +80,8 @@ static inline void bind_merge(pybind11::module_& module) {
     namespace py = pybind11;
     define_merge_arguments(module);
     define(module, "remerge", "(weight, from_side, to_side, *, threads)",
-           "Takes from_side out of W and puts to_side in, in one pass: finite, checksum, far codes, raw weights' bits.",
+           "Unmerges from_side and merges to_side in one pass over W. Returns (finite, checksum, far codes, raw "
+           "weights' bits).",
            [](const MergeWeight& weight, const MergeSideArgs* from, const MergeSideArgs* to, int threads) {
                MergePass pass{};
                pass.weight = weight.weight, pass.dtype = weight.dtype;
@@ -89,7 +90,7 @@ static inline void bind_merge(pybind11::module_& module) {
                if (to) pass.to = to->side();
                py::tuple outcome;
                const py::gil_scoped_release release;
-               // made while the pass can still be undone: there may be no memory for it
+               // built while the pass can still be undone, since this may run out of memory
                remerge(pass, threads, [&](const MergeResult& result) {
                    const py::gil_scoped_acquire acquire;
                    outcome = py::make_tuple(
@@ -99,7 +100,7 @@ static inline void bind_merge(pybind11::module_& module) {
                });
                return outcome;
            });
-    define(module, "checksum", "(weight, *, threads)", "Of all of W's bits.",
+    define(module, "checksum", "(weight, *, threads)", "The checksum of all bits of W.",
            [](const MergeWeight& weight, int threads) {
                const py::gil_scoped_release release;
                return checksum(weight.weight, weight.stride, weight.N, weight.K, weight.dtype, threads);

@@ -8,7 +8,7 @@
 #include "bindings/dtype_arg.h"
 #include "cuda/lora_linear.h"
 
-// Adapters as an argument of what pybind11 wraps.
+// Lets functions that pybind11 wraps take Adapters.
 template <>
 struct pybind11::detail::type_caster<peftk::Adapters> {
     const peftk::Adapters* value = nullptr;

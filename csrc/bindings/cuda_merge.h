@@ -1,4 +1,4 @@
-// The merge of peftk._cuda. Every launch takes the list of layers first, the device and the stream last.
+// The merge of peftk._cuda. Every launch takes the list of layers first, and the device and the stream last.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,7 +11,7 @@
 
 namespace peftk::cuda {
 
-// An address, as it comes from Python, as the pointer that is wanted.
+// An address from Python, which converts to a pointer of any type.
 struct Address {
     uintptr_t value;
     template <typename T>

@@ -1,6 +1,6 @@
-// The shortest way from a layer to the kernel: tensors are read here, checked here and handed on, without gradients,
-// dropout or copies. `None` is the answer to everything else, errors included: the way through peftk/functional.py then
-// serves the call or says what is wrong with it.
+// The shortest way from a layer to the kernel: reads and checks tensors here and runs the kernel, without gradients,
+// dropout or copies. Returns None for any other call, errors included: the ordinary way through peftk/functional.py
+// then computes it, or says what is wrong with it.
 #pragma once
 
 #include <Python.h>
@@ -19,8 +19,8 @@
 
 namespace peftk {
 
-// x [..., K] whose rows have one stride.
-static inline bool rows_of(const View& x, LinearArgs* args) {
+// Reads x [..., K] whose rows have a single stride. This and the following functions return false for anything else.
+static inline bool read_rows(const View& x, LinearArgs* args) {
     if (x.ndim < 1 || x.stride(x.ndim - 1) != 1) return false;
     int64_t M = 1, row = -1;
     for (int64_t dim = x.ndim - 2; dim >= 0; dim--) {
@@ -34,17 +34,17 @@ static inline bool rows_of(const View& x, LinearArgs* args) {
     return M > 0 && args->K > 0 && args->x_dtype >= 0;
 }
 
-// x as above, W [N, K] contiguous along either side, bias [N]; M·N·K up to `limit`. Without W (the identity: a series
-// adapter) y is to hold x, and there is no bias.
-static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
-                             LinearArgs* args) {
+// Reads x as above, W [N, K] contiguous along either side, and bias [N], for M·N·K up to `limit`. Without W (the
+// identity: a series adapter) there is no bias, and x must be copied to y before the kernel runs.
+static inline bool read_linear(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
+                               LinearArgs* args) {
     View weight, bias;
-    if (!rows_of(x, args)) return false;
+    if (!read_rows(x, args)) return false;
     if (weight_object == Py_None) {
         args->N = args->K, args->over_base = true, args->weight_dtype = -1;
         return bias_object == Py_None;
     }
-    if (!view_of(weight_object, &weight) || weight.ndim != 2 || weight.size(1) != args->K) return false;
+    if (!read_view(weight_object, &weight) || weight.ndim != 2 || weight.size(1) != args->K) return false;
     args->N = weight.size(0);
     const double work = work_of(*args, true);
     if (work == 0 || work > limit) return false;
@@ -52,34 +52,34 @@ static inline bool linear_of(const View& x, PyObject* weight_object, PyObject* b
     args->weight_n = weight.stride(0), args->weight_k = weight.stride(1);
     if (args->weight_dtype < 0 || (args->weight_n != 1 && args->weight_k != 1)) return false;
     if (bias_object == Py_None) return true;
-    if (!view_of(bias_object, &bias)) return false;
+    if (!read_view(bias_object, &bias)) return false;
     args->bias = bias.data, args->bias_dtype = float_dtype(bias);
     return bias.ndim == 1 && bias.size(0) == args->N && bias.stride(0) == 1 && args->bias_dtype >= 0;
 }
 
-// The address of a bias [size] of this dtype, or 0 for None.
-static inline bool adapter_bias_of(PyObject* object, int64_t size, int dtype, int64_t* address) {
+// Reads the address of a bias [size] of this dtype, or 0 for None.
+static inline bool read_adapter_bias(PyObject* object, int64_t size, int dtype, int64_t* address) {
     View bias;
     *address = 0;
     if (object == Py_None) return true;
-    if (!view_of(object, &bias) || bias.ndim != 1 || bias.size(0) != size || bias.stride(0) != 1) return false;
+    if (!read_view(object, &bias) || bias.ndim != 1 || bias.size(0) != size || bias.stride(0) != 1) return false;
     *address = reinterpret_cast<int64_t>(bias.data);
     return float_dtype(bias) == dtype;
 }
 
-// A [R, K] with contiguous rows, B [N, R], biases [R] and [N] or None; or none of them.
-static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scaling, int activation,
-                              PyObject* bias_A_object, PyObject* bias_B_object, const LinearArgs& linear,
-                              Adapters* adapters) {
+// Reads an adapter: A [R, K] with contiguous rows, B [N, R], biases [R] and [N] or None; or all four None.
+static inline bool read_adapter(PyObject* A_object, PyObject* B_object, float scaling, int activation,
+                                PyObject* bias_A_object, PyObject* bias_B_object, const LinearArgs& linear,
+                                Adapters* adapters) {
     View A, B;
     int64_t bias_A, bias_B;
     if (A_object == Py_None && B_object == Py_None) return bias_A_object == Py_None && bias_B_object == Py_None;
-    if (!view_of(A_object, &A) || !view_of(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
+    if (!read_view(A_object, &A) || !read_view(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
     const int64_t R = A.size(0), N = linear.N, K = linear.K;
     const int dtype = float_dtype(A);
     if (R < 1 || R > std::numeric_limits<int>::max() || A.size(1) != K || A.stride(1) != 1) return false;
     if (B.size(0) != N || B.size(1) != R || dtype < 0 || float_dtype(B) != dtype) return false;
-    if (!adapter_bias_of(bias_A_object, R, dtype, &bias_A) || !adapter_bias_of(bias_B_object, N, dtype, &bias_B))
+    if (!read_adapter_bias(bias_A_object, R, dtype, &bias_A) || !read_adapter_bias(bias_B_object, N, dtype, &bias_B))
         return false;
     const auto address = [](const View& view) { return reinterpret_cast<int64_t>(view.data); };
     *adapters = adapters_of_one({address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], bias_A,
@@ -88,10 +88,10 @@ static inline bool adapter_of(PyObject* A_object, PyObject* B_object, float scal
     return true;
 }
 
-// ids int32 or int64, one for a row of x or, where x has three dimensions or more, one for a sequence.
-static inline bool ids_of(const View& x, PyObject* ids_object, int64_t M, const int32_t** out) {
+// Reads ids, int32 or int64, one per row of x or, if x has three or more dimensions, one per sequence.
+static inline bool read_ids(const View& x, PyObject* ids_object, int64_t M, const int32_t** out) {
     View ids;
-    if (!view_of(ids_object, &ids)) return false;
+    if (!read_view(ids_object, &ids)) return false;
     if (ids.type != kInt32Type && ids.type != kInt64Type) return false;
     const bool each_row = ids.ndim == x.ndim - 1, each_sequence = ids.ndim == 1 && x.ndim > 2;
     if (!each_row && !each_sequence) return false;
@@ -107,14 +107,14 @@ static inline bool ids_of(const View& x, PyObject* ids_object, int64_t M, const 
         int64_t id = ids.type == kInt32Type ? reinterpret_cast<const int32_t*>(ids.data)[i]
                                             : reinterpret_cast<const int64_t*>(ids.data)[i];
         constexpr int64_t most = std::numeric_limits<int32_t>::max();
-        rows[m] = int32_t(id < -2 ? -2 : id > most ? most : id);  // outside of every bank stays outside
+        rows[m] = int32_t(id < -2 ? -2 : id > most ? most : id);  // an id outside every bank stays outside
     }
     *out = rows;
     return true;
 }
 
-// x.new_empty([*x.shape[:-1], N]), and its address. Without an exception nullptr is no plain tensor, but what a mode of
-// torch (FakeTensorMode, say) made in its place.
+// x.new_empty([*x.shape[:-1], N]), and its address. nullptr without a Python exception: the result is no plain tensor,
+// because a mode of torch (such as FakeTensorMode) created something else.
 static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N, void** address) {
     static PyObject* const name = PyUnicode_InternFromString("new_empty");
     View y;
@@ -126,12 +126,12 @@ static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N,
     PyObject* const args[] = {x_object, shape};
     PyObject* result = PyObject_VectorcallMethod(name, args, 2, nullptr);
     Py_DECREF(shape);
-    if (result && !view_of(result, &y, true)) Py_CLEAR(result);
+    if (result && !read_view(result, &y, true)) Py_CLEAR(result);
     if (result) *address = y.data;
     return result;
 }
 
-// y ← x: what a series adapter adds to.
+// Copies x to y, to which a series adapter adds its part.
 static inline void copy_rows(const LinearArgs& args) {
     const size_t item = size_t(size_of(args.x_dtype)), row = size_t(args.K) * item;
     const char* x = static_cast<const char*>(args.x);
@@ -139,8 +139,8 @@ static inline void copy_rows(const LinearArgs& args) {
     for (int64_t m = 0; m < args.M; m++) std::memcpy(y + size_t(m) * row, x + m * args.x_stride * int64_t(item), row);
 }
 
-// Runs the kernel for a call that has passed, and gives y back.
-static inline PyObject* served(PyObject* x_object, const View& x, LinearArgs& args) {
+// Runs the kernel for a call that passed all checks. Returns y, or None if y is no plain tensor.
+static inline PyObject* run_kernel(PyObject* x_object, const View& x, LinearArgs& args) {
     PyObject* y = new_output(x_object, x, args.N, &args.y);
     if (!y) {
         if (PyErr_Occurred()) return nullptr;
@@ -169,25 +169,25 @@ static inline bool backend_is_forced() {
 // (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads) → y or None
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
-    return guarded([&]() -> PyObject* {
+    return with_python_errors([&]() -> PyObject* {
         View x;
         LinearArgs args{};
         const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[9]);
         const int activation = int(PyLong_AsLong(in[6]));
         args.threads = int(PyLong_AsLong(in[10]));
         if (PyErr_Occurred()) return nullptr;
-        if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
-            !adapter_of(in[3], in[4], float(scaling), activation, in[7], in[8], args, &args.adapters)) {
+        if (backend_is_forced() || !read_view(in[0], &x) || !read_linear(x, in[1], in[2], limit, &args) ||
+            !read_adapter(in[3], in[4], float(scaling), activation, in[7], in[8], args, &args.adapters)) {
             Py_RETURN_NONE;
         }
-        return served(in[0], x, args);
+        return run_kernel(in[0], x, args);
     });
 }
 
 // (x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype) → y or None
 static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
-    return guarded([&]() -> PyObject* {
+    return with_python_errors([&]() -> PyObject* {
         View x;
         LinearArgs args{};
         const double limit = PyFloat_AsDouble(in[4]);
@@ -199,15 +199,15 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
         adapters.biases = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[9]));
         adapters.count = int(PyLong_AsLong(in[10])), adapters.dtype = Dtype(PyLong_AsLong(in[11]));
         if (PyErr_Occurred()) return nullptr;
-        if (backend_is_forced() || !view_of(in[0], &x) || !linear_of(x, in[1], in[2], limit, &args) ||
-            !ids_of(x, in[3], args.M, &args.ids)) {
+        if (backend_is_forced() || !read_view(in[0], &x) || !read_linear(x, in[1], in[2], limit, &args) ||
+            !read_ids(x, in[3], args.M, &args.ids)) {
             Py_RETURN_NONE;
         }
-        return served(in[0], x, args);
+        return run_kernel(in[0], x, args);
     });
 }
 
-// (a torch.Tensor, an nn.Parameter, and the addresses of what StorageAPI names)
+// (a torch.Tensor, an nn.Parameter, and the addresses of StorageAPI's three functions) → None
 static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 arguments, got %zd", count);
     void* addresses[3];
@@ -217,11 +217,11 @@ static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count)
     storage.bytes = reinterpret_cast<decltype(storage.bytes)>(addresses[0]);
     storage.offset = reinterpret_cast<decltype(storage.offset)>(addresses[1]);
     storage.is_neg = reinterpret_cast<decltype(storage.is_neg)>(addresses[2]);
-    use_tensor_types(in[0], in[1], storage);
+    register_tensor_types(in[0], in[1], storage);
     Py_RETURN_NONE;
 }
 
-// (tensor or None, ...) → whether all are plain dense tensors, on one device
+// (tensor or None, ...) → whether all tensors are plain and dense, and on one device
 static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
     DLTensor view, first;
     bool any = false;
@@ -250,7 +250,8 @@ static inline void bind_direct_calls(PyObject* module) {
          "\n--\n\n"},
         {nullptr, nullptr, 0, nullptr},
     };
-    if (PyModule_AddFunctions(module, methods) != 0) throw std::runtime_error("direct calls can't be added");
+    if (PyModule_AddFunctions(module, methods) != 0)
+        throw std::runtime_error("peftk._cpu: could not add the direct calls");
 }
 
 }  // namespace peftk

@@ -1,4 +1,4 @@
-// What C++ throws as a Python exception, for functions that pybind11 does not wrap.
+// Turns C++ exceptions into Python exceptions, for functions that pybind11 does not wrap.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@
 namespace peftk {
 
 template <class Body>
-static inline PyObject* guarded(Body body) {
+static inline PyObject* with_python_errors(Body body) {
     try {
         return body();
     } catch (pybind11::error_already_set& error) {

@@ -1,11 +1,12 @@
-// When a call lets other Python threads run.
+// Releases the GIL during calls that are long enough.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace peftk {
 
-// From here on, releasing the GIL (two atomic operations and perhaps a wait to have it back) costs nothing measurable.
+// From this many multiply-adds on, the cost of releasing the GIL (two atomic operations, and perhaps a wait to get it
+// back) cannot be measured.
 constexpr double kReleaseWork = 1 << 18;
 
 template <class Body>

@@ -1,6 +1,6 @@
-// Functions whose arguments have names. pybind11's own take a microsecond for ten keywords, since they search for every
-// name; these find a keyword at once where the caller keeps the order of the signature. What is missing, unknown or of
-// a wrong type raises a TypeError that names it.
+// Functions with keyword arguments. pybind11 takes a microsecond for ten keywords, since it searches for every name.
+// These functions find a keyword at once if the caller keeps the signature's order. A missing or unknown argument, or
+// one of the wrong type, raises a TypeError that names it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,7 +20,8 @@ namespace peftk {
 
 // ---- one argument -------------------------------------------------------------------------------------------------
 
-// Reads a T, or says no; what was expected then. This one: an object of a class of ours.
+// Reads a T from a Python object: read() returns false if it cannot, and expected() says what it accepts. This one
+// reads an object of a class made by define_class.
 template <class T, class = void>
 struct Argument {
     static_assert(kHasClass<T>);
@@ -33,7 +34,7 @@ struct Argument {
     operator const T&() const { return *value; }
 };
 
-// An int that fits, never something that turns into one: a tensor of one element is no address.
+// An int that fits into T. Objects that merely convert to int are refused: a tensor with one element is no address.
 template <class T>
 struct Argument<T, std::enable_if_t<std::is_integral_v<T>>> {
     T value{};
@@ -73,13 +74,14 @@ struct Argument<T, std::enable_if_t<std::is_floating_point_v<T>>> {
     operator T() const { return value; }
 };
 
-// Calls `one` with every element of a list or tuple, until it says no; -1 where this happens or there is no such thing.
-template <class One>
-Py_ssize_t read_all(PyObject* object, One one) {
+// Calls read_element for every element of a list or tuple. Returns their number, or -1 if one of them fails or the
+// object is neither.
+template <class ReadElement>
+Py_ssize_t read_all(PyObject* object, ReadElement read_element) {
     if (!PyList_Check(object) && !PyTuple_Check(object)) return -1;
     const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (!one(i, PySequence_Fast_GET_ITEM(object, i))) return -1;
+        if (!read_element(i, PySequence_Fast_GET_ITEM(object, i))) return -1;
     }
     return count;
 }
@@ -90,11 +92,11 @@ struct Argument<std::vector<T>> {
 
     bool read(PyObject* object) {
         return read_all(object, [&](Py_ssize_t, PyObject* element) {
-                   Argument<T> one;
-                   return one.read(element) && (values.push_back(one), true);
+                   Argument<T> argument;
+                   return argument.read(element) && (values.push_back(argument), true);
                }) >= 0;
     }
-    static std::string expected() { return "list, each " + Argument<T>::expected(); }
+    static std::string expected() { return "list of " + Argument<T>::expected(); }
     operator const std::vector<T>&() { return values; }
 };
 
@@ -104,29 +106,29 @@ struct Argument<std::array<T, kCount>> {
 
     bool read(PyObject* object) {
         return read_all(object, [&](Py_ssize_t i, PyObject* element) {
-                   Argument<T> one;
-                   return i < Py_ssize_t(kCount) && one.read(element) && (values[size_t(i)] = one, true);
+                   Argument<T> argument;
+                   return i < Py_ssize_t(kCount) && argument.read(element) && (values[size_t(i)] = argument, true);
                }) == Py_ssize_t(kCount);
     }
-    static std::string expected() { return std::to_string(kCount) + " times " + Argument<T>::expected(); }
+    static std::string expected() { return "tuple of " + std::to_string(kCount) + " × " + Argument<T>::expected(); }
     operator const std::array<T, kCount>&() { return values; }
 };
 
-// An object of a class, or None.
+// An object of a class made by define_class, or None.
 template <class T>
 struct Argument<const T*> {
-    Argument<T> one;
-    bool given = false;
+    Argument<T> argument;
+    bool has_value = false;
 
-    bool read(PyObject* object) { return given = object != Py_None, !given || one.read(object); }
+    bool read(PyObject* object) { return has_value = object != Py_None, !has_value || argument.read(object); }
     static std::string expected() { return Argument<T>::expected() + " or None"; }
-    operator const T*() { return given ? &static_cast<const T&>(one) : nullptr; }
+    operator const T*() { return has_value ? &static_cast<const T&>(argument) : nullptr; }
 };
 
 // ---- a signature --------------------------------------------------------------------------------------------------
 
-// As Python writes it, "(linear, adapters, *, ids=0, y, y_stride)": defaults are zeros and None, and what follows * is
-// by keyword only.
+// A signature as in Python, such as "(linear, adapters, *, ids=0, y, y_stride)". Defaults are zeros or None. Arguments
+// after the asterisk are keyword-only.
 struct Signature {
     struct Name {
         PyObject* text;  // interned
@@ -153,33 +155,33 @@ struct Signature {
         positional = std::min(positional, names.size());
     }
 
-    // Puts what a call was given in its place; what it was not given stays null.
-    void sort(PyObject* const* in, size_t count, PyObject* keywords, PyObject** out) const {
+    // Assigns a call's arguments to their places in `out`. Places of arguments that were not passed stay null.
+    void assign(PyObject* const* in, size_t count, PyObject* keywords, PyObject** out) const {
         if (count > positional) {
             PyErr_Format(PyExc_TypeError, "%s() takes %zu positional arguments, got %zu", function.c_str(), positional,
                          count);
             throw pybind11::error_already_set();
         }
         for (size_t i = 0; i < count; i++) out[i] = in[i];
-        const size_t given = keywords ? size_t(PyTuple_GET_SIZE(keywords)) : 0;
+        const size_t keyword_count = keywords ? size_t(PyTuple_GET_SIZE(keywords)) : 0;
         size_t place = count;
-        for (size_t k = 0; k < given; k++) {
+        for (size_t k = 0; k < keyword_count; k++) {
             PyObject* keyword = PyTuple_GET_ITEM(keywords, Py_ssize_t(k));
             while (place < names.size() && names[place].optional && names[place].text != keyword) place++;
-            if (place == names.size() || names[place].text != keyword) place = find(keyword);
+            if (place == names.size() || names[place].text != keyword) place = index_of(keyword);
             if (out[place]) fail("got argument %R twice", keyword);
             out[place++] = in[count + k];
         }
         for (size_t i = 0; i < names.size(); i++) {
-            if (!out[i] && !names[i].optional) fail("misses argument %R", names[i].text);
+            if (!out[i] && !names[i].optional) fail("missing argument %R", names[i].text);
         }
     }
 
-    size_t find(PyObject* keyword) const {
+    size_t index_of(PyObject* keyword) const {
         for (size_t i = 0; i < names.size(); i++) {
             if (names[i].text == keyword || PyUnicode_Compare(names[i].text, keyword) == 0) return i;
         }
-        fail("knows no argument %R", keyword);
+        fail("unknown argument %R", keyword);
     }
 
     [[noreturn]] void fail(const char* what, PyObject* name) const {
@@ -187,8 +189,8 @@ struct Signature {
         throw pybind11::error_already_set();
     }
 
-    // An int is shown, since it may be one too large.
-    [[noreturn]] void refuse(size_t i, const std::string& expected, PyObject* got) const {
+    // Shows the value of an int, which may be too large, and the type of anything else.
+    [[noreturn]] void fail_type(size_t i, const std::string& expected, PyObject* got) const {
         const pybind11::handle shown = PyLong_Check(got) ? got : reinterpret_cast<PyObject*>(Py_TYPE(got));
         PyErr_Format(PyExc_TypeError, "%s() argument %R: expected %s, got %R", function.c_str(), names[i].text,
                      expected.c_str(), shown.ptr());
@@ -207,15 +209,16 @@ struct NamedFunction {
 
     static PyObject* call(PyObject* self, PyObject* const* in, Py_ssize_t count, PyObject* keywords) {
         const auto* function = static_cast<const NamedFunction*>(PyCapsule_GetPointer(self, nullptr));
-        return guarded([&] { return function->run(in, size_t(count), keywords, std::index_sequence_for<In...>()); });
+        return with_python_errors(
+            [&] { return function->run(in, size_t(count), keywords, std::index_sequence_for<In...>()); });
     }
 
     template <size_t... I>
     PyObject* run(PyObject* const* in, size_t count, PyObject* keywords, std::index_sequence<I...>) const {
-        PyObject* given[sizeof...(In)] = {};
-        signature.sort(in, count, keywords, given);
+        PyObject* objects[sizeof...(In)] = {};
+        signature.assign(in, count, keywords, objects);
         std::tuple<Argument<std::remove_cv_t<std::remove_reference_t<In>>>...> arguments;
-        (read(I, given[I], std::get<I>(arguments)), ...);
+        (read(I, objects[I], std::get<I>(arguments)), ...);
         if constexpr (std::is_void_v<Return>) {
             body(static_cast<In>(std::get<I>(arguments))...);
             return pybind11::none().release().ptr();
@@ -228,9 +231,9 @@ struct NamedFunction {
         }
     }
 
-    template <class One>
-    void read(size_t i, PyObject* object, One& argument) const {
-        if (object && !argument.read(object)) signature.refuse(i, One::expected(), object);
+    template <class Arg>
+    void read(size_t i, PyObject* object, Arg& argument) const {
+        if (object && !argument.read(object)) signature.fail_type(i, Arg::expected(), object);
     }
 };
 
@@ -241,7 +244,7 @@ void define(pybind11::handle scope, const char* name, const std::string& signatu
     const bool in_class = PyType_Check(scope.ptr());
     const pybind11::str module = scope.attr(in_class ? "__module__" : "__name__");
     const std::string owner = in_class ? std::string(pybind11::str(scope.attr("__name__"))) + "." : "";
-    // As long as the process lives, as the module does.
+    // Never freed: it lives as long as the module.
     auto* function = new Function{std::move(body), {owner + name, signature}, name + signature + "\n--\n\n" + doc, {}};
     if (function->signature.names.size() != sizeof...(In)) throw std::logic_error(owner + name + signature);
     const auto call = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function::call));

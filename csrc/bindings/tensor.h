@@ -1,4 +1,4 @@
-// torch tensors read from C++ without torch's headers: DLPack's C exchange API, which torch offers from 2.10 on as
+// Reads torch tensors without torch's headers, through DLPack's C exchange API, which torch has from 2.10 on as
 // torch.Tensor.__dlpack_c_exchange_api__. Its layout is fixed within a major version (https://dmlc.github.io/dlpack).
 #pragma once
 
@@ -20,29 +20,30 @@ struct DLTensor {
     uint64_t byte_offset;
 };
 
-// What we need of the exchange API; the fields before are other ways to exchange.
+// The fields of the exchange API up to the last one used here.
 struct DLPackExchangeAPI {
     uint32_t major, minor;
     void* previous;
     void *allocate, *to_managed, *from_managed;
-    int (*to_view)(void* object, DLTensor* out);  // borrows; 0, or -1 with a Python exception
+    int (*to_view)(void* object, DLTensor* out);  // a borrowed view; returns 0, or -1 with a Python exception
     void* current_stream;
 };
 
-// What torch exports that a view does not tell, each with a tensor as the address of its TensorImpl*: two functions of
-// the stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h; 0 is success), and at::native::is_neg.
+// Functions that torch exports, for what a view does not contain. A tensor is passed as the address of its TensorImpl*.
+// Two belong to the stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h; 0 is success), the third is
+// at::native::is_neg.
 struct StorageAPI {
     int32_t (*bytes)(void** tensor, int64_t* out);
     int32_t (*offset)(void** tensor, int64_t* out);  // in elements
     bool (*is_neg)(void** tensor);
 };
 
-// The types whose objects are plain tensors: torch.Tensor and Parameter, without subclasses, which may mean anything.
+// The types of plain tensors: torch.Tensor and Parameter. Subclasses are excluded, since they may redefine anything.
 struct TensorTypes {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     const DLPackExchangeAPI* api = nullptr;
     StorageAPI storage{};
-    size_t impl = 0;  // at which word a tensor's object has its TensorImpl*
+    size_t impl = 0;  // index of the word of a tensor's object that holds its TensorImpl*
 };
 
 static inline TensorTypes& tensor_types() {
@@ -50,8 +51,8 @@ static inline TensorTypes& tensor_types() {
     return types;
 }
 
-// The word at which `tensor` has what torch says its TensorImpl* is (`_cdata`), or 0.
-static inline size_t word_of_impl(PyObject* tensor) {
+// Index of the word of `tensor` that equals its TensorImpl* as torch reports it (`_cdata`), or 0.
+static inline size_t impl_word(PyObject* tensor) {
     PyObject* address = PyObject_GetAttrString(tensor, "_cdata");
     void* impl = address ? PyLong_AsVoidPtr(address) : nullptr;
     Py_XDECREF(address);
@@ -62,22 +63,23 @@ static inline size_t word_of_impl(PyObject* tensor) {
     return 0;
 }
 
-// Remembers the types of a tensor and of a Parameter. Where torch is not as we know it, nothing will be plain.
-static inline void use_tensor_types(PyObject* tensor, PyObject* parameter, const StorageAPI& storage) {
+// Remembers the types of a tensor and of a Parameter. If torch's layout is unexpected, no tensor counts as plain.
+static inline void register_tensor_types(PyObject* tensor, PyObject* parameter, const StorageAPI& storage) {
     TensorTypes& types = tensor_types();
     types.tensor = Py_TYPE(tensor), types.parameter = Py_TYPE(parameter);
-    types.storage = storage, types.impl = word_of_impl(tensor);
+    types.storage = storage, types.impl = impl_word(tensor);
     PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     if (capsule) {
         auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-        if (api && api->major == 1 && types.impl && types.impl == word_of_impl(parameter)) types.api = api;
+        if (api && api->major == 1 && types.impl && types.impl == impl_word(parameter)) types.api = api;
         Py_DECREF(capsule);
     }
     PyErr_Clear();
 }
 
-// Whether the elements are where a view says: in memory that reaches as far (untyped_storage().resize_ frees it behind
-// a tensor's back, as FSDP and offloading do), and not to be negated on the way (the imaginary part of a conjugate).
+// Whether the elements are in memory as the view says. They are not if the storage is too small
+// (untyped_storage().resize_ frees it under a tensor, as FSDP and offloading do), or if they must be negated when read
+// (the imaginary part of a conjugate).
 static inline bool is_stored(PyObject* object, const DLTensor& view) {
     const TensorTypes& types = tensor_types();
     const StorageAPI& storage = types.storage;
@@ -91,18 +93,18 @@ static inline bool is_stored(PyObject* object, const DLTensor& view) {
     return view.data && (offset + reach) * (view.bits / 8) <= bytes;
 }
 
-// What an object says of its elements, where it is exactly a tensor or a Parameter, on any device. No exception.
+// The view of a plain tensor or Parameter on any device; false for any other object. Leaves no Python exception.
 static inline bool plain_view(PyObject* object, DLTensor* view) {
     const TensorTypes& types = tensor_types();
     if (!types.api || (Py_TYPE(object) != types.tensor && Py_TYPE(object) != types.parameter)) return false;
     if (types.api->to_view(object, view) != 0) {
-        PyErr_Clear();  // a wrapper without storage (functorch), a sparse tensor: who is asked next says what is wrong
+        PyErr_Clear();  // a wrapper without storage (functorch) or a sparse tensor: the ordinary way reports it
         return false;
     }
     return true;
 }
 
-// A tensor on the CPU; valid as long as the object is.
+// A tensor on the CPU; valid while its object is.
 struct View {
     char* data;
     int64_t ndim;
@@ -117,11 +119,11 @@ struct View {
 constexpr int dl_type(int code, int bits) { return code << 8 | bits; }
 constexpr int kInt32Type = dl_type(0, 32), kInt64Type = dl_type(0, 64);
 
-// false, without an exception, for whatever is no plain dense tensor on the CPU. One that torch has just made is
-// stored.
-static inline bool view_of(PyObject* object, View* view, bool just_made = false) {
+// Reads a plain dense tensor on the CPU; false, without a Python exception, for anything else. A tensor that torch has
+// just created needs no check of its storage.
+static inline bool read_view(PyObject* object, View* view, bool just_created = false) {
     DLTensor tensor;
-    if (!plain_view(object, &tensor) || (!just_made && !is_stored(object, tensor))) return false;
+    if (!plain_view(object, &tensor) || (!just_created && !is_stored(object, tensor))) return false;
     constexpr int kCpu = 1;
     if (tensor.device_type != kCpu || tensor.lanes != 1) return false;
     *view = {static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.ndim, tensor.shape, tensor.strides,
@@ -129,7 +131,7 @@ static inline bool view_of(PyObject* object, View* view, bool just_made = false)
     return true;
 }
 
-// The code of a dtype that the kernels serve, or -1.
+// The code of a dtype that the kernels support, or -1.
 static inline int float_dtype(const View& view) {
     constexpr int kFloat = 2, kBrain = 4;
     return view.type == dl_type(kFloat, 32)   ? kFloat32

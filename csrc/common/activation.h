@@ -1,4 +1,4 @@
-// The non-linearities an adapter may have, and their derivatives. Codes and formulas as in peftk/adapters/activations.py.
+// An adapter's activation functions and their derivatives. Codes and formulas as in peftk/adapters/activations.py.
 #pragma once
 
 #include <math.h>

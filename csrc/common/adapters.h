@@ -1,4 +1,4 @@
-// The adapters of a call, on every device: tables as peftk/adapters/table.py lays them out, or one adapter alone.
+// The adapters of a call, on every device: a table in the layout of peftk/adapters/table.py, or a single adapter.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace peftk {
 
-constexpr int kPage = 16;  // ranks
+constexpr int kPage = 16;  // ranks per page
 
 // Addresses are 0 where there is no tensor; strides are in elements.
 struct OneAdapter {
@@ -19,16 +19,16 @@ struct OneAdapter {
     float scaling;
 };
 
-// With `rows` null, `one`; with `count` 0, none: the base layer alone.
+// A table; or, if `rows` is null, the adapter `one`. count 0: no adapters, only the base layer.
 struct Adapters {
     const int64_t* pages;   // [P, 5]
     const int32_t* rows;    // [slice_count * count, 4]
     const float* scaling;   // [slice_count * count]
     const int64_t* biases;  // [slice_count * count, 2]
-    const int32_t* slices;  // [slice_count + 1, 2]: first column, first page of z; null: one slice
+    const int32_t* slices;  // [slice_count + 1, 2]: first column, first page of z; null: a single slice
     int32_t slice_count;
-    int32_t count;    // how many adapters an id may name
-    int32_t z_pages;  // pages of a row of z, over all slices
+    int32_t count;    // number of valid ids
+    int32_t z_pages;  // pages per row of z, over all slices
     Dtype dtype;
     OneAdapter one;
 };
@@ -37,7 +37,7 @@ static inline Adapters adapters_of_one(const OneAdapter& one, Dtype dtype) {
     return {nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, (one.rank + kPage - 1) / kPage, dtype, one};
 }
 
-// What a kernel needs to know about an adapter of one slice of y's columns.
+// An adapter of one slice of y's columns, as kernels use it.
 struct Adapter {
     int32_t rank, activation;
     float scaling;
@@ -45,7 +45,7 @@ struct Adapter {
     int64_t bias_A, bias_B;  // addresses, or 0
 };
 
-// 16 ranks of an adapter, where they lie.
+// Addresses and strides of 16 ranks of an adapter.
 struct Page {
     int64_t A, stride_A;              // [r, K], contiguous along K
     int64_t B, stride_Bn, stride_Br;  // [N, r]
@@ -72,8 +72,8 @@ static inline PEFTK_HOST_DEVICE Page page_at(const Adapters& adapters, int64_t p
     return {p[0], p[1], p[2], p[3], p[4]};
 }
 
-// Whether an id below `count` names an adapter, not an empty slot.
-static inline bool is_taken(const Adapters& adapters, int64_t id) {
+// Whether the slot of an id below `count` has an adapter.
+static inline bool is_occupied(const Adapters& adapters, int64_t id) {
     return !adapters.rows || adapters.rows[4 * id + 3];
 }
 

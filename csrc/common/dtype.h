@@ -1,7 +1,7 @@
 // The three storage types and their exact conversions. The codes agree with peftk/backends/cpu.py.
 //
-// Everything here is `static`: kernels are compiled once per SIMD level, and an inline function of external linkage
-// compiled for AVX-512 could be the copy that the linker keeps for everybody.
+// Everything here is `static`, because kernels are compiled once per SIMD level. With external linkage, the linker
+// might keep the copy of an inline function that was compiled for AVX-512, and use it at every level.
 #pragma once
 
 #include <cstdint>
@@ -41,12 +41,12 @@ static inline float to_float(bf16 value) { return bits_to_float(uint32_t(value.b
 static inline float to_float(f16 value) {
     const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, nan
-    // Read with fp32's exponent bias the number is 2^112 times too small; the product is exact, subnormals included.
+    // Read with fp32's exponent bias, the number is 2^112 times too small. The product is exact, also for subnormals.
     const float scaled = bits_to_float(magnitude << 13) * 0x1p112f;
     return bits_to_float(sign | float_to_bits(scaled));
 }
 
-// Rounding to nearest, ties to even, subnormals included; NaN stays NaN.
+// Rounds to nearest, ties to even, also to subnormals; NaN stays NaN.
 static inline void from_float(float value, float* out) { *out = value; }
 
 static inline void from_float(float value, bf16* out) {

@@ -1,4 +1,4 @@
-// A function of the host and of the device.
+// Marks a function that is compiled for host and device.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,6 +1,6 @@
-// Dropout masks from a counter: Philox4x32-10, the bits of peftk/reference/philox.py.
+// Dropout masks from a counter: Philox4x32-10, with the same bits as peftk/reference/philox.py.
 //
-// Element (m, k) of [M, K] has the number e = m·K + k; it takes word e % 4 of the block with counter e / 4.
+// Element (m, k) of [M, K] has the number e = m·K + k and uses word e % 4 of the block with counter e / 4.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace peftk {
 
 // The words of blocks first … first + 15, in the order of their elements.
 static inline void philox_16_blocks(uint64_t first, uint64_t seed, uint32_t words[64]) {
-    // 64-bit lanes that hold 32-bit values: the compiler makes vector multiplications of the loops
+    // 64-bit lanes with 32-bit values, so that the compiler vectorizes the multiplications
     uint64_t c0[16], c1[16], c2[16], c3[16];
     for (int j = 0; j < 16; j++) {
         c0[j] = (first + j) & 0xffffffff;

@@ -27,12 +27,12 @@ uint64_t checksum_of_rows(Level level, const void* weight, int64_t stride, int64
 uint64_t checksum(const void* weight, int64_t stride, int64_t N, int64_t K, Dtype dtype, int threads) {
     const Level level = level_in_use();
     std::atomic<uint64_t> total{0};
-    auto rows_of = [&](int64_t task) {
+    auto add_rows = [&](int64_t task) {
         const int64_t first = task * kTaskRows;
         total += checksum_of_rows(level, weight, stride, first, std::min(kTaskRows, N - first), K, dtype);
     };
     threads = int(std::clamp<int64_t>(N * K / kElementsPerThread, 1, threads));
-    parallel_for((N + kTaskRows - 1) / kTaskRows, threads, rows_of);
+    parallel_for((N + kTaskRows - 1) / kTaskRows, threads, add_rows);
     return total;
 }
 

@@ -1,7 +1,7 @@
 // The processor's floating-point mode for exact work: rounding to nearest, subnormals kept.
 //
-// torch.set_flush_denormal and other libraries change the mode of a thread and leave it changed; a worker inherits
-// whatever its creator had. A scope of DefaultFloatingPoint gives back the mode that it found.
+// torch.set_flush_denormal and other libraries change a thread's mode and leave it changed, and a new thread inherits
+// its creator's mode. DefaultFloatingPoint sets the default mode for a scope, and restores the previous one at its end.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ private:
     static void write(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
     uint64_t found_;
 #else
-    static constexpr int kDefault = 0;  // architectures without such a mode, or where nothing is known to change it
+    static constexpr int kDefault = 0;  // no such mode, or none that is known to be changed
     static int read() { return 0; }
     static void write(int) {}
     int found_;

@@ -12,7 +12,7 @@ namespace {
 
 const char* const kNames[kLevels] = {"portable", "avx2", "avx512", "avx512_bf16", "neon"};
 
-std::atomic<int> in_use{-1};
+std::atomic<int> current_level{-1};
 
 std::string names_that_run_here() {
     std::string names;
@@ -22,16 +22,17 @@ std::string names_that_run_here() {
     return names;
 }
 
-Level checked(const char* name, const char* source) {
+Level usable_level(const char* name, const char* source) {
     const Level level = level_by_name(name);
     if (level == kLevels || !level_runs_here(level)) {
-        throw std::invalid_argument(std::string(source) + ": expected a SIMD level that this build and machine have (" +
+        throw std::invalid_argument(std::string(source) +
+                                    ": expected a SIMD level that this build and machine support (" +
                                     names_that_run_here() + "), got '" + name + "'");
     }
     return level;
 }
 
-Level best() {
+Level best_level() {
     for (Level level : {kAvx512Bf16, kAvx512, kAvx2, kNeon}) {
         if (level_runs_here(level)) return level;
     }
@@ -48,7 +49,7 @@ Level level_by_name(const char* name) {
     return Level(level);
 }
 
-// __builtin_cpu_supports looks at XCR0 too: it says no to registers that the operating system does not save.
+// __builtin_cpu_supports checks XCR0 too, so it is false for registers that the operating system does not save.
 #if defined(__x86_64__)
 [[maybe_unused]] static bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -72,15 +73,15 @@ bool level_runs_here(Level level) {
 }
 
 Level level_in_use() {
-    int level = in_use.load(std::memory_order_relaxed);
+    int level = current_level.load(std::memory_order_relaxed);
     if (level < 0) {
         const char* forced = getenv("PEFTK_SIMD");
-        level = forced && *forced ? checked(forced, "PEFTK_SIMD") : best();
-        in_use.store(level, std::memory_order_relaxed);
+        level = forced && *forced ? usable_level(forced, "PEFTK_SIMD") : best_level();
+        current_level.store(level, std::memory_order_relaxed);
     }
     return Level(level);
 }
 
-void use_level(const char* name) { in_use.store(checked(name, "simd_level"), std::memory_order_relaxed); }
+void use_level(const char* name) { current_level.store(usable_level(name, "simd_level"), std::memory_order_relaxed); }
 
 }  // namespace peftk

@@ -6,8 +6,8 @@ namespace peftk {
 enum Level : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNeon = 4, kLevels = 5 };
 
 const char* level_name(Level level);
-Level level_by_name(const char* name);  // kLevels where there is no such level
-bool level_runs_here(Level level);      // built, and this processor and its operating system can run it
+Level level_by_name(const char* name);  // kLevels if there is no such level
+bool level_runs_here(Level level);      // whether it is built, and this processor and operating system can run it
 
 // The best level, or the one that PEFTK_SIMD or use_level names. Throws std::invalid_argument for a name that is
 // unknown or cannot run here.

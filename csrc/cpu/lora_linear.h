@@ -8,8 +8,8 @@
 
 namespace peftk {
 
-// Rows of x sorted by adapter. Position i holds row token(i); adapter a has positions starts[a + 1] … starts[a + 2] -
-// 1, and a = -1 is the base layer.
+// Rows of x sorted by adapter. Position i is row token(i). Adapter a has the positions from starts[a + 1] up to, but
+// without, starts[a + 2]; a = -1 is the base layer.
 struct Order {
     const int32_t* tokens;  // null: position i is row i
     const int64_t* starts;  // [count + 2]
@@ -19,30 +19,30 @@ struct Order {
     int64_t end(int adapter) const { return starts[adapter + 2]; }
 };
 
-// ids null: every row takes adapter 0, or the base layer if there is none. Memory is this thread's scratch.
-// Throws std::invalid_argument for an id that is no adapter of the table.
+// Sorts rows by ids. ids null: every row uses adapter 0, or the base layer if there are no adapters. The memory is this
+// thread's scratch. Throws std::invalid_argument for an id that is no adapter of the table.
 Order order_by_adapter(const int32_t* ids, int64_t M, const Adapters& adapters);
 
 struct Dropout {
     bool on = false;
-    uint32_t threshold = 0;  // a word below it drops its element
+    uint32_t threshold = 0;  // an element is dropped if its random word is below
     float scale = 1;         // 1 / (1 - p)
     uint64_t seed = 0;
 };
 
-// What the forward and the backward share: x and the base layer. Strides in elements; W has unit stride along K or
-// along N.
+// The arguments that forward and backward share: x and the base layer. Strides are in elements. W has unit stride
+// along K or along N.
 struct Linear {
     int64_t M, N, K;
-    bool over_base;  // y, or dX, holds the base layer's part already: the adapters' is added in place, and W and bias
-                     // are not looked at
+    bool over_base;  // y, or dX, already holds the base layer's part: the adapters' part is added in place, and W and
+                     // bias are not read
     const void* x;
     int64_t x_stride;
     int x_dtype;
     const void* weight;
     int64_t weight_n, weight_k;
     int weight_dtype;
-    const void* bias;  // [N] or null; the backward does not look at it
+    const void* bias;  // [N] or null; not read by the backward
     int bias_dtype;
     Dropout dropout;
     int threads;
@@ -52,23 +52,23 @@ struct Linear {
 struct LinearArgs : Linear {
     void* y;  // x's dtype
     int64_t y_stride;
-    float* z;  // [M, z_stride] or null: pre-activations, written for the ranks that a row has
+    float* z;  // [M, z_stride] or null: pre-activations, written for the ranks of a row's adapter
     int64_t z_stride;
     Adapters adapters;
     const int32_t* ids;
 };
 
-// dX, and the gradients of every adapter, dense, in the adapters' dtype; addresses as int64, 0: not wanted.
+// The arguments of the backward: dX, and the dense gradients of every adapter in the adapters' dtype.
 struct LinearBackwardArgs {
-    // y unused; x only for a dA, W only for dX; z as the forward left it, null where no dB is wanted and every
-    // activation is the identity; over_base: dx holds dY · W already
+    // y is not used; x is read only for dA, W only for dX. z is the forward's, and may be null if no dB is wanted and
+    // every activation is the identity. over_base: dx already holds dY · W
     LinearArgs forward;
     const void* dy;
     int64_t dy_stride;
     int dy_dtype;
     void* dx;  // [M, K], x's dtype; null: not wanted
     int64_t dx_stride;
-    const int64_t* grads;  // [count, 4]: dA [R, K], dB [N, R], da [R], dβ [N]
+    const int64_t* grads;  // [count, 4], addresses: dA [R, K], dB [N, R], da [R], dβ [N]; 0: not wanted
 };
 
 // Multiply-adds of the adapters' part.
@@ -86,15 +86,15 @@ static inline double product_work(const Linear& linear) {
     return double(linear.M) * double(linear.N) * double(linear.K);
 }
 
-// The same, or those of the adapters' part where that is all of it.
+// Multiply-adds of the product if the call computes it, else of the adapters' part.
 static inline double work_of(const LinearArgs& args, bool product) {
     return product ? product_work(args) : adapters_work(args);
 }
 
-// How a call is served, for those who ask: nothing but shapes, dtypes and strides of `linear` is looked at.
+// How a call is computed. Depends only on the shapes, dtypes and strides of `linear`.
 struct Plan {
     const char* form;  // dot, lanes or columns
-    bool pairs;        // of bf16, by the processor's instruction for them
+    bool pairs;        // whether bf16 pairs are multiplied by the processor's instruction for them
     int threads;       // at most
 };
 

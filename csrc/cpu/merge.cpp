@@ -14,13 +14,13 @@
 namespace peftk {
 namespace {
 
-// Below this many multiply-adds for a thread, waking it costs more than it brings.
+// With fewer multiply-adds per thread, waking a thread costs more than it gains.
 constexpr int64_t kWorkPerThread = 1 << 18;
 
-int64_t groups_of(int64_t K) { return (K + kMergeGroup - 1) / kMergeGroup; }
+int64_t group_count(int64_t K) { return (K + kMergeGroup - 1) / kMergeGroup; }
 
-// A fresh code is as many bytes as W has elements, and in small pages their faults cost more than all of the
-// arithmetic. Advice: where the system knows no huge pages, nothing changes.
+// Asks for huge pages: the page faults of a newly allocated code cost more in small pages than all of the arithmetic.
+// This is only advice, without effect if the system has no huge pages.
 void prefer_huge_pages(void* memory, int64_t bytes) {
     constexpr uintptr_t kAlign = 1 << 16, kWorthwhile = 1 << 22;
     const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kAlign - 1) & ~(kAlign - 1);
@@ -28,38 +28,38 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
     if (last > first + kWorthwhile) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-void pack(Level level, MergeSide& side, int64_t K, float* packed, int threads) {
+void pack_side(Level level, MergeSide& side, int64_t K, float* packed, int threads) {
     auto group = [&](int64_t g) { PEFTK_CALL(level, merge_pack, (side.factors, K, g, packed)); };
-    parallel_for(groups_of(K), threads, group);
+    parallel_for(group_count(K), threads, group);
     side.packed = packed;
 }
 
-bool before(const RawWeight& a, const RawWeight& b) { return a.index < b.index; }
+bool by_index(const RawWeight& a, const RawWeight& b) { return a.index < b.index; }
 
-int64_t bytes_of_row(int64_t K) { return (K + 1) / 2; }
+int64_t bytes_per_row(int64_t K) { return (K + 1) / 2; }
 
 int8_t* codes_in_cache(ScratchSlot slot, const MergePass& pass, int64_t rows) {
     return static_cast<int8_t*>(scratch(slot, rows * pass.code_stride));
 }
 
-// A task's codes of a side, a byte each.
-void unpack(Level level, const MergePass& pass, const MergeSide& side, const MergeTask& task, const int8_t* far,
-            int8_t* codes) {
+// Unpacks a task's codes of a side, one byte per code.
+void unpack_codes(Level level, const MergePass& pass, const MergeSide& side, const MergeTask& task, const int8_t* far,
+                  int8_t* codes) {
     int64_t count = 0;
     for (int64_t i = 0; i < task.rows; i++) {
-        const uint8_t* halves = side.halves + (task.first_row + i) * bytes_of_row(pass.K);
+        const uint8_t* halves = side.halves + (task.first_row + i) * bytes_per_row(pass.K);
         PEFTK_CALL(level, merge_unpack_codes, (halves, pass.K, far, codes + i * pass.code_stride, &count));
     }
 }
 
-// And of `to` packed: the halves where they belong, the others in the task.
+// Packs a task's codes of `to`: halves into pass.to.halves, far codes into the task.
 void pack_codes(Level level, const MergePass& pass, MergeTask& task) {
     int64_t count = 0;
     int8_t* far = static_cast<int8_t*>(scratch(kFarSlot, task.rows * pass.K));
     for (int64_t i = 0; i < task.rows; i++) {
         int8_t* codes = task.code_to + i * pass.code_stride;
         std::fill(codes + pass.K, codes + pass.code_stride, int8_t(0));
-        uint8_t* halves = pass.to.halves + (task.first_row + i) * bytes_of_row(pass.K);
+        uint8_t* halves = pass.to.halves + (task.first_row + i) * bytes_per_row(pass.K);
         PEFTK_CALL(level, merge_pack_codes, (codes, pass.K, halves, far, &count));
     }
     task.far.assign(far, far + count);
@@ -69,7 +69,7 @@ uint32_t bits_at(const void* raws, Dtype dtype, int64_t i) {
     return dtype == kFloat32 ? static_cast<const uint32_t*>(raws)[i] : static_cast<const uint16_t*>(raws)[i];
 }
 
-// The raw weights of `from` in a task's rows, with their places.
+// The raw weights of `from` in a task's rows, with their indices.
 std::vector<RawWeight> find_raws(const MergePass& pass, const MergeTask& task, int64_t count) {
     std::vector<RawWeight> raws;
     raws.reserve(count);
@@ -83,9 +83,9 @@ std::vector<RawWeight> find_raws(const MergePass& pass, const MergeTask& task, i
     return raws;
 }
 
-// Where each task finds its codes of `from`.
-void find_first(Level level, const MergePass& pass, std::vector<MergeTask>& tasks, int threads) {
-    const int64_t row = bytes_of_row(pass.K);
+// Counts where each task's far codes and raw weights of `from` begin.
+void find_task_codes(Level level, const MergePass& pass, std::vector<MergeTask>& tasks, int threads) {
+    const int64_t row = bytes_per_row(pass.K);
     auto count = [&](int64_t i) {
         MergeTask& task = tasks[i];
         PEFTK_CALL(level, merge_count_far, (pass.from.halves + task.first_row * row, task.rows * row, &task.first_far));
@@ -107,37 +107,37 @@ void find_first(Level level, const MergePass& pass, std::vector<MergeTask>& task
     }
 }
 
-// Brings the blocks that a task has written back to `from`, through the codes `code_to` and the raw weights of `to`.
-// Allocates nothing: on this thread all scratch is there.
+// Restores `from` in the blocks that a task has written, using the codes `code_to` and the raw weights of `to`.
+// Allocates nothing, since this thread already has all the scratch memory.
 void undo(Level level, MergePass pass, MergeTask& task) {
-    int never = 0;
+    int no_stop = 0;
     std::swap(pass.from, pass.to);
     pass.undoing = true;
-    pass.stop = &never;
-    std::sort(task.raws.begin(), task.raws.end(), before);
+    pass.stop = &no_stop;
+    std::sort(task.raws.begin(), task.raws.end(), by_index);
     task.raws_from = task.raws.data(), task.raws_from_end = task.raws_from + task.raws.size();
-    task.code_from = task.code_to;  // a block's are read before they are written; nobody needs them any more
-    task.most_blocks = task.blocks;
+    task.code_from = task.code_to;  // a block's codes are read before they are overwritten, and not needed after that
+    task.max_blocks = task.blocks;
     PEFTK_CALL(level, merge_rows, (pass, task));
-    task.whole = false;
+    task.complete = false;
 }
 
-// A task from W as it was to all of its results, or to W as it was.
+// Runs a task: either to the end with all its results, or W's rows are restored.
 void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_end) {
     task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
     std::vector<RawWeight> raws_from;
     if (pass.from.factors.adapters) {
         int8_t* codes = codes_in_cache(kCodesFromSlot, pass, task.rows);
         task.code_from = codes;
-        unpack(level, pass, pass.from, task, pass.from.far + task.first_far, codes);
+        unpack_codes(level, pass, pass.from, task, pass.from.far + task.first_far, codes);
         raws_from = find_raws(pass, task, raw_end - task.first_raw);
     }
     task.raws_from = raws_from.data(), task.raws_from_end = task.raws_from + raws_from.size();
     try {
         PEFTK_CALL(level, merge_rows, (pass, task));
-        if (task.whole && pass.to.factors.adapters) {
-            std::sort(task.raws.begin(), task.raws.end(), before);
-            // the rows are in the second-level cache
+        if (task.complete && pass.to.factors.adapters) {
+            std::sort(task.raws.begin(), task.raws.end(), by_index);
+            // the rows are still in the L2 cache
             task.checksum =
                 checksum_of_rows(level, pass.weight, pass.stride, task.first_row, task.rows, pass.K, pass.dtype);
             pack_codes(level, pass, task);
@@ -146,16 +146,16 @@ void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_e
         undo(level, pass, task);
         throw;
     }
-    if (!task.whole) undo(level, pass, task);
+    if (!task.complete) undo(level, pass, task);
 }
 
-// Brings every task that has ended back to `from`. Allocates nothing, as above.
+// Restores `from` in the rows of every complete task. Allocates nothing, like `undo`.
 void undo_all(Level level, const MergePass& pass, std::vector<MergeTask>& tasks) {
     auto undo_one = [&](int64_t i) {
         MergeTask& task = tasks[i];
-        if (!task.whole) return;
+        if (!task.complete) return;
         task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
-        if (pass.to.factors.adapters) unpack(level, pass, pass.to, task, task.far.data(), task.code_to);
+        if (pass.to.factors.adapters) unpack_codes(level, pass, pass.to, task, task.far.data(), task.code_to);
         undo(level, pass, task);
     };
     parallel_for(int64_t(tasks.size()), 1, undo_one);
@@ -167,29 +167,30 @@ const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_
     return std::lower_bound(first, last, index, [](const RawWeight& raw, int64_t at) { return raw.index < at; });
 }
 
-void keep_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
+void add_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
 
-void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& hand_over) {
+void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& on_result) {
     const Level level = level_in_use();
     const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
     const int64_t work = pass.N * pass.K * (ranks + 8);  // the code costs about as much as eight ranks
     threads = int(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
 
-    // All that undoing needs, on this thread, before W changes.
-    float* packed = static_cast<float*>(scratch(kFactorSlot, groups_of(pass.K) * kMergeGroup * ranks * sizeof(float)));
+    // Allocates all that undoing needs, on this thread, before W changes.
+    float* packed =
+        static_cast<float*>(scratch(kFactorSlot, group_count(pass.K) * kMergeGroup * ranks * sizeof(float)));
     scratch(kRowsSlot, kMergeTaskRows * ranks * sizeof(float));
-    pass.code_stride = groups_of(pass.K) * kMergeGroup;
+    pass.code_stride = group_count(pass.K) * kMergeGroup;
     codes_in_cache(kCodesToSlot, pass, kMergeTaskRows);
     std::vector<MergeTask> tasks((pass.N + kMergeTaskRows - 1) / kMergeTaskRows);
     for (size_t i = 0; i < tasks.size(); i++) {
         tasks[i].first_row = int64_t(i) * kMergeTaskRows;
         tasks[i].rows = std::min(kMergeTaskRows, pass.N - tasks[i].first_row);
-        tasks[i].most_blocks = INT64_MAX;
+        tasks[i].max_blocks = INT64_MAX;
     }
-    if (pass.from.factors.adapters) find_first(level, pass, tasks, threads);
-    pack(level, pass.from, pass.K, packed, threads);
-    pack(level, pass.to, pass.K, packed + groups_of(pass.K) * kMergeGroup * pass.from.factors.R, threads);
-    if (pass.to.factors.adapters) prefer_huge_pages(pass.to.halves, pass.N * bytes_of_row(pass.K));
+    if (pass.from.factors.adapters) find_task_codes(level, pass, tasks, threads);
+    pack_side(level, pass.from, pass.K, packed, threads);
+    pack_side(level, pass.to, pass.K, packed + group_count(pass.K) * kMergeGroup * pass.from.factors.R, threads);
+    if (pass.to.factors.adapters) prefer_huge_pages(pass.to.halves, pass.N * bytes_per_row(pass.K));
 
     int stop = 0;
     pass.undoing = false;
@@ -206,14 +207,14 @@ void remerge(MergePass pass, int threads, const std::function<void(const MergeRe
                 result.raws.insert(result.raws.end(), task.raws.begin(), task.raws.end());
                 result.checksum += task.checksum;
             }
-            return hand_over(result);
+            return on_result(result);
         }
     } catch (...) {
         undo_all(level, pass, tasks);
         throw;
     }
     undo_all(level, pass, tasks);
-    hand_over({false, 0, {}, {}});
+    on_result({false, 0, {}, {}});
 }
 
 }  // namespace peftk

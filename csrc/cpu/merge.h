@@ -1,4 +1,4 @@
-// Merge, unmerge and both at once on the CPU, in place, at the SIMD level in use.
+// Merge and unmerge on the CPU, alone or in one pass, in place, at the SIMD level in use.
 #pragma once
 
 #include <functional>
@@ -22,20 +22,20 @@ struct MergeFactors {
     Dtype dtype;
 };
 
-// A weight whose distance has no code: its place in the flattened W, and its bits.
+// A weight whose distance has no code: its index in the flattened W, and its bits.
 struct RawWeight {
     int64_t index;
     uint32_t bits;
 };
 
-// What W holds, before or after a pass: these adapters, undone by these codes. No adapters: W is the base layer's.
+// What W contains before or after a pass: these adapters, which these codes undo. No adapters: W is the base layer's.
 struct MergeSide {
     MergeFactors factors;
-    uint8_t* halves;  // [N, (K + 1) / 2], dense: two codes a byte, see common/merge.h; the even column's is the low one
-    const float* packed;  // A, see merge_pack; the pass fills it in
-    const int8_t* far;    // of `from`: the codes that no half holds, in order of place
+    uint8_t* halves;  // [N, (K + 1) / 2], dense: two codes per byte (common/merge.h), the even column in the low half
+    const float* packed;  // A, see merge_pack; set by the pass
+    const int8_t* far;    // for `from`: the codes that do not fit into a half, in the order of elements
     int64_t far_count;
-    const void* raws;  // of `from`: the bits of the weights whose code is raw, in W's width, in order of place
+    const void* raws;  // for `from`: the bits of the weights whose code is raw, in W's width, in the order of elements
     int64_t raw_count;
 };
 
@@ -43,56 +43,56 @@ struct MergePass {
     void* weight;  // [N, K], contiguous rows, changed in place
     int64_t stride, N, K;
     Dtype dtype;
-    MergeSide from, to;   // `from` is taken out of W exactly, then `to` is put in and its codes written
-    int64_t code_stride;  // of a task's codes; the pass fills it in
-    bool undoing;         // raw weights of `to` are known, so that nothing is kept and no memory needed
-    int* stop;            // becomes 1 where a block would not be finite
+    MergeSide from, to;   // `from` is unmerged exactly, then `to` is merged and its codes are written
+    int64_t code_stride;  // of a task's codes; set by the pass
+    bool undoing;         // undoes a pass: raw weights of `to` are known, so none are collected and nothing allocates
+    int* stop;            // set to 1 if a block would not be finite
 };
 
-// A task's rows. It walks them in blocks, in the same order always; a block is written to W when all of it is known to
-// be right, so W holds `to` in the first `blocks` of them and `from` in the rest, whenever the task ends.
+// A task: some rows of W, processed in blocks in a fixed order. A block is written to W only after all of it is known
+// to be finite. So whenever the task ends, W contains `to` in the first `blocks` blocks and `from` in the rest.
 struct MergeTask {
     int64_t first_row, rows;
-    int64_t most_blocks;                         // how many to do
-    int64_t blocks;                              // how many are done
-    bool whole;                                  // all of them
-    const int8_t* code_from;                     // [rows, code_stride], a byte each, in this thread's cache
+    int64_t max_blocks;                          // at most this many are processed
+    int64_t blocks;                              // how many have been processed
+    bool complete;                               // whether all have been processed
+    const int8_t* code_from;                     // [rows, code_stride], one byte per code, in this thread's scratch
     int8_t* code_to;                             // the same
     const RawWeight *raws_from, *raws_from_end;  // ascending
-    int64_t first_far, first_raw;                // of `from`: how many the rows before this task's have
+    int64_t first_far, first_raw;                // of `from`: how many are in the rows before this task's
     std::vector<RawWeight> raws;                 // of `to`
     std::vector<int8_t> far;                     // of `to`
     uint64_t checksum;                           // this task's share
 };
 
-// Rows of a task: a multiple of what any level puts into a register tile.
+// Rows of a task: a multiple of the rows of a register tile at any level.
 constexpr int64_t kMergeTaskRows = 24;
-// A column group is what a register tile covers: kMergeGroup floats at every level, so that one layout serves all.
+// Columns of a group: the same at every level, so that all levels share one layout of packed A.
 constexpr int64_t kMergeGroup = 64;
 
 // One level's kernels. `packed` is A widened to fp32 as [groups][R][kMergeGroup], the last group padded with zeros.
 PEFTK_DECLARE(void, merge_pack, (const MergeFactors& factors, int64_t K, int64_t group, float* packed))
 PEFTK_DECLARE(void, merge_rows, (const MergePass& pass, MergeTask& task))
-// A row of codes to halves and back. `code` has room for K rounded up to kMergeGroup; to be packed, zeros after the K.
-// Adds to `*far_count` how many are far, and writes or reads these at `far`.
+// Convert a row of codes to halves and back. `code` has room for K rounded up to kMergeGroup; when packing, the codes
+// after K must be zero. Both add the number of far codes to `*far_count`, and write or read them at `far`.
 PEFTK_DECLARE(void, merge_pack_codes, (const int8_t* code, int64_t K, uint8_t* halves, int8_t* far, int64_t* far_count))
 PEFTK_DECLARE(void, merge_unpack_codes,
               (const uint8_t* halves, int64_t K, const int8_t* far, int8_t* code, int64_t* far_count))
 PEFTK_DECLARE(void, merge_count_far, (const uint8_t* halves, int64_t bytes, int64_t* far_count))
 
-// What they call back. The first of [first, last) whose index is `index` or more; and one more raw weight of `to`.
+// Called by the kernels: finds the first of [first, last) whose index is at least `index`; adds a raw weight of `to`.
 const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_t index);
-void keep_raw(MergeTask& task, int64_t index, uint32_t bits);
+void add_raw(MergeTask& task, int64_t index, uint32_t bits);
 
 struct MergeResult {
-    bool finite;                  // else W is as it was
-    uint64_t checksum;            // of W after the pass; 0 where it holds the base layer's
-    std::vector<int8_t> far;      // of `to`, in order of place
+    bool finite;                  // if false, W is unchanged
+    uint64_t checksum;            // of W after the pass; 0 if that is the base layer's
+    std::vector<int8_t> far;      // of `to`, in the order of elements
     std::vector<RawWeight> raws;  // ascending
 };
 
-// One pass over W. `hand_over` has the result while all can still be undone. Throws what that throws, std::bad_alloc,
-// and std::invalid_argument where the codes of `from` don't belong together: with W as it was.
-void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& hand_over);
+// One pass over W. Calls `on_result` with the result while the pass can still be undone. Throws what `on_result`
+// throws, std::bad_alloc, and std::invalid_argument if the codes of `from` do not match. W is then unchanged.
+void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& on_result);
 
 }  // namespace peftk

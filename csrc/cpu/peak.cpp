@@ -9,7 +9,7 @@
 namespace peftk {
 
 namespace {
-constexpr int64_t kTasksPerThread = 8;  // a thread that loses its core leaves its tasks to the others
+constexpr int64_t kTasksPerThread = 8;  // several, so that other threads take over the tasks of one that loses its core
 constexpr int64_t kTaskBytes = 1 << 18;
 }  // namespace
 

@@ -1,5 +1,5 @@
-// The two bounds of every kernel, by themselves: multiply-adds that touch only registers, and reading that does nothing
-// else. `peftk bench --suite cpu` lets them take turns with what it measures.
+// Measures the machine's two limits: multiply-adds in registers, and reading memory. `peftk bench --suite cpu` runs
+// them in turns with the kernels that it measures.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace peftk {
 
-// One thread at one level. sum: an operand going in, and what keeps the compiler from leaving the work out.
+// One thread at one level. sum: an operand, and then the result, so that the compiler cannot remove the work.
 PEFTK_DECLARE(void, fma_chains, (int64_t multiply_adds, bool pairs, float* sum))
 PEFTK_DECLARE(void, read_lines, (const void* from, int64_t bytes, uint64_t* sum))
 
-// At the level in use: at least so many multiply-adds, of fp32, or of bf16 pairs where dtype is bf16 and the level can.
+// Runs at least `multiply_adds` at the level in use: of fp32, or of bf16 pairs if dtype is bf16 and the level has them.
 void fma_peak(int64_t multiply_adds, int dtype, int threads);
-// The sum of all 64-bit words, whole ones only.
+// The sum of all whole 64-bit words.
 uint64_t read_peak(const void* from, int64_t bytes, int threads);
 
 }  // namespace peftk

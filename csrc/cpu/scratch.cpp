@@ -32,13 +32,13 @@ void* scratch(ScratchSlot slot, size_t bytes) {
         free(mine.memory[slot]);
         mine.memory[slot] = nullptr;
         mine.size[slot] = 0;
-        const size_t rounded = (bytes + bytes / 8 + 4095) & ~size_t(4095);  // some spare: fewer growths
+        const size_t rounded = (bytes + bytes / 8 + 4095) & ~size_t(4095);  // some spare, so that it grows less often
         mine.memory[slot] = aligned_alloc(4096, rounded);
         if (!mine.memory[slot]) throw std::bad_alloc();
         mine.size[slot] = rounded;
     }
 #ifdef __SANITIZE_ADDRESS__
-    // What was not asked for can't be touched, and what has not been written since is NaN.
+    // Memory beyond `bytes` must not be touched, and memory that is read before it is written is NaN.
     char* memory = static_cast<char*>(mine.memory[slot]);
     __asan_unpoison_memory_region(memory, mine.size[slot]);
     __asan_poison_memory_region(memory + bytes, mine.size[slot] - bytes);

@@ -1,11 +1,11 @@
-// Memory that a thread keeps between calls, so that kernels allocate nothing once warm.
+// Memory that a thread keeps between calls, so that later calls do not allocate.
 #pragma once
 
 #include <cstddef>
 
 namespace peftk {
 
-// Slots up to kRowsSlot are for a task's own use; a caller hands the others to its workers by pointer.
+// Slots up to kRowsSlot are private to a task. A caller passes the others to its workers by pointer.
 enum ScratchSlot : int {
     kTileSlot,
     kAccumulatorSlot,

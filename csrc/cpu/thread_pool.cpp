@@ -17,18 +17,18 @@ namespace peftk {
 
 namespace {
 
-// How long a worker looks for the next job before it sleeps: about 50 µs, which covers the gap between a job's two
-// parallel loops, and between one layer and the next.
+// How long a worker spins for the next job before it sleeps: about 50 µs, which covers the gap between a job's two
+// parallel loops and between one layer and the next.
 constexpr int kSpins = 2000;
 
 struct Job {
     void (*body)(void*, int64_t);
     void* context;
     int64_t tasks;
-    int helpers;  // workers that may join
+    int helpers;  // most workers that may join
 };
 
-// Hands a job's tasks out, in ascending order, to all threads that take; and keeps the first exception for the caller.
+// Hands out a job's tasks in ascending order to the threads that call `take`, and keeps the first exception.
 class Tasks {
 public:
     void start() { next_.store(0, std::memory_order_relaxed); }
@@ -40,13 +40,13 @@ public:
                 job.body(job.context, task);
             }
         } catch (...) {
-            // The first failure goes to the caller; tasks that nobody has begun are left alone.
+            // The caller rethrows the first failure. Tasks that have not started are skipped.
             next_.store(job.tasks, std::memory_order_relaxed);
             if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
         }
     }
 
-    // By the caller, when nobody takes any more.
+    // Called by the caller of the job, when no thread takes tasks any more.
     void rethrow() {
         if (failed_.load(std::memory_order_relaxed)) {
             failed_.store(false, std::memory_order_relaxed);
@@ -57,7 +57,7 @@ public:
 private:
     alignas(64) std::atomic<int64_t> next_{0};
     std::atomic<bool> failed_{false};
-    std::exception_ptr failure_;  // written by who set failed_
+    std::exception_ptr failure_;  // written by the thread that set failed_
 };
 
 class Pool {
@@ -66,19 +66,19 @@ public:
         grow(job.helpers);
         job_ = job;
         tasks_.start();
-        // Opens the job: its number in the upper half, nobody inside yet.
+        // Opens the job: its number is in the upper half, and no worker is inside yet.
         const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
         state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-            // a sleeper that has just looked at the state holds the mutex until it waits
+            // a worker that has just read the state holds the mutex until it waits
             std::lock_guard<std::mutex> lock(mutex_);
             wake_.notify_all();
         }
         tasks_.take(job_);
-        // Closes it: who has not joined by now finds nothing to do, and is not waited for.
+        // Closes it: a worker that has not joined by now is not waited for.
         state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
         for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; spins++) {
-            wait_a_little(spins);
+            spin_pause(spins);
         }
         tasks_.rethrow();
     }
@@ -93,18 +93,18 @@ private:
         if (now >= wanted) return;
         sigset_t all, before;
         sigfillset(&all);
-        // Workers inherit the mask: signals are the program's own threads' affair.
+        // Workers inherit the mask, so signals go to the program's own threads.
         pthread_sigmask(SIG_SETMASK, &all, &before);
         try {
             for (; now < wanted; now++) std::thread(&Pool::work, this).detach();
         } catch (const std::exception&) {
-            // The system gives no more threads, or no memory for them: the caller and those that exist do the work.
+            // No more threads, or no memory for them: the caller and the existing workers do the work.
         }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
         workers_.store(now, std::memory_order_relaxed);
     }
 
-    // Enters the open job unless it has its helpers already. job_ stays as it is while somebody is inside.
+    // Joins the open job unless it has enough helpers. job_ does not change while a worker is inside.
     bool join(uint64_t state) {
         while (state & kOpen) {
             if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
@@ -126,12 +126,12 @@ private:
         }
     }
 
-    // Returns the state once its job is another than `seen`.
+    // Waits until the state has a job other than `seen`, and returns it.
     uint64_t wait_for_job(uint64_t seen) {
         for (int spin = 0; spin < kSpins; spin++) {
             const uint64_t state = state_.load(std::memory_order_acquire);
             if (state >> 32 != seen) return state;
-            wait_a_little(spin);
+            spin_pause(spin);
         }
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -149,8 +149,8 @@ private:
     std::condition_variable wake_;
 };
 
-// The same on torch's OpenMP threads. Between two of torch's own operations these wait by spinning, for milliseconds; a
-// pool beside them would have to share the cores with that.
+// Runs a job on torch's OpenMP threads. Between two of torch's operations these spin for milliseconds, and a second
+// pool would have to share the cores with them.
 void run_on_openmp(const Job& job, OpenMpParallel parallel) {
     struct Team {
         const Job& job;
@@ -164,29 +164,29 @@ void run_on_openmp(const Job& job, OpenMpParallel parallel) {
     team.tasks.rethrow();
 }
 
-// The pool is never destroyed: at exit its workers sleep, or end with the process.
+// Never destroyed: at exit its workers sleep or end with the process.
 Pool* pool = nullptr;
-std::mutex owner;  // held by the caller who has the workers
+std::mutex workers_mutex;  // held by the caller that has the workers
 bool forked = false;
 
-void before_fork() { owner.lock(); }
-void in_parent() { owner.unlock(); }
-void in_child() {
-    pool = nullptr;  // its workers exist in the parent only
-    forked = true;   // and so do OpenMP's: libgomp would wait for them for ever
-    owner.unlock();
+void lock_before_fork() { workers_mutex.lock(); }
+void unlock_in_parent() { workers_mutex.unlock(); }
+void reset_in_child() {
+    pool = nullptr;  // its workers exist only in the parent
+    forked = true;   // so do OpenMP's threads, and libgomp would wait for them forever
+    workers_mutex.unlock();
 }
 
-// From the start: a fork may come before our first job, and after torch's.
-const int registered = pthread_atfork(before_fork, in_parent, in_child);
+// Registered at load time: a fork may come before our first job, but after torch's.
+const int fork_handlers = pthread_atfork(lock_before_fork, unlock_in_parent, reset_in_child);
 
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
-    if (tasks > 1 && threads > 1 && owner.try_lock()) {
-        std::lock_guard<std::mutex> lock(owner, std::adopt_lock);
+    if (tasks > 1 && threads > 1 && workers_mutex.try_lock()) {
+        std::lock_guard<std::mutex> lock(workers_mutex, std::adopt_lock);
         if (borrows_openmp()) {
-            // as many threads as torch has: a team that changes its size at every job is slow to start
+            // `threads`, even for fewer tasks: a team that changes its size with every job is slow to start
             run_on_openmp({body, context, tasks, threads - 1}, openmp_parallel());
             return;
         }
@@ -201,7 +201,7 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void
 bool borrows_openmp() { return !forked && openmp_parallel() != nullptr; }
 
 int pool_workers() {
-    std::lock_guard<std::mutex> lock(owner);
+    std::lock_guard<std::mutex> lock(workers_mutex);
     return pool ? pool->workers() : 0;
 }
 

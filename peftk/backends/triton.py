@@ -94,7 +94,7 @@ def describe(call: Call) -> str:
         return "its plan depends on the GPU, and torch finds none here"
     device, many, backward = torch.device(call.device), call.op.many, call.op.backward
     where = tuned.target(device)
-    form = config.Form(
+    form = config.CallShape(
         call.M, call.K if backward else call.N, call.N if backward else call.K, many, call.slices > 1, backward,
         call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
         backward and call.dropout, -(-call.rank // PAGE), call.op.kind == "adapter_block",
@@ -105,7 +105,7 @@ def describe(call: Call) -> str:
     words += [f"{plan.BLOCK_M} x {plan.BLOCK_N} x {plan.BLOCK_K} tiles in {plan.num_stages} stages"]
     words += [f"W in {plan.expand_splits} splits"] if plan.expand_splits > 1 else []
     words += ["tensor descriptors"] if plan.descriptors else []
-    return f"{', '.join(words)} ({tuned.source(form.shape(), device)})"
+    return f"{', '.join(words)} ({tuned.source(form.shape_class(), device)})"
 
 
 def lora_linear(
@@ -248,7 +248,7 @@ def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
     slices, aligned = None, 0
     if table.slices > 1:
         slices, aligned = table.ends, 1 if any(column % 16 for column in table.columns) else 16
-    source = kernels.Many(
+    source = kernels.ManyAdapters(
         table.pages, table.rows, table.scaling, table.biases, slices, table.count, table.slices, aligned
     )
     return kernels.Adapters(source, table.dtype, table.z_width, layout_A, layout_B)

@@ -23,7 +23,7 @@ from peftk.backends.measured import Point
 from peftk.system.timing import interleave
 
 if TYPE_CHECKING:
-    from peftk.triton_kernels.tuner import Found
+    from peftk.triton_kernels.tuner import TuningResult
 
 OPS = (LORA_LINEAR, Op("lora_linear", backward=True))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,7 +64,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def tune_gpu(progress: Callable[[str], None] = lambda _: None) -> tuple[dict[str, Found], Path]:
+def tune_gpu(progress: Callable[[str], None] = lambda _: None) -> tuple[dict[str, TuningResult], Path]:
     """Measures the plans of the Triton kernels on torch's current GPU. Returns the best plans and their file.
 
     Raises OSError if the cache cannot be written. The choice of backend is then unchanged.

@@ -56,12 +56,13 @@ def compile_call(
     x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
     if identity:
         weight, bias = None, None
-    source: kernels.AdapterArgs | kernels.Many = kernels.AdapterArgs(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
+    source: kernels.AdapterArgs | kernels.ManyAdapters
+    source = kernels.AdapterArgs(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
     segments = None
     if many:
         i32, i64 = torch.int32, torch.int64
         slices = empty(4, 2, dtype=i32) if packed else None
-        source = kernels.Many(
+        source = kernels.ManyAdapters(
             empty(64, 5, dtype=i64), empty(8, 4, dtype=i32), empty(8, dtype=F32), empty(8, 2, dtype=i64),
             slices, 8, 3 if packed else 1, 16 if packed else 0,
         )  # fmt: skip
@@ -108,11 +109,11 @@ def compile_wgrad(
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     i32, i64 = torch.int32, torch.int64
-    source: kernels.AdapterArgs | kernels.Many = kernels.AdapterArgs(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
+    source: kernels.AdapterArgs | kernels.ManyAdapters = kernels.AdapterArgs(0, K, 0, rank, 1, 0, 0, rank, 0, 1.0)
     segments = None
     if many:
         shapes = ((64, 5), i64), ((adapters, 4), i32), ((adapters,), F32), ((adapters, 2), i64)
-        source = kernels.Many(*(empty(*shape, dtype=kind) for shape, kind in shapes), None, adapters)
+        source = kernels.ManyAdapters(*(empty(*shape, dtype=kind) for shape, kind in shapes), None, adapters)
         few = empty(min(M, adapters + 1) + 1, dtype=i32)
         segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(adapters + 1, dtype=i32), few, few, few)
     seed = empty(1, dtype=i64) if dropout_p else None

@@ -1,11 +1,11 @@
-// One row of the checksum. Plain loops, which the compiler makes multiply-adds of.
+// The checksum of one row: plain loops, which the compiler vectorizes.
 #include "cpu/checksum.h"
 
 namespace peftk {
 namespace PEFTK_LEVEL {
 namespace {
 
-// Of 16-bit values: one instruction multiplies a register of them and adds pairs.
+// 16-bit values: a single instruction multiplies a register of them and adds pairs.
 uint32_t sum_of(const int16_t* bits, int64_t K) {
     uint32_t sum = 0;
     uint16_t place = 1;

@@ -1,4 +1,4 @@
-// The operation in terms that serve forward and dX alike: C is the contraction, O the output's columns.
+// One description of forward and dX: C is the length of the contraction, O the number of output columns.
 #pragma once
 
 #include "common/activation.h"
@@ -20,14 +20,14 @@ static inline float element(const void* data, int dtype, int64_t index) {
     return value;
 }
 
-// Up to 16 ranks of A or B: element (rank r, index i) at data[r * rank + i * along].
+// Up to 16 ranks of A or B: element i of rank r is at data[r * rank + i * along].
 struct Factor {
     const void* data;
     int64_t rank, along;
 };
 
 struct Columns {
-    int64_t first, count, padded;  // padded: rounded up to whole registers
+    int64_t first, count, padded;  // padded: count rounded up to whole registers
 };
 
 struct LinearOp {
@@ -40,8 +40,8 @@ struct LinearOp {
     int weight_dtype;
     const void* bias;
     int bias_dtype;
-    bool over_base;  // out holds the base layer's part already
-    void* out;       // null: only v and w are wanted
+    bool over_base;  // out already holds the base layer's part
+    void* out;       // null: only v and w are computed
     int64_t out_row;
     int out_dtype;
     float* z;  // [M, z_row]: written by the forward, read by the backward
@@ -55,15 +55,15 @@ struct LinearOp {
     float* v;          // [M, v_row] by position: s·v forward, s·u backward
     float* w;          // backward: s·v
     int64_t v_row;
-    const Factor* turned;  // backward: the pages of B, contiguous along N; by page number
-    const int64_t* grads;  // backward: [count, 4], as LinearBackwardArgs has them
+    const Factor* transposed;  // backward: the pages of B, contiguous along N, by page number
+    const int64_t* grads;      // backward: [count, 4], see LinearBackwardArgs
 
     Adapter adapter(int32_t a) const { return adapter_at(adapters, a); }
     int64_t rank(int32_t a) const { return adapter(a).rank; }
     int64_t page(int32_t a, int64_t p) const { return adapter(a).first_page + p; }  // its number
     int page_ranks(int32_t a, int64_t p) const { return int(min64(kPage, rank(a) - kPage * p)); }
 
-    // The shrink's results that someone wants: v forward and s·u backward; s·v backward.
+    // Which results of the shrink are needed: v in the forward and s·u in the backward; s·v in the backward.
     bool wants_v(int32_t a) const { return !backward || out || grads[4 * a] || grads[4 * a + 2]; }
     bool wants_w(int32_t a) const { return backward && grads[4 * a + 1]; }
 
@@ -75,11 +75,11 @@ struct LinearOp {
         const Page entry = page_at(adapters, page(a, p));
         return {reinterpret_cast<const void*>(entry.B), entry.stride_Br, entry.stride_Bn};
     }
-    Factor shrink_factor(int32_t a, int64_t p) const { return backward ? turned[page(a, p)] : factor_A(a, p); }
+    Factor shrink_factor(int32_t a, int64_t p) const { return backward ? transposed[page(a, p)] : factor_A(a, p); }
     Factor expand_factor(int32_t a, int64_t p) const { return backward ? factor_A(a, p) : factor_B(a, p); }
 };
 
-// Below so many multiply-adds for a thread, waking it costs more than it brings.
+// With fewer multiply-adds per thread, waking a thread costs more than it gains.
 constexpr double kWorkPerThread = 1 << 16;
 
 static inline int useful_threads(double work, int most) {
@@ -109,7 +109,7 @@ static inline LinearOp forward_op(const LinearArgs& args, const Order& order) {
     op.threads = useful_threads(work_of(args, !args.over_base), args.threads);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);
-    op.v = scratch_of<float>(kVSlot, round_up(op.M, W) * op.v_row);  // whole registers of rows are read
+    op.v = scratch_of<float>(kVSlot, round_up(op.M, W) * op.v_row);  // rows are read in whole registers
     return op;
 }
 

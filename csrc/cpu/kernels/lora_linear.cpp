@@ -1,18 +1,18 @@
-// The fused linear layer: forward, and dX, which is the forward with the roles of K and N exchanged.
+// The fused linear layer: the forward, and dX, which is the forward with K and N exchanged.
 //
-// Both compute out[m] = in[m] · Wᵀ + bias + expand(v[m]) + β, where v comes from in[m] by a contraction as long as W's
-// (the shrink). Rows are worked on in the order of their adapters. One job of three kinds of tasks: some bring the
-// input into the form that the product wants, some shrink, and some walk blocks of output columns, each from W to the
-// stored result; these wait for the first kind, and between product and epilogue for the second. The product takes one
-// of three forms:
+// Both compute out[m] = in[m] · Wᵀ + bias + expand(v[m]) + β, where v comes from in[m] by a contraction of the same
+// length (the shrink). Rows are processed in the order of their adapters. A job has three kinds of tasks: some convert
+// the input to the form that the product reads; some shrink; and some compute blocks of output columns, from W to the
+// stored result. The last kind waits for the first before its product, and for the second before its epilogue. The
+// product has one of three forms:
 //
-//   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything read in place
+//   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything is read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
 //   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
 //
-// or none, where `out` holds the base layer's part already and the adapters' is added to it.
+// There is no product if `out` already holds the base layer's part: the adapters' part is added to it.
 //
-// The form follows from shape, dtypes and strides alone, so the number of threads never changes a bit of the result.
+// The form depends only on shape, dtypes and strides, so the number of threads does not change a bit of the result.
 #include "cpu/kernels/linear.h"
 
 namespace peftk {
@@ -20,30 +20,30 @@ namespace PEFTK_LEVEL {
 
 namespace {
 
-// Row groups that share a pass over a page of a factor.
+// A group of rows of one adapter, which share a pass over a page of a factor.
 struct Group {
     int32_t adapter, count;
     int64_t first;
 };
 
-constexpr int64_t kRowBlock = 512;           // rows that share a pass over W: their packed form stays in the cache
-constexpr int64_t kRowsOfOwn = 4 * W;        // for each thread, to walk through all of W by itself
-constexpr int64_t kWeightForEach = 1 << 22;  // bytes of W that each may walk through
-constexpr int64_t kSteps = 256;              // of the contraction: a panel of the lanes operand stays in L1
-constexpr int64_t kColumnSteps = 64;         // the same in the columns form, whose panels are wider in all
-constexpr int64_t kPad = 16;                 // elements between rows of scratch, against cache-set conflicts
+constexpr int64_t kRowBlock = 512;                // rows that share a pass over W; their packed form stays in the cache
+constexpr int64_t kMinRowsPerThread = 4 * W;      // rows per thread from which each thread reads all of W on its own
+constexpr int64_t kMaxWeightPerThread = 1 << 22;  // bytes of W up to which each thread reads all of it
+constexpr int64_t kSteps = 256;                   // of the contraction: a panel of the lanes operand stays in L1
+constexpr int64_t kColumnSteps = 64;              // the same in the columns form, whose panels together are wider
+constexpr int64_t kPad = 16;  // padding between rows of scratch, in elements, against cache-set conflicts
 
-constexpr int64_t kBaseColumns = 512;  // columns of `out` that the adapters' part is added to at a time
+constexpr int64_t kBaseColumns = 512;  // columns of `out` per task if only the adapters' part is added
 
 enum Form { kDot, kLanes, kColumns, kOverBase };
 
 struct Shape {
     Form form;
-    bool pairs;         // bf16 on both sides and an instruction for it
-    int64_t steps;      // of the contraction: C, or pairs of it
-    int64_t in_row;     // dot, columns: row stride of the prepared input, in its elements
+    bool pairs;         // both sides are bf16, and the level has the instruction for pairs
+    int64_t steps;      // of the contraction: C, or the number of pairs
+    int64_t in_row;     // dot, columns: row stride of the prepared input, in steps
     int64_t rows;       // rows of this block
-    int64_t first_row;  // its first position
+    int64_t first_row;  // position of its first row
     void* in;           // prepared input of this block
 };
 
@@ -55,7 +55,7 @@ constexpr bool kHavePairs = false;
 
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
-// in[i] · factorᵀ for a group of rows and some ranks; out [count, out_row]. `after`: the factor that comes next.
+// out [count, out_row] = in[i] · factorᵀ for a group of rows and some ranks. `after`: the factor that is read next.
 void project(const LinearOp& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
              int ranks, const void* after, float* out, int64_t out_row) {
     if (widened) {
@@ -72,10 +72,11 @@ void project(const LinearOp& op, const Group& group, const void* const* rows, bo
     }
 }
 
-// For a backward without z, which is one that takes no value of it.
+// Used by a backward without z, which does not depend on z's values.
 constexpr float kNoZ[16] = {};
 
-// z, v and u of a group of rows for the ranks of pages first … last - 1. `after`: the group that comes next.
+// Computes z and v (backward: s·u and s·v) of a group of rows, for the ranks of pages first_page … last_page - 1.
+// `after`: the group that comes next.
 void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t first_page, int64_t last_page) {
     const bool drops = op.dropout.on && !op.backward;
     const bool pairs = kHavePairs && op.in_dtype == kBFloat16 && op.adapters.dtype == kBFloat16 && !drops;
@@ -90,7 +91,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
         if (copies) {
             float* row = copy + i * copy_row;
             widen(rows[i], op.in_dtype, op.C, row);
-            if (drops) drop(op.dropout, m, op.C, 0, op.C, row);
+            if (drops) apply_dropout(op.dropout, m, op.C, 0, op.C, row);
             rows[i] = row;
         }
     }
@@ -114,7 +115,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
             float* v = op.v + position * op.v_row + 16 * page;
             float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
             const float* sums = out + i * 16;
-            // The code as a constant: without a choice for each element the loops are vectors.
+            // Called with a constant code below, so that the loops contain no switch and are vectorized.
             const auto finish = [&](int code) __attribute__((always_inline)) {
                 for (int r = 0; r < ranks && op.backward && wants_v; r++) {
                     v[r] = s * (sums[r] * activate_derivative(code, pre[r]));
@@ -139,7 +140,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
 
 // ---- the input's prepared forms -----------------------------------------------------------------------------------
 
-// W rows of the block, from lane `first` on.
+// Prepares W rows of the block, from row `first` on.
 void prepare(const LinearOp& op, const Shape& shape, int64_t first) {
     const int count = int(min64(W, shape.rows - first));
     const void* rows[W];
@@ -183,12 +184,12 @@ void prepare(const LinearOp& op, const Shape& shape, int64_t first) {
     }
 }
 
-// ---- the product with W, form by form; the result is a tile [rows, columns], in the lanes form its transpose -------
+// ---- the product with W, one function per form; the result is a tile [rows, columns], for lanes its transpose -------
 
 void product_dot(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
     const void* weight = at(op.weight, op.weight_dtype, columns.first * op.weight_o);
     const void* after = at(weight, op.weight_dtype, columns.count * op.weight_o);
-    const void* rows[kMostDotTokens];
+    const void* rows[kMaxDotTokens];
 #ifdef PEFTK_DP
     if (shape.pairs) {
         for (int64_t i = 0; i < shape.rows; i++) {
@@ -212,7 +213,7 @@ void product_dot(const LinearOp& op, const Shape& shape, const Columns& columns,
     });
 }
 
-// Steps first … first + steps - 1 of the block's rows of W as [count, row] in fp32 or pairs.
+// Copies steps first … first + steps - 1 of the block's rows of W to [count, row], in fp32 or pairs.
 void copy_weight_rows(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                       float* to, int64_t row) {
     for (int64_t o = 0; o < columns.count; o++) {
@@ -238,7 +239,7 @@ void product_lanes(const LinearOp& op, const Shape& shape, const Columns& column
     do {
         const int64_t steps = min64(kSteps, shape.steps - first);
         copy_weight_rows(op, shape, columns, first, steps, weight, row);
-        // While this part is multiplied, the next panel of the input and the next part of W come into L2.
+        // While this part is multiplied, the next panel of the input and the next part of W are prefetched into L2.
         const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t lane = panels.first(p), width = panels.width(p) * W;
@@ -250,15 +251,15 @@ void product_lanes(const LinearOp& op, const Shape& shape, const Columns& column
                      acc + lane, acc_row, first == 0, [&](int64_t i) {
                          const int64_t o = p == 0 ? columns.first + i : 0;
                          const void* w = at(op.weight, op.weight_dtype, o * op.weight_o + next_c);
-                         return Ahead{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps + 1),
-                                      static_cast<const char*>(w), op.weight_o * size_of(op.weight_dtype)};
+                         return Prefetch{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps + 1),
+                                         static_cast<const char*>(w), op.weight_o * size_of(op.weight_dtype)};
                      });
         }
         first += steps;
     } while (first < shape.steps);
 }
 
-// Steps first … first + steps - 1 of the block's columns of W as panels [steps, width] in fp32 or pairs.
+// Copies steps first … first + steps - 1 of the block's columns of W to panels [steps, width], in fp32 or pairs.
 void copy_weight_columns(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                          float* to) {
     const Panels panels(columns.count);
@@ -294,12 +295,12 @@ void product_columns(const LinearOp& op, const Shape& shape, const Columns& colu
     do {
         const int64_t steps = min64(kColumnSteps, shape.steps - first);
         copy_weight_columns(op, shape, columns, first, steps, weight);
-        // While these rows of W are multiplied, the next ones come into L2, a few during each tile.
+        // While these rows of W are multiplied, the next ones are prefetched into L2, a few during each tile.
         const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
         const char* next =
             static_cast<const char*>(at(op.weight, op.weight_dtype, next_c * op.weight_c + columns.first));
         const int64_t row_bytes = op.weight_c * size_of(op.weight_dtype);
-        const int64_t each = max64(steps / kAheadLines, 1);  // rows that a tile has steps to fetch
+        const int64_t each = max64(steps / kPrefetchLines, 1);  // rows that the steps of a tile can prefetch
         const int64_t fetches = ceil_div((shape.pairs ? 2 : 1) * steps, each);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t o = panels.first(p), width = panels.width(p) * W, tile_height = tile_rows(panels.width(p));
@@ -307,11 +308,11 @@ void product_columns(const LinearOp& op, const Shape& shape, const Columns& colu
             outer<T>(shape.rows, panels.width(p), {static_cast<const T*>(shape.in) + first, shape.in_row, 1},
                      reinterpret_cast<const T*>(weight + o * steps), width, steps, tile + o, columns.padded, first == 0,
                      [&](int64_t i) {
-                         // evenly among the tiles, and no more: rows further on would drive out what is in use
+                         // divided evenly among the tiles; rows further on would evict data that is in use
                          const int64_t tile = p * tiles + i / tile_height, all = panels.count() * tiles;
                          const int64_t fetch = tile * fetches / all;
-                         if (fetch == (tile - 1) * fetches / all && tile > 0) return Ahead{next, 0, next, 0};
-                         return Ahead{next, 0, next + fetch * each * row_bytes, row_bytes};
+                         if (fetch == (tile - 1) * fetches / all && tile > 0) return Prefetch{next, 0, next, 0};
+                         return Prefetch{next, 0, next + fetch * each * row_bytes, row_bytes};
                      });
         }
         first += steps;
@@ -320,7 +321,7 @@ void product_columns(const LinearOp& op, const Shape& shape, const Columns& colu
 
 // ---- the epilogue -------------------------------------------------------------------------------------------------
 
-// Adds adapters and biases to `count` rows of fp32 results, rounds once and stores. `tile` is [count, padded].
+// Adds adapters and biases to rows of fp32 results, rounds once and stores.
 class Epilogue {
 public:
     Epilogue(const LinearOp& op, const Columns& columns) : op_(op), columns_(columns) {
@@ -337,8 +338,8 @@ public:
         }
     }
 
-    // Lanes form: adds adapters where all W rows of a register are one adapter's, as the product with W does it: lanes
-    // are rows, B is broadcast. `finish` leaves those out then. The sums are the same ones, bit for bit.
+    // For the lanes form: adds adapters to registers whose W rows all belong to one adapter, in the same way as the
+    // product with W: lanes are rows, and B is broadcast. `finish` then skips these. The sums have the same bits.
     void expand_lanes(int64_t first, int64_t rows, float* acc, int64_t acc_row) {
         const int64_t v_row = round_up(rows, W), end = first + rows;
         float* v = scratch_of<float>(kRowsSlot, op_.v_row * v_row);
@@ -350,7 +351,7 @@ public:
         for (adapter_ = 0; adapter_ < op_.adapters.count; adapter_++) {
             const int64_t from = max64(op_.order.begin(adapter_), first), to = min64(op_.order.end(adapter_), end);
             if (from >= to || !fills_registers()) continue;
-            // the last register may have room for more rows than there are
+            // the last register may be filled only in part
             const int64_t last = to == end ? v_row : (to - first) / W * W;
             int64_t lane = round_up(from - first, W);
             if (lane >= last) continue;
@@ -365,6 +366,7 @@ public:
         adapter_ = -1, loaded_ = false, lanes_done_ = true;
     }
 
+    // `count` rows at positions from `position` on; `tile` is [count, padded].
     void finish(int64_t position, int64_t count, float* tile) {
         for (int64_t i = 0; i < count;) {
             while (position + i >= op_.order.end(adapter_)) {
@@ -375,7 +377,7 @@ public:
             float* rows = tile + i * columns_.padded;
             if (adapter_ >= 0) {
                 if (!loaded_) load_adapter();
-                if (single_) {
+                if (is_single_row_) {
                     expand_single(position + i, rows);
                 } else if (op_.rank(adapter_) > 0 && !(lanes_done_ && segment == count && fills_registers())) {
                     if (!pages_loaded_) load_pages();
@@ -398,11 +400,11 @@ private:
         if (beta) widen(at(beta, op_.adapters.dtype, columns_.first), op_.adapters.dtype, columns_.count, beta_);
         next_ = adapter_ + 1;
         while (next_ < op_.adapters.count && op_.order.begin(next_) == op_.order.end(next_)) next_++;
-        // One row has no use for a panel: it takes the ranks as they come out of the transposition.
-        single_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !drops() && has_dense_pages();
+        // A single row needs no panel: it uses the ranks as they come out of the transposition.
+        is_single_row_ = op_.order.end(adapter_) - op_.order.begin(adapter_) == 1 && !drops() && has_dense_pages();
     }
 
-    // The adapter's rows of Bᵀ (or of A) for these columns, [R, padded].
+    // Loads the adapter's rows of Bᵀ (backward: of A) for these columns, [R, padded].
     void load_pages() {
         pages_loaded_ = true;
         for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
@@ -414,15 +416,15 @@ private:
         }
     }
 
-    // The backward's mask is the adapter's alone: its rows can't be added to the base layer's right away.
+    // In the backward the dropout mask applies only to the adapter's part, so that part has a separate sum.
     bool drops() const { return op_.dropout.on && op_.backward; }
 
-    // Whether `expand_lanes` takes this adapter's registers, where its rows fill some.
+    // Whether `expand_lanes` adds this adapter to registers that its rows fill.
     bool fills_registers() const {
         return op_.rank(adapter_) > 0 && !drops() && op_.order.end(adapter_) - op_.order.begin(adapter_) > 1;
     }
 
-    // Ranks, and every page contiguous along its ranks or along the columns.
+    // Whether the adapter has ranks, and every page is contiguous along its ranks or along the columns.
     bool has_dense_pages() const {
         bool dense = op_.rank(adapter_) > 0;
         for (int64_t page = 0; 16 * page < op_.rank(adapter_); page++) {
@@ -432,13 +434,13 @@ private:
         return dense;
     }
 
-    // The same page of the next adapter, or of this one again.
+    // The same page of the next adapter if it has one, else of this one again.
     Factor next_factor(int64_t page) const {
         const bool exists = next_ < op_.adapters.count && 16 * page < op_.rank(next_);
         return op_.expand_factor(exists ? next_ : adapter_, page);
     }
 
-    // Asks for the lines of W rows of `ahead`; many more at once would wait for each other.
+    // Prefetches the cache lines of W rows of `ahead`. Many more at once would have to wait for each other.
     template <class T>
     static void fetch_rows(const T* ahead, int64_t along) {
         const int64_t stride = along * int64_t(sizeof(T)), line = stride > 0 && stride < 64 ? 64 / stride : 1;
@@ -479,9 +481,9 @@ private:
         }
     }
 
-    // One row's part of the sum, page by page; delta_ carries it on where the ranks of a part go over several pages: a
-    // row gets the bits that it gets among others of its adapter, which have their ranks in one panel.
-    struct Carried {
+    // The sum of a single row, page by page. If a part of the sum has ranks of several pages, delta_ holds it in
+    // between: so the row has the same bits as among other rows of its adapter, whose ranks are in one panel.
+    struct PartialSum {
         float *row, *part;
         bool starts, ends;
 
@@ -495,7 +497,7 @@ private:
         }
     };
 
-    // `expand` for one row.
+    // `expand` for a single row.
     void expand_single(int64_t position, float* row) {
         constexpr int64_t part_pages = OuterPart<float>::kSteps / 16;
         const int64_t pages = ceil_div(op_.rank(adapter_), 16);
@@ -504,7 +506,7 @@ private:
             const Factor factor = op_.expand_factor(adapter_, page), next = next_factor(page);
             const int ranks = op_.page_ranks(adapter_, page);
             const bool ends = (page + 1) % part_pages == 0 || page + 1 == pages;
-            const Carried sums{row, delta_, page % part_pages == 0, ends};
+            const PartialSum sums{row, delta_, page % part_pages == 0, ends};
             with_type(op_.adapters.dtype, [&](auto type) {
                 typedef decltype(type) T;
                 if (factor.along == 1) {
@@ -516,9 +518,10 @@ private:
         }
     }
 
-    // A page whose columns are contiguous, as a bank has them.
+    // Adds a page whose columns are contiguous, as in a bank.
     template <class T>
-    void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks, const Carried& sums) {
+    void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks,
+                             const PartialSum& sums) {
         const T* from = static_cast<const T*>(factor.data) + columns_.first;
         const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
         for (int64_t o = 0; o < columns_.count; o += W) {
@@ -536,9 +539,10 @@ private:
         }
     }
 
-    // A page whose ranks are contiguous: it is transposed on the way.
+    // Adds a page whose ranks are contiguous: it is transposed in registers.
     template <class T>
-    void add_page_of_ranks(const float* v, const Factor& factor, const Factor& next, int ranks, const Carried& sums) {
+    void add_page_of_ranks(const float* v, const Factor& factor, const Factor& next, int ranks,
+                           const PartialSum& sums) {
         const T* from = static_cast<const T*>(factor.data) + columns_.first * factor.along;
         const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
         for (int64_t o = 0; o < columns_.count; o += W) {
@@ -547,19 +551,19 @@ private:
             Vec sum = sums.begin(o);
             for (int r = 0; r < ranks; r += W) {
                 if (columns_.count - o >= W && ranks - r >= W) {
-                    Vec turned[W];
-                    transpose(rows + r, factor.along, turned);
+                    Vec transposed[W];
+                    transpose(rows + r, factor.along, transposed);
 #pragma GCC unroll 16
-                    for (int j = 0; j < W; j++) sum = fma(set1(v[r + j]), turned[j], sum);
+                    for (int j = 0; j < W; j++) sum = fma(set1(v[r + j]), transposed[j], sum);
                     continue;
                 }
-                alignas(64) float turned[W * W];
+                alignas(64) float transposed[W * W];
                 const int64_t rest = min64(W, ranks - r);
                 const auto copy = [&](int i, int64_t s, int n, float* out) {
                     widen(rows + i * factor.along + r + s, n, out);
                 };
-                transpose_rows(int(min64(W, columns_.count - o)), rest, turned, W, copy);
-                for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(turned + j * W), sum);
+                transpose_rows(int(min64(W, columns_.count - o)), rest, transposed, W, copy);
+                for (int64_t j = 0; j < rest; j++) sum = fma(set1(v[r + j]), load(transposed + j * W), sum);
             }
             sums.end(o, sum);
         }
@@ -577,7 +581,7 @@ private:
         if (!drops()) return;
         for (int64_t i = 0; i < count; i++) {
             float* delta = delta_ + i * padded;
-            drop(op_.dropout, op_.order.token(position + i), op_.O, columns_.first, columns_.count, delta);
+            apply_dropout(op_.dropout, op_.order.token(position + i), op_.O, columns_.first, columns_.count, delta);
             for (int64_t o = 0; o < columns_.count; o += W) {
                 float* row = rows + i * padded + o;
                 store(row, add(load(row), load(delta + o)));
@@ -604,12 +608,12 @@ private:
     const LinearOp& op_;
     const Columns columns_;
     int adapter_ = -1, next_ = 0;
-    bool loaded_ = false, pages_loaded_ = false, single_ = false, has_beta_ = false, lanes_done_ = false;
+    bool loaded_ = false, pages_loaded_ = false, is_single_row_ = false, has_beta_ = false, lanes_done_ = false;
     float *bias_, *beta_, *delta_, *panel_;
 };
 
-// One block of output columns, from what they hold to the stored result; the base layer's rows are left as they are.
-void add_to_base(const LinearOp& op, const Shape& shape, const Columns& columns, const Meeting& shrunk) {
+// Computes one block of output columns that already hold the base layer's part. Rows without an adapter are unchanged.
+void add_to_base(const LinearOp& op, const Shape& shape, const Columns& columns, const Latch& shrunk) {
     Epilogue epilogue(op, columns);
     shrunk.wait();
     float* tile = scratch_of<float>(kTileSlot, W * columns.padded);
@@ -617,17 +621,17 @@ void add_to_base(const LinearOp& op, const Shape& shape, const Columns& columns,
     for (int64_t i = max64(shape.first_row, op.order.end(-1)); i < end; i += W) {
         const int64_t count = min64(W, end - i);
         for (int64_t j = 0; j < count; j++) {
-            const void* held = at(op.out, op.out_dtype, op.order.token(i + j) * op.out_row + columns.first);
-            widen(held, op.out_dtype, columns.count, tile + j * columns.padded);
+            const void* base = at(op.out, op.out_dtype, op.order.token(i + j) * op.out_row + columns.first);
+            widen(base, op.out_dtype, columns.count, tile + j * columns.padded);
         }
         epilogue.finish(i, count, tile);
     }
 }
 
-// One block of output columns, from W to the stored result. Its product waits for the input's prepared form, v is
-// wanted only after that.
-void block(const LinearOp& op, const Shape& shape, const Columns& columns, const Meeting& prepared,
-           const Meeting& shrunk) {
+// Computes one block of output columns, from W to the stored result. Waits for the prepared input before the product,
+// and for v only after it.
+void compute_block(const LinearOp& op, const Shape& shape, const Columns& columns, const Latch& prepared,
+                   const Latch& shrunk) {
     if (shape.form == kOverBase) return add_to_base(op, shape, columns, shrunk);
     const int64_t padded = columns.padded;
     Epilogue epilogue(op, columns);
@@ -671,23 +675,23 @@ bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFlo
 
 Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
-    return op.weight_c != 1 ? kColumns : op.M <= kMostDotTokens ? kDot : kLanes;
+    return op.weight_c != 1 ? kColumns : op.M <= kMaxDotTokens ? kDot : kLanes;
 }
 
-// Columns of a task: many, to reuse what a task loads, but enough tasks for the threads to even out.
+// Columns of a task: many, to reuse what a task loads, but few enough to balance the tasks among the threads.
 int64_t block_columns(const LinearOp& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
-    // columns: kAheadLines of a row of W at a time, and a tile [rows, columns] that L2 holds
+    // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
     int64_t columns = form == kDot        ? 16 * kDotRows
                       : form == kLanes    ? kBlockRows
                       : form == kOverBase ? kBaseColumns
-                                          : kAheadLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
+                                          : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
         columns = round_up(columns / 2, least);
     return columns;
 }
 
-// The groups of rows that the shrink works on among `rows` rows from `first` on, at most one for each row.
+// Divides `rows` rows from `first` on into groups for the shrink. Returns their number, at most one per row.
 int64_t make_groups(const LinearOp& op, int64_t first, int64_t rows, Group* groups) {
     int64_t count = 0;
     for (int32_t a = 0; a < op.adapters.count; a++) {
@@ -700,7 +704,7 @@ int64_t make_groups(const LinearOp& op, int64_t first, int64_t rows, Group* grou
     return count;
 }
 
-// All of the operation for some rows that share a pass over W.
+// Runs the operation for rows that share a pass over W.
 void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     Shape shape;
     shape.pairs = takes_pairs(op);
@@ -715,8 +719,8 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     if (op.max_rank > 0) {
         groups = scratch_of<Group>(kGroupsSlot, rows);
         group_count = make_groups(op, first, rows, groups);
-        // Where groups are few, the ranks of one may go to several threads: each widens the group's rows for itself,
-        // but must not draw their dropout mask again.
+        // With few groups, several threads share the ranks of a group, and each of them widens the group's rows. Not
+        // with dropout, where each would also compute the mask.
         if (!op.dropout.on && group_count < 4 * int64_t(threads) && threads > 1) page_runs = ceil_div(op.max_rank, 16);
     }
     const bool in_place = !op.out || shape.form == kOverBase || (shape.form == kDot && shape.pairs);
@@ -727,15 +731,15 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     }
     const int64_t shrinks = group_count * page_runs, step = block_columns(op, shape.form, threads);
     const int64_t blocks = op.out ? ceil_div(op.O, step) : 0;
-    Meeting prepared(preparations), shrunk(shrinks);
+    Latch prepared(preparations), shrunk(shrinks);
     auto body = [&](int64_t task) {
         if (task < preparations) {
-            const Meeting::Part part(prepared);
+            const Latch::CountOnExit part(prepared);
             return prepare(op, shape, task * W);
         }
         task -= preparations;
         if (task < shrinks) {
-            const Meeting::Part part(shrunk);
+            const Latch::CountOnExit part(shrunk);
             const Group& group = groups[task / page_runs];
             const Group& after = groups[min64(task / page_runs + 1, group_count - 1)];
             const int64_t pages = ceil_div(op.rank(group.adapter), 16), run = task % page_runs;
@@ -747,7 +751,7 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
         columns.first = (task - shrinks) * step;
         columns.count = min64(step, op.O - columns.first);
         columns.padded = round_up(columns.count, W);
-        block(op, shape, columns, prepared, shrunk);
+        compute_block(op, shape, columns, prepared, shrunk);
     };
     parallel_for(preparations + shrinks + blocks, threads, body);
 }
@@ -758,9 +762,9 @@ void run(const LinearOp& op) {
     if (op.M == 0) return;
     const int64_t share = round_up(ceil_div(op.M, op.threads), W);
     const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * size_of(op.weight_dtype) : 0;
-    if (op.threads > 1 && share >= kRowsOfOwn && shared_bytes <= kWeightForEach) {
-        // Every thread has rows enough of its own: it prepares only what it needs itself, and none of it crosses from
-        // one core's cache to another's. W does, but is only read.
+    if (op.threads > 1 && share >= kMinRowsPerThread && shared_bytes <= kMaxWeightPerThread) {
+        // Every thread has enough rows of its own. It prepares its own input, so that only W, which is only read, moves
+        // between the cores' caches.
         auto own = [&](int64_t task) {
             for (int64_t first = task * share; first < min64(op.M, (task + 1) * share); first += kRowBlock) {
                 run_rows(op, first, min64(kRowBlock, min64(op.M, (task + 1) * share) - first), 1);

@@ -1,10 +1,10 @@
-// The backward: dX by the forward's kernel with exchanged roles, then every adapter's gradients.
+// The backward: dX with the forward's kernel and K and N exchanged, then every adapter's gradients.
 //
 //   u = (dY B) ⊙ act'(z);  dA = s·uᵀ x̃;  dB = s·dYᵀ act(z);  da = s·Σu;  dβ = ΣdY
 //
-// The shrink of dX leaves s·u and s·act(z) for every row. The gradients are then contractions over an adapter's rows:
-// the outer kernel with columns of x̃ or dY in the lanes. A task is one block of columns for one adapter, and runs over
-// the rows in their order, so the sums are the same with any number of threads.
+// The shrink of dX leaves s·u and s·act(z) for every row. The gradients are contractions over an adapter's rows,
+// computed by the outer kernel with columns of x̃ or dY in the lanes. A task is one block of columns of one adapter and
+// goes through the rows in order, so the sums do not depend on the number of threads.
 #include "cpu/kernels/linear.h"
 
 namespace peftk {
@@ -14,9 +14,9 @@ namespace {
 
 constexpr int64_t kPanel = kMaxVectors * W;
 constexpr int64_t kColumnBlock = 2 * kPanel;
-constexpr int64_t kRowChunk = 128;  // rows of x̃ or dY that are widened at a time
-constexpr int64_t kRowPart = 32;    // rows whose sum starts anew, as in `outer`
-constexpr int64_t kRowSpan = 8192;  // and a third level, for batches of any length
+constexpr int64_t kRowChunk = 128;  // rows of x̃ or dY that are widened together
+constexpr int64_t kRowPart = 32;    // rows of one chain of sums, as in `outer`
+constexpr int64_t kRowSpan = 8192;  // rows of the third level of sums, for batches of any length
 
 struct Source {  // x̃ or dY
     const void* data;
@@ -24,10 +24,10 @@ struct Source {  // x̃ or dY
     int dtype;
     const Dropout* dropout;  // null: none
     const float* factor;     // s·u or s·v, [M, v_row] by position
-    int64_t ranks;           // of it, 0: only sums of columns are wanted
+    int64_t ranks;           // of factor; 0: only column sums are wanted
 };
 
-// sum[j] += Σ_i rows[i][j], in parts.
+// sum[j] += Σ_i rows[i][j], in parts of kRowPart rows.
 void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, float* sum) {
     for (int64_t first = 0; first < count; first += kRowPart) {
         const int64_t last = min64(first + kRowPart, count);
@@ -39,8 +39,8 @@ void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, fl
     }
 }
 
-// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1, and below those
-// source.ranks rows another one, of Σ_i source[i][first + j].
+// sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1. After these
+// source.ranks rows, sum has one more with the column sums Σ_i source[i][first + j].
 void contract_span(const LinearOp& op, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t count,
                    float* sum) {
     const int64_t padded = round_up(count, W);
@@ -54,7 +54,7 @@ void contract_span(const LinearOp& op, const Source& source, int64_t begin, int6
             const int64_t m = op.order.token(row + i);
             float* to = chunk + i * padded;
             widen(at(source.data, source.dtype, m * source.row + first), source.dtype, count, to);
-            if (source.dropout) drop(*source.dropout, m, source.columns, first, count, to);
+            if (source.dropout) apply_dropout(*source.dropout, m, source.columns, first, count, to);
         }
         add_rows(chunk, padded, rows, padded, column_sum);
         const Panels panels(padded);
@@ -67,7 +67,7 @@ void contract_span(const LinearOp& op, const Source& source, int64_t begin, int6
     } while (row < end);
 }
 
-// The same over all of the adapter's rows.
+// The same over all rows of the adapter, in spans of kRowSpan rows.
 void contract(const LinearOp& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
     const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (source.ranks + 1) * round_up(count, W);
     contract_span(op, source, begin, min64(begin + kRowSpan, end), first, count, sum);
@@ -93,11 +93,12 @@ void grad_B(const LinearOp& op, int32_t a, const Source& dy, void* to, void* to_
     const int dtype = op.adapters.dtype;
     if (to_bias) narrow(sum + rank * padded, count, at(to_bias, dtype, first), dtype);
     if (!to) return;
-    float* turned = scratch_of<float>(kAccumulatorSlot, padded * ranks);
+    float* transposed = scratch_of<float>(kAccumulatorSlot, padded * ranks);
     for (int64_t r = 0; r < ranks; r += W) {
-        for (int64_t j = 0; j < padded; j += W) transpose(sum + r * padded + j, padded, turned + j * ranks + r, ranks);
+        for (int64_t j = 0; j < padded; j += W)
+            transpose(sum + r * padded + j, padded, transposed + j * ranks + r, ranks);
     }
-    for (int64_t j = 0; j < count; j++) narrow(turned + j * ranks, rank, at(to, dtype, (first + j) * rank), dtype);
+    for (int64_t j = 0; j < count; j++) narrow(transposed + j * ranks, rank, at(to, dtype, (first + j) * rank), dtype);
 }
 
 void grad_rank_bias(const LinearOp& op, int32_t a, void* to) {
@@ -140,16 +141,16 @@ void adapter_grads(const LinearOp& op, const LinearBackwardArgs& args) {
     parallel_for(op.adapters.count * each, op.threads, body);
 }
 
-// to[r][c] = element (r, c) of a page. A block of registers turns in them: values of T survive fp32.
+// to[r][c] = element (r, c) of a page. Blocks are transposed in fp32 registers, which keep values of T exactly.
 template <class T>
-void turn_page(const T* from, const Factor& factor, int ranks, int64_t C, T* to) {
+void transpose_page(const T* from, const Factor& factor, int ranks, int64_t C, T* to) {
     for (int64_t c = 0; c < C; c += W) {
         for (int r = 0; r < ranks; r += W) {
             if (factor.rank == 1 && C - c >= W && ranks - r >= W) {
-                Vec turned[W];
-                transpose(from + c * factor.along + r, factor.along, turned);
+                Vec transposed[W];
+                transpose(from + c * factor.along + r, factor.along, transposed);
 #pragma GCC unroll 16
-                for (int j = 0; j < W; j++) store(to + (r + j) * C + c, turned[j]);
+                for (int j = 0; j < W; j++) store(to + (r + j) * C + c, transposed[j]);
                 continue;
             }
             for (int64_t i = c; i < min64(c + W, C); i++) {
@@ -159,9 +160,9 @@ void turn_page(const T* from, const Factor& factor, int ranks, int64_t C, T* to)
     }
 }
 
-// The shrink of dX contracts over B's rows: pages whose ranks are not contiguous along N are copied so that they are.
-void turn_pages(LinearOp* op, int64_t page_count) {
-    auto* turned = scratch_of<Factor>(kPagesSlot, page_count);
+// The shrink of dX contracts along N: pages of B whose ranks are not contiguous along N are copied so that they are.
+void transpose_pages(LinearOp* op, int64_t page_count) {
+    auto* transposed = scratch_of<Factor>(kPagesSlot, page_count);
     const int64_t size = size_of(op->adapters.dtype), page_bytes = 16 * op->C * size;
     int64_t copies = 0;
     auto each_page = [&](auto visit) {
@@ -175,19 +176,19 @@ void turn_pages(LinearOp* op, int64_t page_count) {
     char* memory = scratch_of<char>(kTransposedSlot, copies * page_bytes);
     each_page([&](int32_t a, int64_t p) {
         const Factor factor = op->factor_B(a, p);
-        Factor& result = turned[op->page(a, p)];
+        Factor& result = transposed[op->page(a, p)];
         result = factor;
         if (!is_copied(a, p)) return;
         with_type(op->adapters.dtype, [&](auto type) {
             typedef decltype(type) T;
             const T* from = static_cast<const T*>(factor.data);
             T* to = reinterpret_cast<T*>(memory);
-            turn_page(from, factor, op->page_ranks(a, p), op->C, to);
+            transpose_page(from, factor, op->page_ranks(a, p), op->C, to);
         });
         result = {memory, op->C, 1};
         memory += page_bytes;
     });
-    op->turned = turned;
+    op->transposed = transposed;
 }
 
 }  // namespace
@@ -209,7 +210,7 @@ void lora_linear_backward(const LinearBackwardArgs& args, const Order& order) {
         const int64_t last = op.page(a, ceil_div(op.rank(a), kPage));
         if (last > page_count) page_count = last;
     }
-    turn_pages(&op, page_count);
+    transpose_pages(&op, page_count);
     run(op);
     adapter_grads(op, args);
 }

@@ -1,9 +1,9 @@
 // W' = round(fl(W + d)) and back, with d in one fixed chain of roundings (docs/merge.md): one pass over W, in place.
 //
-// Rows of a task go by in blocks of one register tile's height and a panel's width. A block is copied into first-level
-// cache, where the arithmetic (chains of fma in registers, then W' and W″) and the code (integers only, on vectors of
-// W's own width) follow one another, and is copied back when all of it is known to be finite. Every multiply-add below
-// is an explicit fma and, under -ffp-contract=off, nothing else becomes one.
+// A task's rows are processed in blocks, as high as one register tile and as wide as a panel. A block is copied to a
+// buffer in the L1 cache. There the arithmetic (chains of fma in registers, then W' and W″) and then the code (integers
+// only, on vectors of W's own width) are computed. The block is copied back once all of it is known to be finite. Every
+// multiply-add below is an explicit fma; with -ffp-contract=off no other operations are contracted.
 
 #include "cpu/merge.h"
 
@@ -14,10 +14,10 @@ namespace peftk {
 namespace PEFTK_LEVEL {
 namespace {
 
-// A tile's chains: enough in flight to hide the latency of an fma, few enough for the registers.
+// A tile's chains: enough to hide the latency of fma, and few enough for the registers.
 constexpr int kVectors = W == 8 ? 2 : 4, kColumns = kVectors * W;
 constexpr int kTileRows = W == 16 ? 4 : W == 8 ? 6 : 2;
-// A panel: its share of A stays in the first-level cache while all rows of a task go by.
+// A panel: its part of A stays in the L1 cache while all rows of a task use it.
 constexpr int64_t kPanelFloats = 1 << 13, kPanelColumns = 512;
 static_assert(kMergeTaskRows % kTileRows == 0 && kMergeGroup % kColumns == 0 && kPanelColumns % kMergeGroup == 0);
 
@@ -28,12 +28,12 @@ typedef uint32_t Lanes __attribute__((vector_size(4 * W)));
 typedef int32_t SignedLanes __attribute__((vector_size(4 * W)));
 typedef int16_t Halves __attribute__((vector_size(2 * W)));
 typedef int8_t Codes __attribute__((vector_size(W)));
-// The same register as lanes of 16 bits
+// The same register as lanes of 16 bits.
 typedef uint16_t Lanes16 __attribute__((vector_size(4 * W)));
 typedef int16_t SignedLanes16 __attribute__((vector_size(4 * W)));
 typedef int8_t Codes16 __attribute__((vector_size(2 * W)));
 
-// fl(b * a + t), which the baseline of an architecture may have in software only.
+// fl(b * a + t). An architecture's baseline may have it only in software.
 PEFTK_INLINE Vec exact_fma(Vec b, Vec a, Vec t) {
 #if PEFTK_LEVEL_NUMBER == 0
     for (int i = 0; i < W; i++) t[i] = __builtin_fmaf(b[i], a[i], t[i]);
@@ -54,8 +54,8 @@ PEFTK_INLINE void write(void* to, V v) {
     memcpy(to, &v, sizeof v);
 }
 
-// A few hundred bytes. gcc makes such a loop a memcpy and that "rep movs", which starts too slowly; not where memory
-// might change in between.
+// Copies a few hundred bytes. gcc would turn the loop into memcpy and that into "rep movs", which starts too slowly.
+// The asm, which might change memory, prevents this.
 PEFTK_INLINE void copy(void* to, const void* from, int64_t bytes) {
     char* const t = static_cast<char*>(to);
     const char* const f = static_cast<const char*>(from);
@@ -67,9 +67,9 @@ PEFTK_INLINE void copy(void* to, const void* from, int64_t bytes) {
     for (; i < bytes; i++) t[i] = f[i];
 }
 
-// How a storage type is widened and rounded to, and how its bits read as lanes of the code. `round_to` writes a
-// register's worth of rounded values and returns them widened again; it is for finite results, which kLimit tells:
-// the bits of the smallest magnitude that would round to infinity.
+// How values of a storage type are rounded, and how their bits become lanes of the code. `round_to` writes a register
+// of rounded values and returns them widened again. Results must be finite, that is below kLimit: the bits of the
+// smallest magnitude that rounds to infinity.
 template <class T>
 struct Stored;
 
@@ -85,7 +85,7 @@ struct Stored<float> {
         store(to, v);
         return v;
     }
-    // between 32 bits and 8 by way of 16, which compilers know how to do in registers
+    // between 32 and 8 bits in two steps, for which compilers use registers only
     PEFTK_INLINE Codes narrow(Lanes lanes) {
         return __builtin_convertvector(__builtin_convertvector((SignedLanes)lanes, Halves), Codes);
     }
@@ -119,7 +119,7 @@ template <>
 struct Stored<f16> : Stored16 {
     static constexpr int32_t kLimit = 0x477ff000;
 
-    // the copy through memory is a move between registers to the compiler
+    // the compiler turns the copy through memory into a move between registers
     PEFTK_INLINE Vec round_to(f16* to, Vec v) {
         f16 stored[W];
         store(stored, v);
@@ -128,7 +128,7 @@ struct Stored<f16> : Stored16 {
     }
 };
 
-// What a block needs: W or W' of it, what becomes of it, W″, and the codes. Padded to whole tiles.
+// The buffers of a block, padded to whole tiles: W (or W' when unmerging), the new W', W″, and the codes.
 template <class T>
 struct Block {
     alignas(64) T weight[kTileRows][kPanelColumns];
@@ -156,7 +156,7 @@ PEFTK_INLINE void chains(const float* a, const float* b, int64_t R, int64_t r, i
 
 // d of a tile: the scaled chains of all adapters, added in order.
 template <int kRows>
-PEFTK_INLINE void differences(const MergeFactors& factors, const float* a, const float* b, Vec (*d)[kVectors]) {
+PEFTK_INLINE void deltas(const MergeFactors& factors, const float* a, const float* b, Vec (*d)[kVectors]) {
     chains<kRows>(a, b, factors.R, 0, factors.ends[0], d);
     const Vec scaling = set1(factors.scaling[0]);
     for (int i = 0; i < kRows; i++) {
@@ -172,8 +172,8 @@ PEFTK_INLINE void differences(const MergeFactors& factors, const float* a, const
     }
 }
 
-// W' and W″ of a block from W, or W″ from W' (kUnmerge). Whether all W' are finite. `ahead` is the next block of W in
-// memory: rows this far apart, the processor's own prefetching doesn't see it coming.
+// Computes W' and W″ of a block from W, or W″ from W' (kUnmerge). Returns whether all W' are finite. `ahead` is the
+// next block of W, to be prefetched: its rows are too far apart for the processor's own prefetching.
 template <class T, bool kUnmerge, int kRows>
 static bool round_block(const MergeSide& side, const float* b, int64_t column, int64_t columns, Block<T>& block,
                         const T* ahead, int64_t stride) {
@@ -183,7 +183,7 @@ static bool round_block(const MergeSide& side, const float* b, int64_t column, i
         const int64_t at = column + c;
         const float* a = side.packed + (at / kMergeGroup * side.factors.R) * kMergeGroup + at % kMergeGroup;
         Vec d[kRows][kVectors];
-        differences<kRows>(side.factors, a, b, d);
+        deltas<kRows>(side.factors, a, b, d);
         for (int i = 0; i < kRows; i++) {
             for (size_t byte = 0; byte < kColumns * sizeof(T); byte += 64) {
                 __builtin_prefetch(reinterpret_cast<const char*>(ahead + i * stride + c) + byte);
@@ -206,7 +206,7 @@ static bool round_block(const MergeSide& side, const float* b, int64_t column, i
     return most < S::kLimit;
 }
 
-// The codes of a block from W and W″. Whether any of them is raw.
+// Computes the codes of a block from W and W″. Returns whether any of them is raw.
 template <class T, int kRows>
 static bool encode_block(int64_t columns, Block<T>& block) {
     typedef Stored<T> S;
@@ -224,7 +224,7 @@ static bool encode_block(int64_t columns, Block<T>& block) {
     return memcmp(&raw, &none, sizeof raw) != 0;
 }
 
-// W of a block from W″ and the codes.
+// Computes W of a block from W″ and the codes.
 template <class T, int kRows>
 static void decode_block(int64_t columns, Block<T>& block) {
     typedef Stored<T> S;
@@ -244,16 +244,17 @@ PEFTK_INLINE uint32_t bits_of(float value) { return float_to_bits(value); }
 PEFTK_INLINE uint32_t bits_of(bf16 value) { return value.bits; }
 PEFTK_INLINE uint32_t bits_of(f16 value) { return value.bits; }
 
-// What a task's blocks share: widened rows of B, and where each row's next raw weight of `from` is.
+// Shared by a task's blocks: the widened rows of B, and each row's next raw weight of `from`.
 struct Rows {
     const float* b_from;
     const float* b_to;
     const RawWeight* next[kMergeTaskRows];
 };
 
-// One block: rows i … i + kRows - 1 of the task. False where it would not be finite; W is as it was then.
+// Merges one block: rows i … i + kRows - 1 of the task. Returns false, with W unchanged, if it would not be finite.
 template <class T, int kRows>
-static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t i, int64_t column, int64_t columns) {
+static bool merge_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t i, int64_t column,
+                        int64_t columns) {
     const int64_t first = task.first_row + i, padded = (columns + kMergeGroup - 1) / kMergeGroup * kMergeGroup;
     T* const weight = static_cast<T*>(pass.weight) + first * pass.stride + column;
     const T* const ahead = i + kRows < task.rows ? weight + kRows * pass.stride : weight - i * pass.stride + columns;
@@ -288,7 +289,7 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
             const int8_t *code = block.code[n], *end = code + columns;
             for (; (code = static_cast<const int8_t*>(memchr(code, merge_code::kRaw, end - code))); code++) {
                 const int64_t j = code - block.code[n];
-                keep_raw(task, (first + n) * pass.K + column + j, bits_of(block.weight[n][j]));
+                add_raw(task, (first + n) * pass.K + column + j, bits_of(block.weight[n][j]));
             }
         }
     }
@@ -305,24 +306,24 @@ static bool do_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t
 }
 
 template <class T>
-static void rows_of(const MergePass& pass, MergeTask& task, Rows& rows) {
+static void merge_task_rows(const MergePass& pass, MergeTask& task, Rows& rows) {
     const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
-    const int64_t fitting = kPanelFloats / ranks / kMergeGroup * kMergeGroup;
-    const int64_t panel = smaller(larger(fitting, kMergeGroup), kPanelColumns);
+    const int64_t fitting_columns = kPanelFloats / ranks / kMergeGroup * kMergeGroup;
+    const int64_t panel = smaller(larger(fitting_columns, kMergeGroup), kPanelColumns);
     for (int64_t column = 0; column < pass.K; column += panel) {
         const int64_t columns = smaller(panel, pass.K - column);
         for (int64_t i = 0; i < task.rows;) {
-            if (task.blocks == task.most_blocks || __atomic_load_n(pass.stop, __ATOMIC_RELAXED)) return;
+            if (task.blocks == task.max_blocks || __atomic_load_n(pass.stop, __ATOMIC_RELAXED)) return;
             const bool tall = i + kTileRows <= task.rows;
-            if (!(tall ? do_block<T, kTileRows>(pass, task, rows, i, column, columns)
-                       : do_block<T, 1>(pass, task, rows, i, column, columns))) {
+            if (!(tall ? merge_block<T, kTileRows>(pass, task, rows, i, column, columns)
+                       : merge_block<T, 1>(pass, task, rows, i, column, columns))) {
                 __atomic_store_n(pass.stop, 1, __ATOMIC_RELAXED);
                 return;
             }
             i += tall ? kTileRows : 1;
         }
     }
-    task.whole = true;
+    task.complete = true;
 }
 
 template <class Adapter>
@@ -358,14 +359,14 @@ void merge_rows(const MergePass& pass, MergeTask& task) {
     widen(from.lora_B, from.dtype, task.first_row * from.R, b, task.rows * from.R);
     widen(to.lora_B, to.dtype, task.first_row * to.R, b + task.rows * from.R, task.rows * to.R);
     Rows rows{b, b + task.rows * from.R, {}};
-    task.blocks = 0, task.whole = false;
+    task.blocks = 0, task.complete = false;
     for (int64_t i = 0; i < task.rows; i++) {
         rows.next[i] = first_raw(task.raws_from, task.raws_from_end, (task.first_row + i) * pass.K);
     }
     switch (pass.dtype) {
-        case kFloat32: rows_of<float>(pass, task, rows); break;
-        case kBFloat16: rows_of<bf16>(pass, task, rows); break;
-        case kFloat16: rows_of<f16>(pass, task, rows); break;
+        case kFloat32: merge_task_rows<float>(pass, task, rows); break;
+        case kBFloat16: merge_task_rows<bf16>(pass, task, rows); break;
+        case kFloat16: merge_task_rows<f16>(pass, task, rows); break;
     }
 }
 

@@ -1,11 +1,11 @@
-// The two register-tiled kernels that everything is made of.
+// The two register-tiled kernels on which all products are built.
 //
-// outer: lanes are `vectors` registers of one operand, the other is broadcast: c[i][lane] += Σ_s b[i][s] l[s][lane].
+// outer: lanes are `vectors` registers of one operand; the other is broadcast: c[i][lane] += Σ_s b[i][s] l[s][lane].
 // dot:   lanes run along the contraction: out[i][j] = Σ_k x[i][k] w[j][k].
 //
-// Sums have two levels: a part of the contraction is one chain of fma from zero in ascending order, and is then added
-// to the total. A single chain over thousands of terms would drift: where all terms are alike, roundings are too. Parts
-// begin at fixed places whatever the tile that an output falls into: results don't depend on how the work is cut.
+// Sums have two levels. A part of the contraction is one chain of fma from zero in ascending order, and is then added
+// to the total. A single chain over thousands of terms would drift, since similar terms have similar rounding errors.
+// Parts begin at fixed positions, whichever tile an output is in, so results do not depend on how the work is divided.
 #pragma once
 
 #include "cpu/kernels/vec.h"
@@ -13,7 +13,7 @@
 namespace peftk {
 namespace PEFTK_LEVEL {
 
-// Two consecutive bf16 of the contraction in one 32-bit lane, as the dot-product instruction takes them.
+// Two bf16 that are consecutive in the contraction, in one 32-bit lane, as the dot-product instruction reads them.
 struct __attribute__((packed, may_alias)) Pair {
     uint32_t bits;
 };
@@ -27,13 +27,14 @@ PEFTK_INLINE Vec accumulate(__m512i b, __m512i l, Vec acc) { return dp(acc, b, l
 PEFTK_INLINE __m512i load_lanes(const Pair* p) { return load_pairs(p); }
 #endif
 
-// A tile stays a function of its own: inlined into some of its callers, its loops ran up to 3 % slower.
+// Tiles are not inlined: inlined into some of their callers, their loops ran up to 3 % slower.
 #define PEFTK_TILE static __attribute__((noinline))
 
-// Rows of a tile that is `vectors` registers wide, so that accumulators, lanes and one broadcast fit the registers.
+// Rows of a tile that is `vectors` registers wide: accumulators, lanes and one broadcast fit into the registers.
 constexpr int tile_rows(int vectors) { return vectors == 3 ? kRowsOfThree : kRowsOfTwo; }
 
-// How a width of some registers is cut into panels: full ones first, and rather two narrower ones than one of width 1.
+// Divides a width in registers into panels: full ones first, then narrower ones; two narrower ones rather than one
+// of width 1.
 struct Panels {
     int64_t vectors;
 
@@ -63,18 +64,19 @@ struct Operand {
     int64_t row, step;
 };
 
-// What the next tiles will want, a cache line of each at every step: along `lanes` into L1, and into L2 kAheadLines
-// lines of each of the `rows`. Wrong addresses do no harm.
-struct Ahead {
+// What to prefetch for the next tiles, one cache line of each at every step: along `lanes` into L1, and kPrefetchLines
+// lines of each of the `rows` into L2. Invalid addresses do no harm.
+struct Prefetch {
     const char* lanes;
     int64_t lanes_step;  // bytes
     const char* rows;
     int64_t rows_step;
 };
-constexpr int kAheadLines = 16;
+constexpr int kPrefetchLines = 16;
 
-// Steps of a part. A chain of n like terms errs by up to n / 4 units in the last place; docs/numerics.md allows 2 √n.
-// Results of pairs are rounded to bf16, which outweighs any of it: there a part is as long as the caller's loop.
+// Steps of a part. A chain of n similar terms has an error of up to n / 4 units in the last place; docs/numerics.md
+// allows 2 √n. Results of pairs are rounded to bf16, which outweighs that error, so their part is as long as the
+// caller's loop.
 template <class T>
 struct OuterPart {
     static constexpr int64_t kSteps = 32;
@@ -86,12 +88,12 @@ struct OuterPart<Pair> {
 
 template <class T, int kRows, int kVectors>
 PEFTK_TILE void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row, bool fresh,
-                           Ahead ahead) {
+                           Prefetch ahead) {
     Vec acc[kRows][kVectors];
     const T* rows = b.data;
     int64_t s = 0;
     do {
-        // every loop over the tile must be unrolled: an index that is not a constant would put the tile in memory
+        // every loop over the tile must be unrolled, since a variable index would put the tile into memory
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 4
@@ -100,7 +102,7 @@ PEFTK_TILE void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t ste
         const int64_t end = s + OuterPart<T>::kSteps < steps ? s + OuterPart<T>::kSteps : steps;
         for (; s < end; ahead.rows += ahead.rows_step) {
             const char* line = ahead.rows;
-            for (const int64_t stop = s + kAheadLines < end ? s + kAheadLines : end; s < stop; s++) {
+            for (const int64_t stop = s + kPrefetchLines < end ? s + kPrefetchLines : end; s < stop; s++) {
                 decltype(load_lanes(l)) lanes[kVectors];
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; v++) lanes[v] = load_lanes(l + v * W);
@@ -140,7 +142,7 @@ PEFTK_TILE void outer_tile(Operand<T> b, const T* l, int64_t l_step, int64_t ste
 
 template <class T, int kRows, int kVectors>
 static void outer_rows(int rows, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c, int64_t c_row,
-                       bool fresh, Ahead ahead) {
+                       bool fresh, Prefetch ahead) {
     if (rows == kRows) {
         outer_tile<T, kRows, kVectors>(b, l, l_step, steps, c, c_row, fresh, ahead);
     } else if constexpr (kRows > 1) {
@@ -150,7 +152,7 @@ static void outer_rows(int rows, Operand<T> b, const T* l, int64_t l_step, int64
 
 template <class T, int kVectors>
 static void outer_vectors(int rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
-                          int64_t c_row, bool fresh, Ahead ahead) {
+                          int64_t c_row, bool fresh, Prefetch ahead) {
     if (vectors == kVectors) {
         outer_rows<T, tile_rows(kVectors), kVectors>(rows, b, l, l_step, steps, c, c_row, fresh, ahead);
     } else if constexpr (kVectors > 1) {
@@ -158,13 +160,13 @@ static void outer_vectors(int rows, int vectors, Operand<T> b, const T* l, int64
     }
 }
 
-// rows of b times one panel of `vectors` <= kMaxVectors registers; c [rows, c_row] is started anew if `fresh`.
-// ahead(i) says what to fetch during the tile that starts with row i.
-template <class T, class AheadOf>
+// `rows` rows of b times one panel of `vectors` <= kMaxVectors registers, added to c [rows, c_row], or stored there if
+// `fresh`. ahead(i) is what to prefetch during the tile that starts at row i.
+template <class T, class PrefetchOf>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
-                  int64_t c_row, bool fresh, AheadOf ahead) {
+                  int64_t c_row, bool fresh, PrefetchOf ahead) {
     if (rows == 0) return;
-    // tiles of about the same height: a low one has too few sums to hide the latency of fma
+    // tiles of about the same height, since a low tile has too few sums to hide the latency of fma
     const int64_t tiles = (rows + tile_rows(vectors) - 1) / tile_rows(vectors), height = (rows + tiles - 1) / tiles;
     for (int64_t i = 0; i < rows; i += height) {
         const int count = int(rows - i < height ? rows - i : height);
@@ -176,18 +178,18 @@ static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l
 template <class T>
 static void outer(int64_t rows, int vectors, Operand<T> b, const T* l, int64_t l_step, int64_t steps, float* c,
                   int64_t c_row, bool fresh) {
-    const char* anywhere = reinterpret_cast<const char*>(c);
+    const char* harmless = reinterpret_cast<const char*>(c);
     outer<T>(rows, vectors, b, l, l_step, steps, c, c_row, fresh,
-             [&](int64_t) { return Ahead{anywhere, 0, anywhere, 0}; });
+             [&](int64_t) { return Prefetch{harmless, 0, harmless, 0}; });
 }
 
-// A row in fp32 whose blocks of 2W elements lie as W even ones and W odd ones, with zeros after the last: the order
-// in which bf16 widen without a shuffle.
+// A row in fp32 in which every block of 2W elements is stored as W even and then W odd elements, padded with zeros: the
+// order in which bf16 can be widened without a shuffle.
 struct __attribute__((packed, may_alias)) EvenOdd {
     float value;
 };
 
-// kElements of both rows, in kRegisters registers each.
+// A step of the dot product: kElements elements of both rows, in kRegisters registers each.
 template <class T, class U>
 struct DotStep {
     static constexpr int kElements = W, kRegisters = 1;
@@ -221,13 +223,13 @@ struct DotStep<bf16, bf16> {
 };
 #endif
 
-// A part of the contraction: its sums are added to the lanes' totals, or out they go.
+// A part of the contraction. Its sums are added to the totals of the lanes; at the end the totals are reduced to `out`.
 struct Part {
     int64_t first, last;  // elements
     bool starts, ends;
 };
-constexpr int64_t kDotPart = 64;       // steps: the rows of w stay in L1 while the other tiles of tokens take them
-constexpr int64_t kLongPart = 32 * W;  // for one tile: as many as W chains side by side allow, for n = W * kLongPart
+constexpr int64_t kDotPart = 64;       // steps: the rows of w stay in L1 while all tiles of tokens use them
+constexpr int64_t kLongPart = 32 * W;  // for a single tile: as many steps as the error of W parallel chains allows
 
 template <class T, class U, int kTokens, int kRows>
 PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total, float* out,
@@ -242,10 +244,10 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int r = 0; r < Step::kRegisters; r++) {
-            // Read again for the second register: kept from the first time, they would not leave room for the tile.
+            // Rows are loaded again for the second register: kept in registers, they would leave no room for the tile.
             const U* rows = w;
             if constexpr (Step::kRegisters > 1) asm volatile("" : "+r"(rows));
-            // the fewer operands stay in registers while the others pass by
+            // the side with fewer operands stays in registers
             if constexpr (kTokens <= kRows) {
                 decltype(load_first(x[0], r)) first[kTokens];
 #pragma GCC unroll 8
@@ -309,7 +311,7 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
     }
 }
 
-// `ahead` are rows that will be wanted next, of which each of the tiles fetches its share.
+// `ahead`: the rows that are needed next. Each tile prefetches its share of them.
 template <class T, class U, int kTokens, int kRows>
 static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total,
                        float* out, int64_t out_row, const U* ahead, int64_t ahead_row) {
@@ -325,11 +327,11 @@ static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_
     }
 }
 
-// kTokens: of the tallest tile.
+// kTokens: tokens of the tallest tile.
 template <class T, class U, int kTokens, int kRows>
 static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
                      int64_t out_row, const U* ahead) {
-    Vec total[kMostDotTokens * kRows];
+    Vec total[kMaxDotTokens * kRows];
     const int64_t length = (tokens <= kTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
     const int64_t tiles = (tokens + kTokens - 1) / kTokens;
     int64_t first = 0;
@@ -341,21 +343,21 @@ static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_ro
     } while (first < K);
 }
 
-// One token reads W at the speed of memory. Rows of w that lie apart are read side by side: each is a stream of its own
-// to the processor's prefetchers, through pages that follow one another, and they get more out of memory that way.
+// With one token, the speed is that of reading W. kStreams distant rows of w are read in parallel: each is a separate
+// stream of consecutive pages for the processor's prefetchers, which reach a higher bandwidth that way.
 template <class T, class U>
 static void dot_streams(const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out) {
-    const int64_t apart = rows / kStreams;
-    for (int64_t i = 0; i < apart; i++) {
+    const int64_t spacing = rows / kStreams;
+    for (int64_t i = 0; i < spacing; i++) {
         float sums[kStreams];
         const U* first = w + i * w_row;
-        dot_rows<T, U, 1, kStreams>(1, x, first, apart * w_row, K, sums, kStreams, first);
-        for (int s = 0; s < kStreams; s++) out[i + s * apart] = sums[s];
+        dot_rows<T, U, 1, kStreams>(1, x, first, spacing * w_row, K, sums, kStreams, first);
+        for (int s = 0; s < kStreams; s++) out[i + s * spacing] = sums[s];
     }
 }
 
-// out [tokens, out_row] = rows x[i] times `rows` rows of w; at most kMostDotTokens tokens. `after`: the rows that the
-// next call will want.
+// out [tokens, out_row] = rows x[i] times `rows` rows of w, for at most kMaxDotTokens tokens. `after`: the rows that
+// the next call reads.
 template <class T, class U>
 static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out,
                 int64_t out_row, const U* after) {

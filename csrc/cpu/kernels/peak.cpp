@@ -1,4 +1,4 @@
-// The processor's peak: as many independent chains as the product's tile has accumulators, and nothing but them.
+// The processor's peak: only multiply-adds, in as many independent chains as the product's tile has accumulators.
 #include "cpu/peak.h"
 
 #include "cpu/kernels/micro.h"
@@ -9,20 +9,21 @@ namespace {
 
 constexpr int kChains = 2 * kRowsOfTwo;
 
-// Each chain multiplies by its own value: a product of two constants could be taken out of the loop.
-PEFTK_INLINE Vec next(Vec value, Vec factor) { return fma(value, factor, factor); }
+// A step of a chain multiplies its value: the compiler could move a product of two constants out of the loop.
+PEFTK_INLINE Vec chain_step(Vec value, Vec factor) { return fma(value, factor, factor); }
 #ifdef PEFTK_DP
-PEFTK_INLINE Vec next(Vec value, __m512i pairs) { return dp(value, pairs, pairs); }
+PEFTK_INLINE Vec chain_step(Vec value, __m512i pairs) { return dp(value, pairs, pairs); }
 #endif
 
 template <class Factor>
-float chains(int64_t steps, Factor factor) {
+float run_chains(int64_t steps, Factor factor) {
     Vec value[kChains];
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; i++) value[i] = set1(float(i));  // all different: equal chains would be made one
+    for (int i = 0; i < kChains; i++)
+        value[i] = set1(float(i));  // all different, so that the compiler cannot combine equal chains
     for (int64_t s = 0; s < steps; s++) {
 #pragma GCC unroll 32
-        for (int i = 0; i < kChains; i++) value[i] = next(value[i], factor);
+        for (int i = 0; i < kChains; i++) value[i] = chain_step(value[i], factor);
     }
     Vec sum = zero();
     for (int i = 0; i < kChains; i++) sum = add(sum, value[i]);
@@ -35,15 +36,15 @@ void fma_chains(int64_t multiply_adds, [[maybe_unused]] bool pairs, float* sum) 
     constexpr int64_t step = kChains * W;
 #ifdef PEFTK_DP
     if (pairs) {
-        *sum = chains((multiply_adds + 2 * step - 1) / (2 * step), set1_pair(float_to_bits(*sum)));
+        *sum = run_chains((multiply_adds + 2 * step - 1) / (2 * step), set1_pair(float_to_bits(*sum)));
         return;
     }
 #endif
-    *sum = chains((multiply_adds + step - 1) / step, set1(*sum));
+    *sum = run_chains((multiply_adds + step - 1) / step, set1(*sum));
 }
 
-// Eight streams at once, which the prefetchers follow. Zen 5, two threads, AVX-512, 32 / 64 MiB: one stream read 72 /
-// 66 GB/s and these 147 / 96; six or twelve were slower than either, and prefetching in software gained nothing.
+// Reads eight streams at once, which the prefetchers follow. On Zen 5, two threads, AVX-512, 32 / 64 MiB: one stream
+// read 72 / 66 GB/s, eight read 147 / 96. Six or twelve streams were slower, and software prefetching gained nothing.
 void read_lines(const void* from, int64_t bytes, uint64_t* sum) {
     typedef uint64_t Words __attribute__((vector_size(4 * W), aligned(8), may_alias));
     constexpr int64_t kStreams = 8, kSums = 8, kLine = 64, kSize = sizeof(Words);

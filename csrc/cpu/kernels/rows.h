@@ -1,4 +1,4 @@
-// Moving rows of a matrix into the forms that the micro-kernels take: widened, dropped out, transposed, paired.
+// Converts rows of a matrix to the forms that the micro-kernels read: widened, with dropout, transposed, in pairs.
 #pragma once
 
 #include "common/philox.h"
@@ -23,7 +23,7 @@ static inline void with_type(int dtype, F f) {
     }
 }
 
-// An element's address in a matrix of run-time type.
+// The address of an element of a matrix whose dtype is known at run time.
 static inline const void* at(const void* base, int dtype, int64_t element) {
     return static_cast<const char*>(base) + element * size_of(dtype);
 }
@@ -31,7 +31,7 @@ static inline void* at(void* base, int dtype, int64_t element) {
     return static_cast<char*>(base) + element * size_of(dtype);
 }
 
-// n contiguous elements to fp32. Whole registers are written: up to W - 1 zeros after the last element.
+// Widens n contiguous elements to fp32. Writes whole registers: up to W - 1 zeros after the last element.
 template <class T>
 static void widen(const T* from, int64_t n, float* to) {
     int64_t i = 0;
@@ -43,7 +43,7 @@ static inline void widen(const void* from, int dtype, int64_t n, float* to) {
     with_type(dtype, [&](auto type) { widen(static_cast<const decltype(type)*>(from), n, to); });
 }
 
-// n contiguous elements as EvenOdd: whole blocks are written.
+// Converts n contiguous elements to EvenOdd. Writes whole blocks.
 template <class T>
 static void split_even_odd(const T* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i += 2 * W) {
@@ -61,7 +61,7 @@ static void split_even_odd(const T* from, int64_t n, float* to) {
     }
 }
 
-// fp32 to n contiguous elements.
+// Rounds n contiguous fp32 elements to dtype.
 static inline void narrow(const float* from, int64_t n, void* to, int dtype) {
     with_type(dtype, [&](auto type) {
         auto* out = static_cast<decltype(type)*>(to);
@@ -71,8 +71,8 @@ static inline void narrow(const float* from, int64_t n, void* to, int dtype) {
     });
 }
 
-// Dropout of columns first … first + n - 1 of row m of [M, columns]: kept elements are scaled, others become 0.
-static void drop(const Dropout& dropout, int64_t m, int64_t columns, int64_t first, int64_t n, float* row) {
+// Applies dropout to columns first … first + n - 1 of row m of [M, columns]: kept elements are scaled, others become 0.
+static void apply_dropout(const Dropout& dropout, int64_t m, int64_t columns, int64_t first, int64_t n, float* row) {
     uint64_t element = uint64_t(m) * uint64_t(columns) + uint64_t(first);
     uint32_t words[64];
     for (int64_t i = 0; i < n;) {
@@ -86,21 +86,21 @@ static void drop(const Dropout& dropout, int64_t m, int64_t columns, int64_t fir
     }
 }
 
-// The same to memory.
+// Transposes a W x W block to memory.
 template <class T>
 PEFTK_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
-    Vec turned[W];
-    transpose(from, from_stride, turned);
+    Vec transposed[W];
+    transpose(from, from_stride, transposed);
 #pragma GCC unroll 16
-    for (int j = 0; j < W; j++) store(to + j * to_stride, turned[j]);
+    for (int j = 0; j < W; j++) store(to + j * to_stride, transposed[j]);
 }
 
-// `lanes` rows (at most W) of n 32-bit elements, row i at from(i), to [n, to_step]: element s of row i goes to
-// to[s * to_step + i]. Missing rows become zeros. `copy(i, s, count, buffer)` writes a row's elements s … s + count - 1
-// and zeros after them to a buffer of W.
+// Transposes `lanes` rows (at most W) of n 32-bit elements to [n, to_step]: element s of row i goes to
+// to[s * to_step + i]. Missing rows become zeros. `copy(i, s, count, buffer)` writes elements s … s + count - 1 of row
+// i, and zeros after them, to a buffer of W elements.
 template <class Copy>
 static inline void transpose_rows(int lanes, int64_t n, float* to, int64_t to_step, Copy copy) {
-    alignas(64) float block[W * W], turned[W * W];
+    alignas(64) float block[W * W], transposed[W * W];
     for (int64_t s = 0; s < n; s += W) {
         const int count = int(min64(W, n - s));
         for (int i = 0; i < lanes; i++) copy(i, s, count, block + i * W);
@@ -108,14 +108,14 @@ static inline void transpose_rows(int lanes, int64_t n, float* to, int64_t to_st
         if (count == W) {
             transpose(block, W, to + s * to_step, to_step);
         } else {
-            transpose(block, W, turned, W);
-            for (int j = 0; j < count; j++) store(to + (s + j) * to_step, load(turned + j * W));
+            transpose(block, W, transposed, W);
+            for (int j = 0; j < count; j++) store(to + (s + j) * to_step, load(transposed + j * W));
         }
     }
 }
 
 #ifdef PEFTK_DP
-// n bf16 as (n + 1) / 2 pairs, the last one with a zero if n is odd; whole registers are written.
+// Copies n bf16 as (n + 1) / 2 pairs, the last one with a zero if n is odd. Writes whole registers.
 [[maybe_unused]] static void copy_pairs(const bf16* from, int64_t n, Pair* to) {
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) _mm512_storeu_si512(to + i / 2, load_pairs(from + i));

@@ -2,10 +2,10 @@
 //
 //   W, Vec; zero, set1, load, store, add, mul, fma, reduce (the sum of the lanes)
 //   load of bf16 and f16 with exact widening, store with rounding to nearest even (NaN stays NaN, subnormals are kept)
-//   load_even, load_odd: every second one of 2W bf16, at the price of one instruction beside the load
-//   load_n, store_n: the first n < W elements; the others read as 0, and stay as they are in memory
-//   transpose: a W x W block to W registers of fp32 (of fp32: a block of any 32-bit lanes)
-//   Dp levels (PEFTK_DP): dp(acc, a, b), acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1] for bf16 pairs in 32-bit lanes
+//   load_even, load_odd: every second of 2W bf16, with one instruction in addition to the load
+//   load_n, store_n: the first n < W elements; the others are read as 0, and not written
+//   transpose: a W x W block to W registers of fp32 (from fp32: also of any other 32-bit values)
+//   with PEFTK_DP: dp(acc, a, b), acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1] for bf16 pairs in 32-bit lanes
 //
 // Everything is static and inside the level's namespace (see common/dtype.h for why).
 #pragma once
@@ -14,7 +14,7 @@
 
 #define PEFTK_INLINE static inline __attribute__((always_inline))
 
-// #if can't compare names: each level gets a number.
+// #if cannot compare names, so each level has a number.
 #define PEFTK_NUMBER_portable 0
 #define PEFTK_NUMBER_avx2 1
 #define PEFTK_NUMBER_avx512 2

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C: eight floats, sixteen registers.
+// AVX2, FMA and F16C: 8 floats per register, 16 registers.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@ namespace PEFTK_LEVEL {
 constexpr int W = 8;
 typedef __m256 Vec;
 constexpr int kRowsOfTwo = 6, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 48, kDotTokens = 4, kDotRows = 3,
-              kMostDotTokens = 16, kStreams = 1;
+              kMaxDotTokens = 16, kStreams = 1;
 
 PEFTK_INLINE Vec zero() { return _mm256_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }

@@ -1,4 +1,4 @@
-// AVX-512 F/BW/VL/DQ: sixteen floats, thirty-two registers, masks; with AVX512_BF16 its dot product of bf16 pairs.
+// AVX-512 F/BW/VL/DQ: 16 floats per register, 32 registers, masks. With AVX512_BF16 also its dot product of bf16 pairs.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "common/dtype.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// gcc's own intrinsics pass registers that they leave undefined on purpose
+// gcc's intrinsics pass registers that are undefined on purpose
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -17,7 +17,7 @@ namespace PEFTK_LEVEL {
 constexpr int W = 16;
 typedef __m512 Vec;
 constexpr int kRowsOfTwo = 13, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 104, kDotTokens = 4, kDotRows = 6,
-              kMostDotTokens = 16, kStreams = 8;
+              kMaxDotTokens = 16, kStreams = 8;
 
 PEFTK_INLINE Vec zero() { return _mm512_setzero_ps(); }
 PEFTK_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }
@@ -47,7 +47,7 @@ PEFTK_INLINE Vec load_odd(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));
 }
 
-// In integers: vcvtneps2bf16 would flush subnormals.
+// With integer instructions, since vcvtneps2bf16 flushes subnormals.
 PEFTK_INLINE __m256i narrow(Vec v, bf16) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -97,12 +97,12 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
 
 #if defined(__AVX512BF16__)
 #define PEFTK_DP 1
-// The instruction's own arithmetic: subnormal inputs and sums count as zero.
+// The instruction treats subnormal inputs and sums as zero.
 PEFTK_INLINE Vec dp(Vec acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 PEFTK_INLINE __m512i load_pairs(const void* p) { return _mm512_loadu_si512(p); }
 PEFTK_INLINE __m512i load_pairs_n(const bf16* p, int n) { return _mm512_maskz_loadu_epi16((1ull << n) - 1, p); }
 PEFTK_INLINE __m512i set1_pair(uint32_t pair) { return _mm512_set1_epi32(int(pair)); }
-// Two rows of 16 bf16 (rows of consecutive contraction indices) to 16 pairs.
+// Interleaves two rows of 16 bf16, at consecutive contraction indices, to 16 pairs.
 PEFTK_INLINE __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }

@@ -1,4 +1,4 @@
-// AArch64 Advanced SIMD: four floats, thirty-two registers.
+// AArch64 Advanced SIMD: 4 floats per register, 32 registers.
 #pragma once
 
 #include <arm_neon.h>
@@ -11,7 +11,7 @@ namespace PEFTK_LEVEL {
 constexpr int W = 4;
 typedef float32x4_t Vec;
 constexpr int kRowsOfTwo = 10, kRowsOfThree = 8, kMaxVectors = 3, kBlockRows = 80;
-constexpr int kDotTokens = 4, kDotRows = 4, kMostDotTokens = 8, kStreams = 1;
+constexpr int kDotTokens = 4, kDotRows = 4, kMaxDotTokens = 8, kStreams = 1;
 
 PEFTK_INLINE Vec zero() { return vdupq_n_f32(0); }
 PEFTK_INLINE Vec set1(float x) { return vdupq_n_f32(x); }

@@ -1,4 +1,4 @@
-// Four floats by the compiler's own vector type: SSE2, NEON or plain code, whatever the architecture always has.
+// 4 floats in the compiler's own vector type: SSE2, NEON or scalar code, depending on the architecture's baseline.
 #pragma once
 
 #include "common/dtype.h"
@@ -8,9 +8,10 @@ namespace PEFTK_LEVEL {
 
 constexpr int W = 4;
 typedef float Vec __attribute__((vector_size(16)));
-// Registers for accumulators: rows x vectors of the outer-product kernel, tokens x rows of the dot-product kernel.
+// Tile sizes, limited by the registers for accumulators: rows x vectors of the outer-product kernel, tokens x rows of
+// the dot-product kernel.
 constexpr int kRowsOfTwo = 4, kRowsOfThree = 0, kMaxVectors = 2, kBlockRows = 64, kDotTokens = 2, kDotRows = 2,
-              kMostDotTokens = 8, kStreams = 1;
+              kMaxDotTokens = 8, kStreams = 1;
 
 PEFTK_INLINE Vec zero() { return Vec{}; }
 PEFTK_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }

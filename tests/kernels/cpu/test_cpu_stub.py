@@ -1,4 +1,4 @@
-"""What `peftk/_cpu.pyi` declares is what the module has, and what an argument that is wrong raises."""
+"""`peftk/_cpu.pyi` declares what the module has, and wrong arguments raise the right errors."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_every_argument_is_needed_and_known_by_its_name() -> None:
         function(**dict(reversed(arguments.items())))
         for name in arguments:
             some = {key: value for key, value in arguments.items() if key != name}
-            with pytest.raises(TypeError, match=rf"misses argument '{name}'"):
+            with pytest.raises(TypeError, match=rf"missing argument '{name}'"):
                 function(**some)
             for wrong in ("1", None, torch.tensor(1), -(10**400)):
                 with pytest.raises(TypeError, match=rf"argument '{name}': expected .*, got "):
                     function(**some, **{name: wrong})
-        with pytest.raises(TypeError, match="knows no argument 'colour'"):
+        with pytest.raises(TypeError, match="unknown argument 'colour'"):
             function(**arguments, colour=1)
         with pytest.raises(TypeError, match="takes 0 positional arguments, got 1"):
             function(1, **arguments)
@@ -65,11 +65,11 @@ def test_values_that_cannot_be() -> None:
     linear, one = _cpu.Linear.over_base(**NOTHING), _cpu.Adapters.one(**ONE)
     with pytest.raises(ValueError, match="x_dtype: expected a dtype code 0, 1 or 2, got 3"):
         _cpu.Linear.over_base(**NOTHING | {"x_dtype": 3})
-    with pytest.raises(ValueError, match="scaling: expected one for each of 1 or more adapters, got 1 for 2"):
+    with pytest.raises(ValueError, match="scaling: expected one for each adapter, and at least one, got 1 for 2"):
         _cpu.MergeSide.of(**SIDE | {"ends": [1, 2]})
     dy = {"dy": 0, "dy_stride": 0, "dy_dtype": 0}
-    with pytest.raises(ValueError, match="grads: expected one for each of 1 adapters, got 0"):
+    with pytest.raises(ValueError, match="grads: expected one entry for each of 1 adapters, got 0"):
         _cpu.lora_linear_backward(linear, one, **dy, grads=[])
     for wrong in ([(0, 0, 0)], [(0,) * 5], [0], 0):
-        with pytest.raises(TypeError, match="argument 'grads': expected list, each 4 times int of 64 bits, got"):
+        with pytest.raises(TypeError, match="argument 'grads': expected list of tuple of 4 × int of 64 bits, got"):
             _cpu.lora_linear_backward(linear, one, **dy, grads=wrong)  # type: ignore[arg-type]

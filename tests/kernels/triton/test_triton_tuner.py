@@ -20,7 +20,7 @@ FORMS = [
     (target, dtype, M, many, backward)
     for target in [*TARGETS, *MORE_TARGETS]
     for dtype in (BF16, F16)
-    for M in config.HEIGHTS
+    for M in config.ROW_LIMITS
     for many in (False, True)
     for backward in (False, True)
 ]
@@ -32,7 +32,7 @@ def name(target: int | str) -> int | str:
 
 @pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=0, full=4))
 def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
-    shape = config.Form(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape()
+    shape = config.CallShape(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape_class()
     for plan in config.candidates(shape, name(target)):
         fits(compile_call(target, M, (dtype, dtype, dtype), many=many, backward=backward, plan=plan), target)
 

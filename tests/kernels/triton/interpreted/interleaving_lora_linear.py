@@ -89,12 +89,16 @@ PUBLISH = 'tl.atomic_add(counters + READY + row_block, 1, sem="release")'
 BARRIER = "    tl.debug_barrier()\n    "
 LEFT = 'tl.atomic_add(counters + LEFT, 1, sem="acq_rel") == tl.num_programs(0) - 1:'
 ARRIVED = 'tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == splits - 1'
-DRAWN = "tile = draw(counters) if ONCE else tl.program_id(0)"
+DRAWN = "tile = draw_ticket(counters) if ONCE else tl.program_id(0)"
 
 # name: (what must come out in some schedule, the module, changes of its source)
 MUTANTS = {
     "block id for ticket": ("hang", lora_linear, (DRAWN, "tile = tl.program_id(0)")),
-    "expand tiles first": ("hang", lora_linear, (DRAWN, "tile = shrink_tiles + expand_tiles - 1 - draw(counters)")),
+    "expand tiles first": (
+        "hang",
+        lora_linear,
+        (DRAWN, "tile = shrink_tiles + expand_tiles - 1 - draw_ticket(counters)"),
+    ),
     "z not released": ("wrong", tickets, (PUBLISH, PUBLISH.replace("release", "relaxed"))),
     "z not acquired": ("wrong", tickets, ('0, sem="acquire"', '0, sem="relaxed"')),
     "no barrier before the release of z": ("wrong", tickets, (BARRIER + PUBLISH, "    " + PUBLISH)),

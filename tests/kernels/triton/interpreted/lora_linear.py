@@ -19,7 +19,7 @@ from peftk.backends import triton as backend
 from peftk.reference import philox
 from peftk.triton_kernels import config
 from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
-from peftk.triton_kernels.philox import keep
+from peftk.triton_kernels.philox import keep_mask
 from tests.support import numerics
 from tests.support.cases import Case, double, expected, normal, random_case
 from tests.support.tiers import spread
@@ -115,7 +115,7 @@ def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype
 
 
 def test_shrink_is_split_where_it_would_run_alone() -> None:
-    form = config.Form(5, 40, 300, False, False, False, False, F32, F32, F32, False, 1)
+    form = config.CallShape(5, 40, 300, False, False, False, False, F32, F32, F32, False, 1)
     assert config.lora_linear(form, "interpreter").shrink_splits == 2  # test_shapes has this case
 
 
@@ -216,7 +216,7 @@ def test_outputs_round_to_nearest_even(dtype: torch.dtype) -> None:
 @triton.jit
 def _keep_kernel(seed, out, first_row, K, threshold, QUADS: tl.constexpr, WIDTH: tl.constexpr):
     row = first_row + tl.arange(0, 4).to(tl.int64)
-    kept = keep(seed, row, 8, K, threshold, QUADS, WIDTH)
+    kept = keep_mask(seed, row, 8, K, threshold, QUADS, WIDTH)
     tl.store(out + tl.arange(0, 4)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], kept.to(tl.int8))
 
 

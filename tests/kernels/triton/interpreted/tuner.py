@@ -35,12 +35,12 @@ def fastest(name: str) -> tuner.Timer:
     return time
 
 
-def tune(name: str = "once=False") -> dict[str, tuner.Found]:
+def tune(name: str = "once=False") -> dict[str, tuner.TuningResult]:
     return tuner.tune(CPU, dtypes=(BF16,), timer=fastest(name), tokens=(16,), dim=32)
 
 
-def shape(M: int = 16) -> config.Shape:
-    return config.Form(M, 32, 32, False, False, False, True, BF16, BF16, BF16, False, 1).shape()
+def shape(M: int = 16) -> config.ShapeClass:
+    return config.CallShape(M, 32, 32, False, False, False, True, BF16, BF16, BF16, False, 1).shape_class()
 
 
 def keep() -> None:
@@ -160,7 +160,7 @@ def test_splits_fill_the_processors_and_cost_little() -> None:
         (64, 128, 8192),
         (4, 32000, 256),
     ]:
-        plan = config.lora_linear(config.Form(M, N, K, False, False, False, True, BF16, BF16, BF16, False, 1), 90)
+        plan = config.lora_linear(config.CallShape(M, N, K, False, False, False, True, BF16, BF16, BF16, False, 1), 90)
         tiles = -(-M // plan.BLOCK_M) * -(-N // plan.BLOCK_N)
         splits.append(plan.expand_splits)
         if plan.expand_splits > 1:
