@@ -28,8 +28,9 @@ def expand_tile(
 ):  # fmt: skip
     """Computes one tile of y, or one split of it: first the whole base product, then the adapters of its rows.
 
-    x_tiles is a tensor descriptor of x, or None. W_TILES: weight is a pointer (""), or a tensor descriptor of W ("nk")
-    or of Wᵀ ("kn"). ready: how many shrink tiles must be complete for every `ready_rows` rows of a row block.
+    x_tiles is a tensor descriptor of x, or None. W_TILES: weight is a pointer to W (""), a tensor descriptor of W
+    ("nk") or of Wᵀ ("kn"), or a pointer to the base layer's part of y [M, N] ("base"). ready: how many shrink tiles
+    must be complete for every `ready_rows` rows of a row block.
     """
     split = tile % splits
     tile = tile // splits
@@ -47,9 +48,9 @@ def expand_tile(
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = rows_at(position, order, M, MANY)
     x_row = x + row * stride_xm
-    if weight is None:
-        x_tile = tl.load(x_row[:, None] + n[None, :].to(tl.int64) * stride_xk, mask=(n < N)[None, :], other=0.0)
-        acc = x_tile.to(tl.float32)
+    if W_TILES == "base":
+        base = weight + row[:, None] * stride_wn + n[None, :].to(tl.int64) * stride_wk
+        acc = tl.load(base, mask=(position < M)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
     else:
         k_from = 0
         k_to = K

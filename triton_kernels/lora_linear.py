@@ -140,6 +140,7 @@ def forward(
     adapters: Adapters,
     segments: Segments | None,
     *,
+    base: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     save_z: bool = False,
@@ -148,13 +149,14 @@ def forward(
     """y [M, N] in x's dtype and, with save_z, z [M, z_width] in fp32 (0 where the row's adapter has no such rank).
 
     x [M, K] and weight [N, K] have any strides, bias [N] is contiguous; weight None is the identity. segments is None
-    with one adapter. plan: replaces the chosen plan. Nothing is copied between host and device and the host does not
-    wait, so a CUDA graph can capture the call.
+    with one adapter. base: y [M, N], contiguous, if xWᵀ + bias is already computed; the adapters are added to it in
+    place, and weight and bias are None. plan: replaces the chosen plan. Nothing is copied between host and device and
+    the host does not wait, so a CUDA graph can capture the call.
     """
     M, K = x.shape
-    N = K if weight is None else weight.shape[0]
+    N = base.shape[1] if base is not None else K if weight is None else weight.shape[0]
     z = torch.empty(M, adapters.z_width, dtype=torch.float32, device=x.device)
-    y = _launch(x, weight, bias, N, z, None, adapters, segments, dropout_p, seed, dense=save_z, plan=plan)
+    y = _launch(x, weight, bias, N, z, None, adapters, segments, dropout_p, seed, base=base, dense=save_z, plan=plan)
     return y, z if save_z else None
 
 
@@ -166,6 +168,7 @@ def backward(
     segments: Segments | None,
     z: Tensor | None,
     *,
+    base: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     need_dx: bool = True,
@@ -173,7 +176,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """dX [M, columns] in dy's dtype (None without need_dx) and u [M, z_width] in fp32, from dY [M, N] and forward's z.
 
-    z may be None if no adapter has an activation. Everything else is as in `forward`.
+    z may be None if no adapter has an activation. base [M, columns]: dY W, which becomes dX. Everything else is as in
+    `forward`.
     """
     u = torch.empty(dy.shape[0], adapters.z_width, dtype=torch.float32, device=dy.device)
     z = u if z is None else z  # None: the kernel does not read it
@@ -189,6 +193,7 @@ def backward(
         segments,
         dropout_p,
         seed,
+        base=base,
         dense=True,
         backward=True,
         plan=plan,
@@ -208,13 +213,14 @@ def _launch(
     dropout_p: float,
     seed: Tensor | None,
     *,
+    base: Tensor | None,
     dense: bool,
     backward: bool = False,
     plan: config.Plan | None = None,
 ) -> Tensor:
     """Returns y [M, N] and fills z. N = 0: only z."""
     (M, K), device = x.shape, x.device
-    y = torch.empty(M, N, dtype=x.dtype, device=device)
+    y = torch.empty(M, N, dtype=x.dtype, device=device) if base is None else base
     if not M or not (N or adapters.z_width):
         return y
     one, many = adapters.sources()
@@ -243,7 +249,7 @@ def _launch(
     shrink_part = plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0
     expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
     partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
-    x_tiles, w_tiles, w_kind = _tiles(x, weight, plan, many is not None)
+    product = _product(x, weight, base, plan, many is not None)
 
     tiles = shrink_tiles + expand_tiles
     grid = min(tiles, plan.per_processor * workspace.processors(device)) if plan.per_processor else tiles
@@ -255,10 +261,11 @@ def _launch(
             if not blocks:
                 continue
             lora_linear_kernel[(blocks,)](
-                x, x_tiles, w_tiles, bias, y, z, pre, partials, partials[shrink_tiles * shrink_part :], counters,
-                seed if dropout_p else None, *_segment_tensors(segments), *(many[:5] if many else (None,) * 5),
+                x, product.x_tiles, product.weight, bias, y, z, pre,
+                partials, partials[shrink_tiles * shrink_part :], counters, seed if dropout_p else None,
+                *_segment_tensors(segments), *(many[:5] if many else (None,) * 5),
                 *one, many.slice_count if many else 1, many.adapters if many else 1,
-                M, N, K, *x.stride(), *((0, 0) if weight is None else weight.stride()),
+                M, N, K, *x.stride(), *product.strides,
                 0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
                 shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
                 *philox.arguments(dropout_p),
@@ -266,7 +273,7 @@ def _launch(
                 BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
                 DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
                 DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,
-                W_TILES=w_kind, **plan.compiled(), **config.options(compile_target),
+                W_TILES=product.kind, **plan.compiled(), **config.options(compile_target),
             )  # fmt: skip
     return y
 
@@ -278,19 +285,31 @@ def _segment_tensors(segments: Segments | None) -> tuple[Tensor | None, ...]:
     return segments.order, segments.ids, segments.starts, segments.owners, segments.blocks
 
 
-def _tiles(
-    x: Tensor, weight: Tensor | None, plan: config.Plan, many: bool
-) -> tuple[TensorDescriptor | None, Tensor | TensorDescriptor | None, str]:
-    """Tensor descriptors of x (if its rows are in their original order) and of W, for the TMA of sm_90 and later.
+class _Product(NamedTuple):
+    """Where a tile of y starts from, as `expand.expand_tile` takes it."""
 
-    Returns (x_tiles, weight, W_TILES) as `expand.expand_tile` takes them.
+    x_tiles: TensorDescriptor | None
+    weight: Tensor | TensorDescriptor
+    strides: tuple[int, ...]
+    kind: str  # W_TILES
+
+
+def _product(x: Tensor, weight: Tensor | None, base: Tensor | None, plan: config.Plan, many: bool) -> _Product:
+    """xWᵀ, with tensor descriptors for the TMA of sm_90 and later; or base, or x itself where W is the identity.
+
+    x has a descriptor if its rows are in their original order.
     """
-    if not plan.descriptors or weight is None:
-        return None, weight, ""
+    if weight is None:
+        base = x if base is None else base
+        return _Product(None, base, base.stride(), "base")
+    if not plan.descriptors:
+        return _Product(None, weight, weight.stride(), "")
     x_tiles = None if many or x.stride(1) != 1 else TensorDescriptor.from_tensor(x, [plan.BLOCK_M, plan.BLOCK_K])
     if weight.stride(1) == 1:
-        return x_tiles, TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
-    return x_tiles, TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
+        w_tiles, kind = TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
+    else:
+        w_tiles, kind = TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
+    return _Product(x_tiles, w_tiles, weight.stride(), kind)
 
 
 def _wide(t: Tensor) -> bool:

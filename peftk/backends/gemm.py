@@ -1,7 +1,8 @@
-"""torch's matrix product for the base layer, and the kernels of `peftk._cpu` for the adapters on top.
+"""torch's matrix product for the base layer, and our kernels for the adapters on top: C++ on a CPU, Triton on a GPU.
 
-For processors on which torch's library multiplies faster than our kernels, for example with AMX tiles. `peftk tune`
-measures where that is the case (`peftk.tuning`). The functions have the reference's signatures.
+For processors and shapes for which torch's library multiplies faster than our kernels: AMX tiles, or cuBLAS between 65
+and 1,024 tokens. `peftk tune` measures where that is the case (`peftk.tuning`). torch's settings hold for the product:
+TF32, say. The functions have the reference's signatures.
 
 Rounding: 16-bit results are rounded twice, once by the library and once with the adapters added, so their error bound
 has an additional u·|xWᵀ + bias| (docs/numerics.md). The bits may depend on the number of threads, as the library's do.
@@ -9,7 +10,10 @@ has an additional u·|xWᵀ + bias| (docs/numerics.md). The bits may depend on t
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +23,10 @@ from torch.nn import functional
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import cpu
+from peftk.backends import registry
+from peftk.backends.call import BackendError
 from peftk.backends.contract import Backend
+from peftk.launch.segments import Segments
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -29,19 +35,37 @@ if TYPE_CHECKING:
 def backend() -> Backend:
     from peftk.backends import gemm
 
-    return Backend(gemm, forward=gemm, backward=gemm, rounds_once=False)
+    return Backend(gemm, forward=gemm, backward=gemm, sort=gemm, rounds_once=False)
 
 
 def cannot_run(call: Call) -> str | None:
-    if call.op.kind != "lora_linear":
+    if call.op.kind not in ("lora_linear", "segments"):
         return f"runs lora_linear and multi_lora_linear only, got {call.op}"
-    if call.x_dtype != call.weight_dtype:
+    if call.op.kind == "lora_linear" and call.x_dtype != call.weight_dtype:
         return f"needs x and weight of one dtype, got {call.x_dtype} and {call.weight_dtype}"
-    return cpu.cannot_run(call)
+    try:
+        return registry.backend(_on_top(call.device)).about.cannot_run(call)
+    except BackendError as error:
+        return str(error)
 
 
 def describe(call: Call) -> str:
-    return f"torch's GEMM for the base layer, then the C++ kernels' adapters, {cpu.simd_level()}"
+    return f"torch's GEMM for the base layer; the adapters are added in place by the kernels of {_on_top(call.device)}"
+
+
+def _on_top(device: str) -> str:
+    """The backend that adds the adapters: on a CPU ours, unless Triton interprets there."""
+    return "cpu" if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else "triton"
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    """Its module, whose functions take `base`, what is already computed."""
+    return importlib.import_module(f"peftk.backends.{_on_top(x.device.type)}")
+
+
+def segments(ids: Tensor, adapters: int) -> Segments:
+    sorted_rows: Segments = _kernels(ids).segments(ids, adapters)
+    return sorted_rows
 
 
 def lora_linear(
@@ -56,7 +80,7 @@ def lora_linear(
     y = _base(x, weight, bias)
     if adapter is None:
         return y, None
-    return cpu.lora_linear(x, weight, None, adapter, dropout=dropout, save_z=save_z, base=y)
+    return _kernels(x).lora_linear(x, weight, None, adapter, dropout=dropout, save_z=save_z, base=y)
 
 
 def multi_lora_linear(
@@ -70,7 +94,7 @@ def multi_lora_linear(
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     y = _base(x, weight, bias)
-    return cpu.multi_lora_linear(x, weight, None, table, ids, dropout=dropout, save_z=save_z, base=y)
+    return _kernels(x).multi_lora_linear(x, weight, None, table, ids, dropout=dropout, save_z=save_z, base=y)
 
 
 def lora_linear_backward(
@@ -87,7 +111,9 @@ def lora_linear_backward(
     dx = _base_dx(dy, weight) if need_dx else None
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
-    return cpu.lora_linear_backward(dy, x, weight, adapter, z, dropout=dropout, need_dx=need_dx, wanted=wanted, base=dx)
+    return _kernels(dy).lora_linear_backward(
+        dy, x, weight, adapter, z, dropout=dropout, need_dx=need_dx, wanted=wanted, base=dx
+    )
 
 
 def multi_lora_linear_backward(
@@ -103,7 +129,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
     dx = _base_dx(dy, weight) if need_dx else None
-    return cpu.multi_lora_linear_backward(
+    return _kernels(dy).multi_lora_linear_backward(
         dy, x, weight, table, ids, z, dropout=dropout, need_dx=need_dx, wanted=wanted, base=dx
     )
 

@@ -116,12 +116,18 @@ def lora_linear(
     *,
     dropout: Dropout | None = None,
     save_z: bool = False,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in one launch. The adapter's addresses are kernel arguments."""
+    """`peftk.reference.lora_linear` in one launch. The adapter's addresses are kernel arguments.
+
+    base: y [M, N], contiguous, if xWᵀ + bias is already computed: the adapter is added to it in place, weight is not
+    read and bias is None.
+    """
     adapters, tensors = _one_adapter(adapter)
     p, seed = flat_dropout(dropout)
     has_z = save_z and adapters.z_width > 0
-    y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, dropout_p=p, seed=seed, save_z=has_z)
+    weight = weight if base is None else None
+    y, z = kernels.forward(x, weight, contiguous(bias), adapters, None, base=base, dropout_p=p, seed=seed, save_z=has_z)
     del tensors  # safe after the launch: torch's allocator reuses memory in stream order
     return y, None if z is None or adapter is None else z[:, : adapter.rank]
 
@@ -135,11 +141,15 @@ def multi_lora_linear(
     *,
     dropout: Dropout | None = None,
     save_z: bool = False,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device."""
+    """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device. base: see above."""
     adapters, order = _table_adapters(table), sorted_rows.of(ids, table.count)
     p, seed = flat_dropout(dropout)
-    return kernels.forward(x, weight, contiguous(bias), adapters, order, dropout_p=p, seed=seed, save_z=save_z)
+    weight = weight if base is None else None
+    return kernels.forward(
+        x, weight, contiguous(bias), adapters, order, base=base, dropout_p=p, seed=seed, save_z=save_z
+    )
 
 
 def lora_linear_backward(
@@ -152,12 +162,17 @@ def lora_linear_backward(
     dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Wanted = ALL,
+    base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients."""
+    """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients.
+
+    base: dX [M, K], contiguous, if dY W is already computed: the adapter's part is added to it in place.
+    """
     adapters, tensors = _one_adapter(adapter)
     K = dy.shape[1] if weight is None else weight.shape[1]
     p, seed = flat_dropout(dropout)
-    dx, u = kernels.backward(dy, weight, K, adapters, None, z, dropout_p=p, seed=seed, need_dx=need_dx)
+    weight = weight if base is None else None
+    dx, u = kernels.backward(dy, weight, K, adapters, None, z, base=base, dropout_p=p, seed=seed, need_dx=need_dx)
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
     x, z = _fill_unread(x, z, dy, u)
@@ -180,12 +195,17 @@ def multi_lora_linear_backward(
     dropout: Dropout | None = None,
     need_dx: bool = True,
     wanted: Sequence[Wanted] | None = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients."""
+    """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients.
+
+    base: see `lora_linear_backward`.
+    """
     adapters, order = _table_adapters(table), sorted_rows.of(ids, table.count)
     K = dy.shape[1] if weight is None else weight.shape[1]
     p, seed = flat_dropout(dropout)
-    dx, u = kernels.backward(dy, weight, K, adapters, order, z, dropout_p=p, seed=seed, need_dx=need_dx)
+    weight = weight if base is None else None
+    dx, u = kernels.backward(dy, weight, K, adapters, order, z, base=base, dropout_p=p, seed=seed, need_dx=need_dx)
     x, z = _fill_unread(x, z, dy, u)
     plan = _plan(table, wanted, dy.shape[1], x)
     return dx, gradients.wgrad(dy, x, z, u, adapters, order, plan, dropout_p=p, seed=seed)

@@ -31,6 +31,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "one, backward, dropout": {"many": False, "backward": True, "dropout_p": 0.1},
     "many, backward, dropout": {"many": True, "backward": True, "dropout_p": 0.1},
 }
+# Over a product that a library has made.
+OVER_BASE: dict[str, dict[str, Any]] = {
+    f"{form}, over a product": {**keywords, "over_base": True}
+    for form, keywords in FORMS.items()
+    if "identity" not in form
+}
 
 
 def compile_call(
@@ -42,6 +48,7 @@ def compile_call(
     backward: bool = False,
     packed: bool = False,
     identity: bool = False,
+    over_base: bool = False,
     dropout_p: float = 0.0,
     aligned: bool = True,
     K: int = 4096,
@@ -54,8 +61,9 @@ def compile_call(
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     x, weight, bias = empty(M, K, dtype=mix[0]), empty(N, K, dtype=mix[1]), empty(N, dtype=mix[1])
-    if identity:
+    if identity or over_base:
         weight, bias = None, None
+    base = empty(M, K if backward else N, dtype=mix[0]) if over_base else None
     source: kernels.AdapterArgs | kernels.ManyAdapters
     source = kernels.AdapterArgs(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
     segments = None
@@ -74,9 +82,9 @@ def compile_call(
     with compiling(target, kernels, ("lora_linear_kernel",)) as compiled:
         if backward:
             dy, z = empty(M, N, dtype=mix[0]), empty(M, 16, dtype=F32)
-            kernels.backward(dy, weight, K, adapters, segments, z, dropout_p=dropout_p, seed=seed, plan=plan)
+            kernels.backward(dy, weight, K, adapters, segments, z, base=base, dropout_p=dropout_p, seed=seed, plan=plan)
         else:
-            kernels.forward(x, weight, bias, adapters, segments, dropout_p=dropout_p, seed=seed, plan=plan)
+            kernels.forward(x, weight, bias, adapters, segments, base=base, dropout_p=dropout_p, seed=seed, plan=plan)
     [only] = compiled if plan is None or plan.once else compiled[-1:]
     return only
 

@@ -1,0 +1,48 @@
+"""What the gemm backend must give: the product is rounded before the adapters are added, and that has its bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peftk.adapters.dropout import Dropout
+from peftk.backends import gemm
+from tests.support import numerics
+from tests.support.cases import Case, expected, expected_grads, random_case, run
+
+
+def cases(count: int, first_seed: int = 70_000) -> Iterator[tuple[int, Case]]:
+    """Random cases with x and weight of one dtype."""
+    seed = first_seed
+    while count:
+        case, seed = random_case(seed), seed + 1
+        if case.x.dtype == case.weight.dtype:
+            yield seed - 1, case
+            count -= 1
+
+
+def base_of(case: Case) -> Tensor:
+    y = case.x.double() @ case.weight.double().t()
+    return y if case.bias is None else y + case.bias.double()
+
+
+def check_forward(case: Case) -> None:
+    numerics.check(run(case, "gemm"), *expected(case), rounded=base_of(case))
+
+
+def check_gradients(case: Case, dropout: Dropout | None) -> None:
+    dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
+    table = case.table()
+    ids = torch.zeros(case.x.shape[0], dtype=torch.int32) if case.ids is None else case.ids
+    _, z = gemm.multi_lora_linear(case.x, case.weight, case.bias, table, ids, save_z=True, dropout=dropout)
+    assert z is not None
+    dx, grads = gemm.multi_lora_linear_backward(dy, case.x, case.weight, table, ids, z, dropout=dropout)
+    dx_expected, grads_expected, magnitude, magnitudes, terms = expected_grads(case, dy, dropout=dropout)
+    assert dx is not None
+    numerics.check(dx, dx_expected, magnitude, terms, rounded=dy.double() @ case.weight.double())
+    for got, wanted, size in zip(grads, grads_expected, magnitudes, strict=True):
+        for g, w, m in zip(got or (), wanted or (), size or (), strict=True):
+            if g is not None:
+                numerics.check(g, w, m, terms)
