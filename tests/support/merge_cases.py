@@ -160,7 +160,7 @@ def check_failures_while_packing(
     backend: ModuleType, weights: list[Tensor], factors: list[Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
-    merged, pack = copies(weights), merge_layers.packed
+    merged, pack = copies(weights), merge_layers.pack_receipt
     for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
         failing = mock.Mock(side_effect=[*[pack] * (at - 1), error])
 
@@ -168,7 +168,7 @@ def check_failures_while_packing(
             return failing()(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(merge_layers, "packed", packed)
+            patch.setattr(merge_layers, "pack_receipt", packed)
             with pytest.raises(error):
                 backend.merge_layers_(merged, factors)
         assert failing.call_count == at
