@@ -1,4 +1,4 @@
-"""For all tests of the kernels in the interpreter."""
+"""Fixtures for all tests of the kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from triton.runtime import interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _patched_once_a_launch() -> Iterator[None]:
-    """Triton patches its language anew for each function that a kernel calls, 6 ms each: half of all the time."""
+def _patch_language_once_per_launch() -> Iterator[None]:
+    """Patches Triton's language once per launch. Triton does so for each function that a kernel calls, 6 ms each."""
     patch_lang = interpreter._patch_lang
 
     @functools.cache
@@ -32,9 +32,9 @@ def _patched_once_a_launch() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_by_chance() -> Iterator[None]:
-    """torch fills new memory with NaN and the largest integer, so that reading what nobody has written shows."""
-    torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which imports torch's compiler
+def _fill_uninitialized_memory() -> Iterator[None]:
+    """Makes torch fill new memory with NaN and the largest integer, so that reading unwritten memory shows."""
+    torch.set_deterministic_debug_mode("warn")  # like use_deterministic_algorithms, which would import torch's compiler
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(4).isnan().all()
