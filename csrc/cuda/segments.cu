@@ -29,8 +29,8 @@ constexpr int kRowsPerEntry = 16;           // of `blocks`
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffff;
-constexpr int kGroups = 256;      // groups that a block counts, while there are
-constexpr int kMostBlocks = 256;  // at most this many blocks
+constexpr int kGroups = 256;      // groups that a block counts at least: more if kMostBlocks would not be enough
+constexpr int kMostBlocks = 256;  // that count groups
 constexpr int kStrips = 16;       // ranges of tiles that a block of the scan sums in parallel, one per warp
 constexpr int kBatch = 4;         // tiles of a strip whose counts are in flight together
 
