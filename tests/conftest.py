@@ -1,4 +1,4 @@
-"""Fixtures that several files share."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_measured_choice(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The choice of backend is the default, whatever `peftk tune` has found on this machine."""
+    """Uses the default choice of backend, whatever `peftk tune` has measured on this machine."""
     os.environ["PEFTK_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=_cpu.simd_levels())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every SIMD level that this build and machine have, in turn."""
+    """Runs the test at every SIMD level that this build and machine support."""
     before = _cpu.simd_level()
     _cpu.use_simd_level(request.param)
     yield request.param
@@ -35,7 +35,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Puts the number of threads back after a test that changes it."""
+    """Restores the number of threads after a test that changes it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -43,5 +43,5 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(threads: None) -> None:
-    """For models so small that threads would only wait for each other."""
+    """A single thread, for models so small that several would only wait for each other."""
     torch.set_num_threads(1)

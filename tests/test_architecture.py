@@ -1,4 +1,4 @@
-"""Who may import whom. The tables below are the architecture, written down; docs/architecture.md explains it."""
+"""Which folder may import which. The tables below are the architecture; docs/architecture.md explains it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-# From the top down: a folder or file imports only what stands below it, or is its own.
+# From the top down: a folder or file imports only from those below it, and from itself.
 ORDER = (
     "cli",
     "tools",
@@ -29,8 +29,8 @@ ORDER = (
     "adapters",
     "system",
 )
-COMPILED = ("_cpu", "_cuda")  # below all: C++
-# The Triton kernels lie outside of the order.
+COMPILED = ("_cpu", "_cuda")  # C++ modules, below all others
+# The Triton kernels are outside this order.
 KERNELS_MAY_IMPORT = ("launch", "reference", "adapters", "system")
 MAY_IMPORT_KERNELS = ("backends", "tuning", "tools")
 
@@ -51,8 +51,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path) for path in sources()} | {f"peftk.{name}" for name in COMPILED}
 
 
-def imported(path: Path, *, types: bool = True) -> Iterator[tuple[int, str]]:
-    """Line and module of every import of peftk's own, wherever it stands. types: those for mypy alone, too."""
+def imports(path: Path, *, types: bool = True) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of a peftk module, at any level of a file. types: include those for mypy only."""
     tree = ast.parse(path.read_text())
     for_types = {
         id(inner)
@@ -75,16 +75,16 @@ def imported(path: Path, *, types: bool = True) -> Iterator[tuple[int, str]]:
         yield from ((node.lineno, name) for name in names if name.split(".")[0] == "peftk")
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
 def allowed(importer: str, target: str) -> bool:
-    a, b = room(importer), room(target)
-    if a == b or a == "":  # the package's own __init__ names what is public
+    a, b = folder_of(importer), folder_of(target)
+    if a == b or a == "":  # the package's __init__ imports what is public
         return True
     if b == "":
-        return a in ("cli", "tools")  # they use what users use
+        return a in ("cli", "tools")  # these use the public package
     if b in COMPILED:
         return a in ("backends", "tools", "system")
     if "triton_kernels" in (a, b):
@@ -92,26 +92,26 @@ def allowed(importer: str, target: str) -> bool:
     return ORDER.index(a) < ORDER.index(b)
 
 
-def test_every_room_is_in_the_table():
-    assert {room(module) for module in MODULES} - {"", "triton_kernels", *COMPILED} == set(ORDER)
+def test_every_folder_is_in_the_table():
+    assert {folder_of(module) for module in MODULES} - {"", "triton_kernels", *COMPILED} == set(ORDER)
 
 
 def test_imports_go_down():
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {target}"
         for path in sources()
-        for line, target in imported(path)
+        for line, target in imports(path)
         if not allowed(module_of(path), target)
     ]
     assert wrong == []
 
 
-def test_no_circles():
-    graph = {module_of(path): {target for _, target in imported(path, types=False)} for path in sources()}
+def test_no_cycles():
+    graph = {module_of(path): {target for _, target in imports(path, types=False)} for path in sources()}
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
-        assert module not in above, f"a circle: {' -> '.join((*above[above.index(module) :], module))}"
+        assert module not in above, f"a cycle: {' -> '.join((*above[above.index(module) :], module))}"
         if module not in done:
             for target in graph.get(module, ()):
                 if target != module:
@@ -123,20 +123,25 @@ def test_no_circles():
 
 
 def test_import_is_light():
+<<<<<<< HEAD
     """`import peftk` loads no tool, and nothing that only some users have."""
     absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton")
+=======
+    """`import peftk` loads no tool and no optional package."""
+    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "triton")
+>>>>>>> words-C
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-# Of tests/, beside the package's own rooms.
+# Folders of tests/ that have no counterpart in the package.
 OF_TESTS = ("bench", "cuda_emulator", "fixtures", "kernels", "support")
 KERNELS = {"cpu", "triton", "cuda"}
 
 
 def folders(path: Path) -> set[str]:
-    """Those with files of ours."""
+    """The subfolders that contain files other than compiled ones."""
     return {p.name for p in path.iterdir() if any(f.suffix != ".pyc" and f.is_file() for f in p.rglob("*"))}
 
 
@@ -145,8 +150,8 @@ def test_tests_mirror_the_package():
     assert folders(ROOT / "tests/kernels") == KERNELS
 
 
-def test_tests_share_by_support_alone():
-    """No test, and no helper of tests, imports a test. What several need is in tests/support, for itself."""
+def test_tests_import_only_support():
+    """No test or test helper imports a test. Shared code is in tests/support."""
     wrong = []
     for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

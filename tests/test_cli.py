@@ -1,4 +1,4 @@
-"""The commands bench and selftest, and what all commands say where something is missing. The demo: test_demo.py."""
+"""The commands bench and selftest, and what all commands say if something is missing. For demo see test_demo.py."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_bound_is_that_of_the_tests():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         same = numerics.bound(expected.value, expected.magnitude, 7, dtype)
         assert torch.equal(expected.allowed(dtype, fused=True), same)
-        # and it is the one that docs/numerics.md states, whoever edits the function
+        # and it is the bound that docs/numerics.md states
         u = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}[dtype]
         accumulated = 2.0 * 7**0.5 * 2.0**-24 * expected.magnitude
         stated = u * expected.value.abs() + (1 + u) * accumulated

@@ -1,16 +1,16 @@
-"""The documentation's Python runs, its links lead somewhere, its pictures are what the script draws.
+"""The documentation's Python code runs, its links work, and its pictures are what the script draws.
 
-The rule: every ```python block of README.md, docs/*.md and docs/methods/*.md runs, one after the other, in a
-namespace of its page and an empty folder. A block finds `torch`, `nn`, `peftk`, `peft` and `get_peft_model`, and fresh
-before each one:
+Every ```python block of README.md, docs/*.md and docs/methods/*.md is run. The blocks of a page share a namespace and
+an initially empty folder. The namespace has `torch`, `nn`, `peftk`, `peft` and `get_peft_model`, and the following,
+created anew before each block:
 
-    model, base_model   a small BERT with a classifier, twice; in README.md of the size of MiniLM-L6
-    config              a LoRA for it, HF PEFT's
+    model, base_model   two copies of a small BERT with a classifier; in README.md of the size of MiniLM-L6
+    config              an HF PEFT LoRA config for it
     batch               input_ids, attention_mask and labels for it, four sequences
-    alice/, bob/        two LoRA checkpoints of it that do something (once a page)
+    alice/, bob/        two LoRA checkpoints of it that change its output (once per page)
 
-Blocks assert what they claim. `print(…)  # → text` claims too: the text is what is printed, with … for anything. Of a
-block of `>>>` lines, these run; what they print is another on every machine.
+Blocks assert what they claim. `print(…)  # → text` is also checked: the text is what is printed, with … for anything.
+The `>>>` lines of a block run, but their output is not checked, since it differs between machines.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PICTURES = ["bitfit", "layers", "llama_adapter", "lora", "overview", "parallel_a
 
 
 def blocks(page: pathlib.Path) -> list[tuple[int, str]]:
-    """The page's python blocks, each with the line it begins at."""
+    """The page's Python blocks, each with the line at which it begins."""
     text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```", text, re.M | re.S)
     return [(text[: block.start(1)].count("\n"), block[1]) for block in found]

@@ -1,4 +1,4 @@
-"""The list of mutants, and which tests each is run against, name what is there."""
+"""The files and tests that scripts/mutate.py and scripts/mutants.json name exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a package must be, whatever it computes: light to import, free of torch's ABI, complete in a wheel."""
+"""Packaging: peftk imports quickly, does not depend on torch's ABI, and its wheel is complete."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_cpu_module_is_built():
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_module_links_only_the_system(name):
-    """No torch (one build serves every version), no OpenMP (it hangs in a child after fork), no shared CUDA runtime."""
+    """No torch (one build works with every version), no OpenMP (it hangs in a forked child), no shared CUDA runtime."""
     if shutil.which("readelf") is None:
         pytest.skip("needs readelf, from binutils")
     dynamic = run("readelf", "--dynamic", importlib.util.find_spec(f"peftk.{name}").origin)
@@ -51,7 +51,7 @@ def test_compiled_module_links_only_the_system(name):
 
 
 def test_simd_levels_are_linked_in_ascending_order():
-    """Of an inline function that several objects define, the linker keeps the first: it must run on every machine."""
+    """If several objects define an inline function, the linker keeps the first, which must run on every machine."""
     levels = ["portable", "avx2", "avx512", "avx512_bf16", "neon"]
     folders = [item.path.parent.name for item in cpp_build.load_setup().cpu_objects()]
     order = [levels.index(folder) if folder in levels else -1 for folder in folders]
@@ -87,7 +87,7 @@ def test_sdist_builds_a_complete_wheel(tmp_path, monkeypatch):
     """sdist → wheel → installation, without the network and away from the checkout."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout")
-    # What a clone has, without the objects that this checkout has built.
+    # The files of a clone, without the objects that this checkout has built.
     clone = tmp_path / "clone"
     files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for file in filter(None, files):
@@ -95,8 +95,8 @@ def test_sdist_builds_a_complete_wheel(tmp_path, monkeypatch):
             (clone / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, clone / file)
     dist = tmp_path / "dist"
-    monkeypatch.setenv("PEFTK_CUDA_ARCHS", "80")  # where nvcc is: the build of all is the checkout's own
-    # `build` goes by way of an sdist: the wheel is made of what the sdist contains.
+    monkeypatch.setenv("PEFTK_CUDA_ARCHS", "80")  # where nvcc is: one architecture is enough here
+    # `build` creates an sdist first, and the wheel from the sdist.
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, clone)
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())

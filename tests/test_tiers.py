@@ -1,4 +1,4 @@
-"""How cases are dealt out to the three tiers."""
+"""How cases are distributed over the three tiers."""
 
 from __future__ import annotations
 

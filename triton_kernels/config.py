@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import waves
+
 # Shared memory that a block may use, in KiB, by compute capability; 99 for any other.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 # wgmma and tcgen05 read their factors from shared memory, so even wide tiles leave registers for the epilogue.
@@ -146,18 +148,45 @@ def exact_options(target: int | str) -> dict[str, int | bool]:
 
 def lora_linear(call: CallShape, target: int | str) -> Plan:
     """The shipped plan of a call, with its splits."""
-    return with_splits(shipped_plan(call.shape_class(), target), call)
+    plans = (with_splits(plan, call, target) for plan in shipped_plans(call.shape_class(), target))
+    return min(plans, key=lambda plan: _modelled_us(plan, call, target))  # the first where several are as fast
 
 
-def with_splits(plan: Plan, call: CallShape) -> Plan:
+def _modelled_us(plan: Plan, call: CallShape, target: int | str) -> float:
+    tiles = waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits)
+    return waves.product_us(waves.Product(call.M, call.N, call.K), tiles, waves.machine(target))
+
+
+def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
     """The plan of a shape class, with the splits of K that this call needs. `once` needs shrink and expand tiles."""
     shrink = -(-call.M // plan.SHRINK_M) * -(-call.z_pages * 16 // plan.SHRINK_R)
     expand = -(-call.M // plan.BLOCK_M) * -(-call.N // plan.BLOCK_N)
     return plan._replace(
         shrink_splits=_splits(shrink, call.K, plan.SHRINK_K, 16, plan.fill),
-        expand_splits=_expand_splits(expand, call, plan),
+        expand_splits=_expand_splits(expand, call, plan, target),
         once=plan.once and shrink > 0 and expand > 0,
     )
+
+
+@functools.cache
+def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
+    """`shipped_plan`; and between 65 and 1,024 rows others, of which N and K decide: how many tiles fill the GPU."""
+    first = shipped_plan(shape, target)
+    if not 64 < shape.rows <= 1024 or isinstance(target, str) or not shape.wide or shape.own_sums or shape.packed:
+        return (first,)
+    if shape.x != shape.weight or shape.x == torch.float32 or shape.adapters != shape.x:
+        return (first,)
+    tma, block_k = target >= 90, 32 if shared_memory(target) <= 100 * 1024 else 64
+    wide = [(64, 256, 8)] if target in _FACTORS_IN_SHARED else []
+    # many: "by row" takes registers, so twice the threads; without it, 64 adapters in a tile would be 64 dots
+    tiles = [(64, 128, 8)] if shape.many else [(64, 128, 4), *wide, (128, 128, 8)]
+    others = (
+        first._replace(
+            BLOCK_M=M, BLOCK_N=N, BLOCK_K=block_k, BY_ROW=shape.many, num_warps=warps, num_stages=4, descriptors=tma
+        )
+        for M, N, warps in tiles
+    )
+    return tuple(dict.fromkeys([first, *(_limit_stages(plan, shape, target) for plan in others)]))
 
 
 @functools.cache
@@ -176,8 +205,8 @@ def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
 
 
 def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
-    """The plans that the tuner may choose from: the shipped plan first, then plans that differ from it in one way."""
-    first = shipped_plan(shape, target)
+    """The plans that the tuner may choose from: the shipped ones first, then plans that differ from it in one way."""
+    first, *shipped = shipped_plans(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
     if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
@@ -195,7 +224,7 @@ def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
         other += [{"BLOCK_N": first.BLOCK_N // 2}]
     if first.BLOCK_M == 128 and first.BLOCK_N == 128:
         other += [{"per_processor": 1}, {"per_processor": 2}]
-    plans = [first, *(_limit_stages(first._replace(**fields), shape, target) for fields in other)]
+    plans = [first, *shipped, *(_limit_stages(first._replace(**fields), shape, target) for fields in other)]
     return tuple(dict.fromkeys(plans))
 
 
@@ -233,10 +262,18 @@ def _splits(tiles: int, K: int, block_k: int, at_most: int, fill: int) -> int:
     return max(min(fill // max(tiles, 1), K // (4 * block_k), at_most), 1)
 
 
-def _expand_splits(tiles: int, call: CallShape, plan: Plan) -> int:
-    """For few tokens: W is read by more blocks at once. The fp32 parts of y stay below a sixteenth of W's bytes."""
-    if plan.BLOCK_M > 64 or not tiles or call.identity:  # W = identity is no sum: each part would add x
+def _expand_splits(tiles: int, call: CallShape, plan: Plan, target: int | str) -> int:
+    """For few tokens: W is read by more blocks at once. The fp32 parts of y stay below a sixteenth of W's bytes.
+
+    Above 64 rows: as many as make the waves of tiles the shortest, by `waves`.
+    """
+    if not tiles or call.identity:  # W = identity is no sum: each part would add x
         return 1
+    if 64 < call.M <= 1024 and plan.BLOCK_M >= 64:
+        if isinstance(target, str):
+            return 1
+        possible = [splits for splits in waves.SPLITS if splits == 1 or call.K // splits >= 4 * plan.BLOCK_K]
+        return min(possible, key=lambda splits: _modelled_us(plan._replace(expand_splits=splits), call, target))
     cheap = call.K * call.weight.itemsize // (16 * 4 * call.M)
     return min(_splits(tiles, call.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))
 

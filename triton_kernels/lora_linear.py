@@ -241,7 +241,7 @@ def _launch(
         identity=weight is None,
     )
     compile_target = target(device)
-    plan = config.with_splits(plan, call) if plan else tuned.lora_linear(call, device, compile_target)
+    plan = config.with_splits(plan, call, compile_target) if plan else tuned.lora_linear(call, device, compile_target)
     row_blocks = triton.cdiv(M, plan.BLOCK_M)
     shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
     expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits

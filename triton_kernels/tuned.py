@@ -58,7 +58,7 @@ def gpu(device: torch.device) -> str:
 def lora_linear(call: config.CallShape, device: torch.device, compile_target: int | str) -> config.Plan:
     """The plan of a call: the tuned one, else the shipped one."""
     found = _lora_linear(call.shape_class(), _gpu_name(device), compile_target)[0]
-    return config.with_splits(found, call) if found else config.lora_linear(call, compile_target)
+    return config.with_splits(found, call, compile_target) if found else config.lora_linear(call, compile_target)
 
 
 def wgrad(shape: WgradShape, device: torch.device, compile_target: int | str) -> config.Wgrad:

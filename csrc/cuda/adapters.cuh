@@ -1,15 +1,15 @@
-// The slices of y's columns that have adapters of their own.
+// The slices of y's columns, each with its own adapters.
 #pragma once
 
 #include "cuda/lora_linear.h"
 
 namespace peftk::cuda {
 
-// A slice of y's columns that has adapters of its own, and its pages of z.
+// A slice of y's columns with its own adapters, and its pages of z.
 struct Slice {
     int from, to;
     int first_page, end_page;
-    int first_entry;  // of adapter 0
+    int first_entry;  // index of adapter 0 in Adapters::rows
 };
 
 __device__ inline Slice slice_at(const Adapters& adapters, int slice, int N) {

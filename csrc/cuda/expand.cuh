@@ -1,8 +1,9 @@
 // expand: y[m] = x[m] Wᵀ + bias + s_i · act(z[m]) B_iᵀ + β_i for all rows, 64 columns of y and one range of K.
 //
-// yᵀ = W xᵀ on the tensor cores: columns of y are the 16 rows of their product and rows of x its 8 columns, so few rows
-// waste little. A warp owns 16 columns of y, lane group g the neighbours 2g and 2g + 1. W and x come through a ring of
-// stages in shared memory, filled by asynchronous copies. The adapters are added to the fp32 sums in registers.
+// Computes yᵀ = W xᵀ on the tensor cores: columns of y are the 16 rows of their product and rows of x its 8 columns, so
+// that few rows waste little. A warp owns 16 columns of y; lane group g has the neighbours 2g and 2g + 1. W and x are
+// read through a ring of stages in shared memory, filled by asynchronous copies. The adapters are added to the fp32
+// sums in registers.
 #pragma once
 
 #include <cstring>
@@ -15,19 +16,19 @@
 namespace peftk::cuda::expand {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kColumns = 16 * kWarps;  // of y, a tile
-constexpr int kStep = 64;              // of K, a stage: rows of 128 bytes
+constexpr int kColumns = 16 * kWarps;  // of y, in a tile
+constexpr int kStep = 64;              // of K, in a stage: rows of 128 bytes
 constexpr int kChunks = kStep / 8;     // of 16 bytes, the unit of copies
 constexpr int kStages = 4;
-constexpr int kPages = 4;               // of v in shared memory at a time
-constexpr int kPitch = kPages * 8 + 4;  // words of a row of v: 8 rows of 4 words meet in no bank
-constexpr int kInFlight = 4;            // pages of B whose loads are under way together
+constexpr int kPages = 4;               // of v that are in shared memory together
+constexpr int kPitch = kPages * 8 + 4;  // words per row of v: 8 rows of 4 words have no bank conflicts
+constexpr int kInFlight = 4;            // pages of B whose loads are in flight together
 constexpr int kTermsOfV = 3;
-static_assert(kThreads / kChunks % 16 == 0, "rows that a thread copies are permuted alike");
+static_assert(kThreads / kChunks % 16 == 0, "all rows that a thread copies have the same permutation");
 
-// Rows lie in memory as they come. Their chunks are permuted, so that the 8 rows of a matrix that `load_matrices` reads
-// at one k meet in no bank: row r of x has chunk c at c ^ r % 8, and row n of W, whose matrices are made of every other
-// row, at c ^ n / 2 % 8.
+// A stage of the ring. Rows are in order, but their chunks are permuted, so that the 8 rows of a matrix that
+// `load_matrices` reads at one k have no bank conflicts. Chunk c of row r of x is at c ^ r % 8. Chunk c of row n of W,
+// whose matrices have every other row, is at c ^ n / 2 % 8.
 template <int kTiles>
 struct Stage {
     uint4 weight[kColumns][kChunks];
@@ -37,11 +38,11 @@ struct Stage {
 template <int kTiles>
 union Shared {
     Stage<kTiles> ring[kStages];
-    uint32_t v[kTermsOfV][8 * kTiles][kPitch];  // two ranks in a word; after the main loop
+    uint32_t v[kTermsOfV][8 * kTiles][kPitch];  // two ranks per word; used after the main loop
 };
 
-// The rows of W or x that a thread copies, one of every kThreads / kChunks, from its chunk on.
-constexpr int kApart = kThreads / kChunks;
+// A thread copies one chunk of every kRowStep-th row of W or x.
+constexpr int kRowStep = kThreads / kChunks;
 
 template <typename T, int kCount>
 struct Source {
@@ -50,12 +51,12 @@ struct Source {
 };
 
 template <typename T>
-__device__ inline Source<T, kColumns / kApart> source_of_weight(const LoraLinearArgs& args, int first_n) {
+__device__ inline Source<T, kColumns / kRowStep> source_of_weight(const LoraLinearArgs& args, int first_n) {
     const int first = first_n + threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    Source<T, kColumns / kApart> source;
+    Source<T, kColumns / kRowStep> source;
 #pragma unroll
-    for (int i = 0; i < kColumns / kApart; ++i) {
-        const int n = first + i * kApart;
+    for (int i = 0; i < kColumns / kRowStep; ++i) {
+        const int n = first + i * kRowStep;
         source.exists[i] = n < args.N;
         source.from[i] = static_cast<const T*>(args.weight) + (n < args.N ? n * args.weight_stride : 0) + chunk * 8;
     }
@@ -68,7 +69,7 @@ __device__ inline Source<T, (kTiles + 1) / 2> source_of_x(const LoraLinearArgs& 
     Source<T, (kTiles + 1) / 2> source;
 #pragma unroll
     for (int i = 0; i < (kTiles + 1) / 2; ++i) {
-        const int place = first + i * kApart;
+        const int place = first + i * kRowStep;
         source.exists[i] = place < args.M;
         source.from[i] =
             static_cast<const T*>(args.x) + (place < args.M ? rows.row[place] * args.x_stride : 0) + chunk * 8;
@@ -76,21 +77,21 @@ __device__ inline Source<T, (kTiles + 1) / 2> source_of_x(const LoraLinearArgs& 
     return source;
 }
 
-// One step of K from `k` on into a stage; zeros for rows that do not exist and beyond `to_k`. `permuted`: where rows
-// keep this thread's chunk.
+// Copies one step of K, from `k` on, into a stage; zeros for rows that do not exist and beyond `to_k`. `permuted`: the
+// position of this thread's chunk in its rows.
 template <typename T, int kCount, int kRows>
 __device__ inline void copy(const Source<T, kCount>& source, int k, int to_k, int permuted,
                             uint4 (&to)[kRows][kChunks]) {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-        if (row + i * kApart >= kRows) break;
+        if (row + i * kRowStep >= kRows) break;
         const bool inside = source.exists[i] && k + chunk * 8 < to_k;
-        copy_async_16(&to[row + i * kApart][permuted], inside ? source.from[i] + k : source.from[i], inside ? 16 : 0);
+        copy_async_16(&to[row + i * kRowStep][permuted], inside ? source.from[i] + k : source.from[i], inside ? 16 : 0);
     }
 }
 
-// sum[j] += the products of a stage for rows 8j … 8j + 7, which have sums of their own: see cuda/terms.cuh.
+// sum[j] += the products of a stage for rows 8j … 8j + 7, which are first summed on the tensor cores (cuda/terms.cuh).
 template <typename T, int kTiles>
 __device__ inline void multiply_stage(const Stage<kTiles>& stage, float (&sum)[kTiles][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
@@ -117,7 +118,7 @@ __device__ inline void multiply_stage(const Stage<kTiles>& stage, float (&sum)[k
         for (int c = 0; c < 4; ++c) sum[j][c] += part[j][c];
 }
 
-// What a thread multiplies of a page of B: its two columns, and ranks 2t, 2t + 1, 2t + 8 and 2t + 9.
+// A thread's part of a page of B: its two columns, and ranks 2t, 2t + 1, 2t + 8 and 2t + 9.
 template <typename A>
 struct Up {
     A value[2][4];
@@ -128,7 +129,8 @@ struct alignas(2 * sizeof(A)) Pair {
     A value[2];
 };
 
-// n: of B's rows; inside: whether they exist. Pairs are loaded as one where ranks or columns are neighbours in memory.
+// n: the first of the two rows of B; inside: whether they exist. Two ranks or columns that are neighbours in memory are
+// loaded together.
 template <typename A>
 __device__ inline Up<A> load_up(const Page& page, int ranks, int n, const bool (&inside)[2]) {
     const A* B = reinterpret_cast<const A*>(page.B) + n * page.stride_Bn;
@@ -165,7 +167,7 @@ __device__ inline Up<A> load_up(const Page& page, int ranks, int n, const bool (
     return up;
 }
 
-// Pages first … first + kPages - 1 of s · act(z) of all rows, as terms. Ranks that a row does not have are 0.
+// Stores pages first … first + kPages - 1 of s · act(z) of all rows, as terms. Ranks that a row does not have are 0.
 template <int kTiles>
 __device__ inline void store_v(const LoraLinearArgs& args, const Rows<8 * kTiles>& rows, int z_page, int first,
                                Shared<kTiles>& shared) {
@@ -181,18 +183,18 @@ __device__ inline void store_v(const LoraLinearArgs& args, const Rows<8 * kTiles
                 if (r + q < adapter.rank) v[q] = adapter.scaling * activate(adapter.activation, z[q]);
         }
         uint32_t terms[kTermsOfV];
-        cut_terms(v[0], v[1], terms);
+        split_terms(v[0], v[1], terms);
 #pragma unroll
         for (int term = 0; term < kTermsOfV; ++term) shared.v[term][place][word] = terms[term];
     }
 }
 
-// The pages of all segments, one after another, as far as they lie in first … first + kPages - 1 of their adapter.
+// Iterates over the pages of all segments, limited to pages first … first + kPages - 1 of each adapter.
 struct Cursor {
     int segment, page;
 
     template <int kRows>
-    __device__ void settle(const Rows<kRows>& rows, int first) {
+    __device__ void skip_finished(const Rows<kRows>& rows, int first) {
         while (segment < rows.segment_count &&
                page >= min(first + kPages, (rows.segments[segment].adapter.rank + kPage - 1) / kPage)) {
             ++segment;
@@ -201,7 +203,7 @@ struct Cursor {
     }
 };
 
-// sum += v Bᵀ over one page of one segment, in the rows that are its own: another adapter's inf or NaN stays away.
+// sum += v Bᵀ over one page of one segment, only in the segment's rows, so that inf or NaN does not reach other rows.
 template <typename A, int kTiles>
 __device__ inline void multiply_up(const Up<A>& up, const Segment& segment, int word, const bool (&inside)[2],
                                    const Shared<kTiles>& shared, float (&sum)[kTiles][4]) {
@@ -210,7 +212,7 @@ __device__ inline void multiply_up(const Up<A>& up, const Segment& segment, int 
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) cut_terms(widen(up.value[i][2 * j]), widen(up.value[i][2 * j + 1]), a[2 * j + i]);
+        for (int i = 0; i < 2; ++i) split_terms(widen(up.value[i][2 * j]), widen(up.value[i][2 * j + 1]), a[2 * j + i]);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
         if (segment.from >= 8 * j + 8 || segment.to <= 8 * j) continue;
@@ -241,10 +243,10 @@ __device__ inline void add_adapters(const LoraLinearArgs& args, const LoraLinear
     const bool inside[2] = {n >= slice.from && n < slice.to, n + 1 >= slice.from && n + 1 < slice.to};
     for (int first = 0; first < slice.end_page - slice.first_page; first += kPages) {
         Cursor next = {0, first};
-        next.settle(rows, first);
-        if (next.segment == rows.segment_count) break;  // no adapter has so many ranks
+        next.skip_finished(rows, first);
+        if (next.segment == rows.segment_count) break;  // no adapter has that many ranks
         for (bool begins = true; next.segment < rows.segment_count; begins = false) {
-            // The loads of a batch are under way together, and the first batch does not wait for z.
+            // The loads of a batch are in flight together, and those of the first batch do not wait for z.
             Up<A> up[kInFlight];
             Cursor at[kInFlight];
 #pragma unroll
@@ -255,10 +257,10 @@ __device__ inline void add_adapters(const LoraLinearArgs& args, const LoraLinear
                 const Page page = page_at(args.adapters, adapter.first_page + next.page);
                 up[i] = load_up<A>(page, adapter.rank - next.page * kPage, n - slice.from, inside);
                 ++next.page;
-                next.settle(rows, first);
+                next.skip_finished(rows, first);
             }
             if (begins) {
-                // After either, nobody reads the ring or the pages before these any more.
+                // After either barrier, no thread reads the ring or the previous pages any more.
                 if (waited) {
                     __syncthreads();
                 } else {
@@ -309,7 +311,7 @@ __device__ inline float load_bias(const LoraLinearArgs& args, int n) {
     }
 }
 
-// One rounding, to y. n: this thread's first column.
+// Rounds once and stores y. n: this thread's first column.
 template <typename T, int kTiles>
 __device__ inline void store_y(const LoraLinearArgs& args, const Rows<8 * kTiles>& rows, int n,
                                const float (&sum)[kTiles][4]) {
@@ -333,18 +335,19 @@ __device__ inline void store_y(const LoraLinearArgs& args, const Rows<8 * kTiles
 
 template <typename T, typename A, int kTiles>
 __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& plan, int number, Rows<8 * kTiles>& rows,
-                            Shared<kTiles>& shared, int& to_all) {
-    const int splits = plan.expand_splits, split = number % splits, whole = number / splits;
-    const int first_n = whole * kColumns;
+                            Shared<kTiles>& shared, int& broadcast) {
+    const int splits = plan.expand_splits, split = number % splits, tile_index = number / splits;
+    const int first_n = tile_index * kColumns;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int n = first_n + warp * 16 + lane / 4 * 2;
     const Range range = range_of(split, splits, args.K, kStep);
     const int steps = (range.to - range.from + kStep - 1) / kStep;
 
     const int copied_row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    const int in_weight = chunk ^ copied_row / 2 % 8, in_x = chunk ^ copied_row % 8;  // rows kApart apart permute alike
+    // Rows kRowStep apart have the same permutation.
+    const int in_weight = chunk ^ copied_row / 2 % 8, in_x = chunk ^ copied_row % 8;
 
-    // W does not wait for the order of the rows. Its first copies go with the first group, x's with their own.
+    // W's copies need not wait for the sort. Its first copies all belong to the first group, x's each to its own.
     const auto weight = source_of_weight<T>(args, first_n);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s)
@@ -361,7 +364,7 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
     float sum[kTiles][4] = {};
     for (int step = 0; step < steps; ++step) {
         copy_async_wait<kStages - 2>();
-        __syncthreads();  // everybody's copies of this stage are there, and nobody reads the stage before it any more
+        __syncthreads();  // all copies of this stage are complete, and no thread reads the previous stage
         const int ahead = step + kStages - 1;
         if (ahead < steps) {
             Stage<kTiles>& stage = shared.ring[ahead % kStages];
@@ -373,14 +376,14 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
     }
 
     if (splits > 1) {
-        // Parts lie as the threads hold them, four sums in a word. They are added in order by the last to arrive.
+        // Parts are stored as threads hold them, four sums in a float4. The last block to arrive adds them in order.
         float4* parts = reinterpret_cast<float4*>(args.partials) + plan.expand_parts / 4;
-        parts += int64_t(whole) * splits * kTiles * kThreads + threadIdx.x;
+        parts += int64_t(tile_index) * splits * kTiles * kThreads + threadIdx.x;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
             parts[(split * kTiles + j) * kThreads] = {sum[j][0], sum[j][1], sum[j][2], sum[j][3]};
-        int* arrivals = args.counters + tickets::kArrivals + plan.z_tiles + whole;
-        if (!tickets::arrive_last(arrivals, splits, to_all)) return;
+        int* arrivals = args.counters + tickets::kArrivals + plan.z_tiles + tile_index;
+        if (!tickets::arrive_last(arrivals, splits, broadcast)) return;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
             float4 total = parts[j * kThreads];
@@ -396,7 +399,7 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
     for (int s = 0; rows.segment_count && s < max(args.adapters.slice_count, 1); ++s) {
         const Slice slice = slice_at(args.adapters, s, args.N);
         if (slice.to <= first_n || slice.from >= first_n + kColumns) continue;
-        __syncthreads();  // nobody reads the adapters of the slice before it any more
+        __syncthreads();  // no thread reads the adapters of the previous slice
         find_adapters(args, slice, rows);
         add_adapters<A>(args, plan, slice, n, rows, shared, waited, sum);
     }

@@ -1,5 +1,5 @@
-// The instructions of the GPU that CUDA C++ has no name for: one function, one PTX instruction. Shared memory is
-// addressed by ordinary pointers into it.
+// GPU instructions that CUDA C++ has no name for: each function is one PTX instruction. Shared memory is addressed by
+// ordinary pointers.
 //
 // tests/cuda_emulator/cuda/instructions.cuh defines the same functions in plain C++, as the PTX manual describes them.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace peftk::cuda {
 
-// ---- Shared memory: a kernel lays out what it needs as one struct, whose size its launcher passes.
+// ---- Shared memory: a kernel's layout is one struct, whose size its launcher passes.
 
 template <typename Layout>
 __device__ inline Layout& shared_memory() {
@@ -22,20 +22,20 @@ __device__ inline uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// ---- Copies from global to shared memory that run on their own (sm_80). Only a wait makes them visible, to the thread
-// that issued them; a barrier after it, to the others. From issue to wait the destination is nobody's.
+// ---- Asynchronous copies from global to shared memory (sm_80). They are visible to the thread that issued them after
+// a wait, and to the others after a barrier that follows it. Until the wait, no thread may access the destination.
 
-// The first `bytes` (0 … 16) of 16, past the first-level cache; zeros for the others. Both addresses: multiples of 16.
+// Copies the first `bytes` (0 … 16) of 16, bypassing L1, and zeros for the others. Both addresses are multiples of 16.
 __device__ inline void copy_async_16(void* to_shared, const void* from_global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from_global),
                  "r"(bytes)
                  : "memory");
 }
 
-// Closes a group of the copies that this thread has issued since the last one. A group may be empty.
+// Closes a group: the copies that this thread has issued since its last group. A group may be empty.
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's youngest groups are under way.
+// Waits until at most kPending of this thread's newest groups are in flight.
 template <int kPending>
 __device__ inline void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -73,7 +73,7 @@ __device__ inline void multiply_f16(float (&sum)[4], const uint32_t (&a)[4], con
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- Atomics between the blocks of a device. What they return is the value before.
+// ---- Atomics between the blocks of a device. They return the previous value.
 
 __device__ inline int add_relaxed(int* counter, int value) {
     int before;

@@ -1,7 +1,7 @@
-// One linear layer with its adapters in one launch, for up to 64 rows: a decode step (docs/decode.md).
+// A linear layer with its adapters in one launch, for up to 64 rows: a decode step (docs/decode.md).
 //
-// Blocks draw tickets (cuda/tickets.cuh): the first are shrink tiles, which make z (cuda/shrink.cuh), all later ones
-// expand tiles (cuda/expand.cuh), which stream W through the tensor cores and wait for z only then.
+// Blocks draw tickets (cuda/tickets.cuh). The first tickets are shrink tiles, which compute z (cuda/shrink.cuh). Later
+// ones are expand tiles (cuda/expand.cuh), which multiply by W on the tensor cores and only then wait for z.
 
 #include "cuda/lora_linear.h"
 
@@ -14,12 +14,12 @@
 namespace peftk::cuda {
 namespace {
 
-static_assert(shrink::kThreads == expand::kThreads, "one block does the one or the other");
+static_assert(shrink::kThreads == expand::kThreads, "a block runs either a shrink or an expand tile");
 
 template <int kTiles>
 struct Shared {
     Rows<8 * kTiles> rows;
-    int to_all;
+    int broadcast;
     union {
         shrink::Shared shrink;
         expand::Shared<kTiles> expand;
@@ -29,17 +29,17 @@ struct Shared {
 template <typename T, typename A, int kTiles>
 __global__ void __launch_bounds__(expand::kThreads, 3) lora_linear_kernel(LoraLinearArgs args, LoraLinearPlan plan) {
     auto& shared = shared_memory<Shared<kTiles>>();
-    const int ticket = tickets::draw(args.counters, shared.to_all);
+    const int ticket = tickets::draw(args.counters, shared.broadcast);
     if (ticket < plan.shrink_tiles) {
         sort_rows(args, shared.rows);
-        shrink::tile<T, A>(args, plan, ticket, shared.rows, shared.shrink, shared.to_all);
+        shrink::tile<T, A>(args, plan, ticket, shared.rows, shared.shrink, shared.broadcast);
     } else {
-        expand::tile<T, A>(args, plan, ticket - plan.shrink_tiles, shared.rows, shared.expand, shared.to_all);
+        expand::tile<T, A>(args, plan, ticket - plan.shrink_tiles, shared.rows, shared.expand, shared.broadcast);
     }
     tickets::leave(args.counters);
 }
 
-// The products of the tensor cores are 8 rows wide. `body` gets how many of them M rows take, as a constant.
+// Calls `body` with the number of tensor-core products, 8 rows wide each, that M rows need, as a constant.
 template <typename Body>
 auto with_tiles(int M, Body body) {
     if (M <= 8) return body(std::integral_constant<int, 1>{});
@@ -83,14 +83,14 @@ Status for_adapters(const LoraLinearArgs& args, const LoraLinearPlan& plan, cuda
 LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors) {
     LoraLinearPlan plan = {};
     const int rows = 8 * with_tiles(M, [](auto tiles) { return int(tiles); });
-    // Shrink: a tile for every processor, of one step or more. Who sums the splits reads 32 parts at most.
+    // Shrink: one tile per processor, of at least one step. The block that sums the splits reads at most 32 parts.
     const int z_tiles = int(divide_up(M, shrink::kRows)) * z_pages;
     const int shrink_steps = int(divide_up(K, shrink::kStep));
     plan.shrink_splits = std::clamp(processors / std::max(z_tiles, 1), 1, std::min(shrink_steps, 32));
     plan.shrink_splits = int(divide_up(shrink_steps, divide_up(shrink_steps, plan.shrink_splits)));
     plan.z_tiles = z_tiles;
     plan.shrink_tiles = z_tiles * plan.shrink_splits;
-    // Expand: two blocks for every processor, of four steps or more, as long as the parts are a sixteenth of W's bytes.
+    // Expand: two blocks per processor, of at least four steps, while the parts are at most a sixteenth of W's bytes.
     const int y_tiles = int(divide_up(N, expand::kColumns)), steps = int(divide_up(K, expand::kStep));
     const int most = std::clamp(std::min(K / (32 * rows), steps / 4), 1, 8);
     plan.expand_splits = std::clamp(2 * processors / std::max(y_tiles, 1), 1, most);

@@ -1,9 +1,9 @@
 // W' = round(fl(W + d)) and back, with d in one fixed chain of roundings (docs/merge.md): one pass over W, in place.
 //
-// A block owns a tile of one layer of the list. The ranks of each adapter go by in chunks: a chunk of A and of B is
-// widened to fp32 into shared memory, and every thread extends the chains of its kRows x kColumns outputs, which stay
-// in registers. The columns of a thread make one 128-bit access of W. Each rounding is an explicit intrinsic: nothing
-// is left for the compiler to contract, and none of them flushes denormals.
+// A block owns a tile of one layer of the list. It processes the ranks of each adapter in chunks: a chunk of A and of B
+// is widened to fp32 into shared memory, and every thread extends the chains of its kRows x kColumns outputs in
+// registers. A thread reads its columns of a row of W with one 128-bit access. Each rounding is an explicit intrinsic,
+// so the compiler contracts nothing, and no denormal is flushed.
 
 #include "cuda/merge.h"
 
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
     const bool done = notes.merged[tile];
     auto& shared = shared_memory<Shared<W>>();
     const MergeLayer& layer = shared.layer;
-    const Place<W> place = find(list, tile, shared);
+    const Place<W> place = find_tile(list, tile, shared);
     if (done) return;
     float d[T::kRows][T::kColumns];
     delta<W, Adapter>(d, list, place, shared);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
     load(w, weight, layer.stride, place);
     Vector<int8_t, T::kColumns> code[T::kRows];
     bool finite = true;
-    uint32_t raw = 0;  // a bit for each of the thread's outputs
+    uint32_t raw = 0;  // one bit per output of the thread
 #pragma unroll
     for (int n = 0; n < T::kRows; ++n)
 #pragma unroll
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kThreads, 2) merge_kernel(MergeList list, Merg
             raw |= uint32_t(distance == merge_code::kRaw) << (n * T::kColumns + c);
         }
 
-    // W is written when the whole tile is known to be finite and its raw weights have a place.
+    // W is written only once the whole tile is known to be finite and its raw weights have room.
     if (!finite) atomicOr(&shared.refused, 1);
     int slot = raw ? atomicAdd(&shared.raw, __popc(raw)) : 0;
     __syncthreads();
     if (shared.refused) {
-        if (threadIdx.x == 0) atomicOr(notes.refused + shared.number, 1);
+        if (threadIdx.x == 0) atomicOr(notes.refused + shared.layer_index, 1);
         return;
     }
     if (shared.raw > 0) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) unmerge_kernel(MergeList list, co
     const bool done = !merged[tile];
     auto& shared = shared_memory<Shared<W>>();
     const MergeLayer& layer = shared.layer;
-    const Place<W> place = find(list, tile, shared);
+    const Place<W> place = find_tile(list, tile, shared);
     if (done) return;
     float d[T::kRows][T::kColumns];
     delta<W, Adapter>(d, list, place, shared);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows_kernel(MergeList list, uint
     using T = Tile<W>;
     auto& shared = shared_memory<Shared<W>>();
     const MergeLayer& layer = shared.layer;
-    const Place<W> place = find(list, int(blockIdx.x), shared);
+    const Place<W> place = find_tile(list, int(blockIdx.x), shared);
     const W* const weight = static_cast<const W*>(layer.weight) + place.row * layer.stride + place.column;
     Vector<W, T::kColumns> w[T::kRows] = {};
     load(w, weight, layer.stride, place);

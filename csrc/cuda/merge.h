@@ -10,22 +10,22 @@
 
 namespace peftk::cuda {
 
-// A layer, a row of the table in device memory: the FIELDS of peftk/launch/merge_layers.py, in their order. Its
-// weights are cut into tiles, row by row of tiles; tiles, rows and weights are counted through all layers of the list.
+// A layer: a row of the table in device memory, with the FIELDS of peftk/launch/merge_layers.py in their order. W is
+// divided into tiles, numbered row by row. Tiles, rows and weights are numbered consecutively over all layers.
 struct MergeLayer {
     void* weight;    // [N, K], contiguous rows
     int64_t stride;  // elements from row to row
     int64_t N, K;
     int8_t* code;        // [N, K], dense
-    const void* lora_A;  // [R, K], dense: of all adapters of the layer, side by side
+    const void* lora_A;  // [R, K], dense: all adapters of the layer, side by side
     const void* lora_B;  // [N, R], dense
-    int64_t R;           // of the layer's adapters together
-    // in `ends` and `scaling`
+    int64_t R;           // ranks of all of the layer's adapters
+    // indices into `ends` and `scaling`
     int64_t first_adapter, end_adapter;
     int64_t tiles_across;
-    // how many tiles, rows and weights the layers before it have
+    // number of tiles, rows and weights of the layers before it
     int64_t first_tile, first_row, first_weight;
-    // 1 where W's rows start on 16 bytes, and those of the code on as many bytes as these have elements
+    // 1 if W's rows start at multiples of 16 bytes, and the code's rows at multiples of 16 / sizeof(W's dtype) bytes
     int64_t aligned;
 };
 static_assert(sizeof(MergeLayer) == 15 * sizeof(int64_t), "the table's rows have 15 fields of 64 bits");
@@ -40,35 +40,35 @@ struct MergeList {
     Dtype weight_dtype, adapter_dtype;
 };
 
-// What a merge notes beside W' and the code.
+// What a merge records in addition to W' and the code.
 struct MergeNotes {
-    int8_t* merged;      // [tiles]: 1 for the tiles that are merged; these are left alone
-    uint32_t* row_sums;  // [rows of all layers]: the checksum's, to which the tiles' shares are added
-    int32_t* refused;    // [layers]: 1 where W' would not be finite
+    int8_t* merged;      // [tiles]: 1 for merged tiles, which are skipped
+    uint32_t* row_sums;  // [rows of all layers]: the checksum's row sums, to which the tiles' shares are added
+    int32_t* refused;    // [layers]: set to 1 if W' would not be finite
     int32_t* raw_count;
-    int64_t* raw_keys;  // [room]: of which weight, counted through all layers; in any order
-    void* raw_values;   // [room]: W
+    int64_t* raw_keys;  // [room]: number of each raw weight, over all layers; in any order
+    void* raw_values;   // [room]: its value in W
     int32_t room;
 };
 
 struct MergeTile {
     int rows, columns;
-    int shared;  // bytes of a block
+    int shared;  // bytes of shared memory per block
 };
 MergeTile merge_tile(Dtype weight_dtype);
 
-// Merges every tile that is not merged. A tile stays as it is where its W' would not be finite, and where there is no
-// room left for its raw weights; raw_count then says how much there should have been.
+// Merges every tile that is not merged. A tile is unchanged if its W' would not be finite, or if there is no room left
+// for its raw weights; raw_count then says how much room all of them need.
 Status merge(const MergeList& list, const MergeNotes& notes, int device, cudaStream_t stream);
 
-// Unmerges every tile that is merged. Raw weights come back as W″; restore() then puts them where they belong.
+// Unmerges every merged tile. Raw weights become W″ until restore() writes their values.
 Status unmerge(const MergeList& list, const int8_t* merged, int device, cudaStream_t stream);
 
-// Keys below 0 are none.
+// Writes raw weights back to W. Keys below 0 are skipped.
 Status restore(const MergeList& list, const int64_t* raw_keys, const void* raw_values, int64_t count, int device,
                cudaStream_t stream);
 
-// Adds each weight to its row's sum of the checksum.
+// Adds each weight to its row's sum in the checksum.
 Status sum_rows(const MergeList& list, uint32_t* row_sums, int device, cudaStream_t stream);
 
 }  // namespace peftk::cuda

@@ -1,4 +1,4 @@
-// A block's tile of W, and what each thread has of it.
+// A block's tile of W, and the part of each thread.
 #pragma once
 
 #include <cstring>
@@ -13,9 +13,9 @@ namespace peftk::cuda::merging {
 constexpr int kThreads = 256;
 constexpr int kThreadsAcross = 16;                       // threads along the columns of a tile
 constexpr int kThreadsDown = kThreads / kThreadsAcross;  // and along its rows
-constexpr int kOutputs = 32;                             // a thread: chains in registers
+constexpr int kOutputs = 32;                             // of a thread: chains in registers
 constexpr int kChunk = 16;                               // ranks in shared memory at a time
-constexpr int kTogether = 4;                             // a thread's loads of A or B that are in flight together
+constexpr int kLoadsInFlight = 4;                        // loads of A or B that a thread has in flight
 
 template <typename W>
 struct Tile {
@@ -23,7 +23,7 @@ struct Tile {
     static constexpr int kRows = kOutputs / kColumns;  // of a thread
     static constexpr int kAcross = kThreadsAcross * kColumns;
     static constexpr int kDown = kThreadsDown * kRows;
-    // Four floats more than a row, which spreads the column-wise stores of B's chunk over the banks.
+    // Padded by four floats, which spreads the column-wise stores of B's chunk over the banks.
     static constexpr int kPitch = kDown + 4;
 };
 
@@ -32,22 +32,22 @@ struct Shared {
     float A[kChunk][Tile<W>::kAcross];
     float B[kChunk][Tile<W>::kPitch];
     MergeLayer layer;
-    int number;      // the layer's
-    int refused;     // 1 where some W' of the tile would not be finite
-    int raw;         // how many raw weights the tile has
-    int first_slot;  // where their place begins
+    int layer_index;  // of the layer in the list
+    int refused;      // 1 if any W' of the tile would not be finite
+    int raw;          // number of raw weights of the tile
+    int first_slot;   // index of the first one's slot
 };
 
-// A thread's outputs: kRows rows of kColumns columns, of which some may lie outside W.
+// A thread's outputs: kRows rows of kColumns columns, some of which may be outside W.
 template <typename W>
 struct Place {
     int first_row, first_column;  // the tile's
     int row, column;              // the thread's
-    int rows, columns;            // how many of the thread's exist, ≥ 0
-    bool whole;                   // whether a row's columns are one access
+    int rows, columns;            // how many of the thread's are inside W
+    bool vectorized;              // whether a row's columns are read with one access
 };
 
-// The layer that has this tile or weight, by bisection of the table's column kFirst.
+// The layer of a tile or weight, by bisection of the table's column kFirst.
 template <int64_t MergeLayer::* kFirst>
 __device__ inline int layer_of(const MergeLayer* table, int layers, int64_t item) {
     int low = 0, high = layers;
@@ -58,9 +58,9 @@ __device__ inline int layer_of(const MergeLayer* table, int layers, int64_t item
     return low;
 }
 
-// Brings the tile's layer into shared memory, where it costs no registers.
+// Finds the thread's part of a tile, and copies the tile's layer to shared memory, where it needs no registers.
 template <typename W>
-__device__ inline Place<W> find(const MergeList& list, int tile, Shared<W>& shared) {
+__device__ inline Place<W> find_tile(const MergeList& list, int tile, Shared<W>& shared) {
     using T = Tile<W>;
     constexpr int kWords = sizeof(MergeLayer) / sizeof(int64_t);
     const unsigned thread = threadIdx.x;
@@ -68,7 +68,7 @@ __device__ inline Place<W> find(const MergeList& list, int tile, Shared<W>& shar
         const int layer = layer_of<&MergeLayer::first_tile>(list.table, list.layers, tile);
         const auto* from = reinterpret_cast<const int64_t*>(list.table + layer);
         reinterpret_cast<int64_t*>(&shared.layer)[thread] = from[thread];
-        if (thread == 0) shared.number = layer, shared.refused = 0, shared.raw = 0;
+        if (thread == 0) shared.layer_index = layer, shared.refused = 0, shared.raw = 0;
     }
     __syncthreads();
     const MergeLayer& layer = shared.layer;
@@ -80,12 +80,12 @@ __device__ inline Place<W> find(const MergeList& list, int tile, Shared<W>& shar
     place.column = place.first_column + int(thread % kThreadsAcross * T::kColumns);
     place.rows = max(0, min(T::kRows, int(layer.N) - place.row));
     place.columns = max(0, min(T::kColumns, int(layer.K) - place.column));
-    place.whole = layer.aligned && place.columns == T::kColumns;
+    place.vectorized = layer.aligned && place.columns == T::kColumns;
     return place;
 }
 
-// A vector of a thread's columns, moved as one word where that is allowed, else one by one.
-// The streaming forms: each byte is touched once.
+// A thread's columns of one row. They are loaded and stored as one word if `vectorized`, else one by one. Words use the
+// streaming instructions, since each byte is accessed only once.
 template <typename T, int kColumns>
 struct Vector {
     T lane[kColumns];
@@ -106,10 +106,10 @@ struct Word<4> {
     using Type = unsigned;
 };
 
-// A thread's rows, `stride` elements apart: the loads of all of them are in flight together.
+// Loads a thread's rows, `stride` elements apart. All of their loads are in flight together.
 template <typename T, typename W, int kColumns, int kRows>
 __device__ inline void load(Vector<T, kColumns> (&to)[kRows], const T* from, int64_t stride, const Place<W>& place) {
-    if (place.whole) {
+    if (place.vectorized) {
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
             if (n >= place.rows) continue;
@@ -127,7 +127,7 @@ __device__ inline void load(Vector<T, kColumns> (&to)[kRows], const T* from, int
 
 template <typename T, typename W, int kColumns, int kRows>
 __device__ inline void store(T* to, const Vector<T, kColumns> (&from)[kRows], int64_t stride, const Place<W>& place) {
-    if (place.whole) {
+    if (place.vectorized) {
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
             if (n >= place.rows) continue;
@@ -144,8 +144,8 @@ __device__ inline void store(T* to, const Vector<T, kColumns> (&from)[kRows], in
     }
 }
 
-// A column's place in the shared rows of A. Each thread reads its columns as float4s; with the first float4s of all
-// threads side by side, then the second, no two threads of a quarter warp meet in a bank.
+// A column's index in the shared rows of A. Each thread reads its columns as float4s. The first float4s of all threads
+// are stored side by side, then the second ones, so that the threads of a quarter warp have no bank conflicts.
 template <typename W>
 __device__ inline int shared_column(unsigned column) {
     constexpr int kColumns = Tile<W>::kColumns;
@@ -153,22 +153,22 @@ __device__ inline int shared_column(unsigned column) {
     return (within / 4 * kThreadsAcross + thread) * 4 + within % 4;
 }
 
-// to(i, from(i)) for all i, several loads ahead of the stores.
+// Calls to(i, from(i)) for all i, with several loads before the stores.
 template <int kCount, typename From, typename To>
 __device__ inline void copy(const From& from, const To& to) {
 #pragma unroll
-    for (int first = 0; first < kCount; first += kTogether) {
-        float value[kTogether];
+    for (int first = 0; first < kCount; first += kLoadsInFlight) {
+        float value[kLoadsInFlight];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) value[i] = from(first + i);
+        for (int i = 0; i < kLoadsInFlight; ++i) value[i] = from(first + i);
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) to(first + i, value[i]);
+        for (int i = 0; i < kLoadsInFlight; ++i) to(first + i, value[i]);
     }
 }
 
-// d of the thread's outputs: for each adapter a chain of fma over its ranks, times its scaling; their sum in order. It
-// starts at -0, to which a d of either sign adds as itself. The ranks go by in chunks, widened into shared memory. Ends
-// with a barrier.
+// d of the thread's outputs: Σ scaling · chain over the layer's adapters, in order. A chain is one fma per rank. d
+// starts at -0, since -0 + t = t for every t of either sign. Ranks are processed in chunks, widened into shared memory.
+// Ends with a barrier.
 template <typename W, typename Adapter>
 __device__ inline void delta(float (&d)[Tile<W>::kRows][Tile<W>::kColumns], const MergeList& list,
                              const Place<W>& place, Shared<W>& shared) {
@@ -186,7 +186,7 @@ __device__ inline void delta(float (&d)[Tile<W>::kRows][Tile<W>::kColumns], cons
         float chain[T::kRows][T::kColumns] = {};
         for (const int end = list.ends[adapter]; rank < end;) {
             const int ranks = min(kChunk, end - rank);
-            // Threads walk A along its columns and B along its ranks, as both lie in memory.
+            // Neighbouring threads read A along its columns and B along its ranks, which are contiguous in memory.
             const int64_t K = layer.K, R = layer.R;
             const auto* A = static_cast<const Adapter*>(layer.lora_A) + rank * K + place.first_column;
             const auto* B = static_cast<const Adapter*>(layer.lora_B) + place.first_row * R + rank;
@@ -234,7 +234,7 @@ __device__ inline void delta(float (&d)[Tile<W>::kRows][Tile<W>::kColumns], cons
     }
 }
 
-// Σ (2k + 1) · bits modulo 2³² of each of the thread's rows. 16-bit values are signed, and so is their 2k + 1.
+// share[n] = Σ (2k + 1) · bits modulo 2³² of the thread's row n. For 16-bit values, bits and 2k + 1 are signed 16-bit.
 template <typename W, int kColumns, int kRows>
 __device__ inline void sum_columns(uint32_t (&share)[kRows], const Vector<W, kColumns> (&w)[kRows], int column) {
 #pragma unroll
@@ -249,8 +249,8 @@ __device__ inline void sum_columns(uint32_t (&share)[kRows], const Vector<W, kCo
     }
 }
 
-// Adds the threads' shares of their rows to the rows' sums; all threads must come. Threads side by side have the same
-// rows: they exchange halves of them until each has the whole tile's share of one row.
+// Adds the threads' shares to the sums of their rows. All threads must call it. Threads side by side have the same
+// rows: they exchange halves of them until each has the tile's whole share of one row.
 template <int kRows>
 __device__ inline void add_row_sums(uint32_t* sums, uint32_t (&share)[kRows], int rows) {
     static_assert(kThreadsAcross % kRows == 0, "as many threads as rows, or more");

@@ -1,5 +1,5 @@
-// The rows of a call in the order of their adapters, found by every block for itself: 64 ids are sorted faster than a
-// second launch starts.
+// The rows of a call in the order of their adapters. Every block sorts them again, since sorting 64 ids takes less time
+// than starting a second launch.
 #pragma once
 
 #include "cuda/adapters.cuh"
@@ -7,7 +7,7 @@
 
 namespace peftk::cuda {
 
-// Places from `from` to `to` - 1 of the order have the same adapter. Base-only rows, which come first, are in no
+// The places `from` … `to` - 1 of the order, which have the same adapter. Base-only rows come first and are in no
 // segment.
 struct Segment {
     int from, to;
@@ -16,15 +16,15 @@ struct Segment {
 
 template <int kRows>
 struct Rows {
-    int id[kRows];       // of the row at each place, ascending; -1: base only
-    int row[kRows];      // which row that is
-    int segment[kRows];  // which segment the place is in, or -1
+    int id[kRows];       // id of the row at each place, ascending; -1: base only
+    int row[kRows];      // index of that row
+    int segment[kRows];  // segment of the place, or -1
     Segment segments[kRows];
     int segment_count;
     int unsorted[kRows];
 };
 
-// A stable sort by counting: a row's place is how many come before it.
+// A stable counting sort: a row's place is the number of rows before it.
 template <int kRows>
 __device__ inline void sort_rows(const LoraLinearArgs& args, Rows<kRows>& rows) {
     const int thread = threadIdx.x;
@@ -47,7 +47,7 @@ __device__ inline void sort_rows(const LoraLinearArgs& args, Rows<kRows>& rows) 
     __syncthreads();
 }
 
-// After sort_rows: the segments, without their adapters. They are there after the next barrier.
+// Finds the segments, without their adapters, after sort_rows. They may be read after the next barrier.
 template <int kRows>
 __device__ inline void find_segments(const LoraLinearArgs& args, Rows<kRows>& rows) {
     const int place = threadIdx.x;
@@ -66,8 +66,8 @@ __device__ inline void find_segments(const LoraLinearArgs& args, Rows<kRows>& ro
     }
 }
 
-// The adapters of all segments in one slice of y's columns. The caller sees to it that nobody still reads the last
-// ones.
+// Loads the adapters of all segments in one slice of y's columns. The caller must make sure that no thread still reads
+// those of the previous slice.
 template <int kRows>
 __device__ inline void find_adapters(const LoraLinearArgs& args, const Slice& slice, Rows<kRows>& rows) {
     const int segment = threadIdx.x;
@@ -78,7 +78,7 @@ __device__ inline void find_adapters(const LoraLinearArgs& args, const Slice& sl
     __syncthreads();
 }
 
-// Range `part` of `parts` of K, in whole steps.
+// Range `part` of the `parts` ranges of K, in whole steps.
 struct Range {
     int from, to;
 };

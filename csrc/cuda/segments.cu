@@ -1,16 +1,16 @@
-// ids → the rows in the order of their adapters, and where each adapter's rows start (docs/segments.md).
+// Sorts rows by adapter, and finds where each adapter's rows start (docs/segments.md).
 //
-// Up to kTile rows one block does it all; more rows are a counting sort over tiles, in three launches:
+// Up to kTile rows take one launch of one block. More rows take three launches over tiles, a counting sort:
 //
 //     sort     a tile sorts its rows; running[tile, g] = how many of them have a group up to g
 //     scan     each column of `running` is summed over the tiles
-//     scatter  row of group g at place p of its sorted tile t goes to
+//     scatter  the row of group g at place p of its sorted tile t goes to place
 //                  p + (rows of lower groups in other tiles) + (rows of group g in earlier tiles)
 //                = p + running[last, g - 1] - running[t, g - 1] + running[t - 1, g]
 //
-// Group g = id + 1, so that the base layer's rows are group 0. A row's key is g · kTile + its place in the tile: no two
-// are equal, so whatever sorts them is stable. No block waits for another and no word is written by two threads, so
-// that the result does not depend on the schedule.
+// Group g = id + 1, so that the base layer's rows are group 0. A row's key is g · kTile + its place in the tile. All
+// keys differ, so any sort is stable. No block waits for another, and no word is written by two threads, so the result
+// does not depend on the schedule.
 
 #include "cuda/segments.h"
 
@@ -22,30 +22,30 @@
 namespace peftk::cuda {
 namespace {
 
-constexpr int kTile = 1024;                 // rows that a block sorts
-constexpr int kMostAdapters = 1 << 20;      // a key fits in an int
-constexpr int kMostRows = INT_MAX - kTile;  // so does a place, and what is beyond it in its tile
+constexpr int kTile = 1024;                 // rows that a block sorts at most
+constexpr int kMostAdapters = 1 << 20;      // so that a key fits into an int
+constexpr int kMostRows = INT_MAX - kTile;  // so that any place of a tile fits into an int
 constexpr int kRowsPerEntry = 16;           // of `blocks`
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kWholeWarp = 0xffffffff;
-constexpr int kGroups = 256;      // that a block counts, as long as there are fewer than
-constexpr int kMostBlocks = 256;  // of them
-constexpr int kStrips = 16;       // ranges of tiles that a block of the scan sums at once, a warp each
+constexpr int kGroups = 256;      // groups that a block counts at least: more if kMostBlocks would not be enough
+constexpr int kMostBlocks = 256;  // that count groups
+constexpr int kStrips = 16;       // ranges of tiles that a block of the scan sums in parallel, one per warp
 constexpr int kBatch = 4;         // tiles of a strip whose counts are in flight together
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How kSize keys lie over the threads: thread t holds the places kKeys · t … kKeys · t + kKeys - 1. Up to 256 keys are
-// one warp's, which then needs no barrier to sort them.
+// How kSize keys are distributed over the threads: thread t holds the places kKeys · t … kKeys · t + kKeys - 1. Up to
+// 256 keys are sorted by a single warp, which needs no barrier.
 template <int kSize>
 struct Sort {
     static constexpr int kKeys = kSize <= 64 ? 2 : 8;  // of a thread
     static constexpr int kSorters = kSize / kKeys;     // threads
 };
 
-// Where the key of a place lies in shared memory. The word left free after 32 others makes the stores of a warp, kKeys
-// places apart, meet in no bank; loads of 32 places in a row don't either.
+// The index of a place's key in shared memory. One word after every 32 is left free, so that a warp's stores, kKeys
+// places apart, have no bank conflicts. Neither have loads of 32 consecutive places.
 __host__ __device__ constexpr int slot(int place) { return place + place / 32; }
 
 template <int kSize>
@@ -57,9 +57,9 @@ struct Keys {
 
 // ---- The sort: a bitonic network. Runs of `run` places, every other one descending, are merged from runs of half the
 // size: each place is compared with the one `stride` away, for stride = run / 2 … 1, and keeps the smaller or larger
-// key. Loops are unrolled only where registers are indexed: code that runs once is fetched once, from far away.
+// key. Loops are unrolled only where they index registers, since code that runs once must be fetched from memory.
 
-// The last strides of a run, from `longest` on: both places are this thread's.
+// The last strides of a run, from `longest` on, for which both places belong to this thread.
 template <int kKeys>
 __device__ inline void merge_own(int (&key)[kKeys], int place, int run, int longest) {
 #pragma unroll
@@ -77,12 +77,12 @@ __device__ inline void merge_own(int (&key)[kKeys], int place, int run, int long
 }
 
 template <int kKeys>
-__device__ inline void keep(int (&key)[kKeys], const int (&other)[kKeys], bool smaller) {
+__device__ inline void keep_smaller_or_larger(int (&key)[kKeys], const int (&other)[kKeys], bool smaller) {
 #pragma unroll
     for (int j = 0; j < kKeys; ++j) key[j] = smaller ? min(key[j], other[j]) : max(key[j], other[j]);
 }
 
-// By the first kSorters threads of the block: all of it, or one warp.
+// Called by the first kSorters threads of the block: all of them, or one warp.
 template <int kSize>
 __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][kSize]) {
     constexpr int kKeys = Sort<kSize>::kKeys, kSorters = Sort<kSize>::kSorters;
@@ -97,8 +97,8 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
         int other[kKeys];
         int distance = run / 2 / kKeys;  // the stride, in threads
         if constexpr (kSorters > 32) {
-            // One barrier a step: the buffers alternate, and whoever stores to one again has passed the barrier that
-            // everybody reached after loading from it.
+            // One barrier per step is enough: the buffers alternate, and a thread that stores to one again has passed a
+            // barrier that all threads reached after loading from it.
 #pragma unroll 1
             for (; distance >= 32; distance /= 2) {
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
                 __syncthreads();
 #pragma unroll
                 for (int j = 0; j < kKeys; ++j) other[j] = exchange[buffer][j * kSorters + (thread ^ distance)];
-                keep(key, other, ((thread & distance) == 0) == ascending);
+                keep_smaller_or_larger(key, other, ((thread & distance) == 0) == ascending);
                 buffer ^= 1;
             }
         }
@@ -114,14 +114,14 @@ __device__ inline void sort(int (&key)[Sort<kSize>::kKeys], int (&exchange)[2][k
         for (; distance > 0; distance /= 2) {
 #pragma unroll
             for (int j = 0; j < kKeys; ++j) other[j] = __shfl_xor_sync(kWholeWarp, key[j], distance);
-            keep(key, other, ((thread & distance) == 0) == ascending);
+            keep_smaller_or_larger(key, other, ((thread & distance) == 0) == ascending);
         }
         merge_own(key, place, run, kKeys / 2);
     }
 }
 
-// The keys of a tile's rows, ascending, to shared.sorted; what is no row comes last. Every thread may read them after
-// it.
+// Stores the keys of a tile's rows in shared.sorted, ascending; places without a row are last. Every thread may read
+// them afterwards.
 template <typename Id, int kSize>
 __device__ inline void sort_rows(const SegmentsArgs& args, int tile, Keys<kSize>& shared) {
     constexpr int kKeys = Sort<kSize>::kKeys, kSorters = Sort<kSize>::kSorters;
@@ -130,12 +130,12 @@ __device__ inline void sort_rows(const SegmentsArgs& args, int tile, Keys<kSize>
         int key[kKeys];
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) {
-            // Rows go to the threads as they lie in memory: the network does not mind where a key starts.
+            // Neighbouring threads load neighbouring rows: for the network it does not matter where a key starts.
             const int at = j * kSorters + thread;
             const int64_t row = int64_t(tile) * kTile + at;
             key[j] = INT_MAX;
             if (row < args.M) {
-                // Compared before it is narrowed: an int64 may wrap to an adapter's number.
+                // Compared before narrowing: an int64 might wrap to a valid id.
                 const Id id = static_cast<const Id*>(args.ids)[row * args.stride];
                 const int group = id >= 0 && id < args.adapters ? int(id) + 1 : 0;
                 key[j] = group * kTile + at;
@@ -150,7 +150,7 @@ __device__ inline void sort_rows(const SegmentsArgs& args, int tile, Keys<kSize>
 
 // ---- Counting
 
-// How many of the sorted keys are below a limit: a binary search, the same steps for every thread.
+// The number of sorted keys below a limit: a binary search with the same steps in every thread.
 template <int kSize>
 __device__ inline int count_below(const int (&sorted)[slot(kSize)], int limit) {
     int count = 0;
@@ -168,14 +168,14 @@ __device__ inline void store_counts(const int (&sorted)[slot(kSize)], int* count
         counts[g] = count_below<kSize>(sorted, (g + 1) * kTile);
 }
 
-// A warp goes through kRounds · 32 neighbours, 32 at a time.
+// A warp processes kRounds · 32 neighbouring places, 32 in each round. Returns the thread's place in a round.
 template <int kRounds>
 __device__ inline int neighbour(int round) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     return (warp * kRounds + round) * 32 + lane;
 }
 
-// upto[i] = how many flags are set up to this thread's neighbour(i), itself included; returns how many there are in the
+// upto[i] = how many flags are set at places up to and including neighbour(i). Returns the number of flags of the
 // block. `totals` may be written again after the next barrier.
 template <int kRounds>
 __device__ inline int count_flags(const bool (&flag)[kRounds], int (&upto)[kRounds], int (&totals)[kWarps]) {
@@ -203,7 +203,7 @@ __device__ inline int count_flags(const bool (&flag)[kRounds], int (&upto)[kRoun
 
 // ---- Tables
 
-// What a row says of its place; the first one of a segment also of the segment.
+// Stores the entries of a row at its place, and those of the segment for its first row (head).
 __device__ inline void store_row(const SegmentsArgs& args, int place, int row, int group, int segment, bool head) {
     args.order[place] = row;
     args.sorted_ids[place] = group - 1;
@@ -214,7 +214,7 @@ __device__ inline void store_row(const SegmentsArgs& args, int place, int row, i
     }
 }
 
-// The entries of segments that there are none of, from `first` to `last`.
+// Stores the entries after the last segment, from `first` to `last`.
 __device__ inline void store_beyond(const SegmentsArgs& args, int first, int last) {
     last = min(last, int(min(args.M, args.adapters + 1)));
     for (int segment = first + int(threadIdx.x); segment <= last; segment += kThreads) {
@@ -225,7 +225,7 @@ __device__ inline void store_beyond(const SegmentsArgs& args, int first, int las
 
 // ---- Kernels
 
-// All of it for up to kSize rows. Where there are many adapters several blocks sort, the same keys, and share the ends.
+// Computes everything for up to kSize rows. With many adapters, several blocks sort the same keys and share the ends.
 template <typename Id, int kSize>
 __global__ void __launch_bounds__(kThreads) segments_kernel(SegmentsArgs args) {
     constexpr int kRounds = kSize < kThreads ? 1 : kSize / kThreads;
@@ -254,11 +254,11 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(SegmentsArgs args) {
     store_beyond(args, found, M);
 }
 
-// What the launches for more rows hand on: two arrays in the workspace.
+// The two arrays in the workspace that the launches for more rows share.
 struct Tiles {
     int64_t count, columns;
-    int* keys;     // [count, kTile]: each tile's, ascending
-    int* running;  // [count, columns]: rows of a group up to the column's, in the tile; after the scan, up to the tile
+    int* keys;     // [count, kTile]: the keys of each tile, ascending
+    int* running;  // [count, columns]: rows with a group up to the column's, in the tile; after the scan, up to it
 
     explicit Tiles(const SegmentsArgs& args)
         : count(ceil_div(args.M, kTile)),
@@ -278,8 +278,8 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(SegmentsArgs args, Tiles
         tiles.keys[int64_t(tile) * kTile + at] = shared.sorted[slot(at)];
 }
 
-// A lane for a column, a warp for a strip of the tiles: strips are summed, then gone through again with the sum of
-// those before them. The last tile's sums are the ends.
+// A lane has a column, a warp a strip of the tiles. Strips are summed first, then read again with the sum of the strips
+// before them. The last tile's sums are the ends.
 struct Strips {
     int total[kStrips][32];
 };
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kStrips * 32) scan_kernel(SegmentsArgs args, T
     __syncthreads();
     int sum = 0;
     for (int s = 0; s < strip; ++s) sum += shared.total[s][lane];
-    // A batch is loaded before the first of it is stored: the compiler must not move a load over a store.
+    // All of a batch is loaded before any of it is stored, since the compiler may not move a load over a store.
     for (int64_t t = first; t < last; t += kBatch) {
         int count[kBatch];
 #pragma unroll
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kStrips * 32) scan_kernel(SegmentsArgs args, T
     if (strip == kStrips - 1 && g < tiles.columns) args.ends[g] = sum;
 }
 
-// Numbers of the segments of kTile groups.
+// The numbers of the segments of kTile groups.
 struct Numbers {
     int upto[kTile];
     int totals[kWarps];
@@ -334,28 +334,28 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(SegmentsArgs args, Ti
         const int at = neighbour<kRounds>(i);
         const int key = at < rows ? tiles.keys[int64_t(first) + at] : -kTile;
         const bool lower = key >= kTile;
-        group[i] = key / kTile;  // -1 for what is no row
+        group[i] = key / kTile;  // -1: no row
         row[i] = first + key % kTile;
         const int start = lower ? args.ends[group[i] - 1] : 0;
         place[i] = at + start - (lower ? mine[group[i] - 1] : 0) + (tile > 0 && at < rows ? before[group[i]] : 0);
         head[i] = place[i] == start;
     }
 
-    // The number of a row's segment: how many groups up to its own have rows. A chunk of groups after the other.
+    // The number of a row's segment is how many groups below its own have rows, counted in chunks of kTile groups.
     int found = 0;
     for (int chunk = 0; chunk <= adapters; chunk += kTile) {
-        bool some[kRounds];
+        bool has_rows[kRounds];
         int upto[kRounds];
 #pragma unroll
         for (int i = 0; i < kRounds; ++i) {
             const int g = chunk + neighbour<kRounds>(i);
-            some[i] = g <= adapters && args.ends[g] > (g > 0 ? args.ends[g - 1] : 0);
+            has_rows[i] = g <= adapters && args.ends[g] > (g > 0 ? args.ends[g - 1] : 0);
         }
-        const int here = count_flags<kRounds>(some, upto, shared.totals);
+        const int here = count_flags<kRounds>(has_rows, upto, shared.totals);
 #pragma unroll
         for (int i = 0; i < kRounds; ++i) shared.upto[neighbour<kRounds>(i)] = found + upto[i];
         __syncthreads();
-        // The next chunk's numbers are stored after the barrier in its count_flags, which nobody passes before all
+        // The next chunk's numbers are stored after the barrier in its count_flags, which no thread passes before all
         // have read these.
 #pragma unroll
         for (int i = 0; i < kRounds; ++i)
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(SegmentsArgs args, Ti
 #pragma unroll
     for (int i = 0; i < kRounds; ++i)
         if (group[i] >= 0) store_row(args, place[i], row[i], group[i], segment[i], head[i]);
-    store_beyond(args, max(found, first + 1), first + kTile);  // each entry by the one tile that it falls to
+    store_beyond(args, max(found, first + 1), first + kTile);  // each entry is written by one tile
 }
 
 // ---- Launches
@@ -381,7 +381,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaSt
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// `body` gets the least number of keys that one block sorts for M rows, as a constant.
+// Calls `body` with the smallest number of keys for which M rows fit into one block, as a constant.
 template <typename Body>
 auto with_size(int64_t M, Body body) {
     if (M <= 64) return body(std::integral_constant<int, 64>{});

@@ -1,8 +1,8 @@
 // shrink: z[m] = x[m] A_iᵀ + a_i, for 8 rows, 16 ranks and one range of K.
 //
-// zᵀ = A xᵀ on the tensor cores: the ranks are the 16 rows of their product, the rows of x its 8 columns. Everything is
-// read once, so it goes from memory to registers. The order of a sum is free, so a thread's k are 8 neighbours, one
-// 128-bit load, where the tensor cores mean k = 2t, 2t + 1, 2t + 8 and 2t + 9: for A and x alike.
+// Computes zᵀ = A xᵀ on the tensor cores: the ranks are the 16 rows of their product, the rows of x its 8 columns. All
+// data is read once, so it is loaded directly into registers. The order of a sum is free: for both A and x a thread
+// uses 8 neighbouring k, which are one 128-bit load, where the tensor cores expect k = 2t, 2t + 1, 2t + 8 and 2t + 9.
 #pragma once
 
 #include <cstring>
@@ -15,10 +15,10 @@
 namespace peftk::cuda::shrink {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kRows = 8;               // of x, a tile
-constexpr int kSlab = 32;              // k of a warp at a time
+constexpr int kRows = 8;               // of x, in a tile
+constexpr int kSlab = 32;              // values of k that a warp processes together
 constexpr int kStep = kSlab * kWarps;  // the warps of a block take slabs in turn
-constexpr int kInFlight = 4;           // slabs of a warp whose loads are under way together
+constexpr int kInFlight = 4;           // slabs whose loads a warp has in flight
 
 struct Segment {
     int from, to;  // rows of the tile
@@ -39,30 +39,30 @@ struct Eight {
 };
 
 template <typename T>
-__device__ inline Eight<T> load_eight(const T* from, bool some, bool aligned) {
+__device__ inline Eight<T> load_eight(const T* from, bool exists, bool aligned) {
     Eight<T> eight{};
-    if (some && aligned) {
+    if (exists && aligned) {
         constexpr int kWords = sizeof(eight) / sizeof(uint4);
         uint4 words[kWords];
 #pragma unroll
         for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(from)[i];
         memcpy(&eight, words, sizeof(eight));
-    } else if (some) {
+    } else if (exists) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) eight.value[i] = from[i];
     }
     return eight;
 }
 
-// What a thread multiplies of a slab: 8 k of one row of x and of two ranks.
+// A thread's part of a slab: 8 values of k of one row of x and of two ranks.
 template <typename T, typename A>
 struct Slab {
     Eight<T> x;
     Eight<A> low, high;
 };
 
-// sum += the products of a slab. They have sums of their own, the small terms first: tensor cores cut what does not fit
-// in a sum (cuda/terms.cuh), so the long sum is rounded by fp32 additions.
+// sum += the products of a slab. These are first summed on the tensor cores, small terms first, and then added in fp32,
+// since tensor cores truncate sums (cuda/terms.cuh).
 template <typename T, typename A>
 __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
     float part[4] = {};
@@ -83,9 +83,9 @@ __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int k = i + 2 * j;
-                cut_terms(widen(slab.x.value[k]), widen(slab.x.value[k + 1]), x[j]);
-                cut_terms(widen(slab.low.value[k]), widen(slab.low.value[k + 1]), low[j]);
-                cut_terms(widen(slab.high.value[k]), widen(slab.high.value[k + 1]), high[j]);
+                split_terms(widen(slab.x.value[k]), widen(slab.x.value[k + 1]), x[j]);
+                split_terms(widen(slab.low.value[k]), widen(slab.low.value[k + 1]), low[j]);
+                split_terms(widen(slab.high.value[k]), widen(slab.high.value[k + 1]), high[j]);
             }
 #pragma unroll
             for (int p = kTerms<A> - 1; p >= 0; --p)
@@ -100,7 +100,7 @@ __device__ inline void multiply_slab(float (&sum)[4], const Slab<T, A>& slab) {
     for (int c = 0; c < 4; ++c) sum[c] += part[c];
 }
 
-// The segments of a tile whose adapters have ranks on the page.
+// Finds the segments of a tile whose adapters have ranks on the page.
 template <typename A, int kAllRows>
 __device__ inline void find_segments(const LoraLinearArgs& args, const Rows<kAllRows>& rows, int first_row,
                                      const Slice& slice, int page, Shared& shared) {
@@ -125,12 +125,12 @@ __device__ inline void find_segments(const LoraLinearArgs& args, const Rows<kAll
     __syncthreads();
 }
 
-// One tile: `complete` splits of it make its part of z, which is then published.
+// Computes one split of a tile. The last split to arrive sums them, stores the tile's part of z and publishes it.
 template <typename T, typename A, int kAllRows>
 __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& plan, int number,
-                            const Rows<kAllRows>& rows, Shared& shared, int& to_all) {
-    const int splits = plan.shrink_splits, split = number % splits, whole = number / splits;
-    const int first_row = whole / args.adapters.z_pages * kRows, z_page = whole % args.adapters.z_pages;
+                            const Rows<kAllRows>& rows, Shared& shared, int& broadcast) {
+    const int splits = plan.shrink_splits, split = number % splits, tile_index = number / splits;
+    const int first_row = tile_index / args.adapters.z_pages * kRows, z_page = tile_index % args.adapters.z_pages;
     int s = 0;
     Slice slice = slice_at(args.adapters, 0, args.N);
     while (z_page >= slice.end_page) slice = slice_at(args.adapters, ++s, args.N);
@@ -142,8 +142,8 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
     const int place = first_row + g;
     const T* x = static_cast<const T*>(args.x) + int64_t(place < args.M ? rows.row[place] : 0) * args.x_stride;
 
-    // Slab by slab, segment by segment. A row's sums are taken from the product with its own adapter, so that another
-    // one's inf or NaN stays away.
+    // For each segment, all slabs. A row's sums come from the product with its own adapter only, so that inf or NaN of
+    // another adapter does not reach it.
     const int first_k = range.from + warp * kSlab;
     const int slabs = first_k < range.to ? (range.to - first_k + kStep - 1) / kStep : 0;
     const int items = slabs * shared.segment_count;
@@ -156,10 +156,10 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
             const Segment& segment = shared.segments[(first + i) / slabs];
             const int k = first_k + (first + i) % slabs * kStep + 8 * t;
             const A* ranks = reinterpret_cast<const A*>(segment.A) + g * segment.stride + k;
-            const bool some = k < range.to;
-            slab[i].x = load_eight(x + k, some && place < args.M, true);
-            slab[i].low = load_eight(ranks, some && g < segment.ranks, segment.aligned);
-            slab[i].high = load_eight(ranks + 8 * segment.stride, some && g + 8 < segment.ranks, segment.aligned);
+            const bool exists = k < range.to;
+            slab[i].x = load_eight(x + k, exists && place < args.M, true);
+            slab[i].low = load_eight(ranks, exists && g < segment.ranks, segment.aligned);
+            slab[i].high = load_eight(ranks + 8 * segment.stride, exists && g + 8 < segment.ranks, segment.aligned);
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
@@ -176,7 +176,7 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
         }
     }
 
-    // A thread has one element of the tile from here on; the sums over warps and splits are in order.
+    // From here on a thread has one element of the tile. Warps and splits are summed in order.
 #pragma unroll
     for (int c = 0; c < 4; ++c) shared.part[warp][2 * t + c % 2][g + c / 2 * 8] = total[c];
     __syncthreads();
@@ -185,9 +185,9 @@ __device__ inline void tile(const LoraLinearArgs& args, const LoraLinearPlan& pl
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) z += shared.part[w][row][lane_rank];
     if (splits > 1) {
-        float* parts = args.partials + int64_t(whole) * splits * kThreads + threadIdx.x;
+        float* parts = args.partials + int64_t(tile_index) * splits * kThreads + threadIdx.x;
         parts[split * kThreads] = z;
-        if (!tickets::arrive_last(args.counters + tickets::kArrivals + whole, splits, to_all)) return;
+        if (!tickets::arrive_last(args.counters + tickets::kArrivals + tile_index, splits, broadcast)) return;
         z = 0.0f;
 #pragma unroll 8
         for (int other = 0; other < splits; ++other) z += parts[other * kThreads];

@@ -1,11 +1,11 @@
-// What a launcher answers: whether the launch was made, and if not, what CUDA or the launcher itself has against it.
+// The result of a launcher: success, a CUDA error, or a call that no kernel supports.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace peftk::cuda {
 
-// Codes of what no kernel is built for. A launcher that answers one of them has launched nothing.
+// Why no kernel supports a call. A launcher that returns one of these has launched nothing.
 enum class Unsupported : int { kNothing = 0, kDtype, kM, kK, kAlignment, kAdapters, kRows, kSize };
 
 inline const char* describe(Unsupported code) {
@@ -31,7 +31,7 @@ struct Status {
     bool ok() const { return error == cudaSuccess && unsupported == Unsupported::kNothing; }
 };
 
-// Makes a device the current one of this thread, and the one before it again at the end.
+// Makes a device the current one of this thread for a scope, and restores the previous one.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {

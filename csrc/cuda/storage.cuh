@@ -1,4 +1,4 @@
-// The storage types on the device: exact widening, one explicit rounding, bits.
+// The storage types on the device: exact widening, explicit rounding, and their bits.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,8 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }
 
-// How a storage type rounds and how its bits read as a lane of the code; those of infinity, and all but the sign.
+// How a storage type is rounded, and its bits, sign-extended, as a lane of the merge code. kMagnitude: all bits but the
+// sign; kInfinity: the bits of infinity.
 template <typename T>
 struct Storage;
 

@@ -1,6 +1,6 @@
-// Atomics and fences. Before and after each of them another thread may go on.
+// Atomics and fences. Before and after each of them another thread may run.
 //
-// The race detector sees each with its memory order: CUDA's own names are relaxed, and order nothing by themselves.
+// The race detector sees each with its memory order. CUDA's own atomics are relaxed and order nothing.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 
 namespace cuda_on_host {
 
-// One atomic step: the value before, and update(before) stored. One that leaves the memory as it was is no progress.
+// One atomic step: stores update(before) and returns the previous value. A step that changes nothing is no progress.
 template <class T, class Update>
 T modify(T* address, int order, Update update) {
     before_atomic(address);

@@ -12,7 +12,7 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; 
 
 inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsigned(value.bits) << 16); }
 
-// To nearest, ties to even: of the two neighbours the nearer, found by comparing the 16 bits that go with one half.
+// To nearest, ties to even: compares the 16 bits that are cut off with one half.
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     if (std::isnan(value)) return {0x7fff};
     const unsigned bits = __float_as_uint(value), rest = bits & 0xffff, down = bits >> 16;

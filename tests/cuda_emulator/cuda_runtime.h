@@ -1,9 +1,10 @@
-// CUDA for the host: a .cu file that finds this directory before csrc on its include path compiles with any g++ and
-// runs under its sanitizers. Every CUDA thread is a fiber; docs/cuda_on_host.md says what is modelled and what is not.
+// CUDA for the host: with this directory before csrc on the include path, a .cu file compiles with any g++ and runs
+// under its sanitizers. Every CUDA thread is a fiber. docs/cuda_on_host.md says what is modelled and what is not.
 //
 //   1. Kernels take their shared memory from peftk::cuda::shared_memory<Layout>(); there is no static __shared__.
 //   2. From Python: tests/kernels/cuda/on_host/<stem>.py, where peftk._cuda is the module for the host, run by
-//      tests/support/host_cuda.py's `run`; `caught` compiles a mutant of a .cu file, runs the same and says how it showed.
+//      tests/support/host_cuda.py's `run`. `mutant_failure` does the same with a mutant of a .cu file, and says how
+//      it failed.
 //   3. From C++: link executor.cpp, warp.cpp and tensor_cores.cpp, all three compiled without sanitizers, with
 //      -DCUDA_ON_HOST_ASAN or -DCUDA_ON_HOST_TSAN for what watches the kernels; compile these with that sanitizer.
 //   4. cuda_on_host_seed(n) draws another schedule; cuda_on_host::statistics counts launches and bank conflicts.
@@ -57,7 +58,7 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(unsigned(bits)) : 32; }
 
-// Loads and stores with a cache hint.
+// Loads and stores with a cache hint, which is ignored.
 template <class T>
 T __ldg(const T* from) {
     return *from;
@@ -91,8 +92,8 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_host {
 
-constexpr size_t kSharedBytes = 48 << 10;       // of a block, unless the kernel's attribute says more
-constexpr size_t kSharedBytesMost = 227 << 10;  // of sm_90 and sm_100; 99 KiB of sm_86 and sm_120, 163 of sm_80
+constexpr size_t kSharedBytes = 48 << 10;       // per block, unless the kernel's attribute allows more
+constexpr size_t kSharedBytesMost = 227 << 10;  // as on sm_90 and sm_100; sm_86 and sm_120 have 99 KiB, sm_80 has 163
 inline cudaError_t last_error = cudaSuccess;
 
 inline cudaError_t answer(cudaError_t error) {
@@ -100,7 +101,7 @@ inline cudaError_t answer(cudaError_t error) {
     return error;
 }
 
-// A kernel's dynamic shared memory as its attribute allows it.
+// The dynamic shared memory that a kernel's attribute allows.
 template <class Kernel>
 size_t& allowed_shared_bytes(Kernel* kernel) {
     static std::vector<std::pair<Kernel*, size_t>> kernels;

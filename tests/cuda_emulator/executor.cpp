@@ -1,9 +1,9 @@
 // The executor: CUDA threads as fibers on one thread of the host, in a random order that the seed determines.
 //
-// A fiber runs until an instruction where another may go on: a barrier, a warp instruction, an atomic, a fence, a wait
-// for copies. Which one goes on is drawn in three steps: the block, its warp, the lane. At each of the first two the
-// choice stays where it was with a probability that is drawn for each launch, from evenly mixed to nearly never
-// changing: so some launches see a warp or a block run far ahead of the others.
+// A fiber runs until an instruction at which another may continue: a barrier, a warp instruction, an atomic, a fence, a
+// wait for copies. The next one is drawn in three steps: the block, its warp, the lane. In each of the first two, the
+// previous choice is kept with a probability that is drawn for each launch, from evenly mixed to nearly never changing.
+// So in some launches a warp or a block runs far ahead of the others.
 #include "executor.h"
 
 #include <sys/mman.h>
@@ -37,7 +37,7 @@ constexpr size_t kStack = 1 << 16;
 constexpr size_t kStack = 1 << 18;  // the address sanitizer surrounds every array
 #endif
 constexpr unsigned kWarp = 32;
-constexpr unsigned kResidentBlocks = 8, kResidentThreads = 2048;  // as an SM has, about
+constexpr unsigned kResidentBlocks = 8, kResidentThreads = 2048;  // about as many as an SM has
 constexpr uint64_t kPatience = 1 << 20;                           // switches without progress
 
 struct Block;
@@ -54,14 +54,14 @@ struct Fiber {
     bool finished;
     const char* waits_for;  // an instruction, or null
     Site site{"", 0};
-    void* record;                // of the warp instruction that it waits for
-    std::vector<Copy> copies;    // under way, oldest first
+    void* record;                // of the warp instruction at which it waits
+    std::vector<Copy> copies;    // in flight, oldest first
     std::vector<size_t> groups;  // sizes of the closed groups among them, oldest first
-    bool fenced;                 // what it has written may be released by a relaxed atomic
-    std::vector<void*> atomics;  // that it has used since its last fence, which will acquire from them
+    bool fenced;                 // a relaxed atomic may release what it has written
+    std::vector<void*> atomics;  // used since its last fence; the next fence acquires from them
 };
 
-// Lanes of a warp that wait for others of the same mask.
+// Lanes of a warp that wait for the other lanes of the same mask.
 struct Meeting {
     unsigned mask = 0, arrived = 0;
     const char* instruction;
@@ -77,7 +77,7 @@ struct Warp {
     size_t place;
 };
 
-// Blocks or warps that can go on.
+// Blocks or warps that can continue.
 template <class Member>
 struct Bag {
     std::vector<Member*> members;
@@ -156,7 +156,7 @@ void describe_current() {
             launch.shared_bytes);
 }
 
-// What the resident threads are doing, those of a warp that do the same in one line.
+// Prints what the resident threads are doing; threads of a warp that do the same share a line.
 void describe_all() {
     for (const auto& block : slots) {
         if (!block->resident) continue;
@@ -233,7 +233,7 @@ void switch_from(Fiber& from, Fiber& to, bool ends) {
     arrive(from.watched, nullptr);
 }
 
-// Another thread goes on; where none can, those that wait have to wait for ever.
+// Runs another thread. If none can run, those that wait would wait forever.
 void go_on() {
     if (runnable.empty()) {
         fprintf(stderr, "cuda_on_host: no thread can go on:\n");
@@ -271,7 +271,7 @@ void fiber_main() {
 
 char* allocate_stack() {
 #if defined(CUDA_ON_HOST_TSAN)
-    return new char[kStack];  // anew for each thread: what an earlier one left there is no race
+    return new char[kStack];  // anew for each thread, so that data of an earlier one is no race
 #else
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     void* pages =
@@ -298,7 +298,7 @@ void start_fiber(Block& block, unsigned number) {
     can_go_on(fiber);
 }
 
-// NaNs in fp32 and both 16-bit types; as an integer nothing at all (-1), or more than there is of anything.
+// NaN in fp32 and both 16-bit types; as an integer -1, or larger than any size.
 void* poison(void* memory, size_t bytes) {
     static const uint16_t huge = 0x7fff;
     if (draw(2)) return memset(memory, 0xff, bytes);
@@ -338,8 +338,8 @@ void start(Block& block, uint64_t number) {
     without_progress = 0;
 }
 
-// To give memory back is an access, too, and one that comes after all of the block's. The host thread must not acquire
-// from the block: what it starts next would count as ordered after it.
+// Freeing memory is an access too, which happens after all those of the block. The host thread must not acquire from
+// the block: what it starts next would count as ordered after it.
 void retire(Block& block) {
     Watched janitor;
     begin_thread(janitor, block.index, {});
@@ -508,7 +508,7 @@ void meet(const char* instruction, Site site, unsigned mask, void* record, Perfo
     if (mask & ~warp.present || mask & warp.finished)
         fail("%s: line %d, mask %08x names lanes that do not exist or have returned, %08x", instruction, site.line,
              mask, mask & (~warp.present | warp.finished));
-    // That of the same mask, or a free one. More than 32 masks can't be waited for at once.
+    // The meeting with the same mask, or a free one. At most 32 masks can be waited for at once.
     const auto open = [&](const Meeting& meeting) { return meeting.arrived && meeting.mask == mask; };
     Meeting* found = std::find_if(warp.meetings, warp.meetings + kWarp, open);
     if (found == warp.meetings + kWarp) {

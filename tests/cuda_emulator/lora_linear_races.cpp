@@ -1,4 +1,4 @@
-// csrc/cuda/lora_linear.cu in random schedules, against sums in fp64: for the race detector, and for mutants.
+// Runs csrc/cuda/lora_linear.cu in random schedules against sums in fp64, for the race detector and for mutants.
 //
 // lora_linear_races CASES: 0 if all are right. Rows 1 … 16; x, W and adapters in fp16, or x and W in bf16 with adapters
 // in fp32.
@@ -21,7 +21,8 @@ std::mt19937 random_bits;
 int draw(int from, int to) { return std::uniform_int_distribution<int>(from, to)(random_bits); }
 bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(random_bits) < p; }
 
-// Values of a storage type in a heap block of exactly their size, which starts `shift` of them after 16 bytes.
+// Values of a storage type in a heap block of exactly their size, which starts `shift` values after a multiple of 16
+// bytes.
 struct Tensor {
     Dtype dtype;
     int64_t count;
@@ -61,7 +62,7 @@ struct LoraAdapter {
     int rank, activation;
     float scaling;
     int64_t stride_A, stride_n, stride_r;
-    bool infinite;  // its own results are anything: those of others must be right
+    bool infinite;  // its own results may be anything; those of others must be right
     Held A, B, bias_A, bias_B;
 };
 
@@ -86,7 +87,7 @@ LoraAdapter draw_adapter(Dtype dtype, int N, int K) {
     return a;
 }
 
-// One random call. What differs by more than the bound of docs/numerics.md is printed.
+// Runs one random call, and prints what differs by more than the bound of docs/numerics.md.
 bool right(uint64_t seed) {
     random_bits.seed(unsigned(seed));
     const Dtype dtype = chance(0.5) ? kFloat16 : kBFloat16, adapter_dtype = dtype == kFloat16 ? kFloat16 : kFloat32;
@@ -97,7 +98,7 @@ bool right(uint64_t seed) {
     const Held x = make(dtype, M * K, 1), weight = make(dtype, N * K, 1 / std::sqrt(K));
     const Held bias = chance(0.5) ? make(chance(0.5) ? dtype : kFloat32, N, 1) : nullptr;
 
-    // The table, as peftk/adapters/table.py lays it out.
+    // The table, in the layout of peftk/adapters/table.py.
     std::vector<LoraAdapter> adapters;
     std::vector<int64_t> pages, biases;
     std::vector<int32_t> rows, ends = {0, 0};

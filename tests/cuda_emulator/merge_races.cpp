@@ -1,5 +1,5 @@
-// csrc/cuda/merge.cu for the race detector: a list of fp32 layers of several tiles, merged, summed and unmerged, in
-// schedules drawn anew. A W that does not come back, or checksums of two kinds, end it too.
+// Runs csrc/cuda/merge.cu for the race detector: a list of fp32 layers of several tiles is merged, summed and unmerged
+// in random schedules. Fails also if W is not restored, or if checksums differ.
 #include <cstdio>
 #include <random>
 #include <vector>

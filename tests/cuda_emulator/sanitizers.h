@@ -1,5 +1,5 @@
-// What the sanitizers are told: which thread runs on which stack, and, for races, what is ordered before what. The
-// executor is compiled without sanitizers and learns by CUDA_ON_HOST_ASAN or CUDA_ON_HOST_TSAN which one watches.
+// Tells the sanitizers which thread runs on which stack and, for races, what happens before what. The executor is
+// compiled without sanitizers; CUDA_ON_HOST_ASAN or CUDA_ON_HOST_TSAN says which one the kernels are compiled with.
 #pragma once
 
 #include <dlfcn.h>
@@ -23,7 +23,7 @@ extern "C" void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace cuda_on_host {
 
-// One of the threads that a sanitizer tells apart: a CUDA thread, or the host thread that launched.
+// A thread that sanitizers distinguish: a CUDA thread, or the host thread that launched.
 struct Watched {
     const void* stack = nullptr;  // its lowest address
     size_t stack_size = 0;
@@ -31,7 +31,7 @@ struct Watched {
     void* fiber = nullptr;       // the thread sanitizer's
 };
 
-// `from` is about to switch to `to`. A thread that ends won't come back.
+// `from` is about to switch to `to`. A thread that ends does not come back.
 inline void leave(Watched& from, const Watched& to, bool ends) {
 #if defined(CUDA_ON_HOST_ASAN)
     __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_size);
@@ -41,7 +41,7 @@ inline void leave(Watched& from, const Watched& to, bool ends) {
     (void)from, (void)to, (void)ends;
 }
 
-// Now `to` runs; `from`, where it is the host thread, learns where its stack lies.
+// `to` runs now. If `from` is the host thread, its stack's address is stored in it.
 inline void arrive(Watched& to, Watched* from) {
 #if defined(CUDA_ON_HOST_ASAN)
     const void* stack = nullptr;
@@ -52,9 +52,9 @@ inline void arrive(Watched& to, Watched* from) {
     (void)to, (void)from;
 }
 
-// ---- Happens-before. All that a thread did before release(tag) is before all that one does after acquire(tag).
+// ---- Happens-before: what a thread did before release(tag) happens before what a thread does after acquire(tag).
 
-// What the executor allocates and frees meanwhile is no access of the running thread's.
+// Memory that the executor allocates and frees inside is no access of the running thread.
 struct Unwatched {
 #if defined(CUDA_ON_HOST_TSAN)
     Unwatched() { AnnotateIgnoreWritesBegin(__FILE__, __LINE__); }
@@ -64,7 +64,7 @@ struct Unwatched {
 #endif
 };
 
-// A tag that nothing has been released to; for no one but the race detector. Its heap forgets what free_tag gives back.
+// A new tag, used only by the race detector, whose heap forgets it after free_tag.
 inline void* new_tag() {
     const Unwatched unwatched;
 #if defined(CUDA_ON_HOST_TSAN)
@@ -92,8 +92,8 @@ inline void acquire(void* tag) {
     (void)tag;
 }
 
-// On behalf of `thread`, while `running` runs: a thread that waits acquires at the moment when it may go on. Later it
-// would also acquire what the faster of its companions have released since.
+// Acquires on behalf of `thread`, while `running` runs. A waiting thread acquires at the moment when it may continue:
+// later it would also acquire what faster threads have released since.
 inline void acquire_for(const Watched& thread, void* tag, const Watched& running) {
 #if defined(CUDA_ON_HOST_TSAN)
     __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
@@ -114,7 +114,7 @@ inline void begin_thread(Watched& thread, uint3 block, uint3 index) {
     (void)thread, (void)block, (void)index;
 }
 
-// From here to end_thread, what the host thread does counts as done by `thread`.
+// From here to end_thread, accesses of the host thread count as those of `thread`.
 inline void pretend(const Watched& thread) {
 #if defined(CUDA_ON_HOST_TSAN)
     __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
@@ -136,7 +136,7 @@ inline void name_host_thread(Watched& thread) {
     (void)thread;
 }
 
-// `callback` after a report of any sanitizer that ends the process. Each sanitizer's library has a list of its own.
+// Calls `callback` after a report of a sanitizer that ends the process. Each sanitizer's library has its own list.
 inline void after_reports(void (*callback)()) {
     const auto tell = [](dl_phdr_info* library, size_t, void* callback) {
         const char* file = strrchr(library->dlpi_name, '/');

@@ -1,5 +1,5 @@
-// csrc/cuda/segments.cu for the race detector: every kernel, in schedules drawn anew. A wrong order of rows ends it
-// too.
+// Runs every kernel of csrc/cuda/segments.cu in random schedules, for the race detector. Fails also if the order of
+// rows is wrong.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// Whether the rows are in the order of their ids, those of one id in their own.
+// Whether the rows are sorted by id, with rows of the same id in their original order.
 bool sorted(const std::vector<int>& ids, const std::vector<int64_t>& order) {
     for (size_t place = 1; place < order.size(); ++place) {
         const int before = ids[order[place - 1]], id = ids[order[place]];
@@ -42,7 +42,7 @@ bool sorts(int64_t M, int64_t adapters) {
 
 }  // namespace
 
-// Arguments: M and adapters, as many pairs of them as one likes.
+// Arguments: any number of pairs M, adapters.
 int main(int count, char** arguments) {
     for (int i = 1; i + 1 < count; i += 2)
         for (uint64_t seed = 0; seed < 3; ++seed) {

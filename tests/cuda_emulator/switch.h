@@ -1,5 +1,5 @@
-// From one stack to another, without the system calls of swapcontext: what a called function must preserve is pushed,
-// the stack pointer exchanged, and the other stack's registers popped.
+// Switches from one stack to another without the system calls of swapcontext: pushes the registers that a called
+// function must preserve, exchanges the stack pointer, and pops the other stack's registers.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ extern "C" void cuda_on_host_switch(void** leave, void* enter);
 
 #if defined(__x86_64__)
 constexpr int kEntryWord = 6;
-constexpr int kFirstWords = 8;  // entered as by a call: a return address, null, lies above what is popped
+constexpr int kFirstWords = 8;  // entered as by a call: a null return address is above what is popped
 asm(R"(
     .text
     .type cuda_on_host_switch, @function

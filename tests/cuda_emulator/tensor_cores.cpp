@@ -2,7 +2,7 @@
 //
 // The arithmetic is that of the A100 as measured by Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA
 // tensor cores", PeerJ Computer Science 7 (2021): products are exact; the sum and eight products at a time are aligned
-// to the largest of them, cut to one bit more than fp32 has, and added exactly; the result is cut towards zero to fp32.
+// to the largest of them, truncated to one bit more than fp32 has, and added exactly; the result is truncated to fp32.
 // Other GPUs differ in the number of products and of extra bits. Nothing rounds to nearest.
 #include <cmath>
 #include <cstring>
@@ -33,7 +33,7 @@ double widen(unsigned bits, bool bfloat16) {
     return bits >> 15 ? -magnitude : magnitude;
 }
 
-// 2^exponent and its inverse on normal doubles; all here are: the smallest product of two bfloat16 is 2^-266.
+// 2^exponent and its inverse, for normal doubles. All are normal here: the smallest product of two bfloat16 is 2^-266.
 double power_of_two(int exponent) {
     const uint64_t bits = uint64_t(1023 + exponent) << 52;
     double value;
@@ -52,7 +52,7 @@ float towards_zero(double value) {
     return std::nextafter(nearest, 0.0f);
 }
 
-// An unrounded sum in units of the last bit that is kept: nine terms of 25 bits fit an int64 easily.
+// An unrounded sum in units of the last bit that is kept. Nine terms of 25 bits easily fit into an int64.
 float add_eight(float sum, const double (&products)[8]) {
     double largest = std::fabs(sum);
     bool finite = std::isfinite(sum);

@@ -1,5 +1,5 @@
-// CUDA's built-in vector types, aligned as on the device: the undefined-behaviour sanitizer then sees a misaligned
-// access.
+// CUDA's built-in vector types, aligned as on the device, so that the undefined-behaviour sanitizer sees misaligned
+// accesses.
 #pragma once
 
 #include <cstdint>

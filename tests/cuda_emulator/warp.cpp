@@ -1,5 +1,5 @@
-// Warp instructions: what the lanes bring, and what each takes. Compiled without sanitizers: a lane's record lies on
-// its stack, and reading another's is no access of the kernel's.
+// Warp instructions. Compiled without sanitizers: a lane's record is on its stack, and reading another lane's record is
+// no access of the kernel.
 #include "executor.h"
 
 namespace cuda_on_host {
@@ -77,7 +77,7 @@ unsigned match(Site site, unsigned mask, uint64_t value) {
     return record.equal;
 }
 
-// Counts, too, how often the eight rows of a matrix meet in a bank: a row covers four of the 32 banks.
+// Also counts bank conflicts among the eight rows of a matrix. A row covers four of the 32 banks.
 void exchange_rows(Site site, const void* row, const void* (&rows)[32]) {
     check_shared_row("load_matrices", site, row);
     Rows record{row, rows};
@@ -90,7 +90,7 @@ void exchange_rows(Site site, const void* row, const void* (&rows)[32]) {
             const void** eight = at<Rows>(records, 0).rows + 8 * matrix;
             unsigned turns = 1;
             for (unsigned i = 0; i < 8; ++i) {
-                unsigned meets = 1;  // other rows in the banks of row i; the same row is read once
+                unsigned meets = 1;  // different rows in the banks of row i; the same row is read only once
                 for (unsigned j = 0; j < i; ++j) {
                     if (eight[j] == eight[i]) break;
                     const auto bank = [](const void* row) { return reinterpret_cast<uintptr_t>(row) / 16 % 8; };

@@ -1,4 +1,4 @@
-// Warp instructions. Masks are checked: every lane that one names must come, to the same line.
+// Warp instructions. Masks are checked: every lane in a mask must arrive at the same line.
 #pragma once
 
 #include <cstring>
@@ -7,7 +7,7 @@
 
 namespace cuda_on_host {
 
-// Values of up to 8 bytes travel as bits.
+// Values of up to 8 bytes are passed as bits.
 template <class T>
 uint64_t to_bits(T value) {
     static_assert(sizeof(T) <= 8, "a value of up to 8 bytes");
@@ -35,7 +35,7 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_on_host::Site site = {__builtin
     cuda_on_host::sync_warp(site, mask);
 }
 
-// Lanes that would look past their segment of `width` lanes get their own value, as in the PTX manual's shfl.sync.
+// Lanes whose source is outside their segment of `width` lanes get their own value, as in the PTX manual's shfl.sync.
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32,
               cuda_on_host::Site site = {__builtin_FILE(), __builtin_LINE()}) {

@@ -1,4 +1,4 @@
-"""Series adapters: random cases, and what any backend must give for them."""
+"""Random cases of series adapters, checked on any backend."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-# of each architecture, the first of these that it has: heads are where names are hardest
+# for each architecture, the first of these that it has: names are most difficult in the heads
 _TASKS = (
     auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -27,8 +27,10 @@ NAMES = sorted(name for name in transformers.CONFIG_MAPPING if any(name in task 
 
 @functools.lru_cache(maxsize=8)
 def build(name: str) -> nn.Module | None:
-    """A model of the architecture, of two layers where its config has a number of them; None where it needs more than
-    its own default config (another package, a backbone)."""
+    """A model of the architecture, with two layers if its config has a number of layers.
+
+    None if its default config is not enough (it needs another package, or a backbone).
+    """
     kind = next(task[name] for task in _TASKS if name in task)
     made = getattr(transformers, kind if isinstance(kind, str) else kind[0])
     with warnings.catch_warnings(), torch.device("meta"):
@@ -36,7 +38,7 @@ def build(name: str) -> nn.Module | None:
         for shrink in (_shrink, lambda config: config):
             try:
                 return made(shrink(transformers.CONFIG_MAPPING[name]()))
-            except Exception:  # whatever its author thought of; the next one may do
+            except Exception:  # any error of the model's code; the next config may work
                 continue
     return None
 

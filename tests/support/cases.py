@@ -1,5 +1,4 @@
-"""Random cases and what they should give. They ship, in `peftk.tools.selftest`: users' machines are held to the
-same."""
+"""Random cases and their expected results. They are those of `peftk.tools.selftest`, which users run."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ __all__ = [
 
 
 def run(case: Case, backend: str) -> torch.Tensor:
-    """The case through the public functions."""
+    """Runs the case through the public functions."""
     if case.ids is None:
         adapter = case.adapters[0]
         if adapter is None:

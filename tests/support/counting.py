@@ -1,15 +1,15 @@
-"""Counts what Triton kernels do to memory, by watching them in the interpreter.
+"""Counts the memory accesses and products of Triton kernels in the interpreter.
 
     with counting(x=x, weight=weight, lora_A=[...]) as launches:
         backend.multi_lora_linear(x, weight, ...)
     launches[0].tensors["x"].read, launches[0].flops
 
-Every launch is one `Launch`. Bytes are attributed to tensors by address: to the names given here, else to the names of
-the launch's arguments; so a pointer that a kernel takes from a page table counts for the tensor it points into. An
-access outside every known tensor is an error. Only lanes that are not masked off count. (DESIGN 6, "Counted work".)
+Every launch is one `Launch`. Bytes are attributed to tensors by address: to the names passed here, else to the names of
+the launch's arguments. So an access through a pointer from a page table counts for the tensor it points into. An access
+outside every known tensor is an error. Masked lanes do not count.
 
-The interpreter's builder does all loads, stores, atomics and products; tensor descriptors and block pointers end up in
-the same masked loads and stores. Programs run one after the other in it, so "written before it was read" has a meaning.
+The interpreter's builder executes all loads, stores, atomics and products; tensor descriptors and block pointers use
+the same masked loads and stores. Programs run one after another, so "written before it was read" is well-defined.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Ranges = list[tuple[int, int, str]]  # first address, address behind the last, n
 
 
 class _Watched:
-    """The bytes of one launch: a mark for every byte that was read before it was written, and for every one written."""
+    """The bytes of one launch: which were read before they were written, and which were written."""
 
     def __init__(self, ranges: Ranges) -> None:
         self.ranges = sorted(set(ranges))
@@ -82,7 +82,7 @@ class _Watched:
 
 
 def _ranges(name: str, tensors: Tensor | Sequence[Tensor]) -> Ranges:
-    """The memory between a tensor's first and last element (it may be a view of more)."""
+    """The memory from a tensor's first to its last element. (The tensor may be a view.)"""
     found = []
     for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
         if tensor.numel():
@@ -97,7 +97,7 @@ def _inside(one: tuple[int, int, str], other: tuple[int, int, str]) -> bool:
 
 @contextlib.contextmanager
 def counting(**named: Tensor | Sequence[Tensor]) -> Iterator[list[Launch]]:
-    """Fills the list that it yields, one `Launch` after another."""
+    """Yields a list to which every launch inside appends a `Launch`."""
     launches: list[Launch] = []
     known = [found for name, tensors in named.items() for found in _ranges(name, tensors)]
     original = interpreter.GridExecutor.__call__

@@ -1,8 +1,7 @@
-"""Builds the programs of tests/kernels/cpu/cpp on csrc/cpu, by setup.py's own rules: its files, levels and flags, one
-ninja run.
+"""Builds the programs of tests/kernels/cpu/cpp with csrc/cpu, using setup.py's files, levels, flags and ninja.
 
-What is built stays in build/, and the plain build shares its objects with the extension module: only what changed is
-compiled again.
+Built files stay in build/, and the plain build shares its objects with the extension module, so only what has changed
+is compiled again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.support.paths import ROOT
 
 
 def load_setup(machine: str = platform.machine(), cxx: Sequence[str] = ()) -> ModuleType:
-    """setup.py as a module that sets nothing up: as it is for this machine, or for another one by a cross-compiler."""
+    """setup.py as a module, without running setup(): for this machine, or for another one with a cross-compiler."""
     spec = importlib.util.spec_from_file_location("peftk_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -38,7 +37,7 @@ def load_setup(machine: str = platform.machine(), cxx: Sequence[str] = ()) -> Mo
 
 
 def runs_here(setup: ModuleType, flags: Sequence[str]) -> bool:
-    """Whether a program compiled with `flags` runs here: sanitizers need libraries and a kernel that suits them."""
+    """Whether a program compiled with `flags` runs here: sanitizers need libraries and a suitable kernel."""
     empty = ROOT / setup.BUILD / "empty"
     empty.parent.mkdir(parents=True, exist_ok=True)
     command = [*setup.CXX, *flags, "-x", "c++", "-", "-o", str(empty)]
@@ -53,9 +52,10 @@ def programs(
     levels: Sequence[str] = (),
     setup: ModuleType | None = None,
 ) -> list[Path]:
-    """tests/kernels/cpu/cpp/<name>.cpp of every name, linked with csrc/cpu and its kernels of these levels, or of all.
-    With
-    `flags` on top of setup.py's, the build is a `variant` of its own."""
+    """Builds tests/kernels/cpu/cpp/<name>.cpp for every name, with csrc/cpu and its kernels of these levels (or all).
+
+    `flags` are added to setup.py's; such a build needs its own `variant`, the name of its build folder.
+    """
     setup = setup or load_setup()
     if variant:
         setup.BUILD = Path("build", f"tests-{variant}")
@@ -84,7 +84,7 @@ def link(setup: ModuleType, objects: list, flags: Sequence[str]) -> Path:
 
 
 def run(program: Path, *arguments: object, runner: Sequence[str] = (), **environment: str) -> str:
-    """Its output. Fails where the program does, or where a sanitizer has a word to say."""
+    """Runs a program and returns its output. Fails if the program fails or a sanitizer reports anything."""
     done = subprocess.run(
         [*runner, str(program), *map(str, arguments)],
         env=os.environ | environment,

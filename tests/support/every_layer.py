@@ -1,10 +1,10 @@
-"""A table of all layers, each beside what it computes in plain torch from the same Parameters.
+"""A table of all layers, each with what it computes, in plain torch, from the same Parameters.
 
     for entry in LAYERS:
         made = entry.make()
         torch.testing.assert_close(made.layer(x), made.plain(x))      x: [..., 8] of entry.dims dimensions
 
-Both read the Parameters that the module has at the time of the call. All values are random, nothing is zero.
+Both read the Parameters that the module has when they are called. All values are random and none is zero.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A layer and the same in plain torch. module: what holds the Parameters, of both."""
+    """A layer and the same in plain torch. module: has the Parameters of both."""
 
     layer: Run
     plain: Run
@@ -58,9 +58,9 @@ class Made:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """build: makes the layer out of a base module; base: makes that. dims: which inputs it takes.
+    """base makes a base module, build a layer from it. dims: numbers of dimensions of its inputs.
 
-    by_linear: the output is what torch's own nn.Linear returned, which is a view for some inputs.
+    by_linear: the output is that of torch's nn.Linear, which is a view for some inputs.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Entry:
     by_linear: bool = False
 
     def make(self, *, frozen: bool = False, seed: int = 0) -> Made:
-        """frozen: no Parameter trains."""
+        """frozen: no Parameter requires a gradient."""
         torch.manual_seed(seed)
         made = self.build(self.base())
         if frozen:
@@ -101,7 +101,7 @@ def _entry(
     dims: Sequence[int] = (1, 2, 3, 4),
     by_linear: Sequence[str] = (),
 ) -> Callable[[Callable[..., Made]], Callable[..., Made]]:
-    """Adds a layer to the table; several names are variants, which `build` gets as its second argument."""
+    """Adds a layer to the table. names: variants, passed to `build` as its second argument."""
 
     def add(build: Callable[..., Made]) -> Callable[..., Made]:
         kind = build.__name__
@@ -114,7 +114,7 @@ def _entry(
 
 
 def _randomize(module: nn.Module) -> None:
-    """Every trained Parameter, so that an adapter does what it does after training."""
+    """Draws every trained Parameter at random, so that adapters have an effect, as after training."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -128,7 +128,7 @@ def _adapted(x: Tensor, A: Tensor, B: Tensor, a: Tensor | None, b: Tensor | None
 
 
 def _of(adapter: nn.Module, x: Tensor) -> Tensor:
-    """What the module of a bottleneck adds."""
+    """What a bottleneck module adds."""
     A, B, a, b = (getattr(adapter, name) for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
     return _adapted(x, A, B, a, b, adapter.scaling, adapter.activation)
 
@@ -193,7 +193,7 @@ def parallel_linear(base: nn.Linear, variant: str) -> Made:
 
 
 def ids_for(x: Tensor, count: int) -> Tensor:
-    """-1, 0, 1, … in turn, one for each row of x [..., K]."""
+    """-1, 0, 1, … in turn, one per row of x [..., K]."""
     return (torch.arange(x[..., 0].numel()) % (count + 1) - 1).reshape(x.shape[:-1])
 
 
@@ -284,7 +284,7 @@ def norm(base: nn.LayerNorm) -> Made:
 
 
 class _Block(nn.Module):
-    """A block behind a skip that it doesn't make itself."""
+    """A block whose skip connection is outside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -349,7 +349,7 @@ def llama(base: _Attention) -> Made:
 
 
 class _Tensors(nn.Module):
-    """Parameters for the functions that have none of their own."""
+    """Parameters for the functional operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -428,7 +428,7 @@ if peft is not None:
 
 
 def gradients(run: Callable[[Tensor], Tensor], made: Made, x: Tensor) -> dict[str, Tensor | None]:
-    """Of a sum over run(x), by name: of x where that wants one, and of every Parameter that trains."""
+    """Gradients of a weighted sum of run(x), by name: of x if it requires one, and of every trained Parameter."""
     x = x.detach().clone().requires_grad_(x.requires_grad)
     made.module.zero_grad()
     y = run(x)
@@ -441,7 +441,7 @@ def agree(ours: dict[str, Tensor | None], plain: dict[str, Tensor | None]) -> No
     assert ours.keys() == plain.keys()
     for name, wanted in plain.items():
         got = ours[name]
-        if wanted is None or got is None:  # an adapter that no row takes
+        if wanted is None or got is None:  # an adapter that no row uses
             assert all(grad is None or not grad.any() for grad in (wanted, got)), name
         else:
             torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,4 +1,4 @@
-"""What tests may ask of the executor that runs CUDA kernels on the host."""
+"""Python access to the executor that runs CUDA kernels on the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 class Statistics(ctypes.Structure):
-    """cuda_on_host::Statistics, of tests/cuda_emulator/executor.h."""
+    """cuda_on_host::Statistics in tests/cuda_emulator/executor.h."""
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("launches", "blocks", "switches", "copies", "products")),
@@ -21,7 +21,7 @@ class Statistics(ctypes.Structure):
 
 
 class Executor:
-    """What tests ask of the executor: `statistics`, which a test may reset, and the seed of the schedules."""
+    """The executor's `statistics`, which a test may reset, and the seed and limits of its schedules."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -35,7 +35,7 @@ class Executor:
         self._library.cuda_on_host_seed(ctypes.c_uint64(seed))
 
     def limit_resident(self, blocks: int) -> None:
-        """At most so many blocks at once, drawn for each launch from 1 to it; 0: the executor's own limit."""
+        """The most blocks at once: each launch draws a limit from 1 to `blocks`. 0: the executor's own limit."""
         self._library.cuda_on_host_limit_resident(blocks)
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""Any call of an operation fails: what it leaves behind must be what was there before."""
+"""Makes any chosen function call within an operation fail, to test that the operation leaves everything unchanged."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from peftk.system import interrupts
 
 OURS = str(pathlib.Path(peftk.__file__).parent)
 ERRORS = (MemoryError, KeyboardInterrupt, RuntimeError)
-_SIGNALS = interrupts.__file__  # lets come at the end what came meanwhile
+_SIGNALS = interrupts.__file__  # defers signals to the end, so it must not fail
 _PLAIN = (str, int, float, bool, type(None))
 _GENERATOR = 0x20  # in a code object's flags
 
 
 class Calls:
-    """How many functions of the given folders were called; the name of the one that failed."""
+    """The number of calls of functions in the folders, and the name of the function that failed."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -32,14 +32,14 @@ class Calls:
 
 @contextlib.contextmanager
 def failing(at: int | None, error: type[BaseException], folders: tuple[str, ...] = (OURS,)) -> Iterator[Calls]:
-    """Within it the at-th call of a function of these folders raises; None: none does. Generators count once."""
+    """Inside, the at-th call of a function in these folders raises `error` (None: none does). Generators count once."""
     calls = Calls()
 
     def trace(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         if calls.failed is None and code.co_filename.startswith(folders) and code.co_filename != _SIGNALS:
             if code.co_flags & _GENERATOR and frame.f_lasti > 4:
-                return  # goes on
+                return  # a generator that continues
             calls.count += 1
             if calls.count == at:
                 calls.failed = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
@@ -60,7 +60,7 @@ def count(action: Callable[[], object], folders: tuple[str, ...] = (OURS,)) -> i
 
 
 def everything(model: nn.Module) -> dict[str, Any]:
-    """All of a model that an operation could change: modules, attributes, hooks, and the bits of tensors."""
+    """Everything of a model that an operation could change: modules, attributes, hooks, and the bits of tensors."""
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         state[name] = (id(module), type(module), {key: _plain(value) for key, value in module.__dict__.items()})

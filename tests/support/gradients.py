@@ -1,4 +1,4 @@
-"""Gradients of a random case on a backend, held against the fp64 reference."""
+"""Checks the gradients of a random case on a backend against the fp64 reference."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The CPU kernels on tensors that end where a page begins that nobody may touch, or begin where such a page ends.
+"""Runs the CPU kernels on tensors that end right before a protected page, or begin right behind one.
 
     python -m tests.support.guard_pages LEVEL…
 
-A read or a write outside a tensor, its outputs included, kills the process; the last line printed is the case. Results
-have the bits that they have elsewhere. `tests/kernels/cpu/test_guard_pages.py` starts it.
+A read or write outside a tensor, outputs included, kills the process; the last line printed is the case. Results must
+have the same bits as on ordinary tensors. `tests/kernels/cpu/test_guard_pages.py` starts it.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 
 
-def guarded(value: Any, behind: bool) -> Any:
-    """A copy of a tensor with its strides, or of what holds some: the last element before a protected page, or the
-    first one behind it."""
+def guarded_copy(value: Any, behind: bool) -> Any:
+    """A copy of a tensor with the same strides, or of a tuple or dataclass with tensors.
+
+    behind: a protected page follows the last element; else it precedes the first one.
+    """
     if isinstance(value, Tensor) and value.numel():
-        return _guarded(value, behind)
+        return _guarded_tensor(value, behind)
     if isinstance(value, tuple):
-        parts = [guarded(part, behind) for part in value]
+        parts = [guarded_copy(part, behind) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: guarded(getattr(value, name), behind) for name in fields})
+        return dataclasses.replace(value, **{name: guarded_copy(getattr(value, name), behind) for name in fields})
     return value
 
 
-def _guarded(tensor: Tensor, behind: bool) -> Tensor:
+def _guarded_tensor(tensor: Tensor, behind: bool) -> Tensor:
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     pages = -(-extent * tensor.itemsize // PAGE)
     block = mmap.mmap(-1, (pages + 1) * PAGE)
@@ -59,19 +61,19 @@ def _guarded(tensor: Tensor, behind: bool) -> Tensor:
     return whole.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
-def outputs(behind: bool) -> mock._patch_multiple:
-    """What kernels write to is made by these."""
+def guarded_outputs(behind: bool) -> mock._patch_multiple:
+    """Makes new_empty and new_zeros, which allocate the kernels' outputs, return guarded tensors."""
 
     def guarding(make: Any) -> Any:
-        return lambda *args, **kwargs: guarded(make(*args, **kwargs), behind)
+        return lambda *args, **kwargs: guarded_copy(make(*args, **kwargs), behind)
 
     return mock.patch.multiple(Tensor, **{name: guarding(getattr(Tensor, name)) for name in ("new_empty", "new_zeros")})
 
 
-def linear(case: Case, dropout_p: float, behind: bool | None = None) -> list[Tensor]:
-    """y and z, y over a base that is there and by the short way, dx and all gradients."""
+def run_linear(case: Case, dropout_p: float, behind: bool | None = None) -> list[Tensor]:
+    """y and z; y added to an existing base, and by the direct call; dx and all gradients."""
     assert case.weight is not None
-    place = (lambda value: value) if behind is None else (lambda value: guarded(value, behind))
+    place = (lambda value: value) if behind is None else (lambda value: guarded_copy(value, behind))
     case, dropout = place(case), Dropout(dropout_p, torch.tensor([7])) if dropout_p else None
     x, weight, bias, rest = case.x, case.weight, case.bias, {"dropout": dropout}
     dy = place(normal(x.shape[0], weight.shape[0], dtype=x.dtype, seed=1))
@@ -91,9 +93,9 @@ def linear(case: Case, dropout_p: float, behind: bool | None = None) -> list[Ten
     return [t for t in (y, z, over, short, dx, *itertools.chain(*filter(None, grads))) if t is not None]
 
 
-def merged(case: MergeCase, behind: bool | None = None) -> list[Tensor]:
-    """W', what its receipt holds, W' of another scaling, W and its checksum."""
-    place = (lambda value: value) if behind is None else (lambda value: guarded(value, behind))
+def run_merge(case: MergeCase, behind: bool | None = None) -> list[Tensor]:
+    """W', its receipt's tensors, W' with another scaling, W and its checksum."""
+    place = (lambda value: value) if behind is None else (lambda value: guarded_copy(value, behind))
     weight = place(*copies([case.weight]))
     receipt = place(cpu.merge_(weight, place(case.factors)))
     results = [weight.clone(), receipt.code, receipt.far, receipt.raw_values]
@@ -103,8 +105,8 @@ def merged(case: MergeCase, behind: bool | None = None) -> list[Tensor]:
     return [*results, weight, torch.tensor([cpu.checksum(weight) % 2**63])]
 
 
-def linears() -> Iterator[Case]:
-    """Whatever users do, and every remainder of K and N of the vectors, in all dtypes, few rows and many."""
+def iter_linear_cases() -> Iterator[Case]:
+    """Random cases, and every remainder of K and N modulo the vector width, in all dtypes, with few rows and many."""
     for seed in range(60):
         yield random_case(50_000 + seed, max_rows=70, max_width=90)
     rng = random.Random(0)
@@ -118,14 +120,14 @@ def linears() -> Iterator[Case]:
         yield Case(x, weight, normal(N, dtype=dtypes[number % 3], seed=7), (adapter,), None)
 
 
-def merges() -> Iterator[MergeCase]:
+def iter_merge_cases() -> Iterator[MergeCase]:
     for number, (K, padding) in enumerate(itertools.product((1, 7, 15, 16, 17, 33, 129), (0, 3))):
         for dtype, adapter_dtype in itertools.product(DTYPES, DTYPES):
             N, R = 1 + number * 7 % 30, 1 + number * 5 % 18
             yield merge_case(number, N, K, R, dtype, adapter_dtype, size=0.5, padding=padding)
 
 
-def same(results: list[Tensor], elsewhere: list[Tensor]) -> bool:
+def same_bits(results: list[Tensor], elsewhere: list[Tensor]) -> bool:
     def as_bytes(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).view(torch.uint8)
 
@@ -133,15 +135,15 @@ def same(results: list[Tensor], elsewhere: list[Tensor]) -> bool:
 
 
 def main(*levels: str) -> None:
-    calls = [(linear, case, 0.3 * (number % 2)) for number, case in enumerate(linears())]
-    calls += [(merged, case) for case in merges()]
+    calls = [(run_linear, case, 0.3 * (number % 2)) for number, case in enumerate(iter_linear_cases())]
+    calls += [(run_merge, case) for case in iter_merge_cases()]
     for level, (call, *arguments) in itertools.product(levels, calls):
         _cpu.use_simd_level(level)
         elsewhere = call(*arguments)
         for behind in (True, False):
             print(f"{level}, a protected page {'behind' if behind else 'before'}: {arguments[0]}", flush=True)
-            with outputs(behind):
-                assert same(call(*arguments, behind), elsewhere), "not the bits that it has elsewhere"
+            with guarded_outputs(behind):
+                assert same_bits(call(*arguments, behind), elsewhere), "expected the same bits as on ordinary tensors"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compiles csrc/cuda with g++ for the host, through tests/cuda_emulator, and runs tests/kernels/cuda/on_host/ on it
 under sanitizers.
 
-`run` starts pytest on tests/kernels/cuda/on_host/<stem>.py in a process whose `peftk._cuda` is the module for the host;
-`caught` does the same with a mutant of a source and says how that showed. `program` links a C++ program instead, for
-the race detector. What is compiled stays in build/on_host, by the content of all that went into it.
+`run` starts pytest on tests/kernels/cuda/on_host/<stem>.py in a process whose `peftk._cuda` is the module for the host.
+`mutant_failure` does the same with a mutant of a source, and returns how the tests failed. `program` links a C++
+program instead, for the race detector. Compiled files are kept in build/on_host, under a hash of all their inputs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ INCLUDES = [f"-I{HOST}", f"-I{ROOT / 'csrc'}"]
 PYTHON_INCLUDES = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    "-ffp-contract=off",  # as nvcc's --fmad=false
+    "-ffp-contract=off",  # like nvcc's --fmad=false
     "-fno-strict-aliasing",  # kernels read memory in vectors of another type, as nvcc allows
 ]
-# What watches the kernels, and how the executor, which is compiled without it, learns of it.
+# Flags of each sanitizer, and the define by which the executor, compiled without it, knows which one is used.
 SANITIZERS = {
     "address": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "-DCUDA_ON_HOST_ASAN"),
     # g++ would expand these into stores that the race detector does not see
@@ -50,7 +50,7 @@ SANITIZERS = {
 }
 EXECUTOR_FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 OPTIONS = {
-    # handle_segv=2: pytest's fault handler, which comes later, does not take the signal away
+    # handle_segv=2: so that pytest's fault handler, installed later, does not take over the signal
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:handle_segv=2:handle_sigbus=2:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
     "TSAN_OPTIONS": "halt_on_error=1:abort_on_error=0:exitcode=66",
@@ -67,7 +67,7 @@ def missing() -> str | None:
 
 
 def library(name: str) -> str:
-    """The path of one of g++'s libraries; the bare name where it has none."""
+    """The path of one of g++'s libraries; the bare name if it does not have it."""
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
@@ -83,7 +83,7 @@ def _compiler() -> bytes:
 
 
 def depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
-    """The source and the headers of this checkout that it includes, with what `texts` has in their place."""
+    """Text of the source and of the checkout's headers that it includes. `texts` has replacements by path."""
     found: dict[Path, str] = {}
     waiting = [source]
     while waiting:
@@ -98,8 +98,8 @@ def depends_on(source: Path, texts: dict[Path, str]) -> dict[Path, str]:
 
 
 @contextlib.contextmanager
-def made_by_one(target: Path) -> Iterator[bool]:
-    """Whether to make it now: processes that want the same at once wait for the first, and find it there."""
+def build_once(target: Path) -> Iterator[bool]:
+    """Yields whether to build the target now. If several processes need it at once, the first one builds it."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -108,16 +108,16 @@ def made_by_one(target: Path) -> Iterator[bool]:
 
 
 def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str]) -> Path:
-    """The object of `source`, compiled again only where something has changed. `mutants`: text in place of files."""
+    """The object of `source`, compiled again only if something has changed. `mutants`: text that replaces files."""
     files = depends_on(source, mutants)
     digest = hashlib.sha256(_compiler())
     for part in (*flags, *(f"{path.relative_to(ROOT)}\0{text}" for path, text in sorted(files.items()))):
         digest.update(part.encode() + b"\0")
     target = BUILD / f"{source.stem}-{digest.hexdigest()[:24]}.o"
-    with made_by_one(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+    with build_once(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
         if not missing:
             return target
-        # Mutants lie where their originals do below csrc, and are found first.
+        # Mutants have the same path below the folder as their originals below csrc, and are found first.
         for path in mutants.keys() & files.keys():
             changed = Path(folder, path.relative_to(ROOT / "csrc"))
             changed.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def compile_object(source: Path, flags: Sequence[str], mutants: dict[Path, str])
 def _link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
     digest = hashlib.sha256("\0".join([*map(str, objects), *flags]).encode()).hexdigest()[:24]
     target = BUILD / f"linked-{digest}{suffix}"
-    with made_by_one(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
+    with build_once(target) as missing, tempfile.TemporaryDirectory(dir=BUILD) as folder:
         if missing:
             out = Path(folder, "out")
             command = ["g++", *flags, *map(str, objects), "-ldl", "-o", str(out)]
@@ -145,14 +145,14 @@ def _link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
 
 
 def _build(sources: dict[Path, list[str]], sanitizer: str, texts: dict[str, str], link: list[str], suffix: str) -> Path:
-    """Sources with their flags, and the executor, which nothing watches; compiled in parallel, and linked."""
+    """Compiles sources with their flags, and the executor without sanitizer flags, in parallel, and links them."""
     mutants = {ROOT / path: text for path, text in texts.items()}
     executor_flags = [*EXECUTOR_FLAGS, SANITIZERS[sanitizer][1]]
     executor = {HOST / f"{name}.cpp": executor_flags for name in ("executor", "warp", "tensor_cores")}
     used = set().union(*(depends_on(source, mutants) for source in sources))
     unused = mutants.keys() - used
     assert not unused, f"nothing that is compiled includes {', '.join(map(str, unused))}"
-    for old in BUILD.glob("*"):  # mutants of former days
+    for old in BUILD.glob("*"):  # old mutants
         if old.is_file() and time.time() - old.stat().st_mtime > 3 * 86400:
             old.unlink(missing_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -162,16 +162,16 @@ def _build(sources: dict[Path, list[str]], sanitizer: str, texts: dict[str, str]
 
 
 def module(mutants: dict[str, str] | None = None) -> Path:
-    """peftk._cuda for the host. `mutants`: text in place of files, by their path below the root of the checkout."""
+    """Builds peftk._cuda for the host. `mutants`: text that replaces files, by path below the root of the checkout."""
     flags = [*FLAGS, *SANITIZERS["address"][0]]
-    # First: it takes longest. No kernel is in it, so that nothing is won by -O1.
+    # First, since it takes longest. It contains no kernel, so -O1 would gain nothing.
     sources = {ROOT / "csrc/bindings/cuda.cpp": [*flags, "-O0", *PYTHON_INCLUDES]}
     sources |= {path: flags for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
     return _build(sources, "address", mutants or {}, ["-shared"], ".so")
 
 
 def program(sources: Sequence[Path], sanitizer: str, mutants: dict[str, str] | None = None) -> Path:
-    """A program of these sources and the executor, under the sanitizer `address` or `thread`."""
+    """Builds a program of these sources and the executor, with the sanitizer `address` or `thread`."""
     flags = [*FLAGS, *SANITIZERS[sanitizer][0]]
     return _build(dict.fromkeys(sources, flags), sanitizer, mutants or {}, [], "")
 
@@ -179,8 +179,8 @@ def program(sources: Sequence[Path], sanitizer: str, mutants: dict[str, str] | N
 # ---- Running
 
 
-def pytest_on(built: Path, tier: str, stems: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest on tests/kernels/cuda/on_host/<stem>.py, where `built` is peftk._cuda."""
+def run_pytest(built: Path, tier: str, stems: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs pytest on tests/kernels/cuda/on_host/<stem>.py with `built` as peftk._cuda."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--capture=no", "-p", "no:cacheprovider"]
     command += ["-m", MARKERS[tier], *arguments, *(f"tests/kernels/cuda/on_host/{stem}.py" for stem in stems)]
     environment = {
@@ -188,29 +188,29 @@ def pytest_on(built: Path, tier: str, stems: Sequence[str], *arguments: str) -> 
         **OPTIONS,
         "PYTEST_ADDOPTS": "",
         "PEFTK_CUDA_ON_HOST": str(built),
-        # Python is not linked to the sanitizers, which must come before everything else.
+        # Python is not linked with the sanitizers, which must be loaded first.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
     }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def run(tier: str, *stems: str) -> None:
-    """The tests of tests/kernels/cuda/on_host/<stem>.py of this tier pass."""
-    judge(pytest_on(module(), tier, stems), tier)
+    """Raises AssertionError unless this tier of tests/kernels/cuda/on_host/<stem>.py passes."""
+    judge(run_pytest(module(), tier, stems), tier)
 
 
-def executed(built: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A program of `program`, run to its end, whichever that is."""
+def execute(built: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a program built by `program`, whatever its exit status."""
     command = [str(built), *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, timeout=600)
 
 
-def driven(
+def run_driver(
     stem: str, sanitizer: str, mutants: dict[str, str] | None, *arguments: object
 ) -> subprocess.CompletedProcess[str]:
-    """tests/cuda_emulator/<stem>_races.cpp with csrc/cuda/<stem>.cu, run to its end."""
+    """Builds tests/cuda_emulator/<stem>_races.cpp with csrc/cuda/<stem>.cu, and runs it."""
     sources = [HOST / f"{stem}_races.cpp", ROOT / f"csrc/cuda/{stem}.cu"]
-    return executed(program(sources, sanitizer, mutants), *arguments)
+    return execute(program(sources, sanitizer, mutants), *arguments)
 
 
 REPORT = re.compile(
@@ -218,8 +218,8 @@ REPORT = re.compile(
 )
 
 
-def replaced(path: str, *changes: tuple[str, str]) -> str:
-    """A source with text replaced, each found exactly once."""
+def with_changes(path: str, *changes: tuple[str, str]) -> str:
+    """The text of a source with changes (before, after). Each `before` must be found exactly once."""
     text = (ROOT / path).read_text()
     for before, after in changes:
         found = text.count(before)
@@ -228,32 +228,31 @@ def replaced(path: str, *changes: tuple[str, str]) -> str:
     return text
 
 
-def shown(done: subprocess.CompletedProcess[str]) -> str | None:
-    """What pytest or a driver found: the first line of a report, "wrong" where it failed without one, or None."""
+def failure(done: subprocess.CompletedProcess[str]) -> str | None:
+    """How pytest or a driver failed: the first line of a report, "wrong" without a report, or None if it passed."""
     report = REPORT.search(done.stderr)
-    # an exit status that is neither passed nor failed, and not reported, is a mistake of the test
+    # any other exit status without a report is a mistake in the test
     assert report or done.returncode in (0, 1), f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"
     return report[0].strip() if report else "wrong" if done.returncode else None
 
 
-def caught(mutants: dict[str, str], stem: str, *arguments: str) -> str | None:
-    """How mutants, as `module` takes them, show in tests/kernels/cuda/on_host/<stem>.py. `arguments` go to pytest (-k
-    …)."""
-    return shown(pytest_on(module(mutants), "default", [stem], *arguments))
+def mutant_failure(mutants: dict[str, str], stem: str, *arguments: str) -> str | None:
+    """How tests/kernels/cuda/on_host/<stem>.py fails with mutants (see `module`), or None. `arguments`: of pytest."""
+    return failure(run_pytest(module(mutants), "default", [stem], *arguments))
 
 
 def race(stem: str, mutants: dict[str, str] | None = None, *arguments: object) -> str | None:
-    """How a kernel, or mutants of it, show under the race detector.
+    """How a kernel, or mutants of it, fail under the race detector, or None.
 
-    Before the race, poison may show: an address that nobody has written yet leads nowhere.
+    Poison may show before the race does: an address that has not been written yet is invalid.
     """
-    found = shown(driven(stem, "thread", mutants, *arguments))
+    found = failure(run_driver(stem, "thread", mutants, *arguments))
     assert found is None or re.match(r"ThreadSanitizer: (data race|SEGV)|cuda_on_host: ERROR|wrong", found), found
     return found
 
 
-# Changes of csrc/cuda/lora_linear.cu: of its 16 forms the four that the driver runs remain, up to 16 rows; fp16 alone,
-# bf16 with fp32 adapters.
+# Changes of csrc/cuda/lora_linear.cu that keep only 4 of its 16 instantiations, those that the driver runs: up to 16
+# rows; fp16 only, and bf16 with fp32 adapters.
 FEWER_FORMS = (
     ("    if (M <= 16) return body(std::integral_constant<int, 2>{});\n", ""),
     ("    if (M <= 32) return body(std::integral_constant<int, 4>{});\n", ""),

@@ -1,18 +1,18 @@
-"""Triton kernels with their programs interleaved, on a memory that shows only what is ordered.
+"""Runs Triton kernels with their programs interleaved, on a weak memory.
 
-Triton's interpreter runs the programs of a launch one after the other, each to its end, on memory where every store is
-seen at once: no mistake in a protocol between programs can show. Under `interleaved(schedule)` the same launchers run
-the same kernels, but
+Triton's interpreter runs the programs of a launch one after another, on memory where every store is visible at once, so
+it cannot show mistakes in a protocol between programs. Under `interleaved(schedule)` the same launchers run the same
+kernels, but
 
-- the programs of a launch are cooperative threads that hand over before and after every atomic and at every barrier;
-  who goes on is drawn from a seed. At most `resident` have started and not ended, and they start in a permuted order:
-  who waits for a program that has not started may wait for ever, as on a GPU.
-- memory is weak (`tests.support.weak_memory`): a store is seen by another program for certain only after store,
-  barrier, release there and acquire here. A load that is not ordered after the last store is a race: the trace notes
-  it, and what it reads depends on `memory`.
-- a launch in which nothing happens any more but polling raises `HangError`, with its schedule.
+- the programs of a launch are cooperative threads, which yield before and after every atomic and at every barrier. A
+  seed determines which continues. At most `resident` programs are running, and they start in a permuted order, so
+  waiting for a program that has not started may hang, as on a GPU.
+- memory is weak (`tests.support.weak_memory`): another program is certain to see a store only after store, barrier,
+  release there and acquire here. A load that is not ordered after the last store is a race: the trace records it, and
+  the value it reads depends on `memory`.
+- a launch in which programs only poll raises `HangError` with its schedule.
 
-`docs/protocol.md` says what this stands for and what it leaves out. It needs TRITON_INTERPRET=1.
+`docs/protocol.md` says what this models and what it leaves out. It needs TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _MAX_STEPS = 200_000
 
 
 class Schedule(NamedTuple):
-    """Everything that decides how a launch goes: the same schedule gives the same run.
+    """Everything that determines how a launch runs: the same schedule gives the same run.
 
-    policy: who goes on. "random": any program that doesn't just poll; "newest", "oldest": the one that started last or
-    first, until it has to wait; "priority": the highest of random priorities, the running one now and then put last.
-    memory: what a racing load reads. "stale": the oldest it may, where what lay there before the launch is junk;
-    "fresh": the newest; "mixed": any, drawn for each element.
+    policy: which program continues. "random": any that does not merely poll; "newest", "oldest": the one that started
+    last or first, until it has to wait; "priority": the one with the highest random priority, which is sometimes made
+    the lowest. memory: what a racing load reads. "stale": the oldest possible value, which is junk if it is from before
+    the launch; "fresh": the newest; "mixed": any, drawn for each element.
     """
 
     seed: int
@@ -67,12 +67,12 @@ class Schedule(NamedTuple):
 def schedules(count: int) -> list[Schedule]:
     """Schedules over all policies and memories, from one program at a time to all at once."""
     kinds = list(itertools.product((3, 64, 1, 2, 8), POLICIES, MEMORIES))
-    # the stride and the number of kinds have no common divisor: few schedules are of different kinds already
+    # the stride and the number of kinds are coprime, so that even a few schedules are of different kinds
     return [Schedule(seed, *kinds[seed * 23 % len(kinds)]) for seed in range(count)]
 
 
 class Trace:
-    """What happened in the launches under one `interleaved`."""
+    """Records what happened in the launches under one `interleaved`."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -83,12 +83,12 @@ class Trace:
 
 
 class HangError(Exception):
-    """All programs that could start only wait."""
+    """All running programs wait."""
 
 
 @contextlib.contextmanager
 def interleaved(schedule: Schedule) -> Iterator[Trace]:
-    """Every Triton launch inside runs as the schedule says."""
+    """Every Triton launch inside runs according to the schedule."""
     trace = Trace()
 
     def run(function: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ def interleaved(schedule: Schedule) -> Iterator[Trace]:
             _Launch(schedule, trace, function.rewrite(), arguments, shape + (1,) * (3 - len(shape))).run()
             return (0,)  # none is left to triton's own loop
 
-        # a grid is called when triton has converted the arguments and patched its language: all that a program needs
+        # Triton calls a grid after converting the arguments and patching its language, which programs need
         return _run(function, *args, grid=all_programs, warmup=warmup, **kwargs)
 
     with mock.patch.object(InterpretedFunction, "run", run):
@@ -105,10 +105,10 @@ def interleaved(schedule: Schedule) -> Iterator[Trace]:
 
 
 class Outcome(NamedTuple):
-    """What came of two launches in a row, as when a graph replays.
+    """The result of two launches in a row, as when a graph is replayed.
 
-    verdict: "right" (the expected bits, all counters zero, and no race, after which right would be luck), "wrong",
-    "not reset", "race" or "hang".
+    verdict: "right" (the expected bits, all counters zero, and no race, which would make the bits a matter of luck),
+    "wrong", "not reset", "race" or "hang".
     """
 
     verdict: str
@@ -142,7 +142,7 @@ def outcome(
 
 
 class _Abandoned(BaseException):
-    """Unwinds a program whose launch ends early. Not an Exception: those triton wraps."""
+    """Unwinds a program whose launch ends early. Not an Exception, since Triton wraps those."""
 
 
 class _Program:
@@ -151,7 +151,7 @@ class _Program:
         self.clock = clock
         self.priority = 0.0
         self.last_run = 0
-        self.polled_at = -1  # the changes that memory had seen at its last poll
+        self.polled_at = -1  # the number of changes of memory at its last poll
         self.waits_at: int | None = None  # the address it polled last
         self.thread: threading.Thread | None = None
         self.go = threading.Semaphore(0)
@@ -160,7 +160,7 @@ class _Program:
 
 
 class _Launch:
-    """The programs of one launch, whose turn it is, and what the builder's operations do to memory."""
+    """The programs of one launch, their turns, and the builder's operations on memory."""
 
     def __init__(
         self,
@@ -214,7 +214,10 @@ class _Launch:
         self.changed()
 
     def choose(self) -> _Program:
-        """Polling again before anything has changed is no new interleaving; if all do, they take turns: it's a hang."""
+        """The program that continues. Polling again before anything has changed is no new interleaving.
+
+        If all programs poll, they take turns, until the launch counts as hanging.
+        """
         ready = [program for program in self.resident if program.polled_at != self.changes]
         if not ready:
             return min(self.resident, key=lambda program: program.last_run)
@@ -258,7 +261,7 @@ class _Launch:
         self.back.release()
 
     def pause(self) -> _Program:
-        """A program hands over, and gets itself back when it is its turn again."""
+        """Called by a program: lets others run, and returns the program when it is its turn again."""
         program = self.current
         self.back.release()
         program.go.acquire()
@@ -299,12 +302,12 @@ class _Launch:
     # The builder's operations
 
     def operations(self) -> dict[str, Callable[..., Any]]:
-        """What replaces the methods of InterpreterBuilder. All its loads and stores end in the two masked ones."""
+        """Replacements of InterpreterBuilder's methods. All its loads and stores end in the two masked ones."""
 
         def create_barrier(builder: Any) -> None:
             self.pause().clock.barrier()
 
-        # Between the operands and is_volatile stands what caches are told: it differs between Triton's versions.
+        # Between the operands and is_volatile are cache options, which differ between Triton's versions.
         def create_masked_load(builder: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
             if not named.get("is_volatile", rest and rest[-1]):
                 result = _load(builder, ptrs, mask, other, *rest, **named)
@@ -333,8 +336,10 @@ class _Launch:
     def atomic(
         self, atomic: Callable[[], Any], ptr: Any, mask: np.ndarray, sem: Any, scope: Any, *, replaces: bool
     ) -> Any:
-        """On real memory at once. One of scope cta orders nothing here, nor one on a block of addresses, which are many
-        threads' business."""
+        """Executes an atomic on real memory at once.
+
+        One with scope cta orders nothing here, nor one on a block of addresses, since several threads execute it.
+        """
         program = self.pause()
         orders = ptr.data.size == 1 and bool(mask.all()) and scope != ir.MEM_SYNC_SCOPE.CTA
         before = _read(ptr, mask)

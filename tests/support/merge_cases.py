@@ -1,4 +1,4 @@
-"""Inputs of merge that leave no corner out: zeros of both signs, denormals, neighbours of overflow, ragged rows."""
+"""Inputs of merge with all corner cases: zeros of both signs, denormals, values near overflow, ragged rows."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def merge_case(
     size: float,
     padding: int,
 ) -> MergeCase:
-    """Weights of size 1 with a share of each corner case; ΔW of about `size`, in places zero, denormal or huge.
+    """Weights of size 1 with a share of each corner case; ΔW of about `size`, sometimes zero, denormal or huge.
 
-    The rows of W lie K + padding elements apart.
+    The rows of W are K + padding elements apart.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,7 +79,7 @@ def merge_case(
 
 
 def several(seed: int, weight: Tensor, ranks: tuple[int, ...], size: float, dtype: torch.dtype) -> Factors:
-    """Adapters of these ranks for one weight, their scalings of both signs."""
+    """Adapters of these ranks for one weight, with scalings of both signs."""
     cases = [
         merge_case(seed + t, *weight.shape, rank, weight.dtype, dtype, size=size, padding=0)
         for t, rank in enumerate(ranks)
@@ -89,19 +89,19 @@ def several(seed: int, weight: Tensor, ranks: tuple[int, ...], size: float, dtyp
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """The same shape, dtype and bits; one NaN is as good as another."""
+    """Whether shape, dtype and bits are equal; all NaNs count as equal."""
     integer = _BITS[a.element_size()]
     same = a.contiguous().view(integer) == b.contiguous().view(integer)
     return a.shape == b.shape and a.dtype == b.dtype and bool((same | (a.isnan() & b.isnan())).all())
 
 
 def copies(weights: list[Tensor]) -> list[Tensor]:
-    """With the strides of the originals."""
+    """Copies with the strides of the originals."""
     return [torch.empty_strided(w.shape, w.stride(), dtype=w.dtype).copy_(w) for w in weights]
 
 
 def bits(weight: Tensor) -> Tensor:
-    """To be compared where NaNs count, too."""
+    """The bits as integers, for comparisons that include NaNs."""
     return weight.contiguous().view(_BITS[weight.itemsize])
 
 
@@ -113,12 +113,12 @@ def check_receipt(ours: MergeReceipt, theirs: MergeReceipt) -> None:
     assert ours.checksum == theirs.checksum
 
 
-# |ΔW| in units of |W|, for which a receipt of bf16 takes each of its forms
+# the ratio |ΔW| / |W| for which a receipt of bf16 has each of its forms
 FORMS = {1.0: (torch.uint8, True), 100.0: (torch.int8, True), 1e5: (torch.int8, False)}
 
 
 def check_forms_across_backends(name: str, ratio: float) -> None:
-    """The same receipt wherever it is made, and wherever it is used: to unmerge, and to switch, a list at once."""
+    """All backends make the same receipt, and any backend can use it, to unmerge and to switch a list of layers."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(9, K, generator=generator).bfloat16() for K in (33, 64)]
     A = [torch.randn(3, K, generator=generator) for K in (33, 64)]
@@ -144,7 +144,7 @@ def check_forms_across_backends(name: str, ratio: float) -> None:
 def check_refusal(
     backend: ModuleType, weights: list[Tensor], factors: list[Factors], bad: float, place: int, *, last: bool
 ) -> None:
-    """With a bad number in the first, or last, row of layer `place`: the layer is named, and every bit stays."""
+    """A bad number in the first (or last) row of layer `place`: the error names the layer, and no bit has changed."""
     edge = -1 if last else 0
     factors[place].lora_B[edge] = bad
     factors[place].lora_A[:, edge] = 1e38
@@ -159,8 +159,13 @@ def check_refusal(
 def check_failures_while_packing(
     backend: ModuleType, weights: list[Tensor], factors: list[Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+<<<<<<< HEAD
     """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
     merged, pack = copies(weights), merge_layers.pack_receipt
+=======
+    """Out of memory, or Ctrl-C, when all layers are merged and some of their receipts packed."""
+    merged, pack = copies(weights), merge_layers.packed
+>>>>>>> words-C
     for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
         failing = mock.Mock(side_effect=[*[pack] * (at - 1), error])
 

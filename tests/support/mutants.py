@@ -1,4 +1,4 @@
-"""A module with text of its source replaced, in use everywhere for as long as one wants."""
+"""Replaces a module's functions, wherever they are used, by those of a mutant of its source."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 @contextlib.contextmanager
 def mutant(module: ModuleType, *changes: tuple[str, str]) -> Iterator[None]:
-    """Every module of this process that uses functions or kernels of `module` uses those of its mutant.
+    """Inside, every module of this process that uses functions or kernels of `module` uses those of its mutant.
 
-    changes: (text, replacement); each text must be found exactly once. Only functions are exchanged: classes, and what
-    the module has computed or kept, stay.
+    changes: (text, replacement); each text must be found exactly once. Only functions are replaced: classes and the
+    module's data remain.
     """
     source = Path(module.__file__).read_text()
     for text, replacement in changes:

@@ -1,7 +1,6 @@
-"""What a result may differ by, in tests. `docs/numerics.md` argues it.
+"""The error bound of results, in tests. `docs/numerics.md` derives it.
 
-The bound per element is the one that `peftk bench` and `peftk selftest` hold users' machines to: it ships, and this
-uses it, so that there is one.
+The bound per element is `peftk.reference.bounds`, which `peftk bench` and `peftk selftest` use as well.
 
 Against an fp64 reference computed from the same rounded inputs, per element, with u the unit roundoff of the output:
 
@@ -28,7 +27,7 @@ def check(
     dtype: torch.dtype | None = None,
     rounded: Tensor | None = None,
 ) -> None:
-    """Raises AssertionError with the worst element where `actual` is outside the bound or the norm.
+    """Raises AssertionError with the worst element if `actual` is outside the bound or the norm.
 
     rounded: a part of the sum that was rounded before the rest was added (the `gemm` backend's base layer).
     """

@@ -2,10 +2,10 @@
 
     cd <checkout of peft>; PYTHONPATH=<peftk>:<peftk>/tests pytest -p peft_suite tests/test_custom_models.py -k lora
 
-Every LoRA layer that PEFT makes is accelerated as it is made, whatever the test makes it with; the first lines of the
-summary say how many calls of layers our kernels served, so that a run in which they served none does not look like a
-success. With PEFTK_PEFT_SUITE=original nothing is accelerated: the same tests on the original, to compare with. How to
-get PEFT's tests, and what came out: `docs/accelerate.md`.
+Every LoRA layer is accelerated when PEFT creates it, however the test creates it. The summary begins with the number of
+layer calls that peftk's kernels computed, so that a run without any does not look like a success. With
+PEFTK_PEFT_SUITE=original nothing is accelerated: the same tests on the original, for comparison. `docs/accelerate.md`
+says how to get PEFT's tests, and has the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _accelerate_what_is_made() -> None:
-    """Layers as PEFT makes them, and the model around them: get_peft_model, from_pretrained, inject, add_adapter."""
+    """Accelerates layers as PEFT creates them, and the model: get_peft_model, from_pretrained, inject, add_adapter."""
     create, init = PeftLoraModel._create_new_module, PeftLoraModel.__init__
 
     def create_new_module(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def _accelerate_what_is_made() -> None:
 
 
 def _count() -> None:
-    """How many calls our kernels served, and how many went on to PEFT's own code."""
+    """Counts the calls that peftk's kernels computed, and those that went to PEFT's own code."""
     served, merge, unmerge = peft_layers.Linear._served, peft_merge.merge, peft_merge.unmerge
 
     def counted_served(self: Any, x: Any, batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ids to sort, and what is right: for all backends that sort them."""
+"""Ids to sort, and a check of the result, for all backends that sort rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from peftk.launch.segments import Segments
 
 I32, I64 = torch.int32, torch.int64
 LEAST, MOST = torch.iinfo(I64).min, torch.iinfo(I64).max
-# Some of them would be an adapter's number in 32 bits.
+# Some of them are a valid id if truncated to 32 bits.
 WILD = torch.tensor([LEAST, MOST, 2**32, 2**32 + 1, -(2**32), 2**31, 2**63 - 2**32 + 1, 1, -1, 0])
 
 
 def random_ids(M: int, adapters: int, seed: int = 0, dtype: torch.dtype = I32) -> Tensor:
-    """Some of them outside, on both sides."""
+    """Random ids, some of them out of range on either side."""
     return torch.randint(-2, adapters + 2, (M,), generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -31,8 +31,8 @@ PATTERNS = {
 }
 
 
-def expect(found: Segments, ids: Tensor, adapters: int) -> Segments:
-    """Equal to the specification, to the last integer."""
+def check_segments(found: Segments, ids: Tensor, adapters: int) -> Segments:
+    """Raises AssertionError unless found equals the specification exactly; returns it."""
     for name, tensor, expected in zip(found._fields, found, reference.segments(ids, adapters), strict=True):
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.cpu(), expected), f"{name}: expected {expected}, got {tensor}"

@@ -1,4 +1,4 @@
-"""A model of four linear layers, and the same served with two LoRA checkpoints."""
+"""A model of four linear layers, and a MultiAdapter of it with two LoRA checkpoints."""
 
 from __future__ import annotations
 

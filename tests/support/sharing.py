@@ -1,4 +1,4 @@
-"""Small models in which modules share weights, and what a merge of their adapters must say of it."""
+"""Small models in which modules share weights, and what a merge of their adapters must report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ D = 24
 
 @dataclasses.dataclass(frozen=True)
 class Sharing:
-    """A model, what is adapted, and of the first layer that can't be merged the Parameter and who holds it, too."""
+    """A model, its targets, and of the first layer that cannot be merged: the Parameter, and what else has it."""
 
     make: Callable[[], nn.Module]
     targets: list[str]
@@ -44,7 +44,7 @@ class OneParameter(Plain):
 
 
 class OneStorage(Plain):
-    """Two Parameters of one memory, as `.data =` leaves them."""
+    """Two Parameters with the same memory, as after `.data =`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Overlapping(Plain):
 
 
 class Fused(nn.Module):
-    """A linear makes query, key and value; another holds the rows of the query."""
+    """A linear for query, key and value; another has the rows of the query."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Buffer(Plain):
 
 
 class Attribute(Plain):
-    """The module around reads the weight through a view of its own."""
+    """The parent module reads the weight through a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Half(nn.Module):
 
 
 class Columns(Plain):
-    """Two halves of the columns of one matrix: in one memory, and no element in common."""
+    """Two halves of the columns of one matrix: in the same memory, but without a common element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ SHARING = {
     ),
 }  # fmt: skip
 
-# in one memory or not, a merge is right here
+# sharing or not, these can be merged
 FINE = {
     "one module in two places": (Twice, ["a", "b"]),
     "halves of the columns": (Columns, ["a", "b"]),

@@ -1,4 +1,4 @@
-"""Architectures of transformers, so small that they run in no time, with a batch to run them on."""
+"""Architectures of transformers, made very small, and a batch to run them on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TASKS = (
 )
 NAMES = sorted(name for name in transformers.CONFIG_MAPPING if any(name in task for task in _TASKS))
 
-# What configs call their sizes, and how large it is here.
+# The names of sizes in configs, and their values here.
 _SIZES = {
     **dict.fromkeys(
         ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "encoder_hidden_size", "word_embed_proj_dim",
@@ -49,7 +49,7 @@ _SIZES = {
 
 
 def build(name: str) -> nn.Module | None:
-    """A model of the architecture, with random weights; None where these sizes don't go together."""
+    """A model of the architecture with random weights; None if these sizes do not work together."""
     kind = next(task[name] for task in _TASKS if name in task)
     made = getattr(transformers, kind if isinstance(kind, str) else kind[0])
     with warnings.catch_warnings():
@@ -62,12 +62,12 @@ def build(name: str) -> nn.Module | None:
                 return None
             torch.manual_seed(0)
             return made(config).eval()
-        except Exception:  # whatever its author thought of
+        except Exception:  # any error of the model's code
             return None
 
 
 def inputs(model: nn.Module, length: int) -> dict[str, Tensor]:
-    """A batch of `BATCH` different sequences of this length; images and sounds have their own."""
+    """A batch of `BATCH` different sequences of this length, or of images or sounds of a fixed size."""
     generator = torch.Generator().manual_seed(1)
     takes = inspect.signature(model.forward).parameters
     name = model.main_input_name
@@ -79,12 +79,12 @@ def inputs(model: nn.Module, length: int) -> dict[str, Tensor]:
     if name in ("input_values", "input_features"):
         return {name: torch.randn(BATCH, 800, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (BATCH, length), generator=generator)
-    ids[:, -1] = 2  # classifiers of sequence-to-sequence models look for the end
+    ids[:, -1] = 2  # classifiers of sequence-to-sequence models need the end token
     return {"input_ids": ids, **({"decoder_input_ids": ids[:, :length]} if "decoder_input_ids" in takes else {})}
 
 
 def output(found: Any) -> Tensor:
-    """What a model says of its batch."""
+    """The main output of a model."""
     for name in ("logits", "last_hidden_state", "pooler_output"):
         if isinstance(getattr(found, name, None), Tensor):
             return getattr(found, name)
@@ -96,7 +96,7 @@ def _shrink(config: transformers.PretrainedConfig) -> transformers.PretrainedCon
         if isinstance(part, transformers.PretrainedConfig):
             _shrink(part)
     for field, size in _SIZES.items():
-        with contextlib.suppress(NotImplementedError):  # a length that has no limit
+        with contextlib.suppress(NotImplementedError):  # a read-only length without a limit
             if isinstance(getattr(config, field, None), int) or field in ("num_labels", "pad_token_id"):
                 setattr(config, field, size)
     if isinstance(getattr(config, "layer_types", None), list):

@@ -1,4 +1,4 @@
-"""Small random transformers of every family that peftk's methods know, with something to run them on."""
+"""Small random transformers of every family that peftk's methods know, and a batch to run them on."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def _made(kind: Any, config: Any) -> nn.Module:
     torch.manual_seed(0)
     model = kind(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers starts them at zero, where a test cannot see them
+        if name.endswith("bias"):  # transformers initializes them with zeros, which would hide errors
             nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
 def randomised(module: nn.Module, seed: int = 0) -> Any:
-    """Its adapter's Parameters drawn anew: nothing is zero."""
+    """Draws all adapter Parameters of a module at random, so that none is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for part in module.modules():

@@ -1,4 +1,4 @@
-"""What stands in for a GPU where the selftest's own code is tested."""
+"""Stand-ins for a GPU, to test the selftest's own code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rerun(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
-    """What a captured graph does: the same calls again, into the same tensors."""
+    """Like a captured graph: its replay repeats the calls, into the same tensors."""
     results = run()
 
     def replay() -> None:

@@ -1,9 +1,10 @@
-"""Tensors of every kind in every position of every way in: `python -m tests.support.storage_fuzz NUMBER …` tries some
-of them.
+"""Passes tensors of every kind of storage at every position to every public entry point.
 
-Run in a child process, as one that reads wrong memory may die (tests/system/test_storage.py). It says the number of a
-case before it tries it, and what came of it after: right (the values of plain torch), refused (an error that says what
-was expected), unmade (there is no such tensor), or what is wrong.
+    python -m tests.support.storage_fuzz NUMBER …      runs these cases
+
+It runs in a child process (tests/system/test_storage.py), since a case that reads wrong memory may crash. It prints the
+number of a case before running it, and the outcome after it: right (the values of plain torch), refused (an error that
+says what was expected), unmade (there is no such tensor), or what is wrong.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ Tensors = Mapping[str, Any]
 
 
 class Way(NamedTuple):
-    """A way in: which tensors it takes, what it does with them, and what plain torch would say."""
+    """An entry point: the tensors it takes, what it does with them, and the expected result in plain torch."""
 
     positions: tuple[str, ...]
     run: Callable[[dict[str, Any]], Any]
     expected: Callable[[dict[str, Tensor | None]], Tensor | None]
     modes: tuple[str, ...] = ("no_grad", "inference", "grad")
-    others: bool = False  # whether torch's or PEFT's own code serves some kinds, whose errors are theirs
+    others: bool = False  # whether torch's or PEFT's own code handles some kinds, and raises its own errors
 
 
 def given() -> dict[str, Tensor]:
@@ -64,7 +65,7 @@ def formula(t: Mapping[str, Tensor | None], activation: str = "identity", ids: T
 
 
 def put(module: nn.Module, t: Tensors, *names: str) -> None:
-    """As offloading and whoever quantizes in place do; and functional_call, which puts tensors past every check."""
+    """Sets tensors past every check, as offloading, quantizing in place and functional_call do."""
     for name in names:
         if not isinstance(t[name], Tensor | None):
             raise TypeError(f"{name}: expected a tensor, as a Module does")
@@ -72,7 +73,7 @@ def put(module: nn.Module, t: Tensors, *names: str) -> None:
 
 
 def put_parameters(module: nn.Module, t: Tensors, *names: str) -> None:
-    """As Parameters, which models have."""
+    """Sets tensors as Parameters, as in a model."""
     put(module, {name: t[name] if t[name] is None else parameter(t[name]) for name in names}, *names)
 
 
@@ -81,7 +82,7 @@ def parameter(tensor: Any) -> Any:
         return tensor
     try:
         return nn.Parameter(tensor, requires_grad=False)
-    except (RuntimeError, TypeError):  # of some there is none
+    except (RuntimeError, TypeError):  # some kinds cannot be Parameters
         return tensor
 
 
@@ -479,7 +480,7 @@ CASES = [
 
 
 def outcome(case: Case) -> str:
-    """right, refused, unmade; or what is wrong."""
+    """Runs a case: "right", "refused", "unmade", or what is wrong."""
     way, tensors = WAYS[case.way], given()
     plain = _part_of_a_receipt(case.position) if case.position in RECEIPT else tensors[case.position]
     try:

@@ -1,7 +1,7 @@
-"""Tensors of every kind of storage, each made of a plain one; `KINDS` has them by name.
+"""Tensors of every kind of storage, each made from a plain tensor. `KINDS` has them by name.
 
-A kind gives the tensor and, where it holds values, a plain tensor of the same values (None where it has none: what is
-computed with it has none either).
+A kind returns the tensor and a plain tensor of the same values, or None if it has no values (results computed with it
+have none either).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Made = tuple[Any, Tensor | None]
 
 
 class Scaled(torch.Tensor):
-    """q · s as a wrapper without memory of its own, that computes whatever is asked: torchao's way of quantizing."""
+    """q · s as a wrapper without its own memory, which supports all operations: quantization as in torchao."""
 
     @staticmethod
     def __new__(cls, q: Tensor, s: Tensor) -> Scaled:
@@ -37,7 +37,7 @@ class Scaled(torch.Tensor):
 
 
 class OnlyLinear(Scaled):
-    """The same, for nothing but products."""
+    """The same, but it supports only matrix products."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -50,7 +50,7 @@ class OnlyLinear(Scaled):
 
 
 class Negated(torch.Tensor):
-    """Memory that means its opposite, by __torch_function__ alone."""
+    """A tensor whose values are those of its memory negated, through __torch_function__ only."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -85,7 +85,7 @@ def _freed(t: Tensor, left: int = 0, offset: int = 0) -> Made:
 
 
 def _apart(t: Tensor) -> Made:
-    """Every other element of a larger one."""
+    """Every other element of a larger tensor."""
     room = torch.full([2 * size + 1 for size in t.shape], torch.nan, dtype=t.dtype)
     view = room[tuple(slice(1, None, 2) for _ in t.shape)]
     return view.copy_(t), t
@@ -98,7 +98,7 @@ def _expanded(t: Tensor) -> Made:
 
 
 def _overlapping(t: Tensor) -> Made:
-    """Rows that share all but one element with the next."""
+    """Rows that share all but one element with the next row."""
     if t.dim() != 2:
         return t, t
     room = torch.arange(float(sum(t.shape))).sin().to(t.dtype)
@@ -107,19 +107,19 @@ def _overlapping(t: Tensor) -> Made:
 
 
 def _imaginary(t: Tensor) -> Made:
-    """The imaginary part of a conjugate: memory that holds the opposite."""
+    """The imaginary part of a conjugate: its memory holds the negated values."""
     return torch.complex(torch.zeros_like(t), -t).conj().imag, t
 
 
 def _leaked(t: Tensor) -> Made:
-    """One that belongs to a vmap which has ended."""
+    """A tensor of a vmap that has ended."""
     kept = []
     torch.func.vmap(lambda one: (kept.append(one), one)[1])(torch.stack([t, t]))
     return kept[0], None
 
 
 def _leaked_gradient(t: Tensor) -> Made:
-    """One that belongs to a torch.func.grad which has ended: torch unwraps it."""
+    """A tensor of a torch.func.grad that has ended: torch unwraps it."""
     kept = []
     torch.func.grad(lambda one: (kept.append(one), one.sum())[1])(t)
     return kept[0], t
@@ -150,7 +150,7 @@ def _distributed(t: Tensor) -> Made:
 
 
 def _mapped(t: Tensor) -> Made:
-    """In memory of somebody else's that may not be written."""
+    """A tensor in mapped memory that torch does not own."""
     room = mmap.mmap(-1, max(1, t.numel() * t.element_size()))
     view = torch.frombuffer(room, dtype=t.dtype, count=t.numel()).view(t.shape) if t.numel() else t.clone()
     return view.copy_(t), t

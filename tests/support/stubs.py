@@ -1,4 +1,4 @@
-"""Whether a stub file says what a compiled module has: the names, and every function's arguments."""
+"""Compares a stub file with its compiled module: the names, and every function's arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 
 
 def differences(module: ModuleType) -> list[str]:
-    """What the stub of `peftk.<module>` and the module say differently; none where they agree."""
+    """The differences between the stub of `peftk.<module>` and the module, in words; empty if there are none."""
     name = module.__name__.rpartition(".")[2]
     stub = ast.parse(Path(ROOT, "peftk", f"{name}.pyi").read_text())
     return list(_differences(stub.body, module, name))
@@ -41,7 +41,7 @@ def _name(node: ast.stmt) -> str | None:
 
 
 def _said(node: ast.FunctionDef) -> list[str]:
-    """A stub's arguments: names, defaults, and where * and / stand."""
+    """The arguments in a stub: names, defaults, * and /."""
     return ast.unparse(_without_types(node.args)).split(", ")
 
 
@@ -56,6 +56,6 @@ def _without_types(arguments: ast.arguments) -> ast.arguments:
 def _has(function: object) -> list[str]:
     try:
         return str(inspect.signature(function)).strip("()").split(", ")  # type: ignore[arg-type]
-    except ValueError:  # pybind11 writes them into the docstring, with types
+    except ValueError:  # pybind11 writes the arguments into the docstring, with types
         first = (function.__doc__ or "").partition("\n")[0].partition(" -> ")[0]
         return re.findall(r"[(,] ?(\w+):", first) or [""]

@@ -1,5 +1,6 @@
-"""Two small kernels with the protocol of the real ones (`docs/protocol.md`), and their launchers: what
-`interleaving.py` proves its own machinery with.
+"""Two small kernels with the same protocol as the real ones (`docs/protocol.md`), and their launchers.
+
+`tests/kernels/triton/interpreted/interleaving.py` tests `tests.support.interleaving` with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ GROUPS, PARTS, TILES, SPLITS = 4, 3, 3, 4
 
 @triton.jit
 def relay_kernel(x, z, y, counters, groups, parts, tiles, BLOCK: tl.constexpr):
-    """Producers: z = 2x, a part of a group each. Consumers: y = a tile's multiple of the sum of the group's parts."""
+    """Producers: each writes z = 2x for a part of a group. Consumers: y = (tile + 1) · the sum of the group's parts."""
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     ready = counters + 2
     lane = tl.arange(0, BLOCK)
@@ -46,7 +47,7 @@ def relay(x: Tensor, counters: Tensor) -> Tensor:
     return y
 
 
-def relayed(x: Tensor) -> Tensor:
+def expected_relay(x: Tensor) -> Tensor:
     total = torch.zeros(GROUPS, BLOCK)
     for part in range(PARTS):
         total += 2.0 * x[:, part]
@@ -55,7 +56,7 @@ def relayed(x: Tensor) -> Tensor:
 
 @triton.jit
 def split_sum_kernel(x, partials, y, counters, splits, per_split, BLOCK: tl.constexpr):
-    """y[tile] = the sum of x[tile] over its rows: each program sums a range, who arrives last sums the ranges."""
+    """y[tile] = the sum of x[tile] over its rows: each program sums a range, the last to arrive sums the ranges."""
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     place = split
@@ -81,7 +82,7 @@ def split_sum(x: Tensor, counters: Tensor) -> Tensor:
     return y
 
 
-def split_summed(x: Tensor) -> Tensor:
+def expected_split_sum(x: Tensor) -> Tensor:
     partials = torch.zeros(TILES, SPLITS, BLOCK)
     for row in range(x.shape[2]):
         partials += x[:, :, row]

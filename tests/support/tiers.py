@@ -1,4 +1,4 @@
-"""Three tiers of tests: `default` is what every run has, `full` what `make test-full` adds; `long` takes hours."""
+"""Three tiers of tests: `default` runs always, `full` is what `make test-full` adds, `long` takes hours."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 FULL, LONG = pytest.mark.full, pytest.mark.long
-# For files that run in a process of their own: what its -m takes for each.
+# For files that run in a separate process: its -m argument for each tier.
 MARKERS = {"default": "not full and not long", "full": "full", "long": "long"}
 TIERS = ["default", pytest.param("full", marks=FULL), pytest.param("long", marks=LONG)]
 
 
 def spread(cases: Iterable[Any], *, default: int, full: int | None = None) -> list[Any]:
-    """Parameters: `default` of the cases in every run, `full` more, or all, in the full one; the rest is long.
+    """Parameters: `default` cases in every run, `full` more (or all) in the full tier, and the rest in the long one.
 
-    The first is among the default ones; the others lie evenly, in the order of multiples of the golden ratio, with
-    which no argument of a product keeps step. A plain tuple has a value for each of several arguments.
+    The first case is among the default ones. The others are spread evenly by multiples of the golden ratio, which are
+    out of step with the arguments of a product. A plain tuple has a value for each of several arguments.
     """
     cases = list(cases)
     drawn = sorted(range(len(cases)), key=lambda number: number * GOLDEN_RATIO % 1)
@@ -32,7 +32,7 @@ def spread(cases: Iterable[Any], *, default: int, full: int | None = None) -> li
 
 
 def judge(done: subprocess.CompletedProcess[str], tier: str) -> None:
-    """What a pytest process that ran a tier of some files has to say: skips where they have nothing of the tier."""
+    """Passes if a pytest process that ran a tier of some files passed; skips if the files have no such tests."""
     if tier != "default" and done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         pytest.skip(f"no {tier} tests in these files")
     assert done.returncode == 0, f"{done.stdout[-20000:]}\n{done.stderr[-20000:]}"

@@ -1,7 +1,7 @@
-"""Compiles Triton kernels for GPUs that are not there, exactly as a launch on them would.
+"""Compiles Triton kernels for GPUs that need not be present, exactly as a launch on them would.
 
-The real launcher runs on meta tensors (their addresses and strides specialise as real, aligned ones do) under a driver
-that names a target and compiles, but launches nothing. What comes back is what ptxas or LLVM made of each launch.
+The real launcher runs on meta tensors, whose addresses and strides specialize like those of real, aligned tensors. The
+driver names a target and compiles, but does not launch. The result is what ptxas or LLVM produced for each launch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 class Compiled(NamedTuple):
     kernel: str
     registers: int
-    spilled: int  # bytes of stack: registers that did not fit
+    spilled: int  # bytes of stack, for registers that did not fit
     shared: int
-    tensor_memory: int  # columns; Triton compiles a trap where they are more than there are
+    tensor_memory: int  # columns; Triton compiles a trap if a kernel needs more than exist
     assembly: str  # PTX, or AMD's assembly
 
 
 class _Driver:
-    """Enough of a Triton driver to compile. The target serves as the device number: each has its own kernel cache."""
+    """The parts of a Triton driver that compiling needs. The device number is the target: each has a kernel cache."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -53,7 +53,7 @@ def gpu_target(name: int | str) -> GPUTarget:
 
 @contextlib.contextmanager
 def compiling(target: int | str, module: Any, kernels: tuple[str, ...]) -> Iterator[list[Compiled]]:
-    """Inside, launches of module's `kernels` compile for the target (90, "gfx942") and are listed, not launched."""
+    """Inside, launches of module's `kernels` are compiled for the target (90, "gfx942") and listed, not launched."""
     compiled: list[Compiled] = []
 
     def compile_only(kernel: Any) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What the Triton backend launches for a call, compiled for a GPU that is not there, and what holds of all of it."""
+"""Compiles what the Triton backend launches for a call, for a GPU that need not be present, and checks its limits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def compile_call(
     N: int = 4096,
     plan: config.Plan | None = None,
 ) -> Compiled:
-    """The one launch of a forward, or of a backward's dX, as that target would be given it."""
+    """Compiles the launch of a forward, or of a backward's dX, for a target."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -89,7 +89,8 @@ def compile_call(
     return only
 
 
-def fits(c: Compiled, target: int | str) -> None:
+def check_fits(c: Compiled, target: int | str) -> None:
+    """No spills, and no more registers, shared memory and tensor memory than the target has."""
     assert c.spilled == 0, f"{c.kernel}: {c.spilled} bytes of registers spilled, {c.registers} registers"
     assert c.registers <= (512 if isinstance(target, str) else 255), f"{c.kernel}: {c.registers} registers"
     limit = config.shared_memory("hip" if isinstance(target, str) else target)
@@ -111,7 +112,7 @@ def compile_wgrad(
     N: int = 4096,
     adapters: int = 8,
 ) -> Compiled:
-    """The one launch of a backward for the adapters' gradients, as that target would be given it."""
+    """Compiles the launch of a backward for the adapters' gradients, for a target."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")

@@ -52,8 +52,8 @@ PATTERNS = {
 
 
 def far_apart(tensor: Tensor) -> Tensor:
-    """The same rows 2³⁰ elements apart: addresses are reserved for what lies between them, and no memory."""
-    stride, no_reserve = 2**30, 0x4000  # MAP_NORESERVE, which Python's mmap does not know everywhere
+    """The same rows 2³⁰ elements apart. Addresses are reserved for the space between them, but no memory."""
+    stride, no_reserve = 2**30, 0x4000  # MAP_NORESERVE, which not every Python's mmap defines
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     room = mmap.mmap(-1, tensor.shape[0] * stride * tensor.itemsize, flags=flags)
     return torch.frombuffer(room, dtype=tensor.dtype).as_strided(tensor.shape, (stride, 1)).copy_(tensor)

@@ -1,7 +1,8 @@
-"""What the compiler makes of the shipped table: `python -m tests.support.triton_table > docs/compiled.md`, about two
-minutes.
+"""Writes a table of registers, spills and instructions of every shipped Triton configuration.
 
-Needs no GPU: every configuration is compiled for its target, as `tests/kernels/triton/test_triton_compile.py` does.
+    python -m tests.support.triton_table > docs/compiled.md      takes about two minutes
+
+Needs no GPU: every configuration is compiled for its target, as in `tests/kernels/triton/test_triton_compile.py`.
 """
 
 from __future__ import annotations

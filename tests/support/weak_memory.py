@@ -1,13 +1,13 @@
-"""Memory as the programs of one launch see it: a store is known only to those that something ordered after it.
+"""Memory as the programs of one launch see it: a store is visible only to programs that are ordered after it.
 
-Time is a vector clock for each program, of two parts. A plain store is made by all threads of a block: it is known to
-its own program from the next barrier on, and counted by barriers. An atomic on one address is made by one thread: it is
-known to its program at once, and counted by atomics. A release by a program writes what it knows into the address that
-it acts on; an acquire takes over what is written there; a read-modify-write in between keeps it (PTX's observation
-order through RMWs). So a store reaches another program by: store, barrier, release, acquire; and on from there.
+Each program has a vector clock with two parts. A plain store is made by all threads of a block: its own program knows
+it from the next barrier on, and barriers count it. An atomic on one address is made by one thread: its program knows it
+at once, and atomics count it. A release writes what the program knows to the address that it acts on; an acquire takes
+over what is written there; a read-modify-write in between keeps it (PTX's observation order through RMWs). So a store
+reaches another program by store, barrier, release and acquire, and further programs in the same way.
 
-Everything stored is in the real memory at once, in the order of execution; older values are kept beside it, for those
-who may still read them.
+Everything stored is in the real memory at once, in the order of execution. Older values are kept in addition, for
+programs that may still read them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 
 class _Write(NamedTuple):
     bits: np.unsignedinteger
-    part: int  # the place in the clocks, and
-    time: int  # the count from which on a program knows this write; -1: all know it
+    part: int  # index in the clocks, and
+    time: int  # the count there from which on a program knows this write; -1: all know it
     by: int
 
 
@@ -31,7 +31,7 @@ class Clock:
 
     def __init__(self, program: int, programs: int) -> None:
         self.program = program
-        self.block, self.thread = program, programs + program  # the program's own two places in `knows`
+        self.block, self.thread = program, programs + program  # the program's own two indices in `knows`
         self.knows = np.zeros(2 * programs, np.int64)
 
     def barrier(self) -> None:
@@ -51,7 +51,7 @@ class WeakMemory:
         self.released: dict[int, np.ndarray] = {}  # by address: what an acquire there comes to know
 
     def load(self, clock: Clock, addresses: np.ndarray, mask: np.ndarray, result: np.ndarray) -> None:
-        """Replaces in `result`, which real memory gave, what the program need not see yet."""
+        """Replaces values in `result`, loaded from real memory, that the program need not see yet."""
         if not self.writes:
             return
         bits = _bits(result)
@@ -71,7 +71,7 @@ class WeakMemory:
         bits = _bits(values)
         time = int(clock.knows[clock.block]) + 1
         for i, address in _chosen(addresses, mask):
-            # Who reads too early what lay here before the launch must not be right by luck: it is junk.
+            # The value from before the launch becomes junk, so that reading it too early cannot be right by luck.
             writes = self.of(address, ~bits.dtype.type(0))
             if not clock.sees(writes[-1]) and writes[-1].by != clock.program:
                 self.race("store", address, writes[-1], clock)
@@ -90,7 +90,7 @@ class WeakMemory:
         releases: bool,
         replaces: bool,
     ) -> None:
-        """One that real memory has done. replaces: its result depends on when it happens (an exchange)."""
+        """An atomic that real memory has executed. replaces: its result depends on when it happens (an exchange)."""
         old, new = _bits(before)[0], _bits(after)[0]
         clock.knows[clock.thread] += 1
         writes = self.writes.get(address)
@@ -119,7 +119,7 @@ class WeakMemory:
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
-    """The values as unsigned integers of their size; where possible the same memory."""
+    """The values as unsigned integers of the same size; in the same memory if possible."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return flat.view(f"u{flat.itemsize}")
 

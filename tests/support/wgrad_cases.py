@@ -1,4 +1,4 @@
-"""What the first launch of a backward leaves for the second, of a small case."""
+"""Inputs of a backward's second launch, as the first launch leaves them, for small cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.cases import Case, double, normal
 
 @dataclasses.dataclass
 class Inputs:
-    """What the first launch of a backward leaves for the second."""
+    """Inputs of a backward's second launch, as the first launch leaves them."""
 
     case: Case
     dy: Tensor
@@ -44,7 +44,7 @@ def inputs(case: Case, *, dropout_p: float = 0.0) -> Inputs:
     return Inputs(case, dy, z.float(), u.float(), dropout)
 
 
-def everything(a: Adapter | None) -> Wanted:
+def all_wanted(a: Adapter | None) -> Wanted:
     if a is None:
         return Wanted(False, False, False, False)
     return Wanted(a.rank > 0, a.rank > 0, a.bias_A is not None, a.bias_B is not None)

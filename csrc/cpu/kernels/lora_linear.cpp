@@ -115,7 +115,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
             float* v = op.v + position * op.v_row + 16 * page;
             float* w = op.w ? op.w + position * op.v_row + 16 * page : nullptr;
             const float* sums = out + i * 16;
-            // Called with a constant code below, so that the loops contain no switch and are vectorized.
+            // For the identity, called with a constant code: its loops contain no switch and are vectorized.
             const auto finish = [&](int code) __attribute__((always_inline)) {
                 for (int r = 0; r < ranks && op.backward && wants_v; r++) {
                     v[r] = s * (sums[r] * activate_derivative(code, pre[r]));

@@ -1,5 +1,5 @@
-// csrc/cuda/instructions.cuh in plain C++: the same functions, doing what the PTX manual says of their instructions,
-// and refusing what it leaves undefined. What they do for each lane is compiled into the kernel, under its sanitizers.
+// csrc/cuda/instructions.cuh in plain C++: the same functions, which do what the PTX manual says of their instructions
+// and report what it leaves undefined. Their per-lane code is compiled into the kernel, with its sanitizers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,15 +17,15 @@ namespace peftk::cuda {
 
 using cuda_on_host::Site;
 
-// ---- Shared memory: a heap block of the size that was launched, all NaNs, for each block its own.
+// ---- Shared memory: a heap block per block, of the size of the launch, filled with NaN.
 
 template <typename Layout>
 inline Layout& shared_memory() {
     return *reinterpret_cast<Layout*>(cuda_on_host::shared_memory(sizeof(Layout), alignof(Layout)));
 }
 
-// ---- Copies. From issue to wait the destination holds NaNs, and the address sanitizer reports whoever touches it.
-// The source is read at one of the two, whichever a coin says.
+// ---- Copies. From issue to wait the destination contains NaN, and the address sanitizer reports any access to it. The
+// source is read at issue or at the wait, at random.
 
 inline void copy_async_16(void* to_shared, const void* from_global, int bytes,
                           Site site = {__builtin_FILE(), __builtin_LINE()}) {

@@ -10,7 +10,7 @@ struct Shared {
     float values[kThreads];
 };
 
-// Every thread takes what the thread `apart` from it has written.
+// Every thread reads what the thread `apart` from it has written.
 template <class Kernel>
 bool neighbours(Kernel kernel, bool broken, int apart) {
     auto out = numbers<float>(kBlocks * kThreads, 0, 0);
@@ -53,7 +53,7 @@ __global__ void within_warps(float* out, bool broken) {
 }
 SELFCHECK(missing_warp_barrier) { return neighbours(within_warps, broken, 1); }
 
-// A shuffle makes lanes meet, but orders no accesses to memory.
+// A shuffle synchronizes lanes, but does not order memory accesses.
 __global__ void shuffle_for_barrier(float* out, bool broken) {
     auto& shared = peftk::cuda::shared_memory<Shared>();
     const int t = threadIdx.x;

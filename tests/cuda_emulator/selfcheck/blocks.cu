@@ -1,4 +1,4 @@
-// What blocks tell each other: counters, their memory orders, fences, and waiting for one another.
+// Communication between blocks: counters and their memory orders, fences, waiting.
 #include "selfcheck.h"
 
 namespace selfcheck {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kBlocks = 12, kThreads = 16;
 
-// Each block leaves a number; the last one to come adds all up. `ticket` counts a block in.
+// Each block stores a number, and the last one to arrive adds them up. `ticket` counts a block.
 template <class Ticket>
 __device__ void add_up(int* numbers, int* counter, int* sum, Ticket ticket) {
     if (threadIdx.x != 0) return;
@@ -59,7 +59,8 @@ __global__ void second_fence(int* numbers, int* counter, int* sum, bool broken) 
 }
 SELFCHECK(missing_fence_after) { return adds_up(second_fence, broken); }
 
-// One thread of a block counts for all; the barrier orders their writes before it, and its count before their reads.
+// One thread counts for the whole block. The barrier orders the others' writes before its count, and that before their
+// reads.
 __global__ void for_all(int* numbers, int* counter, int* sum, bool broken) {
     struct Shared {
         int ticket;
@@ -97,8 +98,8 @@ SELFCHECK(lost_update) {
     return counter[0] == kBlocks && sum[0] == kBlocks * (kBlocks + 1) / 2;
 }
 
-// A chain through all blocks. In the order in which they start (their tickets), each waits for one that has started;
-// in the order of their numbers, for one that perhaps has not, and that never will where no place is left.
+// A chain through all blocks. In the order of their tickets, each waits for a block that has started. In the order of
+// their numbers, it may wait for one that has not, and never will if there is no room.
 __global__ void chain(int* ticket, int* turn, int* out, bool broken) {
     if (threadIdx.x != 0) return;
     const int mine = broken ? int(blockIdx.x) : peftk::cuda::add_relaxed(ticket, 1);

@@ -1,4 +1,4 @@
-// Asynchronous copies: from issue to wait the destination is nobody's.
+// Asynchronous copies: from issue to wait no thread may access the destination.
 #include "selfcheck.h"
 
 namespace selfcheck {
@@ -27,7 +27,7 @@ struct Aligned {
     Aligned(const Aligned&) = delete;
 };
 
-// out[i] = in[i]; each thread copies four, and reads the four of the thread `apart` from it.
+// out[i] = in[i]. Each thread copies four elements, and reads those of the thread `apart` from it.
 template <class Kernel>
 bool copies(Kernel kernel, bool broken, int count = kThreads * 4) {
     const Aligned in(count);
@@ -101,7 +101,7 @@ __global__ void too_few(const float* in, int, float* out, bool broken) {
 }
 SELFCHECK(wait_for_a_group_too_few) { return copies(too_few, broken); }
 
-// What a wait makes visible, it makes visible to its own thread.
+// A wait makes copies visible only to its own thread.
 __global__ void others(const float* in, int, float* out, bool broken) {
     auto& stage = shared_memory<Shared>().stage[0];
     const int t = threadIdx.x;
@@ -113,7 +113,7 @@ __global__ void others(const float* in, int, float* out, bool broken) {
 }
 SELFCHECK(no_barrier_after_the_wait) { return copies(others, broken); }
 
-// A barrier before the wait says nothing of the copies of others.
+// A barrier before the wait does not order the copies of other threads.
 __global__ void too_early(const float* in, int, float* out, bool broken) {
     auto& stage = shared_memory<Shared>().stage[0];
     const int t = threadIdx.x;
@@ -169,7 +169,7 @@ __global__ void same_place(const float* in, int, float* out, bool broken) {
 }
 SELFCHECK(two_copies_to_one_place) { return copies(same_place, broken); }
 
-// A pipeline of two stages: sums over the steps of what the other warp has copied.
+// A pipeline of two stages: sums, over the steps, what the other warp has copied.
 __global__ void pipeline(const float* in, float* out, bool broken) {
     auto& stage = shared_memory<Shared>().stage;
     const int t = threadIdx.x;
@@ -184,7 +184,7 @@ __global__ void pipeline(const float* in, float* out, bool broken) {
         copy_async_wait<1>();
         __syncthreads();
         for (int i = 0; i < 4; ++i) sum[i] += stage[step % kStages][t ^ 32][i];
-        if (!broken) __syncthreads();  // else the next issue overwrites what others still read
+        if (!broken) __syncthreads();  // otherwise the next issue overwrites what others still read
     }
     write(out, t ^ 32, sum);
 }

@@ -1,5 +1,5 @@
-// Checks of the executor: small kernels, each right, or broken in one way by its parameter `broken`. main.cpp runs one;
-// tests/kernels/cuda/test_cuda_on_host.py says how each must end under which sanitizer.
+// Checks of the executor: small kernels, each correct, or broken in one way by its parameter `broken`. main.cpp runs
+// one of them; tests/kernels/cuda/test_cuda_on_host.py says how each must end under each sanitizer.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace selfcheck {
 
-// Whether the results are right. Anything worse ends the process.
+// Returns whether the results are right. Reports end the process.
 using Check = bool (*)(bool broken);
 
 struct Registered {
@@ -29,7 +29,7 @@ struct Registered {
     ::selfcheck::Registered name##_registered(#name, name); \
     bool name([[maybe_unused]] bool broken)
 
-// A heap block of exactly so many elements.
+// A heap block of exactly `count` elements.
 template <class T>
 std::unique_ptr<T[]> numbers(size_t count, T first, T step) {
     std::unique_ptr<T[]> values(new T[count]);

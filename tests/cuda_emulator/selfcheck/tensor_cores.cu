@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kM = 16, kN = 8, kK = 16;
 
-// A [M, K] and B [N, K], both with a row of 16 values for each of their rows: B's columns are rows in memory.
+// A [M, K] and B [N, K], both with rows of 16 values: B's columns are rows in memory.
 struct Shared {
     alignas(16) uint16_t A[kM][kK];
     alignas(16) uint16_t B[2 * kN][kK];
@@ -100,7 +100,7 @@ SELFCHECK(wrong_matrix_row) {
            product_is_right(product<by_ldmatrix, false>, broken);
 }
 
-// Every row of every matrix, from rows that lie in any order.
+// Every row of every matrix, from rows in any order.
 __global__ void load(uint32_t* out, bool broken) {
     struct Rows {
         alignas(16) uint16_t rows[32][8];
@@ -126,7 +126,7 @@ SELFCHECK(misaligned_matrix_row) {
     return true;
 }
 
-// Rows 16 bytes apart fill the banks; 128 bytes apart, all eight of a matrix are in the same.
+// Rows 16 bytes apart fill the banks; at 128 bytes apart, all eight rows of a matrix are in the same banks.
 __global__ void stride(int bytes) {
     struct Rows {
         alignas(128) char bytes[32 * 128];
@@ -147,7 +147,8 @@ SELFCHECK(bank_conflicts) {
     return true;
 }
 
-// A sum is cut, not rounded: 1 + 2^-24 + 2^-24 loses both halves, 1 - 2^-26 goes down a whole bit of what is kept.
+// A sum is truncated, not rounded: 1 + 2^-24 + 2^-24 loses both terms, and 1 - 2^-26 becomes the next smaller
+// value that is kept.
 __global__ void cut(float* out, float small) {
     const uint16_t one = encode(1, true);
     const auto value = uint16_t(__bfloat16_as_short(__float2bfloat16_rn(small)));
@@ -162,7 +163,7 @@ __global__ void cut(float* out, float small) {
 SELFCHECK(tensor_cores_cut) {
     auto out = numbers<float>(1, 0, 0);
     const float small[] = {0x1p-24f, 0x1p-25f, 0x1p-23f, -0x1p-25f, -0x1p-24f};
-    // Of two 2^-24 the extra bit keeps both; two 2^-25 are below it, so they vanish.
+    // The extra bit keeps both of two 2^-24; two 2^-25 are below it, so they are lost.
     const float expected[] = {1.0f + 0x1p-23f, 1.0f, 1.0f + 0x1p-22f, 1.0f, 1.0f - 0x1p-23f};
     for (int i = 0; i < 5; ++i) {
         launch(cut, 1, 32, 0, out.get(), small[i]);

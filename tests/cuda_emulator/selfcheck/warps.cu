@@ -1,4 +1,4 @@
-// Warp instructions: what each lane takes, written out from the CUDA programming guide, and lanes that do not come.
+// Warp instructions: the value of each lane, following the CUDA programming guide, and lanes that do not arrive.
 #include "selfcheck.h"
 
 namespace selfcheck {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr unsigned kAll = ~0u;
 
-// Kernels of one warp: out[lane] as `expected` says.
+// Kernels of one warp: out[lane] must equal `expected`.
 template <class Kernel, class Expected>
 bool warp(Kernel kernel, bool broken, Expected expected) {
     auto out = numbers<int>(32, -1, 0);
@@ -58,7 +58,7 @@ SELFCHECK(two_different_shuffles) {
     return warp(two_instructions, broken, [](int) { return 3; });
 }
 
-// Two halves of a warp at different instructions at once, which their masks allow.
+// Two halves of a warp at different instructions at the same time, which their masks allow.
 __global__ void apart(int* out, bool) {
     const int lane = int(threadIdx.x);
     if (lane < 16) {
@@ -72,7 +72,7 @@ SELFCHECK(halves_of_a_warp) {
     return warp(apart, broken, [](int lane) { return lane < 16 ? 1 : 17; });
 }
 
-// All forms, all widths, all distances.
+// All kinds of shuffles, all widths, all distances.
 __global__ void shuffles(int* out, bool) {
     const int lane = int(threadIdx.x);
     for (int width = 1; width <= 32; width *= 2) {

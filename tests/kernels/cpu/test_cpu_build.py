@@ -1,5 +1,8 @@
-"""What the compiler makes of the CPU kernels: the instructions of every SIMD level, no spilled accumulators, and no
-function of a level that another level's machine could come to run."""
+"""Checks the compiled CPU kernels.
+
+Every SIMD level has its instructions, no accumulators are spilled, and no machine can come to run a function that was
+compiled for a higher level.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Instruction(NamedTuple):
 
     @property
     def is_vex(self) -> bool:
-        """Beyond the baseline: AVX and all that came after it, by name and registers."""
+        """Whether it is beyond the baseline (AVX or later), by name and registers."""
         return self.name.startswith("v") and re.search(r"%[xyz]mm", self.operands) is not None
 
     @property
@@ -43,7 +46,7 @@ class Function(NamedTuple):
     instructions: list[Instruction]
 
     def stack(self) -> str:
-        """What the operands of accesses to the stack look like: rbp may be a frame's pointer or any other."""
+        """A pattern of operands that access the stack. rbp may be the frame pointer or not."""
         framed = any(i.name == "mov" and i.operands == "%rsp,%rbp" for i in self.instructions)
         return r"\(%r[sb]p" if framed else r"\(%rsp"
 
@@ -72,7 +75,7 @@ def functions(binary: Path) -> list[Function]:
 
 
 def symbols(binary: Path) -> Iterator[tuple[str, str]]:
-    """The functions and variables that an object file defines: nm's letter of the kind, and the mangled name."""
+    """The functions and variables that an object file defines: (nm's letter for the kind, mangled name)."""
     command = ["nm", "--defined-only", str(binary)]
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
         _, kind, name = line.split(maxsplit=2)
@@ -86,8 +89,8 @@ class Built(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def built() -> Built:
-    """peftk._cpu and its objects, up to date, with the flags of setup.py."""
+def built_module() -> Built:
+    """Builds peftk._cpu and its objects with the flags of setup.py."""
     setup = cpp_build.load_setup()
     objects = setup.cpu_objects()
     module = setup.BUILD / "cpu.so"
@@ -101,38 +104,43 @@ def built() -> Built:
 
 
 @pytest.fixture(scope="module")
-def code(built: Built) -> dict[Path, list[Function]]:
-    return {path: functions(path) for path in [*built.others, *(p for paths in built.levels.values() for p in paths)]}
+def code(built_module: Built) -> dict[Path, list[Function]]:
+    return {
+        path: functions(path)
+        for path in [*built_module.others, *(p for paths in built_module.levels.values() for p in paths)]
+    }
 
 
-def test_only_names_of_its_own_leave_a_level(built: Built) -> None:
-    """Of a function of external linkage that several objects define the linker keeps one, for all. It must not be one
-    that was compiled for AVX-512."""
-    for level, paths in built.levels.items():
+def test_only_names_of_its_own_leave_a_level(built_module: Built) -> None:
+    """If several objects define a function with external linkage, the linker keeps one of them for all levels, which
+    might be the one compiled for AVX-512."""
+    for level, paths in built_module.levels.items():
         for path in paths:
             for kind, name in symbols(path):
                 own = f"5peftk{len(level)}{level}" in name
                 assert kind not in "TWui" or own, f"{path}: {name} is not in namespace peftk::{level}"
 
 
-def test_instructions_of_every_level(built: Built, code: dict[Path, list[Function]]) -> None:
-    for path in [*built.others, *built.levels["portable"]]:
+def test_instructions_of_every_level(built_module: Built, code: dict[Path, list[Function]]) -> None:
+    for path in [*built_module.others, *built_module.levels["portable"]]:
         for function in code[path]:
             beyond = [i for i in function.instructions if i.is_vex]
             assert not beyond, f"{path}: {function.name}: {beyond[0]}"
-    for path in built.levels.get("avx2", []):
+    for path in built_module.levels.get("avx2", []):
         for function in code[path]:
             beyond = [i for i in function.instructions if i.is_avx512]
             assert not beyond, f"{path}: {function.name}: {beyond[0]}"
-    for path in built.levels.get("avx512", []):
+    for path in built_module.levels.get("avx512", []):
         for function in code[path]:
             beyond = [i for i in function.instructions if "bf16" in i.name]
             assert not beyond, f"{path}: {function.name}: {beyond[0]}"
 
 
-def test_the_module_has_no_such_instructions_from_elsewhere(built: Built, code: dict[Path, list[Function]]) -> None:
-    of_levels = {function.name for paths in built.levels.values() for path in paths for function in code[path]}
-    for function in functions(built.module):
+def test_the_module_has_no_such_instructions_from_elsewhere(
+    built_module: Built, code: dict[Path, list[Function]]
+) -> None:
+    of_levels = {function.name for paths in built_module.levels.values() for path in paths for function in code[path]}
+    for function in functions(built_module.module):
         if function.name not in of_levels:
             beyond = [i for i in function.instructions if i.is_vex]
             assert not beyond, f"{function.name}: {beyond[0]}"
@@ -147,12 +155,12 @@ def test_the_module_has_no_such_instructions_from_elsewhere(built: Built, code: 
     ],
 )
 def test_tiles_stay_in_registers(
-    built: Built, code: dict[Path, list[Function]], level: str, register: str, tiles: list[str]
+    built_module: Built, code: dict[Path, list[Function]], level: str, register: str, tiles: list[str]
 ) -> None:
-    """The loops that all the arithmetic is in: whole registers multiply, none of them goes to the stack and back."""
-    if level not in built.levels:
+    """The innermost loops multiply whole registers, and neither store registers on the stack nor reload them."""
+    if level not in built_module.levels:
         pytest.skip(f"the compiler does not know {level}")
-    (path,) = (path for path in built.levels[level] if path.stem == "lora_linear")
+    (path,) = (path for path in built_module.levels[level] if path.stem == "lora_linear")
     for tile in tiles:
         loops = [
             (function, loop)
@@ -168,8 +176,8 @@ def test_tiles_stay_in_registers(
             narrow = [i for i in products if f"%{register}" not in i.operands]
             assert not narrow, f"{name}: {narrow[0]}"
             spilled = [i for i in loop if f"%{register}" in i.operands and re.search(function.stack(), i.operands)]
-            # Known: with fp32 tokens and rows of bf16, 4 x 6 sums and what they are made of need over 32 registers:
-            # the compiler keeps one sum in memory, and may keep no more.
+            # Known exception: with fp32 tokens and bf16 rows, 4 x 6 sums and their operands need over 32 registers. The
+            # compiler keeps one sum in memory, and may not keep more.
             allowed = len(products) // 24 if "7EvenOdd" in name else 0
             assert len(spilled) <= allowed, (
                 f"{name}: {len(spilled)} accesses to the stack among {len(products)} products: {spilled[0]}"

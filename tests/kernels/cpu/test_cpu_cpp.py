@@ -1,6 +1,6 @@
-"""The C++ tests of the CPU kernels, without Python in them: as they are, under sanitizers, and for AArch64.
+"""Runs the C++ tests of the CPU kernels: as they are, under sanitizers, and for AArch64.
 
-Their cases run at every SIMD level that the machine has; `full` runs more of them, and the sanitizers at every level.
+Their cases run at every SIMD level of the machine. `full` runs more cases, and the sanitizers at every level.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def test_parity(count: int) -> None:
     check_parity(cpp_build.programs(*PARITY), count, _cpu.simd_levels())
 
 
-# The widest level has the most masked tails; the others come from the same source.
+# The widest level only: it has the most masked tails, and all levels have the same source.
 @full
 @pytest.mark.parametrize("level", [*_cpu.simd_levels()[:-1], "widest"])
 def test_parity_under_address_and_undefined_behaviour_sanitizer(level: str) -> None:
     level = _cpu.simd_levels()[-1] if level == "widest" else level
     flags = ["-O1", "-g1", "-fsanitize=address,undefined"]
-    check_parity(sanitized(f"asan-{level}", flags, level), 48, [level])
+    check_parity(build_with_sanitizer(f"asan-{level}", flags, level), 48, [level])
 
 
 @full
 def test_parity_under_thread_sanitizer() -> None:
-    # Who reads and writes what is the same at every level.
-    check_parity(sanitized("tsan", ["-O1", "-g1", "-fsanitize=thread"], "portable"), 24, ["portable"])
+    # One level is enough: the threads' reads and writes are the same at every level.
+    check_parity(build_with_sanitizer("tsan", ["-O1", "-g1", "-fsanitize=thread"], "portable"), 24, ["portable"])
 
 
-def sanitized(variant: str, flags: list[str], level: str) -> list[Path]:
+def build_with_sanitizer(variant: str, flags: list[str], level: str) -> list[Path]:
     setup = cpp_build.load_setup()
     if not cpp_build.runs_here(setup, flags):
         pytest.skip(f"{setup.CXX[0]} {' '.join(flags)}: no program that runs here")
@@ -70,7 +70,7 @@ def test_parity_on_aarch64_under_qemu() -> None:
 def test_clang_compiles_every_level(machine: str) -> None:
     """Without a warning."""
     if importlib.util.find_spec("ziglang"):
-        # zig's own defaults are to trap on undefined behaviour, and no 512-bit registers
+        # by default, zig traps on undefined behaviour, and does not use 512-bit registers
         clang = [sys.executable, "-m", "ziglang", "c++", "-fno-sanitize=undefined", f"--target={machine}-linux-musl"]
         clang += ["-mevex512"] if machine == "x86_64" else []
     elif shutil.which("clang++"):
@@ -78,7 +78,7 @@ def test_clang_compiles_every_level(machine: str) -> None:
     else:
         pytest.skip("needs clang++, or zig's: pip install ziglang")
     setup = cpp_build.load_setup(machine, clang)
-    setup.compiler_accepts = lambda flags: True  # zig can't be asked about /dev/null
+    setup.compiler_accepts = lambda flags: True  # zig cannot preprocess /dev/null
     setup.BUILD = Path(f"build/tests-clang-{machine}")
     setup.CXX_FLAGS.append("-Werror")
     objects = [item for item in setup.cpu_objects() if item.folder != "bindings"]

@@ -61,7 +61,7 @@ def test_objects_are_of_their_class() -> None:
         _cpu.lora_linear(linear, linear=linear, adapters=none, y=0, y_stride=0)  # type: ignore[misc]
 
 
-def test_values_that_cannot_be() -> None:
+def test_invalid_values() -> None:
     linear, one = _cpu.Linear.over_base(**NOTHING), _cpu.Adapters.one(**ONE)
     with pytest.raises(ValueError, match="x_dtype: expected a dtype code 0, 1 or 2, got 3"):
         _cpu.Linear.over_base(**NOTHING | {"x_dtype": 3})

@@ -1,4 +1,4 @@
-"""The short way to the CPU kernels: the same bits as the ordinary way, and None for what isn't plain."""
+"""Direct calls of the CPU kernels: the same bits as the ordinary way, and None for tensors that are not plain."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_same_bits_as_the_ordinary_way(dtype, adapter_dtype):
 @pytest.mark.parametrize("activation", list(CODES))
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), list(itertools.product(DTYPES, DTYPES)))
 def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
-    """Beside a weight, and without one: a series adapter."""
+    """With a weight, and without one (a series adapter)."""
     weight, bias, A, B = layer(dtype, adapter_dtype)
     up, a = tensor(K, R, dtype=adapter_dtype), tensor(R, dtype=adapter_dtype)
     for name, x in inputs(dtype).items():
@@ -121,7 +121,7 @@ def test_adapters_that_are_not_plain_go_the_ordinary_way():
     assert call(x=x.double(), **series) is None
 
 
-def test_weights_that_lie_transposed_or_apart():
+def test_transposed_weights_and_weights_with_gaps():
     weight, bias, A, B = layer()
     x = tensor(4, K)
     expected = lora_linear_unchecked(x, weight, bias, adapter_of(A, B, 0.7), backend="cpu")
@@ -254,7 +254,7 @@ def test_ids_that_are_not_plain_go_the_ordinary_way():
         [0] * 6,
     ):
         assert dispatch.direct_multi_lora_linear(x, weight, bias, table, ids) is None
-    # one id per sequence needs sequences
+    # one id per sequence requires a sequence dimension
     assert dispatch.direct_multi_lora_linear(x, weight, bias, table, torch.zeros(1, dtype=torch.int64)) is None
 
 
@@ -266,7 +266,7 @@ def test_ids_outside_the_bank_are_an_error(number):
 
 
 def test_layers_take_the_short_way(monkeypatch):
-    """The layers' own calls arrive there, and nothing goes further."""
+    """Calls of the layers use the direct calls, and nothing else."""
     linear = torch.nn.Linear(K, N)
     single = peftk.LoRALinear.from_linear(torch.nn.Linear(K, N), r=R)
     multi = peftk.MultiLoRALinear.from_linear(linear, max_adapters=2)
@@ -288,7 +288,7 @@ def test_layers_take_the_short_way(monkeypatch):
 
 
 def test_an_output_that_is_not_plain_is_left_to_the_ordinary_way():
-    """A mode of torch may make something else of new_empty."""
+    """A mode of torch may make new_empty return something other than a plain tensor."""
 
     class Elsewhere(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):

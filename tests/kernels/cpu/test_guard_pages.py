@@ -1,4 +1,4 @@
-"""The CPU kernels read and write nothing outside their tensors: beyond these lies a page that nobody may touch."""
+"""The CPU kernels read and write nothing outside their tensors, which are next to protected pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftk import _cpu
-from tests.support.guard_pages import guarded
+from tests.support.guard_pages import guarded_copy
 from tests.support.paths import ROOT
 
 
@@ -25,10 +25,10 @@ def test_the_kernels_stay_within_their_tensors() -> None:
 
 READS_OUTSIDE = """
 import ctypes, os, torch
-from tests.support.guard_pages import guarded
+from tests.support.guard_pages import guarded_copy
 
 for behind, element in ((True, 7), (False, -1)):
-    address = (tensor := guarded(torch.arange(7.0), behind)).data_ptr()
+    address = (tensor := guarded_copy(torch.arange(7.0), behind)).data_ptr()
     for number in (0, 6, element):
         if (child := os.fork()) == 0:
             ctypes.c_float.from_address(address + 4 * number).value
@@ -54,6 +54,6 @@ def test_a_guarded_tensor_is_the_same_tensor(behind: bool) -> None:
         torch.randn(7, 5).t(),
         torch.randn(70, 90)[::3],
     ):
-        copy = guarded(tensor, behind)
+        copy = guarded_copy(tensor, behind)
         assert torch.equal(copy, tensor)
         assert copy.stride() == tensor.stride()

@@ -1,4 +1,4 @@
-"""The CPU kernels at every SIMD level that this machine can execute: values, gradients, bits."""
+"""The CPU kernels at every SIMD level of this machine: values, gradients, bits."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def check_gradients(case: Case, dropout_p: float, dy: Tensor | None = None) -> N
                 numerics.check(grad, getattr(wanted, name), getattr(magnitude, name), terms)
 
 
-# Rounding errors of terms that are alike, or all of one sign, don't cancel.
+# Rounding errors of similar terms, or of terms of one sign, do not cancel.
 def filled(kind: str, *shape: int, value: float = 0.7) -> Tensor:
     if kind == "constant":
         return torch.full(shape, value)
@@ -204,7 +204,7 @@ def test_random_gradients(level: str, dropout_p: float) -> None:
 
 
 def without_base(case: Case) -> Case:
-    """The adapters' part alone, as the reference computes it."""
+    """Only the adapters' part, as the reference computes it."""
     return dataclasses.replace(case, weight=torch.zeros_like(case.weight), bias=None)
 
 
@@ -217,7 +217,7 @@ def positive(adapter: Adapter | None) -> Adapter | None:
 
 
 def adapters_magnitude(case: Case) -> Tensor:
-    """|s|(|x||A|ᵀ + |a|)|B|ᵀ + |β|: where there is no |x||W|ᵀ to cover the error of v, v counts by its own terms."""
+    """|s|(|x||A|ᵀ + |a|)|B|ᵀ + |β|. There is no |x||W|ᵀ that covers the error of v, so v counts with its own terms."""
     adapters = tuple(positive(a) for a in case.adapters)
     return expected(dataclasses.replace(without_base(case), x=case.x.abs(), adapters=adapters))[0]
 
@@ -236,8 +236,13 @@ def call_over_base(case: Case, y: Tensor) -> None:
     linear = linear_of(case, over_base=True)
     out = {"y": y.data_ptr(), "y_stride": y.stride(0)}
     if case.ids is None:
+<<<<<<< HEAD
         one = cpu._one_page(case.adapters[0])  # held until the call is over
         _cpu.lora_linear(linear, cpu._adapter_args(one), **out)
+=======
+        one = cpu._one_page(case.adapters[0])  # kept alive until the call returns
+        _cpu.lora_linear(linear, cpu._one(one), **out)
+>>>>>>> words-C
     else:
         built = case.table()
         _cpu.lora_linear(linear, cpu._table_args(built), ids=case.ids.data_ptr(), **out)
@@ -253,7 +258,7 @@ def call_backward(
     over_base: bool = False,
     dropout: Dropout | None = None,
 ) -> None:
-    """The backward into given tensors; whatever is None isn't wanted."""
+    """Runs the backward into the given tensors. A gradient that is None is not computed."""
     linear = linear_of(case, dropout, over_base=over_base)
     out = {
         "dy": dy.data_ptr(),
@@ -283,7 +288,7 @@ def over_base_cases() -> Iterator[tuple[str, Case]]:
         yield f"{M} rows", Case(x, weight, None, adapters, torch.randint(-1, 3, (M,), dtype=torch.int32))
 
 
-def test_adapters_over_a_base_that_is_there(level: str) -> None:
+def test_adapters_are_added_to_an_existing_base(level: str) -> None:
     for name, case in over_base_cases():
         whole = torch.randn(case.x.shape[0], case.weight.shape[0] + 3).to(case.x.dtype)
         held, beside = whole[:, :-3].clone(), whole[:, -3:].clone()
@@ -300,7 +305,7 @@ def test_adapters_over_a_base_that_is_there(level: str) -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_input_gradients_over_a_base_that_is_there(level: str, dropout_p: float) -> None:
+def test_input_gradients_are_added_to_an_existing_base(level: str, dropout_p: float) -> None:
     kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     for name, case in over_base_cases():
         dy = torch.randn(case.x.shape[0], case.weight.shape[0]).to(case.x.dtype)
@@ -328,7 +333,7 @@ def assert_same_grads(actual: list[AdapterGrads | None], wanted: list[AdapterGra
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_gradients_that_nobody_wants_change_no_other(level: str, dropout_p: float) -> None:
+def test_unwanted_gradients_do_not_change_the_others(level: str, dropout_p: float) -> None:
     kwargs = {"dropout": Dropout(dropout_p, torch.tensor([77])) if dropout_p else None}
     rng = random.Random(5)
     for name, case in over_base_cases():
@@ -371,7 +376,7 @@ def test_bits_are_the_same_with_any_number_of_threads(level: str, threads: None,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_is_to_nearest_even_with_subnormals_and_nan(level: str, dtype: torch.dtype) -> None:
-    # One step of the contraction, so that y is x rounded; x fp32, read from a bias so that y may be 16 bits wide.
+    # A contraction of length 1, so that y is x rounded. The fp32 values are a bias, so that y may have 16 bits.
     bits = torch.randint(-(2**31), 2**31, (1 << 16,), dtype=torch.int64).to(torch.int32)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.996, 65520.0, 2.0**-25, 1e-40])
     values = torch.cat([bits.view(torch.float32), special, torch.randn(1000) * 2.0**-24, torch.randn(1000) * 1e-38])
@@ -426,7 +431,7 @@ def test_cannot_serve_names_the_reason() -> None:
     assert "not on cuda" in str(cpu.cannot_run(call(device="cuda")))
 
 
-def test_describe_says_which_form_serves(level: str, threads: None) -> None:
+def test_describe_names_the_form(level: str, threads: None) -> None:
     torch.set_num_threads(2)
     half = torch.bfloat16
     form = {"dtype": half, "K": 1024, "N": 1024, "rank": 16}
@@ -465,7 +470,7 @@ def test_a_table_built_from_strided_pages(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_adapters_only_row_has_the_bits_of_one_among_many(level: str, dtype: torch.dtype) -> None:
-    """Such rows take the factors in another way, page by page; so do pages of a bank, which lie along N."""
+    """Such rows read the factors page by page, in a different loop; so do a bank's pages, contiguous along N."""
     for R in (5, 16, 17, 33, 64, 100):
         for N, K, M in ((50, 40, 3), (130, 64, 40)):
             x, weight, _ = base(M, N, K, dtype, dtype)

@@ -62,7 +62,7 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
     expected = run()
     for _ in range(3):
         child = os.fork()
-        if child == 0:  # libgomp's threads are not in the child, and waiting for them would hang
+        if child == 0:  # the child has no libgomp threads, and waiting for them would hang
             os._exit(
                 0
                 if not _cpu.borrows_openmp()
@@ -114,11 +114,11 @@ def test_dataloader_workers(method: str) -> None:
     loader = torch.utils.data.DataLoader(Adapted(), num_workers=2, multiprocessing_context=method, timeout=60)
     for batch in loader:
         assert torch.equal(batch[0], expected)
-        assert torch.equal(run(), expected)  # the parent goes on meanwhile
+        assert torch.equal(run(), expected)  # the parent keeps computing meanwhile
 
 
 def check_in_process(method: str, expected: list[list[float]], nested: str | None = None) -> None:
-    """run() in a process of its own gives what is expected; and then in one that this one starts."""
+    """run() gives the expected result in a new process, and in a process started by that one."""
     process = torch.multiprocessing.get_context(method).Process(target=check_here, args=(expected, nested))
     process.start()
     process.join(timeout=60)
@@ -153,7 +153,7 @@ def test_python_threads_at_once() -> None:
 
 
 def step(seed: int) -> list[torch.Tensor]:
-    """Forward and backward of the seed's own case: shape, dtypes, adapters, ids, and whether in inference mode."""
+    """Forward and backward of a random case: shape, dtypes, adapters, ids, with or without inference mode."""
     case = cases.random_case(seed, many=True, max_rows=100, max_width=400)
     table, ids = case.table(), case.ids
     assert ids is not None
@@ -165,7 +165,7 @@ def step(seed: int) -> list[torch.Tensor]:
 
 
 def test_python_threads_at_once_with_unlike_calls() -> None:
-    """Nor does it matter how many threads a call may have, or that this changes from call to call."""
+    """Different calls at once, with numbers of threads that change from call to call."""
     seeds = range(24)
     expected = {seed: step(seed) for seed in seeds}
     wrong = []
@@ -187,7 +187,7 @@ def test_python_threads_at_once_with_unlike_calls() -> None:
 
 
 def test_layers_under_inference_mode_in_threads() -> None:
-    """A layer that threads share, each with batches of its own size, gives what it gives to one."""
+    """A layer shared by threads, with a different batch size in each, gives the same results as in a single thread."""
     torch.manual_seed(0)
     layer = LoRALinear.from_linear(torch.nn.Linear(256, 384), r=8)
     torch.nn.init.normal_(layer.lora_B)
@@ -197,7 +197,7 @@ def test_layers_under_inference_mode_in_threads() -> None:
     right = []
 
     def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        with torch.inference_mode():  # a thread's own
+        with torch.inference_mode():  # each thread has its own
             right.extend(torch.equal(layer(x), y) for _ in range(20))
 
     workers = [threading.Thread(target=work, args=pair) for pair in zip(batches, expected, strict=True)]
@@ -275,8 +275,8 @@ def test_memory_that_a_worker_lacks_is_a_memory_error() -> None:
     assert done.stdout.split("\n")[:3] == ["MemoryError True"] * 2 + ["True"]
 
 
-def compiled(folder: Path, *flags: str) -> Path:
-    """tests/kernels/cpu/cpp/thread_pool.cpp as a program. Skips where the compiler is missing or can't do `flags`."""
+def build_program(folder: Path, *flags: str) -> Path:
+    """Builds tests/kernels/cpu/cpp/thread_pool.cpp. Skips if the compiler is missing or does not support `flags`."""
     cxx = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(cxx[0]) is None:
         pytest.skip(f"no C++ compiler: {cxx[0]}")
@@ -296,10 +296,10 @@ def compiled(folder: Path, *flags: str) -> Path:
 
 
 @pytest.mark.parametrize("flags", [pytest.param((), marks=FULL), ("-fsanitize=thread",)])
-def test_the_pool_by_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_the_pool_alone(tmp_path: Path, flags: tuple[str, ...]) -> None:
     options = {"TSAN_OPTIONS": "die_after_fork=0 allocator_may_return_null=1"}
     done = subprocess.run(
-        [compiled(tmp_path, *flags), "2000"], env=os.environ | options, capture_output=True, text=True, timeout=100
+        [build_program(tmp_path, *flags), "2000"], env=os.environ | options, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr

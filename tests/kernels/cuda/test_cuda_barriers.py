@@ -1,6 +1,6 @@
-"""Every barrier of csrc/cuda is needed: without any one of them the race detector finds a race, or results are wrong.
+"""Every barrier of csrc/cuda is needed: without it the race detector finds a race, or results are wrong.
 
-And there is none too few: tests/kernels/cuda/test_<stem>_on_host.py run the same drivers on the sources as they are.
+No barrier is missing: tests/kernels/cuda/test_<stem>_on_host.py run the same drivers on the unchanged sources.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import re
 
 import pytest
 
-from tests.support.host_cuda import FEWER_FORMS, ROOT, driven, needs_host_cuda, replaced, shown
+from tests.support.host_cuda import FEWER_FORMS, ROOT, failure, needs_host_cuda, run_driver, with_changes
 from tests.support.tiers import spread
 
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 LORA_LINEAR = "csrc/cuda/lora_linear.cu"
-# The driver's source, its arguments, the kernel's source, and what is changed in it to have fewer forms.
+# By driver: its arguments, the kernel's source, and changes of it that leave fewer instantiations.
 DRIVERS = {
     "lora_linear": (("20",), LORA_LINEAR, FEWER_FORMS),
     "merge": ((), "csrc/cuda/merge.cu", ()),
@@ -45,6 +45,6 @@ def test_is_needed(stem: str, path: str, number: int) -> None:
     arguments, source, fewer = DRIVERS[stem]
     text = (ROOT / path).read_text()
     begin, end = list(BARRIER.finditer(text))[number].span()
-    mutants = {source: replaced(source, *fewer)} | {path: f"{text[:begin]};{text[end:]}"}
-    found = shown(driven(stem, "thread", mutants, *arguments))
+    mutants = {source: with_changes(source, *fewer)} | {path: f"{text[:begin]};{text[end:]}"}
+    found = failure(run_driver(stem, "thread", mutants, *arguments))
     assert found is not None, f"{path}:{text[:begin].count(chr(10)) + 1}: nothing shows without it"

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, for GPUs that need not be there: registers, spills, shared memory, SASS."""
+"""The CUDA kernels compiled by nvcc, for GPUs that need not be present: registers, spills, shared memory, SASS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAGS = ["-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", "-Xptxas", "
 
 
 class Limits(NamedTuple):
-    """Of a kernel: the registers of a thread, and the SASS that every instantiation must contain."""
+    """A kernel's limit of registers per thread, and the SASS that every instantiation must contain."""
 
     registers: int
     instructions: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ LIMITS = {
 class Kernel(NamedTuple):
     """One instantiation in one cubin."""
 
-    kind: str  # its function's name without _kernel
+    kind: str  # the function's name without _kernel
     types: str  # template arguments
     registers: int
     spills: int  # bytes, stores and loads
@@ -64,7 +64,7 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump(nvcc: str) -> str | None:
-    """Beside nvcc, on PATH or in the triton wheel."""
+    """cuobjdump, next to nvcc, on PATH or in the triton wheel."""
     triton = importlib.util.find_spec("triton")
     inside = Path(str(triton.origin)).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
     names = [str(Path(nvcc).with_name("cuobjdump")), "cuobjdump", *([str(inside)] if inside else [])]
@@ -90,7 +90,7 @@ def compile_kernels(source: Path, arch: str, folder: Path) -> list[Kernel]:
     found = re.findall(pattern, done.stdout + done.stderr, re.DOTALL)
     assert found, done.stderr
     return [
-        Kernel(*readable(name), int(registers), int(stores) + int(loads), int(shared or 0), sass.get(name, ""))
+        Kernel(*demangled(name), int(registers), int(stores) + int(loads), int(shared or 0), sass.get(name, ""))
         for name, stores, loads, registers, shared in found
     ]
 
@@ -103,8 +103,8 @@ def sass_of(cubin: Path) -> dict[str, str]:
     return {function.split("\n", 1)[0].strip(): function for function in functions}
 
 
-def readable(name: str) -> tuple[str, str]:
-    """From a mangled name: ("merge", "bf16, fp32")."""
+def demangled(name: str) -> tuple[str, str]:
+    """The kernel and its template arguments from a mangled name: ("merge", "bf16, fp32")."""
     plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
     match = re.search(r"(\w+)_kernel(?:<([^>]*)>)?\(", plain)
     assert match is not None, plain
@@ -116,7 +116,7 @@ def readable(name: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module", params=ARCHS)
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    """Those of every .cu file."""
+    """The kernels of every .cu file."""
     arch = request.param
     listed = subprocess.run([str(NVCC), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     if f"compute_{arch.rstrip('a')}" not in listed:
@@ -129,7 +129,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def shared(kernel: Kernel) -> int:
-    """Bytes of shared memory that the launcher gives a block."""
+    """Bytes of shared memory per block that the launcher requests."""
     cuda = pytest.importorskip("peftk._cuda")
     last = int(match[0]) if (match := re.search(r"\d+$", kernel.types)) else 0
     if kernel.kind == "lora_linear":
@@ -149,7 +149,7 @@ needs_cuobjdump = pytest.mark.skipif(
 def test_registers_spills_and_shared_memory(
     kernels: list[Kernel], request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All shared memory is the launcher's to give, and lets two blocks share a processor that has 164 KiB (sm_80)."""
+    """All shared memory is requested by the launcher, and two blocks fit on a processor with 164 KiB (sm_80)."""
     lines = [f"  {request.node.callspec.params['kernels']}{'registers, bytes of shared memory':>55}"]
     for kernel in sorted(kernels):
         assert kernel.spills == 0, f"{kernel}: {kernel.spills} bytes spilled"
@@ -171,8 +171,8 @@ def test_instructions(kernels: list[Kernel]) -> None:
 
 @needs_cuobjdump
 def test_merge_rounds_what_it_must_round(kernels: list[Kernel]) -> None:
-    """s·t, the sum of d over adapters, W + d and W' - d are roundings of their own: for each of a thread's 32 outputs
-    one FMUL and three FADD in merge, two FADD in unmerge. Fewer would mean a contraction. None flushes denormals."""
+    """s·t, the sum of d over adapters, W + d and W' - d are rounded separately: for each of a thread's 32 outputs merge
+    has one FMUL and three FADD, unmerge two FADD. Fewer would mean a contraction. None flushes denormals."""
     found = {kernel.kind for kernel in kernels}
     assert {"merge", "unmerge"} <= found
     for kernel in kernels:
@@ -185,7 +185,7 @@ def test_merge_rounds_what_it_must_round(kernels: list[Kernel]) -> None:
 
 
 def operations(name: str, sass: str) -> int:
-    """How many of them; FADD2 and its like make two."""
+    """The number of such operations; FADD2 and the like count as two."""
     return len(re.findall(rf"\b{name}\b", sass)) + 2 * len(re.findall(rf"\b{name}2\b", sass))
 
 

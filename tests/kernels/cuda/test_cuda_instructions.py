@@ -1,5 +1,5 @@
-"""csrc/cuda/instructions.cuh says to the assembler what its comments say. The host runs other definitions of the same
-functions (tests/cuda_emulator/cuda/instructions.cuh), so nothing else here would notice an operand in a wrong place."""
+"""The asm statements of csrc/cuda/instructions.cuh do what its comments say. The host runs different definitions of the
+same functions (tests/cuda_emulator/cuda/instructions.cuh), so no other test would notice a misplaced operand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 
 NAMES = re.compile(r"__device__ inline \w+ (\w+)\(")
 
-# PTX ISA 8.x, with the C++ operands in the places of the registers.
+# From PTX ISA 8.x, with the C++ operands in place of the registers.
 TO = "{to[0], to[1], to[2], to[3]}"
 SUM, A = "{sum[0], sum[1], sum[2], sum[3]}", "{a[0], a[1], a[2], a[3]}"
 EXPECTED = {
@@ -26,12 +26,12 @@ EXPECTED = {
     "add_acq_rel": "atom.add.acq_rel.gpu.global.s32 before, [counter], value;",
     "load_acquire": "ld.acquire.gpu.global.s32 value, [counter];",
 }
-# What may be reordered around them, and what they change: "memory" for all that touch it, "+" for the sums.
+# Clobbers and constraints: "memory" for all that access it, "+" for the sums.
 TOUCH_NO_MEMORY = ("multiply_bf16", "multiply_f16")
 
 
 def instructions() -> dict[str, tuple[str, str]]:
-    """Of each function with an asm: its template with operands put in, and the rest of the statement."""
+    """For each function with an asm statement: its template with operands filled in, and the rest of the statement."""
     found = {}
     text = (ROOT / "csrc/cuda/instructions.cuh").read_text()
     for function in re.split(r"(?=__device__ inline )", text)[1:]:

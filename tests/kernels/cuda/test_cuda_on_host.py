@@ -1,5 +1,8 @@
-"""The executor of tests/cuda_emulator itself: small kernels under the sanitizers, right ones that pass, and each of
-them broken in one way, which must be noticed for its own reason. docs/cuda_on_host.md lists who notices what."""
+"""Tests the executor of tests/cuda_emulator.
+
+Correct small kernels pass under the sanitizers. Each of them, broken in one way, is noticed for the right reason.
+docs/cuda_on_host.md lists which check notices which mistake.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.host_cuda import HOST, REPORT, executed, needs_host_cuda, program
+from tests.support.host_cuda import HOST, REPORT, execute, needs_host_cuda, program
 from tests.support.tiers import spread
 
 pytestmark = needs_host_cuda
@@ -18,11 +21,11 @@ pytestmark = needs_host_cuda
 SOURCES = sorted((HOST / "selfcheck").glob("*.c*"))
 RACE = "ThreadSanitizer: data race"
 EARLY = r"a thread returned while others wait at the barrier|__syncthreads: line \d+, while other threads have returned"
-UNDEFINED = "undefined"  # such a sanitizer does not look for it, and anything may follow
+UNDEFINED = "undefined"  # this sanitizer does not check for it, and anything may happen
 POISON = "AddressSanitizer: use-after-poison"
 
-# How a broken check shows under the sanitizers `address` and `thread`: a report, "wrong" for wrong results without one,
-# None where that sanitizer cannot see it.
+# How a broken check fails under the sanitizers `address` and `thread`: a report, "wrong" for wrong results without one,
+# or None if that sanitizer cannot see it.
 BROKEN = {
     "missing_barrier": ("wrong", RACE),
     "missing_barrier_before_overwriting": ("wrong", RACE),
@@ -66,14 +69,14 @@ BROKEN = {
     "wrong_matrix_row": ("wrong", "wrong"),
     "misaligned_matrix_row": ("load_matrices: line .* is no multiple of 16",) * 2,
 }
-# Only ever right: against loops written from the manuals.
+# Checks without a broken version, compared with loops written from the manuals.
 MANUALS = ("all_shuffles", "all_votes", "halves_of_a_warp", "bank_conflicts", "tensor_cores_cut")
 SANITIZERS = ("address", "thread")
 
 
-def shown(sanitizer: str, check: str, how: str, seeds: int) -> str | None:
-    """A report's first line, "wrong", or None."""
-    done = executed(program(SOURCES, sanitizer), check, how, seeds)
+def failure(sanitizer: str, check: str, how: str, seeds: int) -> str | None:
+    """How a check failed: the first line of a report, "wrong", or None."""
+    done = execute(program(SOURCES, sanitizer), check, how, seeds)
     report = REPORT.search(done.stderr)
     if report:
         assert done.returncode not in (0, 1, 2), done.stderr
@@ -85,21 +88,21 @@ def shown(sanitizer: str, check: str, how: str, seeds: int) -> str | None:
 
 
 def test_every_check_is_listed() -> None:
-    listed = executed(program(SOURCES, "address"), "list").stdout.split()
+    listed = execute(program(SOURCES, "address"), "list").stdout.split()
     assert sorted(listed) == sorted([*BROKEN, *MANUALS])
 
 
 # Under ThreadSanitizer a process takes half a second, however little it does.
 @pytest.mark.parametrize("check", spread([*BROKEN, *MANUALS], default=10))
-def test_what_is_right_passes(check: str) -> None:
+def test_correct_kernels_pass(check: str) -> None:
     for sanitizer, seeds in zip(SANITIZERS, (20, 1), strict=True):
-        assert shown(sanitizer, check, "right", seeds) is None
+        assert failure(sanitizer, check, "right", seeds) is None
 
 
 @pytest.mark.parametrize("check", spread(BROKEN, default=10))
-def test_what_is_broken_is_noticed(check: str) -> None:
+def test_broken_kernels_are_noticed(check: str) -> None:
     for sanitizer, expected in zip(SANITIZERS, BROKEN[check], strict=True):
-        report = shown(sanitizer, check, "broken", 20 if sanitizer == "address" else 3)
+        report = failure(sanitizer, check, "broken", 20 if sanitizer == "address" else 3)
         if expected == UNDEFINED:
             continue
         if expected is None:
@@ -110,9 +113,9 @@ def test_what_is_broken_is_noticed(check: str) -> None:
 
 
 @pytest.mark.parametrize("check", spread([*BROKEN, *MANUALS], default=0, full=12))
-def test_what_is_right_passes_in_every_schedule(check: str) -> None:
+def test_correct_kernels_pass_in_every_schedule(check: str) -> None:
     for sanitizer, seeds in zip(SANITIZERS, (1000, 30), strict=True):
-        assert shown(sanitizer, check, "right", seeds) is None
+        assert failure(sanitizer, check, "right", seeds) is None
 
 
 @pytest.mark.full
@@ -121,7 +124,7 @@ def test_what_is_right_passes_in_every_schedule(check: str) -> None:
     reason="needs aarch64-linux-gnu-g++ and qemu-aarch64",
 )
 def test_threads_switch_on_arm(tmp_path: Path) -> None:
-    """The same checks, without sanitizers: the switch of stacks is written in assembly."""
+    """The same checks without sanitizers, since the switch of stacks is written in assembly."""
     out = tmp_path / "selfcheck"
     files = [*SOURCES, *(HOST / f"{name}.cpp" for name in ("executor", "warp", "tensor_cores"))]
     command = ["aarch64-linux-gnu-g++", "-std=c++17", "-O2", "-ffp-contract=off", "-fno-strict-aliasing", "-static"]

@@ -1,8 +1,8 @@
 """csrc/cuda/lora_linear.cu, compiled by g++ and executed under the sanitizers.
 
-tests/kernels/cuda/on_host/lora_linear.py holds it to the fp64 reference through the Python API,
-tests/kernels/cuda/on_host/selftest.py runs what `peftk selftest --device cuda` asks of it;
-tests/cuda_emulator/lora_linear_races.cpp holds it to sums in fp64 without Python: under the race detector, and once for
+tests/kernels/cuda/on_host/lora_linear.py compares it with the fp64 reference through the Python API, and
+tests/kernels/cuda/on_host/selftest.py runs the checks of `peftk selftest --device cuda`.
+tests/cuda_emulator/lora_linear_races.cpp compares it with sums in fp64 without Python: under the race detector, and for
 each of many mutants.
 """
 
@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from tests.support.host_cuda import FEWER_FORMS, REPORT, caught, driven, needs_host_cuda, replaced, run
+from tests.support.host_cuda import FEWER_FORMS, REPORT, mutant_failure, needs_host_cuda, run, run_driver, with_changes
 from tests.support.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
@@ -28,12 +28,12 @@ def test_within_the_bound_of_fp64(tier: str) -> None:
 def drive(
     sanitizer: str, cases: int, path: str = SOURCE, *changes: tuple[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    mutants = {SOURCE: replaced(SOURCE, *FEWER_FORMS)}
+    mutants = {SOURCE: with_changes(SOURCE, *FEWER_FORMS)}
     if path == SOURCE:
-        mutants[SOURCE] = replaced(SOURCE, *FEWER_FORMS, *changes)
+        mutants[SOURCE] = with_changes(SOURCE, *FEWER_FORMS, *changes)
     else:
-        mutants[path] = replaced(path, *changes)
-    return driven("lora_linear", sanitizer, mutants, cases)
+        mutants[path] = with_changes(path, *changes)
+    return run_driver("lora_linear", sanitizer, mutants, cases)
 
 
 @pytest.mark.full
@@ -48,7 +48,7 @@ TICKETS, ROWS, TERMS, SHRINK, EXPAND = (
 )
 RACE, HANG = "data race", "a hang"
 
-# What is broken: where, what becomes of what, and (where one sanitizer alone can see it) how it shows.
+# Mutants: file, text, replacement, and how it fails if only one sanitizer can see it.
 MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     # the protocol
     "z published before all threads have stored it": (
@@ -124,7 +124,7 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "W's last row not read": (EXPAND, "source.exists[i] = n < args.N;", "source.exists[i] = n + 1 < args.N;"),
     "x read beyond K": (EXPAND, "source.exists[i] && k + chunk * 8 < to_k", "source.exists[i]"),
     "x in sorted order": (EXPAND, "rows.row[place] * args.x_stride", "place * args.x_stride"),
-    "a thread's rows not apart": (EXPAND, "const int n = first + i * kApart;", "const int n = first + i;"),
+    "a thread's rows not apart": (EXPAND, "const int n = first + i * kRowStep;", "const int n = first + i;"),
     "y in sorted order": (EXPAND, "int64_t(rows.row[place]) * args.N", "int64_t(place) * args.N"),
     "another adapter's rows": (EXPAND, "inside[c / 2] && place >= segment.from && place", "inside[c / 2] && place"),
     "another slice's columns": (EXPAND, "if (inside[c / 2] && place", "if (place"),
@@ -156,17 +156,17 @@ MUTANTS: dict[str, tuple[str, str, str] | tuple[str, str, str, str]] = {
     "parts of other threads": (
         EXPAND, "splits * kTiles * kThreads + threadIdx.x", "splits * kTiles * kThreads + threadIdx.x / 2"),
     "adapters overwritten while they are read": (
-        EXPAND, "continue;\n        __syncthreads();  // nobody reads the adapters",
-        "continue;  // nobody reads the adapters", RACE),
+        EXPAND, "continue;\n        __syncthreads();  // no thread reads the adapters",
+        "continue;  // no thread reads the adapters", RACE),
     "rows unsorted for shrink": (SOURCE, "        sort_rows(args, shared.rows);\n", ""),
     "nine rows in a tile of eight": (SOURCE, "if (M <= 8)", "if (M <= 9)"),
 }  # fmt: skip
 
 
 def survives(path: str, before: str, after: str, how: str = "") -> str | None:
-    """What the driver said of a mutant that it should have noticed, or None."""
+    """The driver's output for a mutant that it should have noticed but did not; None if it noticed it."""
     said = []
-    # ThreadSanitizer takes a hundred times as long for a case
+    # ThreadSanitizer takes a hundred times as long per case
     for sanitizer, cases in (("thread", 20),) if how == RACE else (("address", 1000), ("thread", 20)):
         done = drive(sanitizer, cases, path, (before, after))
         report = REPORT.search(done.stderr)
@@ -181,7 +181,7 @@ def test_mutants_are_noticed(mutant: str) -> None:
     assert survives(*MUTANTS[mutant]) is None
 
 
-# What the driver's short sums do not show.
+# Mutants that do not show in the driver's short sums.
 LONG_SUMS = {
     "the sum over K on the tensor cores": (
         EXPAND,
@@ -194,4 +194,4 @@ LONG_SUMS = {
 @pytest.mark.parametrize("mutant", spread(LONG_SUMS, default=0, full=1))
 def test_long_sums_are_not_cut(mutant: str) -> None:
     path, *changes = LONG_SUMS[mutant]
-    assert caught({path: replaced(path, *changes)}, "lora_linear", "-k", "long_sums") == "wrong"
+    assert mutant_failure({path: with_changes(path, *changes)}, "lora_linear", "-k", "long_sums") == "wrong"

@@ -1,5 +1,5 @@
-"""Runs tests/kernels/cuda/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and executed under the sanitizers, has
-the bits of the reference; tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught."""
+"""Runs tests/kernels/cuda/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and run under the sanitizers, gives the
+bits of the reference; tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.support.host_cuda import caught, needs_host_cuda, race, replaced, run
+from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, run, with_changes
 from tests.support.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
@@ -19,7 +19,7 @@ def test_bits_of_the_reference(tier: str) -> None:
     run(tier, "merge")
 
 
-# A mutant is compiled for fp32 and bf16 weights and fp32 adapters only; these tests need no others.
+# A mutant is compiled only for fp32 and bf16 weights with fp32 adapters, which is enough for these tests.
 FEWER = (
     (MERGE, "        case Dtype::kFloat16: return call(__half{});\n", ""),
     (
@@ -35,17 +35,17 @@ TESTS = (
 Change = tuple[str, str, str]  # path, text, replacement
 
 
-def changed(*changes: Change) -> dict[str, str]:
+def changed_sources(*changes: Change) -> dict[str, str]:
     """The sources with these changes and FEWER."""
     of: dict[str, list[tuple[str, str]]] = {}
     for path, before, after in (*changes, *FEWER):
         of.setdefault(path, []).append((before, after))
-    return {path: replaced(path, *some) for path, some in of.items()}
+    return {path: with_changes(path, *some) for path, some in of.items()}
 
 
-def found(*changes: Change) -> str | None:
-    """How a mutant shows in these tests."""
-    return caught(changed(*changes), "merge", "-k", TESTS)
+def failure_of(*changes: Change) -> str | None:
+    """How these tests fail with a mutant, or None."""
+    return mutant_failure(changed_sources(*changes), "merge", "-k", TESTS)
 
 
 BEFORE_READ = "            __syncthreads();\n            for (int r = 0"
@@ -112,30 +112,30 @@ BARRIERS = [name for name in WRONG if name.startswith("no barrier")]
 
 @pytest.mark.parametrize("mutant", spread([name for name in WRONG if name not in BARRIERS], default=0, full=5))
 def test_mutants_are_caught(mutant: str) -> None:
-    assert found(WRONG[mutant]) is not None
+    assert failure_of(WRONG[mutant]) is not None
 
 
 @pytest.mark.parametrize("mutant", spread(REPORTED, default=0, full=1))
 def test_mutants_are_reported(mutant: str) -> None:
     change, expected = REPORTED[mutant]
-    assert re.search(expected, found(change) or "")
+    assert re.search(expected, failure_of(change) or "")
 
 
 @pytest.mark.full
-def test_what_is_compiled_of_a_mutant_passes() -> None:
-    assert found() is None
+def test_unchanged_sources_pass() -> None:
+    assert failure_of() is None
 
 
 @pytest.mark.full
 def test_no_races() -> None:
-    assert race("merge", changed()) is None
+    assert race("merge", changed_sources()) is None
 
 
 @pytest.mark.parametrize("mutant", spread([*BARRIERS, "row sums are not added up"], default=0, full=3))
 def test_races_are_caught(mutant: str) -> None:
-    assert race("merge", changed(WRONG[mutant])) is not None
+    assert race("merge", changed_sources(WRONG[mutant])) is not None
 
 
 @pytest.mark.parametrize("mutant", spread(BARRIERS, default=0, full=1))
 def test_a_missing_barrier_gives_wrong_bits_too(mutant: str) -> None:
-    assert found(WRONG[mutant]) is not None
+    assert failure_of(WRONG[mutant]) is not None

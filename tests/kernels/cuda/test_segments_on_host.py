@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 
-from tests.support.host_cuda import caught, needs_host_cuda, race, replaced, run
+from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, run, with_changes
 from tests.support.tiers import TIERS, spread
 
 pytestmark = needs_host_cuda
@@ -20,23 +20,23 @@ def test_equal_to_the_specification(tier: str) -> None:
     run(tier, "segments")
 
 
-# Rows and adapters: each kernel, with blocks that share the ends and with several tiles.
+# Numbers of rows and adapters: each kernel, with blocks that share the ends, and with several tiles.
 SHAPES = ((1, 3), (64, 300), (200, 3), (1000, 3), (2100, 20))
 
 
-def found(*changes: tuple[str, str], shapes: tuple[tuple[int, int], ...] = SHAPES) -> str | None:
-    """How the source, or a mutant of it, shows under the race detector."""
-    return race("segments", {SOURCE: replaced(SOURCE, *changes)}, *itertools.chain(*shapes))
+def race_in(*changes: tuple[str, str], shapes: tuple[tuple[int, int], ...] = SHAPES) -> str | None:
+    """How the source, or a mutant of it, fails under the race detector, or None."""
+    return race("segments", {SOURCE: with_changes(SOURCE, *changes)}, *itertools.chain(*shapes))
 
 
 def test_no_races() -> None:
-    assert found() is None
+    assert race_in() is None
 
 
 @pytest.mark.full
 def test_no_races_at_length() -> None:
-    """Also where segments are numbered in two chunks: a scan with many threads, for which the detector takes time."""
-    assert found(shapes=((1000, 300), (5000, 40), (1030, 1030))) is None
+    """Segments numbered in two chunks: a scan with many threads, for which the detector is slow."""
+    assert race_in(shapes=((1000, 300), (5000, 40), (1030, 1030))) is None
 
 
 BARRIER = "__syncthreads();\n"
@@ -56,7 +56,7 @@ SUMMED = """shared.total[strip][lane] = total;
 NUMBERED = """= found + upto[i];
         __syncthreads();
 """
-# Seen by the race detector; the results may well be right.
+# Noticed by the race detector; the results may be right.
 RACES = {
     "no barrier after the keys are exchanged": (EXCHANGED, EXCHANGED.replace(BARRIER, "\n")),
     "one buffer for all exchanges": ("buffer ^= 1;", ""),
@@ -111,14 +111,14 @@ WRONG = {
 
 @pytest.mark.parametrize("mutant", spread(RACES, default=1, full=2))
 def test_races_are_caught(mutant: str) -> None:
-    assert found(RACES[mutant]) is not None
+    assert race_in(RACES[mutant]) is not None
 
 
 @pytest.mark.parametrize("mutant", spread(REPORTED, default=0, full=1))
 def test_accesses_outside_and_lost_threads_are_reported(mutant: str) -> None:
-    assert caught({SOURCE: replaced(SOURCE, REPORTED[mutant])}, "segments") not in (None, "wrong")
+    assert mutant_failure({SOURCE: with_changes(SOURCE, REPORTED[mutant])}, "segments") not in (None, "wrong")
 
 
 @pytest.mark.parametrize("mutant", spread(WRONG, default=0, full=5))
 def test_mutants_are_caught(mutant: str) -> None:
-    assert caught({SOURCE: replaced(SOURCE, *WRONG[mutant])}, "segments") is not None
+    assert mutant_failure({SOURCE: with_changes(SOURCE, *WRONG[mutant])}, "segments") is not None

@@ -1,5 +1,7 @@
-"""Runs the files of `tests/kernels/triton/interpreted/` in processes where TRITON_INTERPRET=1 was set before triton is
-imported: several files in one for the default tier, which takes less time than the imports would; else each in its own.
+"""Runs the files of `tests/kernels/triton/interpreted/` in processes with TRITON_INTERPRET=1.
+
+It must be set before triton is imported. In the default tier several files share a process, since imports would take
+longer than the tests; in the other tiers each file has its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Triton's merge kernels compiled for GPUs that are not there: spills, wide accesses, every rounding as specified."""
+"""Compiles Triton's merge kernels for GPUs that need not be present: spills, wide accesses, specified roundings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Shape = tuple[int, int, tuple[int, ...]]  # N, K, the ranks of the adapters
 def compile_merge(
     target: int | str, dtype: torch.dtype, adapter_dtype: torch.dtype, *lists: list[Shape]
 ) -> list[Compiled]:
-    """The four kernels' launches for each list of layers, in KERNELS' order."""
+    """The compiled launches of the four kernels for each list of layers, in the order of KERNELS."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -53,15 +53,16 @@ def compile_merge(
     return compiled
 
 
-def fits(c: Compiled, target: int | str) -> None:
+def check_fits(c: Compiled, target: int | str) -> None:
     assert c.spilled == 0, f"{c.kernel}: {c.spilled} bytes of registers spilled, {c.registers} registers"
     assert c.shared <= config.shared_memory("hip" if isinstance(target, str) else target)
 
 
-def rounds_as_specified(c: Compiled) -> None:
-    """In PTX .rn on a sum or product forbids contraction, .ftz would flush. A thread has 8 weights, in each of two ways
-    through a tile: a fma for each of two ranks at once and of one left over, a product with the scaling, and the sums
-    d, W + d, W' - d. Unmerge has no W + d.
+def check_roundings(c: Compiled) -> None:
+    """In PTX .rn on a sum or product forbids contraction, and .ftz would flush.
+
+    There are two code paths through a tile. In each a thread has 8 weights, and for each weight three fma (two ranks at
+    once, one left over), a product with the scaling, and the sums d, W + d and W' - d. Unmerge has no W + d.
     """
     operations = re.findall(r"\b(fma|mul|add|sub|mad)\.((?:\w+\.)*)f32(x2)?\b", c.assembly)
     assert all("ftz" not in kind for _, kind, _ in operations)
@@ -75,8 +76,8 @@ def rounds_as_specified(c: Compiled) -> None:
     assert "mad" not in count
 
 
-def accesses_are_wide(c: Compiled, dtype: torch.dtype) -> None:
-    """W moves in 16 bytes, its code in as many as these have weights; nothing of a sum is a floating-point atomic."""
+def check_wide_accesses(c: Compiled, dtype: torch.dtype) -> None:
+    """W is accessed in 16 bytes, its code in as many bytes as those have weights. No floating-point atomics."""
     per_thread = 8 * dtype.itemsize // 16
     assert len(re.findall(r"ld\.global\.v4\.b32", c.assembly)) == per_thread
     assert len(re.findall(r"st\.global\.v4\.b32", c.assembly)) == per_thread
@@ -93,21 +94,21 @@ def test_compiles(target: int | str, dtype: torch.dtype, adapter_dtype: torch.dt
     compiled = compile_merge(target, dtype, adapter_dtype, [(4096, 4096, (16,))])
     assert [c.kernel for c in compiled] == list(KERNELS)
     for c in compiled:
-        fits(c, target)
+        check_fits(c, target)
     for c in compiled[:2]:
         if isinstance(target, str):
-            # the forms that flush have no place; the mode that the others obey keeps denormals
+            # no instruction flushes; the mode that the others use keeps denormals
             assert not re.search(r"v_(mad|mac)_f32", c.assembly)
             assert re.search(r"\.amdhsa_float_denorm_mode_32 3", c.assembly)
             assert "global_load_dwordx4" in c.assembly
             assert "global_store_dwordx4" in c.assembly
         else:
-            rounds_as_specified(c)
-            accesses_are_wide(c, dtype)
+            check_roundings(c)
+            check_wide_accesses(c, dtype)
 
 
-def test_neither_a_rank_nor_a_number_of_layers_is_compiled_for() -> None:
-    """One launch a list, and one variant for all lists."""
+def test_ranks_and_numbers_of_layers_are_not_specialized() -> None:
+    """One launch per list, and a single variant for all lists."""
     lists: list[list[Shape]] = [
         [(1, 1, (1,))],
         [(4096, 4096, (16,))],

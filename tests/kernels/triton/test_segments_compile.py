@@ -1,4 +1,4 @@
-"""The segments kernels, compiled for GPUs that are not there."""
+"""Compiles the segments kernels for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compile_segments(target: int | str, M: int, adapters: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("target", "dtype"), spread(itertools.product(TARGETS, INTEGERS), default=1, full=7), ids=str)
 def test_compiles(target: int | str, dtype: torch.dtype) -> None:
-    """One launch up to 1,024 rows, three beyond; nothing spills, no atomics."""
+    """One launch up to 1,024 rows, else three. No spills, no atomics."""
     for M, launches in (
         (64, ["segments_kernel"]),
         (256, ["segments_kernel"]),
@@ -50,8 +50,8 @@ def test_compiles(target: int | str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", spread(INTEGERS, default=1), ids=str)
-def test_neither_rows_nor_adapters_are_compiled_for(dtype: torch.dtype) -> None:
-    """Three heights of the one-launch form and one of each other kernel, whatever M, adapters, stride and address."""
+def test_rows_and_adapters_are_not_specialized(dtype: torch.dtype) -> None:
+    """Three variants of the one-launch kernel and one of each other, whatever M, adapters, stride and address."""
     variants = set()
     for M, adapters, stride in (
         (1, 1, 1),

@@ -1,4 +1,4 @@
-"""Segments where a GPU is: equal to the specification, and anew in every replay of a captured graph."""
+"""Segments on a GPU: equal to the specification, and sorted again in every replay of a captured graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftk.backends import registry
 from peftk.backends.call import BackendError
 from peftk.backends.contract import require
 from peftk.launch.segments import Segments
-from tests.support.segment_cases import expect, random_ids
+from tests.support.segment_cases import check_segments, random_ids
 from tests.support.served_model import two_adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -36,23 +36,23 @@ def sort(request: pytest.FixtureRequest) -> Sort:
 def test_equal_to_the_specification(M: int, adapters: int, sort: Sort) -> None:
     for dtype in (torch.int32, torch.int64):
         ids = random_ids(M, adapters, M).to(dtype)
-        expect(sort(ids.cuda(), adapters), ids, adapters)
+        check_segments(sort(ids.cuda(), adapters), ids, adapters)
 
 
 @pytest.mark.parametrize("M", [40, 3000])
 def test_a_graph_sorts_anew_in_every_replay(M: int, sort: Sort) -> None:
     ids = random_ids(M, 40, 0).cuda()
-    sort(ids, 40)  # compiles outside of the capture
+    sort(ids, 40)  # compiles before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = sort(ids, 40)
     for seed in range(1, 4):
         ids.copy_(random_ids(M, 40, seed))
         graph.replay()
-        expect(found, ids.cpu(), 40)
+        check_segments(found, ids.cpu(), 40)
 
 
-def served(tmp_path: pathlib.Path) -> tuple[torch.nn.Module, peftk.MultiAdapter]:
+def served_model(tmp_path: pathlib.Path) -> tuple[torch.nn.Module, peftk.MultiAdapter]:
     model, server = two_adapters(tmp_path)
     return model.cuda(), server
 
@@ -60,10 +60,10 @@ def served(tmp_path: pathlib.Path) -> tuple[torch.nn.Module, peftk.MultiAdapter]
 @pytest.mark.parametrize("inside", [True, False], ids=["entered inside", "entered before"])
 @torch.inference_mode()
 def test_a_graph_follows_the_ids_of_its_route(tmp_path: pathlib.Path, inside: bool) -> None:
-    model, server = served(tmp_path)
+    model, server = served_model(tmp_path)
     x, ids = torch.randn(3, 16, device="cuda"), server.ids(["alice", None, "bob"]).cuda()
     with server.route(ids):
-        model(x)  # compiles, and leaves what a capture may not use
+        model(x)  # compiles, and caches what a capture must not use
         graph = torch.cuda.CUDAGraph()
         if not inside:
             with torch.cuda.graph(graph):
@@ -80,7 +80,7 @@ def test_a_graph_follows_the_ids_of_its_route(tmp_path: pathlib.Path, inside: bo
 
 @torch.inference_mode()
 def test_names_are_constants_of_a_graph(tmp_path: pathlib.Path) -> None:
-    model, server = served(tmp_path)
+    model, server = served_model(tmp_path)
     x = torch.randn(3, 16, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with server.route(["alice", None, "bob"]):
@@ -88,6 +88,6 @@ def test_names_are_constants_of_a_graph(tmp_path: pathlib.Path) -> None:
         with torch.cuda.graph(graph):
             y = model(x)
     for _ in range(100):
-        torch.full((3,), 1, dtype=torch.int32, device="cuda")  # would take the place of ids that nobody holds
+        torch.full((3,), 1, dtype=torch.int32, device="cuda")  # would reuse the memory of ids that have been freed
     graph.replay()
     torch.testing.assert_close(y, expected)

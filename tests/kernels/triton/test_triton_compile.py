@@ -1,4 +1,4 @@
-"""Every Triton configuration that ships, compiled for GPUs that are not there: what ptxas and LLVM made of it."""
+"""Compiles every shipped Triton configuration for GPUs that need not be present, and checks the result."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.support.triton_calls import (
     TARGETS,
     TENSOR_CORES,
     Mix,
+    check_fits,
     compile_call,
-    fits,
 )
 
 EVERY_MIX: list[Mix] = [
@@ -40,16 +40,16 @@ EVERY_MIX: list[Mix] = [
 ]
 
 
-def served(target: int | str, mix: Mix) -> bool:
-    """As `cannot_run` says."""
+def is_supported(target: int | str, mix: Mix) -> bool:
+    """Whether the backend supports these dtypes, as in its `cannot_run`."""
     return isinstance(target, int) or (mix[0] == mix[1] and mix[2] in (mix[0], F32))
 
 
-def uses_the_hardware(c: Compiled, target: int | str, M: int, mix: Mix) -> None:
-    """Copies of 16 bytes or more, and tensor cores wherever no factor of fp32 asks for ieee products.
+def check_hardware_use(c: Compiled, target: int | str, M: int, mix: Mix) -> None:
+    """Copies of 16 bytes or more, and tensor cores unless a factor is fp32.
 
-    wgmma and tcgen05 take 64 rows or more: expand has them above 16 rows. Shrink's tiles are 16 or 32 rows high, since
-    its output is 16 columns wide and it lives by how many programs read x; there, and at M = 16, it is mma.sync.
+    wgmma and tcgen05 need 64 rows or more, so expand uses them above 16 rows. Shrink's tiles have 16 or 32 rows: its
+    output is only 16 columns wide, and it needs many programs that read x. Shrink, and expand at M = 16, use mma.sync.
     """
     if isinstance(target, str):
         assert "v_mfma" in c.assembly
@@ -62,8 +62,8 @@ def uses_the_hardware(c: Compiled, target: int | str, M: int, mix: Mix) -> None:
     assert copies >= 8, f"{c.kernel}: {copies} copies of 16 bytes"
 
 
-def protocol(c: Compiled) -> None:
-    """What `triton_kernels.tickets` relies on stands in the PTX."""
+def check_protocol(c: Compiled) -> None:
+    """The PTX has the atomics on which `triton_kernels.tickets` relies."""
     assert re.search(r"atom\S*\.relaxed\S*\.add", c.assembly)
     assert re.search(r"(atom|red)\S*\.release\S*\.add", c.assembly)
     assert re.search(r"(atom|ld)\S*\.acquire\b", c.assembly)
@@ -78,9 +78,9 @@ def protocol(c: Compiled) -> None:
 )
 def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:
     compiled = compile_call(target, M, mix, many=many)
-    fits(compiled, target)
-    uses_the_hardware(compiled, target, M, mix)
-    protocol(compiled)
+    check_fits(compiled, target)
+    check_hardware_use(compiled, target, M, mix)
+    check_protocol(compiled)
     tiles_by_the_copy_engine = isinstance(target, int) and target >= 90 and M > 64 and mix[0] != F32
     assert ("cp.async.bulk.tensor" in compiled.assembly) == tiles_by_the_copy_engine
 
@@ -88,13 +88,13 @@ def test_compiles(target: int | str, mix: Mix, M: int, many: bool) -> None:
 EVERY_FORM = [
     (target, mix, M, form)
     for form, M, target, mix in itertools.product(FORMS, (16, 64, 128, 4096), [*TARGETS, *MORE_TARGETS], EVERY_MIX)
-    if served(target, mix)
+    if is_supported(target, mix)
 ]
 
 
 @pytest.mark.parametrize(("target", "mix", "M", "form"), spread(EVERY_FORM, default=0, full=12), ids=str)
 def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> None:
-    fits(compile_call(target, M, mix, **FORMS[form]), target)
+    check_fits(compile_call(target, M, mix, **FORMS[form]), target)
 
 
 EVERY_FORM_OVER_BASE = [
@@ -117,11 +117,11 @@ ODD_FORMS = itertools.product([90, 80, 100, 120, "gfx942"], (BF16, F32, F16), (4
 def test_compiles_with_dropout_unaligned_rows_and_odd_widths(target: int | str, dtype: torch.dtype, K: int) -> None:
     for many in (False, True):
         mix = (dtype, dtype, dtype)
-        fits(compile_call(target, 4096, mix, many=many, dropout_p=0.1, aligned=K % 8 == 0, K=K, N=K), target)
+        check_fits(compile_call(target, 4096, mix, many=many, dropout_p=0.1, aligned=K % 8 == 0, K=K, N=K), target)
 
 
-def test_a_rank_is_not_compiled_for() -> None:
-    """One variant serves rank 1 and rank 512, one row and many, every adapter's place and strides."""
+def test_ranks_are_not_specialized() -> None:
+    """A single variant is used for ranks 1 and 512, one row and many, and any addresses and strides of adapters."""
     with compiling(90, kernels, ("lora_linear_kernel",)) as compiled:
         for rank, width, address, stride in ((1, 16, 1 << 40, 1), (512, 512, (1 << 40) + 2, 37), (16, 16, 4096, 16)):
             one = kernels.AdapterArgs(address, 4096, address, stride, 1, 0, address, rank, 0, 1.0)
@@ -132,8 +132,8 @@ def test_a_rank_is_not_compiled_for() -> None:
     assert len({id(c.assembly) for c in compiled}) == 1
 
 
-def test_numbers_arrive_in_the_width_that_they_need() -> None:
-    """The interpreter reads no types of arguments. s and 1/(1 − p) are fp32, addresses and strides of users int64."""
+def test_scalars_have_the_width_that_they_need() -> None:
+    """s and 1/(1 − p) are fp32, users' addresses and strides int64. (The interpreter ignores types of arguments.)"""
     modules = (kernels, lora_wgrad, merge_tile, segments)
     found = {
         (name, parameter.name): parameter.annotation_type

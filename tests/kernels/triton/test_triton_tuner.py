@@ -1,4 +1,4 @@
-"""Compiles what a tuner may choose for GPUs that are not there."""
+"""Compiles the plans that the tuner may choose, for GPUs that need not be present."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from peftk.triton_kernels import config
 from tests.support.tiers import spread
-from tests.support.triton_calls import BF16, F16, MORE_TARGETS, TARGETS, compile_call, compile_wgrad, fits
+from tests.support.triton_calls import BF16, F16, MORE_TARGETS, TARGETS, check_fits, compile_call, compile_wgrad
 
-# Everything that `tuner` measures.
+# All calls that `tuner` measures.
 FORMS = [
     (target, dtype, M, many, backward)
     for target in [*TARGETS, *MORE_TARGETS]
@@ -26,15 +26,15 @@ FORMS = [
 ]
 
 
-def name(target: int | str) -> int | str:
+def config_target(target: int | str) -> int | str:
     return "hip" if isinstance(target, str) else target
 
 
 @pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=0, full=4))
 def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
     shape = config.CallShape(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape_class()
-    for plan in config.candidates(shape, name(target)):
-        fits(compile_call(target, M, (dtype, dtype, dtype), many=many, backward=backward, plan=plan), target)
+    for plan in config.candidates(shape, config_target(target)):
+        check_fits(compile_call(target, M, (dtype, dtype, dtype), many=many, backward=backward, plan=plan), target)
 
 
 WGRADS = [
@@ -48,6 +48,6 @@ WGRADS = [
 
 @pytest.mark.parametrize(("target", "dtype", "rank", "many"), spread(WGRADS, default=0, full=3))
 def test_candidates_for_gradients_compile(target: int | str, dtype: Any, rank: int, many: bool) -> None:
-    pages = config.wgrad_pages(rank, dtype, name(target))
-    for block in config.wgrad_candidates(pages, many, True, dtype, name(target)):
-        fits(compile_wgrad(target, dtype, dtype, rank, many=many, block=block), target)
+    pages = config.wgrad_pages(rank, dtype, config_target(target))
+    for block in config.wgrad_candidates(pages, many, True, dtype, config_target(target)):
+        check_fits(compile_wgrad(target, dtype, dtype, rank, many=many, block=block), target)

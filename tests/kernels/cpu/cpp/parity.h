@@ -1,5 +1,5 @@
-// What the parity tests share: random numbers, the storage types, matrices in fenced memory, the bound on errors. A
-// kernel's expected result is computed in double by plain loops; nothing of csrc helps with that.
+// Shared by the parity tests: random numbers, the storage types, matrices in fenced memory, the error bound. A kernel's
+// expected result is computed in double by plain loops, without code from csrc.
 #pragma once
 
 #include <signal.h>
@@ -22,7 +22,7 @@
 
 namespace peftk::parity {
 
-// splitmix64: the same cases on every machine.
+// splitmix64, so that the cases are the same on every machine.
 class Random {
 public:
     explicit Random(uint64_t seed) : state_(seed) {}
@@ -46,7 +46,7 @@ private:
 
 inline int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
-// To the nearest value of the type, ties to even. The value must be within the type's range.
+// Rounds to the nearest value of the type, ties to even. The value must be within the type's range.
 inline void encode(double value, int dtype, char* to) {
     const int digits = dtype == kBFloat16 ? 8 : 11, least = dtype == kBFloat16 ? -126 : -14;
     if (dtype != kFloat32) {
@@ -86,8 +86,8 @@ inline double decode(int dtype, const char* from) {
 
 constexpr unsigned char kSentinel = 0xA5;
 
-// Bytes between two pages that nobody may touch, right against one of them: a read or a write beyond that end stops
-// the program. What is left at the other end holds kSentinel.
+// Bytes between two protected pages, directly next to one of them: a read or write beyond that end stops the program.
+// The space at the other end is filled with kSentinel.
 class Fenced {
 public:
     Fenced() = default;
@@ -129,7 +129,7 @@ struct Matrix {
     int dtype = 0;
     int64_t rows = 0, columns = 0, row = 0, column = 0;  // row, column: strides in elements
     Fenced memory;
-    std::vector<double> values;  // [rows, columns], as of random() or read()
+    std::vector<double> values;  // [rows, columns], after random() or read()
 
     Matrix() = default;
     Matrix(Random& random, int type, int64_t M, int64_t N, int64_t row_stride, int64_t column_stride)
@@ -158,7 +158,7 @@ struct Matrix {
             for (int64_t j = 0; j < columns; j++) encode(from(i, j), dtype, at(i, j));
         }
     }
-    // Whether all but the elements holds kSentinel.
+    // Whether all memory outside the elements still has kSentinel.
     bool gaps_untouched() const {
         std::vector<char> all = memory.all();
         for (int64_t i = 0; i < rows; i++) {
@@ -183,7 +183,7 @@ inline Matrix column_major(Random& random, int dtype, int64_t M, int64_t N, bool
     return Matrix(random, dtype, M, N, 1, M + (gaps ? random.between(1, 9) : 0));
 }
 
-// ---- what is right ------------------------------------------------------------------------------------------------
+// ---- expected results ---------------------------------------------------------------------------------------------
 
 // A result in double, and the sum of the absolute values of all terms of each element.
 struct Expected {
@@ -198,13 +198,13 @@ struct Expected {
 };
 
 inline int wrong = 0;                  // results of this program
-inline char at_work[200] = "no case";  // for who has to explain a crash
+inline char at_work[200] = "no case";  // printed if the program crashes
 
 inline void report(const std::string& where, const char* what) {
     if (wrong++ < 20) fprintf(stderr, "%s: %s\n", where.c_str(), what);
 }
 
-// The bound of docs/numerics.md on every element.
+// Checks every element against the bound of docs/numerics.md.
 inline void check(const std::string& where, const char* name, const Matrix& actual, const Expected& expected,
                   int64_t terms) {
     constexpr double units[] = {0x1p-24, 0x1p-8, 0x1p-11}, tinies[] = {0x1p-149, 0x1p-133, 0x1p-24};
@@ -228,7 +228,7 @@ inline void check(const std::string& where, const char* name, const Matrix& actu
     report(where, message);
 }
 
-// And, from 65,536 elements on, in the Frobenius norm, for results whose terms are many and unlike.
+// From 65,536 elements on, also the Frobenius norm, for results with many different terms.
 inline void check_norm(const std::string& where, const char* name, const Matrix& actual, const Expected& expected) {
     constexpr double norms[] = {1e-6, 1.7e-3, 2.1e-4};
     if (actual.values.size() < 65536) return;
@@ -247,15 +247,15 @@ inline void check_norm(const std::string& where, const char* name, const Matrix&
 
 // ---- main ---------------------------------------------------------------------------------------------------------
 
-// A fence was touched, or worse.
+// A protected page was accessed, or worse.
 inline void explain_crash(int signal) {
     const auto say = [](const char* text) { return write(STDERR_FILENO, text, strlen(text)); };
     if (say("\ncrashed in ") < 0 || say(at_work) < 0 || say("\n") < 0) abort();
-    raise(signal);  // the handler is gone: this ends the program
+    raise(signal);  // the handler has been removed, so this ends the program
 }
 
-// PROGRAM FIRST COUNT [LEVEL ...]: cases of the seeds FIRST … FIRST + COUNT - 1 at these levels, else at all that run
-// here. Says how many, for the caller to see that they did run.
+// PROGRAM FIRST COUNT [LEVEL ...]: runs the cases with seeds FIRST … FIRST + COUNT - 1 at these levels, by default at
+// all that run here. Prints their number, so that the caller can check it.
 inline int run(int argc, char** argv, void (*run_case)(uint64_t seed, const std::vector<Level>& levels)) {
 #ifndef __SANITIZE_ADDRESS__
     struct sigaction action{};

@@ -1,6 +1,6 @@
 // lora_linear and its backward at every SIMD level that runs here, against plain loops in double: random cases of every
-// form, mixture of dtypes and ragged size, on fenced memory, with one thread and with three. What one thread writes
-// three must write bit by bit, and nothing else.
+// form, mixture of dtypes and ragged size, on fenced memory, with one thread and with three. Both must write the same
+// bits, and nothing else.
 #include "common/activation.h"
 #include "cpu/lora_linear.h"
 #include "parity.h"
@@ -9,7 +9,7 @@ namespace peftk::parity {
 
 // ---- a case -------------------------------------------------------------------------------------------------------
 
-// A or B, some ranks to a matrix: all of them, or a page of 16. A's matrices are [ranks, K], B's [N, ranks].
+// A or B as matrices with some ranks each: all of them, or a page of 16. A's matrices are [ranks, K], B's [N, ranks].
 struct Factor {
     std::vector<Matrix> parts;
     int64_t ranks_each = 1;
@@ -33,7 +33,7 @@ struct Adapter {
 struct Case {
     int64_t M, N, K, max_rank = 0;
     Matrix x, weight, bias, dy;
-    Matrix base_y, base_dx;  // not empty: what the base layer gave, for the adapters to be added to
+    Matrix base_y, base_dx;  // not empty: the base layer's output, to which the adapters are added
     bool wants_dx = true;
     std::vector<Adapter> adapters;
     std::vector<int32_t> ids;  // empty: null
@@ -92,7 +92,7 @@ Adapter random_adapter(Random& random, const Case& its, bool may_be_missing) {
     return adapter;
 }
 
-// Seeds take turns at the three forms, and at what they must cover: many rows, long sums, work for several threads.
+// Seeds alternate between the three forms, and between many rows, long sums and work for several threads.
 Case random_case(uint64_t seed) {
     Random random(seed);
     Case c;
@@ -129,7 +129,7 @@ Case random_case(uint64_t seed) {
         c.max_rank = std::max(c.max_rank, c.adapters[a].rank);
     }
     if (many) {
-        const int64_t run = random.choice({1, 1, 5, 1000});  // rows of one adapter in a row
+        const int64_t run = random.choice({1, 1, 5, 1000});  // consecutive rows with the same adapter
         for (int64_t m = 0; m < c.M; m++) {
             c.ids.push_back(m % run ? c.ids.back() : taken[random.between(0, taken.size() - 1)]);
         }
@@ -153,7 +153,7 @@ std::string describe(uint64_t seed, const Case& c) {
            (c.wants_dx ? ")" : ", no dX)");
 }
 
-// ---- what it should give ------------------------------------------------------------------------------------------
+// ---- the expected results -----------------------------------------------------------------------------------------
 
 double activate(int code, double z) {
     switch (code) {
@@ -239,11 +239,11 @@ Results reference(const Case& c) {
             if (adapter.rank_bias.columns) out.z.add(m * R + r, adapter.rank_bias(0, r));
             const double z = out.z.values[m * R + r], z_magnitude = out.z.magnitudes[m * R + r];
             const double v = activate(adapter.activation, z);
-            // The kernels' own u and v are rounded: what bounds them is the terms that they are made of.
+            // The kernels' u and v are rounded; their error is bounded by the sums of their terms.
             Expected u(1);
             for (int64_t n = 0; n < N; n++) {
                 const double term = s * v * adapter.b(n, r);
-                // Where the base layer's terms are not in the sum, what bounds v's error is the terms of v.
+                // If the base layer's terms are not in the sum, v's error is bounded by the terms of v.
                 const double size_of_v = over_base ? std::max(std::fabs(v), z_magnitude) : std::fabs(v);
                 out.y.add(m * N + n, term, std::fabs(s * adapter.b(n, r)) * size_of_v);
                 u.add(0, c.dy(m, n) * adapter.b(n, r));
@@ -263,7 +263,7 @@ Results reference(const Case& c) {
     return out;
 }
 
-// ---- what it gives ------------------------------------------------------------------------------------------------
+// ---- the kernels' results -----------------------------------------------------------------------------------------
 
 // The adapters as the kernels read them (peftk/adapters/table.py).
 struct Table {
@@ -306,7 +306,7 @@ struct Outputs {
         }
     }
 
-    // As they are before a call.
+    // The outputs before a call.
     void prepare(const Case& c) {
         each([](const char*, Matrix& matrix) { matrix.memory.wipe(); });
         if (c.base_y.columns) y.copy(c.base_y);
@@ -359,7 +359,7 @@ void call(const Case& c, Level level, int threads, Outputs& outputs) {
     PEFTK_CALL(level, lora_linear_backward, (backward, order));
 }
 
-// z is written for the ranks that a row has. Puts what is expected of the others, kSentinel, out of check's sight.
+// z is written only for the ranks of a row's adapter. Replaces the others, which must be kSentinel, before the check.
 void hide_missing_ranks(const std::string& where, const Case& c, Matrix& z) {
     const char untouched[4] = {char(kSentinel), char(kSentinel), char(kSentinel), char(kSentinel)};
     for (int64_t m = 0; m < c.M; m++) {

@@ -1,6 +1,6 @@
-// Merges in place at every SIMD level that runs here, from W to one set of adapters, on to another and back: every W'
-// and the W that comes back, bit by bit, as docs/merge.md says, on fenced memory, with one thread and with three; and
-// a merge that is refused.
+// Merges in place at every SIMD level that runs here, from W to one set of adapters, on to another and back, on fenced
+// memory, with one thread and with three. Every W' has the bits that docs/merge.md specifies, and the last W those of
+// the first. Also a merge that is refused.
 #include <new>
 #include <stdexcept>
 
@@ -69,7 +69,8 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
     const int64_t row_bytes = c.K * bytes_of(c.weight.dtype);
     Random random(~seed);
     Matrix weight = row_major(random, c.weight.dtype, c.N, c.K, true);
-    Matrix infinite = row_major(random, c.B.dtype, c.N, c.R, false);  // in its last row: what went before is undone
+    Matrix infinite =
+        row_major(random, c.B.dtype, c.N, c.R, false);  // in the last row, so that all other rows must be undone
     memcpy(infinite.data(), c.B.data(), c.N * c.R * bytes_of(c.B.dtype));
     const uint32_t bits = c.B.dtype == kFloat32 ? 0x7f800000 : c.B.dtype == kBFloat16 ? 0x7f80 : 0x7c00;
     memcpy(infinite.at(c.N - 1, 0), &bits, bytes_of(c.B.dtype));
@@ -82,7 +83,7 @@ void run_case(uint64_t seed, const std::vector<Level>& levels) {
         to.factors = factors, to.halves = reinterpret_cast<uint8_t*>(its_code.data());
         return to;
     };
-    // what a merge has left, as the next one takes it
+    // the result of a merge, as the next one needs it
     MergeResult result;
     std::vector<char> raws;
     const auto left = [&](MergeSide of) {

@@ -1,6 +1,6 @@
-// The thread pool by itself, for tests/kernels/cpu/test_threads.py, which builds it with and without ThreadSanitizer: callers at
-// once, changing thread counts, bodies that throw, memory that isn't there, forks. Prints what is wrong, if anything;
-// the argument is how long to go on.
+// Tests the thread pool alone: concurrent callers, changing thread counts, bodies that throw, memory that runs out,
+// forks. tests/kernels/cpu/test_threads.py builds it with and without ThreadSanitizer. Prints what is wrong, if
+// anything; the argument is how long to run.
 #include "cpu/thread_pool.h"
 
 #include <sys/wait.h>
@@ -26,7 +26,7 @@ void expect(bool fine, const char* what) {
     fprintf(stderr, "wrong: %s\n", what);
 }
 
-// Every task once. The counts are not atomic: who returns from parallel_for must see them.
+// Every task runs once. The counts are not atomic, but must be visible after parallel_for has returned.
 void count(int tasks, int threads) {
     std::vector<int> done(tasks);
     auto body = [&](int64_t task) { done[task]++; };
@@ -73,7 +73,7 @@ void call(int rounds, unsigned seed) {
     }
 }
 
-// ThreadSanitizer can't follow threads that a forked child starts: there the child stays alone.
+// ThreadSanitizer cannot follow threads that a forked child starts, so there the child uses no threads.
 #ifdef __SANITIZE_THREAD__
 constexpr int kChildThreads = 1;
 #else

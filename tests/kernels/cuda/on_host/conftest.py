@@ -28,7 +28,7 @@ if "PEFTK_CUDA_ON_HOST" in os.environ:
 
 @pytest.fixture
 def executor() -> Iterator[Executor]:
-    """Seeded with 0, no limit, all counters zero."""
+    """The executor, with seed 0, no limit and all counters zero."""
     executor = Executor(ctypes.CDLL(os.environ["PEFTK_CUDA_ON_HOST"]))
     executor.seed(0)
     executor.limit_resident(0)

@@ -1,4 +1,4 @@
-"""Launchers choose the device that they are told, and leave this thread's choice as it was."""
+"""Launchers use the device that they are given, and do not change this thread's current device."""
 
 from __future__ import annotations
 

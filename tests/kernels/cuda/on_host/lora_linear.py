@@ -1,4 +1,4 @@
-"""csrc/cuda/lora_linear.cu on the host, through peftk.backends.cuda, against the fp64 reference at the error bound."""
+"""csrc/cuda/lora_linear.cu on the host, through peftk.backends.cuda, against the fp64 reference and its error bound."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check(case: Case, executor: Executor) -> None:
 
 @pytest.fixture
 def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A GPU of so many processors: the more, the more splits."""
+    """Pretends that the GPU has `count` processors: more processors give more splits."""
     return lambda count: monkeypatch.setattr(workspace, "processors", lambda device: count)
 
 
@@ -80,7 +80,7 @@ def test_every_number_of_rows(executor: Executor, M: int) -> None:
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_saved_z(executor: Executor, processors: Callable[[int], None], dtype: torch.dtype, count: int) -> None:
-    """z [M, 16 · pages] in the original order of rows, 0 where a row has no such rank: what a backward takes."""
+    """z [M, 16 · pages] in the original order of rows, 0 where a row has no such rank, as a backward needs it."""
     processors(132)
     rng = random.Random(count)
     x, weight = normal(19, 264, dtype=dtype, seed=1), normal(40, 264, dtype=dtype, seed=2, scale=264**-0.5)
@@ -126,7 +126,7 @@ def test_an_adapter_with_inf_or_nan_keeps_it_to_its_rows(value: float, adapter_d
 
 
 def test_infinity_stays_infinity() -> None:
-    """v = inf is inf in its first term and 0 in the others, so that y is inf and not NaN."""
+    """v = inf has inf in its first term and 0 in the others, so y is inf and not NaN."""
     x, weight = torch.ones(1, 8, dtype=BF16), torch.zeros(1, 8, dtype=BF16)
     A, B = torch.full((1, 8), float("inf"), dtype=BF16), torch.ones(1, 1, dtype=BF16)
     y, _ = run(Case(x, weight, None, (Adapter((A,), (B,), 1.0),), None))
@@ -135,7 +135,7 @@ def test_infinity_stays_infinity() -> None:
 
 @pytest.mark.parametrize("columns", [(0, 64, 128, 192), (0, 17, 30, 95)], ids=str)
 def test_packed_outputs(executor: Executor, columns: tuple[int, ...]) -> None:
-    """Slices of y's columns with adapters of their own: each has its pages of z."""
+    """Slices of y's columns with their own adapters and pages of z."""
     rng = random.Random(columns[1])
     slices = [
         [decode_adapter(rng, to - start, 72, BF16, rank) for rank in ranks]
@@ -160,7 +160,7 @@ def test_an_infinite_slice_leaves_its_neighbour_alone() -> None:
 
 
 def test_pages_of_a_bank() -> None:
-    """A bank's pool: pages anywhere, B stored by ranks; through the layer that users have."""
+    """Pages of a bank: anywhere in the pool, B stored by ranks. Through the public layer."""
     layer = peftk.MultiLoRALinear.from_linear(torch.nn.Linear(64, 70, dtype=BF16), max_adapters=4)
     ranks = (3, 40, 16)
     for i, rank in enumerate(ranks):
@@ -189,7 +189,7 @@ def test_same_bits_in_every_schedule(executor: Executor, processors: Callable[[i
 
 
 def test_ids_outside_mean_the_base_layer() -> None:
-    """On a GPU nobody looks at ids before the launch; none of them may reach memory."""
+    """On a GPU ids are not checked before the launch; an invalid id must not access memory."""
     rng = random.Random(1)
     case = Case(
         normal(6, 64, dtype=BF16, seed=1),
@@ -203,50 +203,55 @@ def test_ids_outside_mean_the_base_layer() -> None:
     assert torch.equal(y, run(inside)[0])
 
 
-def apart(tensor: Tensor) -> Tensor:
-    """The same values, with others between them."""
+def with_gaps(tensor: Tensor) -> Tensor:
+    """The same values, with other values between them."""
     return torch.stack([tensor, torch.full_like(tensor, 99.0)], dim=-1)[..., 0]
 
 
-def test_tensors_that_lie_apart_are_copied() -> None:
-    """What the kernel takes dense: the same bits as from dense tensors."""
+def test_tensors_with_gaps_are_copied() -> None:
+    """Tensors that the kernel needs dense: the same bits as from dense tensors."""
     weight = normal(40, 64, dtype=BF16, seed=1, scale=0.1)
     dense = [normal(5, 64, dtype=BF16, seed=2, scale=0.1), normal(40, 5, dtype=BF16, seed=3)]
     biases = [normal(5, dtype=BF16, seed=4), normal(40, dtype=BF16, seed=5)]
     bias, x = normal(40, dtype=BF16, seed=6), normal(4, 64, dtype=BF16, seed=7)
     expected, _ = run(Case(x, weight, bias, (Adapter((dense[0],), (dense[1],), 1.5, "relu", *biases),), None))
-    A, B, a, b = map(apart, (*dense, *biases))
-    y, _ = run(Case(x, weight, apart(bias), (Adapter((A,), (B,), 1.5, "relu", a, b),), None))
+    A, B, a, b = map(with_gaps, (*dense, *biases))
+    y, _ = run(Case(x, weight, with_gaps(bias), (Adapter((A,), (B,), 1.5, "relu", a, b),), None))
     assert torch.equal(y, expected)
 
 
-def test_rows_of_x_anywhere() -> None:
-    """Columns or rows apart, rows at addresses that 16 does not divide, one row for all."""
+def test_any_strides_and_addresses_of_x() -> None:
+    """Gaps between columns or rows, rows at addresses that are not multiples of 16, one row expanded."""
     weight, row = normal(40, 64, dtype=BF16, seed=1, scale=0.1), normal(1, 64, dtype=BF16, seed=2)
     wide = normal(4, 68, dtype=BF16, seed=3)
-    for x in (wide[:, :64], wide[:, 1:65], wide[:, :64].t().contiguous().t(), apart(wide[:, :64]), row.expand(4, 64)):
+    for x in (
+        wide[:, :64],
+        wide[:, 1:65],
+        wide[:, :64].t().contiguous().t(),
+        with_gaps(wide[:, :64]),
+        row.expand(4, 64),
+    ):
         expected, _ = run(Case(x.contiguous(), weight, None, (None,), None))
         assert torch.equal(run(Case(x, weight, None, (None,), None))[0], expected)
 
 
-def lying(tensor: Tensor, rows_apart: int, columns_apart: int, first: int) -> Tensor:
-    """The same values with these strides from element `first` of a heap block on, which ends with the last of them."""
+def with_layout(tensor: Tensor, rows_apart: int, columns_apart: int, first: int) -> Tensor:
+    """The same values with these strides, from element `first` of a heap block that ends with the last value."""
     rows, columns = tensor.shape
     block = torch.full((first + (rows - 1) * rows_apart + (columns - 1) * columns_apart + 1,), 99.0, dtype=tensor.dtype)
     return block[first:].as_strided(tensor.shape, (rows_apart, columns_apart)).copy_(tensor)
 
 
 def layouts(rows: int, columns: int) -> list[tuple[int, int, int]]:
-    """Rows as far apart as they are long and further, by odd numbers too; columns first, columns apart; at odd
-    addresses."""
-    apart = [(columns + more, 1) for more in (0, 1, 2, 3, 4, 7, 8, 12)]
-    strides = [*apart, (1, rows), (1, rows + 3), (2 * columns + 1, 2)]
+    """Dense rows, rows with even and odd gaps, transposed, gaps between columns; at odd addresses."""
+    by_rows = [(columns + more, 1) for more in (0, 1, 2, 3, 4, 7, 8, 12)]
+    strides = [*by_rows, (1, rows), (1, rows + 3), (2 * columns + 1, 2)]
     return [(*two, first) for two in strides for first in (0, 1, 4)]
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_wherever_a_tensor_lies(many: bool) -> None:
-    """The public functions serve it with the bits of a dense one; or, of W, say what is wrong."""
+def test_any_layout(many: bool) -> None:
+    """The public functions give the bits of a dense tensor or, for W, say what is wrong."""
     shapes = {"x": (3, 64), "weight": (40, 64), "A": (5, 64), "B": (40, 5)}
     dense = {name: normal(*shape, dtype=BF16, seed=i, scale=0.1) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -260,8 +265,8 @@ def test_wherever_a_tensor_lies(many: bool) -> None:
     expected = served(**dense)
     for name, tensor in dense.items():
         for layout in layouts(*tensor.shape):
-            moved = lying(tensor, *layout)
-            if name == "A" and many and moved.stride(1) != 1:  # which no table holds
+            moved = with_layout(tensor, *layout)
+            if name == "A" and many and moved.stride(1) != 1:  # which no table can have
                 continue
             if name == "weight" and (moved.stride(1) != 1 or moved.stride(0) % 8 or moved.data_ptr() % 16):
                 with pytest.raises(BackendError, match="start at multiples of 16 bytes"):
@@ -277,12 +282,12 @@ def test_ids_of_either_dtype_and_any_stride(dtype: torch.dtype) -> None:
     x, weight = normal(5, 64, dtype=BF16, seed=1), normal(40, 64, dtype=BF16, seed=2, scale=0.1)
     ids = torch.tensor([2, 0, -1, 1, 0], dtype=torch.int32)
     expected, _ = run(Case(x, weight, None, adapters, ids))
-    assert torch.equal(run(Case(x, weight, None, adapters, apart(ids.to(dtype))))[0], expected)
+    assert torch.equal(run(Case(x, weight, None, adapters, with_gaps(ids.to(dtype))))[0], expected)
 
 
 @pytest.mark.parametrize("M", [8, 16, 32, 64])
 def test_splits_at_every_height(executor: Executor, processors: Callable[[int], None], M: int) -> None:
-    """Both kinds of tiles, two of each: their parts lie side by side."""
+    """Two tiles of each kind, so that their parts are side by side."""
     processors(132)
     K = 64 * M
     plan = _cuda.plan_lora_linear(M, 70, K, 2, 132)
@@ -298,7 +303,7 @@ def test_splits_at_every_height(executor: Executor, processors: Callable[[int], 
 def test_long_sums_of_one_sign(
     executor: Executor, processors: Callable[[int], None], adapter_dtype: torch.dtype
 ) -> None:
-    """What tensor cores cut adds up there; a bias that takes nearly all of y away leaves it to be seen."""
+    """Truncation errors of tensor cores add up there. A bias that cancels nearly all of y makes them visible."""
     processors(1)
     K = 65536
     x, weight, A = (normal(rows, K, dtype=BF16, seed=rows).abs() for rows in (1, 2, 3))
@@ -341,7 +346,7 @@ def test_through_the_public_functions() -> None:
         ({"device": "cuda"}, "runs on cpu tensors"),
     ],
 )
-def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> None:
+def test_unsupported_calls_are_explained(change: dict[str, object], reason: str) -> None:
     made = {"dtype": BF16, "rank": 16}
     assert backend.cannot_run(call(**made)) is None
     assert "1 launch" in backend.describe(call(**made))
@@ -349,8 +354,8 @@ def test_says_what_it_cannot_serve(change: dict[str, object], reason: str) -> No
 
 
 @pytest.mark.parametrize("op", ["lora_linear", "multi_lora_linear", "merge", "unmerge", "segments"])
-def test_older_gpus_are_left_to_others(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    """No kernel is built for them, and a launch would fail where another backend serves."""
+def test_older_gpus_are_unsupported(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """No kernel is built for them: a launch would fail, while another backend can compute the call."""
     monkeypatch.setattr(_cuda, "device", "cuda")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -368,10 +373,10 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
         dtype: torch.dtype = BF16,
         low: torch.dtype = BF16,
         shifts: tuple[int, int] = (0, 0),
-        apart: tuple[int, int] = (0, 0),
+        gaps: tuple[int, int] = (0, 0),
     ) -> None:
         x, weight = (torch.zeros(8 * (K + 4) + 1, dtype=dtype)[shift:] for shift in shifts)
-        x_stride, weight_stride = (K + more for more in apart)
+        x_stride, weight_stride = (K + more for more in gaps)
         plan = _cuda.plan_lora_linear(M, 8, K, 0, 4)
         none = _cuda.Adapters.none(dtype=backend.DTYPES[low])
         y = torch.full((M, 8), 3.0, dtype=dtype)
@@ -381,7 +386,7 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
         try:
             _cuda.lora_linear(*addresses, none, M, 8, K, code, plan, 0, counters.data_ptr(), 0, 0)
         finally:
-            right = (M, K, dtype, low) == (4, 64, BF16, BF16) and not any((*shifts, *apart))
+            right = (M, K, dtype, low) == (4, 64, BF16, BF16) and not any((*shifts, *gaps))
             assert (y == (0 if right else 3)).all()
 
     launch()
@@ -392,7 +397,7 @@ def test_the_launcher_refuses_what_no_kernel_is_built_for() -> None:
         ({"low": F16}, "dtype: expected a combination"),
         *(
             ({name: pair}, "rows that start at multiples of 16 bytes")
-            for name, one in (("shifts", 1), ("apart", 4))
+            for name, one in (("shifts", 1), ("gaps", 4))
             for pair in ((one, 0), (0, one))
         ),
     ):
@@ -419,7 +424,7 @@ def test_plans_leave_no_split_empty_and_parts_small() -> None:
 
 
 def test_what_is_copied(executor: Executor) -> None:
-    """W crosses once, in 16-byte copies; x once for each tile of 64 columns."""
+    """W is copied once, in 16-byte copies; x once for each tile of 64 columns."""
     x, weight = normal(5, 256, dtype=BF16, seed=1), normal(192, 256, dtype=BF16, seed=2)
     run(Case(x, weight, None, (None,), None))
     assert executor.statistics.copies == 192 * 256 // 8 + 3 * 8 * 256 // 8

@@ -1,4 +1,4 @@
-"""csrc/cuda/merge.cu on the host, through peftk.backends.cuda: W', receipts and W bit for bit the reference's."""
+"""csrc/cuda/merge.cu on the host, through peftk.backends.cuda: W', receipts and W have the bits of the reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.tiers import spread
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = list(itertools.product(DTYPES, DTYPES))
-# N, K and the ranks: single elements, whole and ragged tiles of both sizes, chunks of 16 ranks and what is left over
+# N, K and the ranks: single elements, whole and ragged tiles of both sizes, whole and partial chunks of 16 ranks
 LAYERS = [
     ((1, 1), (1,)),
     ((65, 131), (17, 3)),
@@ -50,7 +50,7 @@ LAYERS = [
 ]
 
 
-def shifted(tensor: Tensor, elements: int) -> Tensor:
+def shifted_copy(tensor: Tensor, elements: int) -> Tensor:
     """A copy with the same strides in a heap block of exactly its size, which starts `elements` after a boundary."""
     (N, K), stride = tensor.shape, tensor.stride(0)
     block = torch.zeros(elements + (N - 1) * stride + K, dtype=tensor.dtype)
@@ -60,11 +60,11 @@ def shifted(tensor: Tensor, elements: int) -> Tensor:
 def layers(
     dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int = 0, size: float = 0.5
 ) -> tuple[list[Tensor], list[Factors]]:
-    """Layers of all kinds: rows that lie apart or not, on 16 bytes or not."""
+    """Layers of all kinds: rows with and without gaps, at multiples of 16 bytes and not."""
     weights, factors = [], []
     for i, (shape, ranks) in enumerate(LAYERS):
         case = merge_case(seed + i, *shape, 1, dtype, F32, size=1.0, padding=(0, 8, 3)[(seed + i) % 3])
-        weights.append(shifted(case.weight, (seed + i) // 3 % 2))
+        weights.append(shifted_copy(case.weight, (seed + i) // 3 % 2))
         factors.append(several(seed + i, weights[-1], ranks, size, adapter_dtype))
     return weights, factors
 
@@ -75,7 +75,7 @@ def unchanged(weights: list[Tensor], before: list[Tensor]) -> None:
 
 
 def check(weights: list[Tensor], factors: list[Factors]) -> list[MergeReceipt]:
-    """In place: all notes of the reference, W' and W; undone by the reference, and what that merged undone here."""
+    """Merges in place: W', receipt and W are the reference's. Each side also unmerges what the other merged."""
     before = copies(weights)
     receipts = backend.merge_layers_(weights, factors)
     expected = copies(before)
@@ -112,7 +112,7 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("part", spread(range(12), default=1, full=4))
 def test_random_shapes(executor: Executor, part: int) -> None:
-    """Around tiles, vectors and chunks, and anything between; 60 layers a part."""
+    """Shapes around the sizes of tiles, vectors and chunks, and any others; 60 layers per part."""
     rng = random.Random(part)
     edges = [1, 7, 8, 9, 63, 64, 65, 127, 128, 129]
     for case in range(20):
@@ -127,7 +127,7 @@ def test_random_shapes(executor: Executor, part: int) -> None:
             weight.clamp_(-torch.finfo(dtype).max / 8, torch.finfo(dtype).max / 8)
             ranks = tuple(rng.choice([1, 2, 8, 16, 17, rng.randint(1, 40)]) for _ in range(rng.randint(1, 3)))
             factors.append(several(seed + i, weight, ranks, size, adapter_dtype))
-            weights.append(shifted(weight, rng.choice([0, 0, 1])))
+            weights.append(shifted_copy(weight, rng.choice([0, 0, 1])))
         check(weights, factors)
 
 
@@ -135,7 +135,7 @@ def test_random_shapes(executor: Executor, part: int) -> None:
     ("dtype", "bad"), [(F32, float("inf")), (BF16, float("nan")), (F16, 1e38), (F32, 3e38)], ids=str
 )
 def test_what_is_not_finite_is_refused_and_every_bit_stays(dtype: torch.dtype, bad: float) -> None:
-    """Wherever it is in the list, tiles and layers that were merged before it come back."""
+    """At any place in the list: tiles and layers that were merged before it are restored."""
     for place, last in ((0, False), (3, True), (5, True)):
         check_refusal(backend, *layers(dtype, F32), bad, place, last=last)
 
@@ -165,7 +165,7 @@ def test_receipts_of_every_form_on_another_backend(ratio: float) -> None:
 
 
 def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
-    """Nearly every weight is raw: a second launch takes the tiles that found no room."""
+    """Nearly every weight is raw: a second launch merges the tiles for which there was no room."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, 200, generator=generator)
     A, B = torch.randn(4, 200, generator=generator), torch.randn(70, 4, generator=generator) * 1e4
@@ -185,7 +185,7 @@ def test_more_raw_weights_than_there_is_room_for(executor: Executor) -> None:
 
 
 def test_room_to_the_last_raw_weight(executor: Executor) -> None:
-    """One tile that has as many raw weights as there is room for, then one more."""
+    """A tile with as many raw weights as there is room for, and with one more."""
     for more in (0, 1):
         weight = torch.zeros(128 * 64)
         weight[: 128 * 64 // 256 + 1024 + more] = 1.3e-3
@@ -197,7 +197,7 @@ def test_room_to_the_last_raw_weight(executor: Executor) -> None:
 
 @pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.full)])
 def test_cycles(executor: Executor, count: int) -> None:
-    """Another adapter and another backend each time, in random schedules: W never drifts."""
+    """A different adapter and backend each time, in random schedules: W does not drift."""
     for dtype in DTYPES:
         case = merge_case(6, 20, 70, 16, dtype, F32, size=0.5, padding=0)
         weight = case.weight.clamp_(-1e4, 1e4)
@@ -240,7 +240,7 @@ def test_denormals(dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
-    """Widened, rounded on and beside ties, and numbered: all of them."""
+    """All of them are widened, rounded at and next to ties, and encoded."""
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
     B = weight.float().nan_to_num(0.0, 0.0, 0.0)[:, :1] * torch.tensor([[2.0**-9, 2.0**-12, 2.0**-24]])
     A = torch.tensor([[1.0], [-1.0], [0.5]]) * torch.randint(-3, 4, (3, 256), generator=torch.manual_seed(0))
@@ -249,7 +249,7 @@ def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
 
 
 def test_strides() -> None:
-    """Transposed, columns apart, rows apart and off a boundary; what lies between stays."""
+    """Transposed, with gaps between columns or rows, unaligned. Elements in the gaps are unchanged."""
     case = merge_case(1, 30, 50, 9, BF16, F32, size=1.0, padding=3)
     apart, rows = torch.full((30, 101), 7.0, dtype=BF16), torch.full((30, 160), 7.0, dtype=BF16)
     weights = [case.weight.t().contiguous().t(), apart[:, ::2][:, :50], rows[:, 3:53]]
@@ -260,7 +260,7 @@ def test_strides() -> None:
 
 
 def test_shared_memory(executor: Executor) -> None:
-    """Of an SM's 100 KB or more, two blocks have what they need many times over."""
+    """Two blocks need much less than the 100 KB or more that an SM has."""
     weight = torch.randn(8, 8)
     backend.checksum(weight)
     assert 0 < executor.statistics.shared_bytes <= 16_384
@@ -303,7 +303,7 @@ def test_the_public_functions() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_checksum_is_the_references(dtype: torch.dtype) -> None:
     for N, K in ((1, 1), (3, 5), (33, 40), (67, 129), (130, 264), (2, 20_000)):  # the last: beyond 16 signed bits
-        weight = shifted(torch.randn(N, K + 8).to(dtype)[:, :K], 0)
+        weight = shifted_copy(torch.randn(N, K + 8).to(dtype)[:, :K], 0)
         assert backend.checksum(weight) == reference.checksum(weight)
         weight[N // 2, K - 1] = float("nan")
         assert backend.checksum(weight) == reference.checksum(weight)
@@ -348,8 +348,13 @@ def test_explained() -> None:
 def test_very_long_lists_take_several_launches(
     executor: Executor, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
+<<<<<<< HEAD
     """Raw weights are counted in int32. All are merged, or none."""
     monkeypatch.setattr(merge, "_MAX_WEIGHTS_PER_CALL", 3000)
+=======
+    """Raw weights are counted in int32. All layers are merged, or none."""
+    monkeypatch.setattr(merge, "_TOGETHER", 3000)
+>>>>>>> words-C
     cases = [merge_case(seed, 40, 50, 3, torch.float32, torch.float32, size=0.1, padding=0) for seed in range(4)]
     weights = [case.weight.clone() for case in cases]
     factors = [case.factors for case in cases]

@@ -1,4 +1,4 @@
-"""csrc/cuda/segments.cu on the host: equal to the specification to the last integer, in every schedule."""
+"""csrc/cuda/segments.cu on the host: exactly equal to the specification, in every schedule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peftk.backends import segments as sorting
 from peftk.launch.segments import MOST_ADAPTERS, Segments
 from tests.support import stubs
 from tests.support.executor import Executor
-from tests.support.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
+from tests.support.segment_cases import I32, I64, PATTERNS, WILD, check_segments, random_ids
 from tests.support.tiers import spread
 
 
 def check(ids: Tensor, adapters: int) -> Segments:
-    return expect(sorting.of(ids, adapters), ids, adapters)
+    return check_segments(sorting.of(ids, adapters), ids, adapters)
 
 
 def test_the_choice_is_the_module_under_test() -> None:
@@ -31,7 +31,7 @@ def test_the_choice_is_the_module_under_test() -> None:
 
 @pytest.mark.parametrize("M", range(71))
 def test_few_rows(M: int) -> None:
-    """No row, and every height of a warp that sorts: with and without adapters."""
+    """From no row to as many as one warp sorts, with and without adapters."""
     for adapters in (0, 1, 5):
         check(random_ids(M, adapters, M, I64 if M % 2 else I32), adapters)
 
@@ -52,7 +52,7 @@ def test_patterns(pattern: str, M: int) -> None:
 
 @pytest.mark.parametrize("adapters", [127, 128, 255, 256, 257, 1023, 1024, 5000])
 def test_many_adapters(adapters: int) -> None:
-    """From 256 on more blocks share the ends; from 1,024 on the segments are numbered in chunks."""
+    """From 256 adapters on, several blocks share the ends; from 1,024 on, segments are numbered in chunks."""
     for M in (20, 1030):
         ids = random_ids(M, adapters, adapters)
         ids[:4] = torch.tensor([adapters - 1, 0, adapters - 2, adapters])
@@ -84,7 +84,7 @@ def test_int64_ids_do_not_wrap(M: int) -> None:
 
 @pytest.mark.parametrize("dtype", [I32, I64])
 def test_strides(dtype: torch.dtype) -> None:
-    """Each in a heap block of exactly its size: nothing beside a row may be read."""
+    """ids in heap blocks of exactly their size: nothing outside a row may be read."""
     for M, stride in itertools.product((1, 50, 300, 1030), (0, 1, 3)):
         block = random_ids((M - 1) * stride + 1, 9, M, dtype)
         check(block.as_strided((M,), (stride,)), 9)
@@ -124,7 +124,7 @@ def test_one_sort_serves_every_layer_of_a_route(executor: Executor) -> None:
     executor.reset()
     assert sorting.of(ids, 4) is first
     assert executor.statistics.launches == 0
-    with choice.forcing("reference"):  # a forced backend uses no other's
+    with choice.forcing("reference"):  # a forced backend does not use another backend's sort
         forced = sorting.of(ids, 4)
     assert executor.statistics.launches == 0
     assert forced is not first
@@ -136,7 +136,7 @@ def test_one_sort_serves_every_layer_of_a_route(executor: Executor) -> None:
     spread(itertools.product([33, 129, 513, 1024, 1025, 4097, 17 * 1024 + 5], [1, 64, 1023, 5000]), default=0, full=9),
 )
 def test_at_length(M: int, adapters: int) -> None:
-    """The last height gives a strip of the scan more tiles than one."""
+    """The largest M gives a strip of the scan more than one tile."""
     check(random_ids(M, adapters, M, I64), adapters)
 
 

@@ -1,4 +1,4 @@
-"""What `peftk selftest --device cuda` asks of the CUDA C++ backend, on the host; stand-ins for what only a GPU has."""
+"""The checks of `peftk selftest --device cuda` for the CUDA C++ backend, on the host, with stand-ins for a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = Target("cpu", "cpu", ("cuda",))
 
 
 def kernels(run: Callable[[], object]) -> list[str]:
-    """The kernels that a run launches: their number is counted, their name is known."""
+    """The names of the kernels that a run launches, one per launch."""
     executor = Executor(ctypes.CDLL(os.environ["PEFTK_CUDA_ON_HOST"]))
     executor.reset()
     run()

@@ -1,4 +1,4 @@
-"""Series adapters by Triton in the interpreter."""
+"""Series adapters on the Triton backend in the interpreter."""
 
 from __future__ import annotations
 

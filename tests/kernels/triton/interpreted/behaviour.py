@@ -1,4 +1,4 @@
-"""What `peftk selftest --device cuda` asks beside results, in the interpreter; stand-ins for what only a GPU has."""
+"""The checks of `peftk selftest --device cuda` other than results, in the interpreter, with stand-ins for a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HERE = target("interpreter")
 WORKS = dict(behaviour.works(HERE))
 
 
-def nothing_new(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
+def stale_capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
     """A graph that does not follow its inputs."""
     return run(), lambda: None
 
@@ -45,7 +45,7 @@ STAND_INS = behaviour.tools(HERE)._replace(
 )
 
 
-def merge_and_back() -> Callable[[], list[Tensor]]:
+def merge_and_unmerge() -> Callable[[], list[Tensor]]:
     original = [normal(9, K, dtype=torch.bfloat16, seed=K) for K in (33, 64)]
     A, B = (
         [normal(3, K, dtype=torch.float32, seed=1) for K in (33, 64)],
@@ -63,22 +63,20 @@ def merge_and_back() -> Callable[[], list[Tensor]]:
     return run
 
 
-def rows_sorted() -> Callable[[], list[Tensor]]:
-    """By one launch, and by three."""
+def sort_rows() -> Callable[[], list[Tensor]]:
+    """Rows sorted by one launch, and by three."""
     ids = [random_ids(M, 9) for M in (17, kernels.TILE + 1)]
     return lambda: [tensor for each in ids for tensor in kernels.segments(each, 9)]
 
 
-# the last three in every run, the others in the full one
+# the last three run always, the others in the full tier
 CALLS = {name: lambda make=make: make().run for name, make in behaviour.works(HERE)}
-CALLS |= {"a linear": CALLS["one adapter, dropout, M=17 K=40 N=24"], "merge": merge_and_back, "segments": rows_sorted}
+CALLS |= {"a linear": CALLS["one adapter, dropout, M=17 K=40 N=24"], "merge": merge_and_unmerge, "segments": sort_rows}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=(FULL,) * ("," in name)) for name in CALLS])
-def test_all_that_a_call_makes_and_launches_is_on_its_tensors_device(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever torch's default device is; and Triton launches on the current one, which `workspace.on` sets."""
+def test_allocations_and_launches_are_on_the_tensors_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any default device of torch. Triton launches on the current device, which `workspace.on` sets."""
     chosen: list[torch.device] = []
     launches: list[list[torch.device]] = []
 
@@ -119,7 +117,7 @@ def test_what_needs_a_gpu_with_stand_ins(check: Check) -> None:
 
 @pytest.mark.full
 def test_the_whole_command(tmp_path: pathlib.Path) -> None:
-    """Rehearsed: every section runs, or says why not."""
+    """In a rehearsal, every section runs or says why not."""
     result = CliRunner().invoke(main, ["selftest", "--device", "interpreter", "--out", str(tmp_path / "made")])
     assert result.exit_code == 0, result.output
     assert "All passed" in result.output
@@ -169,7 +167,7 @@ def test_the_command_names_a_wrong_case(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert not json.loads((tmp_path / "report.json").read_text())["passed"]
 
 
-def test_only_what_can_run_is_asked_once_the_gpu_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_losing_the_gpu_only_runnable_checks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def lost() -> None:
         raise RuntimeError("an illegal memory access\nand more")
 
@@ -188,19 +186,23 @@ def test_only_what_can_run_is_asked_once_the_gpu_is_lost(monkeypatch: pytest.Mon
     assert "1 cases failed" in shown
 
 
-def a_work() -> Work:
+def make_work() -> Work:
     return WORKS["many adapters, dropout, M=17 K=40 N=24"]()
 
 
 def test_a_graph_that_keeps_its_inputs_is_found() -> None:
     with pytest.raises(WrongError, match="replay 1: bits differ"):
+<<<<<<< HEAD
         behaviour.check_replay(a_work(), capture=nothing_new)
+=======
+        behaviour.replays(make_work(), capture=stale_capture)
+>>>>>>> words-C
 
 
 @pytest.mark.parametrize("kept", spread(["ids", "seed"], default=0))
 def test_a_graph_that_keeps_ids_or_seed_is_found(kept: str) -> None:
-    """As one that sorted before the capture would."""
-    work = a_work()
+    """Such as a graph that sorts before the capture."""
+    work = make_work()
 
     def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], object]]:
         tensor = work.case.ids if kept == "ids" else work.seed
@@ -228,7 +230,7 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.Monke
 
 
 def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has as many as it asked for, on lines of its own; also where those that lay ready are used up."""
+    """Each launch has the counters it requested, on separate cache lines, also when the prepared ones are used up."""
     device = torch.device("cpu")
     monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
     taken = [workspace._captured_counters(device, count) for count in (1, 33, 32, 40, 90, 1)]

@@ -1,4 +1,4 @@
-"""Autograd and torch.compile over the Triton backend in the interpreter, and how often it launches."""
+"""Autograd and torch.compile with the Triton backend in the interpreter, and the number of launches."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ def counted(run: Callable[[], object]) -> dict[str, int]:
     return dict(collections.Counter(launches.interpreted_kernels(run)))
 
 
+<<<<<<< HEAD
 def work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need_dx: bool = True) -> Work:
     case = build_case((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
+=======
+def make_work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need_dx: bool = True) -> Work:
+    case = made((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
+>>>>>>> words-C
     return Work(case, "triton", dropout_p=dropout_p, need_dx=need_dx)
 
 
@@ -45,8 +50,8 @@ def work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need
     spread([(m, *rd) for m in (True, False) for rd in ((17, 0.25), (8, 0.0), (1, 0.0))], default=2),
 )
 def test_compiled_and_eager_give_the_same_bits(many: bool, rank: int, dropout_p: float) -> None:
-    """The custom op saves z [M, R] by itself, the eager call a view of [M, z_width]."""
-    given = work((rank, 3, None) if many else (rank,), many, dropout_p)
+    """The custom op saves z [M, R], the eager call a view of [M, z_width]."""
+    given = make_work((rank, 3, None) if many else (rank,), many, dropout_p)
     case = given.case
     tensors, layout, scalings = pack(case.adapters)
 
@@ -72,7 +77,7 @@ def test_compiled_and_eager_give_the_same_bits(many: bool, rank: int, dropout_p:
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_z_may_be_a_view_or_not(rank: int) -> None:
-    given = work((rank,), False)
+    given = make_work((rank,), False)
     case, adapter = given.case, given.case.adapters[0]
     assert adapter is not None
     with torch.no_grad():
@@ -92,7 +97,7 @@ def test_z_may_be_a_view_or_not(rank: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("many", [False, True])
 def test_inductor(many: bool) -> None:
-    """With the compiler that users have."""
+    """With inductor, the default compiler."""
     layer, *inputs = tiny(many)
     y = torch.compile(layer, fullgraph=True)(*inputs)
     assert torch.equal(y, layer(*inputs))
@@ -111,8 +116,8 @@ def tiny(many: bool) -> tuple[nn.Module, Tensor] | tuple[nn.Module, Tensor, Tens
 
 @pytest.mark.parametrize(("need_dx", "many"), spread(itertools.product((True, False), (True, False)), default=2))
 def test_one_launch_forward_and_two_backward(need_dx: bool, many: bool) -> None:
-    """ids that no route holds are sorted for each."""
-    given = work((17, 1, 0, None) if many else (17,), many, need_dx=need_dx)
+    """ids without a route are sorted in each call."""
+    given = make_work((17, 1, 0, None) if many else (17,), many, need_dx=need_dx)
     sort = {SORT: 1} if many else {}
     assert counted(given.forward) == {ONE: 1, **sort}
     y = given.forward()
@@ -121,27 +126,27 @@ def test_one_launch_forward_and_two_backward(need_dx: bool, many: bool) -> None:
 
 
 def test_the_base_layer_alone_is_one_launch() -> None:
-    given = work((None,), False)
+    given = make_work((None,), False)
     assert counted(given.forward) == {ONE: 1}
     y = given.forward()
     assert counted(lambda: torch.autograd.grad(y, given.leaves, given.dy)) == {ONE: 1}
 
 
 def test_a_bias_alone() -> None:
-    given = work((0,), False)
+    given = make_work((0,), False)
     assert counted(given.forward) == {ONE: 1}
     y = given.forward()
     assert counted(lambda: torch.autograd.grad(y, given.leaves, given.dy)) == {ONE: 1, WGRAD: 1}
 
 
 def test_nothing_is_launched_for_what_is_not_needed() -> None:
-    given = work((0,), False, need_dx=False)
+    given = make_work((0,), False, need_dx=False)
     y = given.forward()
     assert counted(lambda: torch.autograd.grad(y, given.leaves, given.dy)) == {WGRAD: 1}
-    assert counted(lambda: work((17,), True).forward().detach()) == {ONE: 1, SORT: 1}
+    assert counted(lambda: make_work((17,), True).forward().detach()) == {ONE: 1, SORT: 1}
 
 
-def trained_by(backend: str, model: nn.Module, step: Callable[[nn.Module], Tensor], steps: int = 3) -> nn.Module:
+def train_copy(backend: str, model: nn.Module, step: Callable[[nn.Module], Tensor], steps: int = 3) -> nn.Module:
     """A copy of the model after some steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFTK_BACKEND", backend)
@@ -154,8 +159,8 @@ def trained_by(backend: str, model: nn.Module, step: Callable[[nn.Module], Tenso
     return model
 
 
-def assert_trained_alike(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> None:
-    ours, theirs = (trained_by(backend, model, step) for backend in ("triton", "reference"))
+def assert_same_training(model: nn.Module, step: Callable[[nn.Module], Tensor]) -> None:
+    ours, theirs = (train_copy(backend, model, step) for backend in ("triton", "reference"))
     for (name, one), other, before in zip(
         ours.named_parameters(), theirs.parameters(), model.parameters(), strict=True
     ):
@@ -176,7 +181,7 @@ def test_training_a_model_of_lora_layers() -> None:
         torch.manual_seed(1)  # of dropout
         return model(x).square().mean()
 
-    assert_trained_alike(model, step)
+    assert_same_training(model, step)
     assert counted(lambda: step(model).backward()) == {ONE: 4, WGRAD: 2}
 
 
@@ -196,7 +201,7 @@ def test_training_a_layer_of_many_adapters() -> None:
     def step(layer: nn.Module) -> Tensor:
         return layer(x, per_token).square().mean()
 
-    ours, theirs = (trained_by(backend, layer, step) for backend in ("triton", "reference"))
+    ours, theirs = (train_copy(backend, layer, step) for backend in ("triton", "reference"))
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     assert not torch.equal(ours.trained.slot3.lora_A, layer.trained.slot3.lora_A)
@@ -205,7 +210,7 @@ def test_training_a_layer_of_many_adapters() -> None:
 
 
 def test_training_through_a_model_that_serves_many(tmp_path: pathlib.Path) -> None:
-    """What stands before its layers is trained; theirs are frozen, so there is dX and nothing else."""
+    """Only layers before the adapted ones are trained, so the backward computes dX and nothing else."""
     model, server = two_adapters(tmp_path)
     served = len(server._layers)
     prompt = torch.randn(3, 16, requires_grad=True)
@@ -220,6 +225,6 @@ def test_training_through_a_model_that_serves_many(tmp_path: pathlib.Path) -> No
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     found = counted(lambda: step("triton"))
     assert served > 1
-    assert found[SORT] == 1  # for all layers, forward and backward
+    assert found[SORT] == 1  # once for all layers, forward and backward
     assert found[ONE] == sum(isinstance(m, (peftk.MultiLoRALinear, peftk.LoRALinear)) for m in model.modules()) * 2
     assert WGRAD not in found

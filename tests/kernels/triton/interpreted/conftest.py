@@ -1,4 +1,4 @@
-"""For all tests of the kernels in the interpreter."""
+"""Fixtures for all tests of the kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from triton.runtime import interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
+<<<<<<< HEAD
 def _what_the_interpreter_need_not_do_again() -> Iterator[None]:
     """Three quarters of the interpreter's time, without which every value is the same.
 
     It patches Triton's language again for each function that a kernel calls (6 ms each). For every + - * it computes
     whether integers overflow, and drops the answer unless it debugs. It makes a table of dtypes for each value.
     """
+=======
+def _patch_language_once_per_launch() -> Iterator[None]:
+    """Patches Triton's language once per launch. Triton does so for each function that a kernel calls, 6 ms each."""
+>>>>>>> words-C
     patch_lang = interpreter._patch_lang
     builder = interpreter.interpreter_builder
 
@@ -47,9 +52,9 @@ def _what_the_interpreter_need_not_do_again() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_by_chance() -> Iterator[None]:
-    """torch fills new memory with NaN and the largest integer, so that reading what nobody has written shows."""
-    torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which imports torch's compiler
+def _fill_uninitialized_memory() -> Iterator[None]:
+    """Makes torch fill new memory with NaN and the largest integer, so that reading unwritten memory shows."""
+    torch.set_deterministic_debug_mode("warn")  # like use_deterministic_algorithms, which would import torch's compiler
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(4).isnan().all()

@@ -1,4 +1,4 @@
-"""The closed forms of `peftk bench --counted` against what the interpreter sees: equal, byte by byte."""
+"""The closed forms of `peftk bench --counted` equal the counts in the interpreter, byte by byte."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WANTED = Wanted(lora_A=True, lora_B=True, bias_A=False, bias_B=False)
 
 
 class Tensors:
-    """Tensors of a batch's sizes; counts don't depend on values."""
+    """Tensors with the sizes of a batch. Counts do not depend on their values."""
 
     def __init__(self, batch: Batch, ids: Sequence[int] | None) -> None:
         def normal(*shape: int, dtype: torch.dtype = batch.adapter_dtype) -> Tensor:
@@ -65,17 +65,17 @@ class Tensors:
 
 
 @contextlib.contextmanager
-def planned(**changes: object) -> Iterator[None]:
-    """The launcher and the closed form take other plans than those of the interpreter."""
+def gpu_plans(**changes: object) -> Iterator[None]:
+    """Makes the launcher and the closed form use a GPU's plans instead of the interpreter's."""
     original = config.lora_linear
     with mock.patch.object(config, "lora_linear", lambda *args: original(*args)._replace(**changes)):
         yield
 
 
-def same(seen: list[Launch], expected: list[Launch]) -> None:
+def assert_equal_counts(seen: list[Launch], expected: list[Launch]) -> None:
     assert len(seen) == len(expected)
     for launch, other in zip(seen, expected, strict=True):
-        # the parts of shrink and of expand lie in one tensor
+        # the parts of shrink and expand share a tensor
         names = {name: "partials" if name.endswith("_partials") else name for name in launch.tensors}
         assert {names[name]: traffic for name, traffic in launch.tensors.items()} == dict(other.tensors)
         assert (launch.kernel, launch.flops, launch.atomics) == (other.kernel, other.flops, other.atomics)
@@ -89,7 +89,7 @@ def forward(batch: Batch, ids: Sequence[int] | None, *, save_z: bool = False) ->
     made = Tensors(batch, ids)
     with counting(**made.names()) as seen:
         kernels.forward(made.x, made.weight, made.bias, made.source, made.segments, save_z=save_z)
-    same(seen, closed.forward(batch, closed.plan(batch, "interpreter"), dense=save_z, processors=4))
+    assert_equal_counts(seen, closed.forward(batch, closed.plan(batch, "interpreter"), dense=save_z, processors=4))
 
 
 PATTERNS = {
@@ -139,7 +139,7 @@ PLANS = {
 
 @pytest.mark.parametrize(("pattern", "change"), spread(itertools.product(("random", "one"), PLANS), default=3))
 def test_plans(change: str, pattern: str) -> None:
-    with planned(**PLANS[change]):
+    with gpu_plans(**PLANS[change]):
         forward(make(96, 80, RANKS, PATTERNS[pattern]), PATTERNS[pattern])
 
 
@@ -155,7 +155,7 @@ def test_backward(pattern: str) -> None:
         for forwards, name in (("y", "dx"), ("z", "u")):
             if forwards in launch.tensors:
                 launch.tensors[name] = launch.tensors.pop(forwards)
-    same(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter", backward=True)))
+    assert_equal_counts(seen, closed.backward(batch, closed.plan(batch.swapped(), "interpreter", backward=True)))
 
 
 @pytest.mark.parametrize("pattern", spread(["long ranges", *PATTERNS], default=3))
@@ -169,4 +169,4 @@ def test_wgrad(pattern: str) -> None:
     )
     with counting(**made.names()) as seen:
         lora_wgrad.wgrad(made.dy, made.x, z, u, made.source, made.segments, plan)
-    same(seen, closed_wgrad.wgrad(batch, closed_wgrad.tiling(batch, "interpreter")))
+    assert_equal_counts(seen, closed_wgrad.wgrad(batch, closed_wgrad.tiling(batch, "interpreter")))

@@ -1,4 +1,4 @@
-"""The instrument itself, on kernels small enough to count by hand."""
+"""Tests `tests.support.counting` on kernels small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _tiles(x, y, M, K, BLOCK: tl.constexpr):
 
 
 def test_tensor_descriptors() -> None:
-    """Made by the host and by the device; what lies outside the tensor is not loaded."""
+    """Made on the host and on the device. Elements outside the tensor are not loaded."""
     x, y = torch.randn(12, 32), torch.empty(12, 32)
     with counting() as launches:
         _tiles[(1,)](TensorDescriptor.from_tensor(x, [16, 16]), y, 12, 32, BLOCK=16)

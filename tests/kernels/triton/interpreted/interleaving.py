@@ -1,4 +1,4 @@
-"""Kernels with a protocol between their programs, in many interleavings; and mutants of them, which must be found."""
+"""Small kernels with a protocol between programs, in many interleavings, and mutants of them, which must be found."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ X_SPLIT = uneven(ticketed.TILES, ticketed.SPLITS, 2, ticketed.BLOCK)
 
 def relay(schedule: Schedule) -> Outcome:
     counters = torch.zeros(2 + ticketed.GROUPS, dtype=torch.int32)
-    return outcome(schedule, lambda: [ticketed.relay(X_RELAY, counters)], [ticketed.relayed(X_RELAY)], lambda: counters)
+    return outcome(
+        schedule, lambda: [ticketed.relay(X_RELAY, counters)], [ticketed.expected_relay(X_RELAY)], lambda: counters
+    )
 
 
 def split_sum(schedule: Schedule) -> Outcome:
     counters = torch.zeros(2 * ticketed.TILES, dtype=torch.int32)  # the second half is for a mutant
     return outcome(
-        schedule, lambda: [ticketed.split_sum(X_SPLIT, counters)], [ticketed.split_summed(X_SPLIT)], lambda: counters
+        schedule,
+        lambda: [ticketed.split_sum(X_SPLIT, counters)],
+        [ticketed.expected_split_sum(X_SPLIT)],
+        lambda: counters,
     )
 
 
@@ -61,7 +66,7 @@ IN_ORDER_OF_ARRIVAL = (
     ("tl.store(counters + tile, 0)", "tl.store(counters + tile, 0)\n        tl.store(last, 0)"),
 )
 
-# name: (what runs, what must come out of it in some schedule, changes of the source)
+# name: (kernel, the verdict of some schedule, changes of the source)
 MUTANTS: dict[str, tuple[Callable[[Schedule], Outcome], str, tuple[tuple[str, str], ...]]] = {
     "block id for ticket": (
         relay,
@@ -146,7 +151,7 @@ def test_a_hang_says_where_and_leaves_nothing_behind() -> None:
         ticketed.relay(X_RELAY, counters)
     assert threading.active_count() == threads
     assert relay(Schedule(seed=3, resident=2)).verdict == "right"
-    assert torch.equal(ticketed.relay(X_RELAY, torch.zeros_like(counters)), ticketed.relayed(X_RELAY))
+    assert torch.equal(ticketed.relay(X_RELAY, torch.zeros_like(counters)), ticketed.expected_relay(X_RELAY))
 
 
 def test_an_error_in_a_program_ends_the_launch() -> None:

@@ -1,5 +1,6 @@
-"""lora_linear's one launch, forward and backward, in many interleavings; and mutants of its protocol, which must be
-found. One program at a time, the launch is tested in `lora_linear.py`; here its results are the standard.
+"""lora_linear's launch, forward and backward, in many interleavings, and mutants of its protocol, which must be found.
+
+`lora_linear.py` tests the launch with one program at a time; here those results are the expected ones.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from tests.support.triton_cases import F32, adapter, make
 
 M, N, K = 20, 40, 70  # 2 row blocks, the last one ragged; 2 column blocks, and 3 of dX
 SCHEDULES = schedules(12)
-MORE_SCHEDULES = schedules(60)  # a mutant is found in one of the first, almost always
+MORE_SCHEDULES = schedules(60)  # almost always, one of the first finds a mutant
 IDS = [i % 4 - 1 for i in range(9)] + [2] * 11
 
 
 @pytest.fixture(autouse=True)
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that the protocol knows, in 20 tiles: both kinds of tile cut into splits."""
+    """Plans that use all of the protocol, with 20 tiles: both kinds of tiles are split."""
     chosen = config.lora_linear
     monkeypatch.setattr(config, "lora_linear", lambda *form: chosen(*form)._replace(shrink_splits=3, expand_splits=2))
 
 
 @functools.cache
 def launches() -> dict[str, Callable[[], Sequence[Tensor]]]:
-    """By name: a call with one launch."""
+    """Calls of one launch each, by name."""
     one = make((F32, F32, F32), (adapter(20, K, N, F32, "silu", 3),), None, M, K, N)
     some = tuple(adapter(rank, K, N, F32, "identity", 7 * rank) for rank in (20, 3, 9))
     many = make((F32, F32, F32), some, IDS, M, K, N)
@@ -77,7 +78,7 @@ def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.Monk
     split = config.lora_linear
     polls = 0
     for schedule in schedules(count):
-        stay = schedule.seed % 2  # blocks that draw tile after tile
+        stay = schedule.seed % 2  # persistent blocks, which draw tile after tile
         monkeypatch.setattr(config, "lora_linear", lambda *form, stay=stay: split(*form)._replace(per_processor=stay))
         done = run(name, schedule)
         assert (done.verdict, len(set(done.turns)) == 4) == ("right", stay == 1), schedule
@@ -91,7 +92,7 @@ LEFT = 'tl.atomic_add(counters + LEFT, 1, sem="acq_rel") == tl.num_programs(0) -
 ARRIVED = 'tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == splits - 1'
 DRAWN = "tile = draw_ticket(counters) if ONCE else tl.program_id(0)"
 
-# name: (what must come out in some schedule, the module, changes of its source)
+# name: (the verdict of some schedule, the module, changes of its source)
 MUTANTS = {
     "block id for ticket": ("hang", lora_linear, (DRAWN, "tile = tl.program_id(0)")),
     "expand tiles first": (
@@ -134,15 +135,15 @@ def test_mutants_are_found(name: str) -> None:
     verdict, module, *changes = MUTANTS[name]
     expected("one")
     with mutant(module, *changes):
-        # what is read too early may happen to be right, and then is a race that was seen
+        # a value that is read too early may be right by chance; then the verdict is a race
         found = {verdict, "race"} if verdict == "wrong" else {verdict}
         assert any(run("one", schedule).verdict in found for schedule in MORE_SCHEDULES)
 
 
 def test_after_a_hang_the_next_call_is_right() -> None:
-    """The launcher has dropped the counters of the launch that failed."""
+    """The launcher discards the counters of a launch that failed."""
     expected("one")
-    workspace.forget(torch.device("cpu"))  # what a mutant before may have left
+    workspace.forget(torch.device("cpu"))  # which a previous mutant may have left nonzero
     _, module, *changes = MUTANTS["waits for one tile more"]
     with mutant(module, *changes), interleaved(SCHEDULES[0]), pytest.raises(HangError):
         launches()["one"]()

@@ -1,4 +1,4 @@
-"""lora_wgrad's sums over ranges of rows in many interleavings; and mutants of them, which must be found."""
+"""lora_wgrad's sums over ranges of rows in many interleavings, and mutants of them, which must be found."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from peftk.triton_kernels.segments import segments
 from tests.support.interleaving import Outcome, Schedule, outcome, schedules
 from tests.support.mutants import mutant
 from tests.support.triton_cases import F32, adapter, make
-from tests.support.wgrad_cases import Inputs, everything, inputs
+from tests.support.wgrad_cases import Inputs, all_wanted, inputs
 
 M, N, K = 56, 20, 30
 IDS = [0] * 20 + [-1] * 3 + [1, 0] * 10 + [0] * 13
 SCHEDULES = schedules(12)
-MORE_SCHEDULES = schedules(60)  # a mutant is found in one of the first, almost always
+MORE_SCHEDULES = schedules(60)  # almost always, one of the first finds a mutant
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,13 @@ def launch(many: bool) -> Sequence[Tensor]:
     case = given(many).case
     adapters, order = backend._one_adapter(case.adapters[0])[0], None
     if many:
+<<<<<<< HEAD
         adapters, order = backend._build_table_adapters(case.table()), segments(case.ids, len(case.adapters))
     ranks, wanted = [a.rank for a in case.adapters], [everything(a) for a in case.adapters]
+=======
+        adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
+    ranks, wanted = [a.rank for a in case.adapters], [all_wanted(a) for a in case.adapters]
+>>>>>>> words-C
     plan = lora_wgrad.plan(ranks, wanted, (0, N), F32, case.x.device, many=many)
     grads = lora_wgrad.wgrad(given(many).dy, case.x, given(many).z, given(many).u, adapters, order, plan)
     return [grad for adapter_grads in grads for grad in adapter_grads]
@@ -68,7 +73,7 @@ def test_right_in_every_schedule(many: bool, count: int) -> None:
 BARRIER = "        tl.debug_barrier()"
 ARRIVED = 'arrived = tl.atomic_add(counter, 1, sem="acq_rel")'
 
-# name: (what must come out in some schedule, changes of the source)
+# name: (the verdict of some schedule, changes of the source)
 MUTANTS = {
     "partials not released": ("wrong", (ARRIVED, ARRIVED.replace("acq_rel", "acquire"))),
     "partials not acquired": ("wrong", (ARRIVED, ARRIVED.replace("acq_rel", "release"))),
@@ -93,6 +98,6 @@ def test_mutants_are_found(name: str) -> None:
     verdict, *changes = MUTANTS[name]
     expected(False)
     with mutant(lora_wgrad, *changes):
-        # what is read too early may happen to be right, and then is a race that was seen
+        # a value that is read too early may be right by chance; then the verdict is a race
         found = {verdict, "race"} if verdict == "wrong" else {verdict}
         assert any(run(False, schedule).verdict in found for schedule in MORE_SCHEDULES)

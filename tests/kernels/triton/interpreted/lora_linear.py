@@ -120,7 +120,7 @@ def test_shrink_is_split_where_it_would_run_alone() -> None:
 
 
 def test_strides_and_pages() -> None:
-    """x and W in any layout, B transposed, an adapter in three pages lying apart."""
+    """x and W in any layout, B transposed, an adapter in three separate pages."""
     A, B = normal(37, 64, dtype=BF16, seed=1, scale=0.1), normal(24, 37, dtype=BF16, seed=2)
     pool_A, pool_B = torch.zeros(9, 16, 64, dtype=BF16), torch.zeros(9, 16, 24, dtype=BF16)
     places = ((7, 0, 16), (2, 16, 32), (4, 32, 37))
@@ -147,7 +147,7 @@ def test_rows_beyond_32_bits(which: str, many: bool) -> None:
 
 @pytest.mark.parametrize("ranks", [(2, 5) * 4, (20, 2, 17, 5)], ids=["row by row", "segment by segment"])
 def test_scratch_memory_counts_only_where_it_was_written(ranks: tuple[int, ...]) -> None:
-    """z, which begins as NaN here, has room for every rank of the largest adapter; rows of a smaller one leave some."""
+    """z, filled with NaN here, has room for the largest adapter's ranks; rows of a smaller one do not write all."""
     adapters = tuple(adapter(rank, 30, 20, BF16, "identity", 9 * i) for i, rank in enumerate(ranks))
     check(make(MIXES[1], adapters, [i % len(ranks) for i in range(19)], K=30, N=20))
 
@@ -157,7 +157,7 @@ IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]
 
 @pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=3))
 def test_dropout_and_z(K: int, ids: list[int] | None, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
-    """The reference's mask to the bit, and the z that backward needs. z is fp32 and is held to the fp32 bound."""
+    """Exactly the reference's mask, and the z that the backward needs, within the fp32 bound."""
     p, seed = 0.3, torch.tensor([0x123456789ABCDEF])
     adapters = tuple(adapter(5 + 4 * i, K, 24, mix[2], "gelu", 9 * i) for i in range(7))
     case = make(mix, adapters, ids, M=20, K=K, N=24)

@@ -21,7 +21,7 @@ from tests.support import numerics
 from tests.support.cases import Case, expected_grads, normal, random_case
 from tests.support.tiers import spread
 from tests.support.triton_cases import BF16, F32, MIXES, PATTERNS, adapter, make
-from tests.support.wgrad_cases import Inputs, everything, inputs
+from tests.support.wgrad_cases import Inputs, all_wanted, inputs
 
 GRADS = AdapterGrads._fields
 
@@ -34,7 +34,7 @@ def run(given: Inputs, wanted: list[Wanted] | None = None) -> list[AdapterGrads 
     else:
         adapters, order = backend._build_table_adapters(case.table()), segments(case.ids, len(case.adapters))
     ranks = [None if a is None else a.rank for a in case.adapters]
-    wanted = wanted or [everything(a) for a in case.adapters]
+    wanted = wanted or [all_wanted(a) for a in case.adapters]
     plan = kernels.plan(
         ranks, wanted, (0, case.weight.shape[0]), case.x.dtype, case.x.device, many=case.ids is not None
     )
@@ -55,7 +55,7 @@ def check(case: Case, *, dropout_p: float = 0.0) -> list[AdapterGrads | None]:
         if a is None:
             assert grads[index] is None
             continue
-        for name, wants in zip(GRADS, everything(a), strict=True):
+        for name, wants in zip(GRADS, all_wanted(a), strict=True):
             actual = getattr(grads[index], name)
             assert (actual is not None) == wants, f"{case}: {name} of adapter {index}"
             if not wants:
@@ -71,7 +71,7 @@ def check(case: Case, *, dropout_p: float = 0.0) -> list[AdapterGrads | None]:
 
 @pytest.fixture(params=[False, True], ids=["whole", "ranges"])
 def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments as they are, and cut into ranges of 16 rows."""
+    """Runs the test with whole segments, and with ranges of 16 rows."""
     if request.param:
         monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
 
@@ -104,7 +104,7 @@ def test_mixed_dtypes(mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None
 
 @pytest.mark.parametrize("activation", list(activations.CODES))
 def test_activations(activation: str) -> None:
-    """act(0) is 0 for all of them, but the ranks and rows that a tile doesn't have must not rely on it."""
+    """act(0) = 0 for all activations, but ranks and rows that a tile does not have must not rely on it."""
     adapters = (adapter(5, 70, 37, F32, activation, 0), adapter(3, 70, 37, F32, activation, 7))
     check(make(MIXES[0], adapters, [i % 2 for i in range(19)]))
 
@@ -137,7 +137,7 @@ def test_shapes(shape: tuple[int, int, int], mix: tuple[torch.dtype, torch.dtype
     ("before", "length"), spread(itertools.product((0, 1, 15, 16), (1, 16, 17, 18, 33)), default=5)
 )
 def test_a_segment_ends_and_begins_at_any_place(before: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of 1 to 33 rows after 0 to 16 others, in ranges of 16: every way to lie about the boundaries."""
+    """Segments of 1 to 33 rows after 0 to 16 other rows, in ranges of 16: every position relative to the boundaries."""
     adapters = tuple(adapter(2, 8, 8, F32, "identity", 9 * i) for i in range(3))
     monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
     check(make(MIXES[0], adapters, [0] * before + [1] * length + [2] * 5, before + length + 5, 8, 8))
@@ -168,14 +168,14 @@ IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]
 
 @pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=3))
 def test_dropout(K: int, ids: list[int] | None, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
-    """The reference's mask to the bit: one element more or less would be far outside the bound."""
+    """Exactly the reference's mask: one element more or less would be far outside the bound."""
     adapters = tuple(adapter(5 + 4 * i, K, 24, mix[2], "gelu", 9 * i) for i in range(7))
     check(make(mix, adapters if ids else adapters[:1], ids, 20, K, 24), dropout_p=0.3)
 
 
 @pytest.mark.parametrize("value", spread([float("nan"), float("inf")], default=1))
 def test_a_row_never_meets_another_adapter(value: float, ranges: None) -> None:
-    """inf and NaN in the rows of one adapter, and of the base layer, stay out of all other gradients."""
+    """inf and NaN in the rows of one adapter, or of the base layer, do not reach other adapters' gradients."""
     ids = [0] * 20 + [1, 2, -1] * 5 + [2] * 17
     adapters = tuple(adapter(5, 40, 37, F32, "identity", 7 * i) for i in range(3))
     given = inputs(make(MIXES[0], adapters, ids, len(ids), 40, 37))
@@ -198,7 +198,7 @@ SUBSETS = [Wanted(*(bool(bits >> kind & 1) for kind in range(4))) for bits in ra
 
 @pytest.mark.parametrize("many", spread([False, True], default=1))
 def test_only_what_is_wanted(many: bool) -> None:
-    """Every subset of one adapter's gradients, beside another's that wants all: the bits of all of them together."""
+    """Every subset of one adapter's gradients, with all of another's: the same bits as when all are computed."""
     adapters = (adapter(20, 40, 37, F32, "silu", 0), adapter(3, 40, 37, F32, "identity", 7))
     case = make(MIXES[0], adapters if many else adapters[:1], [0, 1, 0, -1] * 9 + [0] if many else None, 37, 40, 37)
     given = inputs(case)
@@ -222,7 +222,7 @@ def test_frozen_adapters_take_no_room() -> None:
 
 
 def test_an_adapters_gradient_does_not_depend_on_its_neighbours(ranges: None) -> None:
-    """Ranges are counted from its own first row, and rows keep their order: the same bits in any company."""
+    """Ranges are counted from the segment's first row, and rows keep their order: the same bits in any batch."""
     adapters = tuple(adapter(r, 40, 37, F32, "gelu", 7 * r) for r in (20, 3))
     given = inputs(make(MIXES[0], adapters, [0, 1, 1] * 13, 39, 40, 37))
     other = dataclasses.replace(given, case=dataclasses.replace(given.case, ids=given.case.ids.clone()))
@@ -236,7 +236,7 @@ def test_the_same_bits_twice(ranges: None) -> None:
 
 
 def test_ranges_fill_the_processors_within_their_memory() -> None:
-    """What a split may cost and gain, of the form that ships."""
+    """The cost and gain of splits in the shipped configuration."""
     bf16 = config.wgrad(1, False, True, BF16, 90)
     assert config.wgrad_range(4096, 1, 1, 64, bf16) == 512  # 8 ranges · 64 tiles
     assert config.wgrad_range(100, 1, 1, 64, bf16) >= 100
@@ -250,8 +250,8 @@ def test_ranges_fill_the_processors_within_their_memory() -> None:
                 assert ranges <= 1 or 2 * ranges * groups * blocks * 17 * bf16.BLOCK_C * 4 <= 65 << 20
 
 
-def test_scalars_arrive_whole() -> None:
-    """A kernel's annotation decides in how many bits a scalar travels: s and 1/(1 - p) are fp32."""
+def test_scalars_have_the_width_that_they_need() -> None:
+    """A kernel's annotations determine the width of its scalars: s and 1/(1 - p) are fp32."""
     parameters = inspect.signature(kernels.wgrad_kernel.fn).parameters.values()
     none = (inspect.Parameter.empty, "tl.constexpr")
     scalars = {p.name: p.annotation for p in parameters if p.annotation not in none}

@@ -1,4 +1,4 @@
-"""The Triton merge in the interpreter: W', code, raw weights and checksum bit for bit the reference's, and W back."""
+"""The Triton merge in the interpreter: W', code, raw weights, checksum and the unmerged W have the reference's bits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LIST = [((1, 1), (1,)), ((50, 200), (8, 3)), ((33, 65), (5,)), ((40, 64), (1, 16
 def layers(
     dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int = 0, size: float = 0.5
 ) -> tuple[list[Tensor], list[Factors]]:
-    """Layers of different shapes, ranks and numbers of adapters; every other with rows that lie apart."""
+    """Layers of different shapes, ranks and numbers of adapters; every other one has gaps between rows."""
     weights = [
         merge_case(seed + i, *shape, 1, dtype, F32, size=1.0, padding=3 * (i % 2)).weight
         for i, (shape, _) in enumerate(LIST)
@@ -91,7 +91,7 @@ def test_random_cases(seed: int) -> None:
 
 
 def test_minus_zero_stays() -> None:
-    """d of products -0 is -0; W = -0 stays. Chains that go on over zeros, or a d that starts at +0, lose it."""
+    """d of products -0 is -0, and W = -0 stays. Chains padded with zeros, or a d that starts at +0, would lose it."""
     for ranks in ((1, 1), (3, 2), (5,)):
         total = sum(ranks)
         A, B = torch.full((total, 40), 1.0), torch.zeros(7, total)
@@ -115,7 +115,7 @@ def test_minus_zero_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [F16, pytest.param(BF16, marks=pytest.mark.full)], ids=str)
 def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
-    """Widened, rounded on and beside ties, and numbered: all of them, denormals included."""
+    """All of them, denormals included, are widened, rounded at and next to ties, and encoded."""
     weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
     B = weight.float().nan_to_num(0.0, 0.0, 0.0)[:, :1] * torch.tensor([[2.0**-9, 2.0**-12, 2.0**-24]])
     A = torch.tensor([[1.0], [-1.0], [0.5]]) * torch.randint(-3, 4, (3, 256), generator=torch.manual_seed(0))
@@ -141,7 +141,7 @@ POISONS = list(zip(DTYPES, (float("inf"), float("nan"), 3e38), strict=True))
 
 @pytest.mark.parametrize(("last", "poison"), spread(itertools.product((True, False), POISONS), default=1, full=5))
 def test_what_is_not_finite_is_refused_and_nothing_has_changed(last: bool, poison: tuple[torch.dtype, float]) -> None:
-    """Wherever it is in the list; layers and tiles that were merged before it come back."""
+    """At any place in the list: layers and tiles that were merged before it are restored."""
     dtype, bad = poison
     check_refusal(backend, *layers(dtype, F32, size=3.0), bad, 3 if last else 1, last=last)
 
@@ -156,7 +156,7 @@ def test_receipts_of_every_form_on_another_backend(ratio: float) -> None:
 
 
 def test_more_raw_weights_than_there_is_room_for() -> None:
-    """Nearly every weight is raw: a second launch takes the tiles that found no room."""
+    """Nearly every weight is raw: a second launch merges the tiles for which there was no room."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(90, 200, generator=generator)
     A, B = torch.randn(4, 200, generator=generator), torch.randn(90, 4, generator=generator) * 1e4
@@ -185,7 +185,7 @@ def test_more_raw_weights_than_there_is_room_for() -> None:
 
 
 def test_strides() -> None:
-    """Rows that lie apart, columns that do, transposed; what lies between stays."""
+    """Gaps between rows or columns, transposed. Elements in the gaps are unchanged."""
     case = merge_case(1, 30, 50, 9, BF16, F32, size=1.0, padding=3)
     apart = torch.full((30, 101), 7.0, dtype=BF16)
     for weight in (
@@ -203,7 +203,7 @@ def test_strides() -> None:
 
 
 def test_through_the_public_functions() -> None:
-    """Lists of mixed dtypes; refusals name the layer; a graph that saved W notices."""
+    """Lists of mixed dtypes; errors name the layer; autograd notices that a saved W has changed."""
     pairs = (list(zip(*layers(d, F32, seed=3), strict=True))[:2] for d in DTYPES)
     weights, factors = zip(*itertools.chain.from_iterable(pairs), strict=True)
     weights, merged = list(weights), copies(list(weights))
@@ -244,6 +244,6 @@ def test_a_list_is_cut_where_its_codes_would_take_much_memory(monkeypatch: pytes
     weights, factors = [torch.randn(6, 10) for _ in range(5)], [(torch.randn(2, 10), torch.randn(6, 2))] * 5
     before = [weight.clone() for weight in weights]
     receipts = functional.merge_layers_(weights, *map(list, zip(*factors, strict=True)), backend="triton")
-    assert lengths == [2, 2]  # 60 weights each; the last of five goes alone, and not as a list
+    assert lengths == [2, 2]  # 60 weights each; the last of five is merged alone, not as a list
     functional.unmerge_layers_(weights, receipts, backend="triton")
     assert all(map(torch.equal, weights, before))

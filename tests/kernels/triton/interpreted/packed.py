@@ -1,4 +1,4 @@
-"""Packed outputs: slices of W's rows with adapters of their own, in one launch."""
+"""Packed outputs: slices of W's rows with their own adapters, in one launch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_forward_and_gradients(seed: int, dtypes: tuple[torch.dtype, torch.dtype
     dy = normal(*y.shape, dtype=y.dtype, seed=seed + 9)
     y.backward(dy)
 
-    # a slice is a layer of its own, but for dX, which is the sum of theirs
+    # a slice is like a separate layer, except that dX is the sum over the slices
     dx_star, dx_magnitude, terms = 0.0, 0.0, 0
     for j, (start, end) in enumerate(itertools.pairwise(packed.columns)):
         adapters = packed.adapters[j * packed.count : (j + 1) * packed.count]

@@ -1,4 +1,4 @@
-"""The segments kernels in the interpreter, against the specification: equal to the last integer."""
+"""The segments kernels in the interpreter: exactly equal to the specification."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import peftk
 from peftk.adapters import route
 from peftk.launch.segments import MOST_ADAPTERS, Segments
 from peftk.triton_kernels import segments as kernels
-from tests.support.segment_cases import I32, I64, PATTERNS, WILD, expect, random_ids
+from tests.support.segment_cases import I32, I64, PATTERNS, WILD, check_segments, random_ids
 from tests.support.tiers import spread
 
 
 def check(ids: Tensor, adapters: int) -> Segments:
-    return expect(kernels.segments(ids, adapters), ids, adapters)
+    return check_segments(kernels.segments(ids, adapters), ids, adapters)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 64 rows: many of them in a moment. The kernels are the same."""
+    """Uses tiles of 64 rows, so that many tiles take little time. The kernels are the same."""
     monkeypatch.setattr(kernels, "TILE", 64)
     return 64
 
@@ -72,7 +72,7 @@ def test_more_tiles_than_a_scan_takes_at_once(small_tiles: int) -> None:
 
 @pytest.mark.parametrize("adapters", [63, 64, *(pytest.param(n, marks=pytest.mark.full) for n in (62, 5000))])
 def test_chunks_of_adapters(adapters: int, small_tiles: int) -> None:
-    """A tile goes through 64 groups at a time here; group 0 is the base layer's."""
+    """Here a tile processes 64 groups at a time; group 0 is the base layer's."""
     ids = random_ids(130, adapters, adapters)
     ids[:4] = torch.tensor([adapters - 1, 0, adapters - 2, adapters])
     check(ids, adapters)
@@ -112,8 +112,8 @@ def test_same_bits_every_time_and_ids_unchanged(small_tiles: int) -> None:
         assert torch.equal(ids, before)
 
 
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
-    """Every launch from here on: kernel and grid."""
+def launch_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """A list of all later launches: kernel and grid."""
     launches: list[tuple[str, tuple[int, ...]]] = []
 
     class Counted:
@@ -130,7 +130,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]
 
 
 def test_launches_depend_on_the_numbers_of_rows_and_adapters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = counted(monkeypatch)
+    launches = launch_log(monkeypatch)
     monkeypatch.setattr(kernels, "TILE", 64)
     for M, adapters, expected in (
         (0, 4, [("segments_kernel", (1,))]),
@@ -148,8 +148,8 @@ Served = tuple[nn.Module, peftk.MultiAdapter]
 
 
 @pytest.fixture
-def served(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Served:
-    """A model of two linears, both with adapters, run by the Triton backend."""
+def served_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A model of two linears with adapters, on the Triton backend."""
     monkeypatch.setenv("PEFTK_BACKEND", "triton")
 
     def model() -> nn.Module:
@@ -169,34 +169,34 @@ def served(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Served:
     return base, server
 
 
-def sorts(launches: list[tuple[str, tuple[int, ...]]]) -> int:
-    """How many launches there were since the last time that this was asked."""
+def new_launches(launches: list[tuple[str, tuple[int, ...]]]) -> int:
+    """The number of launches since the previous call of this function."""
     count = len(launches)
     launches.clear()
     return count
 
 
-def test_one_launch_serves_every_layer_of_a_route(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, server = served
-    launches = counted(monkeypatch)
+def test_one_launch_serves_every_layer_of_a_route(served_model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served_model
+    launches = launch_log(monkeypatch)
     tokens = torch.randn(3, 5, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
         y = model(tokens)
-        assert sorts(launches) == 1
+        assert new_launches(launches) == 1
         model(tokens)
-        assert sorts(launches) == 0
-        model(tokens[:, 0])  # one token a sequence
-        assert sorts(launches) == 1
+        assert new_launches(launches) == 0
+        model(tokens[:, 0])  # one token per sequence
+        assert new_launches(launches) == 1
     for number, name in enumerate(("alice", None, "bob")):
         with server.route([name]):
             torch.testing.assert_close(model(tokens[number : number + 1])[0], y[number])
-    assert sorts(launches) == 3
-    y.sum().backward()  # of the first route, which has ended
-    assert sorts(launches) == 0
+    assert new_launches(launches) == 3
+    y.sum().backward()  # from the first route, which has ended
+    assert new_launches(launches) == 0
 
 
-def test_a_route_reads_its_ids_when_it_is_entered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, server = served
+def test_a_route_reads_its_ids_when_it_is_entered(served_model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served_model
     x = torch.randn(3, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
         expected = model(x)
@@ -211,10 +211,10 @@ def test_a_route_reads_its_ids_when_it_is_entered(served: Served, monkeypatch: p
             assert not torch.equal(model(x), first)
 
 
-def test_ids_that_a_user_passes_are_sorted_in_every_call(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may have been changed in place, and in inference mode nothing would tell."""
-    model, server = served
-    launches = counted(monkeypatch)
+def test_ids_that_a_user_passes_are_sorted_in_every_call(served_model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have been changed in place, which cannot be detected in inference mode."""
+    model, server = served_model
+    launches = launch_log(monkeypatch)
     layer, x, ids = model[0], torch.randn(3, 8), server.ids(["alice", None, "bob"])
     first = layer(x, ids)
     with torch.inference_mode():
@@ -223,14 +223,14 @@ def test_ids_that_a_user_passes_are_sorted_in_every_call(served: Served, monkeyp
     with torch.inference_mode():
         frozen.copy_(server.ids(["bob", None, "alice"]))
     third = layer(x, frozen)
-    assert sorts(launches) == 3
+    assert new_launches(launches) == 3
     assert torch.equal(first, second)
     assert not torch.equal(second, third)
 
 
-def test_a_route_serves_inference_and_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, server = served
-    launches = counted(monkeypatch)
+def test_a_route_serves_inference_and_training(served_model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served_model
+    launches = launch_log(monkeypatch)
     x = torch.randn(3, 8)
     with server.route(["alice", None, "bob"]):
         with torch.inference_mode():
@@ -238,11 +238,11 @@ def test_a_route_serves_inference_and_training(served: Served, monkeypatch: pyte
             assert routed is not None
             assert not routed.rows(x).is_inference()
         model(x.requires_grad_()).sum().backward()
-    assert sorts(launches) == 1
+    assert new_launches(launches) == 1
 
 
-def test_what_was_sorted_ends_with_its_route(served: Served) -> None:
-    model, server = served
+def test_what_was_sorted_ends_with_its_route(served_model: Served) -> None:
+    model, server = served_model
     x = torch.randn(3, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
         routed, _ = route.current(server._serving)
@@ -256,7 +256,7 @@ def test_what_was_sorted_ends_with_its_route(served: Served) -> None:
 
 
 class Graph:
-    """Stands in for a capture, which only a GPU has: what is asked of it is whether one goes on."""
+    """Stands in for a capture on a GPU. It only tells whether a capture is in progress."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capturing = False
@@ -270,30 +270,30 @@ class Graph:
         self.capturing = False
 
 
-def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, server = served
-    launches = counted(monkeypatch)
+def test_nothing_crosses_the_border_of_a_capture(served_model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, server = served_model
+    launches = launch_log(monkeypatch)
     x, graph = torch.randn(3, 8, requires_grad=True), Graph(monkeypatch)
     ids = server.ids(["alice", None, "bob"])
     with server.route(ids):
         expected = model(x)
-        assert sorts(launches) == 1
-        with graph:  # entered before: each layer by itself, from the tensor that replays will read
+        assert new_launches(launches) == 1
+        with graph:  # entered before the capture: each layer sorts, from the tensor that replays will read
             assert torch.equal(model(x), expected)
-            assert sorts(launches) == 2
+            assert new_launches(launches) == 2
             ids.copy_(server.ids(["bob", None, "alice"]))
             other = model(x)
             assert not torch.equal(other, expected)
-            assert sorts(launches) == 2
+            assert new_launches(launches) == 2
         assert torch.equal(model(x), expected)
-        assert sorts(launches) == 0
+        assert new_launches(launches) == 0
         assert any(kept.given is ids for kept in route._read_by_graphs.values())
-    with graph, server.route(ids):  # entered inside: part of the graph, once
+    with graph, server.route(ids):  # entered inside the capture: one sort, part of the graph
         assert torch.equal(model(x), other)
-        assert sorts(launches) == 1
+        assert new_launches(launches) == 1
         graph.capturing = False
         assert torch.equal(model(x), other)
-        assert sorts(launches) == 2
+        assert new_launches(launches) == 2
 
 
 @pytest.mark.full

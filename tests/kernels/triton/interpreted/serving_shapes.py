@@ -1,9 +1,9 @@
 """The shapes and cases of vLLM's own LoRA kernel tests, at the bounds of `tests/support/numerics.py`.
 
 From vllm-project/vllm, tests/lora/test_punica_ops.py (commit 046d2b1): hidden size 2049 with 1-32 sequences, 1-128
-adapters, ranks 1-256 and 1-3 slices; and the hidden sizes of the models it supports, over tensor parallelism, with 4
-sequences, 4 adapters, rank 32. There the tolerance is 6e-2 and sequences have 128 tokens; here, in an interpreter, they
-have three. What they test as shrink has the hidden size as K and few columns, what they test as expand the reverse.
+adapters, ranks 1-256 and 1-3 slices; and the hidden sizes of the models it supports, with tensor parallelism, 4
+sequences, 4 adapters and rank 32. There the tolerance is 6e-2 and sequences have 128 tokens; here, in an interpreter,
+they have three. Their shrink tests have the hidden size as K and few columns, their expand tests the reverse.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned.forget_loaded()
 
 
-def fastest(name: str) -> tuner.Timer:
-    """A clock by which the candidate of that name is the fastest."""
+def timer_favouring(name: str) -> tuner.Timer:
+    """A timer for which the candidate of that name is the fastest."""
 
     def time(sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         return {side: 1.0 if side == name else 2.0 for side in sides}
@@ -36,20 +36,20 @@ def fastest(name: str) -> tuner.Timer:
 
 
 def tune(name: str = "once=False") -> dict[str, tuner.TuningResult]:
-    return tuner.tune(CPU, dtypes=(BF16,), timer=fastest(name), tokens=(16,), dim=32)
+    return tuner.tune(CPU, dtypes=(BF16,), timer=timer_favouring(name), tokens=(16,), dim=32)
 
 
 def shape(M: int = 16) -> config.ShapeClass:
     return config.CallShape(M, 32, 32, False, False, False, True, BF16, BF16, BF16, False, 1).shape_class()
 
 
-def keep() -> None:
-    """As after tuning: forward with one adapter in two launches."""
+def save_tuned_plan() -> None:
+    """Saves a plan, as tuning does: forward with one adapter in two launches."""
     tuned.save("interpreter", {shape().key(): config.candidates(shape(), "interpreter")[1]})
 
 
-def launches() -> int:
-    """How many launches per forward with one adapter takes."""
+def launch_count() -> int:
+    """The number of launches of a forward with one adapter."""
     x, weight, A, B = (torch.ones(*size, dtype=BF16) for size in ((16, 32), (32, 32), (16, 32), (32, 16)))
     one = lora_linear.AdapterArgs(A.data_ptr(), 32, B.data_ptr(), 16, 1, 0, 0, 16, 0, 1.0)
     kernel = mock.MagicMock()
@@ -59,7 +59,7 @@ def launches() -> int:
 
 
 def test_the_fastest_is_kept_and_used(cache: Path) -> None:
-    assert launches() == 1
+    assert launch_count() == 1
     found = tune()
     assert set(found) == {
         *(f"{kind} {way}bfloat16 bfloat16 bfloat16 M=16" for kind in ("one", "many") for way in ("", "backward ")),
@@ -70,25 +70,25 @@ def test_the_fastest_is_kept_and_used(cache: Path) -> None:
     assert best.name == "once=False"
     assert (best.best_us, best.shipped_us) == (1.0, 2.0)
     assert found["wgrad one bfloat16 ranks=16"].name == "shipped"
-    assert launches() == 2
+    assert launch_count() == 2
     tuned.forget_loaded()  # as a later process would
-    assert launches() == 2
+    assert launch_count() == 2
     assert tuned.source(shape(), CPU) == "tuned on this interpreter"
     assert "has not measured 'one bfloat16 bfloat16 bfloat16 M=64'" in tuned.source(shape(64), CPU)
     assert tuned.delete("interpreter")
     assert not tuned.delete("interpreter")
-    assert launches() == 1
+    assert launch_count() == 1
 
 
 def test_a_choice_does_not_change_behind_the_process(cache: Path) -> None:
-    assert launches() == 1
+    assert launch_count() == 1
     with mock.patch.object(tuned, "forget_loaded"):
-        keep()
-    assert launches() == 1
+        save_tuned_plan()
+    assert launch_count() == 1
 
 
-def test_other_versions_and_other_gpus_count_for_nothing(cache: Path) -> None:
-    keep()
+def test_other_versions_and_other_gpus_are_ignored(cache: Path) -> None:
+    save_tuned_plan()
     kept = json.loads(cache.read_text())
     for changed, why in (
         ({"interpreter": {**kept["interpreter"], "made_with": {"triton": "1", "peftk": "1"}}}, "tune again"),
@@ -96,31 +96,31 @@ def test_other_versions_and_other_gpus_count_for_nothing(cache: Path) -> None:
     ):
         cache.write_text(json.dumps(changed))
         tuned.forget_loaded()
-        assert launches() == 1
+        assert launch_count() == 1
         assert why in tuned.source(shape(), CPU)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"interpreter": 1}', '{"interpreter": {"made_with": 3}}'])
-def test_a_broken_file_is_ignored_aloud_and_written_anew(cache: Path, content: str) -> None:
+def test_a_broken_file_is_ignored_with_a_warning_and_rewritten(cache: Path, content: str) -> None:
     cache.write_text(content)
     if "made_with" in content:
-        assert launches() == 1
+        assert launch_count() == 1
     else:
         with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
-            assert launches() == 1
-    keep()
-    assert launches() == 2
+            assert launch_count() == 1
+    save_tuned_plan()
+    assert launch_count() == 2
 
 
 @pytest.mark.parametrize("value", [3, {"BLOCK_M": 16}, None])
-def test_a_plan_that_is_no_candidate_is_ignored_aloud(cache: Path, value: object) -> None:
-    keep()
+def test_a_plan_that_is_no_candidate_is_ignored_with_a_warning(cache: Path, value: object) -> None:
+    save_tuned_plan()
     kept = json.loads(cache.read_text())
     kept["interpreter"]["plans"][shape().key()] = value
     cache.write_text(json.dumps(kept))
     tuned.forget_loaded()
     with pytest.warns(UserWarning, match="expected a candidate's plan"):
-        assert launches() == 1
+        assert launch_count() == 1
 
 
 def test_a_candidate_with_another_result_is_an_error(cache: Path) -> None:
@@ -144,13 +144,13 @@ def test_explain_says_where_a_plan_comes_from(cache: Path) -> None:
 
     assert "16 x 32 x 32 tiles" in said()
     assert "shipped table, interpreter; not tuned on this interpreter (peftk tune)" in said()
-    keep()
+    save_tuned_plan()
     assert "2 launches" in said()
     assert "tuned on this interpreter" in said()
 
 
 def test_splits_fill_the_processors_and_cost_little() -> None:
-    """Of few tokens: as many blocks as there is room for, and fp32 parts below a sixteenth of W's bytes."""
+    """With few tokens: blocks for all processors, and fp32 parts below a sixteenth of W's bytes."""
     splits = []
     for M, N, K in [
         (1, 4096, 4096),
