@@ -123,13 +123,8 @@ def test_no_cycles():
 
 
 def test_import_is_light():
-<<<<<<< HEAD
-    """`import peftk` loads no tool, and nothing that only some users have."""
-    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton")
-=======
     """`import peftk` loads no tool and no optional package."""
-    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "triton")
->>>>>>> words-C
+    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton")
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

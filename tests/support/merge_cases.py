@@ -159,13 +159,8 @@ def check_refusal(
 def check_failures_while_packing(
     backend: ModuleType, weights: list[Tensor], factors: list[Factors], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-<<<<<<< HEAD
-    """Memory that runs out, or Ctrl-C, when all layers are merged and some of their receipts packed."""
-    merged, pack = copies(weights), merge_layers.pack_receipt
-=======
     """Out of memory, or Ctrl-C, when all layers are merged and some of their receipts packed."""
-    merged, pack = copies(weights), merge_layers.packed
->>>>>>> words-C
+    merged, pack = copies(weights), merge_layers.pack_receipt
     for error, at in ((torch.OutOfMemoryError, 1), (KeyboardInterrupt, len(weights))):
         failing = mock.Mock(side_effect=[*[pack] * (at - 1), error])
 

@@ -236,13 +236,8 @@ def call_over_base(case: Case, y: Tensor) -> None:
     linear = linear_of(case, over_base=True)
     out = {"y": y.data_ptr(), "y_stride": y.stride(0)}
     if case.ids is None:
-<<<<<<< HEAD
-        one = cpu._one_page(case.adapters[0])  # held until the call is over
-        _cpu.lora_linear(linear, cpu._adapter_args(one), **out)
-=======
         one = cpu._one_page(case.adapters[0])  # kept alive until the call returns
-        _cpu.lora_linear(linear, cpu._one(one), **out)
->>>>>>> words-C
+        _cpu.lora_linear(linear, cpu._adapter_args(one), **out)
     else:
         built = case.table()
         _cpu.lora_linear(linear, cpu._table_args(built), ids=case.ids.data_ptr(), **out)

@@ -348,13 +348,8 @@ def test_explained() -> None:
 def test_very_long_lists_take_several_launches(
     executor: Executor, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
-<<<<<<< HEAD
-    """Raw weights are counted in int32. All are merged, or none."""
-    monkeypatch.setattr(merge, "_MAX_WEIGHTS_PER_CALL", 3000)
-=======
     """Raw weights are counted in int32. All layers are merged, or none."""
-    monkeypatch.setattr(merge, "_TOGETHER", 3000)
->>>>>>> words-C
+    monkeypatch.setattr(merge, "_MAX_WEIGHTS_PER_CALL", 3000)
     cases = [merge_case(seed, 40, 50, 3, torch.float32, torch.float32, size=0.1, padding=0) for seed in range(4)]
     weights = [case.weight.clone() for case in cases]
     factors = [case.factors for case in cases]

@@ -35,13 +35,8 @@ def counted(run: Callable[[], object]) -> dict[str, int]:
     return dict(collections.Counter(launches.interpreted_kernels(run)))
 
 
-<<<<<<< HEAD
-def work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need_dx: bool = True) -> Work:
-    case = build_case((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
-=======
 def make_work(ranks: tuple[int | None, ...], many: bool, dropout_p: float = 0.0, need_dx: bool = True) -> Work:
-    case = made((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
->>>>>>> words-C
+    case = build_case((19, 37, 24), ranks, torch.float32, "cpu", many=many, activation="gelu", biases=True)
     return Work(case, "triton", dropout_p=dropout_p, need_dx=need_dx)
 
 

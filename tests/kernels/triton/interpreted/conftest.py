@@ -15,17 +15,12 @@ from triton.runtime import interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
-<<<<<<< HEAD
-def _what_the_interpreter_need_not_do_again() -> Iterator[None]:
-    """Three quarters of the interpreter's time, without which every value is the same.
+def _skip_repeated_work() -> Iterator[None]:
+    """Skips what the interpreter does again and again to no effect: half of its time.
 
-    It patches Triton's language again for each function that a kernel calls (6 ms each). For every + - * it computes
-    whether integers overflow, and drops the answer unless it debugs. It makes a table of dtypes for each value.
+    It patches Triton's language again for each function that a kernel calls, 6 ms each. For every +, - and * it computes
+    whether integers overflow, and drops the result unless it debugs. It builds a table of dtypes for each value.
     """
-=======
-def _patch_language_once_per_launch() -> Iterator[None]:
-    """Patches Triton's language once per launch. Triton does so for each function that a kernel calls, 6 ms each."""
->>>>>>> words-C
     patch_lang = interpreter._patch_lang
     builder = interpreter.interpreter_builder
 

@@ -39,13 +39,8 @@ def launch(many: bool) -> Sequence[Tensor]:
     case = given(many).case
     adapters, order = backend._one_adapter(case.adapters[0])[0], None
     if many:
-<<<<<<< HEAD
         adapters, order = backend._build_table_adapters(case.table()), segments(case.ids, len(case.adapters))
-    ranks, wanted = [a.rank for a in case.adapters], [everything(a) for a in case.adapters]
-=======
-        adapters, order = backend._many(case.table()), segments(case.ids, len(case.adapters))
     ranks, wanted = [a.rank for a in case.adapters], [all_wanted(a) for a in case.adapters]
->>>>>>> words-C
     plan = lora_wgrad.plan(ranks, wanted, (0, N), F32, case.x.device, many=many)
     grads = lora_wgrad.wgrad(given(many).dy, case.x, given(many).z, given(many).u, adapters, order, plan)
     return [grad for adapter_grads in grads for grad in adapter_grads]
