@@ -100,14 +100,14 @@ def test_compiles_every_form(target: int | str, mix: Mix, M: int, form: str) -> 
 EVERY_FORM_OVER_BASE = [
     (target, mix, M, form)
     for form, M, target, mix in itertools.product(OVER_BASE, (16, 4096), [*TARGETS, *MORE_TARGETS], EVERY_MIX)
-    if served(target, mix) and mix[0] == mix[1]
+    if is_supported(target, mix) and mix[0] == mix[1]
 ]
 
 
 @pytest.mark.parametrize(("target", "mix", "M", "form"), spread(EVERY_FORM_OVER_BASE, default=3, full=12), ids=str)
 def test_compiles_over_a_product(target: int | str, mix: Mix, M: int, form: str) -> None:
     compiled = compile_call(target, M, mix, **OVER_BASE[form])
-    fits(compiled, target)
+    check_fits(compiled, target)
 
 
 ODD_FORMS = itertools.product([90, 80, 100, 120, "gfx942"], (BF16, F32, F16), (4095, 4096))

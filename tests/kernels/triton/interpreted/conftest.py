@@ -18,8 +18,9 @@ from triton.runtime import interpreter
 def _skip_repeated_work() -> Iterator[None]:
     """Skips what the interpreter does again and again to no effect: half of its time.
 
-    It patches Triton's language again for each function that a kernel calls, 6 ms each. For every +, - and * it computes
-    whether integers overflow, and drops the result unless it debugs. It builds a table of dtypes for each value.
+    It patches Triton's language again for each function that a kernel calls, 6 ms each. For every +, - and * it
+    computes whether integers overflow, and drops the result unless it debugs. It builds a table of dtypes for each
+    value.
     """
     patch_lang = interpreter._patch_lang
     builder = interpreter.interpreter_builder
