@@ -179,7 +179,7 @@ class Linear(lora.Linear):
     @property
     def weight(self) -> Tensor:
         """As PEFT's: the base layer's, for which other modules ask."""
-        weight: Tensor = watched.handed_out(self, super().weight)
+        weight: Tensor = watched.weight_or_alias(self, super().weight)
         return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, untie: bool = False) -> None:

@@ -94,7 +94,7 @@ def alone(layer: Any, names: Sequence[str], untie: bool, undo: contextlib.ExitSt
     if _together.get() is not None:
         return  # which has looked at the whole model
     places = _places("", layer, names)
-    shared.refuse_noted(layer, [place.name for place in places], untie=untie)
+    shared.check_not_shared(layer, [place.name for place in places], untie=untie)
     for place in places if untie else ():
         _untie(place, undo)
 
@@ -315,11 +315,11 @@ def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: b
             places += changed
             if changed and not (_exact(layer) and reason(layer, names) is None):
                 keep(layer, copies)
-        for place, other in shared.elsewhere(model.model, places):
-            raise ValueError(f"{place.layer}: {shared.two_places(place.name, other)}")
+        for place, other in shared.used_elsewhere(model.model, places):
+            raise ValueError(f"{place.layer}: {shared.shared_module_error(place.name, other)}")
         for place, other in shared.conflicts(model.model, places):
             if not untie:
-                raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")
+                raise ValueError(f"{place.layer}: {shared.shared_memory_error(place.name, other)}")
             _untie(place, undo)
         with _entered(undo, layers):
             yield

@@ -131,7 +131,7 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     if type(layer) is not Linear:
         kind = type(layer).__name__
         return Choice("peft", f"not accelerated: lora.{kind}" if type(layer) is lora.Linear else f"lora.{kind}", ())
-    reader = watched.read_by(layer)
+    reader = watched.reader_of(layer)
     if reader is not None:
         return Choice("peft", f"{reader} computes with the weight itself, where the adapter does nothing", ())
     found = layer.active()

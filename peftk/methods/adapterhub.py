@@ -17,9 +17,9 @@ from peftk.methods.places import settle_bottleneck
 from peftk.methods.plan import Plan
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.methods.targets import warn
-from peftk.nn.attached import Attached, attachable
+from peftk.nn.attached import Attached, check_attachable
 from peftk.nn.parallel_adapter import ParallelAdapter
-from peftk.nn.parameters import dtype_beside
+from peftk.nn.parameters import default_adapter_dtype
 from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
 from peftk.nn.series_adapter import SeriesAdapter
 
@@ -169,13 +169,13 @@ class AdapterHubConfig:
         parts = {}
         if kind in (ParallelAdapter, StreamAdapter):
             parts = {name: getattr(site, name)[len(where) :].lstrip(".") for name in ("source", "sink")}
-        attachable(model.get_submodule(where), site.role)
+        check_attachable(model.get_submodule(where), site.role)
         adapter = kind(
             d,
             self.bottleneck(d, site.number),
             activation=self.activation,
             scaling=self.scaling,
-            dtype=dtype_beside(weight, self.adapter_dtype),
+            dtype=default_adapter_dtype(weight, self.adapter_dtype),
             device=weight.device,
             **parts,
         )

@@ -12,9 +12,9 @@ from peftk.methods import architectures, fields
 from peftk.methods.fields import Names
 from peftk.methods.plan import Plan
 from peftk.methods.targets import called, target_modules
-from peftk.nn.attached import attachable, part
+from peftk.nn.attached import check_attachable, submodule
 from peftk.nn.llama_adapter import LlamaAdapter, Projections
-from peftk.nn.parameters import dtype_beside
+from peftk.nn.parameters import default_adapter_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LlamaAdapterConfig:
             raise ValueError(f"num_heads: expected a number where the model has no config that says it, got {heads!r}")
         for name, projections, _ in attention:
             for projection in (projections.query, projections.output):
-                part(model.get_submodule(name), projection)
+                submodule(model.get_submodule(name), projection)
                 called(model, "projections", f"{name}.{projection}")
         return Plan(
             attached=[
@@ -87,8 +87,8 @@ class LlamaAdapterConfig:
     def _adapter(
         self, name: str, attention: nn.Module, projections: Projections, heads: int, scaling: float | None
     ) -> LlamaAdapter:
-        attachable(attention, LlamaAdapter.name)
-        shapes = {p: architectures.linear_shape(part(attention, p)) for p in projections[:4]}
+        check_attachable(attention, LlamaAdapter.name)
+        shapes = {p: architectures.linear_shape(submodule(attention, p)) for p in projections[:4]}
         for p, shape in shapes.items():
             if shape is None:
                 raise ValueError(f"projections: expected {name}.{p} to be a linear, got another module")
@@ -99,13 +99,13 @@ class LlamaAdapterConfig:
                 f"projections: expected {name}.{projections.query} to make the {inner} numbers of {heads} queries that "
                 f"{projections.output} takes" + (", and keys and values" if packed else "") + f", got {made}"
             )
-        weight = next(part(attention, projections.key).parameters(recurse=False))
+        weight = next(submodule(attention, projections.key).parameters(recurse=False))
         return LlamaAdapter(
             d,
             heads,
             projections,
             adapter_len=self.adapter_len,
             scaling=scaling,
-            dtype=dtype_beside(weight, self.adapter_dtype),
+            dtype=default_adapter_dtype(weight, self.adapter_dtype),
             device=weight.device,
         )

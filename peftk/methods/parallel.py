@@ -12,9 +12,9 @@ from peftk.methods.fields import Names
 from peftk.methods.places import BottleneckConfig, Place, places
 from peftk.methods.plan import Plan
 from peftk.methods.targets import called
-from peftk.nn.attached import attachable
+from peftk.nn.attached import check_attachable
 from peftk.nn.parallel_adapter import ParallelAdapter, ParallelAdapterLinear
-from peftk.nn.parameters import dtype_beside
+from peftk.nn.parameters import default_adapter_dtype
 from peftk.nn.replace import is_linear
 
 
@@ -52,7 +52,7 @@ class ParallelAdapterConfig(BottleneckConfig):
         return Plan(layers=layers, attached=attached)
 
     def _beside(self, model: nn.Module, place: Place) -> ParallelAdapter:
-        attachable(model.get_submodule(place.owner), ParallelAdapter.name)
+        check_attachable(model.get_submodule(place.owner), ParallelAdapter.name)
         K = architectures.width_in(model, place.source)
         N, weight = architectures.width_out(model, place.sink)
         return ParallelAdapter(
@@ -61,7 +61,7 @@ class ParallelAdapterConfig(BottleneckConfig):
             N,
             activation=self.activation,
             scaling=self.scaling,
-            dtype=dtype_beside(weight, self.adapter_dtype),
+            dtype=default_adapter_dtype(weight, self.adapter_dtype),
             device=weight.device,
             source=place.below(place.source),
             sink=place.below(place.sink),

@@ -12,8 +12,8 @@ from peftk.methods.fields import Names
 from peftk.methods.places import BottleneckConfig, places
 from peftk.methods.plan import Plan
 from peftk.methods.targets import called
-from peftk.nn.attached import attachable
-from peftk.nn.parameters import dtype_beside
+from peftk.nn.attached import check_attachable
+from peftk.nn.parameters import default_adapter_dtype
 from peftk.nn.series_adapter import SeriesAdapter
 
 
@@ -36,7 +36,7 @@ class SeriesAdapterConfig(BottleneckConfig):
         """Raises ValueError or TypeError where nothing matches, or no adapter can hang on what matches."""
         attached = []
         for place in places(model, self.where, self.leave_out):
-            attachable(model.get_submodule(place.sink), SeriesAdapter.name)
+            check_attachable(model.get_submodule(place.sink), SeriesAdapter.name)
             called(model, "where", place.sink)
             d, weight = architectures.width_out(model, place.sink)
             adapter = SeriesAdapter(
@@ -44,7 +44,7 @@ class SeriesAdapterConfig(BottleneckConfig):
                 self.width(d),
                 activation=self.activation,
                 scaling=self.scaling,
-                dtype=dtype_beside(weight, self.adapter_dtype),
+                dtype=default_adapter_dtype(weight, self.adapter_dtype),
                 device=weight.device,
             )
             attached.append((place.sink, adapter))

@@ -19,7 +19,7 @@ from peftk.methods.plan import trained_in_place
 from peftk.methods.trial import reader
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
-from peftk.nn.replace import is_linear, replaceable
+from peftk.nn.replace import as_linear, is_linear
 
 ALL_LINEAR = "all-linear"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -292,7 +292,7 @@ def _check_target(model: nn.Module, name: str, module: nn.Module) -> None:
         )
     called(model, "target_modules", name)
     try:
-        replaceable(module)
+        as_linear(module)
     except TypeError as error:
         raise TypeError(f"target_modules: {name}: {error}") from error
 

@@ -19,7 +19,7 @@ from peftk.checkpoints.peft import LoadedAdapter
 from peftk.methods.inject import lora_layers
 from peftk.nn import LoRALinear, merging, shared
 from peftk.nn.merging import Layers, Merge
-from peftk.nn.parameters import optimized
+from peftk.nn.parameters import find_optimizer
 from peftk.system import interrupts
 from peftk.system.lasting import lasting
 
@@ -184,7 +184,7 @@ def _refuse_optimized(layers: Layers, new: Sequence[Merge]) -> None:
     """Raises ValueError where a Parameter whose shape would change is in an optimizer, whose state has the old one."""
     names = {layer: name for name, layer in layers}
     ranks = {layer: one.lora_A.shape[0] for (_, layer), one in zip(layers, new, strict=True)}
-    found = optimized((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
+    found = find_optimizer((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
     if found is not None:
         layer, optimizer = cast(LoRALinear, found[0]), type(found[1]).__name__
         raise ValueError(
@@ -203,7 +203,7 @@ def _alone(model: nn.Module, layers: Layers, untie: bool) -> Iterator[contextlib
     with interrupts.deferred(), contextlib.ExitStack() as undo:
         for place, other in shared.conflicts(model, merging.places(layers)):
             if not untie:
-                raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")
+                raise ValueError(f"{place.layer}: {shared.shared_memory_error(place.name, other)}")
             merging.untie(cast(LoRALinear, place.module), place.name, undo)
         yield undo
         undo.pop_all()

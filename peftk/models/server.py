@@ -26,7 +26,7 @@ from peftk.checkpoints.peft import LoadedCheckpoint
 from peftk.methods import trial
 from peftk.methods.plan import replace_module, unwrapped, without_peft
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import replaceable
+from peftk.nn.replace import as_linear
 from peftk.nn.watched import watch
 from peftk.system.lasting import lasting
 
@@ -373,7 +373,7 @@ class MultiAdapter:
         if isinstance(module, MultiLoRALinear):
             return
         try:
-            replaceable(module)
+            as_linear(module)
         except TypeError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
         reader = trial.reader(self._base, name, module)

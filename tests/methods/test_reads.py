@@ -384,7 +384,7 @@ def test_readers_are_told_at_the_first_forward(use: Callable[[Any, Tensor], Tens
     assert type(again) is Tensor
     weight = model.odd.weight.clone()
     for merge in (model.odd.merge, lambda: peftk.merge_adapter(model)):
-        with pytest.raises(ValueError, match="that its layer alone computes with, got one that Fused reads"):
+        with pytest.raises(ValueError, match="that only its layer computes with, got one that Fused reads"):
             merge()
     assert torch.equal(model.odd.weight, weight)
     assert not model.lin.merged
@@ -423,7 +423,7 @@ def test_a_switch_to_another_adapter_is_a_merge(tmp_path: pathlib.Path) -> None:
     peftk.save_adapter(model, tmp_path)
     with pytest.warns(UserWarning, match="odd"):
         model(rows())
-    with pytest.raises(ValueError, match="odd: weight: expected one that its layer alone computes with"):
+    with pytest.raises(ValueError, match="odd: weight: expected one that only its layer computes with"):
         peftk.switch_adapter(model, tmp_path)
 
 

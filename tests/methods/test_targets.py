@@ -163,7 +163,7 @@ QUERIES = ["model.layers.0.q", "model.layers.1.q"]
         (["q", "norm"], "got model.layers.0.norm, of class LayerNorm"),
         (["q", "vision.1"], "got model.vision.1, of class ReLU"),
         (["q", "out_proj"], "got mha.out_proj, whose weight MultiheadAttention reads itself"),
-        (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with another"),
+        (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with a different one"),
     ],
 )
 def test_a_target_that_is_no_linear_is_refused(targets: Any, message: str) -> None:

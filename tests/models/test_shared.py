@@ -155,7 +155,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def refusal(case: Sharing) -> str:
-    return f"{case.name}: expected one that no other module holds.*got one that is ({'|'.join(case.others)}) too"
+    return f"{case.name}: expected one that no other module holds.*got one that is also ({'|'.join(case.others)})"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_pefts_merge_into_a_module_that_stands_elsewhere_too(merge: str, untie: 
     base = model.base_model.model
     before, was = values(base), dict(base.named_modules())
     with pytest.raises(
-        ValueError, match=r"weight: expected that of a module in one place of the model, got one that is"
+        ValueError, match=r"weight: expected that of a module used in one place of the model, got one that is"
     ):
         PEFT_MERGES[merge](model, base.a, untie=untie)
     assert dict(base.named_modules()) == was
