@@ -365,7 +365,7 @@ def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt],
     for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
         with _numbered(layer):
             _merged(weight, receipt)
-    checks.apart(weights)
+    checks.separate_memory(weights)
     merge.unmerge_layers_(weights, receipts, backend=backend)
 
 
@@ -378,7 +378,7 @@ def _layers(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list[Factor
     for layer, arguments in enumerate(zip(weights, lora_A, lora_B, each, strict=True)):
         with _numbered(layer):
             factors.append(_factors(*arguments))
-    checks.apart(weights)
+    checks.separate_memory(weights)
     return factors
 
 

@@ -21,7 +21,7 @@ def of(ids: Tensor, adapters: int) -> Segments:
 
     Sorted once for all layers of a route and their backward; ids that a user passes, in every call.
     """
-    return route.once(ids, (adapters, choice.forced()), lambda: _sorted(ids, adapters))
+    return route.derive_once(ids, (adapters, choice.forced()), lambda: _sorted(ids, adapters))
 
 
 @lasting()

@@ -74,6 +74,6 @@ def at_hand(names: Sequence[str] | None) -> Batch | None:
         # a layer that is called by itself does not know whether a backward may follow (torch's reentrant checkpoints
         # run it under no_grad), so it takes it that one does
         batch = Batch(names, trains=True) if shared is None else shared.of(names)
-    if carry.remembers(trains=batch is not None and batch.trains):
-        batch = carry.remembered(batch, name="_peftk_adapter_names")
+    if carry.may_be_checkpointed(trains=batch is not None and batch.trains):
+        batch = carry.stored_in_checkpoints(batch, name="_peftk_adapter_names")
     return batch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftk.adapters import checks
 from peftk.adapters import route as routes
 from peftk.adapters.bank import NO_NUMBER
-from peftk.adapters.carry import Entered
+from peftk.adapters.carry import RouteContext
 from peftk.adapters.route import Route
 from peftk.checkpoints import files, fitting
 from peftk.checkpoints import peft as peft_checkpoint
@@ -156,9 +156,9 @@ class MultiAdapter:
         self._loaded: dict[str, _Loaded] = {}
         self._slots = _Slots(max_adapters)
         self._layers = self._slots.layers
-        self._serving = routes.Serving()
-        self._entrance = routes.Entrance(self._serving)
-        self._entrances: set[str] = set()
+        self._key = routes.ServerKey()
+        self._batch_hooks = routes.BatchHooks(self._key)
+        self._hooked_modules: set[str] = set()
         if example_inputs is not None:
             with trial.looking(self._base, example_inputs):
                 trial.seen(self._base)
@@ -231,16 +231,16 @@ class MultiAdapter:
     def _watch(self, module: str) -> None:
         """The model, and the parts of it around `module` that may be called by themselves, say what they are called
         with. Not blocks in lists, of which there are many, and which are called with what the model is called with."""
-        self._serving.looks = routes.LOOKS
+        self._key.checks_left = routes.ORDER_CHECKS
         around = self._base
         for name in ("", *itertools.accumulate(module.split(".")[:-1], "{}.{}".format)):
             around = self._base.get_submodule(name)
             if name and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
                 return
-            if name not in self._entrances:
-                self._entrances.add(name)
-                around.register_forward_pre_hook(self._entrance.before, with_kwargs=True)
-                around.register_forward_hook(self._entrance.after, always_call=True)
+            if name not in self._hooked_modules:
+                self._hooked_modules.add(name)
+                around.register_forward_pre_hook(self._batch_hooks.before, with_kwargs=True)
+                around.register_forward_hook(self._batch_hooks.after, always_call=True)
 
     def unload(self, name: str) -> None:
         """Forgets an adapter. Its memory is free once no route and no checkpoint uses it: they go on with it.
@@ -269,7 +269,7 @@ class MultiAdapter:
         batch_dim: int | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
-    ) -> Entered:
+    ) -> RouteContext:
         """Within the `with`, sequence b of every batch goes through the adapter names[b]; None: the base model.
 
         Threads, tasks and pools that are started or used within it are within it too, generators that enter routes may
@@ -295,7 +295,7 @@ class MultiAdapter:
         """
         if batch_dim not in (None, 0, 1):
             raise ValueError(f"batch_dim: expected 0, 1 or None, got {batch_dim!r}")
-        return Entered(self._serving, lambda: self._route(names, batch_dim, lengths, cu_seqlens), routes.left)
+        return RouteContext(self._key, lambda: self._route(names, batch_dim, lengths, cu_seqlens), routes.clean_up)
 
     def _route(self, names: Any, batch_dim: int | None, lengths: Any, cu_seqlens: Any) -> Route:
         if isinstance(names, Tensor):
@@ -318,10 +318,10 @@ class MultiAdapter:
         return Route(
             ids.to(device),
             slots=self._slots.slots_of if self._slots.reused else None,
-            holds=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
+            keep_alive=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
             batch_dim=batch_dim,
             lengths=None if packed is None else packed.to(device),
-            alike=ids.numel() < 2 if numbers is None else len(numbers) < 2,
+            uniform=ids.numel() < 2 if numbers is None else len(numbers) < 2,
         )
 
     def _numbers(self, names: Sequence[str | None]) -> list[int]:
@@ -387,7 +387,7 @@ class MultiAdapter:
         layer = MultiLoRALinear.from_linear(
             self._base.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
-        layer.serve(self._serving, self._base, module)
+        layer.serve(self._key, self._base, module)
         watch(layer, module, trial.partly_read(self._base, module))
         names = {loaded.number: name for name, loaded in self._loaded.items()}
         for number in self._slots.numbers:

@@ -44,10 +44,10 @@ class MultiLoRALinear(FrozenLinear):
         self.bank = bank
         self.trained = nn.ModuleDict()
         # set by a MultiAdapter, whose routes apply when no ids are passed, and what it knows of x (`adapters.route`)
-        self.served: route.Serving | None = None
+        self.server_key: route.ServerKey | None = None
         self.batch_dim: int | None = None
-        self.doubt: str | None = None
-        self.rows_seen = False
+        self.unclear_module: str | None = None
+        self.row_order_checked = False
 
     @classmethod
     def from_linear(
@@ -132,9 +132,9 @@ class MultiLoRALinear(FrozenLinear):
         routed = None
         if ids is not None:
             ids = self.bank.slots_of(ids) if self.bank.reused else ids
-        elif self.served is not None:
+        elif self.server_key is not None:
             checks.stored("x", x)
-            routed = route.rows(self, self.served, x)
+            routed = route.rows(self, self.server_key, x)
             if routed is not None:
                 ids, bank = routed.slots, routed.bank
         weight, bias = self.matrix, param(self, "bias")
@@ -147,15 +147,15 @@ class MultiLoRALinear(FrozenLinear):
             )
         y = multi_lora_linear_unchecked(x, weight, bias, bank, ids)
         if routed is not None and routed.order is not None:
-            routed.order.passed(x, y)
+            routed.order.record_layer(x, y)
         return y
 
-    def serve(self, serving: route.Serving, model: nn.Module, name: str) -> None:
+    def serve(self, server_key: route.ServerKey, model: nn.Module, name: str) -> None:
         """Makes the routes of a server apply to this layer, which is about to become `name` in the server's model."""
-        self.served = serving
+        self.server_key = server_key
         names = name.split(".")[:-1]
         around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-        self.batch_dim, self.doubt = route.batch_dim_of(around)
+        self.batch_dim, self.unclear_module = route.batch_dim_of(around)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)

@@ -294,7 +294,7 @@ def test_defaults_of_torch_do_not_matter(device: str, dtype: torch.dtype) -> Non
 
     def results() -> list[torch.Tensor]:
         torch.manual_seed(0)  # for dropout
-        several.bank._made = None  # rebuild the table too
+        several.bank._cached_table = None  # rebuild the table too
         own = x.clone().requires_grad_()
         outputs = [single(own), several(own, ids)]
         trained = [own, *(p for layer in (single, several) for p in layer.parameters() if p.requires_grad)]

@@ -234,7 +234,7 @@ def test_a_route_serves_inference_and_training(served: Served, monkeypatch: pyte
     x = torch.randn(3, 8)
     with server.route(["alice", None, "bob"]):
         with torch.inference_mode():
-            routed, _ = route.current(server._serving)
+            routed, _ = route.current_forward(server._key)
             assert routed is not None
             assert not routed.rows(x).is_inference()
         model(x.requires_grad_()).sum().backward()
@@ -245,7 +245,7 @@ def test_what_was_sorted_ends_with_its_route(served: Served) -> None:
     model, server = served
     x = torch.randn(3, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
-        routed, _ = route.current(server._serving)
+        routed, _ = route.current_forward(server._key)
         assert routed is not None
         model(x)
         held = weakref.ref(route.flat(routed.rows(x)))
@@ -287,7 +287,7 @@ def test_nothing_crosses_the_border_of_a_capture(served: Served, monkeypatch: py
             assert sorts(launches) == 2
         assert torch.equal(model(x), expected)
         assert sorts(launches) == 0
-        assert any(kept.given is ids for kept in route._read_by_graphs.values())
+        assert any(kept.user_ids is ids for kept in route._read_by_graphs.values())
     with graph, server.route(ids):  # entered inside: part of the graph, once
         assert torch.equal(model(x), other)
         assert sorts(launches) == 1
