@@ -91,7 +91,9 @@ def test_a_route_keeps_its_adapter_when_a_different_one_takes_its_place(tmp_path
         server.unload("a")
         tenants.load("b")
         assert tenants.answers(X) == "a"
-        with pytest.raises(ValueError, match=r"got 2 adapters loaded already, 1 of them unloaded but held by routes"):
+        with pytest.raises(
+            ValueError, match=r"got 2 adapters loaded already, 1 of them unloaded but still used by routes"
+        ):
             tenants.load("c")
         with server.route(["b"]):
             assert tenants.answers(X) == "b"
@@ -273,11 +275,11 @@ def test_unknown_numbers_become_no_number_without_reading_values() -> None:
     ids = torch.tensor([0, 1, 2, -1, 3, 4, 2**31 - 1], dtype=torch.int32)
     read = functools.partial(slots.slots_of, ids)
     assert read().tolist() == [0, 1, NO_NUMBER, -1, NO_NUMBER, NO_NUMBER, NO_NUMBER]
-    written = slots._on(ids.device)
+    written = slots._numbers_on(ids.device)
     slots.give_back(0)
     slots.take(3)
     assert read().tolist() == [NO_NUMBER, 1, NO_NUMBER, -1, 0, NO_NUMBER, NO_NUMBER]
-    assert slots._on(ids.device) is written
+    assert slots._numbers_on(ids.device) is written
 
 
 def test_ids_are_copied_when_the_with_begins(tenants: Tenants) -> None:

@@ -232,7 +232,7 @@ def test_a_layer_without_an_adapter_saves_what_linear_saves(name: str, frozen: b
 
 
 def bytes_for_ids_and_z(entry: Entry, x: Tensor, *, z: bool) -> int:
-    """What a layer with many adapters saves as well: int32 ids, and fp32 z of at most two pages of ranks if it is read."""
+    """What a layer with many adapters also saves: int32 ids, and if z is read, fp32 z of at most two pages of ranks."""
     many = entry.name.startswith(("multi", "accelerated_mixed"))
     return x[..., 0].numel() * (4 + (4 * 32 if z else 0)) if many else 0
 
