@@ -317,7 +317,10 @@ def test_generate_with_a_cache_is_generate_without(build: Build, method: str) ->
 def test_generate_refuses_a_route_for_a_different_batch(tmp_path: pathlib.Path) -> None:
     server, _ = serving(llama, tmp_path)
     prompts, mask = padded_prompts()
-    with server.route(["alice", "bob", None]), pytest.raises(ValueError, match="the order of the 3 routed ones"):
+    with (
+        server.route(["alice", "bob", None]),
+        pytest.raises(ValueError, match="the 3 routed sequences whole and in order"),
+    ):
         generated(server.model, prompts, mask, **GREEDY)
     assert generated(server.model, prompts, mask, **GREEDY).shape == (4, 13)
 
