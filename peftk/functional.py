@@ -383,7 +383,7 @@ def unmerge_layers_(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt],
     for layer, (weight, receipt) in enumerate(zip(weights, receipts, strict=True)):
         with _name_layer_in_errors(layer):
             _check_merged_weight(weight, receipt)
-    checks.apart(weights)
+    checks.separate_memory(weights)
     merge.unmerge_layers_(weights, receipts, backend=backend)
 
 
@@ -396,7 +396,7 @@ def _layer_factors(weights: Any, lora_A: Any, lora_B: Any, scaling: Any) -> list
     for layer, arguments in enumerate(zip(weights, lora_A, lora_B, scalings, strict=True)):
         with _name_layer_in_errors(layer):
             factors.append(_checked_factors(*arguments))
-    checks.apart(weights)
+    checks.separate_memory(weights)
     return factors
 
 

@@ -1,7 +1,7 @@
-"""The non-linearities an adapter may have, their derivatives and their kernel codes.
+"""The activations that an adapter may have: their formulas, derivatives and kernel codes.
 
-The codes are what every kernel (C++, CUDA, Triton) switches on; they are part of the table layout in
-`peftk.adapters.table` and must agree with `csrc/common/activation.h` and `triton_kernels/arithmetic.py`.
+Every kernel (C++, CUDA, Triton) switches on the codes. They are part of the table layout in `peftk.adapters.table` and
+must agree with `csrc/common/activation.h` and `triton_kernels/arithmetic.py`.
 """
 
 from __future__ import annotations

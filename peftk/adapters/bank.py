@@ -1,16 +1,17 @@
 """Many adapters of one linear layer in paged memory.
 
-A page holds 16 ranks: A's part [16, K] and B's part, transposed, [16, N]. Adapters of any rank are lists of pages, so
-nothing is padded to the largest rank, loading and evicting touch only an adapter's own pages, and free pages never
-fragment. The pool grows by chunks and never moves what it holds. Trained adapters stay separate Parameters, where they
-lie (an optimizer step on a pool would move adapters that were not in the batch).
+A page holds 16 ranks: A's part [16, K] and B's part, transposed, [16, N]. An adapter of any rank is a list of pages.
+So nothing is padded to the largest rank, loading and removing an adapter touch only its own pages, and free pages do
+not fragment. The pool grows by chunks and never moves a page. Trainable adapters are not copied into the pool; they
+stay separate Parameters (an optimizer step on a pool would change adapters that were not in the batch).
 
-An adapter's pages return to the pool when nothing refers to the adapter any more: not its slot, no table, no call that
-is still running, no graph that waits for its backward. So removing and loading adapters never disturbs a batch.
+An adapter's pages return to the pool when nothing refers to the adapter any more: neither its slot, nor a table, nor a
+call that is still running, nor a graph that waits for its backward. So adapters can be removed and loaded while batches
+run.
 
-An adapter's number outlives it in whatever `ids` a user still holds, so it is no other adapter's afterwards: the first
-adapter of a slot has the slot's number, each later one the next number that is equal to it modulo the number of slots.
-Kernels take slots; numbers become slots (`AdapterBank.slots_of`) once a slot has been used again.
+Users may still hold `ids` with the number of a removed adapter, so no number is used twice. The first adapter of a slot
+has the slot's number, each later one the next number that is equal to it modulo the number of slots. Kernels take
+slots; `AdapterBank.slots_of` turns numbers into slots, which is needed only once a slot has been reused.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from peftk.system import storage
 from peftk.system.lasting import lasting
 
 _CHUNK_PAGES = 64
-NO_NUMBER = 2**31 - 1  # that ids can hold: no adapter's, and outside of every bank
+NO_NUMBER = 2**31 - 1  # the largest int32, which no adapter of any bank has
 
 
 class PagePool:
-    """Pages of 16 ranks for one layer shape, handed out by number."""
+    """Pages of 16 ranks for layers of one shape, allocated by number."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
         self.in_features, self.out_features = in_features, out_features
@@ -44,7 +45,7 @@ class PagePool:
 
     @lasting()
     def take(self, count: int) -> list[int]:
-        """`count` free pages; grows the pool where there are not enough."""
+        """Allocates `count` pages and returns their numbers; grows the pool if not enough are free."""
         while len(self.free) < count:
             first = len(self.chunks) * _CHUNK_PAGES
             A = torch.zeros(_CHUNK_PAGES, PAGE, self.in_features, dtype=self.dtype, device=self.device)
@@ -53,40 +54,41 @@ class PagePool:
             self.free.extend(range(first + _CHUNK_PAGES - 1, first - 1, -1))
         return [self.free.pop() for _ in range(count)]
 
-    def give(self, pages: list[int]) -> None:
+    def give_back(self, pages: list[int]) -> None:
+        """Frees pages."""
         self.free.extend(reversed(pages))
 
     def page(self, number: int, ranks: int) -> tuple[Tensor, Tensor]:
-        """The first `ranks` ranks of a page: A's [ranks, K] and B's [N, ranks].
+        """Views of the first `ranks` ranks of a page: A's [ranks, K] and B's [N, ranks].
 
-        Through .data, so that writing another page of the chunk does not count as a change of this one for autograd.
+        Taken through .data, so that autograd does not see a write to another page of the chunk as a change of this one.
         """
         A, B = self.chunks[number // _CHUNK_PAGES]
         return A.data[number % _CHUNK_PAGES, :ranks], B.data[number % _CHUNK_PAGES, :ranks].t()
 
     @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts the storage (nn.Module.to and its kin)."""
+        """Moves or converts the storage, for nn.Module._apply (.to(), .double(), …)."""
         self.chunks = [(fn(A), fn(B)) for A, B in self.chunks]
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         self.dtype, self.device = probe.dtype, probe.device
 
 
-class _Made(NamedTuple):
-    """A table, and what it was made of: it serves as long as neither the slots nor what is lent changes."""
+class _CachedTable(NamedTuple):
+    """A table with the state that it was built from: it is valid as long as that state is the same."""
 
     version: int
     lent: list[Callable[[], Adapter]]
-    where: list[tuple[Any, ...]]
+    lent_state: list[tuple[Any, ...]]
     table: AdapterTable
 
 
-def _where(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]] | None:
-    """What a table says of lent adapters: which tensors they are, and all of these but their values.
+def _lent_state(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]] | None:
+    """Everything about lent adapters that a table depends on: which tensors they are, and where these are in memory.
 
-    None where no kernel can read one of them. Another Parameter in the same memory is another tensor: gradients go to
-    the one that the table has. The table that this is kept beside holds the tensors, so that no later one gets the id()
-    of one of them.
+    None if kernels cannot read one of them. The tensors' identity counts because gradients go to the tensor that the
+    table has: a different Parameter in the same memory needs a new table. id() identifies them, as the table keeps them
+    alive.
     """
     found: list[tuple[Any, ...]] = []
     for a in adapters:
@@ -97,16 +99,18 @@ def _where(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]] | None:
     return found
 
 
-def _adapter(slot: Adapter | Callable[[], Adapter] | None) -> Adapter | None:
-    """What is in a slot now."""
+def _adapter_in(slot: Adapter | Callable[[], Adapter] | None) -> Adapter | None:
+    """The adapter in a slot as it is now, or None."""
     return slot if slot is None or isinstance(slot, Adapter) else slot()
 
 
 class AdapterBank:
     """Up to `max_adapters` named adapters for a layer W [N, K], and the table that the kernels read.
 
-    Every adapter has a number, which is what `ids` hold: number % max_adapters is its slot, and no number is given out
-    twice. All adapters of a bank share a dtype.
+    Every adapter has a number to put in `ids`. number % max_adapters is its slot, and no number is used twice. All
+    adapters of a bank have its dtype, torch.float32, bfloat16, float16 or float64.
+
+    Raises ValueError or TypeError for a bad max_adapters or dtype.
     """
 
     def __init__(
@@ -115,28 +119,28 @@ class AdapterBank:
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
         checks.adapter_dtype(dtype)
-        device = torch.empty(0, device=device).device  # "cuda" is the current one, by number
+        device = torch.empty(0, device=device).device  # turns "cuda" into the current device with its index
         self.pool = PagePool(in_features, out_features, dtype, device)
         self.slots: list[Adapter | Callable[[], Adapter] | None] = [None] * max_adapters
         self.names: dict[str, int] = {}
-        self.numbers = [-1] * max_adapters  # of the adapters by slot; -1 for a free one
+        self.numbers = [-1] * max_adapters  # the adapters' numbers by slot; -1 for a free slot
         self.reused = False  # whether a number may differ from its slot
-        self._next = list(range(max_adapters))  # the number that a slot gives out next
-        self._found: tuple[int, Tensor] | None = None
+        self._next = list(range(max_adapters))  # the next number of each slot
+        self._cached_numbers: tuple[int, Tensor] | None = None
         self._pages: dict[int, list[int]] = {}
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
-        self._version = 0  # of the slots: counts what was added, removed, moved
-        self._made: _Made | None = None
+        self._version = 0  # counts changes of the slots: adapters added, removed or moved
+        self._cached_table: _CachedTable | None = None
 
     def free_number(self, name: str, slot: int | None = None) -> int:
-        """The number that a new adapter `name` takes: `slot` itself, else a new one, of the slot used least often.
+        """The number for a new adapter `name`: `slot` itself, or for None a new one in the free slot used least often.
 
-        Raises ValueError for a name in use, a full bank, a taken slot.
+        Raises TypeError or ValueError for a bad name, a name in use, a full bank, or a bad or taken slot.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty string, got {name!r}")
         if name in self.names:
-            raise ValueError(f"name: expected a new one, got {name!r}, which the bank holds; remove it first")
+            raise ValueError(f"name: expected a new one, got {name!r}, which is in use; remove it first")
         if None not in self.slots:
             raise ValueError(f"bank: expected a free slot, got {len(self.slots)} of {len(self.slots)} taken")
         if slot is None:
@@ -161,10 +165,15 @@ class AdapterBank:
         slot: int | None = None,
         number: int | None = None,
     ) -> int:
-        """Copies an adapter into pages, in the bank's dtype, and returns its number.
+        """Copies the adapter `s·act(xAᵀ + a)Bᵀ + β` into pages, in the bank's dtype, and returns its number.
 
-        The number is a new one; or `slot`, where the caller sees to it that nobody holds that for another adapter; or
-        `number`, new and of a free slot, which a server gives out for all its layers.
+        Args:
+            name: any non-empty string that is not in use.
+            lora_A: A [R, K]; lora_B: B [N, R]; any R ≥ 1. Both None for an adapter that is only a bias.
+            scaling: s, no unit. activation: see `peftk.functional.lora_linear`. bias_A: a [R]; bias_B: β [N].
+            slot: the number to use, which then is not new: the caller makes sure that no ids hold it for an earlier
+                adapter. None takes a number that no adapter has had.
+            number: a new number of a free slot, which a server uses in all its layers.
 
         Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
         """
@@ -187,33 +196,33 @@ class AdapterBank:
                 ranks = slice(page * PAGE, page * PAGE + page_A.shape[0])
                 page_A.copy_(lora_A[ranks])
                 page_B.copy_(lora_B[:, ranks])
-        self._own(number % len(self.slots), adapter, pages)
-        self._take(name, number)
+        self._set_slot(number % len(self.slots), adapter, pages)
+        self._register(name, number)
         return number
 
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
-        """Adds an adapter whose tensors stay where they are (trained Parameters); `adapter()` gives it as it is now.
+        """Adds an adapter without copying it (trainable Parameters); `adapter()` returns it with its current tensors.
 
-        Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
+        Returns its number. Raises ValueError or TypeError for bad arguments; the bank is unchanged then.
         """
         number = self.free_number(name, slot)
         self._check_lent(adapter())
         self.slots[number % len(self.slots)] = adapter
-        self._take(name, number)
+        self._register(name, number)
         return number
 
     def remove(self, name: str) -> None:
-        """Frees the adapter's slot. Raises ValueError for an unknown name."""
+        """Removes an adapter and frees its slot. Raises ValueError for an unknown name."""
         self.free(self.forget(name))
 
     def forget(self, name: str) -> int:
-        """The number of an adapter that has no name from now on, and goes on serving until `free`."""
+        """Removes an adapter's name and returns its number. The adapter can be used by that number until `free`."""
         number = self.number(name)
         del self.names[name]
         return number
 
     def free(self, number: int) -> None:
-        """Frees the slot of an adapter without a name, where it still has that."""
+        """Frees the slot of an adapter without a name. Does nothing if a different adapter has the slot."""
         slot = number % len(self.slots)
         if self.numbers[slot] != number:
             return
@@ -224,35 +233,35 @@ class AdapterBank:
         self._owners.pop(slot, None)
 
     def number(self, name: str) -> int:
-        """The adapter's number for `ids`. Raises ValueError for an unknown name."""
+        """The adapter's number, to put in `ids`. Raises ValueError for an unknown name."""
         if name not in self.names:
             known = ", ".join(sorted(self.names)) or "none"
             raise ValueError(f"name: expected a loaded adapter ({known}), got {name!r}")
         return self.names[name]
 
     def slots_of(self, ids: Tensor) -> Tensor:
-        """Slots for the numbers in `ids`, which may have outlived their adapters; -1 stays.
+        """The slots of the numbers in `ids`; -1 stays -1.
 
-        Raises ValueError for the number of an adapter that is gone. On a GPU, where looking would synchronise, it
-        becomes a number outside of the bank, which kernels take for -1.
+        Raises ValueError for a number that no adapter of the bank has. On a GPU, where checking would synchronise, such
+        a number becomes one outside of the bank, which kernels treat as -1.
         """
         return _slots_of(ids, (self,))
 
     def numbers_on(self, device: torch.device) -> Tensor:
-        """`numbers` as a tensor, made anew when adapters came or went."""
+        """`numbers` as a tensor, cached until adapters are added or removed."""
         if torch.compiler.is_compiling():
             return torch.tensor(self.numbers, device=device)
-        found = self._found
-        if found is None or found[0] != self._version or found[1].device != device:
-            version = self._version  # looked at first, as in `table`
+        cached = self._cached_numbers
+        if cached is None or cached[0] != self._version or cached[1].device != device:
+            version = self._version  # read first, as in `table`
             with lasting():
-                found = self._found = (version, torch.tensor(self.numbers, device=device))
-        return found[1]
+                cached = self._cached_numbers = (version, torch.tensor(self.numbers, device=device))
+        return cached[1]
 
     @property
     def adapters(self) -> tuple[Adapter | None, ...]:
         """The adapters by slot; None for a free one."""
-        return tuple(_adapter(slot) for slot in self.slots)
+        return tuple(_adapter_in(slot) for slot in self.slots)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -261,7 +270,7 @@ class AdapterBank:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Where slices of packed outputs begin: there is one slice (`PackedBank` has several)."""
+        """Where slices of packed outputs begin and end; () here, as there is one slice (`PackedBank` has several)."""
         return ()
 
     @property
@@ -273,32 +282,36 @@ class AdapterBank:
         return self.pool.device
 
     def table(self) -> AdapterTable | None:
-        """What the kernels read; made anew when adapters came or went, or a lent adapter's tensors moved.
+        """The table that the kernels read; rebuilt if adapters were added or removed, or a lent adapter's tensor moved.
 
-        None where a lent adapter's tensors are for torch to compute with (`peftk.system.storage`).
+        None if kernels cannot read a lent adapter's tensors, so that torch computes with them (`peftk.system.storage`).
         """
-        made = self._made
-        if made is not None and made.version == self._version and made.where == _where([a() for a in made.lent]):
-            return made.table
-        version = self._version  # looked at first: what another thread adds or removes meanwhile makes the table stale
+        cached = self._cached_table
+        if (
+            cached is not None
+            and cached.version == self._version
+            and cached.lent_state == _lent_state([adapter() for adapter in cached.lent])
+        ):
+            return cached.table
+        version = self._version  # read first: if another thread changes the slots meanwhile, the table counts as stale
         slots = list(self.slots)
-        adapters = tuple(_adapter(slot) for slot in slots)  # once: a computed tensor is another one each time
+        adapters = tuple(_adapter_in(slot) for slot in slots)  # only once: a computed tensor is a new one each time
         lent = {number: slot for number, slot in enumerate(slots) if slot is not None and not isinstance(slot, Adapter)}
         now = [adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None]
         for adapter in now:
             self._check_lent(adapter)
-        where = _where(now)
-        if where is None:
+        lent_state = _lent_state(now)
+        if lent_state is None:
             return None
         built = table.build(adapters, dtype=self.dtype, device=self.device)
-        self._made = None
-        if all(tensor.grad_fn is None for adapter in now for tensor in adapter.tensors()):  # else it holds a graph
-            self._made = _Made(version, list(lent.values()), where, built)
+        self._cached_table = None
+        if all(tensor.grad_fn is None for adapter in now for tensor in adapter.tensors()):  # don't keep a graph alive
+            self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
 
     @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts what the bank owns. Lent tensors are moved by the module that owns them."""
+        """Moves or converts the tensors that the bank owns. Lent tensors are moved by the module that owns them."""
         self.pool.apply(fn)
         for slot, adapter in enumerate(self.slots):
             if isinstance(adapter, Adapter):
@@ -306,21 +319,21 @@ class AdapterBank:
                 pages = self._pages[slot]
                 views = self._views(pages, adapter.rank)
                 self._owners.pop(slot).detach()
-                self._own(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
+                self._set_slot(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
         self._version += 1
 
-    def _take(self, name: str, number: int) -> None:
+    def _register(self, name: str, number: int) -> None:
         slot = number % len(self.slots)
         self.names[name] = self.numbers[slot] = number
         self._next[slot] = max(self._next[slot], number + len(self.slots))
         self.reused |= number >= len(self.slots)
         self._version += 1
 
-    def _own(self, slot: int, adapter: Adapter, pages: list[int]) -> None:
-        """Puts the adapter in its slot; its pages are free again when it is gone for everybody."""
+    def _set_slot(self, slot: int, adapter: Adapter, pages: list[int]) -> None:
+        """Puts the adapter in its slot. Its pages are freed when nothing refers to the adapter any more."""
         self.slots[slot] = adapter
         self._pages[slot] = pages
-        self._owners[slot] = weakref.finalize(adapter, self.pool.give, pages)
+        self._owners[slot] = weakref.finalize(adapter, self.pool.give_back, pages)
         self._owners[slot].atexit = False
 
     def _check_lent(self, adapter: Adapter) -> None:
@@ -329,20 +342,19 @@ class AdapterBank:
         rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
         checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
         if storage.dense(*adapter.tensors()):
-            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises where it cannot run as it lies
+            table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises if kernels cannot read it
 
     def _views(self, pages: list[int], rank: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         views = [self.pool.page(page, min(PAGE, rank - number * PAGE)) for number, page in enumerate(pages)]
         return tuple(A for A, _ in views), tuple(B for _, B in views)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a table holds addresses, and ownership of pages is this bank's alone; pages are views of the pool, which a
-        # copy makes anew
+        # A copy builds a table with its own addresses, owns its own pages, and makes adapters from views of its pool.
         slots = [
             (slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B) if isinstance(slot, Adapter) else slot
             for slot in self.slots
         ]
-        return {**self.__dict__, "_made": None, "_found": None, "_owners": {}, "slots": slots}
+        return {**self.__dict__, "_cached_table": None, "_cached_numbers": None, "_owners": {}, "slots": slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -350,27 +362,30 @@ class AdapterBank:
             if isinstance(kept, tuple):
                 rank, *rest = kept
                 pages = self._pages[slot]
-                self._own(slot, Adapter(*self._views(pages, rank), *rest), pages)
+                self._set_slot(slot, Adapter(*self._views(pages, rank), *rest), pages)
 
 
 def _slots_of(ids: Tensor, banks: Sequence[AdapterBank]) -> Tensor:
     if not any(bank.reused for bank in banks) or getattr(ids, "dtype", None) not in (torch.int32, torch.int64):
-        return ids  # they are slots; or no ids at all, which is found later
+        return ids  # they are slots, or not ids at all, which a later check finds
     slots = ids % len(banks[0].slots)
-    there = torch.stack([bank.numbers_on(ids.device)[slots.long()] for bank in banks])
-    same = there == ids
-    gone = (ids >= 0) & ~((same | (there == -1)).all(0) & same.any(0))
-    if not torch.compiler.is_compiling() and checks.look_at_ids(ids.device) and gone.any():
-        raise ValueError(f"ids: expected -1 or the numbers of adapters, got {int(ids[gone][0])}, of one that is gone")
-    return torch.where(gone, NO_NUMBER, torch.where(ids < 0, ids, slots))
+    numbers = torch.stack([bank.numbers_on(ids.device)[slots.long()] for bank in banks])
+    same = numbers == ids
+    unknown = (ids >= 0) & ~((same | (numbers == -1)).all(0) & same.any(0))
+    if not torch.compiler.is_compiling() and checks.ids_are_checked(ids.device) and unknown.any():
+        number = int(ids[unknown][0])
+        raise ValueError(f"ids: expected -1 or numbers of adapters in the bank, got {number}, which none of them has")
+    return torch.where(unknown, NO_NUMBER, torch.where(ids < 0, ids, slots))
 
 
 class PackedBank:
-    """The banks of a layer with packed outputs: slices of W's rows side by side, each with adapters of its own.
+    """The banks of a layer with packed outputs, such as query, key and value in one projection.
 
-    banks: one for each slice, in order, of the same max_adapters, dtype and device (query, key and value of one
-    projection, say). An id names the adapter of that number in every one of them; where a bank has none in its slot,
-    its slice is the base layer's.
+    Each slice of W's rows has its own bank. banks: one per slice, in order, with the same in_features, max_adapters,
+    dtype and device. An id names the adapter with that number in each bank; a slice whose bank has no adapter in that
+    slot is computed by the base layer alone.
+
+    Raises TypeError or ValueError if there are no banks or they differ.
     """
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:
@@ -386,7 +401,7 @@ class PackedBank:
                     f"got {bank.pool.in_features}"
                 )
         self._packed: tuple[list[AdapterTable], AdapterTable] | None = None
-        self.table()  # raises where they differ
+        self.table()  # raises if the banks differ
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -400,7 +415,7 @@ class PackedBank:
 
     @property
     def adapters(self) -> tuple[Adapter | None, ...]:
-        """Those of the first bank by number, then those of the second, …"""
+        """The adapters of the first bank by slot, then those of the second, …; None for a free slot."""
         return tuple(adapter for bank in self.banks for adapter in bank.adapters)
 
     @property
@@ -413,11 +428,11 @@ class PackedBank:
         return self.banks[0].device
 
     def slots_of(self, ids: Tensor) -> Tensor:
-        """Slots for the numbers in `ids`, as `AdapterBank.slots_of`; in every bank they name that adapter or none."""
+        """As `AdapterBank.slots_of`. In each bank, the slot of a number must hold that number or be free."""
         return _slots_of(ids, self.banks)
 
     def table(self) -> AdapterTable | None:
-        """What the kernels read; made anew when a bank's is. None where `AdapterBank.table` is."""
+        """The table that the kernels read; rebuilt if a bank's table was. None if a bank's table is None."""
         tables: list[AdapterTable] = []
         for bank in self.banks:
             found = bank.table()

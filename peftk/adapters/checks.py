@@ -1,6 +1,6 @@
-"""Every check of arguments, in one place. Each error names the argument, what was expected and what came.
+"""All checks of arguments. Each error names the argument, what was expected and what was passed.
 
-Checks look at shapes, dtypes and devices only, never at values on a GPU: looking would synchronise.
+Checks read shapes, dtypes and devices, but no values on a GPU, which would synchronise (see `ids_are_checked`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import activations
-from peftk.adapters.adapter import Adapter, both_factors
+from peftk.adapters.adapter import Adapter, check_both_factors
 from peftk.adapters.table import AdapterTable
 from peftk.system import memory, storage
 
@@ -24,17 +24,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    of_floats(name, tensor.dtype)
+    float_dtype(name, tensor.dtype)
     stored(name, tensor)
 
 
-def of_floats(name: str, dtype: torch.dtype) -> None:
+def float_dtype(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         raise TypeError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def stored(name: str, tensor: Tensor) -> None:
-    """A dense tensor, or one that torch computes with as with a dense one (`peftk.system.storage`)."""
+    """Raises TypeError unless the tensor is dense, or torch can still compute with it (`peftk.system.storage`)."""
     if torch.compiler.is_compiling() or storage.dense(tensor):
         return
     if not storage.by_torch(tensor):
@@ -42,7 +42,7 @@ def stored(name: str, tensor: Tensor) -> None:
 
 
 def dense(name: str, tensor: Tensor) -> None:
-    """A tensor whose elements lie in memory as its shape and strides say: the only ones with an address to read."""
+    """Raises TypeError unless kernels can read the tensor: its elements are in memory as its shape and strides say."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not storage.dense(tensor):
@@ -50,38 +50,40 @@ def dense(name: str, tensor: Tensor) -> None:
 
 
 def for_torch(**tensors: Tensor) -> None:
-    """What a layer of plain torch operations is given: tensors of floats that torch can read, with tangents kept."""
-    if torch.compiler.is_compiling():  # torch says what it can't record
+    """Checks the inputs of a layer of plain torch operations: floating point, readable by torch, tangents not lost."""
+    if torch.compiler.is_compiling():  # torch raises for what it cannot record
         return
     plain, first = storage.dense(*tensors.values()), next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if not plain:
             floating(name, tensor)
             same_device(name, tensor, first.device, "the input")
-        of_floats(name, tensor.dtype)
+        float_dtype(name, tensor.dtype)
     keeps_tangents(*tensors.values())
 
 
 def for_kernels(**tensors: Tensor | None) -> None:
-    """What a recorded operation is given when it runs at last, where nobody can ask torch to compute it instead."""
+    """Checks the inputs of a custom op when it runs: it cannot go back to plain torch, so they must be dense."""
     if not storage.dense(*tensors.values()):
         for name, tensor in tensors.items():
             if tensor is not None:
                 dense(name, tensor)
     if storage.has_tangent(*tensors.values()):
-        raise RuntimeError("x: expected tensors without tangents, which a compiled call drops; run it without compile")
+        raise RuntimeError(
+            "x: expected tensors without tangents, as a compiled call drops them, got some; run it without compile"
+        )
 
 
 def keeps_tangents(*tensors: Tensor | None) -> None:
-    """Raises RuntimeError where forward-mode AD would lose a tangent without a word."""
+    """Raises RuntimeError if forward-mode AD would silently lose a tangent."""
     if torch.is_inference_mode_enabled() and storage.has_tangent(*tensors):
         raise RuntimeError(
-            "x: expected tensors without tangents in inference mode, which drops them; forward-mode AD works in no_grad"
+            "x: expected tensors without tangents in inference mode, which drops them, got some; use no_grad instead"
         )
 
 
 def mixes(name: str, dtype: torch.dtype, other: str, other_dtype: torch.dtype) -> None:
-    """fp32, bf16 and fp16 mix with one another; fp64 with nothing."""
+    """Raises TypeError if one dtype is fp64 and the other is not. fp32, bf16 and fp16 can be mixed."""
     if (dtype == torch.float64) != (other_dtype == torch.float64):
         raise TypeError(f"{name}: expected a dtype that mixes with {other}'s {other_dtype}, got {dtype}")
 
@@ -104,7 +106,7 @@ def same_device(name: str, tensor: Any, device: torch.device, like: str = "weigh
 
 
 def base(weight: Tensor, bias: Tensor | None) -> None:
-    """weight [N, K], bias [N]: frozen weight, one device."""
+    """Checks a base layer: weight [N, K], frozen; bias [N]; same device, dtypes that mix."""
     floating("weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: expected shape [N, K] with N, K ≥ 1, got {list(weight.shape)}")
@@ -118,20 +120,20 @@ def base(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def input(x: Tensor, weight: Tensor) -> None:
-    """x [..., K] beside a frozen weight [N, K]."""
+    """Checks x [..., K] against a frozen weight [N, K]."""
     floating("x", x)
     floating("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [N, K], got {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {weight.shape[1]}, got {list(x.shape)}")
-    _beside(x, "weight", weight.device, weight.dtype)
+    _x_matches(x, "weight", weight.device, weight.dtype)
     if weight.requires_grad:
         raise ValueError("weight: expected a frozen weight (requires_grad=False), got one that requires a gradient")
 
 
 def width(x: Tensor) -> int:
-    """K of x [..., K], which the adapter of a series has on both sides."""
+    """K of x [..., K]: the input and output width of a series adapter."""
     floating("x", x)
     if x.dim() == 0:
         raise ValueError(f"x: expected shape [..., K], got {list(x.shape)}")
@@ -147,34 +149,34 @@ def block(
     bias_A: Tensor | None,
     bias_B: Tensor | None,
 ) -> None:
-    """x [..., K] and a series adapter: `adapter_shapes` for [K, K], all on one device, of one dtype beside x's."""
+    """Checks x [..., K] and a series adapter: its shapes, one device, one dtype that mixes with x's."""
     K, named = width(x), _named(lora_A, lora_B, bias_A, bias_B)
     if not named:
         raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
     adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
     first = named[0][1]
-    _of_one_kind(named, first.device, "the adapter's other tensors")
-    _beside(x, "the adapter", first.device, first.dtype)
+    _same_device_and_dtype(named, first.device, "the adapter's other tensors")
+    _x_matches(x, "the adapter", first.device, first.dtype)
 
 
 def block_input(x: Tensor, lora_A: Tensor) -> None:
-    """x [..., K] before a series adapter with A [R, K]."""
+    """Checks x [..., K] against a series adapter with A [R, K]."""
     floating("lora_A", lora_A)
     if lora_A.dim() != 2:
         raise ValueError(f"lora_A: expected shape [R, K], got {list(lora_A.shape)}")
     if width(x) != lora_A.shape[1]:
         raise ValueError(f"x: expected shape [..., K] with K = {lora_A.shape[1]}, got {list(x.shape)}")
-    _beside(x, "the adapter", lora_A.device, lora_A.dtype)
+    _x_matches(x, "the adapter", lora_A.device, lora_A.dtype)
 
 
 def block_bank(x: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-    """x [..., K] beside a bank of series adapters."""
+    """Checks x [..., K] against a bank of series adapters."""
     width(x)
-    _beside(x, "bank", device, dtype)
+    _x_matches(x, "bank", device, dtype)
 
 
-def _beside(x: Tensor, other: str, device: torch.device, dtype: torch.dtype) -> None:
-    """x on the device, and of a dtype that mixes."""
+def _x_matches(x: Tensor, other: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Checks that x is on the device and that its dtype mixes."""
     same_device("x", x, device, other)
     mixes("x", x.dtype, other, dtype)
 
@@ -189,8 +191,8 @@ def adapter_shapes(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> None:
-    """One adapter for a weight [N, K]: A [R, K] and B [N, R] together or neither, a [R], β [N]."""
-    both_factors(lora_A, lora_B)
+    """Checks one adapter for a weight [N, K]: A [R, K] and B [N, R], both or neither; a [R]; β [N]; finite scaling."""
+    check_both_factors(lora_A, lora_B)
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
@@ -221,17 +223,17 @@ def adapter(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> None:
-    """`adapter_shapes` for weight [N, K], and: all on weight's device, of one dtype that mixes with weight's."""
+    """Checks one adapter for weight [N, K]: `adapter_shapes`, weight's device, one dtype that mixes with weight's."""
     N, K = weight.shape
     adapter_shapes(N, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
     named = _named(lora_A, lora_B, bias_A, bias_B)
-    _of_one_kind(named, weight.device, "weight")
+    _same_device_and_dtype(named, weight.device, "weight")
     for name, tensor in named:
         mixes(name, tensor.dtype, "weight", weight.dtype)
 
 
-def _of_one_kind(named: Sequence[tuple[str, Tensor]], device: torch.device, like: str) -> None:
-    """An adapter's tensors: all on the device, of one dtype."""
+def _same_device_and_dtype(named: Sequence[tuple[str, Tensor]], device: torch.device, like: str) -> None:
+    """Checks that an adapter's tensors are on the device and have one dtype."""
     for name, tensor in named:
         same_device(name, tensor, device, like)
         dtype = named[0][1].dtype
@@ -247,7 +249,7 @@ def _named(
 
 
 def fits(name: str, adapter: Adapter, N: int, K: int) -> None:
-    """The tensors that a kernel will read by address have the shapes that it expects. Asked at every call."""
+    """Checks that an adapter's tensors have the shapes that kernels will read by address. Called in every call."""
     if len(adapter.pages_A) != len(adapter.pages_B):
         raise ValueError(
             f"{name}: expected as many pages of A as of B, got {len(adapter.pages_A)}, {len(adapter.pages_B)}"
@@ -268,7 +270,7 @@ def fits(name: str, adapter: Adapter, N: int, K: int) -> None:
 
 
 def writable(name: str, tensor: Tensor) -> None:
-    """Every element has a place of its own."""
+    """Raises ValueError if two elements of the tensor share memory."""
     reach = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size > 1 and stride < reach:
@@ -276,10 +278,10 @@ def writable(name: str, tensor: Tensor) -> None:
         reach = stride * (size - 1) + reach if size > 1 else reach
 
 
-def apart(weights: Sequence[Tensor]) -> None:
-    """No two share memory."""
-    for one, other in memory.overlapping(weights):
-        raise ValueError(f"weights: expected no two in the same memory, got layers {one} and {other} in one")
+def separate_memory(weights: Sequence[Tensor]) -> None:
+    """Raises ValueError if two weights share memory."""
+    for first, second in memory.overlapping(weights):
+        raise ValueError(f"weights: expected separate memory for each, got layers {first} and {second} sharing memory")
 
 
 def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
@@ -295,7 +297,7 @@ def dropout(p: float, seed: Tensor | None, device: torch.device) -> None:
 
 
 def ids(ids: Tensor, x: Tensor) -> None:
-    """ids int32/int64 of x.shape[:-1] (per token) or x.shape[:1] (per sequence), on x's device."""
+    """Checks ids: int32 or int64 of shape x.shape[:-1] (per token) or x.shape[:1] (per sequence), on x's device."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected a tensor of adapter numbers, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -308,13 +310,13 @@ def ids(ids: Tensor, x: Tensor) -> None:
         raise ValueError(f"ids: expected on {x.device} like x, got {ids.device}")
 
 
-def look_at_ids(device: torch.device) -> bool:
-    """Whether ids are looked at before use: always on a CPU; on a GPU, where it synchronises, with PEFTK_CHECK=1."""
+def ids_are_checked(device: torch.device) -> bool:
+    """Whether the values of ids are checked: always on a CPU; on a GPU, where that synchronises, if PEFTK_CHECK=1."""
     return device.type == "cpu" or os.environ.get("PEFTK_CHECK") == "1"
 
 
 def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], N: int, K: int) -> None:
-    """Adapters by number, of every slice of packed outputs, fit W [N, K]. Raises ValueError for one that does not."""
+    """Raises ValueError if an adapter does not fit W [N, K]. adapters: by slot, per slice; columns: of the slices."""
     slices = max(len(columns) - 1, 1)
     if columns and columns[-1] != N:
         raise ValueError(f"bank: expected slices of {N} columns together like weight, got {columns[-1]}")
@@ -325,14 +327,14 @@ def bank(adapters: Sequence[Adapter | None], columns: Sequence[int], N: int, K: 
 
 
 def ids_in_table(ids: Tensor, table: AdapterTable) -> None:
-    """Every id is -1 or names a taken slot. Raises ValueError with the first that does not."""
+    """Raises ValueError for the first id that is neither -1 nor a taken slot."""
     count = table.count
     _ids_taken(ids, table.rows[:, 3].reshape(table.slices, count).amax(0).bool() if count else table.rows[:, 3].bool())
 
 
 def ids_in_bank(ids: Tensor, adapters: Sequence[Adapter | None], slices: int) -> None:
-    """The same for adapters by number, of every slice of packed outputs. ids without values are not looked at."""
-    if storage.dense(ids) and look_at_ids(ids.device):
+    """The same for adapters by slot, for each slice of packed outputs. ids without values are not checked."""
+    if storage.dense(ids) and ids_are_checked(ids.device):
         count = len(adapters) // slices
         taken = [any(adapter is not None for adapter in adapters[number::count]) for number in range(count)]
         _ids_taken(ids, torch.tensor(taken, dtype=torch.bool, device=ids.device))

@@ -1,4 +1,4 @@
-"""Dropout of an adapter's input: the object that travels whole."""
+"""Dropout of an adapter's input: its probability and seed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from peftk.adapters import checks
 
 
 class Dropout(NamedTuple):
-    """x̃ = mask ⊙ x / (1 - p): which elements of x the adapter does not see. None in its place: it sees them all."""
+    """The adapter's input is x̃ = mask ⊙ x / (1 - p). Functions that take `Dropout | None` take None for no dropout."""
 
     p: float  # 0 < p < 1
     seed: Tensor  # int64, one element, on x's device; the mask comes from it (`peftk.reference.philox`)
 
 
 def dropout_of(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
-    """Dropout with a probability and a seed as users give them, where None draws one from torch's generator.
+    """The Dropout for a probability and a seed from a user; seed None draws one from torch's generator. None for p = 0.
 
-    Raises TypeError or ValueError where p is no probability below 1, or seed no int64 tensor of one element there.
+    Raises TypeError or ValueError unless 0 ≤ p < 1 and seed is None or an int64 tensor of one element on `device`.
     """
     if p == 0.0 and seed is None:
         return None
@@ -31,10 +31,10 @@ def dropout_of(p: float, seed: Tensor | None, device: torch.device) -> Dropout |
 
 
 def flat_dropout(dropout: Dropout | None) -> tuple[float, Tensor | None]:
-    """p and seed, as torch's custom ops and kernels take them: p = 0 where nothing is dropped."""
+    """p and seed, as custom ops and kernels take them; p = 0 for no dropout."""
     return (0.0, None) if dropout is None else dropout
 
 
 def dropout_from(p: float, seed: Tensor | None) -> Dropout | None:
-    """What `flat_dropout` made flat."""
+    """The inverse of `flat_dropout`."""
     return None if seed is None else Dropout(p, seed)

@@ -1,4 +1,4 @@
-"""Adapters as flat lists, which torch.autograd and custom ops take."""
+"""Converts adapters to flat lists and back, since torch.autograd and custom ops take no objects."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peftk.adapters.adapter import NOTHING, Adapter, AdapterGrads, Wanted
 
 
 def flat_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
-    """All adapters' tensors in one list: each adapter's pages of A, pages of B, bias_A and bias_B where there are."""
+    """All adapters' tensors in one list: for each adapter its pages of A, pages of B, and bias_A and bias_B if any."""
     return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
 
 
 def flat_wanted(adapters: tuple[Adapter | None, ...], needs: Sequence[bool]) -> list[Wanted]:
-    """Which gradients each adapter's tensors need, from one answer for each of `flat_tensors`."""
+    """Which gradients each adapter needs. needs: whether each tensor of `flat_tensors` needs one."""
     if not any(needs):
         return [NOTHING] * len(adapters)
     remaining, wanted = list(needs), []
@@ -33,7 +33,7 @@ def flat_wanted(adapters: tuple[Adapter | None, ...], needs: Sequence[bool]) -> 
 
 
 def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | None]) -> list[Tensor | None]:
-    """The gradients in the order of `flat_tensors`, those of A and B cut into the adapter's pages."""
+    """The gradients in the order of `flat_tensors`, those of A and B split into the adapter's pages."""
     flat: list[Tensor | None] = []
     for adapter, grad in zip(adapters, grads, strict=True):
         if adapter is None or grad is None:
@@ -51,7 +51,7 @@ _FIELDS = 4
 
 
 def pack(adapters: tuple[Adapter | None, ...]) -> tuple[list[Tensor], list[int], list[float]]:
-    """A table's adapters as lists that a custom op can take."""
+    """A table's adapters as lists that a custom op can take: tensors, layout (4 integers per adapter) and scalings."""
     layout: list[int] = []
     scalings: list[float] = []
     for adapter in adapters:
@@ -66,6 +66,7 @@ def pack(adapters: tuple[Adapter | None, ...]) -> tuple[list[Tensor], list[int],
 
 
 def unpack(tensors: Sequence[Tensor], layout: Sequence[int], scalings: Sequence[float]) -> tuple[Adapter | None, ...]:
+    """The adapters from what `pack` returned."""
     remaining = list(tensors)
 
     def take(count: int) -> tuple[Tensor, ...]:

@@ -1,14 +1,15 @@
-"""Whether the rows that reach a layer are still the sequences of the batch in their order: looked at in first forwards.
+"""Checks, in a model's first forwards, that the rows that reach a layer are still the batch's sequences in order.
 
-A shape does not tell. [4, 4, K] may be four sequences or, in a time-major model, four times; [4, K] may be one row a
-sequence, or the four tokens that a router gave to this expert. So in the first forwards of a route through a model, the
-functions that run are followed from its inputs to its layers. For each tensor that came of them this keeps
+A shape alone does not tell. [4, 4, K] may be four sequences or, in a time-major model, four time steps; [4, K] may be
+one row per sequence, or the four tokens that a router sent to this expert. So in the first forwards with a route, the
+torch functions that run are followed from the model's inputs to its layers. For each tensor computed from an input this
+records its `Place`:
 
-    a number   the dimension in which the sequences lie, in order (several rows for each where others were merged in)
-    a text     what made it impossible to tell: rows were picked, sorted, summed over the batch
-    nothing    no input is in it, or a function was not understood: its shape decides
+    int    the dimension with the sequences, in order (several rows per sequence if other dimensions were merged in)
+    str    why that is unknown: rows were selected, sorted, or summed over the batch
+    none   nothing: no input went into it, or a function is not known here; then its shape decides
 
-What a shape decides in later forwards is then right, since it is the same code that runs.
+Later forwards are judged by shape alone, which is right then because the same code runs.
 """
 
 from __future__ import annotations
@@ -24,67 +25,68 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Place = int | str
 
-PICKED = "rows that were picked or sorted, as a router gives them to experts"
-MERGED = "rows of which the sequences are no longer in order"
+PICKED = "rows that were selected or sorted, as a router does for experts"
+MERGED = "rows in which the sequences are no longer in order"
 
 
 class RowOrder(TorchFunctionMode):
-    """Follows the functions of one forward. inputs: of the model; batch: how many sequences; dim: where they lie."""
+    """Follows the torch functions of one forward. inputs: the model's; batch: number of sequences; dim: theirs in x."""
 
     def __init__(self, inputs: Sequence[Tensor], batch: int, dim: int) -> None:
-        self.batch, self._on = batch, True
+        self.batch, self._active = batch, True
         self._places = WeakTensorKeyDictionary()
         for t in inputs:
             sides = [d for d in range(min(t.dim(), 2)) if t.shape[d] == batch]
             if dim == 0 and 0 in sides:
                 self._places[t] = 0
-            elif dim == 1 and len(sides) == 1:  # a time-major model may be called with [B, T] all the same
+            elif dim == 1 and len(sides) == 1:  # even a time-major model may be called with [B, T]
                 self._places[t] = sides[0]
 
-    def leave(self) -> None:
-        self._on = False
+    def stop(self) -> None:
+        self._active = False
         if _get_current_function_mode() is self:
             self.__exit__(None, None, None)
 
-    def look(self, x: Tensor, dim: int) -> None:
-        """Raises ValueError where the rows of x are known not to be sequences, which lie in `dim`."""
+    def check(self, x: Tensor, dim: int) -> None:
+        """Raises ValueError if dimension `dim` of x is known not to hold the sequences in order."""
         place = self._places.get(x)
         if x.dim() == 2:
             wrong = place == PICKED or (dim == 0 and place not in (None, 0))
         else:
             wrong = isinstance(place, int) and place != dim
         if wrong:
-            what = place if isinstance(place, str) else f"x with sequences in dimension {place}"
+            found = place if isinstance(place, str) else f"x with sequences in dimension {place}"
             raise ValueError(
-                f"route: expected x with the sequences of the batch in order in dimension {dim}, got {what} "
-                f"(x {list(x.shape)}). Time-major x: batch_dim=1. Where a router moves rows: batches of one adapter"
+                f"route: expected x with the sequences of the batch in order in dimension {dim}, got {found} "
+                f"(x {list(x.shape)}). For time-major x pass batch_dim=1; if a router moves rows, route batches with "
+                "one adapter only"
             )
 
-    def passed(self, x: Tensor, y: Tensor) -> None:
-        """A layer of ours made y of x, row by row; it is not among the functions of torch that are seen here."""
+    def record_layer(self, x: Tensor, y: Tensor) -> None:
+        """Records that a layer of ours computed y from x, row by row: its kernels are not torch functions."""
         if x in self._places:
             self._places[y] = self._places[x]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not self._on or torch.compiler.is_compiling():
+        if not self._active or torch.compiler.is_compiling():
             return out
         if _name(func) == "__iter__":
             out = list(out)
-        self._follow(_Ran(_name(func), func, args, kwargs, self.batch, self._places), out)
+        self._follow(_FunctionCall(_name(func), func, args, kwargs, self.batch, self._places), out)
         return iter(out) if _name(func) == "__iter__" else out
 
-    def _follow(self, ran: _Ran, out: Any) -> None:
-        outputs = [t for t in _tensors(out) if t not in self._places]  # what is changed in place stays where it is
-        inputs = [(t, self._places[t]) for t in _tensors((ran.args, ran.kwargs)) if t in self._places]
-        first = ran.args[0] if ran.args else None
-        if not outputs or not inputs or (ran.name.endswith("_") and outputs[0] is first):
+    def _follow(self, call: _FunctionCall, out: Any) -> None:
+        outputs = [t for t in _tensors(out) if t not in self._places]  # a tensor changed in place keeps its place
+        inputs = [(t, self._places[t]) for t in _tensors((call.args, call.kwargs)) if t in self._places]
+        first = call.args[0] if call.args else None
+        if not outputs or not inputs or (call.name.endswith("_") and outputs[0] is first):
             return
-        if ran.name in _INTO or (ran.name in _FROM and any(t is first for t, _ in inputs)):
+        if call.name in _WRITES_FIRST or (call.name in _READS_FIRST and any(t is first for t, _ in inputs)):
             inputs = [pair for pair in inputs if pair[0] is first]
         for y in outputs:
-            places = {place if isinstance(place, str) else ran.place_or_none(t, place, y) for t, place in inputs}
+            places = {place if isinstance(place, str) else call.place_or_none(t, place, y) for t, place in inputs}
             known = {place for place in places if isinstance(place, int)}
             if len(known) == 1:
                 self._places[y] = known.pop()
@@ -92,8 +94,8 @@ class RowOrder(TorchFunctionMode):
                 self._places[y] = PICKED if PICKED in places else MERGED
 
 
-_INTO = {"scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put"}
-_FROM = {"__getitem__", "index_select", "gather", "take_along_dim", "masked_select", "take"}
+_WRITES_FIRST = {"scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_put"}
+_READS_FIRST = {"__getitem__", "index_select", "gather", "take_along_dim", "masked_select", "take"}
 _SORTS = {"index_select": 1, "gather": 1, "take_along_dim": 2, "sort": 1, "argsort": 1, "topk": 2, "flip": 1, "roll": 2}
 _RESHAPES = {"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"}
 _PERMUTES = {
@@ -103,8 +105,8 @@ _PRODUCTS = {"matmul", "__matmul__", "mm", "bmm"}
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
-class _Ran(NamedTuple):
-    """A function of torch that was called."""
+class _FunctionCall(NamedTuple):
+    """A call of a torch function."""
 
     name: str
     func: Any
@@ -114,14 +116,14 @@ class _Ran(NamedTuple):
     places: WeakTensorKeyDictionary
 
     def place_or_none(self, t: Tensor, place: int, y: Tensor) -> Place | None:
-        """`place`; None for arguments that are not understood."""
+        """`place`, or None for arguments that it does not understand."""
         try:
             return self.place(t, place, y)
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, StopIteration, TypeError):
             return None
 
     def place(self, t: Tensor, place: int, y: Tensor) -> Place | None:
-        """Where the sequences are in y, of which t was an input that has them in dimension `place`."""
+        """The Place of the output y, if the input t has the sequences in dimension `place`."""
         name = self.name
         if name in _RESHAPES:
             return self._reshaped(t.shape, place, y.shape)
@@ -148,7 +150,7 @@ class _Ran(NamedTuple):
             return self._sequence_module(t, place, y)
         if name in ("stack", "unbind", "__iter__", "select") or y.dim() < t.dim():
             return self._other_dims(t, place, y)
-        after = y.dim() - t.dim() + place  # row by row, as almost everything; shapes broadcast from the right
+        after = y.dim() - t.dim() + place  # row by row, like most functions; shapes broadcast from the right
         return after if y.shape[after] == t.shape[place] else MERGED
 
     def _reshaped(self, old: torch.Size, place: int, new: torch.Size) -> Place:
@@ -157,8 +159,8 @@ class _Ran(NamedTuple):
         return fits[-1] if fits else MERGED
 
     def _other_dims(self, t: Tensor, place: int, y: Tensor) -> Place:
-        """A dimension is added or taken away."""
-        dims = self._dims(1, "dim", t, default=None if y.dim() < t.dim() - 1 or self.name not in _FIRST else 0)
+        """The Place after a function that adds or removes a dimension."""
+        dims = self._dims(1, "dim", t, default=None if y.dim() < t.dim() - 1 or self.name not in _DEFAULT_DIM_0 else 0)
         if self.name == "stack":
             dim = dims[0] if dims else 0
             return place + (dim <= place)
@@ -167,10 +169,10 @@ class _Ran(NamedTuple):
         return place - sum(dim < place for dim in dims)
 
     def _dims(self, position: int, name: str, t: Tensor, *, default: int | None) -> list[int]:
-        """The dimensions that an argument names."""
-        given = self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-        given = given if isinstance(given, (tuple, list)) else (given,)
-        return [dim % max(t.dim(), 1) for dim in given if isinstance(dim, int)]
+        """The dimensions of t that an argument names."""
+        dims = self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+        dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+        return [dim % max(t.dim(), 1) for dim in dims if isinstance(dim, int)]
 
     def _indexed(self, t: Tensor, place: int, y: Tensor) -> Place:
         index = self.args[1] if isinstance(self.args[1], tuple) else (self.args[1],)
@@ -188,13 +190,15 @@ class _Ran(NamedTuple):
                 whole = isinstance(i, slice) and len(range(t.shape[place])[i]) == t.shape[place] and (i.step or 1) > 0
                 return after if whole else PICKED
             if advanced:
-                return MERGED  # a part of other dimensions, in front of the batch
+                return MERGED  # other dimensions, before the batch, are indexed
             dim, after = dim + taken, after + (i is None or isinstance(i, slice))
         return after + place - dim
 
     def _all_in_order(self, index: Any) -> bool:
-        """Whether it names each sequence once, in order, as in x[arange(B), last], and will do so in every forward: one
-        that was made of the inputs does so by chance."""
+        """Whether the index names each sequence once, in order, as in x[arange(B), last], in this and every forward.
+
+        An index that was computed from the inputs may do so by chance, and does not count.
+        """
         if not isinstance(index, Tensor) or index in self.places or index.shape != (self.batch,) or _is_mask(index):
             return False
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -211,36 +215,36 @@ class _Ran(NamedTuple):
         return output.find(inputs.split(",")[number][place]) if inputs.split(",")[number][place] in output else MERGED
 
     def _sequence_module(self, t: Tensor, place: int, y: Tensor) -> Place | None:
-        """RNNs and attention say themselves where they take the batch to be."""
+        """The Place after an RNN or multi-head attention, which take the batch in a dimension of their own choice."""
         if t is not self.args[0] or t.dim() != 3:
-            return None if t is not self.args[0] else MERGED  # a hidden state, keys; packed sequences
+            return None if t is not self.args[0] else MERGED  # None: a hidden state or keys; MERGED: packed sequences
         dim = 0 if self.name in _RECURRENT and self.args[-1] else 1
         if place != dim:
             raise ValueError(
                 f"route: expected a model that takes x with the sequences of the batch in dimension {place}, got one "
-                f"with {self.name}, which takes dimension {dim} for the batch (x {list(t.shape)}); time-major x: "
-                "batch_dim=1"
+                f"with {self.name}, which takes dimension {dim} for the batch (x {list(t.shape)}); for time-major x "
+                "pass batch_dim=1"
             )
         return place if y.shape[:2] == t.shape[:2] else 1 if y.dim() == 3 else None
 
 
-_FIRST = {"unbind", "__iter__", "stack"}  # without a dim they take the first
+_DEFAULT_DIM_0 = {"unbind", "__iter__", "stack"}  # their default dim is 0
 
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", "")
-    return func.__self__.__name__ if name == "__get__" else name  # of a property: T, mT
+    return func.__self__.__name__ if name == "__get__" else name  # "__get__" for properties: T, mT
 
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _tensors(found: Any) -> Iterable[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, dict):
-        yield from _tensors(tuple(found.values()))
-    elif isinstance(found, (tuple, list)):
-        for each in found:
-            yield from _tensors(each)
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

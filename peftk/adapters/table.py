@@ -1,20 +1,20 @@
-"""What a kernel reads about the adapters of a batch: addresses, strides, ranks, scalings.
+"""The table that kernels read about the adapters of a batch: addresses, strides, ranks, scalings.
 
-An adapter's ranks lie in *pages* of up to 16 (`PAGE`), the smallest contraction that tensor cores take, wherever its
-tensors happen to be: a trainable `Parameter` is one run of pages in place, an adapter of a bank is pages of a pool.
-The kernels see no difference. Layout (all tensors on the table's device):
+An adapter's ranks are divided into *pages* of up to 16 (`PAGE`), the smallest contraction of tensor cores. The table
+holds the pages' addresses, so tensors stay where they are: a trainable `Parameter` is a sequence of pages in place, an
+adapter of a bank consists of pages of a pool. To kernels they are the same. Layout (all tensors on the table's device):
 
     pages     int64   [P, 5]   address of A's page [r, K], its row stride,
                                address of B's page [N, r], its n-stride, its r-stride       (strides in elements)
     rows      int32   [n, 4]   first page, rank, activation code (`activations.CODES`), 1 if the slot is taken
-    scaling   float32 [n]      s_i, dimensionless
+    scaling   float32 [n]      s_i, no unit
     biases    int64   [n, 2]   address of a_i [R] or 0, address of β_i [N] or 0
 
 Page p of an adapter of rank R holds ranks 16p … min(16p + 16, R) - 1. A's columns and both biases are contiguous.
-An empty slot (row 3 = 0) and an adapter of rank 0 have no pages. One table has one dtype.
+An empty slot (column 3 of `rows` is 0) and an adapter of rank 0 have no pages. All adapters of a table have one dtype.
 
-Packed outputs (query, key and value of one projection, say) are several such tables one after the other: the adapters
-of the first slice of columns, then those of the second; an id names one of each (`pack`).
+For packed outputs, such as query, key and value in one projection, several such tables are concatenated: first the
+adapters of the first slice of columns, then those of the second. An id names one adapter of each slice (`pack`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from peftk.system.lasting import lasting
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTable:
-    """The adapters of a batch by id, and their device-readable form. Built by `build` or `pack`, never changed.
+    """The adapters of a batch by id, and the tensors that kernels read about them. Immutable; see `build` and `pack`.
 
-    columns: where the slices of packed outputs begin, and where the last one ends; () for one slice, all columns.
+    columns: where the slices of packed outputs begin, and where the last one ends; () for a single slice.
     """
 
     adapters: tuple[Adapter | None, ...]
@@ -49,38 +49,38 @@ class AdapterTable:
     scaling: Tensor
     biases: Tensor
     columns: tuple[int, ...] = ()
-    ends: Tensor | None = None  # of slices: int32 [slices + 1, 2], first column and first page of z
-    movable: tuple[tuple[Tensor, Place], ...] = ()  # Parameters, and where they lay when the table was built
+    ends: Tensor | None = None  # int32 [slices + 1, 2]: each slice's first column and first page of z, then the ends
+    movable: tuple[tuple[Tensor, Place], ...] = ()  # Parameters, with their places when the table was built
 
     @property
     def slices(self) -> int:
-        """How many slices of the output have adapters of their own; the entry of id i in slice j is j · count + i."""
+        """The number of output slices with adapters of their own. Id i in slice j is entry j · count + i."""
         return max(len(self.columns) - 1, 1)
 
     @property
     def count(self) -> int:
-        """How many adapters an id may name."""
+        """The number of ids, which is the number of slots."""
         return len(self.adapters) // self.slices
 
     @functools.cached_property
     def direct(self) -> bool:
-        """Whether the shortest way to the CPU's kernels may read it. Asked in every call."""
+        """Whether the fast path to the CPU kernels can read this table. Cached, as every call asks."""
         return self.slices == 1 and self.device.type == "cpu"
 
     @functools.cached_property
     def slice_pages(self) -> tuple[int, ...]:
-        """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+        """See `z_pages`."""
         return z_pages(self.adapters, self.slices)
 
     @property
     def z_width(self) -> int:
-        """Columns of the saved pre-activations z: the largest rank, rounded up to whole pages, of every slice."""
+        """The columns of the saved pre-activations z: over all slices, the sum of largest ranks rounded up to pages."""
         return self.slice_pages[-1] * PAGE
 
     def current(self) -> AdapterTable:
-        """This table, or one made anew where a Parameter lies elsewhere by now.
+        """This table, or a new one if a Parameter has moved since.
 
-        A backward asks: one that was offloaded after the forward, say, may have come back to other memory.
+        For the backward: a Parameter that was offloaded after the forward may have come back to a different address.
         """
         if all(place(tensor) == where for tensor, where in self.movable):
             return self
@@ -102,12 +102,12 @@ Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 def place(tensor: Tensor) -> Place:
-    """Where a tensor lies: all that a table says of it."""
+    """A tensor's address, dtype, shape and strides: everything that a table depends on."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
-    """The first page of z of every slice, and the end of the last: each is as wide as its largest rank."""
+    """The first page of z of each slice, and the end of the last. A slice is as wide as its largest rank."""
     starts, count = [0], len(adapters) // slices
     for j in range(slices):
         ranks = (a.rank for a in adapters[j * count : (j + 1) * count] if a is not None)
@@ -117,9 +117,9 @@ def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
 
 @lasting()
 def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
-    """One table for a layer whose outputs are slices of these sizes, side by side, each with the adapters of a table.
+    """One table for a layer whose outputs are slices of these sizes, side by side, one table per slice.
 
-    Raises ValueError where the tables differ in how many adapters an id may name, in dtype or in device.
+    Raises ValueError if the tables differ in the number of ids, dtype or device.
     """
     first = tables[0]
     for number, table in enumerate(tables):
@@ -156,9 +156,10 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
 
 @lasting()
 def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: torch.device) -> AdapterTable:
-    """Writes the table of `adapters` (index = id, None = empty slot). It holds addresses: rebuild it when they move.
+    """The table of `adapters` (index = id, None = empty slot). It holds addresses, so build a new one if tensors move.
 
-    Raises ValueError where a tensor lies in a way that the layout cannot express, TypeError for one without memory.
+    Raises ValueError for a wrong dtype or device or for strides that the layout cannot express, TypeError for a tensor
+    without plain memory.
     """
     pages: list[list[int]] = []
     rows: list[list[int]] = []
@@ -209,9 +210,9 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
 
 
 def in_rows(tensor: Tensor) -> Tensor:
-    """A with contiguous rows, or a contiguous bias: itself where it is, else a copy, through which gradients pass."""
+    """A with contiguous rows, or a contiguous bias: the tensor itself, or a copy through which gradients pass."""
     if tensor.layout != torch.strided or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor  # what isn't strided, others refuse
+        return tensor  # a tensor that is not strided is refused later
     return tensor.contiguous()
 
 

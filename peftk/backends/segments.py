@@ -20,7 +20,7 @@ def of(ids: Tensor, adapters: int) -> Segments:
 
     With a route, sorted once for all its layers and their backward. Ids that a user passes are sorted in every call.
     """
-    return route.once(ids, (adapters, choice.forced()), lambda: _sorted(ids, adapters))
+    return route.derive_once(ids, (adapters, choice.forced()), lambda: _sorted(ids, adapters))
 
 
 @lasting()

@@ -1,14 +1,15 @@
-"""AdapterHub's checkpoints of bottleneck adapters (the adapters library): the one place that knows the format.
+"""Reads and writes AdapterHub's checkpoints of bottleneck adapters (those of the adapters library).
 
-A folder with `adapter_config.json`, {"config": the fields of a BnConfig, "name", "model_type", "hidden_size",
-"model_class", "model_name", "version"}, and `adapter.safetensors` (`save_adapter(…, use_safetensors=True)`), with keys
+A checkpoint is a folder with `adapter_config.json`, {"config": the fields of a BnConfig, "name", "model_type",
+"hidden_size", "model_class", "model_name", "version"}, and `adapter.safetensors` (`save_adapter(…,
+use_safetensors=True)`), with keys
 
     <module>.adapters.<name>.adapter_down.0.weight [R, d]   ….bias [R]      A, a
     <module>.adapters.<name>.adapter_up.weight [d, R]       ….bias [d]      B, b
 
-where <module> is `encoder.layer.3.output`, `h.3.output_adapters`, … (`peftk.methods.adapterhub`), behind the base
-model's prefix or not. Their adapter computes s·(B act(A v + a) + b): β = s·b. Source: adapters 1.3, loading.py and
-methods/bottleneck.py, modeling.py.
+where <module> is `encoder.layer.3.output`, `h.3.output_adapters`, … (`peftk.methods.adapterhub`), with or without the
+base model's prefix. AdapterHub's adapter computes s·(B act(A v + a) + b), so β = s·b. Source: adapters 1.3, loading.py,
+methods/bottleneck.py and modeling.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from peftk.methods.adapterhub import AFTER_NORM, BEFORE_NORM, PARALLEL, SERIES, 
 from peftk.methods.plan import injections
 
 WEIGHTS_FILE = "adapter.safetensors"
-VERSION = "adapters.1.3.0"  # the format's; without one, "gelu" means another function
+VERSION = "adapters.1.3.0"  # of the format; in checkpoints without a version, "gelu" means a different function
 _PARTS = {
     "adapter_down.0.weight": "lora_A",
     "adapter_down.0.bias": "bias_A",
@@ -42,14 +43,14 @@ _ACTIVATIONS = {
 _THEIRS = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "swish", "identity": "linear"}
 _LEGACY = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
-# By placement, what these fields say: original_ln_before, original_ln_after, residual_before_ln.
+# The fields of a BnConfig that express each placement.
 _SAYS: dict[str, dict[str, Any]] = {
     SERIES: {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True},
     BEFORE_NORM: {"original_ln_before": True, "original_ln_after": True, "residual_before_ln": True},
     AFTER_NORM: {"original_ln_before": True, "original_ln_after": False, "residual_before_ln": False},
     PARALLEL: {"original_ln_before": False, "original_ln_after": True, "residual_before_ln": True},
 }
-# Fields of no consequence where the others are as they must be.
+# Fields that have no effect if the others have the supported values.
 _IDLE = {
     *("init_weights", "init_weights_seed", "adapter_residual_before_ln", "inv_adapter_reduction_factor"),
     *("phm_dim", "phm_c_init", "phm_init_range", "phm_rank", "phm_bias", "learn_phm", "hypercomplex_nonlinearity"),
@@ -63,9 +64,10 @@ _MEANT = {
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBottlenecks:
-    """A checkpoint of bottleneck adapters, checked in itself. adapters: by AdapterHub's module, parts by our names.
+    """A checkpoint of bottleneck adapters, checked for consistency.
 
-    about: the base model's name as in a PEFT config, where the checkpoint has one.
+    adapters: for each of AdapterHub's modules, the tensors by our names. about: the base model's name, as in a PEFT
+    config, if the checkpoint has one.
     """
 
     path: Path
@@ -75,17 +77,17 @@ class LoadedBottlenecks:
 
 
 def load(path: str | os.PathLike[str]) -> LoadedBottlenecks:
-    """Reads a checkpoint of bottleneck adapters whole.
+    """Reads a checkpoint of bottleneck adapters.
 
-    Raises CheckpointError for a missing, truncated or corrupt file, for another method, for a bottleneck adapter that
-    computes something else (a learned scaling, a LayerNorm or a gate of its own, PHM layers, invertible adapters,
-    dropout, other placements), and for tensors that do not belong together.
+    Raises CheckpointError for a missing, truncated or corrupt file, for any other method, for a bottleneck adapter with
+    anything more (a learned scaling, a LayerNorm or a gate of its own, PHM layers, invertible adapters, dropout, other
+    placements), and for tensors that do not belong together.
     """
     folder = files.folder(path)
     outer = files.read_config(folder)
     name = outer.get("name")
     if not isinstance(name, str) or not name or "." in name:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: expected name to be that of an adapter, got {name!r}")
+        raise CheckpointError(f"{folder / CONFIG_FILE}: expected name to be an adapter's name, got {name!r}")
     config = _config(folder / CONFIG_FILE, outer)
     tensors = files.read_weights(folder, WEIGHTS_FILE, pickled="pytorch_adapter.bin")
     adapters: dict[str, dict[str, Tensor]] = {}
@@ -99,7 +101,7 @@ def load(path: str | os.PathLike[str]) -> LoadedBottlenecks:
         adapters.setdefault(module, {})[_PARTS[part]] = tensor
     for module, parts in adapters.items():
         _check(folder / WEIGHTS_FILE, module, parts)
-        # in fp64: one rounding in all, when it goes into the adapter
+        # in fp64, so that it is rounded only once, when it is copied into the adapter
         parts["bias_B"] = parts["bias_B"].double() * config.scaling
     about = files.about({"base_model_name_or_path": outer.get("model_name") or None}, folder / CONFIG_FILE)
     return LoadedBottlenecks(folder, config, adapters, about)
@@ -114,12 +116,12 @@ def save(
 ) -> None:
     """Writes a checkpoint that the adapters library reads (`load_adapter(path, use_safetensors=True)`).
 
-    adapters: as in `LoadedBottlenecks`. about: model_type, hidden_size, model_class, model_name. b = β / s is rounded
-    once in the adapter's dtype. Raises ValueError where scaling is 0, which leaves nothing of β. A failure leaves an
-    earlier checkpoint as it was.
+    adapters: as in `LoadedBottlenecks`. about: model_type, hidden_size, model_class, model_name. b = β / s is computed
+    in fp64 and rounded once to the adapter's dtype. Raises ValueError if scaling is 0, as then no b gives β. A failure
+    leaves an earlier checkpoint as it was.
     """
     if config.scaling == 0:
-        raise ValueError("scaling: expected another than 0, with which AdapterHub's adapters add nothing, got 0")
+        raise ValueError("scaling: expected a number other than 0, as AdapterHub's b = β / s, got 0")
     weights = {}
     for module, parts in adapters.items():
         for theirs, ours in _PARTS.items():
@@ -163,7 +165,7 @@ def _config(file: Path, outer: Mapping[str, Any]) -> AdapterHubConfig:
     unsupported = {k: v for k, v in fields.items() if v and k not in _IDLE and k not in _MEANT}
     if unsupported:
         found = ", ".join(f"{field}={value!r}" for field, value in sorted(unsupported.items()))
-        raise CheckpointError(f"{file}: expected an adapter that is s·act(vAᵀ + a)Bᵀ + β alone, got {found}")
+        raise CheckpointError(f"{file}: expected an adapter s·act(vAᵀ + a)Bᵀ + β and nothing more, got {found}")
     scaling = fields.get("scaling", 1.0)
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise CheckpointError(f"{file}: expected scaling to be a number, got {scaling!r}")
@@ -196,20 +198,20 @@ def _placement(file: Path, fields: Mapping[str, Any]) -> str:
         if says["original_ln_after"] is True:
             return PARALLEL
     elif says["original_ln_before"] is False and says["original_ln_after"] is True:
-        if says["residual_before_ln"] in (True, False):  # the same without a LayerNorm before
+        if says["residual_before_ln"] in (True, False):  # has no effect without a LayerNorm before the adapter
             return SERIES
     else:
         for placement in (BEFORE_NORM, AFTER_NORM):
             if says == _SAYS[placement]:
                 return placement
     found = ", ".join(f"{name}={value!r}" for name, value in {"is_parallel": fields.get("is_parallel"), **says}.items())
-    raise CheckpointError(f"{file}: expected a placement that keeps the model's own skip once, got {found}")
+    raise CheckpointError(f"{file}: expected a placement that keeps the model's own skip exactly once, got {found}")
 
 
 def _check(where: Path, module: str, parts: Mapping[str, Tensor]) -> None:
     missing = [theirs for theirs, ours in _PARTS.items() if ours not in parts]
     if missing:
-        raise CheckpointError(f"{where}: {module}: expected {missing[0]}, got only {len(parts)} parts of the adapter")
+        raise CheckpointError(f"{where}: {module}: expected {missing[0]}, got only {len(parts)} tensors of the adapter")
     A, B, a, b = (parts[name] for name in ("lora_A", "lora_B", "bias_A", "bias_B"))
     fits = A.dim() == 2 and B.shape == A.shape[::-1] and a.shape == A.shape[:1] and b.shape == A.shape[1:]
     if not fits or not A.numel():
@@ -220,15 +222,16 @@ def _check(where: Path, module: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def contents_of(model: nn.Module, loaded: LoadedBottlenecks) -> Contents:
+    """What the checkpoint brings to a model with adapters. Raises CheckpointError if it does not fit them."""
     try:
         ours, modules = _adapterhub(model)
     except ValueError as error:
-        raise CheckpointError(f"{loaded.path}: expected a model with bottleneck adapters alone: {error}") from error
+        raise CheckpointError(f"{loaded.path}: expected a model with only bottleneck adapters: {error}") from error
     for field in ("placement", "activation", "scaling"):
-        theirs, here = getattr(loaded.config, field), getattr(ours, field)
-        if theirs != here:
-            raise CheckpointError(f"{loaded.path}: expected the model's {field}, {here!r}, got {theirs!r}")
-    # a checkpoint of a model with a head fits its base model, and the other way round
+        theirs, of_model = getattr(loaded.config, field), getattr(ours, field)
+        if theirs != of_model:
+            raise CheckpointError(f"{loaded.path}: expected the model's {field}, {of_model!r}, got {theirs!r}")
+    # a checkpoint of a model with a head fits its base model, and the reverse
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {key.removeprefix(prefix): module for key, module in modules.items()}
     adapters = {key.removeprefix(prefix): parts for key, parts in loaded.adapters.items()}
@@ -238,6 +241,7 @@ def contents_of(model: nn.Module, loaded: LoadedBottlenecks) -> Contents:
 
 
 def save_model(model: nn.Module, path: AnyPath) -> None:
+    """Saves a model's bottleneck adapters. Raises ValueError if the format cannot hold what was injected."""
     try:
         config, modules = _adapterhub(model)
     except ValueError as error:
@@ -253,7 +257,7 @@ def save_model(model: nn.Module, path: AnyPath) -> None:
 
 
 def _adapterhub(model: nn.Module) -> tuple[AdapterHubConfig, dict[str, str]]:
-    """The model's one method as AdapterHub says it. Raises ValueError where it cannot, or there are several."""
+    """The model's only method as AdapterHub describes it. Raises ValueError if it cannot, or there are several."""
     records = injections(model)
     if len(records) != 1:
         raise ValueError(

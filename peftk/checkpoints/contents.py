@@ -1,4 +1,4 @@
-"""What a checkpoint brings for a model, whichever its format."""
+"""What a checkpoint brings to a model, and what a model has to save, for all formats."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyPath = str | os.PathLike[str]
 
 
 class Contents(NamedTuple):
-    """What a checkpoint brings to a model: tensors by the model's names for them; lora_alpha, use_rslora by layer."""
+    """What a checkpoint brings to a model: tensors by the model's names, and (lora_alpha, use_rslora) by layer."""
 
     tensors: Mapping[str, Tensor]
     alphas: Mapping[str, tuple[float, bool]]
@@ -28,12 +28,12 @@ class Contents(NamedTuple):
 
 
 def trained_names(model: nn.Module) -> list[str]:
-    """Every Parameter that a method trains, its own and the model's, by name, each once."""
+    """The names of all Parameters that methods train, the methods' own and the model's, each once."""
     names = [name for record in injections(model) for name in record.trained]
     for path, module in model.named_modules():
         names += [f"{path}.{name}".removeprefix(".") for name in adapter_parameters(module)]
-    once = {plain_name(name) for name, _ in model.named_parameters()}  # where one that has several names has one
-    return [name for name in dict.fromkeys(map(plain_name, names)) if name in once]
+    first_names = {plain_name(name) for name, _ in model.named_parameters()}  # one name for each Parameter
+    return [name for name in dict.fromkeys(map(plain_name, names)) if name in first_names]
 
 
 def lora_configs(model: nn.Module) -> list[LoraConfig]:
@@ -41,7 +41,7 @@ def lora_configs(model: nn.Module) -> list[LoraConfig]:
 
 
 def one_scaling(layers: Mapping[str, LoRALinear]) -> tuple[bool, dict[str, float]]:
-    """One use_rslora for all layers, and the lora_alpha that gives each its scaling with it."""
+    """One use_rslora for all layers, and for each layer the lora_alpha that gives its scaling."""
     flags = {layer.use_rslora for layer in layers.values()}
     if len(flags) == 1:
         return flags.pop(), {name: layer.lora_alpha for name, layer in layers.items()}
@@ -49,10 +49,10 @@ def one_scaling(layers: Mapping[str, LoRALinear]) -> tuple[bool, dict[str, float
 
 
 class Origin(NamedTuple):
-    """What a model remembers of the checkpoints that it loaded, for those that will be saved.
+    """What a model remembers about the checkpoints that it loaded, for later saves.
 
-    about: what the last one said of the base model (`files.ABOUT`). embeddings: names of the base model's own weights
-    that they brought.
+    about: the last checkpoint's fields about the base model (`files.ABOUT`). embeddings: names of the base model's own
+    weights that the checkpoints brought.
     """
 
     about: Mapping[str, str] = {}
@@ -68,14 +68,14 @@ def origin_of(model: nn.Module) -> Origin:
 
 
 def about_of(model: nn.Module) -> dict[str, str | None]:
-    """What a config says of the base model: as the loaded checkpoint's did, else the model's name alone."""
+    """A config's fields about the base model: those of the loaded checkpoint, else only the model's name."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     fields = {**dict.fromkeys(files.ABOUT), "base_model_name_or_path": name if isinstance(name, str) and name else None}
     return {**fields, **origin_of(model).about}
 
 
 def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Those of the model's Parameters and buffers, as they are where nothing is merged."""
+    """The model's Parameters and buffers of these names, with unmerged values."""
     values = dict(named_values(model))
     merged = {
         id(getattr(layer, part)): (layer, part)
@@ -92,30 +92,31 @@ def values_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def same_rank(path: AnyPath, name: str, layer: LoRALinear, lora_A: Tensor) -> None:
+    """Raises CheckpointError if lora_A does not have the layer's rank."""
     rank = lora_A.shape[0] if lora_A.dim() else 0
     if rank != layer.r:
         raise CheckpointError(
-            f"{path}: {name}: expected rank {layer.r}, that of the adapter in the model, got {rank}; "
+            f"{path}: {name}: expected rank {layer.r} like the adapter in the model, got {rank}; "
             "load it into a model without adapters, or merge it with peftk.switch_adapter"
         )
 
 
 def every_lora_layer(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The model's LoRALinear layers, by each of their names."""
+    """The model's LoRALinear layers, under each of their names."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALinear):
             yield name, module
 
 
 def named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every Parameter and buffer of a model, by each of its names, without wrappers in between."""
+    """Every Parameter and buffer of a model, under each of its names, without the parts that wrappers insert."""
     for found in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in found:
             yield plain_name(name), tensor
 
 
 def tied(model: nn.Module, saved: Collection[str]) -> dict[str, str]:
-    """Other names of Parameters that train whole, and which of `saved` they are. PEFT trains a copy, peftk itself."""
+    """Other names of the Parameters in `saved`, with their names there. (Of these, PEFT trains a copy.)"""
     names: dict[int, str] = {}
     parameters = {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     for name in saved:
@@ -125,13 +126,13 @@ def tied(model: nn.Module, saved: Collection[str]) -> dict[str, str]:
 
 
 def with_aliases(model: nn.Module, trained: Iterable[str], biases: Collection[str]) -> set[str]:
-    """These names, and the others of a bias that several modules hold, where the checkpoint has it by those, too."""
+    """These names, and further names of shared biases if the checkpoint has those in `biases` too."""
     names = set(trained)
     return names | (tied(model, names).keys() & set(biases))
 
 
 def saved_names(model: nn.Module, modules_to_save: Collection[str] | None) -> list[str]:
-    """The Parameters and buffers of these modules, as a checkpoint names them."""
+    """The names of the Parameters and persistent buffers of these modules."""
     stored = {plain_name(name) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return [
         name
@@ -141,12 +142,12 @@ def saved_names(model: nn.Module, modules_to_save: Collection[str] | None) -> li
 
 
 def embeddings(model: nn.Module) -> set[int]:
-    """id() of the Parameters of the model's embeddings, which PEFT saves where their size changed or an adapter is."""
+    """id() of the embeddings' Parameters, which PEFT saves if their size was changed or they are adapted."""
     found = set()
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, name, lambda: None)()
-        except (AttributeError, NotImplementedError):  # transformers' answer where a model has none
+        except (AttributeError, NotImplementedError):  # transformers raises these if a model has none
             continue
         if isinstance(module, nn.Module):
             found |= {id(parameter) for parameter in module.parameters()}
@@ -154,5 +155,5 @@ def embeddings(model: nn.Module) -> set[int]:
 
 
 def within(parameter: str, module: str) -> bool:
-    """Whether a parameter belongs to a module whose dotted name ends with `module`."""
+    """Whether a parameter belongs to a module whose dotted name ends with `module`, by PEFT's rule (`inside`)."""
     return inside(parameter.rpartition(".")[0], module)

@@ -1,8 +1,7 @@
-"""A checkpoint's two files, whichever library's: a JSON config and a safetensors file of weights.
+"""Reads and writes the two files of a checkpoint, for all formats: a JSON config and a safetensors file of weights.
 
-All formats call the config `adapter_config.json`. What tells them apart is in it: HF PEFT's has "peft_type", peftk's
-own "peftk", and AdapterHub's neither, but a "config" beside a "model_type". Only safetensors are read: a pickle can run
-code.
+All formats call the config `adapter_config.json`; its fields tell the format: "peft_type" for HF PEFT, "peftk" for
+peftk, "config" and "model_type" for AdapterHub. Pickled weights are not read, since loading a pickle can run code.
 """
 
 from __future__ import annotations
@@ -26,31 +25,32 @@ from peftk.system import interrupts
 
 CONFIG_FILE = "adapter_config.json"
 FORMATS = ("peft", "adapterhub", "peftk")
-# counters and masks among the buffers of a module that trains whole
+# for counters and masks among the buffers of a module that trains in full
 _INTEGERS = (torch.bool, *(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)))
-# what a PEFT config says of the base model, kept from a checkpoint to the next and written in every format
+# fields of a PEFT config about the base model, which are kept from load to save and written in every format
 ABOUT = ("base_model_name_or_path", "revision", "task_type")
-# what wrappers put into the names of what they wrap: torch.compile, FSDP, activation checkpoints
+# parts that torch.compile, FSDP and activation checkpointing insert into the names of modules
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, and why. Nothing has been loaded."""
+    """Raised for a checkpoint that cannot be used. The message says why; nothing has been loaded."""
 
 
 def folder(path: str | os.PathLike[str]) -> Path:
+    """The path of a checkpoint's folder. Raises TypeError for an argument that is not a path."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise TypeError(f"path: expected the path of a folder, got {path!r}")
     return Path(path)
 
 
 def plain_name(name: str) -> str:
-    """A module's or Parameter's dotted name without the wrappers in between."""
+    """The dotted name of a module or Parameter without the parts that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config as it lies there. Raises CheckpointError unless it is a JSON object."""
+    """The config, unchecked. Raises CheckpointError unless it is a JSON object."""
     file = path / CONFIG_FILE
     try:
         if not file.is_file():
@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_format(config: Mapping[str, Any]) -> str:
-    """Which library wrote this config: "peft", "adapterhub" or "peftk". Raises CheckpointError for another one's."""
+    """The format of a config: "peft", "adapterhub" or "peftk". Raises CheckpointError for any other."""
     if "peft_type" in config:
         return "peft"
     if "peftk" in config:
@@ -81,18 +81,18 @@ def checkpoint_format(config: Mapping[str, Any]) -> str:
 
 
 def about(config: Mapping[str, Any], file: Path) -> dict[str, str]:
-    """What a config says of the base model. Raises CheckpointError unless these are strings."""
-    said = {field: config[field] for field in ABOUT if config.get(field) is not None}
-    for field, value in said.items():
+    """A config's fields about the base model (`ABOUT`). Raises CheckpointError unless they are strings."""
+    fields = {field: config[field] for field in ABOUT if config.get(field) is not None}
+    for field, value in fields.items():
         if not isinstance(value, str):
             raise CheckpointError(f"{file}: expected {field} to be a string, got {value!r}")
-    return said
+    return fields
 
 
 def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU; pickled: the name that the library gives to a pickled one.
+    """All tensors of a safetensors file, on the CPU. pickled: the library's name for a pickled file of weights.
 
-    Raises CheckpointError for a missing, truncated or corrupt file, and for numbers of a kind that nothing trains in.
+    Raises CheckpointError for a missing, truncated or corrupt file, bad names, and unsupported dtypes.
     """
     file = path / name
     if not file.is_file():
@@ -102,7 +102,7 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file}: expected a whole safetensors file, got an error: {error}") from error
+        raise CheckpointError(f"{file}: expected a complete safetensors file, got an error: {error}") from error
     if not tensors:
         raise CheckpointError(f"{file}: expected weights, got no tensor")
     for key, tensor in tensors.items():
@@ -114,7 +114,7 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
 
 
 def finite_floats(where: object, name: str, tensor: Tensor) -> None:
-    """Raises CheckpointError for what cannot be trained values: integers, NaN, inf."""
+    """Raises CheckpointError for values that cannot have been trained: integers, NaN, inf."""
     if tensor.dtype not in checks.FLOATS:
         raise CheckpointError(f"{where}: {name}: expected fp32, bf16, fp16 or fp64, got {tensor.dtype}")
     finite(where, name, tensor)
@@ -131,19 +131,19 @@ def finite(where: object, name: str, tensor: Tensor) -> None:
 
 
 def converted(where: object, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype. Raises CheckpointError where values that are finite are not in that dtype."""
+    """The tensor in a dtype. Raises CheckpointError if finite values overflow in that dtype."""
     found = tensor.to(dtype)
     if not torch.equal(found.isfinite(), tensor.isfinite()):
         raise CheckpointError(
-            f"{where}: {name}: expected values that {dtype} holds, of at most {torch.finfo(dtype).max:.3g}, "
+            f"{where}: {name}: expected values that {dtype} can hold, of at most {torch.finfo(dtype).max:.3g}, "
             f"got {tensor.abs().max().item():.3g}"
         )
     return found
 
 
 def same_names(where: object, what: str, found: Collection[str], wanted: Collection[str]) -> None:
-    """Raises CheckpointError unless a checkpoint brings exactly what is wanted."""
-    sides = (("missing there", set(wanted) - set(found)), ("unknown here", set(found) - set(wanted)))
+    """Raises CheckpointError unless the names in a checkpoint are exactly the wanted ones."""
+    sides = (("missing", set(wanted) - set(found)), ("unknown", set(found) - set(wanted)))
     wrong = [f"{side}: {', '.join(sorted(names)[:8])}{', …' * (len(names) > 8)}" for side, names in sides if names]
     if wrong:
         raise CheckpointError(f"{where}: expected {what}; {'; '.join(wrong)}")
@@ -152,14 +152,14 @@ def same_names(where: object, what: str, found: Collection[str], wanted: Collect
 def write(
     path: str | os.PathLike[str], config: Mapping[str, Any], weights_file: str, weights: Mapping[str, Tensor]
 ) -> None:
-    """Writes both files beside their places and then moves them there, both or none.
+    """Writes both files into a temporary folder and then moves them to `path`, both or none.
 
-    A failure leaves an earlier checkpoint as it was, and no folder that was not there. Raises ValueError where the path
-    is a file, or a weight has no values; TypeError for one that is no dense tensor.
+    A failure leaves an earlier checkpoint as it was, and creates no folder. Raises ValueError if the path is a file or
+    a weight has no values, TypeError if a weight is not a dense tensor.
     """
-    place = folder(path)
-    if place.exists() and not place.is_dir():
-        raise ValueError(f"path: expected a folder, got the file {place}")
+    target = folder(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"path: expected a folder, got the file {target}")
     for name, tensor in weights.items():
         if tensor.device.type == "meta":
             raise ValueError(f"model: expected values in {name}, got a tensor on meta, which has none")
@@ -168,37 +168,37 @@ def write(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
     }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    new = [one for one in (place, *place.parents) if not one.exists()]
+    created = [parent for parent in (target, *target.parents) if not parent.exists()]
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-", ignore_cleanup_errors=True) as scratch:
             written = Path(scratch)
             safetensors.torch.save_file(tensors, written / weights_file, metadata={"format": "pt"})
             (written / CONFIG_FILE).write_text(text, encoding="utf-8")
             with interrupts.deferred():
-                _move(written, place, (weights_file, CONFIG_FILE))
+                _move(written, target, (weights_file, CONFIG_FILE))
     except BaseException:
-        for one in new:
+        for parent in created:
             with contextlib.suppress(OSError):
-                one.rmdir()
+                parent.rmdir()
         raise
 
 
-def _move(written: Path, place: Path, names: Sequence[str]) -> None:
-    """Moves files to their place, all or none."""
-    before = {name: written / f"before-{name}" for name in names if os.path.lexists(place / name)}
-    for name, kept in before.items():
+def _move(written: Path, target: Path, names: Sequence[str]) -> None:
+    """Moves files from `written` to `target`, all or none."""
+    backups = {name: written / f"before-{name}" for name in names if os.path.lexists(target / name)}
+    for name, backup in backups.items():
         try:
-            os.link(place / name, kept, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # a file system without such links
-            shutil.copy2(place / name, kept, follow_symlinks=False)
+            os.link(target / name, backup, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # the file system has no hard links
+            shutil.copy2(target / name, backup, follow_symlinks=False)
     try:
         for name in names:
-            os.replace(written / name, place / name)
+            os.replace(written / name, target / name)
     except BaseException:
         for name in names:
-            if name in before:
-                os.replace(before[name], place / name)
+            if name in backups:
+                os.replace(backups[name], target / name)
             else:
-                (place / name).unlink(missing_ok=True)
+                (target / name).unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""Whether an HF PEFT checkpoint fits a model: one answer, for `load_adapter`, `switch_adapter` and a server."""
+"""Checks that an HF PEFT checkpoint fits a model, for `load_adapter`, `switch_adapter` and `MultiAdapter.load`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from peftk.nn.replace import conv1d, fan_in_fan_out
 
 
 def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
-    """Raises CheckpointError unless the checkpoint brings exactly what its config asks for in this model.
+    """Raises CheckpointError unless the checkpoint has exactly the tensors that its config needs in this model.
 
-    model: as it is without adapters (`without_layers`). Every tensor has the shape that the model wants, and values
-    that the model's own dtype holds. Nothing changes.
+    model: without adapters (`without_layers`). Every tensor must have the shape that the model needs, and values that
+    are finite in the model's dtype. Nothing is changed.
     """
     path = loaded.path
     config = loaded.lora_config()
@@ -27,8 +27,8 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
         linears, trained = config.wanted(model)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: expected a checkpoint that fits the model: {error}") from error
-    once = {id(linear): name for name, linear in reversed(linears.items())}  # one that stands in two places
-    targets = {plain_name(name): linears[name] for name in linears if once[id(linears[name])] == name}
+    first_names = {id(linear): name for name, linear in reversed(linears.items())}  # a linear may have several names
+    targets = {plain_name(name): linears[name] for name in linears if first_names[id(linears[name])] == name}
     files.same_names(path, "an adapter for each linear that its config names", loaded.adapters, targets)
     for name, linear in targets.items():
         weight = linear.get_parameter("weight")
@@ -51,16 +51,15 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
     )
     parameters = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in {**loaded.biases, **loaded.saved}.items():
-        if name in parameters:  # a buffer may well hold inf, a mask for one
+        if name in parameters:  # buffers, such as masks, may hold inf
             files.finite(path, name, value)
         fitted(path, name, value, places[name])
     of_embeddings = embeddings(model)
     for name, value in loaded.base.items():
         if name not in places or id(places[name]) not in of_embeddings:
-            got = f"{name}, another weight of the model" if name in places else f"{name}, which the model does not have"
+            got = f"{name}, a different weight" if name in places else f"{name}, which the model does not have"
             raise CheckpointError(
-                f"{path}: expected no tensor that its config does not account for, but those of the model's "
-                f"embeddings, got {got}"
+                f"{path}: expected no tensor beyond what its config names except the model's embeddings, got {got}"
             )
         if value.shape != places[name].shape:
             raise CheckpointError(
@@ -72,35 +71,36 @@ def check(model: nn.Module, loaded: LoadedCheckpoint) -> None:
     for alias, name in tied(model, loaded.saved).items():
         if alias not in brought:
             raise CheckpointError(
-                f"{path}: expected modules_to_save that share no weight with others, got {name}, which is {alias} too"
+                f"{path}: expected modules_to_save that share no weight with others, got {name}, which is also {alias}"
             )
     seen: dict[int, str] = {}
     for name, value in brought.items():
         other = seen.setdefault(id(places[name]), name)
         if not torch.equal(brought[other], value):
             raise CheckpointError(
-                f"{path}: expected the same values for {other} and {name}, one weight in the model, got others"
+                f"{path}: expected the same values for {other} and {name}, which are one weight in the model, got "
+                "different ones"
             )
 
 
 def same_base(loaded: LoadedCheckpoint, values: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where what the checkpoint brings of the base model is not the model's to the bit.
+    """Raises CheckpointError if a weight of the base model in the checkpoint differs in any bit from the model's.
 
-    values: of the model, by name.
+    values: the model's, by name.
     """
     for name, value in loaded.base.items():
-        own = values[name].detach()
-        if not torch.equal(value.to(own.device, own.dtype), own):
+        base = values[name].detach()
+        if not torch.equal(value.to(base.device, base.dtype), base):
             raise CheckpointError(
-                f"{loaded.path}: {name}: expected the base model's own weight, got another, which every other adapter "
-                "would see; peftk.load_adapter takes it into a model of its own"
+                f"{loaded.path}: {name}: expected the base model's own weight, got a different one, which would change "
+                "the model for all adapters; load it with peftk.load_adapter, into a separate model"
             )
 
 
 def fitted(path: object, name: str, value: Tensor, place: Tensor) -> Tensor:
-    """The value in the dtype of its place in the model. Raises CheckpointError where it does not fit there."""
+    """The value in the dtype of its place in the model. Raises CheckpointError if it does not fit there."""
     if place.is_meta:
-        raise CheckpointError(f"{path}: {name}: expected a place with memory in the model, got one on meta")
+        raise CheckpointError(f"{path}: {name}: expected a tensor with memory in the model, got one on meta")
     if value.shape != place.shape or (
         value.dtype != place.dtype and not (value.is_floating_point() and place.is_floating_point())
     ):
@@ -111,9 +111,9 @@ def fitted(path: object, name: str, value: Tensor, place: Tensor) -> Tensor:
 
 
 def without_layers(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> nn.Module:
-    """The model as it was before these layers of ours took the places of linears, and modules in it were compiled.
+    """The model without these layers of ours, with linears in their places, and without compiled wrappers.
 
-    The modules above them are copies that share everything else with the model's, which stays as it is.
+    The modules around these places are copies that share everything else with the model. The model does not change.
     """
     copies: dict[str, nn.Module] = {}
 
@@ -133,7 +133,7 @@ def without_layers(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> nn.M
             plain[id(layer)] = _linear(layer)
         parent_of(name)[name.rpartition(".")[2]] = plain[id(layer)]
     compiled = [name for name, module in model.named_modules() if name and "_orig_mod" in module._modules]
-    for name in reversed(compiled):  # what lies inside of another comes first
+    for name in reversed(compiled):  # inner modules first
         inner = copies.get(name, model.get_submodule(name))._modules["_orig_mod"]
         parent_of(name)[name.rpartition(".")[2]] = inner
     return copies.get("", model)

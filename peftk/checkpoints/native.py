@@ -1,11 +1,11 @@
-"""peftk's own checkpoints: any methods, several at once.
+"""Reads and writes peftk's own checkpoint format, for any methods, also several at once.
 
-A folder with `adapter_config.json`, {"peftk": version, "methods": [{"method": class of the config, its fields …}, …]},
-in the order in which they were injected, and `adapter_model.safetensors`, which holds exactly the parameters that
-train, the methods' own and the model's, and the buffers of modules that train whole, by their names in the injected
-model. Beside "methods" may stand what a PEFT config says of the base model (`files.ABOUT`), "embeddings": names of
-weights of the base model that an earlier checkpoint brought, and "scalings": lora_alpha and use_rslora of LoRALinear
-layers that no method put in.
+A checkpoint is a folder with `adapter_config.json`, {"peftk": version, "methods": [{"method": class of the config, its
+fields …}, …]} in the order of injection, and `adapter_model.safetensors`, which holds exactly the parameters that
+train, the methods' own and the model's, and the buffers of modules that train in full, by their names in the injected
+model. Further fields of the config: those of a PEFT config about the base model (`files.ABOUT`); "embeddings", the
+names of base model weights that an earlier checkpoint brought; and "scalings", lora_alpha and use_rslora of LoRALinear
+layers that were put in by hand.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in checks.FLOATS}
 
 
 class OwnCheckpoint(NamedTuple):
-    """A checkpoint, checked in itself. tensors: by their names in the injected model; the others as in the file."""
+    """A checkpoint, checked for consistency. tensors: by their names in the injected model; the rest as in the file."""
 
     configs: Sequence[Config]
     tensors: Mapping[str, Tensor]
@@ -59,7 +59,7 @@ class OwnCheckpoint(NamedTuple):
 
 
 def load(path: str | os.PathLike[str]) -> OwnCheckpoint:
-    """Reads a checkpoint whole. Raises CheckpointError for one that is damaged."""
+    """Reads a checkpoint. Raises CheckpointError if it is damaged."""
     folder = files.folder(path)
     config = files.read_config(folder)
     file = folder / CONFIG_FILE
@@ -81,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> OwnCheckpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: OwnCheckpoint) -> None:
-    """Writes a checkpoint. Raises ValueError for a config of none of peftk's methods."""
+    """Writes a checkpoint. Raises ValueError for a config that is not one of peftk's methods."""
     config: dict[str, Any] = {
         "peftk": VERSION,
         "methods": [_encode(method) for method in checkpoint.configs],
@@ -112,18 +112,18 @@ def _encode(config: Config) -> dict[str, Any]:
 
 
 def fields_of(config: Any) -> dict[str, Any]:
-    """A config's fields as JSON gives them back: two configs say the same where these are equal."""
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    """A config's fields in the form that JSON returns. Two configs are equivalent if these are equal."""
+    return {field.name: json_form(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def plain(value: Any) -> Any:
-    """A config's value as JSON gives it back."""
+def json_form(value: Any) -> Any:
+    """A field's value in the form that JSON returns."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_form(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
+        return [json_form(item) for item in value]
     return value
 
 
@@ -152,10 +152,11 @@ def _decode(file: os.PathLike[str], method: dict[str, Any]) -> Config:
 
 
 def contents_of(model: nn.Module, own: OwnCheckpoint, path: AnyPath) -> Contents:
+    """What the checkpoint brings to an injected model. Raises CheckpointError if it does not fit."""
     records = injections(model)
-    given, present = ([type(one).__name__ for one in group] for group in (own.configs, [r.config for r in records]))
-    if given != present:
-        names = [", ".join(group) or "none" for group in (present, given)]
+    saved, present = ([type(c).__name__ for c in configs] for configs in (own.configs, [r.config for r in records]))
+    if saved != present:
+        names = [", ".join(group) or "none" for group in (present, saved)]
         raise CheckpointError(f"{path}: expected the model's methods, {names[0]}, got {names[1]}")
     wanted = {*trained_names(model), *_buffers(model), *own.embeddings}
     files.same_names(path, "tensors for exactly what the model trains", own.tensors, wanted)
@@ -171,47 +172,48 @@ def contents_of(model: nn.Module, own: OwnCheckpoint, path: AnyPath) -> Contents
                     )
                 same_rank(path, name, layers[name], lora_A)
                 alphas[name] = (float(pattern_value(config.alpha_pattern, name, config.lora_alpha)), config.use_rslora)
-        elif _says(config) != _says(record.config):
+        elif _compared_fields(config) != _compared_fields(record.config):
             raise CheckpointError(f"{path}: expected the model's {record.config!r}, got {config!r}")
     by_hand = layers.keys() - alphas.keys()
-    files.same_names(path, "scalings of the LoRALinear layers that no method put in", own.scalings, by_hand)
+    files.same_names(path, "scalings of the LoRALinear layers that were put in by hand", own.scalings, by_hand)
     of_embeddings, values = embeddings(model), dict(named_values(model))
     for name in own.embeddings:
         if name not in values or id(values[name]) not in of_embeddings:
-            raise CheckpointError(f"{path}: expected embeddings of the model's, got {name}")
+            raise CheckpointError(f"{path}: expected embeddings to name embeddings of the model, got {name}")
     return Contents(own.tensors, {**alphas, **own.scalings}, Origin(own.about, tuple(own.embeddings)))
 
 
-def _as_it_is(model: nn.Module, record: Injection) -> Config:
-    """The config that says what the adapters are now: they may have got other ranks, scalings, dtypes."""
+def _current_config(model: nn.Module, record: Injection) -> Config:
+    """The config that describes the adapters as they are now: their ranks, scalings and dtypes may have changed."""
     config: Any = record.config
-    now: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     places = {plain_name(name) for name in (*record.layers, *record.attached)}
     modules = [part for n, m in model.named_modules() if plain_name(n) in places for part in m.modules()]
     dtypes = {parameter.dtype for module in modules for parameter in adapter_parameters(module).values()}
     if getattr(config, "adapter_dtype", None) is not None and len(dtypes) == 1:
-        now["adapter_dtype"] = dtypes.pop()
+        changed["adapter_dtype"] = dtypes.pop()
     layers = {plain_name(name): layer for name, layer in lora_layers(model) if plain_name(name) in places}
     if isinstance(config, LoraConfig) and layers:
-        now["use_rslora"], alphas = one_scaling(layers)
+        changed["use_rslora"], alphas = one_scaling(layers)
         ranks = {name: layer.r for name, layer in layers.items()}
         if any(rank != pattern_value(config.rank_pattern, name, config.r) for name, rank in ranks.items()):
-            now["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+            changed["rank_pattern"] = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
         if any(alpha != pattern_value(config.alpha_pattern, name, config.lora_alpha) for name, alpha in alphas.items()):
-            now["alpha_pattern"] = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
+            changed["alpha_pattern"] = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items()}
         dropouts = {layer.lora_dropout for layer in layers.values()}
         if len(dropouts) == 1:
-            now["lora_dropout"] = dropouts.pop()
-    return dataclasses.replace(config, **now) if now else config
+            changed["lora_dropout"] = dropouts.pop()
+    return dataclasses.replace(config, **changed) if changed else config
 
 
 def save_model(model: nn.Module, path: AnyPath, names: Collection[str]) -> None:
+    """Saves what was injected into a model. names: of the Parameters that train."""
     tensors, brought = values_of(model, (*names, *_buffers(model))), values_of(model, origin_of(model).embeddings)
     records = injections(model)
     placed = {plain_name(name) for record in records for name in record.layers}
     by_hand = {plain_name(n): layer for n, layer in lora_layers(model) if plain_name(n) not in placed}
     own = OwnCheckpoint(
-        configs=[_as_it_is(model, record) for record in records],
+        configs=[_current_config(model, record) for record in records],
         tensors={**brought, **tensors},
         scalings={name: (layer.lora_alpha, layer.use_rslora) for name, layer in by_hand.items()},
         embeddings=[name for name in brought if name not in tensors],
@@ -221,7 +223,7 @@ def save_model(model: nn.Module, path: AnyPath, names: Collection[str]) -> None:
 
 
 def _buffers(model: nn.Module) -> list[str]:
-    """The persistent buffers of modules that train whole, which a BatchNorm, say, changes while it trains."""
+    """The persistent buffers of modules that train in full; a BatchNorm, for one, changes them in training."""
     persistent = model.state_dict().keys()
     trained = {plain_name(name) for record in injections(model) for name in record.trained}
     frozen = [name.split(".") for name, _ in model.named_parameters() if plain_name(name) not in trained]
@@ -231,6 +233,6 @@ def _buffers(model: nn.Module) -> list[str]:
     return [plain_name(name) for name, _ in model.named_buffers() if name in persistent and name.startswith(within)]
 
 
-def _says(config: Config) -> dict[str, Any]:
-    """What two configs must have in common; each layer knows its own dtype."""
+def _compared_fields(config: Config) -> dict[str, Any]:
+    """The fields in which a checkpoint's config and the model's must agree: all but the dtype."""
     return {name: value for name, value in fields_of(config).items() if name != "adapter_dtype"}

@@ -1,4 +1,4 @@
-"""The adapters of a model, to and from files: HF PEFT's format, AdapterHub's, and peftk's own for everything else."""
+"""Saves and loads a model's adapters, in HF PEFT's format, AdapterHub's, or peftk's own for everything else."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ from peftk.checkpoints.contents import (
 )
 from peftk.checkpoints.files import CheckpointError, plain_name
 from peftk.methods.inject import lora_layers
-from peftk.methods.plan import Config, carrying_out, unwrapped, without_peft
-from peftk.methods.trial import looking
+from peftk.methods.plan import Config, apply_configs, check_without_peft, unwrapped
+from peftk.methods.trial import lazy_trial
 from peftk.system import interrupts
 
 
 def save_adapter(model: nn.Module, path: AnyPath, *, format: str | None = None) -> None:
-    """Writes what `inject` put into a model, and what trains of the model itself, into a folder.
+    """Writes the adapters that `inject` put into a model, and the model's own trained parameters, into a folder.
 
-    format: "peft" (LoRA; HF PEFT and `MultiAdapter.load` read it), "peftk" (any methods, several at once), None for the
-    first of these that can hold it, or "adapterhub" (bottleneck adapters; the adapters library reads it).
+    Args:
+        model: with adapters.
+        path: of the folder; it is created if need be.
+        format: "peft" (LoRA; HF PEFT and `MultiAdapter.load` read it), "peftk" (any methods, several at once), None for
+            the first of these that can hold everything, or "adapterhub" (bottleneck adapters; the adapters library
+            reads it).
 
-    The config names the base model, its revision and the task as the checkpoint that was loaded did; else it has the
-    model's `name_or_path`. While layers are merged, A and B are written as they are, and no merged weight.
+    The config has the fields of the last loaded checkpoint about the base model, its revision and the task; else the
+    model's `name_or_path`. If layers are merged, A and B are written, and no merged weight.
 
-    Raises ValueError where the model holds no adapter or the format cannot hold what it holds. A failure leaves an
-    earlier checkpoint as it was.
+    Raises TypeError or ValueError if the model has no adapter or the format cannot hold what it has. A failure leaves
+    an earlier checkpoint as it was.
     """
     if format is not None and format not in files.FORMATS:
         raise ValueError(f"format: expected one of {', '.join(files.FORMATS)} or None, got {format!r}")
@@ -49,7 +53,7 @@ def save_adapter(model: nn.Module, path: AnyPath, *, format: str | None = None) 
     if format == "adapterhub":
         adapterhub.save_model(model, path)
         return
-    reason = peft.beyond(model, names)
+    reason = peft.cannot_hold(model, names)
     if format == "peft" and reason is not None:
         raise ValueError(f"format: expected what a LoRA checkpoint of HF PEFT can hold, got {reason}")
     if format == "peft" or (format is None and reason is None):
@@ -61,23 +65,24 @@ def save_adapter(model: nn.Module, path: AnyPath, *, format: str | None = None) 
 def load_adapter(model: nn.Module, path: AnyPath) -> None:
     """Loads a checkpoint of HF PEFT (LoRA), AdapterHub (bottleneck adapters) or peftk into a model.
 
-    A model without adapters is injected first, by the checkpoint's config. One with adapters must hold and train
-    exactly what the checkpoint brings, with the same ranks; its LoRA layers take lora_alpha and use_rslora over, too.
-    Embeddings that PEFT saved because their size had changed go into the model, as in PEFT.
+    A model without adapters gets them first, by the checkpoint's config. A model with adapters must have and train
+    exactly what the checkpoint brings, with the same ranks; its LoRA layers also take over lora_alpha and use_rslora.
+    Embeddings that PEFT saved because their size was changed are loaded into the model, as in PEFT. Values are rounded
+    once, to the dtype of their place in the model.
 
-    Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model, ValueError where a
-    layer is merged or HF PEFT's adapters are in the model; it is as it was then, without adapters if it had none.
+    Raises CheckpointError for a checkpoint that is damaged, unsupported, or does not fit the model; ValueError if a
+    layer is merged or the model has adapters of HF PEFT. The model is unchanged then, without adapters if it had none.
     """
     model = _checked(model)
     folder = files.folder(path)
-    without_peft(model)
+    check_without_peft(model)
     kind = files.checkpoint_format(files.read_config(folder))
     for name, layer in lora_layers(model):
         if layer.merged:
             raise ValueError(f"model: expected {name} to be unmerged before its adapter changes, got a merged layer")
     if kind == "peft":
         loaded = peft.load(folder)
-        with looking(model):
+        with lazy_trial(model):
             fitting.check(fitting.without_layers(model, dict(every_lora_layer(model))), loaded)
             with _injected(model, [loaded.lora_config()], path):
                 _fill(model, peft.contents_of(model, loaded), path)
@@ -99,22 +104,22 @@ def _checked(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _injected(model: nn.Module, configs: Sequence[Config], path: AnyPath) -> Any:
-    """The model with the adapters of these configs, if it has none; what fails within takes them out again."""
+    """Within the `with`, a model without adapters has those of these configs. They are removed if the block fails."""
     if trained_names(model):
         yield
         return
     with contextlib.ExitStack() as undo:
         try:
-            undo.enter_context(carrying_out(model, configs))
+            undo.enter_context(apply_configs(model, configs))
         except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path}: expected a checkpoint that fits the model: {error}") from error
         yield
 
 
 def _fill(model: nn.Module, contents: Contents, path: AnyPath) -> None:
-    """Copies a checkpoint's contents into the model: all of them or, where one fails, none."""
+    """Copies a checkpoint's contents into the model, or none of them if one fails."""
     state = dict(named_values(model))
-    places: list[tuple[Tensor, Tensor, Tensor]] = []  # where to, what, and what is there
+    places: list[tuple[Tensor, Tensor, Tensor]] = []  # (target, new value, present value)
     for name, value in contents.tensors.items():
         checks.dense(name, state[name])
         checks.writable(name, state[name])

@@ -1,1 +1,1 @@
-"""Other libraries: HF PEFT checkpoints."""
+"""Runs live models of other libraries on peftk's kernels: HF PEFT (`peftk.accelerate`)."""

@@ -1,11 +1,11 @@
-"""Which PEFT adapter serves which sample of a mixed batch (`adapter_names=`): read once a model forward.
+"""Mixed batches of HF PEFT (`adapter_names=`): turns adapter names per sample into ids, once per forward of the model.
 
-PEFT hands the names to every layer, which turns them into lists of indices, adapter by adapter. Here they become ids
-once, in one `peftk.adapters.route.Forward` that all layers share, and so is what is derived from it (the sort of the
-rows).
+PEFT passes the names to every layer, which turns them into lists of indices, adapter by adapter. Here they are turned
+into ids once, in a `peftk.adapters.route.Forward` that all layers share, together with what is derived from it (the
+sort of the rows).
 
-Activation checkpointing runs layers again during the backward, when PEFT has taken its hooks away. So the names are
-left with the checkpoints that a forward runs in, and the recomputation finds them there.
+Activation checkpointing runs layers again during the backward, when PEFT has removed its hooks. Therefore the names are
+stored on the checkpoints that a forward runs in, and the recomputation reads them there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BASE = "__base__"  # PEFT's name for no adapter
 
 
 class Batch:
-    """The names of one batch, one a sample, and the numbers that stand for them: those of `unique`, -1 for BASE."""
+    """The adapter names of a batch, one per sample. An adapter's number is its index in `unique`; BASE is -1."""
 
     def __init__(self, names: Sequence[str], *, trains: bool) -> None:
         self.names, self.trains = names, trains
@@ -33,7 +33,7 @@ class Batch:
         self._others: dict[tuple[str, ...], Batch] = {}
 
     def ids(self) -> Tensor:
-        """int32, one a sample."""
+        """The numbers, int32, one per sample."""
         numbers = {BASE: -1, **{name: number for number, name in enumerate(self.unique)}}
         return torch.tensor([numbers[name] for name in self.names], dtype=torch.int32, device="cpu")
 
@@ -42,7 +42,7 @@ class Batch:
         return Route(self.ids()).forward()
 
     def of(self, names: Sequence[str]) -> Batch:
-        """This batch, or one of other names in the same forward: generate() expands beams in the decoder alone."""
+        """This batch, or one with different names in the same forward: generate() expands beams only in the decoder."""
         if names is self.names:
             return self
         key = tuple(names)
@@ -51,29 +51,29 @@ class Batch:
         return self._others[key]
 
 
-_entered: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("peftk_adapter_names", default=None)
+_shared_batch: contextvars.ContextVar[Batch | None] = contextvars.ContextVar("peftk_adapter_names", default=None)
 
 
 @contextlib.contextmanager
-def entered(names: Sequence[str]) -> Iterator[None]:
-    """Within the `with`, layers that are given these names share one `Batch`."""
-    token = _entered.set(Batch(names, trains=torch.is_grad_enabled()))
+def share_batch(names: Sequence[str]) -> Iterator[None]:
+    """Within the `with`, layers that get these names share one `Batch`."""
+    token = _shared_batch.set(Batch(names, trains=torch.is_grad_enabled()))
     try:
         yield
     finally:
-        _entered.reset(token)
+        _shared_batch.reset(token)
 
 
-def at_hand(names: Sequence[str] | None) -> Batch | None:
-    """The batch of a layer that was given `names` (None: no mixed batch); in a recomputation, that of the forward."""
+def current_batch(names: Sequence[str] | None) -> Batch | None:
+    """The batch of a layer that got `names` (None: no mixed batch); in a recomputation, the batch of the forward."""
     if torch.compiler.is_compiling():
         return None if names is None else Batch(names, trains=False)
     batch = None
     if names is not None:
-        shared = _entered.get()
-        # a layer that is called by itself does not know whether a backward may follow (torch's reentrant checkpoints
-        # run it under no_grad), so it takes it that one does
+        shared = _shared_batch.get()
+        # a layer that is called directly cannot know whether a backward may follow (torch's reentrant checkpoints run
+        # it under no_grad), so it assumes that one does
         batch = Batch(names, trains=True) if shared is None else shared.of(names)
-    if carry.remembers(trains=batch is not None and batch.trains):
-        batch = carry.remembered(batch, name="_peftk_adapter_names")
+    if carry.may_be_checkpointed(trains=batch is not None and batch.trains):
+        batch = carry.stored_in_checkpoints(batch, name="_peftk_adapter_names")
     return batch

@@ -1,11 +1,12 @@
-"""merge() and unmerge() of an accelerated PEFT layer: exact, by receipts on the layer beside its `merged_adapters`.
+"""merge() and unmerge() of accelerated PEFT layers, exact by means of receipts on the layers.
 
-`merged_adapters` stays PEFT's: the names in the order of merging. Receipts say which of them, from the end, are taken
-out at once and exactly; what else is at the end (a variant, or merged before the layer was accelerated) is PEFT's to
-take out.
+`merged_adapters` is PEFT's list of names in the order of merging. A receipt says which names at its end are unmerged
+together and exactly. Any other adapter at the end (a variant, or one that was merged before the layer was accelerated)
+is unmerged by PEFT's own code.
 
-Over all layers of a model both are done to all or to none (`together`): what peftk has merged is taken out again, to
-the bit; layers that are PEFT's own go back to copies of their weights, which are kept until the end.
+For a whole model, all layers are merged or unmerged, or none (`merging_all`, `unmerging_all`). On failure, what peftk
+merged is unmerged again bit for bit, and PEFT's own layers get back copies of their weights, which are kept until the
+end.
 """
 
 from __future__ import annotations
@@ -36,25 +37,25 @@ from peftk.system import interrupts, storage
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """One call of merge(): the adapters, and what brings W and the bias back."""
+    """One call of merge(): the adapters' names, and the receipts from which W and the bias are restored."""
 
     names: tuple[str, ...]
     receipt: MergeReceipt
-    bias: BiasReceipt | None  # None where no adapter has a bias
+    bias: BiasReceipt | None  # None if no adapter has a bias
 
 
-class _Together(NamedTuple):
-    """An operation over the layers of a model: how to undo what has been done so far, and the layers' names."""
+class _Operation(NamedTuple):
+    """A running operation on all layers of a model: how to undo what was done so far, and the layers' names by id()."""
 
     undo: contextlib.ExitStack
     names: dict[int, str]
 
 
-_together: contextvars.ContextVar[_Together | None] = contextvars.ContextVar("peftk_together", default=None)
+_operation: contextvars.ContextVar[_Operation | None] = contextvars.ContextVar("peftk_together", default=None)
 
 
 def reason(layer: Any, names: Sequence[str]) -> str | None:
-    """Why merging these adapters is PEFT's; None where it is ours."""
+    """Why PEFT's own code must merge these adapters; None if peftk can."""
     found = peft_support.base(layer.base_layer)
     if isinstance(found, str):
         return found
@@ -72,37 +73,37 @@ def reason(layer: Any, names: Sequence[str]) -> str | None:
 
 @contextlib.contextmanager
 def step(layer: nn.Module) -> Iterator[contextlib.ExitStack]:
-    """Around the merge or unmerge of one layer. What fails inside is undone, with what `together` has done before."""
-    with interrupts.deferred() as deferred:  # a merged W and its receipt are not to be parted
-        whole = _together.get()
-        if whole is None:
+    """A context manager around the merge or unmerge of one layer. A failure undoes it, and all of `merging_all`."""
+    with interrupts.deferred() as deferred:  # no interrupt between a merged W and its receipt
+        operation = _operation.get()
+        if operation is None:
             with contextlib.ExitStack() as undo:
                 yield undo
                 undo.pop_all()
             return
         deferred.deliver()
         try:
-            yield whole.undo
+            yield operation.undo
         except (TypeError, ValueError, RuntimeError) as error:
-            if type(error) not in (TypeError, ValueError, RuntimeError) or id(layer) not in whole.names:
+            if type(error) not in (TypeError, ValueError, RuntimeError) or id(layer) not in operation.names:
                 raise
-            raise type(error)(f"{whole.names[id(layer)]}: {error}") from error
+            raise type(error)(f"{operation.names[id(layer)]}: {error}") from error
 
 
-def alone(layer: Any, names: Sequence[str], untie: bool, undo: contextlib.ExitStack) -> None:
-    """Before a layer is merged: no other module is known to hold its weight, or it gets a copy (untie)."""
-    if _together.get() is not None:
-        return  # which has looked at the whole model
+def ensure_unshared(layer: Any, names: Sequence[str], untie: bool, undo: contextlib.ExitStack) -> None:
+    """Before a layer is merged: checks that no other module is known to hold its weight, or gives it a copy (untie)."""
+    if _operation.get() is not None:
+        return  # `merging_all` has checked the whole model
     places = _places("", layer, names)
-    shared.refuse_noted(layer, [place.name for place in places], untie=untie)
+    shared.check_not_shared(layer, [place.name for place in places], untie=untie)
     for place in places if untie else ():
         _untie(place, undo)
 
 
 def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
-    """W ← W + Σ s·BA in one pass for all names that the layer has.
+    """W ← W + Σ s·BA in one pass, for all names that the layer has.
 
-    Raises ValueError where the outcome would not be finite, RuntimeError for a bias without a place in the base layer.
+    Raises ValueError if the result would not be finite, RuntimeError for a lora_bias if the base layer has no bias.
     """
     weight, bias = cast(Base, peft_support.base(layer.base_layer))
     found = {name: peft_support.factors(layer, name, weight) for name in names}
@@ -110,20 +111,20 @@ def merge(layer: Any, names: list[str], undo: contextlib.ExitStack) -> None:
     if not adapters:
         return
     columns = [list(column) for column in zip(*adapters.values(), strict=True)]
-    with _broken(adapters, ValueError):
+    with _with_pefts_message(adapters, ValueError):
         merged_bias = _merged_bias(bias, adapters)
     if merged_bias is not None:
         _set_bias(layer, merged_bias.after, merged_bias.before, undo)
-    with _broken(adapters, NotFiniteError):
+    with _with_pefts_message(adapters, NotFiniteError):
         receipt = functional.merge_(weight.detach(), columns[0], columns[1], [float(s) for s in columns[3]])
     undo.callback(_unmerge_weight, layer, receipt)
     merged = Merged(tuple(adapters), receipt, merged_bias)
-    _hold(layer, [*layer.merged_adapters, *adapters], [*live(layer), merged], undo)
+    _record_merged(layer, [*layer.merged_adapters, *adapters], [*live_receipts(layer), merged], undo)
 
 
 @contextlib.contextmanager
-def _broken(adapters: Iterable[str], kind: type[ValueError]) -> Iterator[None]:
-    """An error of this kind, which is raised for what isn't finite, has PEFT's words, too."""
+def _with_pefts_message(adapters: Iterable[str], kind: type[ValueError]) -> Iterator[None]:
+    """Puts PEFT's message in front of errors of this kind, which are raised for results that are not finite."""
     try:
         yield
     except kind as error:
@@ -141,25 +142,25 @@ def _merged_bias(bias: Tensor | None, adapters: dict[str, Any]) -> BiasReceipt |
 
 
 def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitStack) -> None:
-    """Takes out all merged adapters, the last first. peft_unmerge: PEFT's own method, for those without receipt."""
+    """Unmerges all adapters, the last first. peft_unmerge: PEFT's own method, for adapters without a receipt."""
     while layer.merged_adapters:
-        receipts = live(layer)
+        receipts = live_receipts(layer)
         last = receipts.pop() if receipts else None
         if last is not None and tuple(layer.merged_adapters[-len(last.names) :]) == last.names:
             try:
-                _take_out(layer, last, undo)
+                _unmerge_exactly(layer, last, undo)
             except ValueError as error:
                 warnings.warn(
                     f"peftk: {', '.join(last.names)} cannot be unmerged exactly ({error}); "
                     "HF PEFT's subtraction is used, which rounds",
                     stacklevel=3,
                 )
-                _hold(layer, layer.merged_adapters, receipts, undo)
+                _record_merged(layer, layer.merged_adapters, receipts, undo)
             else:
-                _hold(layer, layer.merged_adapters[: -len(last.names)], receipts, undo)
+                _record_merged(layer, layer.merged_adapters[: -len(last.names)], receipts, undo)
                 continue
-        keep(layer, undo)
-        _hold(layer, layer.merged_adapters, live(layer), undo)
+        keep_copies(layer, undo)
+        _record_merged(layer, layer.merged_adapters, live_receipts(layer), undo)
         below = layer.merged_adapters[:-1]
         del layer.merged_adapters[:-1]
         try:
@@ -169,8 +170,8 @@ def unmerge(layer: Any, peft_unmerge: Callable[[], None], undo: contextlib.ExitS
     retie(layer, undo)
 
 
-def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
-    """Brings W and the bias back, bit for bit. Raises ValueError where they are no longer what the merge left."""
+def _unmerge_exactly(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
+    """Restores W and the bias bit for bit. Raises ValueError if their bits have changed since the merge."""
     found = peft_support.base(layer.base_layer)
     if isinstance(found, str):
         raise ValueError(found)
@@ -188,13 +189,13 @@ def _take_out(layer: Any, merged: Merged, undo: contextlib.ExitStack) -> None:
     undo.callback(_merge_weight, layer, receipt)
 
 
-def live(layer: Any) -> list[Merged]:
-    """The receipts whose adapters are merged still."""
-    kept = layer.__dict__.get("_peftk_merged", [])
-    return [merged for merged in kept if set(merged.names) <= set(layer.merged_adapters)]
+def live_receipts(layer: Any) -> list[Merged]:
+    """The receipts whose adapters are still merged."""
+    receipts = layer.__dict__.get("_peftk_merged", [])
+    return [merged for merged in receipts if set(merged.names) <= set(layer.merged_adapters)]
 
 
-def _hold(layer: Any, names: Sequence[str], receipts: Sequence[Merged], undo: contextlib.ExitStack) -> None:
+def _record_merged(layer: Any, names: Sequence[str], receipts: Sequence[Merged], undo: contextlib.ExitStack) -> None:
     undo.callback(_set_merged, layer, list(layer.merged_adapters), layer.__dict__.get("_peftk_merged", []))
     _set_merged(layer, list(names), list(receipts))
 
@@ -209,44 +210,44 @@ def _set_bias(layer: Any, value: Tensor, before: Tensor, undo: contextlib.ExitSt
     write(layer.base_layer.bias.detach(), value)
 
 
-# what undoes a step
+# functions that undo a step
 
 
-def _loaded(layer: Any) -> contextlib.AbstractContextManager[None]:
-    """Inside, an offloaded base layer has its values, as PEFT lets it have them around a merge."""
-    away = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
-    loaded: contextlib.AbstractContextManager[None] = onload_layer(layer) if away else contextlib.nullcontext()
+def _base_loaded(layer: Any) -> contextlib.AbstractContextManager[None]:
+    """A context manager: inside, an offloaded base layer has its values, as PEFT does it around a merge."""
+    offloaded = any(parameter.is_meta for parameter in layer.get_base_layer().parameters())
+    loaded: contextlib.AbstractContextManager[None] = onload_layer(layer) if offloaded else contextlib.nullcontext()
     return loaded
 
 
 def _put_bias(layer: Any, value: Tensor) -> None:
-    with _loaded(layer):
+    with _base_loaded(layer):
         write(layer.base_layer.bias.detach(), value)
 
 
 def _unmerge_weight(layer: Any, receipt: MergeReceipt) -> None:
-    with _loaded(layer):
+    with _base_loaded(layer):
         weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
         functional.unmerge_(weight, receipt.to(weight.device))
 
 
 def _merge_weight(layer: Any, receipt: MergeReceipt) -> None:
-    """To the bits of the merge that the receipt is of."""
-    with _loaded(layer):
+    """Merges again, with the same bits as the merge of the receipt."""
+    with _base_loaded(layer):
         weight = cast(Base, peft_support.base(layer.base_layer))[0].detach()
         merge_weights.merge_(weight, receipt.to(weight.device).factors)
 
 
-def keep(layer: Any, undo: contextlib.ExitStack) -> None:
-    """Copies of a base layer's weights, to undo what PEFT's own code does with them."""
-    with _loaded(layer):
+def keep_copies(layer: Any, undo: contextlib.ExitStack) -> None:
+    """Copies a base layer's weights, so that changes by PEFT's own code can be undone."""
+    with _base_loaded(layer):
         base = layer.get_base_layer()
         values = [(n, t.data, t.detach().clone()) for n, t in (*base.named_parameters(), *base.named_buffers())]
     undo.callback(_put_copies, layer, values)
 
 
 def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
-    with _loaded(layer), torch.no_grad():
+    with _base_loaded(layer), torch.no_grad():
         base = layer.get_base_layer()
         places = {**dict(base.named_parameters()), **dict(base.named_buffers())}
         for name, data, value in values:
@@ -257,17 +258,17 @@ def _put_copies(layer: Any, values: list[tuple[str, Tensor, Tensor]]) -> None:
 
 
 def note_shared(model: nn.Module) -> None:
-    """Leaves with accelerated layers what they share with others, for a merge of one layer by itself."""
-    layers = [(name, layer) for name, layer in tuner_layers(model) if _exact(layer)]
+    """Notes on accelerated layers what they share with other modules, for merges of a single layer."""
+    layers = [(name, layer) for name, layer in tuner_layers(model) if _undoes_own_merges(layer)]
     shared.note(model, [place for name, layer in layers for place in _places(name, layer, tuple(layer.lora_A))])
 
 
 def _places(name: str, layer: Any, names: Sequence[str]) -> list[Place]:
-    """The Parameters of a base layer that merging these adapters changes."""
+    """The Parameters of a base layer that merging these adapters would change."""
     if not set(names) & set(layer._all_available_adapter_names()) - set(layer.merged_adapters):
         return []
     biased = any(getattr(layer, "lora_bias", {}).get(adapter) for adapter in names)
-    base, only = layer.get_base_layer(), getattr(layer, "parameter_name", None)  # ParamWrapper changes one by name
+    base, only = layer.get_base_layer(), getattr(layer, "parameter_name", None)  # ParamWrapper changes only that one
     return [
         Place(name, layer, owner, part)
         for path, owner in base.named_modules()
@@ -286,7 +287,7 @@ def _untie(place: Place, undo: contextlib.ExitStack) -> None:
 
 
 def retie(layer: Any, undo: contextlib.ExitStack) -> None:
-    """What a merge has untied is shared again where it has the same bits again."""
+    """Shares the Parameters that a merge untied again, if their bits match."""
     ties = layer.__dict__.get("_peftk_ties", ())
     if layer.merged_adapters or not ties:
         return
@@ -301,10 +302,10 @@ def retie(layer: Any, undo: contextlib.ExitStack) -> None:
 
 
 @contextlib.contextmanager
-def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> Iterator[None]:
-    """Around a LoraModel's merge of these adapters (None: the active ones) into all its layers, or none.
+def merging_all(model: Any, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> Iterator[None]:
+    """A context manager around a LoraModel's merge of these adapters (None: the active ones): all layers or none.
 
-    Raises ValueError where a weight that would change is another module's too, unless `untie`.
+    Raises ValueError if another module holds a weight that would change, unless `untie`.
     """
     layers = tuner_layers(model.model)
     with interrupts.deferred(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
@@ -313,28 +314,28 @@ def together(model: Any, adapter_names: Sequence[str] | None = None, *, untie: b
             names = list(layer.active_adapters if adapter_names is None else adapter_names)
             changed = _places(name, layer, names)
             places += changed
-            if changed and not (_exact(layer) and reason(layer, names) is None):
-                keep(layer, copies)
-        for place, other in shared.elsewhere(model.model, places):
-            raise ValueError(f"{place.layer}: {shared.two_places(place.name, other)}")
+            if changed and not (_undoes_own_merges(layer) and reason(layer, names) is None):
+                keep_copies(layer, copies)
+        for place, other in shared.used_elsewhere(model.model, places):
+            raise ValueError(f"{place.layer}: {shared.shared_module_error(place.name, other)}")
         for place, other in shared.conflicts(model.model, places):
             if not untie:
-                raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")
+                raise ValueError(f"{place.layer}: {shared.shared_memory_error(place.name, other)}")
             _untie(place, undo)
-        with _entered(undo, layers):
+        with _set_operation(undo, layers):
             yield
         copies.pop_all()
 
 
 @contextlib.contextmanager
-def apart(model: Any) -> Iterator[None]:
-    """Around a LoraModel's unmerge of all its layers, or none."""
+def unmerging_all(model: Any) -> Iterator[None]:
+    """A context manager around a LoraModel's unmerge: all layers or none."""
     layers = tuner_layers(model.model)
     with interrupts.deferred(), contextlib.ExitStack() as copies, all_or_none(model) as undo:
         for _, layer in layers:
-            if layer.merged_adapters and not _exact(layer):
-                keep(layer, copies)
-        with _entered(undo, layers):
+            if layer.merged_adapters and not _undoes_own_merges(layer):
+                keep_copies(layer, copies)
+        with _set_operation(undo, layers):
             yield
             for _, layer in layers:
                 retie(layer, undo)
@@ -345,15 +346,15 @@ def tuner_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _exact(layer: nn.Module) -> bool:
-    """Whether the layer undoes its own merges and unmerges, as ours do."""
+def _undoes_own_merges(layer: nn.Module) -> bool:
+    """Whether the layer undoes its own merges and unmerges on failure, as our layers do."""
     return getattr(type(layer), "undoes_merges", False)
 
 
 @contextlib.contextmanager
-def _entered(undo: contextlib.ExitStack, layers: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    token = _together.set(_Together(undo, {id(layer): name for name, layer in layers}))
+def _set_operation(undo: contextlib.ExitStack, layers: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    token = _operation.set(_Operation(undo, {id(layer): name for name, layer in layers}))
     try:
         yield
     finally:
-        _together.reset(token)
+        _operation.reset(token)

@@ -1,4 +1,4 @@
-"""A live HF PEFT model on peftk's kernels: `peftk.accelerate`, and back: `peftk.decelerate`."""
+"""`peftk.accelerate` puts a live HF PEFT model on peftk's kernels; `peftk.decelerate` undoes that."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(peft_model: Model) -> Model:
-    """Makes every LoRA Linear of a live HF PEFT model run on peftk's kernels, in place; returns the same object.
+    """Makes every LoRA Linear of a live HF PEFT model run on peftk's kernels, in place.
 
         y = xWᵀ + b + Σ s·(dropout(x) Aᵀ) Bᵀ      one operation, rounded once (`peftk.functional.lora_linear`)
 
-    PEFT's API stays PEFT's own: layers change their class and nothing else, to subclasses of PEFT's that override
-    forward, merge and unmerge. Parameters, names, state_dict, hooks, optimizers that hold parameters: all as they were.
-    What is new: `adapter_names=` is one call a layer and trains; unmerge gives back every bit. Layers that PEFT adds
-    later are accelerated too. What peftk has no kernels for (DoRA and other variants, quantized base layers, hooks on
-    a base layer, …) keeps PEFT's code: `peftk.explain(peft_model)` says which and why.
+    PEFT's API does not change: the layers get subclasses of PEFT's classes that override forward, merge and unmerge.
+    Parameters, names, state_dict, hooks, and optimizers that hold parameters stay as they were. New are: with
+    `adapter_names=`, a mixed batch is one call per layer and can train; and unmerge restores every bit. Layers that
+    PEFT adds later are accelerated too. Layers for which peftk has no kernels (DoRA and other variants, quantized base
+    layers, hooks on a base layer, …) keep PEFT's code; `peftk.explain(peft_model)` says which and why.
 
     A warning names layers whose weight the model reads itself: PEFT's adapter does nothing there.
 
     Args:
-        peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned, or any module with LoRA layers of
-            PEFT inside. A second call changes nothing.
+        peft_model: the result of `get_peft_model` or `PeftModel.from_pretrained`, or any module that contains PEFT's
+            LoRA layers. A second call changes nothing.
+
+    Returns:
+        The same object.
 
     Raises:
-        TypeError: not an nn.Module. ValueError: it has no LoRA layers of PEFT. Nothing has changed then.
+        TypeError: not an nn.Module. ValueError: there are no LoRA layers of PEFT in it. Nothing has changed then.
     """
     if not isinstance(peft_model, nn.Module):
         raise TypeError(f"peft_model: expected an nn.Module, got {type(peft_model).__name__}")
@@ -45,21 +48,21 @@ def accelerate(peft_model: Model) -> Model:
 
     with all_or_none(peft_model):
         peft_layers.swap(peft_model)
-        peft_merge.note_shared(peft_layers.inside(peft_model))
+        peft_merge.note_shared(peft_layers.wrapped_model(peft_model))
         layers = {name: module for name, module in peft_model.named_modules() if type(module) is peft_layers.Linear}
         new = {name: layer for name, layer in layers.items() if not watched.is_watched(layer)}
         if new:
-            found = trial.look(peft_model, layers=set(new.values()))
+            found = trial.run(peft_model, layers=set(new.values()))
             for name, layer in new.items():
                 watched.watch(layer, name, found.read.get(name))
     return peft_model
 
 
 def decelerate(peft_model: Model) -> Model:
-    """Undoes `accelerate`, in place: every module has PEFT's own class again. Returns the same object.
+    """Undoes `accelerate`, in place: every module gets PEFT's own class back. Returns the same object.
 
     Raises:
-        TypeError: not an nn.Module. ValueError: it was not accelerated; or layers are merged, which PEFT could not
+        TypeError: not an nn.Module. ValueError: it was not accelerated, or layers are merged, which PEFT could not
             unmerge exactly. Nothing has changed then.
     """
     if not isinstance(peft_model, nn.Module):
@@ -81,13 +84,13 @@ def is_accelerated(model: nn.Module) -> bool:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether any module is a LoRA layer of PEFT, which is not imported where nobody has imported it."""
+    """Whether any module is a LoRA layer of PEFT. Does not import peft."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     return layer is not None and any(isinstance(module, layer.LoraLayer) for module in model.modules())
 
 
 class Explanation(NamedTuple):
-    """peftk: what runs → names of layers; peft: why PEFT's own code is kept → names of layers."""
+    """What runs each layer. peftk: kernel → names of layers. peft: reason why PEFT's code runs → names of layers."""
 
     peftk: dict[str, list[str]]
     peft: dict[str, list[str]]
@@ -103,7 +106,7 @@ class Explanation(NamedTuple):
 
 
 def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanation:
-    """For `peftk.explain`: of one layer its Choice, of a model all layers'. M: rows of x."""
+    """For `peftk.explain`: the Choice of one layer, or the Explanation of all layers of a model. M: rows of x."""
     from peft.tuners.lora import LoraLayer
 
     from peftk.interop.peft_layers import Linear
@@ -123,7 +126,7 @@ def explain(model: nn.Module, M: int, backend: str | None) -> Choice | Explanati
 
 
 def _choice(layer: Any, M: int, backend: str | None) -> Choice:
-    """What would run a call of the layer as it stands, without names of a mixed batch."""
+    """What would run a call of the layer as it is now, without a mixed batch."""
     from peft.tuners import lora
 
     from peftk.interop.peft_layers import Linear
@@ -131,7 +134,7 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     if type(layer) is not Linear:
         kind = type(layer).__name__
         return Choice("peft", f"not accelerated: lora.{kind}" if type(layer) is lora.Linear else f"lora.{kind}", ())
-    reader = watched.read_by(layer)
+    reader = watched.reader_of(layer)
     if reader is not None:
         return Choice("peft", f"{reader} computes with the weight itself, where the adapter does nothing", ())
     found = layer.active()

@@ -1,7 +1,6 @@
-"""What of an HF PEFT LoRA layer our kernels can compute with, or the reason in words why PEFT's own code keeps it.
+"""Reads an HF PEFT LoRA layer: the tensors for our kernels, or the reason (a text) why PEFT's own code must run.
 
-Asked in every call, since PEFT's users change layers between calls in any way they like; so these are plain look-ups,
-by the shortest way to them.
+This happens in every call, since users may change layers between calls in any way, so these are plain, fast look-ups.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _KERNELS_HAVE = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_TENSORS = frozenset((nn.Parameter, Tensor))  # exactly: what a subclass computes is its own affair
+_TENSORS = frozenset((nn.Parameter, Tensor))  # exact types: subclasses may compute differently
 
-Base = tuple[Tensor, Tensor | None]  # weight [N, K] (of a Conv1D its transposed view), bias [N]
+Base = tuple[Tensor, Tensor | None]  # weight [N, K] (for a Conv1D its transposed view), bias [N]
 
 
 class Factors(NamedTuple):
-    """One adapter as it lies: s · (dropout(x) Aᵀ Bᵀ + β). scaling is a tensor where PEFT made it one."""
+    """The tensors of one adapter, not copied: s · (dropout(x) Aᵀ Bᵀ + β). scaling is a tensor if PEFT made it one."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -44,7 +43,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def base(module: nn.Module) -> Base | str:
-    """W and the bias of a base layer, to read and to merge into."""
+    """W and the bias of a base layer, to read and to merge into, or the reason why not."""
     kind = type(module)
     transposed = kind is Conv1D
     if kind is not nn.Linear and not transposed and not _linear(kind):
@@ -62,14 +61,14 @@ def base(module: nn.Module) -> Base | str:
     if bias is not None:
         if type(bias) not in _TENSORS:
             return "the base layer's bias is computed or of a type of its own"
-        if bias.dtype not in _KERNELS_HAVE or not _together(bias, weight):  # type: ignore[arg-type]
+        if bias.dtype not in _KERNELS_HAVE or not _same_device(bias, weight):  # type: ignore[arg-type]
             return f"the base layer's bias is {_short(bias)}"
     return (weight.t() if transposed else weight), bias  # type: ignore[union-attr,return-value]
 
 
-def _together(one: Tensor, other: Tensor) -> bool:
-    """On one device: `one.device == other.device` in half the time."""
-    return one.is_cpu == other.is_cpu and one.get_device() == other.get_device() and not one.is_meta
+def _same_device(first: Tensor, second: Tensor) -> bool:
+    """`first.device == second.device`, in half the time."""
+    return first.is_cpu == second.is_cpu and first.get_device() == second.get_device() and not first.is_meta
 
 
 def _short(tensor: Any) -> str:
@@ -77,13 +76,13 @@ def _short(tensor: Any) -> str:
 
 
 def _linear(kind: type[nn.Module]) -> bool:
-    """A subclass that computes what nn.Linear does. What MultiheadAttention has as out_proj is not called at all."""
+    """Whether a subclass computes what nn.Linear does. (MultiheadAttention does not call its out_proj at all.)"""
     mha = nn.modules.linear.NonDynamicallyQuantizableLinear
     return issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward and kind is not mha
 
 
-def runs(module: nn.Module) -> Base | str:
-    """`base`, where a call of the base layer may be ours."""
+def callable_base(module: nn.Module) -> Base | str:
+    """`base` if our kernels can run a call of the base layer, or the reason why not."""
     found = base(module)
     if isinstance(found, str):
         return found
@@ -94,12 +93,12 @@ def runs(module: nn.Module) -> Base | str:
     return found
 
 
-def takes(x: Any, weight: Tensor, *, casts: bool) -> str | None:
-    """Why x is not for our kernels; None where it is. casts: PEFT's switch `cast_input_dtype_enabled`."""
+def why_not(x: Any, weight: Tensor, *, casts: bool) -> str | None:
+    """Why our kernels cannot take x; None if they can. casts: PEFT's switch `cast_input_dtype_enabled`."""
     if type(x) not in _TENSORS:
         return f"x is a {type(x).__name__}"
     if x.dtype is not weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"x is {x.dtype} and the base layer {weight.dtype}"  # PEFT raises torch's error
+        return f"x is {x.dtype} and the base layer {weight.dtype}"  # with PEFT's code, torch raises
     if not casts:
         return "casting of x is switched off"
     if torch._C._are_functorch_transforms_active():
@@ -108,7 +107,7 @@ def takes(x: Any, weight: Tensor, *, casts: bool) -> str | None:
 
 
 def factors(layer: Any, name: str, weight: Tensor) -> Factors | str | None:
-    """An adapter of the layer; None where the layer has none of this name."""
+    """An adapter of the layer, None if the layer has none of this name, or the reason why PEFT's own code must run."""
     modules = layer._modules
     down = modules["lora_A"]._modules.get(name)
     if down is None:
@@ -133,10 +132,10 @@ def factors(layer: Any, name: str, weight: Tensor) -> Factors | str | None:
     dtype = lora_A.dtype  # type: ignore[union-attr]
     if dtype not in _KERNELS_HAVE or lora_B.dtype is not dtype:  # type: ignore[union-attr]
         return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}"
-    if not _together(lora_A, weight) or not _together(lora_B, weight):  # type: ignore[arg-type]
+    if not _same_device(lora_A, weight) or not _same_device(lora_B, weight):  # type: ignore[arg-type]
         return f"lora_A is {_short(lora_A)}, lora_B {_short(lora_B)}, the base layer {_short(weight)}"
     if bias_B is not None and (
-        type(bias_B) not in _TENSORS or bias_B.dtype is not dtype or not _together(bias_B, weight)
+        type(bias_B) not in _TENSORS or bias_B.dtype is not dtype or not _same_device(bias_B, weight)
     ):
         return f"lora_B's bias is {_short(bias_B)}"
     if "bias" not in up._parameters or down._parameters.get("bias") is not None:

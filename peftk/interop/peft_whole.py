@@ -1,4 +1,4 @@
-"""Operations of HF PEFT over the layers of a model, which PEFT does layer by layer: of all of them, or of none."""
+"""Makes HF PEFT's operations on a model's layers atomic: they change all layers or none."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def all_or_none(model: nn.Module) -> Iterator[contextlib.ExitStack]:
-    """Whatever is raised inside, modules below `model` and their attributes are then what they were before.
+    """If anything is raised inside, restores the modules in `model` and their attributes.
 
-    That is all but the values of tensors, whose changes inside are for the stack to undo. A Ctrl-C waits until the end,
-    or until somebody lets it come between two layers (`interrupts.Held.deliver`).
+    The values of tensors are not restored; callbacks on the stack must undo changes of these. A Ctrl-C is deferred
+    until the end, or until it is delivered between two layers (`interrupts.Held.deliver`).
     """
     with interrupts.deferred(), contextlib.ExitStack() as undo:
         for module in model.modules():
-            undo.callback(_put_back, module, type(module), _copies(module))
+            undo.callback(_restore, module, type(module), _copies(module))
         for parameter in model.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
         yield undo
         undo.pop_all()
 
 
-def whole(method: Method) -> Method:
-    """A method of a PEFT model that changes all its layers or, where it raises, none."""
+def atomic(method: Method) -> Method:
+    """Wraps a method of a PEFT model so that it changes all layers or, if it raises, none."""
 
     @functools.wraps(method)
     def all_layers(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ def whole(method: Method) -> Method:
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The module's attributes, and the containers among them (its children, Parameters and hooks, too), as they are."""
+    """Copies of the module's attributes and of the containers among them (children, Parameters, hooks, …)."""
     attributes = module.__dict__
     return [
         (container, container.copy())
@@ -51,7 +51,7 @@ def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
     ]
 
 
-def _put_back(module: nn.Module, kind: type[nn.Module], copies: list[tuple[Any, Any]]) -> None:
+def _restore(module: nn.Module, kind: type[nn.Module], copies: list[tuple[Any, Any]]) -> None:
     module.__class__ = kind
     for container, before in copies:
         container.clear()

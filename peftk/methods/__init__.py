@@ -1,1 +1,1 @@
-"""The methods of the field: one file per method, its config with what it does to a model (`plan`)."""
+"""The fine-tuning methods: one file per method, with its config and what that does to a model (`plan`)."""

@@ -1,4 +1,4 @@
-"""Bottleneck adapters exactly where the adapters library (AdapterHub) puts them, per architecture."""
+"""Bottleneck adapters in exactly the places where the adapters library (AdapterHub) puts them, per architecture."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 from peftk.methods import architectures, fields
 from peftk.methods.architectures import FAMILIES
 from peftk.methods.parallel import ParallelAdapterConfig
-from peftk.methods.places import settle_bottleneck
+from peftk.methods.places import set_bottleneck_fields
 from peftk.methods.plan import Plan
 from peftk.methods.series import SeriesAdapterConfig
 from peftk.methods.targets import warn
-from peftk.nn.attached import Attached, attachable
+from peftk.nn.attached import Attached, check_attachable
 from peftk.nn.parallel_adapter import ParallelAdapter
-from peftk.nn.parameters import dtype_beside
+from peftk.nn.parameters import default_adapter_dtype
 from peftk.nn.placed_adapters import NormAdapter, StreamAdapter
 from peftk.nn.series_adapter import SeriesAdapter
 
@@ -29,11 +29,11 @@ ATTENTION, OUTPUT, CROSS = ROLES = ("attention_adapter", "output_adapter", "cros
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A block of a layer with its skip, by names below the layer ("" is the layer itself).
+    """A block of a layer with its skip: the names of its modules relative to the layer ("" is the layer itself).
 
-    key: the module under which AdapterHub keeps the adapter. x is what `source`, a part of `owner`, gets first; h what
-    `sink` returns, and z = x + h. norm: the LayerNorm that takes z, where the model normalises behind the skip. stream:
-    the module that returns z, where it normalises before.
+    key: the module under which AdapterHub keeps the adapter. source, sink: submodules of `owner`; x is the first
+    argument of source, h the output of sink, and z = x + h. norm: the LayerNorm of z in models that normalise after the
+    skip. stream: the module that returns z in models that normalise before it.
     """
 
     key: str
@@ -68,7 +68,7 @@ _SITES: dict[str, dict[str, Site]] = {
 
 @dataclasses.dataclass(frozen=True)
 class FoundSite:
-    """A site of a model: AdapterHub's key for it there, the number of its layer, and dotted names of its modules."""
+    """A site in a model: its role, the number of its layer, AdapterHub's key for it, and the names of its modules."""
 
     role: str
     number: int
@@ -82,23 +82,25 @@ class FoundSite:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterHubConfig:
-    """Bottleneck adapters f(v) = s·act(v Aᵀ + a)Bᵀ + β as a BnConfig of the adapters library means them.
+    """Bottleneck adapters f(v) = s·act(v Aᵀ + a)Bᵀ + β with the meaning of a BnConfig of the adapters library.
 
-    mh_adapter, output_adapter, cross_adapter: behind attention, behind the feed-forward block, behind cross-attention
-    (T5's decoder). With x before a block's skip, h what the block adds to it and z = x + h, placement says what becomes
-    of them:
+    mh_adapter, output_adapter, cross_adapter: whether there are adapters after attention, after the feed-forward block,
+    and after cross-attention (T5's decoder). x is the input of a block's skip, h what the block adds to it, z = x + h.
+    placement:
 
-        "series"       h + f(h) in place of h: Houlsby's, DoubleSeqBnConfig
-        "before_norm"  z + f(LN(z)) in place of z, before the LayerNorm: Pfeiffer's, SeqBnConfig, in models that
-                       normalise behind the skip (BERT); z + f(z) in those that do so before (GPT-2, Llama, T5)
-        "after_norm"   LN(z) + f(LN(z)) in place of LN(z); z + f(z) in models that normalise before the skip
-        "parallel"     h + f(x) in place of h: ParBnConfig; x is taken before the LayerNorm where there is one
+        "series"       h becomes h + f(h): Houlsby's, DoubleSeqBnConfig
+        "before_norm"  z becomes z + f(LN(z)), before the LayerNorm, in models that normalise after the skip (BERT);
+                       z + f(z) in models that normalise before it (GPT-2, Llama, T5): Pfeiffer's, SeqBnConfig
+        "after_norm"   LN(z) becomes LN(z) + f(LN(z)); z becomes z + f(z) in models that normalise before the skip
+        "parallel"     h becomes h + f(x): ParBnConfig; x is taken before the LayerNorm if there is one
 
-    reduction_factor: R = d // reduction_factor, 1 at least; one number, or numbers by layer ({"1": 8, "default": 16}).
-    activation: relu, gelu, gelu_tanh, silu or identity. leave_out: numbers of layers without adapters; decoder layers
-    count on from the encoder's. adapter_dtype: None means fp32 (fp64 in an fp64 model).
+    reduction_factor: R = d // reduction_factor, at least 1; one number, or numbers by layer ({"1": 8, "default": 16}).
+    activation: relu, gelu, gelu_tanh, silu or identity. scaling: s, no unit. leave_out: numbers of layers without
+    adapters; decoder layers are numbered after the encoder's. adapter_dtype: None means fp32 (fp64 in an fp64 model).
 
-    |Φ| = 2·d·R + R + d a place. Source: Poth et al. 2023; Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2021.
+    |Φ| = 2·d·R + R + d per place. Raises ValueError or TypeError for a bad field.
+
+    Source: Poth et al. 2023; Houlsby et al. 2019; Pfeiffer et al. 2020; He et al. 2021.
     """
 
     mh_adapter: bool = True
@@ -120,42 +122,42 @@ class AdapterHubConfig:
             if not self.reduction_factor or not all(isinstance(key, str) for key in self.reduction_factor):
                 raise ValueError(f"reduction_factor: expected layer numbers as strings, got {self.reduction_factor!r}")
             factor: Any = {
-                key: fields.above_zero(f"reduction_factor[{key!r}]", value)
+                key: fields.positive(f"reduction_factor[{key!r}]", value)
                 for key, value in self.reduction_factor.items()
             }
         else:
-            factor = fields.above_zero("reduction_factor", self.reduction_factor)
-        fields.settle(self, reduction_factor=factor)
+            factor = fields.positive("reduction_factor", self.reduction_factor)
+        fields.set_fields(self, reduction_factor=factor)
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
-        settle_bottleneck(self)
+        set_bottleneck_fields(self)
 
     @property
     def _roles(self) -> tuple[str, ...]:
-        wanted = (self.mh_adapter, self.output_adapter, self.cross_adapter)
-        return tuple(role for role, here in zip(ROLES, wanted, strict=True) if here)
+        flags = (self.mh_adapter, self.output_adapter, self.cross_adapter)
+        return tuple(role for role, flag in zip(ROLES, flags, strict=True) if flag)
 
     def sites(self, model: nn.Module) -> list[FoundSite]:
-        """The sites that get an adapter. Raises ValueError where the model's layers are of no known family."""
+        """The sites that get an adapter. Raises ValueError if the model's layers are of no known family."""
         found = [s for s in sites(model) if s.role in self._roles and s.number not in self.leave_out]
         if not found:
-            raise ValueError(f"leave_out: expected to leave some adapter, got {list(self.leave_out)}")
+            raise ValueError(f"leave_out: expected some site to remain, got {list(self.leave_out)}, which leaves none")
         return found
 
     def bottleneck(self, d: int, layer: int) -> int:
-        """R in a layer. Raises ValueError where the mapping of reduction factors says none."""
+        """R in a layer. Raises ValueError if the reduction factors have neither this layer nor a default."""
         factor = self.reduction_factor
         if isinstance(factor, Mapping):
             found = factor.get(str(layer), factor.get("default"))
             if found is None:
-                raise ValueError(f"reduction_factor: expected one of layer {layer} or a default, got {dict(factor)!r}")
+                raise ValueError(f"reduction_factor: expected one for layer {layer} or a default, got {dict(factor)!r}")
             factor = found
         return max(1, int(d // factor))
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError or TypeError where the model is of no known family or has such adapters already.
+        """Raises ValueError or TypeError if the model is of no known family or has such adapters already.
 
-        Warns of layers to leave out that the model does not have.
+        Warns if the model lacks a layer of leave_out.
         """
         numbers = {site.number for site in sites(model)}
         for number in self.leave_out:
@@ -165,17 +167,17 @@ class AdapterHubConfig:
 
     def _adapter(self, model: nn.Module, site: FoundSite) -> tuple[str, Attached]:
         d, weight = architectures.width_out(model, site.sink)
-        kind, where = _kind(self.placement, site)
+        kind, where = _class_and_module(self.placement, site)
         parts = {}
         if kind in (ParallelAdapter, StreamAdapter):
             parts = {name: getattr(site, name)[len(where) :].lstrip(".") for name in ("source", "sink")}
-        attachable(model.get_submodule(where), site.role)
+        check_attachable(model.get_submodule(where), site.role)
         adapter = kind(
             d,
             self.bottleneck(d, site.number),
             activation=self.activation,
             scaling=self.scaling,
-            dtype=dtype_beside(weight, self.adapter_dtype),
+            dtype=default_adapter_dtype(weight, self.adapter_dtype),
             device=weight.device,
             **parts,
         )
@@ -184,9 +186,9 @@ class AdapterHubConfig:
 
 
 def as_adapterhub(model: nn.Module, config: Any) -> tuple[AdapterHubConfig, dict[str, str]]:
-    """What AdapterHub calls the adapters that a config has put into a model: its config, and their modules by its keys.
+    """The AdapterHub config equal to an injected config, and the names of the adapters' modules by AdapterHub's keys.
 
-    Raises ValueError for a config that puts them where AdapterHub has no place for them.
+    Raises ValueError if the config puts adapters where AdapterHub has no place for them.
     """
     if isinstance(config, AdapterHubConfig):
         return config, {site.key: f"{holder(config.placement, site)}.{site.role}" for site in config.sites(model)}
@@ -195,7 +197,7 @@ def as_adapterhub(model: nn.Module, config: Any) -> tuple[AdapterHubConfig, dict
     where = {config.where} if isinstance(config.where, str) else set(config.where)
     roles = {ATTENTION: "attention", OUTPUT: "mlp"}
     if not where <= set(roles.values()):
-        raise ValueError(f"where: expected attention and mlp, where AdapterHub has adapters too, got {config.where!r}")
+        raise ValueError(f"where: expected attention and mlp, the places of AdapterHub, got {config.where!r}")
     placement = SERIES if isinstance(config, SeriesAdapterConfig) else PARALLEL
     paths, widths = {}, {}
     for site in sites(model):
@@ -204,16 +206,16 @@ def as_adapterhub(model: nn.Module, config: Any) -> tuple[AdapterHubConfig, dict
             adapter = dict(model.named_modules()).get(path)
             if not isinstance(adapter, (SeriesAdapter, ParallelAdapter)):
                 raise ValueError(
-                    f"where: expected {site.source}'s input to be what the adapter takes, as AdapterHub's does, "
-                    "got one behind a LayerNorm"
+                    f"where: expected an adapter whose input is that of {site.source}, as in AdapterHub, got one after "
+                    "a LayerNorm"
                 )
             paths[site.key], widths[str(site.number)] = path, _reduction_factor(adapter.in_features, adapter.bottleneck)
-    one = len(set(widths.values())) == 1
+    same = len(set(widths.values())) == 1
     return (
         AdapterHubConfig(
             mh_adapter="attention" in where,
             output_adapter="mlp" in where,
-            reduction_factor=next(iter(widths.values())) if one else widths,
+            reduction_factor=next(iter(widths.values())) if same else widths,
             placement=placement,
             activation=config.activation,
             scaling=config.scaling,
@@ -224,7 +226,7 @@ def as_adapterhub(model: nn.Module, config: Any) -> tuple[AdapterHubConfig, dict
 
 
 def _reduction_factor(d: int, R: int) -> float:
-    """The number with which d // it is R."""
+    """A number f with d // f = R."""
     factor = d / R
     while int(d // factor) < R:
         factor = math.nextafter(factor, 0.0)
@@ -232,7 +234,7 @@ def _reduction_factor(d: int, R: int) -> float:
 
 
 def sites(model: nn.Module) -> list[FoundSite]:
-    """Every site of the model, in the order of its layers. Raises ValueError where its layers aren't known."""
+    """Every site of the model, in the order of its layers. Raises ValueError if its layers are of no known family."""
     found = []
     for layer in architectures.known_layers(model, "model"):
         family = next(name for name, family in FAMILIES.items() if family is layer.family)
@@ -260,11 +262,11 @@ def sites(model: nn.Module) -> list[FoundSite]:
 
 
 def holder(placement: str, site: FoundSite) -> str:
-    """The name of the module that the adapter of a placement hangs on."""
-    return _kind(placement, site)[1]
+    """The name of the module to which the adapter of a placement is attached."""
+    return _class_and_module(placement, site)[1]
 
 
-def _kind(placement: str, site: FoundSite) -> tuple[Any, str]:
+def _class_and_module(placement: str, site: FoundSite) -> tuple[Any, str]:
     if placement == PARALLEL:
         return ParallelAdapter, site.owner
     if placement == SERIES:

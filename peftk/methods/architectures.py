@@ -1,6 +1,6 @@
-"""What the parts of a transformer are called: the one table that knows model families.
+"""The table of model families: the names of the parts of a transformer's layers.
 
-A layer is recognised by its parts, not by its model's name, so whatever is built like one of these families is known:
+A layer is recognised by its parts, not by its model's name, so every model that is built like one of these is known:
 
     bert        BERT, RoBERTa, XLM-R, ELECTRA, MiniLM
     gpt2        GPT-2
@@ -8,7 +8,7 @@ A layer is recognised by its parts, not by its model's name, so whatever is buil
     t5          T5, mT5: encoder and decoder, cross attention
     torch       nn.TransformerEncoderLayer
 
-For another model, every config takes the names of its modules instead.
+For any other model, give a config the names of the modules.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _HEADS = ["classifier", "classification_head", "score", "qa_outputs", "lm_head",
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of a layer with a skip around it: x is what `source` gets, and `sink` returns what is added to the skip.
+    """A block of a layer with a skip around it: `source` gets its input x, `sink` returns what is added to the skip.
 
-    Both by their names below `owner`, which is below the layer; "" is the owner itself.
+    Both are names relative to `owner`, which is a name relative to the layer; "" is the owner itself.
     """
 
     owner: str
@@ -43,11 +43,11 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The parts of a layer, by their names below it.
+    """The parts of a layer, as names relative to it.
 
-    projections: below the attention module of that name; None where its parts are never called. scaling: what
-    attention multiplies q·k by, None for what the module says. linears: those that make queries, keys and values.
-    kind: the class that the layer must have, where its parts' names say too little.
+    blocks: by role. linears: those that compute queries, keys and values. attention: the attention module. projections:
+    its parts; None if it does not call them. scaling: the factor of q·k; None means the module's own. kind: the class
+    of the layer, if its parts' names do not identify it.
     """
 
     blocks: Mapping[str, Block]
@@ -61,14 +61,14 @@ class Family:
         if not isinstance(module, self.kind):
             return False
         names = [name for block in self.blocks.values() for name in _parts(block)] + list(self.linears.values())
-        return all(_has(module, name) for name in names)
+        return all(_has_submodule(module, name) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a model: its dotted name, its number in the model and in its stack, and the stack's name.
+    """One layer of a model: its dotted name, its number, the name of its stack (encoder or decoder), and its family.
 
-    Numbers run through all stacks, the encoder's layers before the decoder's, as AdapterHub counts.
+    Numbers run through all stacks, the encoder's layers before the decoder's, as in AdapterHub.
     """
 
     name: str
@@ -126,7 +126,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def layers(model: nn.Module) -> list[Layer]:
-    """The model's layers of known families, in order; none where the model is built otherwise."""
+    """The model's layers of known families, in order; empty for any other model."""
     found: list[Layer] = []
     for name, module in model.named_modules():
         stack, _, number = name.rpartition(".")
@@ -138,7 +138,7 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 def known_layers(model: nn.Module, field: str) -> list[Layer]:
-    """`layers`. Raises ValueError where there are none."""
+    """`layers`, but raises ValueError if there are none. field: of the config, for the message."""
     found = layers(model)
     if not found:
         families = ", ".join(dict.fromkeys(name.partition(" ")[0] for name in FAMILIES))
@@ -150,7 +150,7 @@ def known_layers(model: nn.Module, field: str) -> list[Layer]:
 
 
 def topmost(model_layers: Sequence[Layer], k: int | None, field: str) -> list[Layer]:
-    """The k topmost layers of every stack; all for None. Raises ValueError where a stack has fewer than k."""
+    """The k topmost layers of every stack; all for None. Raises ValueError if a stack has fewer than k."""
     stacks: dict[str, list[Layer]] = {}
     for layer in model_layers:
         stacks.setdefault(layer.stack, []).append(layer)
@@ -161,10 +161,12 @@ def topmost(model_layers: Sequence[Layer], k: int | None, field: str) -> list[La
 
 
 def head_parameters(model: nn.Module, modules: Names | None, field: str = "modules") -> list[str]:
-    """Names of the parameters of the model's head: of the named modules; or of what a transformers model has beside
-    its base model; or of a module at the top that is called like one. Empty where the model has none.
+    """Names of the parameters of the model's head; empty if it has none.
 
-    Raises ValueError where a name matches nothing, or a parameter is also the base model's (a tied embedding).
+    The head is given by `modules`. For None it is what a transformers model has beside its base model, or a top-level
+    module with a usual name.
+
+    Raises ValueError if a name matches nothing, or the base model shares a parameter (a tied embedding).
     """
     if modules is not None:
         heads = list(target_modules(model, field, modules))
@@ -181,17 +183,17 @@ def head_parameters(model: nn.Module, modules: Names | None, field: str = "modul
     for name in found:
         tied = others.get(id(model.get_parameter(name)))
         if tied is not None:
-            raise ValueError(f"{field}: expected a head with parameters of its own, got {name}, which is {tied} too")
+            raise ValueError(f"{field}: expected a head with parameters of its own, got {name}, which is also {tied}")
     return found
 
 
 def layer_of(module: str, model_layers: Sequence[Layer]) -> Layer | None:
-    """The layer that a module lies in."""
+    """The layer to which a module belongs, or None."""
     return next((layer for layer in model_layers if f"{module}.".startswith(f"{layer.name}.")), None)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """N, K of a linear, whoever made it (a quantised one says so by its attributes); None for another module."""
+    """N, K of any kind of linear (quantised ones are recognised by their attributes); None for any other module."""
     if isinstance(module, Attached):
         return None
     if is_linear(module) and fan_in_fan_out(module):
@@ -202,15 +204,15 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def width_in(model: nn.Module, name: str) -> int:
-    """K of what the module takes: its own, or that of the first linear within."""
+    """K, the width of a module's input: that of its first linear."""
     return _width(model, name, first=True)[0]
 
 
 def width_out(model: nn.Module, name: str) -> tuple[int, Tensor]:
-    """N of what the module returns, that of its last linear or LayerNorm, and the weight that says it.
+    """N, the width of a module's output, and the weight that tells it: that of its last linear or of a LayerNorm.
 
-    A module without any (a Dropout) passes on what the last linear beside it returns. Raises ValueError where there is
-    none either.
+    A module without linears (a Dropout) is taken to pass on the output of the last linear in its parent. Raises
+    ValueError if there is none either.
     """
     return _width(model, name, first=False)
 
@@ -225,7 +227,7 @@ def _width(model: nn.Module, name: str, *, first: bool) -> tuple[int, Tensor]:
             linear, N, K = found[0] if first else found[-1]
             weight = next(linear.parameters(recurse=False))
             return (K if first else N), weight
-    raise ValueError(f"where: expected a module whose width its linears say, got {name}, which has none")
+    raise ValueError(f"where: expected a module with linears, which tell its width, got {name}, which has none")
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
@@ -239,7 +241,7 @@ def _parts(block: Block) -> list[str]:
     return [".".join(n for n in (block.owner, part) if n) for part in (block.source, block.sink)]
 
 
-def _has(module: nn.Module, name: str) -> bool:
+def _has_submodule(module: nn.Module, name: str) -> bool:
     for step in name.split("."):
         child = module._modules.get(step)
         if child is None:

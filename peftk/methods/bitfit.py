@@ -19,31 +19,34 @@ ALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class BitFitConfig:
-    """Trains biases in place, and nothing else; linears whose bias trains run on peftk's kernels.
+    """Trains biases in place, and nothing else. Linears whose bias trains run on peftk's kernels.
 
-    biases: "all"; or which ones, as names that end the dotted names of their modules (["query", "intermediate.dense"]),
-    or one regular expression that matches these whole. "query", "key" and "value" are also known where a model calls
-    them otherwise (q_proj); where one linear makes all three (GPT-2), they train together or not at all.
+    biases: "all"; or a list of names that end the dotted names of the biases' modules (["query",
+    "intermediate.dense"]); or one regular expression that matches these in full. "query", "key" and "value" also work
+    in models of known families that use different names (q_proj). If one linear computes all three (GPT-2), they train
+    together or not at all.
 
-    |Φ| = the biases' elements: nothing is added to the model.
+    |Φ| = the number of elements of the biases; nothing is added to the model. Raises ValueError for a bad field.
+
+    Source: Ben Zaken et al. 2021.
     """
 
     biases: Names = ALL
 
     def __post_init__(self) -> None:
-        fields.settle(self, biases=fields.names("biases", self.biases, keyword=ALL))
+        fields.set_fields(self, biases=fields.names("biases", self.biases, keyword=ALL))
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError where a name matches no module that has a bias."""
+        """Raises ValueError if a name matches no module with a bias."""
         biases = _biases(model)
         if self.biases == ALL:
             wanted = set(biases)
         elif isinstance(self.biases, str):
             wanted = {name for name in biases if matches(self.biases, name)}
         else:
-            wanted = set().union(*(self._named(model, name, biases) for name in self.biases))
+            wanted = set().union(*(self._match_name(model, name, biases) for name in self.biases))
         if not wanted:
-            raise ValueError(f"biases: expected to match some module that has a bias, got {self.biases!r}")
+            raise ValueError(f"biases: expected to match some module with a bias, got {self.biases!r}")
         layers = {}
         for name in biases:
             module = model.get_submodule(name)
@@ -52,7 +55,7 @@ class BitFitConfig:
         trained = [f"{module}.{name}".lstrip(".") for module in biases if module in wanted for name in biases[module]]
         return Plan(layers=layers, trained=trained)
 
-    def _named(self, model: nn.Module, name: str, biases: dict[str, list[str]]) -> set[str]:
+    def _match_name(self, model: nn.Module, name: str, biases: dict[str, list[str]]) -> set[str]:
         found = {module for module in biases if matches([name], module)}
         layers = [layer for layer in architectures.layers(model) if name in layer.family.linears]
         for layer in layers:
@@ -60,17 +63,17 @@ class BitFitConfig:
             together = {role for role, other in layer.family.linears.items() if layer.path(other) == linear}
             if not together <= set(self.biases):
                 raise ValueError(
-                    f"biases: expected {', '.join(sorted(together))} together, which are one linear {linear}, "
+                    f"biases: expected {', '.join(sorted(together))} together, as one linear, {linear}, computes them, "
                     f"got {self.biases!r}"
                 )
             found |= {linear} & biases.keys()
         if not found:
-            raise ValueError(f"biases: expected to match some module that has a bias, got {name!r}")
+            raise ValueError(f"biases: expected to match some module with a bias, got {name!r}")
         return found
 
 
 def _biases(model: nn.Module) -> dict[str, list[str]]:
-    """By module, the names of its own biases; none of adapters'."""
+    """The names of each module's own biases, by the module's name, without those of adapters."""
     found = {}
     for name, module in model.named_modules():
         names = [bias for bias in module._parameters if "bias" in bias and module._parameters[bias] is not None]

@@ -1,4 +1,4 @@
-"""Methods that add nothing: the head alone, the topmost layers, or all of the model trains.
+"""Methods that add no parameters: only the head, the topmost layers, or the whole model trains.
 
 Sources: Peters et al. 2019 (feature extraction or fine-tuning); Howard & Ruder 2018 (layers from the top down).
 """
@@ -11,36 +11,44 @@ from torch import nn
 
 from peftk.methods import architectures, fields
 from peftk.methods.fields import Names
-from peftk.methods.plan import Plan, of_adapter
+from peftk.methods.plan import Plan, is_adapter_parameter
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-    """Feature-based transfer: the model is frozen but its head, on top of the features that it computes.
+    """Feature-based transfer: only the model's head trains, on top of frozen features.
 
-    modules: names that end the head's dotted name, or a regular expression; None for what the model has beside its
-    base model (transformers), or calls classifier, score, lm_head, … at its top.
+    modules: names that end the head's dotted name, or a regular expression. None means everything that a transformers
+    model has beside its base model, or a top-level module called classifier, score, lm_head, ….
+
+    |Φ| = the head's parameters; nothing is added to the model. Raises ValueError for a bad field.
+
+    Source: Peters et al. 2019.
     """
 
     modules: Names | None = None
 
     def __post_init__(self) -> None:
         if self.modules is not None:
-            fields.settle(self, modules=fields.names("modules", self.modules))
+            fields.set_fields(self, modules=fields.names("modules", self.modules))
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError where the model has no head, or one that shares a parameter with the rest."""
+        """Raises ValueError if the model has no head, or one that shares a parameter with the rest."""
         found = architectures.head_parameters(model, self.modules)
         if not found:
-            raise ValueError(f"modules: expected the names of a head, as {type(model).__name__} has none that is known")
+            raise ValueError(f"modules: expected names, as no head is known in {type(model).__name__}, got None")
         return Plan(trained=found)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopLayersConfig:
-    """The k topmost layers (of encoder and decoder each) train, and the head where the model has one and head is True.
+    """The k topmost layers train (in an encoder-decoder, k of each), and the head, if there is one and `head` is True.
 
     layers: for a model of no known family, the name of its list of layers (nn.ModuleList).
+
+    |Φ| = the parameters of these modules; nothing is added to the model. Raises ValueError for a bad field.
+
+    Source: Howard & Ruder 2018.
     """
 
     k: int
@@ -48,15 +56,15 @@ class TopLayersConfig:
     layers: str | None = None
 
     def __post_init__(self) -> None:
-        fields.settle(self, k=fields.count("k", self.k))
+        fields.set_fields(self, k=fields.count("k", self.k))
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises ValueError where the model's layers aren't known or fewer than k, or its head shares a parameter."""
+        """Raises ValueError if the model's layers are unknown or fewer than k, or its head shares a parameter."""
         layers = self._layers(model)
         trained = [n for n, _ in model.named_parameters() if any(n.startswith(f"{layer}.") for layer in layers)]
         if self.head:
             trained += architectures.head_parameters(model, None, "head")
-        return Plan(trained=[name for name in trained if not of_adapter(model, name)])
+        return Plan(trained=[name for name in trained if not is_adapter_parameter(model, name)])
 
     def _layers(self, model: nn.Module) -> list[str]:
         if self.layers is None:
@@ -72,7 +80,7 @@ class TopLayersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FullConfig:
-    """Full fine-tuning: every parameter trains. What the others are compared with."""
+    """Full fine-tuning: every parameter of the model trains. A baseline to compare the other methods with."""
 
     def plan(self, model: nn.Module) -> Plan:
-        return Plan(trained=[name for name, _ in model.named_parameters() if not of_adapter(model, name)])
+        return Plan(trained=[name for name, _ in model.named_parameters() if not is_adapter_parameter(model, name)])

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftk.methods import fields
 from peftk.methods.fields import Names
-from peftk.methods.plan import Plan, of_adapter
+from peftk.methods.plan import Plan, is_adapter_parameter
 from peftk.methods.targets import (
     ALL_LINEAR,
     check_layers_pattern,
@@ -29,19 +29,24 @@ BIASES = ("none", "all", "lora_only")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """LoRA on the linears (nn.Linear, Conv1D) of a model; fields and meanings as in HF PEFT.
+    """LoRA on the linears (nn.Linear, Conv1D) of a model. Fields have the names and meanings of HF PEFT.
 
-    target_modules: names that end a module's dotted name (["query", "value"]), a regular expression that matches it
-    whole, or "all-linear": every linear but the model's output embedding. exclude_modules takes some of them out.
+    target_modules: names that end a module's dotted name (["query", "value"]); or a regular expression that matches it
+    in full; or "all-linear", every linear except the model's output embedding. exclude_modules: some of these to leave
+    out.
     layers_to_transform: numbers of the layers to adapt, None for all; layers_pattern: the name before that number.
-    rank_pattern and alpha_pattern give modules their own r and lora_alpha.
+    rank_pattern, alpha_pattern: a different r and lora_alpha for some modules.
+    lora_dropout: probability with which the adapter does not see an element of x in training.
     lora_bias: whether the adapters have a bias of their own, s·(BAx + b).
-    bias: which biases of the base model train besides: "none", "all", or "lora_only" (those of adapted linears).
-    modules_to_save: names of modules that train whole, a new classification head, say.
-    fan_in_fan_out: nothing to say; each layer knows how it stores its weight. Taken for PEFT's sake.
+    bias: which biases of the base model train too: "none", "all", or "lora_only" (those of adapted linears).
+    modules_to_save: names of modules that train in full, such as a new classification head.
+    fan_in_fan_out: has no effect, as each layer knows how it stores its weight; accepted for compatibility with PEFT.
     adapter_dtype: of A and B; None means fp32 (fp64 in an fp64 model).
 
-    s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). |Φ| = r·(K + N) a linear.
+    s = lora_alpha / r, or lora_alpha / √r with use_rslora; it has no unit. |Φ| = r·(K + N) per linear. Raises
+    ValueError or TypeError for a bad field.
+
+    Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
     """
 
     r: int = 8
@@ -74,7 +79,7 @@ class LoraConfig:
             raise ValueError(f"lora_dropout: expected 0 ≤ p < 1, got {p!r}")
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {', '.join(BIASES)}, got {self.bias!r}")
-        fields.settle(
+        fields.set_fields(
             self,
             **patterns,
             r=fields.count("r", self.r),
@@ -85,39 +90,39 @@ class LoraConfig:
             exclude_modules=fields.optional_names("exclude_modules", self.exclude_modules),
             modules_to_save=fields.optional_list("modules_to_save", self.modules_to_save),
         )
-        for kept in self.modules_to_save or ():
-            fields.regex(f"modules_to_save[{kept!r}]", kept)  # to PEFT it is one
+        for name in self.modules_to_save or ():
+            fields.regex(f"modules_to_save[{name!r}]", name)  # PEFT uses it as one
         self._settle_layers()
 
     def _settle_layers(self) -> None:
-        """As PEFT does, refuses numbers and patterns beside a regular expression, which can say the layers itself."""
+        """Checks the layers. Like PEFT, refuses them next to a regular expression, which can select layers itself."""
         by_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         for name in ("layers_to_transform", "layers_pattern"):
             if by_regex and getattr(self, name) is not None:
                 raise ValueError(f"{name}: expected target_modules to be names, got a regular expression")
         layers, pattern = self.layers_to_transform, fields.optional_names("layers_pattern", self.layers_pattern)
         if pattern is not None and layers is None:
-            raise ValueError(f"layers_pattern: expected layers_to_transform with it, got {pattern!r} alone")
+            raise ValueError(f"layers_pattern: expected layers_to_transform with it, got only {pattern!r}")
         if pattern is not None:
             check_layers_pattern(pattern)
         if layers is not None:
             numbers = fields.layer_numbers("layers_to_transform", layers)
-            # PEFT takes an empty list, and nothing else that is empty, for None
+            # to PEFT an empty list means None, but no other empty value does
             if not numbers and not isinstance(layers, list):
                 raise ValueError(f"layers_to_transform: expected some layer number, got {layers!r}")
             layers = numbers or None
-        fields.settle(self, layers_to_transform=layers, layers_pattern=pattern)
+        fields.set_fields(self, layers_to_transform=layers, layers_pattern=pattern)
 
     def wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-        """The linears to adapt, by every name, and the names of the model's own parameters that train besides.
+        """The linears to adapt, under each of their names, and the names of the model's own parameters that train too.
 
-        Raises ValueError or TypeError where nothing matches, or what matches cannot be adapted, or train whole.
+        Raises ValueError or TypeError if nothing matches, or a match cannot be adapted or trained in full.
         """
         linears, trained, _ = self._wanted(model)
         return linears, trained
 
     def _wanted(self, model: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
-        """`wanted`, and, in words, what of the config has no effect on this model."""
+        """`wanted`, and texts about what in the config has no effect on this model."""
         saved = _saved_parameters(model, self.modules_to_save or ())
         linears, idle = target_linears(
             model,
@@ -131,19 +136,19 @@ class LoraConfig:
         idle += idle_keys("rank_pattern", self.rank_pattern, linears)
         idle += idle_keys("alpha_pattern", self.alpha_pattern, linears)
         if self.bias != "none" and not biases:
-            who = "module" if self.bias == "all" else "target"
-            idle.append(f"bias: {self.bias!r} trains none, as no {who} has one")
-        stored = next((name for name, linear in linears.items() if not fan_in_fan_out(linear)), None)
-        if self.fan_in_fan_out and stored is not None:
-            idle.append(f"fan_in_fan_out: True has no effect on {stored}, an nn.Linear, which knows how it is stored")
+            kind = "module" if self.bias == "all" else "target"
+            idle.append(f"bias: {self.bias!r} trains none, as no {kind} has one")
+        linear_name = next((name for name, linear in linears.items() if not fan_in_fan_out(linear)), None)
+        if self.fan_in_fan_out and linear_name is not None:
+            idle.append(f"fan_in_fan_out: True has no effect on {linear_name}, as an nn.Linear knows how it is stored")
         return linears, list(dict.fromkeys([*saved, *biases])), idle
 
     def plan(self, model: nn.Module) -> Plan:
-        """Raises as `wanted`. Warns of what has no effect on this model."""
+        """Raises as `wanted`. Warns about fields that have no effect on this model."""
         targets, trained, idle = self._wanted(model)
-        for what in idle:
-            warn(what)
-        made: dict[int, LoRALinear] = {}  # a linear that stands in two places stays one layer
+        for message in idle:
+            warn(message)
+        made: dict[int, LoRALinear] = {}  # a linear with two names becomes one layer
         layers = {}
         for name, linear in targets.items():
             if id(linear) not in made:
@@ -168,19 +173,19 @@ class LoraConfig:
 
 
 def _saved_parameters(model: nn.Module, modules_to_save: Collection[str]) -> list[str]:
-    """The parameters of the modules that train whole, but those of adapters.
+    """The parameters of the modules that train in full, except those of adapters.
 
-    Raises ValueError or TypeError for names that mean no such modules, and for a parameter that is another module's
-    first.
+    Raises ValueError or TypeError if a name does not match such a module, or if a parameter belongs to an earlier
+    module that is not one of them.
     """
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
     names: dict[str, None] = {}
     for module in saved_modules(model, modules_to_save):
         for name, parameter in model.get_submodule(module).named_parameters(module, remove_duplicate=False):
             first = owners[id(parameter)]
-            if not any(inside(first.rpartition(".")[0], kept) for kept in modules_to_save):
+            if not any(inside(first.rpartition(".")[0], saved) for saved in modules_to_save):
                 raise ValueError(
-                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is {first} too"
+                    f"modules_to_save: expected modules with parameters of their own, got {name}, which is also {first}"
                 )
             names[first] = None
-    return [name for name in names if not of_adapter(model, name)]
+    return [name for name in names if not is_adapter_parameter(model, name)]

@@ -1,4 +1,4 @@
-"""Where bottleneck adapters go: "attention" and "mlp" of known families, or any modules of a model."""
+"""Finds the places for bottleneck adapters: "attention" and "mlp" in known families, or any modules of a model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from peftk.methods.targets import first_number, target_modules
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A block of the model: dotted names of its owner, of what gets x, and of what returns what is adapted."""
+    """A block of the model: the dotted names of its owner, of the module with input x, and of the module to adapt."""
 
     owner: str
     source: str
     sink: str
 
     def below(self, name: str) -> str:
-        """The name of one of its parts below the owner."""
+        """The name of one of these modules relative to the owner."""
         return name[len(self.owner) :].lstrip(".")
 
 
 def places(model: nn.Module, where: Names, leave_out: Collection[int]) -> list[Place]:
-    """The blocks and modules that a config means, but those in the layers that it leaves out.
+    """The blocks and modules that a config selects, except those in the layers that it leaves out.
 
-    Raises ValueError where something matches nothing, or a layer to leave out isn't there.
+    Raises ValueError if nothing matches, or a layer to leave out is not there.
     """
     known = architectures.layers(model)
     numbers = {layer.number for layer in known}
@@ -46,8 +46,8 @@ def places(model: nn.Module, where: Names, leave_out: Collection[int]) -> list[P
     rest: Any = [name for name in names if name not in ROLES]
     if rest:
         for name in target_modules(model, "where", where if isinstance(where, str) else rest):
-            within = architectures.layer_of(name, known)
-            number = first_number(f"{name}.") if within is None else within.number
+            owner = architectures.layer_of(name, known)
+            number = first_number(f"{name}.") if owner is None else owner.number
             numbers |= set() if number is None else {number}
             if number is None or number not in leave_out:
                 found[name] = Place(name, name, name)
@@ -55,7 +55,7 @@ def places(model: nn.Module, where: Names, leave_out: Collection[int]) -> list[P
     if absent:
         raise ValueError(f"leave_out: expected numbers of the model's layers, got {absent[0]}")
     if not found:
-        raise ValueError(f"leave_out: expected to leave some of the layers, got {list(leave_out)}")
+        raise ValueError(f"leave_out: expected some layer to remain, got {list(leave_out)}, which leaves none")
     return list(found.values())
 
 
@@ -68,7 +68,7 @@ def _of_block(layer: str, block: Block) -> Place:
 
 @dataclasses.dataclass(frozen=True)
 class BottleneckConfig:
-    """What series and parallel adapters have in common: see there."""
+    """The fields that series and parallel adapters share; see `SeriesAdapterConfig` and `ParallelAdapterConfig`."""
 
     bottleneck: int | None = None
     reduction_factor: float | None = None
@@ -85,28 +85,28 @@ class BottleneckConfig:
                 f"got {self.bottleneck!r} and {self.reduction_factor!r}"
             )
         if self.bottleneck is not None:
-            fields.settle(self, bottleneck=fields.count("bottleneck", self.bottleneck))
+            fields.set_fields(self, bottleneck=fields.count("bottleneck", self.bottleneck))
         else:
-            fields.settle(self, reduction_factor=fields.above_zero("reduction_factor", self.reduction_factor))
-        fields.settle(self, where=fields.names("where", self.where))
-        settle_bottleneck(self)
+            fields.set_fields(self, reduction_factor=fields.positive("reduction_factor", self.reduction_factor))
+        fields.set_fields(self, where=fields.names("where", self.where))
+        set_bottleneck_fields(self)
 
     def width(self, d: int) -> int:
-        """R: the bottleneck, or d / reduction_factor, 1 at least."""
+        """R: the bottleneck, or d / reduction_factor rounded down, at least 1."""
         if self.bottleneck is not None:
             return self.bottleneck
         assert self.reduction_factor is not None
         return max(1, int(d / self.reduction_factor))
 
 
-def settle_bottleneck(config: Any) -> None:
-    """Checks and settles activation, scaling, leave_out and adapter_dtype of a bottleneck's config.
+def set_bottleneck_fields(config: Any) -> None:
+    """Checks and converts activation, scaling, leave_out and adapter_dtype of a bottleneck's config.
 
-    Raises ValueError or TypeError.
+    Raises ValueError or TypeError for a bad field.
     """
     if config.activation not in activations.CODES:
         raise ValueError(f"activation: expected one of {', '.join(activations.CODES)}, got {config.activation!r}")
-    fields.settle(
+    fields.set_fields(
         config,
         scaling=fields.number("scaling", config.scaling),
         leave_out=fields.layer_numbers("leave_out", config.leave_out),

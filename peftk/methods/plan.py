@@ -1,4 +1,4 @@
-"""What a config would do to a model, and how that is carried out: all of it or nothing."""
+"""Plans what configs do to a model, and applies the plans: completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from peftk.methods.trial import looking, partly_read
+from peftk.methods.trial import any_reader, lazy_trial
 from peftk.nn import merging, shared
 from peftk.nn.attached import Attached
 from peftk.nn.frozen_linear import FrozenLinear
@@ -20,10 +20,10 @@ from peftk.nn.watched import watch
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a config would do to a model.
+    """What a config does to a model.
 
-    layers: by module name, what takes the module's place. attached: module name and the adapter to hang on it.
-    trained: names of the model's own parameters that train in place.
+    layers: new layers, by the name of the module that each replaces. attached: adapters, with the name of the module to
+    which each is attached. trained: names of the model's own parameters that train in place.
     """
 
     layers: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
@@ -32,14 +32,14 @@ class Plan:
 
 
 class Config(Protocol):
-    """A method's hyper-parameters. `plan` does all the checks; it may freeze weights, and changes nothing else."""
+    """A method's hyper-parameters. `plan` does all checks. It may freeze weights, but changes nothing else."""
 
     def plan(self, model: nn.Module) -> Plan: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """The record that a model keeps of a plan that was carried out: names only, so that it survives any copy."""
+    """The record that a model keeps of an applied plan. It holds names only, so that it stays valid in copies."""
 
     config: Config
     layers: tuple[str, ...]
@@ -48,8 +48,8 @@ class Injection:
 
 
 _RECORD = "_peftk_injected"
-# every layer of an adapter, what wraps a module that trains whole, and the model around them
-_OF_PEFT = (
+# PEFT's adapter layers, its wrappers of modules that train in full, and its models
+_PEFT_CLASSES = (
     ("peft.tuners.tuners_utils", "BaseTunerLayer"),
     ("peft.utils.other", "AuxiliaryTrainingWrapper"),
     ("peft.peft_model", "PeftModel"),
@@ -57,7 +57,7 @@ _OF_PEFT = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile, DataParallel or DistributedDataParallel returned for it."""
+    """The model without the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
@@ -68,7 +68,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def injections(model: nn.Module) -> tuple[Injection, ...]:
-    """What was injected into the model, in order."""
+    """The records of what was injected into the model, in order."""
     return model.__dict__.get(_RECORD, ())
 
 
@@ -80,21 +80,21 @@ def _record(model: nn.Module, records: tuple[Injection, ...] | None) -> None:
 
 
 @contextlib.contextmanager
-def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
-    """Plans and carries out one config after the other, and freezes all else. example_inputs: as `inject`'s.
+def apply_configs(model: nn.Module, configs: Sequence[Config], example_inputs: Any = None) -> Iterator[list[Injection]]:
+    """Plans and applies one config after the other, and freezes everything else. example_inputs: as in `inject`.
 
-    Where one fails, or what is done within the `with`, none has happened.
+    If a config fails, or the body of the `with`, everything is undone.
     """
-    without_peft(model)
-    with looking(model, example_inputs), contextlib.ExitStack() as undo:
-        undo.callback(_require_gradients, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
+    check_without_peft(model)
+    with lazy_trial(model, example_inputs), contextlib.ExitStack() as undo:
+        undo.callback(_set_requires_grad, [(parameter, parameter.requires_grad) for parameter in model.parameters()])
         undo.callback(_record, model, model.__dict__.get(_RECORD))
         done = []
         for config in configs:
             plan = config.plan(model)
             for name, layer in plan.layers.items():
                 if isinstance(layer, FrozenLinear) and not layer.adds_nothing:
-                    watch(layer, name, partly_read(model, name))
+                    watch(layer, name, any_reader(model, name))
                 _replace(model, name, layer, undo)
             for name, adapter in plan.attached:
                 _leave_fast_path(model, name, undo)
@@ -113,18 +113,18 @@ def carrying_out(model: nn.Module, configs: Sequence[Config], example_inputs: An
         undo.pop_all()
 
 
-def without_peft(model: nn.Module) -> None:
-    """Raises ValueError for a model that holds adapters of HF PEFT, whose own parts no method of ours may adapt."""
+def check_without_peft(model: nn.Module) -> None:
+    """Raises ValueError for a model with adapters of HF PEFT, whose modules our methods must not adapt."""
     kinds = tuple(
         getattr(sys.modules[file], name)
-        for file, name in _OF_PEFT
-        if file in sys.modules and hasattr(sys.modules[file], name)  # without them nobody has made any
+        for file, name in _PEFT_CLASSES
+        if file in sys.modules and hasattr(sys.modules[file], name)  # if peft is not imported, there are none
     )
     found = next((module for module in model.modules() if isinstance(module, kinds)), None)
     if found is not None:
         raise ValueError(
             f"model: expected one without HF PEFT's adapters, got one with a {type(found).__name__}; "
-            "use what its merge_and_unload() returns, or keep it and call peftk.accelerate(model)"
+            "use the result of its merge_and_unload(), or keep the adapters and call peftk.accelerate(model)"
         )
 
 
@@ -135,17 +135,17 @@ def trained_in_place(model: nn.Module) -> set[int]:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Makes every parameter frozen but those of adapters and those that a method trains in place; returns the model.
+    """Freezes every parameter except those of adapters and those that a method trains in place. Returns the model.
 
-    Raises ValueError where a method trains a weight in place that the kernels of another hold frozen.
+    Raises ValueError if a method trains a weight in place that the layer of another method keeps frozen.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained = trained_in_place(model)
     for path, module in model.named_modules():
         if isinstance(module, FrozenLinear) and not module.adds_nothing and id(module.weight) in trained:
             raise ValueError(
-                f"trained: expected {path}.weight to train in no other method than that of {type(module).__name__}, "
-                "which holds it frozen"
+                f"trained: expected {path}.weight to be frozen, as {type(module).__name__} needs it, got a method that "
+                "trains it"
             )
         trained |= {id(p) for p in adapter_parameters(module).values()}
     for parameter in parameters.values():
@@ -154,19 +154,19 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, the Parameters that this module itself (none of its children) adds to a model."""
+    """The Parameters that this module itself, without its children, adds to a model, by name."""
     names: Sequence[str] = getattr(module, "adapter_parameters", ())
     return {name: parameter for name in names if (parameter := module._parameters.get(name)) is not None}
 
 
-def of_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a parameter of this name is an adapter's, not the model's own."""
+def is_adapter_parameter(model: nn.Module, name: str) -> bool:
+    """Whether the parameter of this name belongs to an adapter, not to the model itself."""
     module, _, parameter = name.rpartition(".")
     return parameter in adapter_parameters(model.get_submodule(module))
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts `layer` where the module `name` is."""
+    """Replaces the module `name` of the model by `layer`."""
     with contextlib.ExitStack() as undo:
         _replace(model, name, layer, undo)
         undo.pop_all()
@@ -179,15 +179,15 @@ def _replace(model: nn.Module, name: str, layer: nn.Module, undo: contextlib.Exi
 
 
 def _leave_fast_path(model: nn.Module, name: str, undo: contextlib.ExitStack) -> None:
-    """Takes the modules around and at `name` off torch's inference fast path, which would pass adapters by."""
+    """Disables torch's inference fast path, which would skip adapters, in the module `name` and those around it."""
     steps = name.split(".")
     for depth in range(len(steps) + 1):
         above = model.get_submodule(".".join(steps[:depth]))
         if isinstance(above, nn.TransformerEncoderLayer):
-            # it reads linear1.weight itself
+            # its fast path reads linear1.weight instead of calling linear1
             _set(above, "activation_relu_or_gelu", 0, undo)
         if isinstance(above, nn.TransformerEncoder):
-            # only that fast path takes the nested tensors that it makes of padded batches
+            # it would make nested tensors of padded batches, which only the fast path takes
             _set(above, "use_nested_tensor", False, undo)
 
 
@@ -196,6 +196,6 @@ def _set(owner: nn.Module, name: str, value: object, undo: contextlib.ExitStack)
     setattr(owner, name, value)
 
 
-def _require_gradients(before: Sequence[tuple[nn.Parameter, bool]]) -> None:
+def _set_requires_grad(before: Sequence[tuple[nn.Parameter, bool]]) -> None:
     for parameter, required in before:
         parameter.requires_grad_(required)

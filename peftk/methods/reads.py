@@ -1,4 +1,4 @@
-"""Which linears a forward computes with, and whose weights it reads itself: seen by what it does with the weights."""
+"""Records which linears a forward calls, and whose weights it reads itself, by following operations on the weights."""
 
 from __future__ import annotations
 
@@ -13,35 +13,34 @@ from peftk.nn.watched import modules_in_forward, tensors
 
 
 class _Span(NamedTuple):
-    """Where a weight lies in its storage, whose it is, and the modules whose own affair it is to compute with it."""
+    """The bytes of a weight in its storage, its layer, and the modules that may compute with it."""
 
     begin: int
     end: int
     layer: nn.Module
-    own: set[int]  # ids of the layer and what is in it
-    others: set[int]  # ids of other modules that have it as a Parameter of theirs: a tied embedding
+    own: set[int]  # ids of the layer and its submodules
+    others: set[int]  # ids of other modules that hold the same Parameter, such as a tied embedding
 
 
 class Reads(TorchDispatchMode):
-    """While it is on, finds which of `layers` have a weight that is read elsewhere than in their own forward.
+    """A dispatch mode that finds which of `layers` have a weight that is read outside of their own forward.
 
-    A weight is read where an operation takes it, or a view, cast or copy of it, together with a tensor of other
-    origin. A tensor without dimensions is a number, which has none. So looking at its dtype is not reading, nor is a
-    copy for a log, nor a norm that is added to a loss. A module that has the same Parameter itself (a tied embedding)
-    reads its own.
+    A weight is read by an operation on it (or on a view, cast or copy of it) and any other tensor. 0-d tensors count as
+    numbers, not as tensors. So these are not reads: looking at the dtype, a copy for a log, a norm that is added to a
+    loss. A module that holds the same Parameter (a tied embedding) may read it.
 
-    read: the layers, and the class of the module that reads each. called: those that computed with their own.
+    read: the layers with the class of the module that reads each. called: the layers that computed with their weight.
     """
 
-    supports_higher_order_operators = True  # which come to us as other operations do
+    supports_higher_order_operators = True  # they arrive here like other operations
 
     def __init__(self, model: nn.Module, layers: Collection[nn.Module]) -> None:
         super().__init__()
         self.read: dict[nn.Module, str] = {}
         self.called: set[nn.Module] = set()
         self._spans = _spans(model, layers)
-        self._copies: dict[int, list[_Span]] = {}  # of storages of casts and copies
-        # while there is a weak reference to a storage, no other storage gets its number
+        self._copies: dict[int, list[_Span]] = {}  # for storages of casts and copies
+        # while there is a weak reference to a storage, no other storage gets its address
         self._numbers = [StorageWeakRef(storage) for storage in map(_storage_of, layers) if storage is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,12 +48,12 @@ class Reads(TorchDispatchMode):
         found: list[_Span] = []
         other_data = False
         for tensor in tensors([*args, *kwargs.values()]):
-            spans = self._of(tensor)
+            spans = self._spans_of(tensor)
             found += spans
             other_data |= not spans and tensor.dim() > 0
         if not found:
             return func(*args, **kwargs)
-        outside = self._outside(found, reads=other_data)
+        outside = self._outside_of_own_modules(found, reads=other_data)
         result = func(*args, **kwargs)
         if outside and not other_data:
             for tensor in tensors(result):
@@ -64,8 +63,8 @@ class Reads(TorchDispatchMode):
                     self._numbers.append(StorageWeakRef(storage))
         return result
 
-    def _of(self, tensor: Tensor) -> list[_Span]:
-        """The weights that a tensor is made of, a part of, or contains."""
+    def _spans_of(self, tensor: Tensor) -> list[_Span]:
+        """The weights that a tensor overlaps, or was cast or copied from."""
         storage = _storage(tensor)
         if storage is None:
             return []
@@ -74,8 +73,8 @@ class Reads(TorchDispatchMode):
         begin, end = _extent(tensor)
         return [span for span in self._spans.get(storage._cdata, ()) if begin < span.end and span.begin < end]
 
-    def _outside(self, spans: list[_Span], *, reads: bool) -> list[_Span]:
-        """Those of them that none of their own modules is computing with."""
+    def _outside_of_own_modules(self, spans: list[_Span], *, reads: bool) -> list[_Span]:
+        """The spans whose own modules are not running. Records calls, and if `reads`, readers."""
         running = list(modules_in_forward())
         ids = {id(module) for module in running}
         outside = []
@@ -90,7 +89,7 @@ class Reads(TorchDispatchMode):
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
-    """A linear's own weight, or that of the linear within HF PEFT's layer; None where it is computed."""
+    """A linear's weight, or that of the linear inside of HF PEFT's layer; None if it is not a plain Parameter."""
     base = getattr(layer, "base_layer", layer)
     weight = base._parameters.get("weight") if isinstance(base, nn.Module) else None
     return weight if isinstance(weight, Tensor) else None
@@ -110,7 +109,7 @@ def _spans(model: nn.Module, layers: Iterable[nn.Module]) -> dict[int, list[_Spa
             if parameter is not None and storage is not None and storage._cdata in spans:
                 begin, end = _extent(parameter)
                 for span in spans[storage._cdata]:
-                    # what the layer lies in may hold its weight too, and reads it then
+                    # a module around the layer that also holds the weight counts as a reader
                     if begin < span.end and span.begin < end and span.layer not in set(module.modules()):
                         span.others.add(id(module))
     return spans
@@ -129,7 +128,7 @@ def _storage(tensor: Tensor) -> Any:
 
 
 def _extent(tensor: Tensor) -> tuple[Any, Any]:
-    """The bytes of its storage among which its elements lie."""
+    """The range of bytes in its storage that holds the tensor's elements."""
     size = tensor.element_size()
     begin = tensor.storage_offset() * size
     if tensor.numel() == 0:

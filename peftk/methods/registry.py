@@ -1,4 +1,4 @@
-"""Every method's config by its name, as checkpoints know it."""
+"""All methods' configs by class name, which is the name in checkpoints."""
 
 from __future__ import annotations
 

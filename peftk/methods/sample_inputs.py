@@ -1,6 +1,6 @@
-"""Inputs for a model of transformers, made from its config and the arguments that its forward takes.
+"""Makes inputs for a model of transformers from its config and its forward's signature.
 
-Only shapes and dtypes count: they are for runs on fake tensors.
+They are for runs on fake tensors, so only shapes and dtypes matter.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BATCH, LENGTH, SAMPLES = 2, 8, 4_000  # sequences, tokens of each, and of sound a quarter of a second
+BATCH, LENGTH, SAMPLES = 2, 8, 4_000  # sequences, tokens in each, samples of sound (a quarter of a second)
 _PARTS = ("vision_config", "audio_config", "text_config", "encoder", "decoder")
 
 
 def is_transformers(module: nn.Module) -> bool:
-    """Whether it is a model of transformers, which is not imported where nobody has imported it."""
+    """Whether it is a model of transformers. Does not import transformers."""
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
 
 
 def sample_inputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Named arguments to try, the likeliest first: all that are known, then those that the model can't do without."""
+    """Named arguments to try, the most likely first: all known ones, then only those that the model needs."""
     takes = inspect.signature(model.forward).parameters
     known = {name: make(model.config) for name, make in _MAKERS.items() if name in takes}
     main = model.main_input_name
@@ -42,7 +42,7 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _number(config: Any, *names: str, default: int) -> int:
-    """What the config, or a part of it, says by one of these names."""
+    """A number from the config or a part of it, under one of these names."""
     for part in (config, *(getattr(config, part, None) for part in _PARTS)):
         for name in names:
             found = getattr(part, name, None)

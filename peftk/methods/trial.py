@@ -1,8 +1,8 @@
-"""A model's forward on fake tensors, which have no memory, to see which linears it calls and whose weights it reads.
+"""Runs a model's forward on fake tensors (without memory) to see which linears it calls and whose weights it reads.
 
-It runs on a copy of the modules whose tensors are fake, in eval mode, without gradients and without hooks: the model,
-its buffers and the generators of random numbers stay as they are. What can't run so (branches that depend on values,
-most of all) is no error: what was seen until then counts, and the rest shows when the model runs
+The run uses a copy of the modules with fake tensors, in eval mode, without gradients and hooks, so the model, its
+buffers and random number generators stay as they are. A model that cannot run like that (mostly because of branches
+that depend on values) is no error: what was seen until then counts, and the rest shows when the real model runs
 (`peftk.nn.watched`).
 """
 
@@ -33,44 +33,44 @@ from peftk.nn.frozen_linear import FrozenLinear
 from peftk.nn.replace import is_linear
 
 _KEY = "_peftk_look"
-SECONDS = 10.0  # of this thread's time, after which a run is given up
+SECONDS = 10.0  # CPU time of this thread after which a run is given up
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-_CALLS = ("forward", "_compiled_call_impl")  # of one module alone: compiled ones, and those with hooks of accelerate
+_CALLS = ("forward", "_compiled_call_impl")  # attributes of compiled modules and of those with accelerate's hooks
 
 _Inputs = tuple[Sequence[Any], Mapping[str, Any]]
 
 
-class Seen(NamedTuple):
-    """What runs of a model have shown, by names of its linears: which were called, and which class reads which."""
+class TrialResult(NamedTuple):
+    """The result of a run, by names of linears: which were called; for weights that were read, the reader's class."""
 
     called: frozenset[str]
     read: dict[str, str]
 
 
-_NOTHING = Seen(frozenset(), {})
+_NOTHING = TrialResult(frozenset(), {})
 
 
 @dataclasses.dataclass
-class _Look:
-    """A run of a model that is made when its outcome is asked for."""
+class _LazyTrial:
+    """A run of a model that takes place when its result is first asked for."""
 
     model: nn.Module | None
     example_inputs: Any
-    outcome: Seen | None = None
+    outcome: TrialResult | None = None
 
-    def seen(self) -> Seen:
+    def result(self) -> TrialResult:
         if self.outcome is None:
             assert self.model is not None
-            self.outcome = look(self.model, self.example_inputs)
+            self.outcome = run(self.model, self.example_inputs)
             self.model = self.example_inputs = None
         return self.outcome
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module, example_inputs: Any = None) -> Iterator[None]:
-    """Within, `seen(model)` runs the model, once and only if asked. If all goes well the model keeps the outcome.
+def lazy_trial(model: nn.Module, example_inputs: Any = None) -> Iterator[None]:
+    """Within the `with`, the first `result(model)` runs the model. If the block succeeds, the model keeps the result.
 
-    Raises TypeError where example_inputs are not what the model's forward takes.
+    Raises TypeError if the model's forward does not take example_inputs.
     """
     before = model.__dict__.get(_KEY)
     if example_inputs is not None:
@@ -78,7 +78,7 @@ def looking(model: nn.Module, example_inputs: Any = None) -> Iterator[None]:
     elif before is not None:
         yield
         return
-    now = model.__dict__[_KEY] = _Look(model, example_inputs)
+    now = model.__dict__[_KEY] = _LazyTrial(model, example_inputs)
     done = False
     try:
         yield
@@ -91,29 +91,29 @@ def looking(model: nn.Module, example_inputs: Any = None) -> Iterator[None]:
             model.__dict__[_KEY] = kept
 
 
-def seen(model: nn.Module) -> Seen:
-    """What is known of the model, which runs for it only within `looking`."""
-    found: _Look | None = model.__dict__.get(_KEY)
-    return _NOTHING if found is None else found.seen()
+def result(model: nn.Module) -> TrialResult:
+    """The result of the model's run; an empty one if there was none. The model is run only within `lazy_trial`."""
+    found: _LazyTrial | None = model.__dict__.get(_KEY)
+    return _NOTHING if found is None else found.result()
 
 
 def reader(model: nn.Module, name: str, linear: nn.Module) -> str | None:
-    """The class that reads the weight of a linear which is never called: an adapter there would do nothing."""
+    """The class that reads a linear's weight if the linear is not called, so an adapter would do nothing; else None."""
     if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention"  # known without a run
-    name, found = _plain(name), seen(model)
+        return "MultiheadAttention"  # needs no run
+    name, found = _plain(name), result(model)
     return None if name in found.called else found.read.get(name)
 
 
-def partly_read(model: nn.Module, name: str) -> str | None:
-    """The class that reads the weight of this linear, called or not."""
-    return seen(model).read.get(_plain(name))
+def any_reader(model: nn.Module, name: str) -> str | None:
+    """The class that reads the weight of this linear, whether it is also called or not; None if there is none."""
+    return result(model).read.get(_plain(name))
 
 
-def look(model: nn.Module, example_inputs: Any = None, *, layers: Collection[nn.Module] | None = None) -> Seen:
-    """Runs the model with example_inputs; without them, the models of transformers in it, with inputs made for them.
+def run(model: nn.Module, example_inputs: Any = None, *, layers: Collection[nn.Module] | None = None) -> TrialResult:
+    """Runs the model with example_inputs. Without them, runs the transformers models in it, with sample inputs.
 
-    layers: what is looked at, None for all linears.
+    layers: the layers to follow; None means all linears.
     """
     linears = [module for module in model.modules() if (is_linear(module) if layers is None else module in layers)]
     called: set[nn.Module] = set()
@@ -128,19 +128,22 @@ def look(model: nn.Module, example_inputs: Any = None, *, layers: Collection[nn.
         if within and not (is_transformers(module) and _run(module, within, _sampled(module), called, read)):
             waiting += module.children()
     names = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    return Seen(
+    return TrialResult(
         frozenset(name for name, module in names.items() if module in called),
         {name: read[module] for name, module in names.items() if module in read},
     )
 
 
 def _plain(name: str) -> str:
-    """Without what torch.compile puts between a compiled module and its name."""
+    """The name without the parts that torch.compile inserts."""
     return name.replace("_orig_mod.", "")
 
 
 def arguments(model: nn.Module, example_inputs: Any) -> _Inputs:
-    """Named ones of a mapping, several of a tuple or list, else one."""
+    """args and kwargs: a mapping has named arguments, a tuple or list several, anything else is one argument.
+
+    Raises TypeError if the model's forward does not take them.
+    """
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = {}
     if isinstance(example_inputs, Mapping):
@@ -164,7 +167,7 @@ class _OutOfTimeError(Exception):
 
 
 class _Trial(Reads):
-    """Guesses values where a model asks for them, and ends a run that takes too long."""
+    """Also guesses values that a model asks for, and ends a run that takes too long."""
 
     def __init__(self, model: nn.Module, layers: Collection[nn.Module], deadline: float) -> None:
         super().__init__(model, layers)
@@ -182,22 +185,22 @@ class _Trial(Reads):
 
 
 def _guess(func: Any, x: Tensor, *args: Any) -> Any:
-    """One for a number, no for a question, and all elements where those are wanted that are not zero."""
+    """Guesses values: 1 for a number, False for a bool, and all elements for those that are not zero."""
     aten = torch.ops.aten
     if func is aten._local_scalar_dense.default:
         return x.dtype != torch.bool and (1.0 if x.is_floating_point() else 1)
     if func is aten.nonzero.default:
-        return _all_of(x)
+        return _all_indices(x)
     if func is aten.index.Tensor:
         indices: list[Tensor | None] = []
         for index in args[0]:
             masks = index is not None and index.dtype in (torch.bool, torch.uint8)
-            indices += _all_of(index).unbind(1) if masks else [index]
+            indices += _all_indices(index).unbind(1) if masks else [index]
         return aten.index.Tensor(x, indices)
     raise NotImplementedError(f"{func} on tensors without values")
 
 
-def _all_of(x: Tensor) -> Tensor:
+def _all_indices(x: Tensor) -> Tensor:
     return x.new_empty((x.numel(), x.dim()), dtype=torch.int64)
 
 
@@ -208,22 +211,22 @@ def _run(
     called: set[nn.Module],
     read: dict[nn.Module, str],
 ) -> bool:
-    """Whether the model took one of these inputs all the way. Adds to `called` and `read` what was seen."""
+    """Whether the model ran to the end with one of these inputs. Adds what was seen to `called` and `read`."""
     deadline, inputs = time.thread_time() + SECONDS, list(inputs)
     try:
-        with _nothing_left_behind(model):
+        with _side_effects_undone(model):
             mode = _fake_mode(model)
-            # some operations on fake tensors are for 16 bit alone
+            # some operations on fake tensors support only 16 bits
             for fake in (mode.from_tensor, lambda tensor: _in_16_bit(mode.from_tensor(tensor))):
                 shadow, originals = _shadow(model, linears, fake)
                 trial = _Trial(shadow, originals, deadline)
                 try:
-                    if any(_goes_through(shadow, one, mode, trial) for one in inputs):
+                    if any(_runs_to_end(shadow, candidate, mode, trial) for candidate in inputs):
                         return True
                 finally:
                     called.update(originals[layer] for layer in trial.called)
                     read.update((originals[layer], by) for layer, by in trial.read.items())
-    except Exception:  # a model's own code, of which anything may come
+    except Exception:  # the model's own code may raise anything
         pass
     return False
 
@@ -235,7 +238,8 @@ def _in_16_bit(tensor: Tensor) -> Tensor:
     return nn.Parameter(half, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else half
 
 
-def _goes_through(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) -> bool:
+def _runs_to_end(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) -> bool:
+    """Whether the model ran to the end with these inputs."""
     kinds = collections.Counter((p.device, p.dtype) for p in shadow.parameters() if p.is_floating_point())
     (device, dtype), _ = kinds.most_common(1)[0]
 
@@ -251,7 +255,7 @@ def _goes_through(shadow: nn.Module, inputs: _Inputs, mode: Any, trial: _Trial) 
         return True
     except _OutOfTimeError:
         raise
-    except Exception:  # fake tensors have no values to branch by; or these are no inputs for this model
+    except Exception:  # fake tensors have no values for branches, or the inputs do not fit this model
         return False
 
 
@@ -262,8 +266,8 @@ def _fake_mode(model: nn.Module) -> Any:
     return detect_fake_mode(list(model.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class _Base(FrozenLinear):
-    """What stands in for a layer of ours: the linear that it was."""
+class _PlainLinear(FrozenLinear):
+    """Stands in for a layer of ours in the copy: computes the base layer in plain torch."""
 
     def __init__(self, layer: FrozenLinear, memo: Mapping[int, Any]) -> None:
         nn.Module.__init__(self)
@@ -279,7 +283,7 @@ class _Base(FrozenLinear):
 def _shadow(
     model: nn.Module, linears: Sequence[nn.Module], fake: Callable[[Tensor], Tensor]
 ) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """A copy of the model with fake tensors and no hooks; and which of its linears is a copy of which."""
+    """A copy of the model with fake tensors and without hooks, and the original of each of its linears."""
     memo: dict[int, Any] = {}
     modules = list(model.modules())
     for module in modules:
@@ -290,7 +294,7 @@ def _shadow(
                 memo.update((id(t), fake(t)) for t in _tensors(value) if id(t) not in memo)
     for module in modules:
         if isinstance(module, FrozenLinear):
-            memo[id(module)] = _Base(module, memo)
+            memo[id(module)] = _PlainLinear(module, memo)
         else:
             memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
@@ -304,13 +308,13 @@ def _shadow(
 
 
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Raises ValueError for a function that knows a module of the model, which it would run in place of the copy."""
-    if hasattr(value, "cache_clear"):  # a method's cache
+    """A deep copy. Raises ValueError for a function with a module of the model in its closure, as it would run that."""
+    if hasattr(value, "cache_clear"):  # a functools cache around a method
         value = value.__wrapped__
     for cell in getattr(value, "__closure__", None) or ():
-        known = cell.cell_contents
-        if id(getattr(known, "__self__", known)) in memo:
-            raise ValueError(f"{value}: expected no module of the model in it")
+        content = cell.cell_contents
+        if id(getattr(content, "__self__", content)) in memo:
+            raise ValueError(f"{value}: expected a function without a module of the model in its closure, got one with")
     return copy.deepcopy(value, memo)
 
 
@@ -323,19 +327,19 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
-    """Leaves random numbers as they were and no fake tensor in a cache; says no warning."""
+def _side_effects_undone(model: nn.Module) -> Iterator[None]:
+    """Undoes the side effects of a run: restores random states, removes fake tensors from caches, hides warnings."""
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
-    spaces = _spaces(model)
-    before = {cache: cache.cache_info() for cache in _caches(spaces)}
+    namespaces = _namespaces(model)
+    before = {cache: cache.cache_info() for cache in _caches(namespaces)}
     fast = torch.backends.mha.get_fastpath_enabled()
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # which says at length what could not run
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it logs at length what could not run
     silent, logger.disabled = logger.disabled, True
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
             warnings.simplefilter("ignore")
-            torch.backends.mha.set_fastpath_enabled(False)  # which a module leaves that gets adapters
+            torch.backends.mha.set_fastpath_enabled(False)  # a module with adapters does not take the fast path either
             yield
     finally:
         logger.disabled = silent
@@ -346,22 +350,22 @@ def _nothing_left_behind(model: nn.Module) -> Iterator[None]:
         for cache, info in before.items():
             if cache.cache_info() != info:
                 cache.cache_clear()
-        _drop_fakes(spaces)
+        _drop_fakes(namespaces)
 
 
-def _spaces(model: nn.Module) -> list[Mapping[str, Any]]:
-    """The names in the classes of a model, and in the files that these are written in."""
+def _namespaces(model: nn.Module) -> list[Mapping[str, Any]]:
+    """The namespaces of the classes of a model's modules, and of the Python modules that define them."""
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     written = {kind.__module__ for kind in classes if kind.__module__.partition(".")[0] not in ("builtins", "torch")}
     return [*map(vars, classes), *(vars(sys.modules[name]) for name in written if name in sys.modules)]
 
 
-def _caches(spaces: Iterable[Mapping[str, Any]]) -> set[Any]:
-    """The functools.lru_cache among these names, or right within functions of these names."""
-    kind: Any = type(functools.lru_cache(_spaces))
+def _caches(namespaces: Iterable[Mapping[str, Any]]) -> set[Any]:
+    """The functools.lru_cache objects in these namespaces, or in the closures of functions there."""
+    kind: Any = type(functools.lru_cache(_namespaces))
     found = set()
-    for space in spaces:
-        for value in space.values():
+    for namespace in namespaces:
+        for value in namespace.values():
             if type(value) is kind:
                 found.add(value)
             elif isinstance(value, types.FunctionType):
@@ -372,12 +376,12 @@ def _caches(spaces: Iterable[Mapping[str, Any]]) -> set[Any]:
     return found
 
 
-def _drop_fakes(spaces: Iterable[Mapping[str, Any]]) -> None:
-    """Takes what holds fake tensors out of the dicts of these names: caches that a class or a file has."""
+def _drop_fakes(namespaces: Iterable[Mapping[str, Any]]) -> None:
+    """Removes entries with fake tensors from dicts in these namespaces, which classes and modules use as caches."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    for space in spaces:
-        for value in space.values():
+    for namespace in namespaces:
+        for value in namespace.values():
             if type(value) is dict:
                 for key in [key for key, kept in value.items() if any(type(t) is FakeTensor for t in _tensors(kept))]:
                     del value[key]

@@ -1,4 +1,4 @@
-"""What a method trains, counted and from closed forms: |Φ| of |Θ|, by method, layer and module; bytes that it saves."""
+"""Counts trainable parameters, next to closed forms from papers, and the bytes of gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Closed forms. d: width of the model; K, N: inputs and outputs of a linear; all give numbers of parameters.
+# Closed forms for numbers of parameters. d: width of the model; K, N: inputs and outputs of a linear.
 
 
 def lora_parameters(K: int, N: int, r: int) -> int:
-    """r·(K + N) for a linear K → N; 2·d·r where it is square. Hu et al. 2021, section 4.2."""
+    """r·(K + N) for a linear K → N; 2·d·r if it is square. Hu et al. 2021, section 4.2."""
     return r * (K + N)
 
 
 def bottleneck_parameters(d: int, a: int) -> int:
-    """2·d·a + a + d for an adapter of bottleneck a on a stream of width d. Houlsby et al. 2019, section 2.1."""
+    """2·d·a + a + d for an adapter with bottleneck a on hidden states of width d. Houlsby et al. 2019, section 2.1."""
     return parallel_parameters(d, d, a)
 
 
 def parallel_parameters(K: int, N: int, a: int) -> int:
-    """a·(K + N) + a + N for an adapter of bottleneck a beside K → N. He et al. 2021."""
+    """a·(K + N) + a + N for an adapter with bottleneck a beside a block K → N. He et al. 2021."""
     return a * (K + N) + a + N
 
 
 def bitfit_parameters(n_layers: int, d: int) -> int:
     """11·n·d: in each layer the biases of four projections (4·d), of the MLP (4·d and d) and of two LayerNorms (2·d).
 
-    Ben Zaken et al. 2021. It leaves out what lies outside of the layers (the embeddings' LayerNorm, a pooler).
+    Ben Zaken et al. 2021. It leaves out biases outside of the layers (the embeddings' LayerNorm, a pooler).
     """
     return 11 * n_layers * d
 
 
 def prompt_parameters(length: int, d: int, gates: int = 0) -> int:
-    """L·d for a prompt of L vectors in one layer, and its gates. Zhang et al. 2023 (LLaMA-Adapter)."""
+    """L·d for a prompt of L vectors in one layer, plus its gates. Zhang et al. 2023 (LLaMA-Adapter)."""
     return length * d + gates
 
 
@@ -62,16 +62,16 @@ def transformer_parameters(n_layers: int, d: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting
 
-# tensors of a parameter's shape and dtype that torch.optim's optimizers keep for it (besides one step count, 4 bytes)
+# how many tensors with a parameter's shape and dtype torch.optim keeps per parameter (plus a step count of 4 bytes)
 OPTIMIZER_TENSORS = {"adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1, "adagrad": 1, "sgd_momentum": 1, "sgd": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What trains in one module, counted. method: "LoRA", "BitFit", …; module: its dotted name.
+    """The trainable parameters of one module, counted. method: "LoRA", "BitFit", …; module: its dotted name.
 
-    added: whether the method added these parameters to the model, or trains the model's own in place. nbytes: theirs.
-    formula, closed_form: the closed form for this module and what it gives; "" and None for parameters in place.
+    added: whether the method added these parameters, or trains the model's own in place. nbytes: their size in bytes.
+    formula, closed_form: the closed form for this module and its value; "" and None for parameters in place.
     """
 
     method: str
@@ -84,14 +84,14 @@ class Part:
 
     @property
     def layer(self) -> str:
-        """The numbered layer that the module is or lies in, "encoder.layer.3"; "" outside of all."""
+        """The numbered layer that the module is or belongs to, as in "encoder.layer.3"; "" if there is none."""
         found = re.match(r"(.*?\.)?\d+(?=\.|$)", self.module)
         return found[0] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodCount:
-    """All parts of one method. closed_form None: there is none; formula names it."""
+    """The sums over all parts of one method. formula, closed_form: the closed form and its value; None for none."""
 
     parameters: int
     modules: int
@@ -106,7 +106,7 @@ class MethodCount:
 
 
 class Bytes(NamedTuple):
-    """Bytes that training needs, and that full fine-tuning of the same model would need."""
+    """The bytes that training needs, and those that full fine-tuning of the same model would need."""
 
     needed: int
     full: int
@@ -122,10 +122,10 @@ class _Totals(NamedTuple):
 
 
 class ParameterCount(_Totals):
-    """|Φ| parameters are trained, of |Θ| in all (adapters included); ratio = |Φ|/|Θ|. A pair (trainable, total).
+    """A pair (trainable, total): |Φ| parameters train, of |Θ| in all, adapters included. ratio = |Φ|/|Θ|.
 
-    parts: what trains, module by module. base_parameters, base_bytes: of the model without what methods added.
-    n_layers, width: the model's, None where it has no transformers config that says them.
+    parts: the trainable parameters, module by module. base_parameters, base_bytes: of the model without what methods
+    added. n_layers, width: from the model's transformers config; None if there is none or it lacks them.
     """
 
     parts: tuple[Part, ...] = ()
@@ -143,35 +143,35 @@ class ParameterCount(_Totals):
 
     @property
     def closed_form(self) -> int | None:
-        """N ≈ 12·n_layers·d² of the base model (`transformer_parameters`), beside `base_parameters` counted."""
+        """12·n_layers·d² for the base model (`transformer_parameters`), to compare with `base_parameters`."""
         return (
             None if self.n_layers is None or self.width is None else transformer_parameters(self.n_layers, self.width)
         )
 
     def by_method(self) -> dict[str, MethodCount]:
-        """|Φ| by method, with the closed form beside the count."""
+        """|Φ| by method, with the closed forms."""
         found: dict[str, list[Part]] = {}
         for part in self.parts:
             found.setdefault(part.method, []).append(part)
         return {method: self._method(method, parts) for method, parts in found.items()}
 
     def by_layer(self) -> dict[str, int]:
-        """|Φ| by numbered layer ("encoder.layer.3"), "" for what lies outside of all."""
+        """|Φ| by numbered layer ("encoder.layer.3"); "" for parameters outside of all layers."""
         return _sums((part.layer, part.parameters) for part in self.parts)
 
     def by_module(self) -> dict[str, int]:
-        """|Φ| by module, dotted names."""
+        """|Φ| by the module's dotted name."""
         return _sums((part.module, part.parameters) for part in self.parts)
 
     def gradients(self) -> Bytes:
-        """Bytes of gradients, which have their parameters' dtype."""
+        """Bytes of gradients, in the parameters' dtypes."""
         return Bytes(sum(part.nbytes for part in self.parts), self.base_bytes)
 
     def optimizer_state(self, optimizer: str = "adam") -> Bytes:
-        """Bytes of optimizer state, as torch.optim keeps it: in the parameters' dtype, Adam 2 tensors a parameter.
+        """Bytes of optimizer state as torch.optim keeps it, in the parameters' dtypes; for Adam 2 tensors a parameter.
 
-        optimizer: one of OPTIMIZER_TENSORS. The step counts (4 bytes a tensor) and any fp32 copies that a framework for
-        mixed precision makes are not in it. Raises ValueError for another optimizer.
+        optimizer: one of OPTIMIZER_TENSORS. Not counted are the step counts (4 bytes per tensor) and fp32 copies that a
+        framework for mixed precision may make. Raises ValueError for any other optimizer.
         """
         if optimizer not in OPTIMIZER_TENSORS:
             raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZER_TENSORS)}, got {optimizer!r}")
@@ -180,7 +180,7 @@ class ParameterCount(_Totals):
         return Bytes(tensors * gradients.needed, tensors * gradients.full)
 
     def as_dict(self, optimizer: str = "adam") -> dict[str, Any]:
-        """Everything as plain numbers and names, ready for json."""
+        """Everything as plain numbers and strings, for json."""
         return {
             "trainable": self.trainable,
             "total": self.total,
@@ -199,7 +199,10 @@ class ParameterCount(_Totals):
         }
 
     def table(self, optimizer: str = "adam") -> Table:
-        """A rich table, for `rich.print`: each method, counted and from its closed form, and the bytes it saves."""
+        """A rich table, for `rich.print`: each method's count and closed form, and the bytes saved.
+
+        Raises ValueError for an unknown optimizer.
+        """
         from rich import box
         from rich.table import Table
 
@@ -232,7 +235,7 @@ class ParameterCount(_Totals):
         return MethodCount(parameters, len({part.module for part in parts}), nbytes, formula, closed_form)
 
 
-# Methods that train the model's own parameters, whose number depends on how many layers n they train
+# Closed forms, as functions of n layers and width d, for methods that train the model's own parameters.
 _IN_PLACE = {
     "BitFit": ("11·n·d", bitfit_parameters),
     "top layers": ("12·n·d²", transformer_parameters),
@@ -241,23 +244,23 @@ _IN_PLACE = {
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts what trains and what there is, each parameter once, however many modules share it.
+    """Counts a model's parameters and its trainable ones. A parameter that several modules share counts once.
 
         count = peftk.count_parameters(model)
         print(count)                        # |Φ| = … trainable of |Θ| = … parameters (… %)
         rich.print(count.table())           # by method, beside the closed forms, with the bytes saved
         count.by_layer(), count.optimizer_state("adamw").saved, count.as_dict()
 
-    |Φ|: whatever requires a gradient. A parameter belongs to the method whose module added it, or to the config that
-    trains it in place, or else to "other". Works on a model on the meta device, which takes no memory.
+    |Φ| counts every parameter that requires a gradient. It belongs to the method whose module added it, or to the
+    config that trains it in place, or else to "other". Works on a model on the meta device too, which takes no memory.
     """
-    named = dict(model.named_parameters())  # each once
+    named = dict(model.named_parameters())  # shared parameters once
     added: dict[int, tuple[str, str, str, int | None]] = {}
     for name, module in model.named_modules():
-        own = adapter_parameters(module).values()
-        if own:
+        of_module = adapter_parameters(module).values()
+        if of_module:
             method, formula, closed_form = _added_by(module)
-            added.update({id(p): (name, method, formula, closed_form) for p in own})
+            added.update({id(p): (name, method, formula, closed_form) for p in of_module})
     for name, p in named.items():
         layer = _of_peft(name)
         if layer is not None and id(p) not in added:
@@ -296,7 +299,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _added_by(module: nn.Module) -> tuple[str, str, int | None]:
-    """Method, closed form and what it gives, for a module that adds parameters."""
+    """The method, closed form and its value for a module that adds parameters."""
     match module:
         case LoRALinear(in_features=K, out_features=N, r=r):
             if module.lora_bias is not None:
@@ -315,11 +318,11 @@ def _added_by(module: nn.Module) -> tuple[str, str, int | None]:
         case LlamaAdapter(num_heads=heads):
             length, d = module.prompt.shape
             return "LLaMA-Adapter", "L·d + heads", prompt_parameters(length, d, heads)
-    return "of a bank", "", None  # MultiLoRALinear's, of any kind
+    return "of a bank", "", None  # trainable adapters of a MultiLoRALinear, of any kind
 
 
 def _in_place(config: object) -> str:
-    """The method of a config that trains parameters of the model's own."""
+    """The method of a config that trains the model's own parameters."""
     match config:
         case LoraConfig():
             return "LoRA, in place"
@@ -337,7 +340,7 @@ def _in_place(config: object) -> str:
 
 
 def _of_peft(parameter: str) -> str | None:
-    """The layer that HF PEFT gave this parameter to, by the parameter's name; None for any other parameter."""
+    """The layer to which HF PEFT added this parameter, read from its name; None for any other parameter."""
     found = re.match(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.", parameter)
     return found and found[1]
 
@@ -350,20 +353,20 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _size_of(config: object, name: str) -> int | None:
-    """A number of a transformers config, under the name that its attribute_map gives to the model's own."""
+    """An integer of a transformers config; its attribute_map translates this name to the model's own."""
     value = getattr(config, name, None)
     return value if isinstance(value, int) else None
 
 
 def _formula(formula: str, counted: int, closed_form: int | None) -> tuple[str, str, str]:
-    """The cells of a row that compare a count with its closed form."""
+    """The cells of a table row that compare a count with its closed form."""
     if closed_form is None:
         return formula, "", ""
     return formula, f"{closed_form:,}", f"{counted - closed_form:+,}" if counted != closed_form else "0"
 
 
 def _size(nbytes: int) -> str:
-    """12.3 MB, in decimal units, three digits."""
+    """A size as in "12.3 MB": decimal units, three digits."""
     size, units = float(nbytes), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size, units = size / 1000, units[1:]

@@ -1,20 +1,20 @@
-"""Several adapters into one new one, weighted, by the methods that HF PEFT's `add_weighted_adapter` knows.
+"""Combines several adapters into a new one, with weights, by the methods of HF PEFT's `add_weighted_adapter`.
 
-For one module with adapters i of weight w_i (any sign), factors A_i [R_i, K] and B_i [N, R_i] and scaling s_i, and
-with p_i = prune(·), elementwise:
+For one module, adapter i has the weight w_i (of any sign), factors A_i [R_i, K] and B_i [N, R_i], and scaling s_i:
 
-    cat              A = [w_i s_i A_i] stacked, B = [B_i] side by side: BA = Σ w_i s_i B_i A_i, exact, of rank Σ R_i
+    cat              A = [w_i s_i A_i] stacked, B = [B_i] side by side: BA = Σ w_i s_i B_i A_i exactly, with rank Σ R_i
     svd              BA = the best rank-r approximation of Σ w_i s_i B_i A_i
-    linear           A = Σ sign(w_i s_i) √|w_i s_i| A_i, B = Σ √|w_i s_i| B_i: cheap, with all cross terms B_i A_j
-    ties             as linear; of each factor the largest `density` are kept, and of these only the entries that have
-                     the sign of the majority; their mean over the adapters that have one
-    dare_linear      as linear; of each factor a random `density` is kept and divided by it
-    dare_ties        the random choice of dare, the signs and means of ties
-    magnitude_prune  as linear, of the largest `density` of each factor
-    *_svd            the same on ΔW_i = s_i B_i A_i with weights w_i in place of factors, then svd
+    linear           A = Σ sign(w_i s_i) √|w_i s_i| A_i, B = Σ √|w_i s_i| B_i: cheap, but with all cross terms B_i A_j
+    ties             as linear, but each factor keeps only its share `density` of largest entries; of these, only those
+                     with the majority's sign count, and the result is their mean over the adapters that have one
+    dare_linear      as linear, but each factor keeps a random share `density` of its entries, divided by density
+    dare_ties        random entries as in dare_linear, signs and means as in ties
+    magnitude_prune  as linear, but each factor keeps only its share `density` of largest entries
+    *_svd            the same on ΔW_i = s_i B_i A_i with weights w_i instead of on the factors, then svd
 
-Sums are formed in fp32 (fp64 for fp64 factors); the outcome is rounded once to the dtype of the first adapter. Sources:
-Yadav et al. 2023 (TIES), Yu et al. 2023 (DARE); the arguments, defaults and order of random draws are PEFT 0.21's.
+Sums are computed in fp32 (fp64 for fp64 factors); the result is rounded once to the dtype of the first adapter.
+Sources: Yadav et al. 2023 (TIES), Yu et al. 2023 (DARE). The arguments, defaults and order of random draws are those of
+PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -49,21 +49,27 @@ def combine(
     svd_driver: str | None = None,
     generator: torch.Generator | None = None,
 ) -> LoadedAdapter:
-    """One module's adapters into a new one of scaling 1. The module docstring has the formulas.
+    """Combines adapters of one module into a new one with scaling 1. The formulas are in the module's docstring.
 
     Args:
-        adapters: of one module: lora_A [R, K] and lora_B [N, R], on one device. Ranks may differ with cat and *svd.
-            A single one is scaled by `linear`, whatever the method, as in PEFT.
-        weights: one for each adapter, of any sign, dimensionless.
-        density: the share of entries that pruning keeps, 0 … 1 (dare: more than 0); ties, dare and magnitude_prune.
-        majority_sign_method: the sign of the sum of the entries, or of the sum of their signs; ties.
-        svd_rank: of the outcome; None for the largest of the adapters'. svd_clamp: both factors are clamped to ± this
-            quantile of their entries. svd_full_matrices, svd_driver: as `torch.linalg.svd`.
-        generator: dare's; None for torch's own. One adapter after another, all A before all B, as PEFT draws.
+        adapters: of one module: lora_A [R, K] and lora_B [N, R], on one device. For cat and *svd, ranks may differ.
+            A single adapter is scaled by `linear`, whatever the method, as in PEFT.
+        weights: one per adapter, of any sign, no unit.
+        combination_type: one of svd, linear, cat, ties, dare_linear, dare_ties, magnitude_prune, or one of the last
+            four with _svd appended.
+        density: for ties, dare and magnitude_prune: the share of entries to keep, 0 … 1 (dare: more than 0).
+        majority_sign_method: for ties: "total", the sign of the sum of the entries, or "frequency", the sign of the sum
+            of their signs.
+        svd_rank: rank of the result; None means the largest of the adapters' ranks. svd_clamp: both factors are clamped
+            to ± this quantile of their entries. svd_full_matrices, svd_driver: as in `torch.linalg.svd`.
+        generator: for dare; None means torch's own. It draws adapter after adapter, all A before all B, as PEFT does.
+
+    Returns:
+        An adapter with the first adapter's dtype, on its device.
 
     Raises:
-        TypeError, ValueError: an argument is not one of these, the adapters are not of one module, or the outcome would
-            not be finite.
+        TypeError, ValueError: an argument is not one of these, the adapters do not belong to one module, or the result
+            would not be finite.
     """
     _check_options(combination_type, density, majority_sign_method, svd_rank, svd_clamp)
     _check_adapters(adapters, weights)
@@ -74,7 +80,7 @@ def combine(
     scaled = [float(w) * adapter.scaling for w, adapter in zip(weights, adapters, strict=True)]
 
     def mixed(tensors: list[Tensor], shares: list[float], method: str) -> Tensor:
-        return _mixed(tensors, shares, method, density, majority_sign_method, generator).to(wide)
+        return _weighted_sum(tensors, shares, method, density, majority_sign_method, generator).to(wide)
 
     if combination_type == "cat":
         lora_A = torch.cat([adapter.lora_A.to(wide) * s for s, adapter in zip(scaled, adapters, strict=True)])
@@ -94,7 +100,7 @@ def combine(
         lora_B = mixed([adapter.lora_B for adapter in adapters], roots, combination_type)
     lora_A, lora_B = lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous()
     if not bool(lora_A.isfinite().all() and lora_B.isfinite().all()):
-        raise ValueError(f"adapters: expected a combination that {dtype} holds, got inf or NaN")
+        raise ValueError(f"adapters: expected a combination that is finite in {dtype}, got inf or NaN")
     return LoadedAdapter(lora_A, lora_B, lora_alpha=float(lora_A.shape[0]), use_rslora=False)
 
 
@@ -104,23 +110,30 @@ def combine_checkpoints(
     combination_type: str = "svd",
     **options: Any,
 ) -> dict[str, LoadedAdapter]:
-    """`combine` for every module of several checkpoints: what `peftk.switch_adapter` takes.
+    """Runs `combine` for every module of several checkpoints. `peftk.switch_adapter` takes the result.
 
     Args:
-        adapters: folders of PEFT checkpoints, or module name → adapter. A module that some of them don't have is
-            combined from those that do, as in PEFT.
-        weights, combination_type, options: as in `combine`; modules draw one after another, in the order of `adapters`.
+        adapters: folders of PEFT checkpoints, or dicts from module name to adapter. A module that is missing from some
+            of them is combined from the others, as in PEFT.
+        weights: one per checkpoint. combination_type, options: as in `combine`; random numbers are drawn module after
+            module, in the order of `adapters`.
+
+    Returns:
+        Module name → adapter.
 
     Raises:
-        CheckpointError: a folder cannot be read. TypeError, ValueError: as `combine`, with the module's name.
+        CheckpointError: a folder cannot be read, or brings a changed base model.
+        TypeError, ValueError: as `combine`, with the module's name.
     """
-    _one_weight_each(adapters, weights)
-    read = [one if isinstance(one, Mapping) else peft_checkpoint.load_factors(one) for one in adapters]
-    _one_base([one for one in read if isinstance(one, LoadedCheckpoint)])
-    loaded = [one.adapters if isinstance(one, LoadedCheckpoint) else one for one in read]
+    _check_weights(adapters, weights)
+    read = [source if isinstance(source, Mapping) else peft_checkpoint.load_factors(source) for source in adapters]
+    _check_same_base([checkpoint for checkpoint in read if isinstance(checkpoint, LoadedCheckpoint)])
+    loaded = [checkpoint.adapters if isinstance(checkpoint, LoadedCheckpoint) else checkpoint for checkpoint in read]
     combined = {}
-    for name in dict.fromkeys(name for one in loaded for name in one):
-        present = [(one[name], weight) for one, weight in zip(loaded, weights, strict=True) if name in one]
+    for name in dict.fromkeys(name for by_module in loaded for name in by_module):
+        present = [
+            (by_module[name], weight) for by_module, weight in zip(loaded, weights, strict=True) if name in by_module
+        ]
         try:
             chosen, shares = [adapter for adapter, _ in present], [weight for _, weight in present]
             combined[name] = combine(chosen, shares, combination_type, **options)
@@ -129,22 +142,24 @@ def combine_checkpoints(
     return combined
 
 
-def _one_base(checkpoints: Sequence[LoadedCheckpoint]) -> None:
-    """Raises CheckpointError unless what checkpoints bring of the base model is one and the same, and adapted.
+def _check_same_base(checkpoints: Sequence[LoadedCheckpoint]) -> None:
+    """Raises CheckpointError unless all weights of the base model in the checkpoints are equal and of adapted modules.
 
-    PEFT saves W of an adapted embedding beside its adapter. Of another embedding it does so where its size was changed.
+    PEFT saves the weight of an adapted embedding beside its adapter. It saves other embeddings only if their size was
+    changed.
     """
     seen: dict[str, LoadedCheckpoint] = {}
-    for one in checkpoints:
-        for name, value in one.base.items():
-            first = seen.setdefault(name, one)
-            if name.rpartition(".")[0] not in one.adapters or not torch.equal(first.base[name], value):
+    for checkpoint in checkpoints:
+        for name, value in checkpoint.base.items():
+            first = seen.setdefault(name, checkpoint)
+            if name.rpartition(".")[0] not in checkpoint.adapters or not torch.equal(first.base[name], value):
                 raise CheckpointError(
-                    f"{one.path}: expected LoRA factors alone, got {name} of a base model whose embeddings have changed"
+                    f"{checkpoint.path}: expected only LoRA factors, got {name} of a base model whose embeddings have "
+                    "changed"
                 )
 
 
-def _mixed(
+def _weighted_sum(
     tensors: list[Tensor],
     weights: list[float],
     method: str,
@@ -152,10 +167,10 @@ def _mixed(
     majority_sign_method: str,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Σ w_i prune(t_i), or of those entries that have the majority's sign their mean."""
+    """Σ w_i prune(t_i); for ties the mean of the entries that have the majority's sign."""
     if density is not None and method not in ("linear", "svd"):
         random = method.startswith("dare")
-        tensors = [_kept_at_random(t, density, generator) if random else _largest(t, density) for t in tensors]
+        tensors = [_keep_random(t, density, generator) if random else _keep_largest(t, density) for t in tensors]
     stacked = torch.stack(tensors)
     shares = torch.tensor(weights, device=stacked.device).view(-1, *[1] * tensors[0].dim())
     weighted = stacked * shares
@@ -167,8 +182,8 @@ def _mixed(
     return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 
-def _largest(tensor: Tensor, density: float) -> Tensor:
-    """The ⌊density · count⌋ of largest magnitude; zeros elsewhere."""
+def _keep_largest(tensor: Tensor, density: float) -> Tensor:
+    """Keeps the ⌊density · count⌋ entries of largest magnitude; zeros elsewhere."""
     if density >= 1:
         return tensor
     kept = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
@@ -177,8 +192,8 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
     return tensor * mask.view(tensor.shape)
 
 
-def _kept_at_random(tensor: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
-    """Each with probability `density`, divided by it so that the mean stays; zeros elsewhere."""
+def _keep_random(tensor: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
+    """Keeps each entry with probability `density`, divided by it so that the mean stays; zeros elsewhere."""
     if density >= 1:
         return tensor
     return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
@@ -229,12 +244,12 @@ def _check_options(
 
 
 def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float]) -> None:
-    _one_weight_each(adapters, weights)
+    _check_weights(adapters, weights)
     for number, adapter in enumerate(adapters):
         if not isinstance(adapter, LoadedAdapter):
-            raise TypeError(f"adapters: expected LoadedAdapter, got {type(adapter).__name__} as number {number}")
+            raise TypeError(f"adapter {number}: expected a LoadedAdapter, got {type(adapter).__name__}")
         if adapter.lora_bias is not None:
-            raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method here combines")
+            raise ValueError(f"adapter {number}: lora_bias: expected None, got a bias, which no method combines")
         lora_A, lora_B = adapter.lora_A, adapter.lora_B
         for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
             checks.floating(f"adapter {number}: {name}", factor)
@@ -262,7 +277,7 @@ def _check_adapters(adapters: Sequence[LoadedAdapter], weights: Sequence[float])
                 raise ValueError(f"adapter {number}: {name}: expected finite values, got inf or NaN")
 
 
-def _one_weight_each(adapters: Any, weights: Any) -> None:
+def _check_weights(adapters: Any, weights: Any) -> None:
     for name, values in (("adapters", adapters), ("weights", weights)):
         if not isinstance(values, (list, tuple)):
             raise TypeError(f"{name}: expected a list or tuple, got {type(values).__name__}")

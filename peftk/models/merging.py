@@ -1,4 +1,4 @@
-"""The adapters of a whole model into its weights and out again: all layers or none, and to the bit."""
+"""Merges a whole model's adapters into its weights, switches them, and unmerges bit for bit: all layers or none."""
 
 from __future__ import annotations
 
@@ -19,53 +19,54 @@ from peftk.checkpoints.peft import LoadedAdapter
 from peftk.methods.inject import lora_layers
 from peftk.nn import LoRALinear, merging, shared
 from peftk.nn.merging import Layers, Merge
-from peftk.nn.parameters import optimized
+from peftk.nn.parameters import find_optimizer
 from peftk.system import interrupts
 from peftk.system.lasting import lasting
 
 
 def merge_adapter(model: nn.Module, *, untie: bool = False) -> None:
-    """Merges every LoRALinear of an injected model that isn't merged, all in one go: `functional.merge_layers_`.
+    """Merges every LoRALinear of an injected model that is not merged yet, all together: W ← W + s·BA.
 
     A weight that another module of the model holds too (tied embeddings, linears with one W, overlapping views) is not
-    merged into, as that would change the other module.
+    merged into, as that would change the other module. Rounding and bounds: `peftk.functional.merge_layers_`.
 
     Args:
-        untie: where it is shared, merge into a copy of the layer's own, which the other module never sees. Unmerging
-            goes back to the shared weight. transformers should be told before the merged model is saved:
-            `model.config.tie_word_embeddings = False`.
+        untie: if a weight is shared, merge into a copy for the layer alone. Unmerging goes back to the shared weight.
+            Before you save the merged model, tell transformers: `model.config.tie_word_embeddings = False`.
 
     Raises:
         ValueError, TypeError: with the layer's name: W + s·BA would not be finite, a weight is shared, a lora_bias has
-            no bias to go into, a weight has no memory (meta), or the model is known to read a W itself. No layer has
-            changed then.
+            no bias to be added to, a weight has no memory (meta), or another module is known to compute with a W. No
+            layer has changed then.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
-    with _alone(model, layers, untie):
+    with _unshared(model, layers, untie):
         merging.merge(layers)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Unmerges every merged LoRALinear of an injected model, to the bit, all in one go.
+    """Unmerges every merged LoRALinear of an injected model, all together; every W gets its earlier bits back.
 
-    Raises ValueError, with the layer's name, where a W is not what the merge left; no layer has changed then.
+    Raises ValueError, with the layer's name, if the bits of a W have changed since the merge; no layer has changed
+    then.
     """
     merging.unmerge([(name, layer) for name, layer in lora_layers(model) if layer.merged])
 
 
 @contextlib.contextmanager
 def merged(model: nn.Module, *, untie: bool = False) -> Iterator[nn.Module]:
-    """Inside, every LoRALinear of the model is merged; at the end, however it comes, W has its bits back.
+    """A context manager that merges every LoRALinear of the model inside, and restores every W bit for bit at the end.
 
-    Layers that were merged before stay so, which makes it safe to nest. Those that are merged here are unmerged at the
-    end whatever adapter they hold then (`switch_adapter`); one that somebody has unmerged meanwhile stays as it is.
-    untie: as in `merge_adapter`.
+    Layers that were merged before stay merged, so it can be nested. Layers that were merged here are unmerged at the
+    end, even after an exception, and whatever adapter they hold then (`switch_adapter`). A layer that was unmerged
+    inside is left as it is. untie: as in `merge_adapter`.
 
     Raises:
-        ValueError: as `merge_adapter`, with the model unchanged; at the end as `unmerge_adapter`, with it still merged.
+        ValueError, TypeError: at the start as `merge_adapter`, with the model unchanged; at the end as
+            `unmerge_adapter`, with the model still merged.
     """
     layers = [(name, layer) for name, layer in lora_layers(model) if not layer.merged]
-    with _alone(model, layers, untie):
+    with _unshared(model, layers, untie):
         merging.merge(layers)
     try:
         yield model
@@ -76,25 +77,25 @@ def merged(model: nn.Module, *, untie: bool = False) -> Iterator[nn.Module]:
 def switch_adapter(
     model: nn.Module, adapters: str | os.PathLike[str] | Mapping[str, LoadedAdapter], *, untie: bool = False
 ) -> None:
-    """From whatever the LoRALinear layers hold to these adapters, merged: one pass over each W, all layers or none.
+    """Replaces the adapters of all LoRALinear layers by new ones, merged, in one pass over each W: all layers or none.
 
-    The layers' lora_A, lora_B, lora_bias, r and scaling become the new ones, so that `unmerge_adapter` leads to the
-    base layer with the new adapter beside it, and W to the bits that it had before the first merge. On a CPU no forward
-    in between sees the base layer's W (`functional.remerge_`).
+    It does not matter whether the layers are merged. Their lora_A, lora_B, lora_bias, r and scaling become the new
+    ones, so after `unmerge_adapter` the layers have the new adapters unmerged, and every W the bits that it had before
+    the first merge. On a CPU, no forward in between sees the base layer's W (`peftk.functional.remerge_`).
 
-    The Parameters stay, with new values. So an optimizer that holds them goes on with these, and with the momentum of
-    those before; a rank that changes needs a new optimizer, after the switch.
+    The Parameters stay the same objects, with new values. An optimizer that holds them goes on with the new values and
+    the old momentum. If a rank changes, make a new optimizer after the switch.
 
     Args:
-        adapters: the folder of a PEFT checkpoint, or what `peftk.combine` returns: one adapter for each LoRALinear of
-            the model, by the layer's name, with a lora_bias where the layer has one. Ranks may differ from those
-            before.
+        adapters: the folder of a PEFT checkpoint, or the result of `peftk.combine_checkpoints`: one adapter for each
+            LoRALinear of the model, by the layer's name, with a lora_bias if the layer has one. Ranks may differ from
+            the present ones.
         untie: as in `merge_adapter`.
 
     Raises:
-        CheckpointError, ValueError, TypeError: the adapters are not the model's, a W is not what its merge left, a
-            merge is refused as by `merge_adapter`, or another rank would come under an optimizer. Nothing has changed
-            then: layers are merged as they were, or unmerged.
+        CheckpointError, ValueError, TypeError: the adapters do not fit the model, the bits of a W have changed since
+            its merge, a merge is refused as by `merge_adapter`, or an optimizer holds a Parameter whose rank would
+            change. Nothing has changed then.
     """
     layers = list(lora_layers(model))
     loaded = adapters if isinstance(adapters, Mapping) else _read(model, dict(layers), adapters)
@@ -106,23 +107,23 @@ def switch_adapter(
             f"adapters: expected one for each of the model's LoRALinear layers; missing: "
             f"{sorted(names - loaded.keys())}, unknown: {sorted(loaded.keys() - names)}"
         )
-    new = [_on_layer(name, layer, loaded[name]) for name, layer in layers]
-    _refuse_optimized(layers, new)
-    with _alone(model, layers, untie) as undo:
-        for (name, layer), one in zip(layers, new, strict=True):
-            _take(layer, one, loaded[name], undo)
+    new = [_to_layer(name, layer, loaded[name]) for name, layer in layers]
+    _check_optimizers(layers, new)
+    with _unshared(model, layers, untie) as undo:
+        for (name, layer), merge in zip(layers, new, strict=True):
+            _set_adapter(layer, merge, loaded[name], undo)
         merging.switch(layers, new)
 
 
-def _take(layer: LoRALinear, one: Merge, loaded: LoadedAdapter, undo: contextlib.ExitStack) -> None:
-    """The layer's adapter becomes this one. Its Parameters stay, since an optimizer may know them."""
+def _set_adapter(layer: LoRALinear, merge: Merge, loaded: LoadedAdapter, undo: contextlib.ExitStack) -> None:
+    """Sets the layer's adapter. The Parameters stay the same objects, since an optimizer may hold them."""
     for name in layer.adapter_parameters:
-        parameter, value = layer._parameters[name], getattr(one, name)
+        parameter, value = layer._parameters[name], getattr(merge, name)
         if parameter is not None:
-            undo.callback(_hold, parameter, parameter.data, parameter.grad)
-            _hold(parameter, value, parameter.grad if value.shape == parameter.shape else None)
+            undo.callback(_set_data, parameter, parameter.data, parameter.grad)
+            _set_data(parameter, value, parameter.grad if value.shape == parameter.shape else None)
     for name, value in (
-        ("r", one.lora_A.shape[0]),
+        ("r", merge.lora_A.shape[0]),
         ("lora_alpha", loaded.lora_alpha),
         ("use_rslora", loaded.use_rslora),
     ):
@@ -130,8 +131,8 @@ def _take(layer: LoRALinear, one: Merge, loaded: LoadedAdapter, undo: contextlib
         setattr(layer, name, value)
 
 
-def _hold(parameter: nn.Parameter, value: Tensor, grad: Tensor | None) -> None:
-    parameter.grad = None  # torch takes none of another shape
+def _set_data(parameter: nn.Parameter, value: Tensor, grad: Tensor | None) -> None:
+    parameter.grad = None  # torch refuses data whose shape differs from the gradient's
     parameter.data = value
     parameter.grad = grad
 
@@ -139,7 +140,7 @@ def _hold(parameter: nn.Parameter, value: Tensor, grad: Tensor | None) -> None:
 def _read(
     model: nn.Module, layers: Mapping[str, LoRALinear], path: str | os.PathLike[str]
 ) -> Mapping[str, LoadedAdapter]:
-    """The adapters of a checkpoint that fits the model's base model and its embeddings, by the layers' names."""
+    """The adapters of a checkpoint by the layers' names. Raises CheckpointError if it does not fit the base model."""
     checkpoint = peft_checkpoint.load_factors(path)
     fitting.check(fitting.without_layers(model, layers), checkpoint)
     values = dict(named_values(model))
@@ -152,8 +153,8 @@ def _read(
 
 
 @lasting()
-def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
-    """Its factors where the layer is and in the dtype of the layer's own, as copies."""
+def _to_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
+    """The adapter's tensors copied to the device and dtype of the layer's adapter."""
     if not isinstance(adapter, LoadedAdapter):
         raise TypeError(f"adapters: expected a LoadedAdapter for {name}, got {type(adapter).__name__}")
     computed = [part for part in layer.adapter_parameters if part not in layer._parameters]
@@ -180,11 +181,11 @@ def _on_layer(name: str, layer: LoRALinear, adapter: LoadedAdapter) -> Merge:
     return Merge(lora_A, lora_B, lora_bias, adapter.scaling)
 
 
-def _refuse_optimized(layers: Layers, new: Sequence[Merge]) -> None:
-    """Raises ValueError where a Parameter whose shape would change is in an optimizer, whose state has the old one."""
+def _check_optimizers(layers: Layers, new: Sequence[Merge]) -> None:
+    """Raises ValueError if an optimizer holds a Parameter whose shape would change: its state has the old shape."""
     names = {layer: name for name, layer in layers}
-    ranks = {layer: one.lora_A.shape[0] for (_, layer), one in zip(layers, new, strict=True)}
-    found = optimized((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
+    ranks = {layer: merge.lora_A.shape[0] for (_, layer), merge in zip(layers, new, strict=True)}
+    found = find_optimizer((layer for layer, rank in ranks.items() if rank != layer.r), ("lora_A", "lora_B"))
     if found is not None:
         layer, optimizer = cast(LoRALinear, found[0]), type(found[1]).__name__
         raise ValueError(
@@ -195,15 +196,16 @@ def _refuse_optimized(layers: Layers, new: Sequence[Merge]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(model: nn.Module, layers: Layers, untie: bool) -> Iterator[contextlib.ExitStack]:
-    """Inside, nobody else holds what merging the layers changes. Raises ValueError where somebody does, if not `untie`.
+def _unshared(model: nn.Module, layers: Layers, untie: bool) -> Iterator[contextlib.ExitStack]:
+    """A context manager: inside, no other module holds what merging the layers changes.
 
-    Where what is done inside fails, what has been untied is shared again, and what else the stack holds is undone.
+    With `untie` the layers get copies for that; without, ValueError is raised if something is shared. If the block
+    fails, the copies are given up again, and everything else on the stack is undone.
     """
     with interrupts.deferred(), contextlib.ExitStack() as undo:
         for place, other in shared.conflicts(model, merging.places(layers)):
             if not untie:
-                raise ValueError(f"{place.layer}: {shared.message(place.name, other)}")
+                raise ValueError(f"{place.layer}: {shared.shared_memory_error(place.name, other)}")
             merging.untie(cast(LoRALinear, place.module), place.name, undo)
         yield undo
         undo.pop_all()

@@ -1,4 +1,4 @@
-"""MultiAdapter: many LoRAs of one model, served in one batch."""
+"""MultiAdapter: many LoRA adapters of one model, mixed in one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftk.adapters import checks
 from peftk.adapters import route as routes
 from peftk.adapters.bank import NO_NUMBER
-from peftk.adapters.carry import Entered
+from peftk.adapters.carry import RouteContext
 from peftk.adapters.route import Route
 from peftk.checkpoints import files, fitting
 from peftk.checkpoints import peft as peft_checkpoint
@@ -24,15 +24,15 @@ from peftk.checkpoints.contents import named_values
 from peftk.checkpoints.files import CheckpointError
 from peftk.checkpoints.peft import LoadedCheckpoint
 from peftk.methods import trial
-from peftk.methods.plan import replace_module, unwrapped, without_peft
+from peftk.methods.plan import check_without_peft, replace_module, unwrapped
 from peftk.nn import MultiLoRALinear
-from peftk.nn.replace import replaceable
+from peftk.nn.replace import as_linear
 from peftk.nn.watched import watch
 from peftk.system.lasting import lasting
 
 
-class _Served(NamedTuple):
-    """What one linear adds for an adapter: s·BAx + β."""
+class _LayerAdapter(NamedTuple):
+    """One adapter in one linear: it adds s·BAx + β."""
 
     lora_A: Tensor | None
     lora_B: Tensor | None
@@ -40,45 +40,45 @@ class _Served(NamedTuple):
     bias: Tensor | None
 
 
-_NOTHING = _Served(None, None, 1.0, None)
+_NOTHING = _LayerAdapter(None, None, 1.0, None)
 
 
 class _Slots:
-    """The numbers of a server's adapters, as in `AdapterBank`, and the layers that hold them: in all the same."""
+    """The numbers of a server's adapters, as in `AdapterBank`. In all layers of the server they are the same."""
 
     def __init__(self, count: int) -> None:
-        self.numbers = [-1] * count  # by slot; -1 for a free one
-        self.next = list(range(count))
+        self.numbers = [-1] * count  # by slot; -1 for a free slot
+        self.next = list(range(count))  # the next number of each slot
         self.layers: dict[str, MultiLoRALinear] = {}
         self.lock = threading.Lock()
         self._tensor: Tensor | None = None
-        self._gone: collections.deque[int] = collections.deque()
+        self._given_back: collections.deque[int] = collections.deque()
 
     def free_number(self) -> int | None:
-        """A new one, of the slot used least often; None where all are taken."""
+        """A new number, in the free slot used least often; None if all slots are taken."""
         free = (number for number, taken in zip(self.next, self.numbers, strict=True) if taken == -1)
         return min(free, default=None)
 
     def take(self, number: int) -> None:
         slot = number % len(self.numbers)
         self.numbers[slot], self.next[slot] = number, number + len(self.numbers)
-        self._changed()
+        self._update_tensor()
 
     def give_back(self, number: int) -> None:
-        """In whatever thread its last user ends, maybe in the middle of a load."""
-        self._gone.append(number)
+        """Frees a slot, now or after the load that is running. May be called in any thread."""
+        self._given_back.append(number)
         self.clear()
 
     def clear(self) -> None:
-        """Frees the slots that were given back, unless a load is at work, which calls this when it has ended."""
-        while self._gone and self.lock.acquire(blocking=False):
+        """Frees the slots that were given back. If a load is running, does nothing: the load calls this at its end."""
+        while self._given_back and self.lock.acquire(blocking=False):
             try:
-                while self._gone:
-                    number = self._gone.popleft()
+                while self._given_back:
+                    number = self._given_back.popleft()
                     for layer in self.layers.values():
                         layer.bank.free(number)
                     self.numbers[number % len(self.numbers)] = -1
-                self._changed()
+                self._update_tensor()
             finally:
                 self.lock.release()
 
@@ -88,19 +88,19 @@ class _Slots:
         return any(number >= len(self.numbers) for number in self.numbers)
 
     def slots_of(self, ids: Tensor) -> Tensor:
-        """Slots of numbers; for those of adapters that are gone, a number outside of every bank."""
+        """The slots of numbers. Numbers that no adapter has become one outside of every bank."""
         slots = ids % len(self.numbers)
-        there = self._on(ids.device)[slots.long()] == ids
-        return torch.where((ids >= 0) & ~there, NO_NUMBER, torch.where(ids < 0, ids, slots))
+        known = self._numbers_on(ids.device)[slots.long()] == ids
+        return torch.where((ids >= 0) & ~known, NO_NUMBER, torch.where(ids < 0, ids, slots))
 
-    def _on(self, device: torch.device) -> Tensor:
-        """The numbers as a tensor, which is written in place, since CUDA graphs read it."""
+    def _numbers_on(self, device: torch.device) -> Tensor:
+        """The numbers as a tensor. It is updated in place, since CUDA graphs read it."""
         if self._tensor is None or self._tensor.device != device:
             with lasting():
                 self._tensor = torch.tensor(self.numbers, device=device)
         return self._tensor
 
-    def _changed(self) -> None:
+    def _update_tensor(self) -> None:
         if self._tensor is not None:
             self._tensor.copy_(torch.tensor(self.numbers))
 
@@ -112,7 +112,8 @@ class _Slots:
 
 
 class _Loaded:
-    """An adapter, for whoever uses it: the server under its name, and routes. When nobody does, its slot is free."""
+    """A reference to a loaded adapter, held by the server while it has a name, and by routes. When nothing refers to it
+    any more, its slot is freed."""
 
     def __init__(self, slots: _Slots, number: int) -> None:
         self.slots, self.number = slots, number
@@ -122,16 +123,25 @@ class _Loaded:
 
 
 class MultiAdapter:
-    """Serves up to `max_adapters` LoRA checkpoints on one base model; every sequence of a batch names its own.
+    """Serves up to `max_adapters` LoRA checkpoints on one base model; each sequence of a batch may use a different one.
 
         server = peftk.MultiAdapter(model, max_adapters=256)
         server.load("alice", "alice/")
         with server.route(["alice", None]):
             out = model(**batch)
 
-    Linears become MultiLoRALinear in place, when the first checkpoint that has them is loaded; outside of `route`, and
-    for None, the model computes what it did. adapter_dtype: in which adapters are held; None means each weight's own.
-    example_inputs: as `peftk.inject`'s, to see which linears the model calls.
+    A linear is replaced by a MultiLoRALinear in place when the first checkpoint that adapts it is loaded. Outside of
+    `route`, and for None, the model computes what it did before. Precision: `peftk.functional.multi_lora_linear`.
+
+    Args:
+        model: an nn.Module; it is changed in place.
+        max_adapters: how many adapters can be loaded at a time.
+        adapter_dtype: dtype in which adapters are stored; None means the dtype of each weight.
+        example_inputs: as in `peftk.inject`, to find out which linears the model calls.
+
+    Raises TypeError or ValueError for a bad argument.
+
+    Source: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA) pose the problem.
     """
 
     def __init__(
@@ -144,7 +154,7 @@ class MultiAdapter:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        without_peft(model)
+        check_without_peft(model)
         if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
             raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
         if adapter_dtype is not None:
@@ -156,27 +166,29 @@ class MultiAdapter:
         self._loaded: dict[str, _Loaded] = {}
         self._slots = _Slots(max_adapters)
         self._layers = self._slots.layers
-        self._serving = routes.Serving()
-        self._entrance = routes.Entrance(self._serving)
-        self._entrances: set[str] = set()
+        self._key = routes.ServerKey()
+        self._batch_hooks = routes.BatchHooks(self._key)
+        self._hooked_modules: set[str] = set()
         if example_inputs is not None:
-            with trial.looking(self._base, example_inputs):
-                trial.seen(self._base)
+            with trial.lazy_trial(self._base, example_inputs):
+                trial.result(self._base)
 
     @property
     def names(self) -> list[str]:
-        """The adapters that can be routed to, in the order in which they were loaded."""
+        """The loaded adapters, in the order of loading."""
         return list(self._loaded)
 
     def load(self, name: str, path: str | os.PathLike[str]) -> None:
         """Loads an HF PEFT LoRA checkpoint under a name.
 
-        A trained bias is served as its difference from the model's, β = trained − base, taken in fp64 and rounded once
-        to the dtype in which adapters are held; lora_bias as s·b. Modules that train whole (modules_to_save) and
-        trained biases of anything but linears (LayerNorms) cannot be mixed by token and are refused.
+        A trained bias becomes its difference from the model's, β = trained − base, computed in fp64 and rounded once to
+        the dtype in which adapters are stored; a lora_bias b becomes s·b. Modules that were trained in full
+        (modules_to_save) and trained biases of modules other than linears (LayerNorms) cannot be mixed by token and are
+        refused.
 
-        Raises ValueError for a name in use or when `max_adapters` are loaded, CheckpointError for a checkpoint that is
-        damaged or does not fit the model. Every other adapter goes on serving; nothing has changed then.
+        Raises TypeError or ValueError for a bad name, a name in use, or if `max_adapters` are loaded already, and
+        CheckpointError for a checkpoint that is damaged or does not fit the model. Nothing has changed then. Batches
+        with other adapters may run during the load.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -188,32 +200,32 @@ class MultiAdapter:
         if name in self._loaded:
             raise ValueError(f"name: expected a new one, got {name!r}, which is loaded; unload it first")
         number = self._free_number()
-        with trial.looking(self._base):
-            adapters = self._served(peft_checkpoint.load(path))
+        with trial.lazy_trial(self._base):
+            adapters = self._adapters_of(peft_checkpoint.load(path))
             new = {module: self._layer(module) for module in adapters if module not in self._layers}
-        # all is checked: from here on only memory can run out, and then every layer forgets the name again
-        everywhere = {**self._layers, **new}
+        # everything is checked; from here on only memory can run out, and then every layer drops the name again
+        layers = {**self._layers, **new}
         try:
-            for module, layer in everywhere.items():
-                # a layer that this checkpoint leaves alone gets an adapter that adds nothing
-                found = adapters.get(module, _NOTHING)
-                layer.bank.add(name, found.lora_A, found.lora_B, found.scaling, bias_B=found.bias, number=number)
+            for module, layer in layers.items():
+                # in a layer that this checkpoint does not adapt, the adapter adds nothing
+                part = adapters.get(module, _NOTHING)
+                layer.bank.add(name, part.lora_A, part.lora_B, part.scaling, bias_B=part.bias, number=number)
         except BaseException:
-            for layer in everywhere.values():
+            for layer in layers.values():
                 if name in layer.bank.names:
                     layer.bank.remove(name)
             raise
         for module, layer in new.items():
             replace_module(self._base, module, layer)
             self._layers[module] = layer
-            self._watch(module)
+            self._add_hooks(module)
         self._slots.take(number)
         self._loaded[name] = _Loaded(self._slots, number)
 
     def _free_number(self) -> int:
         number = self._slots.free_number()
         if number is None and len(self._loaded) < self.max_adapters:
-            self._slots.lock.release()  # what was given back meanwhile, or goes with what nobody can reach
+            self._slots.lock.release()  # free the slots given back meanwhile, and those held by unreachable objects
             gc.collect()
             self._slots.clear()
             self._slots.lock.acquire()
@@ -221,29 +233,31 @@ class MultiAdapter:
         if number is None:
             unloaded = self.max_adapters - len(self._loaded)
             unloaded_too = (
-                f", {unloaded} of them unloaded but held by routes, threads or graphs that run" if unloaded else ""
+                f", {unloaded} of them unloaded but still used by routes, threads or graphs" if unloaded else ""
             )
             raise ValueError(
-                f"max_adapters: expected a free place, got {self.max_adapters} adapters loaded already{unloaded_too}"
+                f"max_adapters: expected a free slot, got {self.max_adapters} adapters loaded already{unloaded_too}"
             )
         return number
 
-    def _watch(self, module: str) -> None:
-        """The model, and the parts of it around `module` that may be called by themselves, say what they are called
-        with. Not blocks in lists, of which there are many, and which are called with what the model is called with."""
-        self._serving.looks = routes.LOOKS
+    def _add_hooks(self, module: str) -> None:
+        """Adds hooks to the model, and to the modules around `module` that may be called directly, to see their inputs.
+
+        Blocks in lists get none: there are many, and their batch is that of the model.
+        """
+        self._key.checks_left = routes.ORDER_CHECKS
         around = self._base
         for name in ("", *itertools.accumulate(module.split(".")[:-1], "{}.{}".format)):
             around = self._base.get_submodule(name)
             if name and isinstance(around, (nn.ModuleList, nn.ModuleDict)):
                 return
-            if name not in self._entrances:
-                self._entrances.add(name)
-                around.register_forward_pre_hook(self._entrance.before, with_kwargs=True)
-                around.register_forward_hook(self._entrance.after, always_call=True)
+            if name not in self._hooked_modules:
+                self._hooked_modules.add(name)
+                around.register_forward_pre_hook(self._batch_hooks.before, with_kwargs=True)
+                around.register_forward_hook(self._batch_hooks.after, always_call=True)
 
     def unload(self, name: str) -> None:
-        """Forgets an adapter. Its memory is free once no route and no checkpoint uses it: they go on with it.
+        """Removes an adapter. Routes, threads and checkpoints that use it keep it; its memory is freed after the last.
 
         Raises ValueError for an unknown name.
         """
@@ -252,13 +266,13 @@ class MultiAdapter:
             for layer in self._layers.values():
                 layer.bank.forget(name)
             loaded = self._loaded.pop(name)
-        del loaded  # after the lock: it may be the last that uses it
+        del loaded  # after the lock: it may be the last reference
         self._slots.clear()
 
     def ids(self, names: Sequence[str | None]) -> Tensor:
-        """int32 [B]: the numbers that stand for these names, and for no others later; None is -1.
+        """The numbers of these names, int32 [B], with -1 for None. No later adapter gets the same numbers.
 
-        Raises ValueError for an unknown name.
+        Raises ValueError for an unknown name, TypeError if `names` is not a sequence.
         """
         return torch.tensor(self._numbers(names), dtype=torch.int32)
 
@@ -269,33 +283,34 @@ class MultiAdapter:
         batch_dim: int | None = None,
         lengths: Sequence[int] | Tensor | None = None,
         cu_seqlens: Sequence[int] | Tensor | None = None,
-    ) -> Entered:
-        """Within the `with`, sequence b of every batch goes through the adapter names[b]; None: the base model.
+    ) -> RouteContext:
+        """A context manager: inside, sequence b of every batch uses the adapter names[b]; None means the base model.
 
-        Threads, tasks and pools that are started or used within it are within it too, generators that enter routes may
-        interleave, and an adapter that is unloaded meanwhile goes on serving it (docs/routes.md).
+        The route also applies in threads, tasks and pools that are started or used inside. Generators that enter routes
+        may interleave. An adapter that is unloaded meanwhile stays in use here (docs/routes.md).
 
         Args:
-            names: one name or None a sequence; or ids, int32/int64, per sequence [B] or per token [B, T] (`ids` makes
-                them from names).
-            batch_dim: where the sequences lie in the linears' x: 0, [B, …, K], or 1, time-major [T, B, K]. None means
-                0, except within torch's own Transformer layers, which say it themselves (batch_first).
-            lengths: [B], of sequences that lie one after the other in one row: x [1, ΣT, K] or [ΣT, K].
-            cu_seqlens: [B + 1], the same as 0 and the running sum of lengths.
+            names: one name or None per sequence; or ids, int32 or int64, per sequence [B] or per token [B, T] (see
+                `ids`).
+            batch_dim: the dimension of the linears' x with the sequences: 0 for [B, …, K], or 1 for time-major
+                [T, B, K]. None means 0, except within torch's own Transformer layers, where batch_first tells.
+            lengths: [B], the lengths of sequences that are one after the other in one row: x [1, ΣT, K] or [ΣT, K].
+            cu_seqlens: [B + 1], 0 and the running sum of the lengths, instead of lengths.
 
-        x has B whole sequences in their order. Two things may make more rows: generate(), for beams and for several
-        sequences to return, and a model called with [B, T, …] that flattens its tokens to [B·T, K]. For rows that
-        are anything else a layer raises ValueError, unless all of the batch has one adapter.
+        x must have B whole sequences in order. There may be more rows in two cases: generate() makes several per
+        sequence, for beams or for sequences to return; and a model called with [B, T, …] may flatten its tokens to
+        [B·T, K]. For any other rows a layer raises ValueError, unless the whole batch has one adapter.
 
-        Raises ValueError for unknown names, before the model runs.
+        Raises ValueError or TypeError for a bad argument: a bad batch_dim at once, unknown names and the rest when the
+        `with` begins, before the model runs.
 
-        Ids are read when the `with` begins. A CUDA graph reads a tensor of ids on the model's device anew in every
-        replay, and should capture the `with` too, so that it sorts the ids once for all layers; names are its constants
-        and are given before the capture (`peftk.adapters.route.Route`).
+        Ids are read when the `with` begins. A CUDA graph reads a tensor of ids on the model's device again in every
+        replay. Capture the `with` too, so that the graph sorts the ids once for all layers. Names are constants of the
+        graph; enter a route with names before the capture (`peftk.adapters.route.Route`).
         """
         if batch_dim not in (None, 0, 1):
             raise ValueError(f"batch_dim: expected 0, 1 or None, got {batch_dim!r}")
-        return Entered(self._serving, lambda: self._route(names, batch_dim, lengths, cu_seqlens), routes.left)
+        return RouteContext(self._key, lambda: self._route(names, batch_dim, lengths, cu_seqlens), routes.clean_up)
 
     def _route(self, names: Any, batch_dim: int | None, lengths: Any, cu_seqlens: Any) -> Route:
         if isinstance(names, Tensor):
@@ -308,8 +323,8 @@ class MultiAdapter:
                 checks.dense("names", ids)
             numbers = set(ids.unique().tolist()) if ids.device.type == "cpu" else None
         else:
-            given = self._numbers(names)
-            ids, numbers = torch.tensor(given, dtype=torch.int32), set(given)
+            in_order = self._numbers(names)
+            ids, numbers = torch.tensor(in_order, dtype=torch.int32), set(in_order)
         by_number = {loaded.number: loaded for loaded in self._loaded.values()}
         for number in (numbers or set()) - {-1} - by_number.keys():
             raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(by_number)}), got {number}")
@@ -318,10 +333,10 @@ class MultiAdapter:
         return Route(
             ids.to(device),
             slots=self._slots.slots_of if self._slots.reused else None,
-            holds=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
+            keep_alive=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
             batch_dim=batch_dim,
             lengths=None if packed is None else packed.to(device),
-            alike=ids.numel() < 2 if numbers is None else len(numbers) < 2,
+            uniform=ids.numel() < 2 if numbers is None else len(numbers) < 2,
         )
 
     def _numbers(self, names: Sequence[str | None]) -> list[int]:
@@ -334,18 +349,20 @@ class MultiAdapter:
             raise ValueError(f"name: expected a loaded adapter ({', '.join(self._loaded) or 'none'}), got {name!r}")
         return self._loaded[name].number
 
-    def _served(self, loaded: LoadedCheckpoint) -> dict[str, _Served]:
-        """What each linear of the model gets. Raises CheckpointError where the checkpoint does not fit the model."""
+    def _adapters_of(self, loaded: LoadedCheckpoint) -> dict[str, _LayerAdapter]:
+        """What a checkpoint adds to each linear, by its name. Raises CheckpointError if it does not fit the model."""
         path, dtype = loaded.path, self.adapter_dtype
         modules = {files.plain_name(name): (name, module) for name, module in self._base.named_modules()}
         for name in (*loaded.adapters, *(name.rpartition(".")[0] for name in loaded.biases)):
             where, found = modules.get(name, ("", None))
             if isinstance(found, MultiLoRALinear) and self._layers.get(where) is not found:
-                raise CheckpointError(f"{path}: {name}: expected a linear of this server's, got another server's layer")
+                raise CheckpointError(
+                    f"{path}: {name}: expected a linear of this server, got a layer of a different server"
+                )
         fitting.check(fitting.without_layers(self._base, self._layers), loaded)
         if loaded.saved:
             raise CheckpointError(
-                f"{path}: expected adapters alone, which a batch can mix by token, got modules that train whole "
+                f"{path}: expected only adapters, which a batch can mix by token, got modules trained in full "
                 f"(modules_to_save): {', '.join(sorted(loaded.saved)[:4])}; peftk.load_adapter takes them"
             )
         values = dict(named_values(self._base))
@@ -353,42 +370,42 @@ class MultiAdapter:
         served = {}
         for name, adapter in loaded.adapters.items():
             bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
-            served[name] = _Served(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
+            served[name] = _LayerAdapter(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
         for name, bias in loaded.biases.items():
-            own = values[name].detach()
-            change = bias.double() - own.cpu().double()
-            if bool(change.any()):  # else it is the model's to the bit
+            base = values[name].detach()
+            change = bias.double() - base.cpu().double()
+            if bool(change.any()):  # else it is the model's bias, bit for bit
                 module = name.rpartition(".")[0]
-                self._check_linear(path, module, modules[module][1])  # only a linear can add it
+                self._check_linear(path, module, modules[module][1])  # only a linear can add a bias
                 before = served.get(module, _NOTHING)
                 served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
-        for name, one in served.items():
-            for part, tensor in (("lora_A", one.lora_A), ("lora_B", one.lora_B), ("bias", one.bias)):
+        for name, added in served.items():
+            for part, tensor in (("lora_A", added.lora_A), ("lora_B", added.lora_B), ("bias", added.bias)):
                 if tensor is not None:
                     files.converted(path, f"{name}.{part}", tensor, dtype or values[f"{name}.weight"].dtype)
-        return {modules[name][0]: one for name, one in served.items()}
+        return {modules[name][0]: added for name, added in served.items()}
 
     def _check_linear(self, path: os.PathLike[str], name: str, module: nn.Module) -> None:
-        """Raises CheckpointError where no layer of ours is, nor can take the place of this module."""
+        """Raises CheckpointError unless the module is a MultiLoRALinear or can be replaced by one."""
         if isinstance(module, MultiLoRALinear):
             return
         try:
-            replaceable(module)
+            as_linear(module)
         except TypeError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
         reader = trial.reader(self._base, name, module)
         if reader is not None:
             raise CheckpointError(
-                f"{path}: {name}: expected a linear that is called, got one that {reader} reads itself"
+                f"{path}: {name}: expected a linear that is called, got one whose weight {reader} reads itself"
             )
 
     def _layer(self, module: str) -> MultiLoRALinear:
-        """A new layer to serve `module`, which nothing refers to yet. All adapters add nothing there."""
+        """A new layer to replace `module`, with every loaded adapter in it, adding nothing. The model is unchanged."""
         layer = MultiLoRALinear.from_linear(
             self._base.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
         )
-        layer.serve(self._serving, self._base, module)
-        watch(layer, module, trial.partly_read(self._base, module))
+        layer.serve(self._key, self._base, module)
+        watch(layer, module, trial.any_reader(self._base, module))
         names = {loaded.number: name for name, loaded in self._loaded.items()}
         for number in self._slots.numbers:
             if number != -1:
@@ -398,32 +415,32 @@ class MultiAdapter:
         return layer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy holds the adapters that have a name; routes through the original hold others."""
+        """A copy has only the adapters with a name; unloaded ones that routes of the original still use are dropped."""
         self.__dict__.update(state)
         for number in set(self._slots.numbers) - {-1} - {loaded.number for loaded in self._loaded.values()}:
             self._slots.give_back(number)
 
 
 def _lengths(lengths: Any, cu_seqlens: Any, ids: Tensor, batch_dim: int | None) -> Tensor | None:
-    """int64 [B], checked; None where sequences are not one after the other."""
+    """The lengths as int64 [B], checked; None if neither argument is given."""
     if lengths is None and cu_seqlens is None:
         return None
     if lengths is not None and cu_seqlens is not None:
-        raise ValueError("cu_seqlens: expected None beside lengths, which says the same")
-    name, given = ("lengths", lengths) if cu_seqlens is None else ("cu_seqlens", cu_seqlens)
+        raise ValueError("cu_seqlens: expected None, as lengths is given too, got both")
+    name, numbers = ("lengths", lengths) if cu_seqlens is None else ("cu_seqlens", cu_seqlens)
     if ids.dim() != 1 or batch_dim is not None:
         other = "batch_dim" if ids.dim() == 1 else "ids per token"
-        raise ValueError(f"{name}: expected None beside {other}, which says where sequences lie")
-    given = given.tolist() if isinstance(given, Tensor) else list(given)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in given):
-        raise TypeError(f"{name}: expected integers, got {given!r}")
+        raise ValueError(f"{name}: expected None, as {other} is given too, got both")
+    numbers = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(f"{name}: expected integers, got {numbers!r}")
     count = ids.shape[0] + (name == "cu_seqlens")
-    if len(given) != count:
-        raise ValueError(f"{name}: expected {count} numbers for {ids.shape[0]} sequences, got {len(given)}")
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected {count} numbers for {ids.shape[0]} sequences, got {len(numbers)}")
     if name == "cu_seqlens":
-        if given[0] != 0:
-            raise ValueError(f"cu_seqlens: expected to begin with 0, got {given[0]}")
-        given = [after - before for before, after in itertools.pairwise(given)]
-    if any(n < 0 for n in given):
-        raise ValueError(f"{name}: expected no sequence of negative length, got {min(given)}")
-    return torch.tensor(given, dtype=torch.int64)
+        if numbers[0] != 0:
+            raise ValueError(f"cu_seqlens: expected to begin with 0, got {numbers[0]}")
+        numbers = [after - before for before, after in itertools.pairwise(numbers)]
+    if any(n < 0 for n in numbers):
+        raise ValueError(f"{name}: expected no sequence of negative length, got {min(numbers)}")
+    return torch.tensor(numbers, dtype=torch.int64)

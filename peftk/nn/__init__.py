@@ -1,4 +1,4 @@
-"""Drop-in layers and attached adapters over the fused operations."""
+"""The layers: drop-in replacements for nn.Linear, and adapters that are attached to an existing module."""
 
 from peftk.nn.attached import Attached
 from peftk.nn.bitfit import BitFitLinear

@@ -1,4 +1,4 @@
-"""Adapters that hang on an existing module by forward hooks: the module keeps its class, attributes and own keys."""
+"""Adapters attached to an existing module by forward hooks: the module keeps its class, attributes and own keys."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forwar
 
 
 class Attached(nn.Module):
-    """An adapter that becomes a submodule, under `name`, of the module that it is attached to.
+    """Base class of adapters that become a submodule, called `name`, of the module that they are attached to.
 
-    Its hooks are bound methods: copy.deepcopy binds those of a copied module to the copied adapter, and pickle does
-    the same. Hooks move with a module that another layer replaces (`peftk.nn.replace.take_place`), so `detach` looks
-    for them in the whole of the module.
+    The hooks are bound methods, so copy.deepcopy and pickle bind the hooks of a copied module to the copied adapter.
+    When another layer replaces a hooked module, the hooks move with it (`peftk.nn.replace.take_place`), so `detach`
+    searches the module and all its submodules for them.
     """
 
     name = "adapter"
-    hook_ids = 0  # above all of torch's numbers of this adapter's hooks
+    hook_ids = 0  # greater than the id that torch gave to any of this adapter's hooks
 
     def attach(self, module: nn.Module) -> None:
-        """Hangs the adapter on `module`, whose outputs change only as far as the adapter changes them.
+        """Attaches the adapter to `module`. A new adapter leaves the module's outputs as they were.
 
-        Raises TypeError or ValueError where it cannot (a container, a module that has such an adapter); nothing has
-        changed then.
+        Raises TypeError or ValueError if that is not possible (a container, or a module that already has such an
+        adapter). The module is unchanged then.
         """
-        attachable(module, self.name)
+        check_attachable(module, self.name)
         hooks = self._hooks(module)
         module.add_module(self.name, self)
         handles = [register() for register in hooks]
         self.hook_ids = max([self.hook_ids, *(handle.id + 1 for handle in handles)])
 
     def detach(self, module: nn.Module) -> None:
-        """Takes the adapter off again. Raises ValueError where it is not attached to `module`."""
+        """Removes the adapter and its hooks. Raises ValueError if it is not attached to `module`."""
         if module._modules.get(self.name) is not self:
             raise ValueError(f"module: expected one that this adapter is attached to, got {type(module).__name__}")
         for part in module.modules():
@@ -53,36 +53,39 @@ class Attached(nn.Module):
         del module._modules[self.name]
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
-        """How to register the adapter's hooks on `module` and its parts, all of them found; may raise."""
+        """Functions that register the adapter's hooks on `module` and its submodules.
+
+        Raises ValueError if a submodule is missing, so that nothing is registered then.
+        """
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # torch numbers hooks from 0 in every process: one registered after unpickling must not take ours' place
+        # torch numbers hooks from 0 in every process: a hook registered after unpickling must not overwrite ours
         RemovableHandle.next_id = max(RemovableHandle.next_id, self.hook_ids)
 
 
-class Caught(threading.local):
-    """What one hook of an adapter keeps for the next, in the same thread and the same call of the module.
+class HookState(threading.local):
+    """What one hook of an adapter passes to the next, in the same thread and the same call of the module.
 
-    Nothing of it is in a copy, or in what pickle gives back.
+    Copies and unpickled objects start empty.
     """
 
     kept: Any = None
 
     def take(self, before: str) -> Any:
-        """What was kept, and is forgotten now. Raises RuntimeError where nothing was."""
+        """Returns the value and clears it. Raises RuntimeError if there is none; before: the submodule that sets it."""
         kept, self.kept = self.kept, None
         if kept is None:
-            raise RuntimeError(f"adapter: expected {before} to be called before, got no call of it")
+            raise RuntimeError(f"adapter: expected {before} to be called first, got no call of it")
         return kept
 
-    def __reduce__(self) -> tuple[type[Caught], tuple[()]]:
-        return Caught, ()
+    def __reduce__(self) -> tuple[type[HookState], tuple[()]]:
+        return HookState, ()
 
 
-def attachable(module: nn.Module, name: str) -> None:
-    """Raises TypeError or ValueError unless an adapter can be hung on `module` as its submodule `name`."""
+def check_attachable(module: nn.Module, name: str) -> None:
+    """Raises TypeError or ValueError unless an adapter can be attached to `module` as its submodule `name`."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
     if isinstance(module, _CONTAINERS):
@@ -91,8 +94,8 @@ def attachable(module: nn.Module, name: str) -> None:
         raise ValueError(f"module: expected a {type(module).__name__} without {name!r}, got one that has it")
 
 
-def part(module: nn.Module, name: str) -> nn.Module:
-    """The part `name` of a module, the module itself for "". Raises ValueError where there is none."""
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """The submodule `name`; for "" the module itself. Raises ValueError if there is none."""
     try:
         return module.get_submodule(name)
     except AttributeError:
@@ -100,7 +103,10 @@ def part(module: nn.Module, name: str) -> nn.Module:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a module transforms: its first argument, `hidden_states` among named ones. Raises TypeError for another."""
+    """The tensor that a module transforms: its first positional argument, else `hidden_states`, else the first keyword.
+
+    Raises TypeError if that is not a tensor.
+    """
     value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if not isinstance(value, Tensor):
         raise TypeError(f"input: expected a tensor as the module's first argument, got {type(value).__name__}")
@@ -108,22 +114,27 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def first_output(output: Any) -> Tensor:
-    """The hidden states among a module's outputs: the tensor, or the first of several."""
+    """The hidden states among a module's outputs: the tensor, or the first of several.
+
+    Raises TypeError if that is not a tensor.
+    """
     value: Any = None
     if isinstance(output, Tensor):
         return output
     if isinstance(output, (tuple, list, Mapping)) and output:
         value = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(value, Tensor):
-        raise TypeError(f"output: expected a tensor, or several of which it is the first, got {type(output).__name__}")
+        raise TypeError(
+            f"output: expected a tensor, or a tuple or dict that begins with one, got {type(output).__name__}"
+        )
     return value
 
 
-def with_first(output: Any, value: Tensor) -> Any:
-    """`output` with another tensor for `first_output(output)`."""
+def replace_first_output(output: Any, value: Tensor) -> Any:
+    """`output` with `value` in place of `first_output(output)`."""
     if isinstance(output, Tensor):
         return value
-    if isinstance(output, Mapping):  # transformers' ModelOutput too
+    if isinstance(output, Mapping):  # includes transformers' ModelOutput
         key = next(iter(output))
         return _replaced(output, key, value)
     rest = (value, *output[1:])

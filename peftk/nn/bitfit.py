@@ -1,21 +1,21 @@
-"""BitFitLinear: a drop-in nn.Linear of which only the bias trains."""
+"""BitFitLinear: a drop-in nn.Linear in which only the bias trains."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from peftk.nn.frozen_linear import FrozenLinear
-from peftk.nn.parameters import own
-from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.nn.parameters import param
+from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
 
 
 class BitFitLinear(FrozenLinear):
-    """y = xWᵀ + bias with W frozen and bias [N] trained in place: the linear's own Parameters, of the same names.
+    """y = xWᵀ + bias with W frozen and bias [N] trained in place. Both are the linear's own Parameters, same names.
 
-    No parameter is added, so its state_dict is that of the linear. Served beside other adapters (`MultiLoRALinear`),
-    the adapter is β = trained bias − the base model's. Precision: `peftk.functional.lora_linear`.
+    No parameter is added, so the state_dict is that of the linear. In a `MultiLoRALinear`, beside other adapters, the
+    adapter is β = trained bias − the base model's bias. Precision: `peftk.functional.lora_linear`.
 
-    Where another method trains W too (a head that trains whole), torch's linear runs it.
+    If another method trains W too (such as a head that trains in full), torch's own linear computes the layer.
 
     Source: Ben Zaken et al. 2021.
     """
@@ -32,14 +32,14 @@ class BitFitLinear(FrozenLinear):
     def from_linear(cls, linear: nn.Module) -> BitFitLinear:
         """The layer that replaces `linear` (nn.Linear or Conv1D).
 
-        Raises TypeError or ValueError for another module or a linear without a bias; `linear` is unchanged then.
+        Raises TypeError for any other module, ValueError for a linear without a bias; `linear` is unchanged then.
         """
-        base = replaceable(linear)
+        base = as_linear(linear)
         return take_place(cls(base.weight, base.bias, fan_in_fan_out=fan_in_fan_out(linear)), linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        weight = own(self, "weight")
-        if weight is not None and weight.requires_grad:  # which no kernel has a gradient for
-            return nn.functional.linear(x, self.matrix, own(self, "bias"))
+        weight = param(self, "weight")
+        if weight is not None and weight.requires_grad:  # no kernel computes W's gradient
+            return nn.functional.linear(x, self.matrix, param(self, "bias"))
         return super().forward(x)

@@ -1,4 +1,4 @@
-"""The Parameters that series and parallel adapters have: those of s·act(x Aᵀ + a)Bᵀ + β."""
+"""The Parameters of a bottleneck s·act(x Aᵀ + a)Bᵀ + β, which series and parallel adapters share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def bottleneck_parameters(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> dict[str, nn.Parameter]:
-    """lora_A [R, K], lora_B [N, R], bias_A [R] and bias_B [N], uninitialised; all numbers checked."""
+    """lora_A [R, K], lora_B [N, R], bias_A [R] and bias_B [N], uninitialised.
+
+    Raises ValueError or TypeError for a bad size, activation, scaling or dtype.
+    """
     for name, size in (("in_features", K), ("out_features", N), ("bottleneck", R)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name}: expected an integer of 1 or more, got {size!r}")
@@ -35,7 +38,7 @@ def bottleneck_parameters(
 
 
 def reset_bottleneck(module: nn.Module) -> None:
-    """A kaiming-uniform (as nn.Linear's own weight), B, a and β zero: the adapter adds nothing."""
+    """Sets A to kaiming-uniform (as nn.Linear's weight), and B, a and β to zero: the adapter adds nothing."""
     A, *rest = (module.get_parameter(name) for name in PARAMETERS)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     for parameter in rest:
@@ -71,7 +74,7 @@ class Bottleneck(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A kaiming-uniform, B, a and β zero: nothing is added."""
+        """Sets A to kaiming-uniform, and B, a and β to zero: the adapter adds nothing."""
         reset_bottleneck(self)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What every drop-in linear has in common: the weight and bias of the linear that it stands in for."""
+"""The base class of every drop-in linear: it holds the weight and bias of the linear that it replaces."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftk.adapters import checks
-from peftk.nn.parameters import own
-from peftk.nn.watched import handed_out
+from peftk.nn.parameters import param
+from peftk.nn.watched import weight_or_alias
 from peftk.ops.layer_calls import base_linear_unchecked
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
-    """N, K. Raises TypeError or ValueError where these are no linear layer's weight and bias."""
+    """N, K. Raises TypeError or ValueError unless these are the weight and bias of a linear layer."""
     checks.floating("weight", weight)
     if bias is not None:
         checks.floating("bias", bias)
@@ -24,19 +24,23 @@ def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> t
 
 
 class FrozenLinear(nn.Module):
-    """y = xWᵀ + bias with W frozen, by peftk's kernels: the base layer of the others, and of BitFit, which trains bias.
+    """y = xWᵀ + bias with W and bias frozen, computed by peftk's kernels. The other drop-in layers derive from it.
 
-    `weight` and `bias` are the linear's own Parameters, not copies. fan_in_fan_out: the weight is stored [K, N], as
-    transformers' Conv1D does; kernels read it through its other stride, so nothing is copied.
+    `weight` and `bias` are the linear's own Parameters, not copies. fan_in_fan_out: the weight is stored [K, N], as in
+    transformers' Conv1D; kernels read it with swapped strides, so nothing is copied. Precision:
+    `peftk.functional.lora_linear`.
     """
 
-    # the Parameters that this layer adds to the model, which train
+    # names of the trainable Parameters that this layer adds to the model
     adapter_parameters: tuple[str, ...] = ()
-    # whether another layer may take its place as it would take the linear's
+    # whether another layer may replace this one as it would replace the linear
     adds_nothing = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, fan_in_fan_out: bool = False) -> None:
-        """Raises TypeError or ValueError, before it touches the Parameters, where they are no linear layer's."""
+        """weight [N, K], or [K, N] with fan_in_fan_out; bias [N].
+
+        Raises TypeError or ValueError unless they are those of a linear layer; they are unchanged then.
+        """
         super().__init__()
         self.out_features, self.in_features = linear_shape(weight, bias, fan_in_fan_out)
         self.fan_in_fan_out = fan_in_fan_out
@@ -45,17 +49,17 @@ class FrozenLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
-        return handed_out(self, found) if name == "weight" else found
+        return weight_or_alias(self, found) if name == "weight" else found
 
     @property
     def matrix(self) -> Tensor:
-        """W [N, K], a view of `weight` where that is stored [K, N]."""
-        weight: Tensor = own(self, "weight")
+        """W [N, K]: `weight`, or its transposed view if it is stored [K, N]."""
+        weight: Tensor = param(self, "weight")
         return weight.t() if self.fan_in_fan_out else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        return base_linear_unchecked(x, self.matrix, own(self, "bias"))
+        return base_linear_unchecked(x, self.matrix, param(self, "bias"))
 
     def extra_repr(self) -> str:
         stored = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftk.adapters import checks
-from peftk.nn.attached import Attached, Caught, part
+from peftk.nn.attached import Attached, HookState, submodule
 from peftk.system.lasting import lasting
 
 
 class Projections(NamedTuple):
-    """The parts of an attention layer, by their names below it.
+    """Where an attention layer has its parts: their names relative to the layer.
 
-    query, key, value: linears; or all three the same name, one linear whose outputs are q, k and v side by side.
-    output: the projection that takes the heads' results. query_norm, key_norm: normalisations of each head, "" for
-    none (Qwen 3). rotary: whether queries are rotated, by cos and sin that the layer gets as `position_embeddings`.
+    query, key, value: linears; or the same name three times, for one linear whose outputs are q, k and v side by side.
+    output: the projection applied to the heads' results. query_norm, key_norm: normalisations within each head, as in
+    Qwen 3; "" for none. rotary: whether queries are rotated, by the cos and sin in the layer's argument
+    `position_embeddings`.
     """
 
     query: str
@@ -34,18 +35,20 @@ class Projections(NamedTuple):
 class LlamaAdapter(Attached):
     """o(heads + tanh(g) · softmax(c · q (P W_kᵀ)ᵀ) (P W_vᵀ)): zero-initialised attention to a prompt P [L, d].
 
-    q are the layer's own queries (rotated where it rotates them; the prompt's keys have no position), W_k and W_v its
-    own projections (with their biases, and with whatever adapters stand there), c its own factor (1/√(head's width),
-    1 in T5). The prompt has a softmax of its own, so attention to the text is untouched; its result is added to the
-    heads' before the output projection o. Prompt P and the gates g [heads] train; g = 0 leaves the layer as it was.
+    q are the layer's queries (rotated if the layer rotates them; the prompt's keys have no position). W_k and W_v are
+    the layer's projections, with their biases and any adapters on them. c is the layer's factor: 1/√(width of a head),
+    or 1 in T5. The prompt has a softmax of its own, so attention to the text is unchanged. Its result is added to the
+    heads' results before the output projection o. The prompt P and the gates g [heads] train; with g = 0 the layer
+    computes what it did before.
 
-    One gate a head under tanh, as in the paper: a head opens as far as it needs to, never beyond its own attention
-    (HF PEFT has one plain number a layer, a = tanh(g)). P starts standard normal, as normed hidden states are.
+    There is one gate per head, passed through tanh as in the paper, so the prompt's result never weighs more than the
+    head's own attention. (HF PEFT has one plain number a per layer, a = tanh(g).) P starts as standard normal, the
+    scale of normalised hidden states.
 
-    The additional attention is torch's scaled_dot_product_attention in the layer's dtype; the sum is made in the
-    adapter's dtype (fp32 unless told otherwise) and rounded once to the layer's. k and v of the prompt are computed
-    anew in every call, since projections may train or be merged. Works with key-value caches, gradient checkpointing
-    and torch.compile.
+    The attention to the prompt is torch's scaled_dot_product_attention in the layer's dtype. The sum is computed in the
+    adapter's dtype (fp32 by default) and rounded once to the layer's. k and v of the prompt are recomputed in every
+    call, since projections may train or be merged. Works with key-value caches, gradient checkpointing and
+    torch.compile.
 
     Source: Zhang et al. 2023 (LLaMA-Adapter).
     """
@@ -65,8 +68,11 @@ class LlamaAdapter(Attached):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """width: d of the hidden states; num_heads: of the queries; adapter_len: L; scaling: c, None for what the
-        layer says (its `scaling`, else 1/√(head's width)). Raises ValueError or TypeError for a bad number or dtype."""
+        """width: d of the hidden states. num_heads: heads of the queries. adapter_len: L, tokens in the prompt.
+        scaling: c, no unit; None means the layer's own (its attribute `scaling`, else 1/√(width of a head)).
+
+        Raises ValueError or TypeError for a bad number or dtype.
+        """
         super().__init__()
         for name, size in (("width", width), ("num_heads", num_heads), ("adapter_len", adapter_len)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -75,16 +81,16 @@ class LlamaAdapter(Attached):
         self.projections, self.scaling, self.num_heads = projections, scaling, num_heads
         self.prompt = nn.Parameter(torch.empty(adapter_len, width, dtype=dtype, device=device))
         self.gate = nn.Parameter(torch.empty(num_heads, dtype=dtype, device=device))
-        self.caught = Caught()
+        self.hook_state = HookState()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """P standard normal, gates closed: the layer as it was."""
+        """Sets P to standard normal and the gates to zero: the layer computes what it did without the adapter."""
         nn.init.normal_(self.prompt)
         nn.init.zeros_(self.gate)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q [B, H, T, D], k and v [H', L, D] of the prompt, H' dividing H → tanh(g)·softmax(c·qkᵀ)v [B, H, T, D]."""
+        """q [B, H, T, D], the prompt's k and v [H', L, D] with H' dividing H → tanh(g)·softmax(c·qkᵀ)v [B, H, T, D]."""
         checks.for_torch(q=q, k=k, v=v, gate=self.gate)
         groups = self.num_heads // k.shape[0]
         k, v = (t.repeat_interleave(groups, dim=0).expand(q.shape[0], -1, -1, -1) for t in (k, v))
@@ -93,9 +99,9 @@ class LlamaAdapter(Attached):
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         names = self.projections
-        query, output = part(module, names.query), part(module, names.output)
+        query, output = submodule(module, names.query), submodule(module, names.output)
         for name in names[1:6]:
-            part(module, name)
+            submodule(module, name)
         return [
             lambda: module.register_forward_pre_hook(self._enter, with_kwargs=True),
             lambda: query.register_forward_hook(self._catch),
@@ -103,21 +109,21 @@ class LlamaAdapter(Attached):
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.caught.kept = (module, _rotation(args, kwargs) if self.projections.rotary else None)
+        self.hook_state.kept = (module, _rotation(args, kwargs) if self.projections.rotary else None)
 
     def _catch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.caught.kept is not None:  # else the prompt is in the packed projection
-            self.caught.kept = (*self.caught.kept[:2], output)
+        if self.hook_state.kept is not None:  # None: it is the prompt that runs through the packed projection
+            self.hook_state.kept = (*self.hook_state.kept[:2], output)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        attention, rotation, query = self.caught.take(self.projections.query)
+        attention, rotation, query = self.hook_state.take(self.projections.query)
         heads, *rest = args
         return (heads + self._attend(attention, rotation, query, heads.shape[-1])).to(heads.dtype), *rest
 
     def _attend(
         self, attention: nn.Module, rotation: tuple[Tensor, Tensor] | None, query: Tensor, inner: int
     ) -> Tensor:
-        """What the queries [B, T, inner] (or packed [B, T, inner + …]) find in the prompt: [B, T, inner]."""
+        """The gated attention of the queries [B, T, inner] (packed: [B, T, inner + …]) to the prompt: [B, T, inner]."""
         names, width = self.projections, inner // self.num_heads
         checks.for_torch(query=query, prompt=self.prompt)
         prompt = self.prompt.to(query.dtype)[None]
@@ -144,7 +150,7 @@ class LlamaAdapter(Attached):
 
 
 def _rotation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, D'] of the positions, as transformers' rotary models give them to their attention layers."""
+    """cos and sin [B, T, D'] of the positions, which transformers' rotary models pass to their attention layers."""
     found = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
     if not isinstance(found, tuple) or len(found) != 2:
         raise TypeError(
@@ -154,8 +160,8 @@ def _rotation(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor,
 
 
 def _rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q [B, H, T, D] with its first D' of each head's values turned in pairs half of D' apart."""
-    turned, kept = q.split([cos.shape[-1], q.shape[-1] - cos.shape[-1]], dim=-1)
-    one, other = turned.chunk(2, dim=-1)
-    turned = turned * cos.unsqueeze(1) + torch.cat([-other, one], dim=-1) * sin.unsqueeze(1)
-    return torch.cat([turned, kept], dim=-1) if kept.shape[-1] else turned
+    """q [B, H, T, D] with the first D' values of each head rotated, in pairs (i, i + D'/2)."""
+    rotated, rest = q.split([cos.shape[-1], q.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

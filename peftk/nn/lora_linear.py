@@ -16,8 +16,8 @@ from peftk.adapters.dropout import dropout_of
 from peftk.functional import MergeReceipt
 from peftk.nn import merging, shared
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
-from peftk.nn.parameters import dtype_beside, own
-from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.nn.parameters import default_adapter_dtype, param
+from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
 from peftk.nn.shared import Tie
 from peftk.ops.dispatch import direct_lora_linear
 from peftk.ops.layer_calls import base_linear_unchecked, lora_linear_unchecked
@@ -29,13 +29,13 @@ from peftk.system.lasting import lasting
 class LoRALinear(FrozenLinear):
     """y = xWᵀ + bias + s · (dropout(x) Aᵀ) Bᵀ, with W and bias frozen, A [r, K] and B [N, r] trainable.
 
-    s = lora_alpha / r, or lora_alpha / √r with use_rslora (dimensionless). A starts as kaiming-uniform, B as zero, so a
+    s = lora_alpha / r, or lora_alpha / √r with use_rslora; it has no unit. A starts as kaiming-uniform, B as zero, so a
     new layer computes what the linear did. `weight` and `bias` are the linear's own Parameters, not copies.
-    lora_bias=True adds s · b, b [N] trainable and zero at first.
+    lora_bias=True adds s · b, with b [N] trainable and zero at first.
 
-    In eval mode, under no_grad, in training, under torch.compile and autocast it behaves as nn.Linear does; for
-    precision see `peftk.functional.lora_linear`. While merged, `weight` holds W + s·BA and `bias` holds bias + s·b,
-    and so does a state_dict taken then, which a plain linear can load.
+    It behaves as nn.Linear does in training, in eval mode, and under no_grad, torch.compile and autocast. For precision
+    see `peftk.functional.lora_linear`. While merged, `weight` holds W + s·BA and `bias` holds bias + s·b. A state_dict
+    taken then holds them too, and a plain linear can load it.
 
     Source: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA).
     """
@@ -63,11 +63,11 @@ class LoRALinear(FrozenLinear):
             raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
         N, K = linear_shape(weight, bias, fan_in_fan_out)
         checks.dropout(lora_dropout, None, weight.device)
-        adapter_dtype = dtype_beside(weight, adapter_dtype)
+        adapter_dtype = default_adapter_dtype(weight, adapter_dtype)
         checks.adapter_dtype(adapter_dtype, weight.dtype)
         lora_A = torch.empty(r, K, dtype=adapter_dtype, device=weight.device)
         lora_B = torch.empty(N, r, dtype=adapter_dtype, device=weight.device)
-        # nothing can fail from here on: now the linear's own parameters are touched
+        # from here on nothing can fail, and the linear's own Parameters are changed
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, float(lora_alpha), use_rslora, lora_dropout
         self.lora_A = nn.Parameter(lora_A)
@@ -92,11 +92,11 @@ class LoRALinear(FrozenLinear):
     ) -> LoRALinear:
         """The layer that replaces `linear` (nn.Linear or Conv1D).
 
-        lora_alpha None means r (s = 1); adapter_dtype None means fp32.
+        lora_alpha: None means r (s = 1). adapter_dtype: of A, B and b; None means fp32, or fp64 for an fp64 weight.
 
-        Raises TypeError or ValueError for another module or a bad hyper-parameter; `linear` is unchanged then.
+        Raises TypeError or ValueError for any other module or a bad hyper-parameter; `linear` is unchanged then.
         """
-        base = replaceable(linear)
+        base = as_linear(linear)
         layer = cls(
             base.weight,
             base.bias,
@@ -111,7 +111,7 @@ class LoRALinear(FrozenLinear):
         return take_place(layer, linear)
 
     def reset_parameters(self) -> None:
-        """A kaiming-uniform (as nn.Linear's own weight), B and b zero: the identity."""
+        """Sets A to kaiming-uniform (as nn.Linear's weight), and B and b to zero: the adapter adds nothing."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_bias is not None:
@@ -119,10 +119,10 @@ class LoRALinear(FrozenLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        weight, bias = self.matrix, own(self, "bias")
+        weight, bias = self.matrix, param(self, "bias")
         if self.receipt is not None:
             return base_linear_unchecked(x, weight, bias)
-        lora_A, lora_B, lora_bias = own(self, "lora_A"), own(self, "lora_B"), own(self, "lora_bias")
+        lora_A, lora_B, lora_bias = param(self, "lora_A"), param(self, "lora_B"), param(self, "lora_bias")
         beta = None
         if lora_bias is not None:
             checks.floating("lora_bias", lora_bias)
@@ -145,9 +145,9 @@ class LoRALinear(FrozenLinear):
         return self.receipt is not None
 
     def base(self, name: str) -> Tensor:
-        """`weight` or `bias` as it is where nothing is merged: itself, or while merged a copy.
+        """The unmerged `weight` or `bias`: the tensor itself, or while merged a copy.
 
-        Raises ValueError where it is not what the merge left.
+        Raises ValueError if its bits have changed since the merge.
         """
         checks.dense(name, getattr(self, name))
         value: Tensor = getattr(self, name).detach()
@@ -161,15 +161,17 @@ class LoRALinear(FrozenLinear):
         return value
 
     def merge(self, *, untie: bool = False) -> None:
-        """W ← W + s·BA and bias ← bias + s·b; the layer then costs what its base costs. Nothing where it is merged.
+        """W ← W + s·BA and bias ← bias + s·b, in place. The layer then costs what its base layer costs.
 
-        untie: into copies of them, which leave alone whatever else holds this weight (tied embeddings). `unmerge` goes
-        back to the shared ones.
+        Does nothing if the layer is merged already. untie: merges into copies of W and bias, so that other modules that
+        hold the same weight (tied embeddings) keep theirs; `unmerge` goes back to the shared ones.
 
         Raises:
-            ValueError: W + s·BA or the bias would not be finite; there is a lora_bias and no bias to take it in; or,
-                without untie, `inject` found another module of the model that holds the same weight. TypeError: a
-                weight without memory of its own (on meta, a tensor subclass). Nothing has changed then.
+            ValueError: W + s·BA or the bias would not be finite; there is a lora_bias but no bias to add it to; or,
+                without untie, `inject` found another module of the model that holds the same weight.
+            TypeError: the weight has no memory of its own (on meta, a tensor subclass).
+
+        Nothing has changed then.
         """
         if self.merged:
             return
@@ -179,21 +181,21 @@ class LoRALinear(FrozenLinear):
                 for name in parts:
                     merging.untie(self, name, undo)
             else:
-                shared.refuse_noted(self, parts)
+                shared.check_not_shared(self, parts)
             merging.merge([("", self)])
             undo.pop_all()
 
     def unmerge(self) -> None:
-        """Gives W and bias back every bit that they had before `merge`, whatever A, B and b have become.
+        """Restores W and bias bit for bit as they were before `merge`, even if A, B and b have changed since.
 
-        Raises ValueError where W or the bias is not what the merge left; nothing has changed then.
+        Raises ValueError if the bits of W or the bias have changed since the merge; nothing is changed then.
         """
         if self.merged:
             merging.unmerge([("", self)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
-            # W would become another, and the receipt and with it the adapter's place would be lost
+            # W would be replaced, and the receipt could no longer unmerge it
             error_msgs: list[str] = args[-1]
             error_msgs.append(
                 f"{prefix.removesuffix('.') or 'LoRALinear'}: expected an unmerged layer, got a merged one"

@@ -1,6 +1,6 @@
-"""The adapters of LoRALinear layers into their weights and out again: all the layers of a call, or none of them.
+"""Merges the adapters of LoRALinear layers into their weights, and unmerges them: all layers of a call, or none.
 
-A merged layer holds W + s·BA and bias + s·b, and what brings both back: `receipt` and `bias_receipt`.
+A merged layer holds W + s·BA and bias + s·b, and `receipt` and `bias_receipt`, from which both are restored.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from peftk import functional
 from peftk.adapters import checks
 from peftk.launch.merge_args import write
 from peftk.nn import shared
-from peftk.nn.parameters import own
+from peftk.nn.parameters import param
 from peftk.nn.shared import Place
-from peftk.nn.watched import mergeable
+from peftk.nn.watched import check_mergeable
 from peftk.reference.receipt import BiasReceipt, merge_bias
 from peftk.system import interrupts
 
 if TYPE_CHECKING:
     from peftk.nn.lora_linear import LoRALinear
 
-Layers = Sequence[tuple[str, "LoRALinear"]]  # by name; "" for a layer by itself
+Layers = Sequence[tuple[str, "LoRALinear"]]  # (name in the model, layer); "" for a layer outside of a model
 
 
 class Merge(NamedTuple):
-    """What comes into a layer: s·BA and s·b."""
+    """What is merged into a layer: s·BA into the weight, s·b into the bias."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -38,7 +38,7 @@ class Merge(NamedTuple):
 
 
 def parts(layer: LoRALinear) -> tuple[str, ...]:
-    """The Parameters of a layer that its merge changes."""
+    """The names of the Parameters of a layer that its merge changes."""
     return ("weight",) if layer.lora_bias is None else ("weight", "bias")
 
 
@@ -47,31 +47,31 @@ def places(layers: Layers) -> list[Place]:
 
 
 def merge(layers: Layers) -> None:
-    """Each with its own adapter; none of them is merged."""
+    """Merges each layer's own adapter. None of the layers may be merged yet."""
     switch(layers, [Merge(layer.lora_A, layer.lora_B, layer.lora_bias, layer.scaling) for _, layer in layers])
 
 
 def switch(layers: Layers, merges: Sequence[Merge]) -> None:
-    """From what each layer holds, merged or not, to this. The adapters' own Parameters stay as they are."""
+    """Replaces what is merged into each layer, if anything, by `merges`. The layers' lora_A and so on do not change."""
     biases: list[BiasReceipt | None] = []
-    with interrupts.deferred(), contextlib.ExitStack() as undo:  # a merged W and its receipt are not to be parted
-        for (name, layer), one in zip(layers, merges, strict=True):
-            with _named(name):
-                mergeable(layer)
-                _check(layer)
-                if one.lora_bias is not None:
-                    checks.dense("lora_bias", one.lora_bias)
-                biases.append(None if one.lora_bias is None else _merged_bias(layer, one.lora_bias, one.scaling))
+    with interrupts.deferred(), contextlib.ExitStack() as undo:  # no interrupt between a merged W and its receipt
+        for (name, layer), new in zip(layers, merges, strict=True):
+            with _prefix_errors(name):
+                check_mergeable(layer)
+                _check_parameters(layer)
+                if new.lora_bias is not None:
+                    checks.dense("lora_bias", new.lora_bias)
+                biases.append(None if new.lora_bias is None else _merged_bias(layer, new.lora_bias, new.scaling))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
                 _set_bias(layer, bias.after, undo)
-        with _numbered(layers):
+        with _name_layers_in_errors(layers):
             receipts = functional.remerge_layers_(
                 [layer.matrix.detach() for _, layer in layers],
                 [None if layer.receipt is None else layer.receipt.to(layer.weight.device) for _, layer in layers],
-                [one.lora_A for one in merges],
-                [one.lora_B for one in merges],
-                [one.scaling for one in merges],
+                [new.lora_A for new in merges],
+                [new.lora_B for new in merges],
+                [new.scaling for new in merges],
             )
         for (_, layer), receipt, bias in zip(layers, receipts, biases, strict=True):
             layer.receipt, layer.bias_receipt = receipt, bias
@@ -79,17 +79,17 @@ def switch(layers: Layers, merges: Sequence[Merge]) -> None:
 
 
 def unmerge(layers: Layers) -> None:
-    """All of them are merged. What a merge has untied is shared again where it has the same bits again."""
+    """Unmerges layers, all of which are merged. A Parameter that a merge untied is shared again if its bits match."""
     biases: list[BiasReceipt | None] = []
     with interrupts.deferred(), contextlib.ExitStack() as undo:
         for name, layer in layers:
-            with _named(name):
-                _check(layer)
+            with _prefix_errors(name):
+                _check_parameters(layer)
                 biases.append(_bias_receipt(layer))
         for (_, layer), bias in zip(layers, biases, strict=True):
             if bias is not None:
                 _set_bias(layer, bias.before, undo)
-        with _numbered(layers):
+        with _name_layers_in_errors(layers):
             functional.unmerge_layers_(
                 [layer.matrix.detach() for _, layer in layers],
                 [layer.receipt.to(layer.weight.device) for _, layer in layers if layer.receipt is not None],
@@ -104,9 +104,9 @@ def unmerge(layers: Layers) -> None:
 
 
 def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
-    """Gives the layer a copy of one of its Parameters, until it is unmerged."""
-    mergeable(layer)
-    _check(layer)
+    """Replaces one of the layer's Parameters by a copy, until the layer is unmerged."""
+    check_mergeable(layer)
+    _check_parameters(layer)
     ties = layer.ties
     tie = shared.untie(layer, name)
     undo.callback(shared.put_back, tie)
@@ -114,11 +114,11 @@ def untie(layer: LoRALinear, name: str, undo: contextlib.ExitStack) -> None:
     layer.ties = (*ties, tie)
 
 
-def _check(layer: LoRALinear) -> None:
-    """Raises ValueError where what a merge changes is computed, so that torch would make it anew without the adapter;
-    TypeError where it has no memory of its own."""
+def _check_parameters(layer: LoRALinear) -> None:
+    """Raises ValueError if a tensor that the merge changes is computed (torch would recompute it without the adapter),
+    TypeError if it has no memory of its own."""
     for name in parts(layer):
-        parameter = own(layer, name)
+        parameter = param(layer, name)
         if parameter is not None and name not in layer._parameters:
             raise ValueError(f"{name}: expected a Parameter, got one that is computed (parametrize, prune, …)")
         if parameter is not None or name == "weight":
@@ -129,13 +129,13 @@ def _merged_bias(layer: LoRALinear, lora_bias: Tensor, scaling: float) -> BiasRe
     receipt, bias = _bias_receipt(layer), layer.bias
     if bias is None:
         raise ValueError(
-            "lora_bias: expected a linear with a bias, which takes s·b in, got one without; a merge would lose it"
+            "lora_bias: expected a linear with a bias to add s·b to, got one without; a merge would lose it"
         )
     return merge_bias(bias if receipt is None else receipt.before, [(lora_bias, scaling)])
 
 
 def _bias_receipt(layer: LoRALinear) -> BiasReceipt | None:
-    """None where no merge has changed the bias. Raises ValueError where it is not what the merge left."""
+    """None if no merge has changed the bias. Raises ValueError if its bits have changed since the merge."""
     if layer.bias_receipt is None:
         return None
     receipt = layer.bias_receipt.to(layer.weight.device)
@@ -151,8 +151,8 @@ def _set_bias(layer: LoRALinear, value: Tensor, undo: contextlib.ExitStack) -> N
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """An error says which layer it is about."""
+def _prefix_errors(name: str) -> Iterator[None]:
+    """Prefixes errors with the name of the layer that they are about."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -162,8 +162,8 @@ def _named(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _numbered(layers: Layers) -> Iterator[None]:
-    """An error that names layers of the list by their numbers names them by their names instead."""
+def _name_layers_in_errors(layers: Layers) -> Iterator[None]:
+    """In errors that begin with "layer N: ", replaces that by the layer's name."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -12,19 +12,19 @@ from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import AdapterBank
 from peftk.adapters.table import AdapterTable, in_rows
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
-from peftk.nn.parameters import own
-from peftk.nn.replace import fan_in_fan_out, replaceable, take_place
+from peftk.nn.parameters import param
+from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
 from peftk.ops.layer_calls import base_linear_unchecked, multi_lora_linear_unchecked
 from peftk.system.lasting import lasting
 
 
 class MultiLoRALinear(FrozenLinear):
-    """y[m] = x[m]Wᵀ + bias + s_i · act(x[m]A_iᵀ + a_i) B_iᵀ + β_i, i = ids[m]; -1 is the base layer alone.
+    """y[m] = x[m]Wᵀ + bias + s_i · act(x[m]A_iᵀ + a_i) B_iᵀ + β_i with i = ids[m]; -1 is the base layer alone.
 
-    Adapters come and go by name (`add_adapter`, `remove_adapter`); `adapter_id(name)` is the number that ids hold.
-    Served adapters are copied into a paged bank, which follows `.to()` but is no part of the state_dict (they are
-    loaded from their own files); adapters added with trainable=True are Parameters of this module, and one batch may
-    train any number of them.
+    Adapters are added and removed by name (`add_adapter`, `remove_adapter`); `adapter_id(name)` is the number to put in
+    ids. Adapters for inference are copied into a paged bank, which follows `.to()` but is not part of the state_dict
+    (they have files of their own). Adapters added with trainable=True are Parameters of this module, and one batch may
+    train any number of them. Precision: `peftk.functional.multi_lora_linear`.
     """
 
     def __init__(
@@ -43,21 +43,23 @@ class MultiLoRALinear(FrozenLinear):
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.bank = bank
         self.trained = nn.ModuleDict()
-        # by a MultiAdapter, whose routes count where no ids are given; and what is known of its x (`adapters.route`)
-        self.served: route.Serving | None = None
+        # set by a MultiAdapter, whose routes apply when no ids are passed, and what it knows of x (`adapters.route`)
+        self.server_key: route.ServerKey | None = None
         self.batch_dim: int | None = None
-        self.doubt: str | None = None
-        self.rows_seen = False
+        self.unclear_module: str | None = None
+        self.row_order_checked = False
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None
     ) -> MultiLoRALinear:
-        """The layer that replaces `linear`; adapters are held in adapter_dtype, None meaning the weight's.
+        """The layer that replaces `linear` (nn.Linear or Conv1D).
 
-        Raises TypeError or ValueError for what is no nn.Linear or Conv1D or a bad number; `linear` is unchanged then.
+        adapter_dtype: dtype in which adapters are stored; None means the weight's.
+
+        Raises TypeError or ValueError for any other module, a bad dtype or a bad number; `linear` is unchanged then.
         """
-        base = replaceable(linear)
+        base = as_linear(linear)
         layer = cls(
             base.weight,
             base.bias,
@@ -80,13 +82,14 @@ class MultiLoRALinear(FrozenLinear):
         trainable: bool = False,
         slot: int | None = None,
     ) -> int:
-        """Adds `s·act(xAᵀ + a)Bᵀ + β` under a name and returns its number.
+        """Adds the adapter `s·act(xAᵀ + a)Bᵀ + β` under a name and returns its number.
 
         Args:
-            lora_A: A [R, K]; lora_B: B [N, R], any R ≥ 1; both None for an adapter that is only a bias.
-            scaling: s, dimensionless. bias: β [N]. bias_A: a [R]. activation: see `peftk.functional.lora_linear`.
-            trainable: keep the tensors as Parameters of this module (under `trained`) rather than in the bank.
-            slot: the number to take; None takes one that no adapter of this layer has had.
+            name: any non-empty string that is not in use.
+            lora_A: A [R, K]; lora_B: B [N, R]; any R ≥ 1. Both None for an adapter that is only a bias.
+            scaling: s, no unit. bias: β [N]. bias_A: a [R]. activation: see `peftk.functional.lora_linear`.
+            trainable: keep the tensors as Parameters of this module (under `trained`) instead of in the bank.
+            slot: the number to use; None takes one that no adapter of this layer has had.
 
         Raises:
             ValueError, TypeError: a name in use, a full bank, or tensors that do not fit; nothing has changed then.
@@ -105,53 +108,54 @@ class MultiLoRALinear(FrozenLinear):
         return number
 
     def remove_adapter(self, name: str) -> None:
-        """Forgets an adapter and frees its slot and pages. Raises ValueError for an unknown name."""
+        """Removes an adapter and frees its slot and pages. Raises ValueError for an unknown name."""
         number = self.adapter_id(name)
         self.bank.remove(name)
         if self._module_name(number) in self.trained:
             del self.trained[self._module_name(number)]
 
     def adapter_id(self, name: str) -> int:
-        """The number that ids hold for this adapter, and for no later one. Raises ValueError for an unknown name."""
+        """The adapter's number for ids; no later adapter gets the same. Raises ValueError for an unknown name."""
         return self.bank.number(name)
 
     def _module_name(self, number: int) -> str:
-        # names of adapters may hold dots, which names of modules may not
+        # adapters' names may contain dots, modules' names may not
         return f"slot{number % len(self.bank.slots)}"
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """x [..., K] → y [..., N]. ids: int32 or int64, x.shape[:-1] (per token) or x.shape[:1] (per sequence).
+        """x [..., K] → y [..., N]. ids: int32 or int64 of shape x.shape[:-1] (per token) or x.shape[:1] (per sequence).
 
-        Without ids, those of the enclosing `MultiAdapter.route`; outside of one, the base layer alone.
+        Without ids, the enclosing `MultiAdapter.route` gives them; outside of a route, the base layer runs alone.
+        Raises as `peftk.functional.multi_lora_linear`, and ValueError for rows that do not fit the route.
         """
         bank: AdapterBank | AdapterTable = self.bank
         routed = None
         if ids is not None:
             ids = self.bank.slots_of(ids) if self.bank.reused else ids
-        elif self.served is not None:
+        elif self.server_key is not None:
             checks.stored("x", x)
-            routed = route.rows(self, self.served, x)
+            routed = route.rows(self, self.server_key, x)
             if routed is not None:
                 ids, bank = routed.slots, routed.bank
-        weight, bias = self.matrix, own(self, "bias")
+        weight, bias = self.matrix, param(self, "bias")
         if ids is None:
             return base_linear_unchecked(x, weight, bias)
-        if weight.shape != (self.out_features, self.in_features):  # it can be replaced; the adapters' pages stay
+        if weight.shape != (self.out_features, self.in_features):  # someone may have replaced it, but not the pages
             raise ValueError(
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
                 f"got {list(weight.shape)}"
             )
         y = multi_lora_linear_unchecked(x, weight, bias, bank, ids)
         if routed is not None and routed.order is not None:
-            routed.order.passed(x, y)
+            routed.order.record_layer(x, y)
         return y
 
-    def serve(self, serving: route.Serving, model: nn.Module, name: str) -> None:
-        """Without ids, the routes of a server are for this layer, which is to be `name` of its model."""
-        self.served = serving
+    def serve(self, server_key: route.ServerKey, model: nn.Module, name: str) -> None:
+        """Makes the routes of a server apply to this layer, which is about to become `name` in the server's model."""
+        self.server_key = server_key
         names = name.split(".")[:-1]
         around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
-        self.batch_dim, self.doubt = route.batch_dim_of(around)
+        self.batch_dim, self.unclear_module = route.batch_dim_of(around)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
         super()._apply(fn, recurse)
@@ -163,7 +167,7 @@ class MultiLoRALinear(FrozenLinear):
 
 
 class _TrainedAdapter(nn.Module):
-    """The Parameters of one adapter, and the adapter that they make."""
+    """The Parameters of one trainable adapter."""
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
@@ -177,7 +181,7 @@ class _TrainedAdapter(nn.Module):
         self.scaling, self.activation = float(scaling), activation
 
     def adapter(self) -> Adapter:
-        lora_A, lora_B, bias_A, bias_B = [own(self, name) for name in self.adapter_parameters]
+        lora_A, lora_B, bias_A, bias_B = [param(self, name) for name in self.adapter_parameters]
         pages_A, pages_B = (() if lora_A is None else (in_rows(lora_A),)), (() if lora_B is None else (lora_B,))
         bias_A, bias_B = bias_A if bias_A is None else in_rows(bias_A), bias_B if bias_B is None else in_rows(bias_B)
         return Adapter(pages_A, pages_B, self.scaling, self.activation, bias_A, bias_B)
@@ -185,7 +189,7 @@ class _TrainedAdapter(nn.Module):
 
 @lasting()
 def _parameter(name: str, tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> nn.Parameter | None:
-    """The Parameter itself where it serves as it is, else a new one with its values."""
+    """`tensor` itself if it is a Parameter of this dtype and device, else a new Parameter with its values."""
     if tensor is None:
         return None
     fits = tensor.dtype == dtype and tensor.device == device and not tensor.is_inference()

@@ -1,4 +1,4 @@
-"""How a layer reads its own Parameters in every call, and of which dtype an adapter's are."""
+"""Helpers for Parameters: reading them fast, an adapter's default dtype, and which optimizer holds one."""
 
 from __future__ import annotations
 
@@ -11,46 +11,49 @@ import torch
 from torch import Tensor, nn
 
 
-def own(module: nn.Module, name: str) -> Any:
-    """`getattr(module, name)` for a Parameter (or None), without the half microsecond of Module.__getattr__."""
+def param(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` for a Parameter (or None), without the 0.5 µs of Module.__getattr__."""
     found = module._parameters.get(name, module)
-    return getattr(module, name) if found is module else found  # torch's parametrize and prune compute some of them
+    return getattr(module, name) if found is module else found  # not there: torch's parametrize or prune computes it
 
 
-def dtype_beside(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    """Of an adapter beside `weight`; for None fp32, as HF PEFT trains adapters of 16-bit models, fp64 beside fp64."""
+def default_adapter_dtype(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
+    """An adapter's dtype. None means fp32, as in HF PEFT for 16-bit models, or fp64 for an fp64 weight."""
     if adapter_dtype is not None:
         return adapter_dtype
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def optimized(modules: Iterable[nn.Module], names: Collection[str]) -> tuple[nn.Module, torch.optim.Optimizer] | None:
-    """A module of which an optimizer holds one of the Parameters of these names, and that; None where none does.
+def find_optimizer(
+    modules: Iterable[nn.Module], names: Collection[str]
+) -> tuple[nn.Module, torch.optim.Optimizer] | None:
+    """A module with a Parameter of these names that an optimizer holds, and that optimizer; None if there is none.
 
-    Where anybody but the modules holds them, Python's garbage collector, which knows all objects, is asked for
-    optimizers: some 50 ms. One that nobody can reach any more doesn't count.
+    Only if something other than the modules refers to such a Parameter are all objects that Python's garbage collector
+    knows searched for optimizers, which takes some 50 ms. An unreachable optimizer does not count.
     """
     shared = {
         id(module._parameters[name]): module
         for module in modules
         for name in names
-        if sys.getrefcount(module._parameters[name]) > _ALONE
+        if sys.getrefcount(module._parameters[name]) > _REFCOUNT_OF_UNSHARED
     }
-    if not shared or _optimized(shared) is None:
+    if not shared or _find_optimizer(shared) is None:
         return None
     gc.collect()
-    return _optimized(shared)
+    return _find_optimizer(shared)
 
 
 _probe = nn.Linear(1, 1)
-_ALONE = sys.getrefcount(_probe._parameters["weight"])  # of a Parameter that its module alone holds
+_REFCOUNT_OF_UNSHARED = sys.getrefcount(_probe._parameters["weight"])  # of a Parameter that only its module refers to
 
 
-def _optimized(held: Mapping[int, nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer] | None:
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.optim.Optimizer):
-            for group in getattr(one, "param_groups", ()):  # one that is being made has none yet
+def _find_optimizer(modules: Mapping[int, nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer] | None:
+    """The same, among `modules` by the id() of their Parameters."""
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), torch.optim.Optimizer):
+            for group in getattr(candidate, "param_groups", ()):  # missing while it is being constructed
                 for parameter in group["params"]:
-                    if id(parameter) in held:
-                        return held[id(parameter)], one
+                    if id(parameter) in modules:
+                        return modules[id(parameter)], candidate
     return None

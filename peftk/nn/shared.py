@@ -1,8 +1,8 @@
-"""Weights that several modules of a model share, and which a change in place would change for all of them.
+"""Finds weights that several modules of a model share: changing one in place would change it for all of them.
 
-Tied embeddings, linears that hold one Parameter, views of one tensor, buffers: whatever of a module lies in the same
-memory as what another holds (`peftk.system.memory`), whether adapters stand there or not. One module that stands in
-several places is one module.
+These are tied embeddings, linears that hold the same Parameter, views of one tensor, buffers: any tensor of a module in
+the same memory as a tensor of another (`peftk.system.memory`), with or without adapters there. A module that is used in
+several places of the model counts as one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ _NOTED = "_peftk_shared"
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A Parameter that an operation on a layer changes. owner: the module of the layer, or the layer, that holds it."""
+    """A Parameter that an operation on a layer changes.
+
+    layer: the layer's name. module: the layer. owner: the module that holds the Parameter, the layer or a submodule of
+    it. name: the Parameter's name in its owner.
+    """
 
     layer: str
     module: nn.Module
@@ -31,9 +35,9 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Noted on a layer: another module holds the same memory as this Parameter, in `other`.
+    """A note on a layer: the tensor called `other` in the model has the same memory as this Parameter.
 
-    whole: the module that holds the Parameter stands there itself, so that no copy of the Parameter parts the two.
+    whole: the module that holds the Parameter is itself used there, so a copy of the Parameter does not separate them.
     """
 
     name: str
@@ -44,7 +48,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Tie:
-    """The Parameter that a module held, and shared, before it got a copy of its own."""
+    """The shared Parameter that a module held before it got a copy of its own."""
 
     owner: nn.Module
     name: str
@@ -52,7 +56,7 @@ class Tie:
 
 
 def conflicts(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, str]]:
-    """The places that lie in memory which a module outside of their layer holds, too, and one such tensor's name."""
+    """The places whose memory a module outside of their layer also holds, each with the name of one such tensor."""
     tensors = [
         (path, module, name, tensor) for path, module in model.named_modules() for name, tensor in _tensors_of(module)
     ]
@@ -68,8 +72,8 @@ def conflicts(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, st
     return list(found.values())
 
 
-def elsewhere(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, str]]:
-    """The places whose owner, a module within a layer, stands outside of it too, and the Parameter's name there."""
+def used_elsewhere(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, str]]:
+    """The places whose owner, a submodule of a layer, is also used outside of it, with the Parameter's name there."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
@@ -83,59 +87,59 @@ def elsewhere(model: nn.Module, places: Sequence[Place]) -> list[tuple[Place, st
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the module itself: Parameters, buffers, attributes, and what lies in lists and dicts there."""
+    """The module's own tensors: Parameters, buffers, attributes, and those in its lists and dicts."""
     for attribute, value in module.__dict__.items():
         if isinstance(value, Tensor):
             yield attribute, value
         elif isinstance(value, dict):
-            yield from ((str(key), one) for key, one in value.items() if isinstance(one, Tensor))
+            yield from ((str(key), item) for key, item in value.items() if isinstance(item, Tensor))
         elif isinstance(value, (list, tuple)):
-            yield from ((attribute, one) for one in value if isinstance(one, Tensor))
+            yield from ((attribute, item) for item in value if isinstance(item, Tensor))
 
 
 def note(model: nn.Module, places: Sequence[Place]) -> None:
-    """Leaves with each layer what it shares, so that it knows by itself, without the model; what was noted goes."""
+    """Notes on each layer what it shares, so that it can refuse without the model. Earlier notes are dropped."""
     for place in places:
         place.module.__dict__.pop(_NOTED, None)
     for place, other in conflicts(model, places):
         noted = place.module.__dict__.setdefault(_NOTED, [])
         noted.append(Shared(place.name, getattr(place.owner, place.name), other))
-    for place, other in elsewhere(model, places):
+    for place, other in used_elsewhere(model, places):
         noted = place.module.__dict__.setdefault(_NOTED, [])
         noted.append(Shared(place.name, getattr(place.owner, place.name), other, whole=True))
 
 
-def refuse_noted(layer: nn.Module, names: Sequence[str] = ("weight",), *, untie: bool = False) -> None:
-    """Raises ValueError where one of the layer's Parameters of these names was noted as shared, and is there still.
+def check_not_shared(layer: nn.Module, names: Sequence[str] = ("weight",), *, untie: bool = False) -> None:
+    """Raises ValueError if the layer still has a Parameter of these names that was noted as shared.
 
-    untie: the layer is to get copies, so only what copies cannot part is refused.
+    untie: the layer will get copies, so only what copies cannot separate is refused.
     """
     for shared in layer.__dict__.get(_NOTED, ()):
         if shared.name in names and any(shared.parameter is parameter for parameter in layer.parameters()):
             if shared.whole:
-                raise ValueError(two_places(shared.name, shared.other))
+                raise ValueError(shared_module_error(shared.name, shared.other))
             if not untie:
-                raise ValueError(message(shared.name, shared.other))
+                raise ValueError(shared_memory_error(shared.name, shared.other))
 
 
-def two_places(name: str, other: str) -> str:
-    return f"{name}: expected that of a module in one place of the model, got one that is {other} too"
+def shared_module_error(name: str, other: str) -> str:
+    return f"{name}: expected that of a module used in one place of the model, got one that is also {other}"
 
 
-def message(name: str, other: str) -> str:
+def shared_memory_error(name: str, other: str) -> str:
     return (
-        f"{name}: expected one that no other module holds, as this changes it in place, got one that is {other} too; "
+        f"{name}: expected one that no other module holds, as this changes it in place, got one that is also {other}; "
         "untie=True gives the layer a copy of its own first"
     )
 
 
 def untie(owner: nn.Module, name: str) -> Tie:
-    """Gives a module a copy of one of its Parameters. Raises MemoryError and such before anything has changed."""
+    """Replaces one of a module's Parameters by a copy. If the copy fails (out of memory), nothing has changed."""
     before = owner._parameters[name]
     assert before is not None
     with lasting():
-        own = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
-    owner._parameters[name] = own
+        copy = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
+    owner._parameters[name] = copy
     return Tie(owner, name, before)
 
 
@@ -144,7 +148,7 @@ def put_back(tie: Tie) -> None:
 
 
 def retie(tie: Tie) -> None:
-    """Gives a module the Parameter again that it shared before, where that has the very bits of its own."""
-    own = tie.owner._parameters[tie.name]
-    if own is not None and same_bits(own, tie.parameter):
+    """Gives a module its shared Parameter back, if that has the same bits as the module's copy."""
+    copy = tie.owner._parameters[tie.name]
+    if copy is not None and same_bits(copy, tie.parameter):
         put_back(tie)

@@ -37,7 +37,7 @@ def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     if bias is not None:
-        checks.of_floats("bias", bias.dtype)
+        checks.float_dtype("bias", bias.dtype)
         if weight is not None:
             checks.mixes("bias", bias.dtype, "weight", weight.dtype)
     return contiguous(bias)
@@ -173,7 +173,7 @@ def multi_lora_linear(
     """x [..., K], ids int32 [M] → y [..., N], and z [M, table.z_width] if `save_z`."""
     rows, bias = x.reshape(-1, x.shape[-1]), _bias(bias, weight)
     impl = _backend_for(rows, weight, table, K=x.shape[-1], dropout=dropout, backend=backend)
-    if not impl.checks_ids and checks.look_at_ids(x.device):
+    if not impl.checks_ids and checks.ids_are_checked(x.device):
         checks.ids_in_table(ids, table)
     with choice.forcing(backend):
         y, z = require(impl.forward).multi_lora_linear(rows, weight, bias, table, ids, dropout=dropout, save_z=save_z)
@@ -263,8 +263,8 @@ def _backend_for(
     else:
         dtype, rank, count, slices = adapters.dtype, adapters.max_rank, adapters.count, adapters.slices
     weight_dtype = rows.dtype if weight is None else weight.dtype
-    checks.of_floats("weight", weight_dtype)
-    checks.of_floats("lora_A", dtype or rows.dtype)
+    checks.float_dtype("weight", weight_dtype)
+    checks.float_dtype("lora_A", dtype or rows.dtype)
     call = call_of(
         op=Op("adapter_block" if weight is None else "lora_linear", isinstance(adapters, AdapterTable), backward),
         device=rows.device.type,

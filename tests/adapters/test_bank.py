@@ -1,4 +1,4 @@
-"""The paged bank: any rank, no padding, slots and pages reused, failures that change nothing."""
+"""Tests of the paged bank: any rank, no padding, slots and pages reused, failures that change nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("rank", [1, 15, 16, 17, 300, 1100])
-def test_any_rank_comes_back_as_it_was(rank: int) -> None:
+def test_an_adapter_of_any_rank_reads_back_unchanged(rank: int) -> None:
     made, (A, B) = bank(), factors(rank)
     number = made.add("a", A, B, 2.0)
     slot = made.adapters[number]
@@ -42,7 +42,7 @@ def test_pages_and_slots_are_reused() -> None:
     for turn in range(50):
         numbers.append(made.add(f"b{turn}", *factors(200), 1.0))
         made.remove(f"b{turn}")
-    assert len(set(numbers)) == 50  # never the number of one that is gone
+    assert len(set(numbers)) == 50  # the number of a removed adapter is not reused
     assert {number % 3 for number in numbers} == {1, 2}
     assert len(made.pool.chunks) == chunks
     assert len(made.pool.free) == 64 * chunks - 7
@@ -93,7 +93,7 @@ def test_a_copy_has_its_own_storage_and_table() -> None:
 
 
 class Lent(torch.nn.Module):
-    """A square adapter whose tensors stay where they are."""
+    """A square adapter that a bank does not copy."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Lent(torch.nn.Module):
         return Adapter((self.A,), (self.B,), 1.0)
 
 
-def test_a_table_is_made_anew_where_a_lent_tensor_is_read_in_other_strides() -> None:
-    """The address and the shape of a square factor stay."""
+def test_a_table_is_rebuilt_when_the_strides_of_a_lent_tensor_change() -> None:
+    """The address and the shape of a square factor stay the same."""
     made, lent = AdapterBank(8, 8, 2, torch.float32, "cpu"), Lent()
     made.lend("a", lent.adapter)
     before = made.table()
@@ -117,7 +117,7 @@ def test_a_table_is_made_anew_where_a_lent_tensor_is_read_in_other_strides() -> 
         torch.testing.assert_close(y, x @ lent.A.t() @ lent.B.t())
 
 
-def test_a_table_is_made_anew_for_another_parameter_in_the_same_memory() -> None:
+def test_a_table_is_rebuilt_for_a_different_parameter_in_the_same_memory() -> None:
     made, lent = AdapterBank(8, 8, 2, torch.float32, "cpu"), Lent()
     made.lend("a", lent.adapter)
     before = made.table()
@@ -128,7 +128,7 @@ def test_a_table_is_made_anew_for_another_parameter_in_the_same_memory() -> None
     assert made.table() is now
 
 
-def test_the_only_adapter_of_a_table_goes_with_its_removal() -> None:
+def test_a_table_no_longer_has_the_only_adapter_after_its_removal() -> None:
     made, x, weight = bank(), torch.randn(2, 8), torch.randn(6, 8)
     ids = torch.full((2,), made.add("a", *factors(2), 1.0))
     functional.multi_lora_linear(x, weight, None, made, ids)

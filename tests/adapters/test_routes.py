@@ -1,4 +1,4 @@
-"""Routes: an id is never another adapter's, and a route reaches what runs inside it and nothing else."""
+"""Tests of routes: an id always means the same adapter, and a route applies to what runs inside it and nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _few_threads(one_thread: None) -> None:
 
 
 class Tenants:
-    """A server of adapters a, b, c, …, each of which is also in a model by itself."""
+    """A server with adapters a, b, c, …, and for each adapter a model that has only that one."""
 
     def __init__(
         self, base: nn.Module, folder: pathlib.Path, *names: str, targets: Any = "all-linear", **arguments: Any
@@ -58,13 +58,14 @@ class Tenants:
         self.alone[name] = model.eval()
 
     def answers(self, x: Tensor) -> str | None:
-        """Whose answer the server's model gives for x, one sequence."""
+        """The name of the adapter with which the server's model computes one sequence x; None for the base model."""
         return self.whose(self.model(x), x)
 
     def whose(self, y: Tensor, x: Tensor) -> str | None:
-        near = [name for name, model in self.alone.items() if torch.allclose(model(x), y, atol=1e-4)]
-        assert len(near) == 1, near
-        return near[0]
+        """The name of the adapter that gives y for x."""
+        matches = [name for name, model in self.alone.items() if torch.allclose(model(x), y, atol=1e-4)]
+        assert len(matches) == 1, matches
+        return matches[0]
 
 
 def two_linears() -> nn.Module:
@@ -80,17 +81,19 @@ def tenants(tmp_path: pathlib.Path) -> Tenants:
 X = torch.linspace(-1, 1, 8)[None]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An id is never another adapter's
+# An id always means the same adapter
 
 
-def test_a_route_goes_on_with_its_adapter_when_another_one_takes_its_place(tmp_path: pathlib.Path) -> None:
+def test_a_route_keeps_its_adapter_when_a_different_one_takes_its_place(tmp_path: pathlib.Path) -> None:
     tenants = Tenants(two_linears(), tmp_path, "a", max_adapters=2)
     server = tenants.server
     with server.route(["a"]):
         server.unload("a")
         tenants.load("b")
         assert tenants.answers(X) == "a"
-        with pytest.raises(ValueError, match=r"got 2 adapters loaded already, 1 of them unloaded but held by routes"):
+        with pytest.raises(
+            ValueError, match=r"got 2 adapters loaded already, 1 of them unloaded but still used by routes"
+        ):
             tenants.load("c")
         with server.route(["b"]):
             assert tenants.answers(X) == "b"
@@ -102,7 +105,7 @@ def test_a_route_goes_on_with_its_adapter_when_another_one_takes_its_place(tmp_p
         pass
 
 
-def test_the_same_name_again_is_for_new_routes(tenants: Tenants) -> None:
+def test_an_adapter_loaded_under_the_same_name_is_for_new_routes(tenants: Tenants) -> None:
     old = tenants.alone["a"]
     with tenants.server.route(["a"]):
         tenants.server.unload("a")
@@ -131,7 +134,7 @@ def test_a_recomputation_has_the_adapter_of_its_forward(tenants: Tenants, use_re
     assert [n for n in tenants.server._slots.numbers if n != -1] == [1, 2]  # b and c: a's place is free again
 
 
-def test_memory_is_free_when_nobody_uses_an_adapter(tenants: Tenants) -> None:
+def test_memory_is_free_when_nothing_uses_an_adapter(tenants: Tenants) -> None:
     bank = tenants.model[0].bank
     free = len(bank.pool.free)
     with tenants.server.route(["a"]):
@@ -142,11 +145,11 @@ def test_memory_is_free_when_nobody_uses_an_adapter(tenants: Tenants) -> None:
     assert len(bank.pool.free) == free + 1
 
 
-def test_a_layer_that_a_later_adapter_brings_has_every_earlier_one(tmp_path: pathlib.Path) -> None:
-    """Each under the number that it has elsewhere, also those that were unloaded and still serve."""
+def test_a_layer_that_a_later_adapter_adds_has_every_earlier_one(tmp_path: pathlib.Path) -> None:
+    """Each has the number that it has in the other layers, even if it was unloaded and is still in use."""
     tenants = Tenants(two_linears(), tmp_path, "a", "b", "c", targets=["0"])
-    server, held = tenants.server, tenants.server.route(["b"])
-    with held:
+    server = tenants.server
+    with server.route(["b"]):
         server.unload("a")
         server.unload("b")
         tenants.load("d", targets=["0", "2"])
@@ -157,7 +160,7 @@ def test_a_layer_that_a_later_adapter_brings_has_every_earlier_one(tmp_path: pat
     tenants.load("a", targets=["2"])
     with server.route(["c", "d", None, "a"]):
         y = tenants.model(X.expand(4, 8))
-    assert [tenants.whose(one[None], X) for one in y] == ["c", "d", None, "a"]
+    assert [tenants.whose(row[None], X) for row in y] == ["c", "d", None, "a"]
 
 
 def test_numbers_that_outlive_their_adapter_are_refused(tmp_path: pathlib.Path) -> None:
@@ -172,13 +175,13 @@ def test_numbers_that_outlive_their_adapter_are_refused(tmp_path: pathlib.Path) 
         server.route(old),
     ):
         pass
-    with pytest.raises(ValueError, match="ids: expected -1 or the numbers of adapters, got 0, of one that is gone"):
+    with pytest.raises(ValueError, match="ids: expected -1 or numbers of adapters in the bank, got 0, which none of"):
         layer(X, torch.tensor([number]))
     for dtype in (torch.int32, torch.int64):
         ids = server.ids(["c", "b"]).to(dtype)
         with server.route(ids):
             y = tenants.model(X.expand(2, 8))
-        assert [tenants.whose(one[None], X) for one in y] == ["c", "b"]
+        assert [tenants.whose(row[None], X) for row in y] == ["c", "b"]
         by_ids = layer(X.expand(2, 8), ids)
         with server.route(["c", "b"]):
             torch.testing.assert_close(layer(X.expand(2, 8)), by_ids)
@@ -201,36 +204,36 @@ def test_a_banks_numbers_outlive_their_adapters(grad: bool) -> None:
         before = functional.multi_lora_linear(x, W, None, bank, ids)
         A, B = torch.randn(2, 8), torch.randn(6, 2)
         bank.remove("a")
-        for some in (bank, packed):
+        for either in (bank, packed):
             with pytest.raises(ValueError, match=r"got 0, an empty slot"):
-                functional.multi_lora_linear(x, W, None, some, ids)
+                functional.multi_lora_linear(x, W, None, either, ids)
         number = bank.add("c", A, B, 1.0)
         assert number == 2
-        for some in (bank, packed):
-            with pytest.raises(ValueError, match="got 0, of one that is gone"):
-                functional.multi_lora_linear(x, W, None, some, ids)
+        for either in (bank, packed):
+            with pytest.raises(ValueError, match="got 0, which none of them has"):
+                functional.multi_lora_linear(x, W, None, either, ids)
             ids = torch.tensor([number, -1, bank.number("b")])
-            after = functional.multi_lora_linear(x, W, None, some, ids)
+            after = functional.multi_lora_linear(x, W, None, either, ids)
             torch.testing.assert_close(after[0], x[0] @ W.t() + x[0] @ A.t() @ B.t())
             torch.testing.assert_close(after[1:], before[1:])
             for bad in (4, -2, 2**31 - 1, 2**40):
                 with pytest.raises(ValueError, match="ids"):
-                    functional.multi_lora_linear(x, W, None, some, torch.tensor([bad, -1, -1]))
+                    functional.multi_lora_linear(x, W, None, either, torch.tensor([bad, -1, -1]))
             ids = torch.tensor([0, -1, 1])
 
 
-def test_a_series_adapters_numbers_too() -> None:
+def test_the_numbers_of_series_adapters_outlive_them_too() -> None:
     bank = AdapterBank(8, 8, 1, torch.float32, "cpu")
     bank.add("a", torch.randn(2, 8), torch.randn(8, 2), 1.0)
     bank.remove("a")
     number = bank.add("b", torch.randn(2, 8), torch.randn(8, 2), 1.0)
-    with pytest.raises(ValueError, match="got 0, of one that is gone"):
+    with pytest.raises(ValueError, match="got 0, which none of them has"):
         functional.multi_adapter_block(X, bank, torch.tensor([0]))
     assert not torch.equal(functional.multi_adapter_block(X, bank, torch.tensor([number])), X)
 
 
-def test_in_packed_banks_a_number_is_one_adapters_or_none() -> None:
-    """A slot that holds an adapter of another number in one slice makes the number nobody's."""
+def test_in_packed_banks_a_number_must_fit_every_slice() -> None:
+    """If one slice's slot holds an adapter with a different number, the number is refused."""
     torch.manual_seed(0)
     banks = [AdapterBank(8, 4, 1, torch.float32, "cpu") for _ in range(2)]
     for bank in banks:
@@ -239,7 +242,7 @@ def test_in_packed_banks_a_number_is_one_adapters_or_none() -> None:
     banks[0].remove("a")
     ids = torch.tensor([banks[0].add("b", torch.randn(2, 8), torch.randn(4, 2), 1.0)])
     for gone in (ids, torch.tensor([0])):
-        with pytest.raises(ValueError, match="of one that is gone"):
+        with pytest.raises(ValueError, match="which none of them has"):
             functional.multi_lora_linear(X, W, None, packed, gone)
     banks[1].remove("a")
     y = functional.multi_lora_linear(X, W, None, packed, ids)
@@ -262,8 +265,8 @@ def test_numbers_of_a_reused_bank_are_compiled() -> None:
         compiled(torch.tensor([0, -1, 1]))
 
 
-def test_numbers_on_a_device_that_nobody_looks_at_are_nobodys() -> None:
-    """As on a GPU: by arithmetic alone, into tensors that graphs read."""
+def test_unknown_numbers_become_no_number_without_reading_values() -> None:
+    """As on a GPU: by tensor operations alone, into tensors that graphs read."""
     from peftk.models.server import NO_NUMBER, _Slots
 
     slots = _Slots(3)
@@ -272,11 +275,11 @@ def test_numbers_on_a_device_that_nobody_looks_at_are_nobodys() -> None:
     ids = torch.tensor([0, 1, 2, -1, 3, 4, 2**31 - 1], dtype=torch.int32)
     read = functools.partial(slots.slots_of, ids)
     assert read().tolist() == [0, 1, NO_NUMBER, -1, NO_NUMBER, NO_NUMBER, NO_NUMBER]
-    written = slots._on(ids.device)
+    written = slots._numbers_on(ids.device)
     slots.give_back(0)
     slots.take(3)
     assert read().tolist() == [NO_NUMBER, 1, NO_NUMBER, -1, 0, NO_NUMBER, NO_NUMBER]
-    assert slots._on(ids.device) is written
+    assert slots._numbers_on(ids.device) is written
 
 
 def test_ids_are_copied_when_the_with_begins(tenants: Tenants) -> None:
@@ -284,11 +287,11 @@ def test_ids_are_copied_when_the_with_begins(tenants: Tenants) -> None:
     with tenants.server.route(ids):
         ids.fill_(1)
         y = tenants.model(X.expand(2, 8))
-    assert [tenants.whose(one[None], X) for one in y] == ["a", "b"]
+    assert [tenants.whose(row[None], X) for row in y] == ["a", "b"]
 
 
-def test_adapters_come_and_go_under_forwards_of_other_threads(tmp_path: pathlib.Path) -> None:
-    """No forward sees one adapter in its first layer and another in its second."""
+def test_adapters_are_loaded_and_unloaded_during_forwards_of_other_threads(tmp_path: pathlib.Path) -> None:
+    """No forward uses one adapter in its first layer and a different one in its second."""
     tenants = Tenants(two_linears(), tmp_path, "a", "b", max_adapters=3)
     stop, wrong = threading.Event(), []
 
@@ -298,7 +301,7 @@ def test_adapters_come_and_go_under_forwards_of_other_threads(tmp_path: pathlib.
                 route = tenants.server.route(["a", "c", "b"])
                 with route:
                     y = tenants.model(X.expand(3, 8))
-                found = [tenants.whose(one[None], X) for one in y]
+                found = [tenants.whose(row[None], X) for row in y]
                 if found != ["a", "c", "b"]:
                     wrong.append(found)
 
@@ -319,7 +322,7 @@ def test_adapters_come_and_go_under_forwards_of_other_threads(tmp_path: pathlib.
     assert wrong == []
 
 
-def test_a_failed_load_gives_no_number_away(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_uses_up_no_number(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(peftk.CheckpointError):
         tenants.server.load("x", tenants.folder / "nowhere")
     assert tenants.server.names == ["a", "b"]
@@ -328,7 +331,7 @@ def test_a_failed_load_gives_no_number_away(tenants: Tenants, monkeypatch: pytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A route reaches what runs inside it, and nothing else
+# A route applies to what runs inside it, and nothing else
 
 
 def in_thread(call: Callable[[], Any]) -> Any:
@@ -340,7 +343,7 @@ def in_thread(call: Callable[[], Any]) -> Any:
 
 
 class Worker(threading.Thread):
-    """A thread of a class of its own, as Timer is one."""
+    """A subclass of Thread, as Timer is one."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__()
@@ -405,7 +408,7 @@ def in_copied_context(call: Callable[[], Any]) -> Any:
 
 
 def in_outside_thread(call: Callable[[], Any]) -> Any:
-    """In a thread that serves a queue, and was there before."""
+    """Calls in a thread that was started before, and works on a queue."""
     todo: queue.Queue[Any] = queue.Queue()
     QUEUES.put((call, todo))
     return todo.get()
@@ -470,8 +473,8 @@ def test_the_route_of_a_generator_reaches(tenants: Tenants, run: Callable[..., A
     assert found == ["a", "b"]
 
 
-def test_a_thread_goes_on_with_the_route_that_has_ended_where_it_started(tenants: Tenants) -> None:
-    """As generate() does in a thread, while its tokens are streamed."""
+def test_a_thread_keeps_its_route_after_the_with_of_its_starter_has_ended(tenants: Tenants) -> None:
+    """As when generate() runs in a thread while its tokens are streamed."""
     go, found = threading.Event(), []
 
     def work() -> None:
@@ -493,7 +496,7 @@ def test_a_thread_goes_on_with_the_route_that_has_ended_where_it_started(tenants
 
 @pytest.mark.parametrize("kind", ["executor", "pool"])
 def test_a_pools_threads_keep_no_route(tenants: Tenants, kind: str) -> None:
-    """They are started by the first who hands something in, and work for everybody."""
+    """They are started by the first submission, and work for all callers."""
     call = functools.partial(tenants.answers, X)
     with tenants.server.route(["a"]):
         pool: Any = (
@@ -504,7 +507,7 @@ def test_a_pools_threads_keep_no_route(tenants: Tenants, kind: str) -> None:
     with tenants.server.route(["b"]):
         second = hand_in(call)
     third = hand_in(call)
-    found = [each.result() if kind == "executor" else each.get() for each in (first, second, third)]
+    found = [future.result() if kind == "executor" else future.get() for future in (first, second, third)]
     assert found == ["a", "b", None]
     del first, second, third
     tenants.server.unload("a")
@@ -520,7 +523,7 @@ def test_what_is_carried_from_outside_is_outside(tenants: Tenants) -> None:
         assert tenants.answers(X) == "a"
 
 
-def test_generators_coroutines_and_their_like_are_carried(tenants: Tenants) -> None:
+def test_generators_and_coroutines_are_carried(tenants: Tenants) -> None:
     def stream() -> Iterator[str | None]:
         yield tenants.answers(X)
         yield tenants.answers(X)
@@ -534,8 +537,8 @@ def test_generators_coroutines_and_their_like_are_carried(tenants: Tenants) -> N
         await asyncio.sleep(0)
         yield tenants.answers(X)
 
-    async def all_of(given: Any) -> list[str | None]:
-        return [y async for y in given]
+    async def all_of(items: Any) -> list[str | None]:
+        return [item async for item in items]
 
     for wrap in (peftk.carry_route, None):
         with tenants.server.route(["a"]):
@@ -545,7 +548,7 @@ def test_generators_coroutines_and_their_like_are_carried(tenants: Tenants) -> N
         assert [next(first), tenants.answers(X), next(first)] == ["a", None, "a"]
         assert asyncio.run(wrapped[1]()) == "a"
         assert asyncio.run(all_of(wrapped[2]())) == ["a", "a"]
-    with pytest.raises(TypeError, match="function: expected something to call, got int"):
+    with pytest.raises(TypeError, match="function: expected a callable, got int"):
         peftk.carry_route(3)  # type: ignore[type-var]
 
 
@@ -570,11 +573,11 @@ def test_routes_that_end_in_another_order(tenants: Tenants) -> None:
     assert carry._current.get() is None
     with one:
         assert tenants.answers(X) == "a"
-        with pytest.raises(RuntimeError, match="expected a new one for every `with`"):
+        with pytest.raises(RuntimeError, match="expected a new one for each `with`"):
             one.__enter__()
 
 
-def test_managers_of_ones_own_are_for_the_with_that_uses_them(tenants: Tenants) -> None:
+def test_a_route_entered_by_a_user_defined_manager_applies_to_the_with_that_uses_it(tenants: Tenants) -> None:
     @contextlib.contextmanager
     def tenant(name: str) -> Iterator[None]:
         with tenants.server.route([name]):
@@ -612,14 +615,14 @@ def test_managers_of_ones_own_are_for_the_with_that_uses_them(tenants: Tenants) 
                 assert tenants.answers(X) == "b"
             assert tenants.answers(X) == "a"
         assert tenants.answers(X) is None
-        if manager is stack:  # it has entered the route before the generator runs
+        if manager is stack:  # enters the route before the generator runs
             continue
         one, two = stream(manager("a")), stream(manager("b"))
         found = [next(one), tenants.answers(X), next(two), next(one), tenants.answers(X), next(two)]
         assert found == ["a", None, "b", "a", None, "b"]
         del one, two
         assert tenants.answers(X) is None
-    assert not carry._of_generators
+    assert not carry._generator_routes
 
 
 @pytest.fixture
@@ -628,7 +631,7 @@ def routed(tenants: Tenants) -> Iterator[Tenants]:
         yield tenants
 
 
-def test_a_fixture_that_yields_is_for_the_test(routed: Tenants) -> None:
+def test_a_route_in_a_fixture_that_yields_applies_to_the_test(routed: Tenants) -> None:
     assert routed.answers(X) == "a"
 
 
@@ -663,7 +666,7 @@ def test_a_function_in_a_generator_enters_a_route_of_its_own(tenants: Tenants) -
         assert list(stream()) == [["b", "b", "a"]] * 2
 
 
-def test_generators_are_stepped_in_whatever_context(tenants: Tenants) -> None:
+def test_generators_may_be_stepped_in_any_context(tenants: Tenants) -> None:
     """A web server runs every step in another thread, in a copy of the request's context."""
 
     def stream(name: str) -> Iterator[str | None]:
@@ -681,7 +684,7 @@ def test_generators_are_stepped_in_whatever_context(tenants: Tenants) -> None:
         assert [next(two), tenants.answers(X)] == ["b", "b"]
     del two
     gc.collect()
-    assert not carry._of_generators
+    assert not carry._generator_routes
 
 
 def test_asynchronous_generators_interleave(tenants: Tenants) -> None:
@@ -716,7 +719,7 @@ def test_asynchronous_generators_interleave(tenants: Tenants) -> None:
 
     asyncio.run(main())
     gc.collect()
-    assert not carry._of_generators
+    assert not carry._generator_routes
 
 
 def test_tasks_do_not_see_each_others_routes(tenants: Tenants) -> None:
@@ -734,7 +737,7 @@ def test_tasks_do_not_see_each_others_routes(tenants: Tenants) -> None:
     assert all(asyncio.run(main()))
 
 
-def test_a_task_goes_on_with_the_route_that_it_began_in(tenants: Tenants) -> None:
+def test_a_task_keeps_the_route_in_which_it_was_created(tenants: Tenants) -> None:
     async def later() -> str | None:
         await asyncio.sleep(0)
         return tenants.answers(X)
@@ -749,7 +752,7 @@ def test_a_task_goes_on_with_the_route_that_it_began_in(tenants: Tenants) -> Non
     assert asyncio.run(main()) == "a"
 
 
-def test_a_route_is_for_its_servers_layers_alone(tmp_path: pathlib.Path) -> None:
+def test_a_route_applies_only_to_its_servers_layers(tmp_path: pathlib.Path) -> None:
     one = Tenants(two_linears(), tmp_path / "one", "a", "b")
     two = Tenants(two_linears(), tmp_path / "two", "c", "d")
     with one.server.route(["b"]):
@@ -772,7 +775,7 @@ def test_a_route_is_for_its_servers_layers_alone(tmp_path: pathlib.Path) -> None
 
 
 def test_copies(tenants: Tenants) -> None:
-    """A copy of a server has routes of its own; a copy of its model alone has none, and says so."""
+    """A copy of a server has routes of its own; a copy of only its model has none, and raises."""
     copies = [copy.deepcopy(tenants.server), pickle.loads(pickle.dumps(tenants.server))]
     with tenants.server.route(["a"]):
         copies.append(copy.deepcopy(tenants.server))
@@ -782,7 +785,7 @@ def test_copies(tenants: Tenants) -> None:
         server.load("d", tenants.folder / name)
         with server.route(["b", "d"]):
             y = server.model(X.expand(2, 8))
-        assert [tenants.whose(one[None], X) for one in y] == ["b", name]
+        assert [tenants.whose(row[None], X) for row in y] == ["b", name]
         with tenants.server.route(["a"]), pytest.raises(ValueError, match="got a copy of it"):
             server.model(X)
         with server.route([None]), pytest.raises(ValueError, match="got a copy of it"):
@@ -793,8 +796,8 @@ def test_copies(tenants: Tenants) -> None:
             model(X)
 
 
-def test_replicas_are_the_servers(tenants: Tenants) -> None:
-    """As DataParallel makes them, and runs them in threads."""
+def test_routes_apply_to_replicas(tenants: Tenants) -> None:
+    """Replicas as DataParallel makes them, which it runs in threads."""
     replica = tenants.model._replicate_for_data_parallel()
     with tenants.server.route(["a"]):
         assert in_thread(lambda: tenants.whose(replica(X), X)) == "a"

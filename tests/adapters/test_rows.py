@@ -1,5 +1,7 @@
-"""Rows are whole sequences in the order of the batch, or they are refused: a model gives each sequence what its adapter
-gives alone, or raises ValueError, and never anything else."""
+"""Tests that rows are whole sequences in the order of the batch, or refused.
+
+A routed model gives each sequence what its adapter gives alone, or raises ValueError; it never gives anything else.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ def _few_threads(one_thread: None) -> None:
     pass
 
 
-def served(base: nn.Module, folder: pathlib.Path, targets: Any = "all-linear") -> tuple[Any, list[nn.Module]]:
-    """A server of a and b, and the models that have one of them by themselves."""
+def make_server(base: nn.Module, folder: pathlib.Path, targets: Any = "all-linear") -> tuple[Any, list[nn.Module]]:
+    """A server with adapters a and b, and for each a model that has only that one."""
     server, alone = peftk.MultiAdapter(copy.deepcopy(base.eval())), []
     for seed, name in enumerate("ab"):
         model = copy.deepcopy(base)
@@ -42,21 +44,21 @@ def served(base: nn.Module, folder: pathlib.Path, targets: Any = "all-linear") -
 
 @torch.no_grad()
 def outcome(server: Any, alone: list[nn.Module], x: Tensor, dim: int = 0, names: str = "ab", **route: Any) -> str:
-    """`right`, or what the ValueError says; dim: where sequences lie in y. Anything else fails."""
-    everyone = dict(zip("ab", [model(x) for model in alone], strict=True))
-    expected = torch.stack([everyone[name].select(dim, n) for n, name in enumerate(names)], dim)
+    """`right`, or the text of the ValueError; dim: the dimension of y with the sequences. Anything else fails."""
+    each = dict(zip("ab", [model(x) for model in alone], strict=True))
+    expected = torch.stack([each[name].select(dim, n) for n, name in enumerate(names)], dim)
     try:
         with server.route(list(names), **route):
             y = server.model(x)
     except ValueError as error:
         return str(error)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(*everyone.values())
+    assert not torch.allclose(*each.values())
     return "right"
 
 
 class Model(nn.Module):
-    """A head on what a function makes of a linear and x."""
+    """A head on the result of a function of a linear and x."""
 
     def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -91,8 +93,8 @@ RIGHT: dict[str, Callable[..., Tensor]] = {
 
 @pytest.mark.parametrize("call", RIGHT.values(), ids=RIGHT.keys())
 def test_rows_in_order(call: Callable[..., Tensor], tmp_path: pathlib.Path) -> None:
-    for first in (1, 2, 3):  # the order is looked at in the first forwards
-        server, alone = served(Model(call), tmp_path / str(first))
+    for first in (1, 2, 3):  # the order is checked in the first forwards
+        server, alone = make_server(Model(call), tmp_path / str(first))
         for length in (first, first, 7, 2):
             assert outcome(server, alone, draw(2, length)) == "right"
 
@@ -113,23 +115,23 @@ WRONG: dict[str, Callable[..., Tensor]] = {
     "time-major by einsum": lambda fc, x: fc(torch.einsum("btd->tbd", x)).transpose(0, 1),
     "sorted": in_another_order,
     "reversed": lambda fc, x: fc(x.reshape(-1, D).flip(0)).flip(0).view(x.shape),
-    "a sequence at a time": lambda fc, x: torch.stack([fc(one) for one in x]),
+    "a sequence at a time": lambda fc, x: torch.stack([fc(sequence) for sequence in x]),
 }
 
 
 @pytest.mark.parametrize("call", WRONG.values(), ids=WRONG.keys())
 def test_rows_in_another_order(call: Callable[..., Tensor], tmp_path: pathlib.Path) -> None:
-    """Also where the shape doesn't tell: T = B."""
+    """Even if the shape does not tell, as T = B."""
     for length in (2, 3, 4):
-        server, alone = served(Model(call), tmp_path / str(length))
+        server, alone = make_server(Model(call), tmp_path / str(length))
         for _ in range(3):
             assert outcome(server, alone, draw(2, length)).startswith("route: expected x")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 6, 8])
 def test_multiples_are_refused(rows: int, tmp_path: pathlib.Path) -> None:
-    """Nothing says which row is whose."""
-    server, _ = served(nn.Sequential(nn.Linear(D, D)), tmp_path)
+    """There is no way to know which row belongs to which sequence."""
+    server, _ = make_server(nn.Sequential(nn.Linear(D, D)), tmp_path)
     for shape in ((rows,), (rows, 5)):
         with server.route(["a", "b"]), pytest.raises(ValueError, match=r"route: expected x \[2, …, K\]"):
             server.model(draw(*shape))
@@ -138,7 +140,7 @@ def test_multiples_are_refused(rows: int, tmp_path: pathlib.Path) -> None:
 
 
 def test_empty_batches(tmp_path: pathlib.Path) -> None:
-    server, _ = served(nn.Sequential(nn.Linear(D, D)), tmp_path)
+    server, _ = make_server(nn.Sequential(nn.Linear(D, D)), tmp_path)
     with server.route([]):
         for shape in ((0,), (0, 3), (0, 0)):
             assert server.model(draw(*shape)).shape == (*shape, D)
@@ -154,7 +156,7 @@ def test_empty_batches(tmp_path: pathlib.Path) -> None:
 
 def test_a_batch_of_one_adapter_may_have_any_rows(tmp_path: pathlib.Path) -> None:
     for number, call in enumerate((*WRONG.values(), *RIGHT.values())):
-        server, alone = served(Model(call), tmp_path / str(number))
+        server, alone = make_server(Model(call), tmp_path / str(number))
         for batch, length in ((2, 2), (3, 4), (1, 3)):
             assert outcome(server, alone, draw(batch, length), names="a" * batch) == "right"
 
@@ -171,18 +173,18 @@ def encoder(batch_first: bool) -> nn.Module:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("batch_dim", [None, 1])
-def test_torchs_transformer_says_where_its_batch_is(
+def test_the_batch_dimension_is_read_from_torchs_transformer(
     batch_first: bool, batch_dim: int | None, tmp_path: pathlib.Path
 ) -> None:
     for length in (1, 2, 5):
-        server, alone = served(encoder(batch_first), tmp_path / str(length), ["linear1", "linear2"])
+        server, alone = make_server(encoder(batch_first), tmp_path / str(length), ["linear1", "linear2"])
         x, dim = (draw(2, length), 0) if batch_first else (draw(length, 2), 1)
         for _ in range(2):
             assert outcome(server, alone, x, dim, batch_dim=batch_dim) == "right"
 
 
 class Recurrent(nn.Module):
-    """[T, B, K] all the way, as torch's RNNs take it."""
+    """A model that is time-major [T, B, K] throughout, like torch's RNNs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,21 +196,21 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("length", [2, 5])
-def test_time_major_models_declare_it(length: int, tmp_path: pathlib.Path) -> None:
-    server, alone = served(Recurrent(), tmp_path)
+def test_time_major_models_need_batch_dim(length: int, tmp_path: pathlib.Path) -> None:
+    server, alone = make_server(Recurrent(), tmp_path)
     assert "batch_dim=1" in outcome(server, alone, draw(length, 2), dim=1)
     assert outcome(server, alone, draw(length, 2), dim=1, batch_dim=1) == "right"
-    server, alone = served(Model(RIGHT["as it is"]), tmp_path / "other")
+    server, alone = make_server(Model(RIGHT["as it is"]), tmp_path / "other")
     assert outcome(server, alone, draw(2, 5), batch_dim=1).startswith("route: expected x [T, 2, …, K]")
     with pytest.raises(ValueError, match="batch_dim: expected 0, 1 or None, got 2"):
         server.route(["a", "b"], batch_dim=2)
 
 
-def test_a_module_with_a_batch_first_of_its_own_asks(tmp_path: pathlib.Path) -> None:
+def test_a_custom_module_with_batch_first_needs_batch_dim(tmp_path: pathlib.Path) -> None:
     class Own(Model):
         batch_first = False
 
-    server, alone = served(Own(RIGHT["as it is"]), tmp_path)
+    server, alone = make_server(Own(RIGHT["as it is"]), tmp_path)
     assert outcome(server, alone, draw(2, 2)).startswith("batch_dim: expected 0 or 1")
     assert outcome(server, alone, draw(2, 3), batch_dim=0) == "right"
     assert outcome(server, alone, draw(3, 2), dim=1, batch_dim=1) == "right"
@@ -222,7 +224,7 @@ def test_a_module_with_a_batch_first_of_its_own_asks(tmp_path: pathlib.Path) -> 
 def test_sequences_one_after_the_other(lengths: tuple[int, int], tmp_path: pathlib.Path) -> None:
     total, message = sum(lengths), rf"route: expected x \[1, {sum(lengths)}, K\]"
     for name in ("as it is", "flattened"):
-        server, alone = served(Model(RIGHT[name]), tmp_path / name)
+        server, alone = make_server(Model(RIGHT[name]), tmp_path / name)
         for x in (draw(total), draw(1, total)):
             expected = torch.cat([alone[0](x)[..., : lengths[0], :], alone[1](x)[..., lengths[0] :, :]], -2)
             ways: list[dict[str, Any]] = [{"lengths": each} for each in (lengths, list(lengths), torch.tensor(lengths))]
@@ -241,15 +243,19 @@ def test_sequences_one_after_the_other(lengths: tuple[int, int], tmp_path: pathl
         ({"lengths": [1]}, ValueError, "lengths: expected 2 numbers for 2 sequences, got 1"),
         ({"lengths": [1, -1]}, ValueError, "lengths: expected no sequence of negative length, got -1"),
         ({"lengths": [1, 0.5]}, TypeError, "lengths: expected integers"),
-        ({"lengths": [1, 2], "batch_dim": 1}, ValueError, "lengths: expected None beside batch_dim"),
-        ({"lengths": [1, 2], "cu_seqlens": [0, 1, 3]}, ValueError, "cu_seqlens: expected None beside lengths"),
+        ({"lengths": [1, 2], "batch_dim": 1}, ValueError, "lengths: expected None, as batch_dim is given too"),
+        (
+            {"lengths": [1, 2], "cu_seqlens": [0, 1, 3]},
+            ValueError,
+            "cu_seqlens: expected None, as lengths is given too",
+        ),
         ({"cu_seqlens": [0, 2]}, ValueError, "cu_seqlens: expected 3 numbers for 2 sequences, got 2"),
         ({"cu_seqlens": [1, 2, 3]}, ValueError, "cu_seqlens: expected to begin with 0, got 1"),
         ({"cu_seqlens": [0, 3, 2]}, ValueError, "cu_seqlens: expected no sequence of negative length, got -1"),
     ],
 )
 def test_bad_lengths(arguments: dict[str, Any], error: type[Exception], message: str, tmp_path: pathlib.Path) -> None:
-    server, _ = served(nn.Sequential(nn.Linear(D, D)), tmp_path)
+    server, _ = make_server(nn.Sequential(nn.Linear(D, D)), tmp_path)
     with pytest.raises(error, match=message), server.route(["a", "b"], **arguments):
         pass
 
@@ -259,7 +265,7 @@ def test_bad_lengths(arguments: dict[str, Any], error: type[Exception], message:
 
 
 class Experts(nn.Module):
-    """A mixture of experts between two linears; `dispatch` is how rows get to an expert and back."""
+    """A mixture of experts between two linears; `dispatch` says how rows get to an expert and back."""
 
     def __init__(self, dispatch: str, count: int, top: int, listed: bool) -> None:
         super().__init__()
@@ -311,12 +317,12 @@ EXPERTS = [
 def test_experts(
     dispatch: str, count: int, top: int, listed: bool, shape: tuple[int, ...], tmp_path: pathlib.Path
 ) -> None:
-    """Refused or right over many batches: now and then an expert gets as many rows as there are sequences."""
+    """Over many batches, every result is right or refused. Some experts get as many rows as there are sequences."""
     model = Experts(dispatch, count, top, listed)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in names if "expert" in name]
     for number, targets in enumerate((names, inside, [name for name in inside if name.endswith("2")])):
-        server, alone = served(model, tmp_path / str(number), targets)
+        server, alone = make_server(model, tmp_path / str(number), targets)
         generator = torch.Generator().manual_seed(4)
         for _ in range(10):
             found = outcome(server, alone, torch.randn(*shape, D, generator=generator))
@@ -325,9 +331,9 @@ def test_experts(
             assert outcome(server, alone, torch.randn(*shape, D, generator=generator), names="bb") == "right"
 
 
-def test_layers_around_experts_are_served(tmp_path: pathlib.Path) -> None:
+def test_layers_around_experts_may_have_adapters(tmp_path: pathlib.Path) -> None:
     for dispatch in ("mask", "where", "sorted"):
-        server, alone = served(Experts(dispatch, 4, 2, True), tmp_path / dispatch, ["first", "last", "router"])
+        server, alone = make_server(Experts(dispatch, 4, 2, True), tmp_path / dispatch, ["first", "last", "router"])
         for shape in ((2, 2), (2, 5), (2, 1)):
             assert outcome(server, alone, draw(*shape)) == "right"
 
@@ -337,14 +343,14 @@ def test_layers_around_experts_are_served(tmp_path: pathlib.Path) -> None:
 
 
 def architecture(name: str, folder: pathlib.Path) -> list[str] | None:
-    """What a mixed route gives for texts of some lengths; None where the model can't be tried."""
+    """The outcomes of a mixed route for texts of some lengths; None if the model cannot be tried."""
     base = small_architectures.build(name)
     try:
         assert base is not None
         with torch.no_grad():
             assert len(small_architectures.output(base(**small_architectures.inputs(base, 5)))) == 2
-        server, alone = served(base, folder)
-    except Exception:  # it wants other inputs, or has linears that can't be adapted
+        server, alone = make_server(base, folder)
+    except Exception:  # it needs other inputs, or has linears that cannot be adapted
         return None
     found = []
     for length in (2, 5, 2):
@@ -352,7 +358,7 @@ def architecture(name: str, folder: pathlib.Path) -> list[str] | None:
         try:
             with torch.no_grad():
                 each = [small_architectures.output(model(**inputs)) for model in alone]
-        except RuntimeError:  # it doesn't take as short a text
+        except RuntimeError:  # the text is too short for it
             continue
         try:
             with torch.no_grad(), server.route(["a", "b"]):
@@ -377,22 +383,22 @@ def test_common_architectures(name: str, found: str, tmp_path: pathlib.Path) -> 
 @pytest.mark.long
 def test_some_architectures(tmp_path: pathlib.Path) -> None:
     found = [architecture(name, tmp_path / name) for name in small_architectures.NAMES[::12]]
-    assert sum(one is not None for one in found) >= 10
+    assert sum(outcomes is not None for outcomes in found) >= 10
 
 
 @pytest.mark.long
 def test_every_architecture(tmp_path: pathlib.Path) -> None:
     found = [architecture(name, tmp_path / name) for name in small_architectures.NAMES]
-    assert sum(one is not None and "right" in one for one in found) >= 100
+    assert sum(outcomes is not None and "right" in outcomes for outcomes in found) >= 100
 
 
-def test_a_linear_that_comes_later_is_looked_at_too(tmp_path: pathlib.Path) -> None:
-    """After some forwards nobody looks at the order of rows any more, until an adapter brings another layer."""
+def test_a_linear_that_is_added_later_is_checked_too(tmp_path: pathlib.Path) -> None:
+    """After some forwards row order is no longer checked, until an adapter adds a layer."""
     model = Model(lambda fc, x: fc(x))
-    server, alone = served(model, tmp_path, ["fc"])
-    served(model, tmp_path / "later", ["head"])
-    for _ in range(2 * routes.LOOKS):
+    server, alone = make_server(model, tmp_path, ["fc"])
+    make_server(model, tmp_path / "later", ["head"])
+    for _ in range(2 * routes.ORDER_CHECKS):
         assert outcome(server, alone, draw(2, 3)) == "right"
-    assert server._serving.looks == 0
+    assert server._key.checks_left == 0
     server.load("later", tmp_path / "later/a")
-    assert server._serving.looks == routes.LOOKS
+    assert server._key.checks_left == routes.ORDER_CHECKS

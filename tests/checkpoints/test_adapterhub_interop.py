@@ -1,4 +1,4 @@
-"""AdapterHub's checkpoints: files of the real adapters library (tests/fixtures/adapterhub), and ours read by it.
+"""Tests of AdapterHub's checkpoints: files of the adapters library (tests/fixtures/adapterhub), and ours read by it.
 
 The library needs an older transformers than the rest of the tests, so its outputs lie in the fixtures; where it is
 installed, `test_the_library_reads_what_we_write` runs it (see tests/fixtures/write_adapterhub.py).
@@ -29,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 FIXTURES = ROOT / "tests" / "fixtures" / "adapterhub"
 ARCHITECTURES = sorted(folder.name for folder in FIXTURES.iterdir())
 CHECKPOINTS = sorted(str(file.parent.relative_to(FIXTURES)) for file in FIXTURES.glob("*/*/adapter.safetensors"))
-# one of each placement, site and kind of config; the rest in the exhaustive run
+# one of each placement, site and kind of config; the others in the exhaustive run
 SAMPLE = (
     *("bert/after_ln", "bert/houlsby", "bert/mapping", "bert/parallel_both", "bert/pfeiffer", "gpt2/after_ln"),
     *("gpt2/parallel_both", "llama/mapping", "roberta/pfeiffer", "t5/cross", "t5/parallel_both", "t5/pfeiffer"),
@@ -65,11 +65,11 @@ def output(model: nn.Module, record: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    # whole models in fp32, sums in another order, by another transformers on another machine
+    # whole models in fp32, with sums in a different order, by a different version of transformers on another machine
     torch.testing.assert_close(one, other, atol=5e-6, rtol=5e-6)
 
 
-def test_the_fixtures_are_whole() -> None:
+def test_the_fixtures_are_complete() -> None:
     assert ARCHITECTURES == ["bert", "gpt2", "llama", "roberta", "t5"]
     assert len(CHECKPOINTS) == 31
     assert set(SAMPLE) < set(CHECKPOINTS)
@@ -122,7 +122,7 @@ def test_series_and_parallel_adapters_where_adapterhub_has_them(
 ) -> None:
     record, ours = recorded(architecture), model(architecture)
     peftk.inject(ours, config)
-    stir(ours)
+    randomise_trained(ours)
     peftk.save_adapter(ours, tmp_path, format="adapterhub")
     injected, plain = model(architecture), model(architecture)
     peftk.inject(injected, config)
@@ -132,7 +132,7 @@ def test_series_and_parallel_adapters_where_adapterhub_has_them(
     assert not torch.allclose(output(plain, record), record["base"], atol=1e-3)
 
 
-def stir(model: nn.Module) -> None:
+def randomise_trained(model: nn.Module) -> None:
     torch.manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -142,7 +142,7 @@ def stir(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("architecture", "configs", "message"),
     [
-        ("gpt2", [peftk.ParallelAdapterConfig(bottleneck=2)], "got one behind a LayerNorm"),
+        ("gpt2", [peftk.ParallelAdapterConfig(bottleneck=2)], "got one after a LayerNorm"),
         ("bert", [peftk.SeriesAdapterConfig(bottleneck=2, where=["pooler"])], "where: expected attention and mlp"),
         ("bert", [peftk.LoraConfig(target_modules=["query"])], "expected bottleneck adapters, got LoraConfig"),
         (
@@ -150,10 +150,10 @@ def stir(model: nn.Module) -> None:
             [peftk.LoraConfig(target_modules=["query"]), peftk.SeriesAdapterConfig(bottleneck=2)],
             "expected one method, got LoraConfig, SeriesAdapterConfig",
         ),
-        ("bert", [peftk.AdapterHubConfig(scaling=0.0)], "scaling: expected another than 0"),
+        ("bert", [peftk.AdapterHubConfig(scaling=0.0)], "scaling: expected a number other than 0"),
     ],
 )
-def test_what_adapterhub_cannot_hold_is_not_saved_so(
+def test_adapters_that_adapterhub_cannot_hold_are_not_saved(
     tmp_path: pathlib.Path, architecture: str, configs: Any, message: str
 ) -> None:
     ours = model(architecture)
@@ -197,21 +197,21 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "union": (_config(architecture="union"), "got architecture 'union'"),
     "another activation": (_config(non_linearity="leakyrelu"), "expected non_linearity one of"),
     "an activation of another kind": (_config(non_linearity=None), "expected non_linearity to be a name"),
-    "a mapping without a default": (_config(reduction_factor={"7": 2}), "one of layer 0 or a default"),
+    "a mapping without a default": (_config(reduction_factor={"7": 2}), "one for layer 0 or a default"),
     "a factor of 0": (_config(reduction_factor=0), "reduction_factor: expected a number above 0"),
     "another factor": (_config(reduction_factor=2), r"expected torch.float32 \[8\], got torch.float32 \[4\]"),
-    "a layer that is not there": (_config(leave_out=[0, 1]), "expected to leave some adapter"),
+    "a layer that is not there": (_config(leave_out=[0, 1]), "leave_out: expected some site to remain"),
     "a layer more to leave out": (_config(leave_out=[1]), "in exactly the model's places"),
-    "no skip": (_config(original_ln_after=False), "a placement that keeps the model's own skip once"),
-    "two skips": (_config(original_ln_before=True, residual_before_ln=False), "model's own skip once"),
-    "post add": (_config(original_ln_before=True, residual_before_ln="post_add"), "model's own skip once"),
+    "no skip": (_config(original_ln_after=False), "a placement that keeps the model's own skip exactly once"),
+    "two skips": (_config(original_ln_before=True, residual_before_ln=False), "own skip exactly once"),
+    "post add": (_config(original_ln_before=True, residual_before_ln="post_add"), "own skip exactly once"),
     "other places": (_config(mh_adapter=False), "in exactly the model's places"),
     "no places": (_config(mh_adapter=False, output_adapter=False), "expected at least one of mh_adapter"),
     "no config": (_outer(config=None), "expected config to be the fields of a BnConfig"),
     "an empty config": (_outer(config={}), "got none of mh_adapter"),
     "another name": (_outer(name="other"), r"<module>.adapters.other.adapter_"),
-    "an odd name": (_outer(name="../houlsby"), "expected name to be that of an adapter"),
-    "no name": (_outer(name=None), "expected name to be that of an adapter"),
+    "an odd name": (_outer(name="../houlsby"), "expected name to be an adapter's name"),
+    "no name": (_outer(name=None), "expected name to be an adapter's name"),
     "a part is missing": (_weight("adapter_up.bias", lambda t: None), "expected adapter_up.bias"),
     "another width": (_weight("adapter_up.weight", lambda t: t[1:]), r"expected down \[R, d\]"),
     "nan": (_weight("adapter_down", lambda t: t * torch.nan), "expected finite values"),
@@ -220,7 +220,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
     weights = load_file(FIXTURES / "bert" / "houlsby" / "adapter.safetensors")
     config = json.loads((FIXTURES / "bert" / "houlsby" / "adapter_config.json").read_text())
     spoil, message = SPOILT[how]
@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
     close(output(ours, record), record["base"])
 
 
-def test_an_injected_model_takes_its_own_kind_alone(tmp_path: pathlib.Path) -> None:
+def test_an_injected_model_takes_only_the_same_kind(tmp_path: pathlib.Path) -> None:
     ours = model("bert")
     peftk.load_adapter(ours, FIXTURES / "bert" / "houlsby")
     before = {name: value.clone() for name, value in ours.state_dict().items()}
@@ -250,13 +250,13 @@ def test_an_injected_model_takes_its_own_kind_alone(tmp_path: pathlib.Path) -> N
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
     lora = model("bert")
     peftk.inject(lora, peftk.LoraConfig(target_modules=["query"]))
-    with pytest.raises(peftk.CheckpointError, match="a model with bottleneck adapters alone"):
+    with pytest.raises(peftk.CheckpointError, match="a model with only bottleneck adapters"):
         peftk.load_adapter(lora, FIXTURES / "bert" / "houlsby")
     with pytest.raises(peftk.CheckpointError, match=r"fits the model.*known family"):
         peftk.load_adapter(nn.Sequential(nn.Linear(16, 16)), FIXTURES / "bert" / "houlsby")
 
 
-def test_a_load_that_fails_half_way_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_fails_half_way_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, record = model("t5"), recorded("t5")
     names = [name for name, _ in ours.named_modules()]
     copy_, calls = torch.Tensor.copy_, []

@@ -1,4 +1,4 @@
-"""Checkpoints load where they were saved: with embeddings, after other ranks and merges, through PEFT and back."""
+"""Tests of round trips of checkpoints: with embeddings, after changed ranks and merges, through PEFT and back."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _is_peft(model: nn.Module) -> bool:
     return isinstance(model, peft.PeftModel)
 
 
-def stir(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise_trained(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -71,7 +71,7 @@ def stir(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def trained_by_peft(model: nn.Module, folder: pathlib.Path, save: Any = "auto", **config: Any) -> nn.Module:
-    theirs = stir(peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, **config})))
+    theirs = randomise_trained(peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, **config})))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(folder, save_embedding_layers=save)
@@ -118,7 +118,7 @@ def back_and_forth(
     return ours
 
 
-# what PEFT saves of the base model: weights of embeddings that are adapted, saved on demand, or of another size
+# base model weights that PEFT saves: of embeddings that are adapted, saved on demand, or resized
 
 
 @pytest.mark.parametrize("name", ["llama", "tied"])
@@ -137,16 +137,16 @@ def back_and_forth(
     ],
     ids=str,
 )
-def test_embeddings_that_peft_saves_too(tmp_path: pathlib.Path, name: str, config: dict[str, Any]) -> None:
+def test_embeddings_that_peft_saves(tmp_path: pathlib.Path, name: str, config: dict[str, Any]) -> None:
     theirs = trained_by_peft(make(name), tmp_path / "theirs", **config)
     ours = back_and_forth(lambda: make(name), theirs, tmp_path / "theirs", tmp_path)
     base = make(name)
     server = peftk.MultiAdapter(base)
     if "modules_to_save" in config:
-        with pytest.raises(peftk.CheckpointError, match="got modules that train whole"):
+        with pytest.raises(peftk.CheckpointError, match="got modules trained in full"):
             server.load("a", tmp_path / "theirs")
         return
-    for adapter in ("a", "b"):  # b finds the layers that a brought
+    for adapter in ("a", "b"):  # for b, the layers are there already
         server.load(adapter, tmp_path / "theirs")
         with server.route([adapter, adapter]):
             torch.testing.assert_close(out(base), out(ours), atol=2e-5, rtol=2e-5)
@@ -159,7 +159,7 @@ def test_a_vocabulary_that_grew(tmp_path: pathlib.Path, name: str, targets: list
     grown = 0
 
     def fresh() -> nn.Module:
-        """With other new rows each time, as in every process."""
+        """With different new rows each time, as in different processes."""
         nonlocal grown
         grown += 1
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -174,7 +174,7 @@ def test_a_vocabulary_that_grew(tmp_path: pathlib.Path, name: str, targets: list
     base = fresh()
     theirs = trained_by_peft(copy.deepcopy(base), tmp_path / "theirs", target_modules=targets)
     ours = back_and_forth(fresh, theirs, tmp_path / "theirs", tmp_path)
-    if "lm_head" not in targets:  # else PEFT leaves the input embedding out, and new rows are lost
+    if "lm_head" not in targets:  # with it, PEFT leaves out the input embedding, and new rows are lost
         torch.testing.assert_close(out_of_new_rows(ours), out_of_new_rows(theirs), atol=2e-5, rtol=2e-5)
     with pytest.raises(peftk.CheckpointError, match=r"got .*\[65, 2\]|give the model that size first"):
         peftk.load_adapter(make(name), tmp_path / "theirs")
@@ -183,7 +183,7 @@ def test_a_vocabulary_that_grew(tmp_path: pathlib.Path, name: str, targets: list
         lambda: peftk.MultiAdapter(other).load("a", tmp_path / "theirs"),
         lambda: peftk.switch_adapter(_injected(other, targets), tmp_path / "theirs"),
     ):
-        with pytest.raises(peftk.CheckpointError, match="expected the base model's own weight, got another"):
+        with pytest.raises(peftk.CheckpointError, match="expected the base model's own weight, got a different one"):
             act()
     peftk.MultiAdapter(base).load("a", tmp_path / "theirs")
 
@@ -194,7 +194,7 @@ def _injected(model: nn.Module, targets: list[str]) -> nn.Module:
 
 
 @pytest.mark.parametrize("save", ["auto", True])
-def test_what_peft_writes_twice_of_a_module_that_trains_whole(tmp_path: pathlib.Path, save: Any) -> None:
+def test_tensors_that_peft_writes_twice_for_a_module_that_trains_in_full(tmp_path: pathlib.Path, save: Any) -> None:
     config = {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "embed_tokens"], "bias": "all"}
 
     def fresh() -> nn.Module:
@@ -222,7 +222,9 @@ def test_two_names_of_one_weight_must_agree(tmp_path: pathlib.Path) -> None:
 def test_adapters_of_the_head_are_combined_and_switched(tmp_path: pathlib.Path) -> None:
     for number in range(2):
         model = make("llama")
-        theirs = stir(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), number)
+        theirs = randomise_trained(
+            peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])), number
+        )
         theirs.save_pretrained(tmp_path / str(number))
     ours = make("llama")
     peftk.load_adapter(ours, tmp_path / "0")
@@ -243,16 +245,16 @@ def test_adapters_of_the_head_are_combined_and_switched(tmp_path: pathlib.Path) 
             act()
 
 
-# what a config says of the base model
+# a config's fields about the base model
 
 
 @pytest.mark.parametrize("format", ["peft", "peftk"])
-def test_a_saved_adapter_says_its_base_model(tmp_path: pathlib.Path, format: str) -> None:
+def test_a_saved_adapter_names_its_base_model(tmp_path: pathlib.Path, format: str) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path / "base").eval()
     peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    stir(model)
+    randomise_trained(model)
     peftk.save_adapter(model, tmp_path / "saved", format=format)
     assert config_of(tmp_path / "saved")["base_model_name_or_path"] == str(tmp_path / "base")
     if format == "peft":
@@ -275,7 +277,7 @@ def test_name_revision_and_task_are_kept(tmp_path: pathlib.Path) -> None:
     trained_by_peft(base, tmp_path / "theirs", target_modules=["q_proj"], **about)
     said = {"base_model_name_or_path": str(tmp_path / "base"), **about}
     folder = tmp_path / "theirs"
-    for number, format in enumerate(("peftk", "peft", "peftk", "peft")):  # into a model by another name
+    for number, format in enumerate(("peftk", "peft", "peftk", "peft")):  # into a model with a different name
         model = make("llama")
         peftk.load_adapter(model, folder)
         folder = tmp_path / str(number)
@@ -291,11 +293,11 @@ def test_name_revision_and_task_are_kept(tmp_path: pathlib.Path) -> None:
     assert config_of(tmp_path / "failed")["task_type"] is None
 
 
-# layers that are other than their record says
+# layers that have changed since their injection was recorded
 
 
 def switched(model: nn.Module, seed: int, *, mixed: bool = True) -> None:
-    """To other ranks, scalings and kinds of scalings, one for each layer."""
+    """Switches to different ranks, scalings and kinds of scalings, one for each layer."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     adapters, rank = {}, rng.randint(3, 9)
     for name, layer in model.named_modules():
@@ -304,7 +306,7 @@ def switched(model: nn.Module, seed: int, *, mixed: bool = True) -> None:
             lora_A = torch.randn(r, layer.in_features, generator=generator) * 0.1
             lora_B = torch.randn(layer.out_features, r, generator=generator) * 0.1
             adapters[name] = peftk.LoadedAdapter(lora_A, lora_B, rng.choice([2.0, 5.0]), mixed and rng.random() < 0.5)
-    peftk.switch_adapter(model, adapters, untie=True)  # a tied head, too
+    peftk.switch_adapter(model, adapters, untie=True)  # the head may be tied
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -329,19 +331,17 @@ def test_after_a_switch_both_formats_load(tmp_path: pathlib.Path, name: str, mix
         assert [record.layers for record in injections(fresh)] == [record.layers for record in injections(model)]
         narrow = make(name)
         peftk.inject(narrow, peftk.LoraConfig(r=1, target_modules="all-linear"))
-        with pytest.raises(
-            peftk.CheckpointError, match=r"expected rank 1, that of the adapter in the model.*switch_adapt"
-        ):
+        with pytest.raises(peftk.CheckpointError, match=r"expected rank 1 like the adapter in the model.*switch_adapt"):
             peftk.load_adapter(narrow, tmp_path / format)
     theirs = peft.PeftModel.from_pretrained(make(name), tmp_path / "peft").eval()
     torch.testing.assert_close(out(theirs), out(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("format", ["peft", "peftk"])
-def test_what_a_merge_has_changed_is_not_saved(tmp_path: pathlib.Path, format: str) -> None:
+def test_merged_values_are_not_saved(tmp_path: pathlib.Path, format: str) -> None:
     model = two_linears()
     peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["0", "2"], bias="lora_only", lora_bias=True))
-    stir(model)
+    randomise_trained(model)
     peftk.save_adapter(model, tmp_path / "before", format=format)
     peftk.merge_adapter(model)
     peftk.save_adapter(model, tmp_path / "merged", format=format)
@@ -356,7 +356,7 @@ def test_a_switch_to_a_folder_with_biases_of_adapters(tmp_path: pathlib.Path) ->
     models = [two_linears(), two_linears()]
     for seed, model in enumerate(models):
         peftk.inject(model, peftk.LoraConfig(r=2 + seed, target_modules=["0", "2"], lora_bias=True))
-        peftk.save_adapter(stir(model, seed), tmp_path / str(seed))
+        peftk.save_adapter(randomise_trained(model, seed), tmp_path / str(seed))
     peftk.switch_adapter(models[0], tmp_path / "1")
     x = torch.randn(3, 6)
     torch.testing.assert_close(models[0](x), models[1](x))
@@ -371,12 +371,12 @@ def two_linears() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).eval()
 
 
-def test_the_other_fields_that_a_layer_may_outgrow(tmp_path: pathlib.Path) -> None:
+def test_the_other_fields_from_which_layers_may_differ(tmp_path: pathlib.Path) -> None:
     x = torch.randn(3, 6)
     model = two_linears()
     peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["0", "2"], adapter_dtype=torch.bfloat16))
     model.float()
-    stir(model)
+    randomise_trained(model)
     for module in (model[0], model[2]):
         module.lora_dropout = 0.25
     peftk.save_adapter(model, tmp_path / "own", format="peftk")
@@ -390,7 +390,7 @@ def test_the_other_fields_that_a_layer_may_outgrow(tmp_path: pathlib.Path) -> No
     series = peftk.SeriesAdapterConfig(bottleneck=2, where=["0"], adapter_dtype=torch.bfloat16)
     one, other = two_linears(), two_linears()
     peftk.inject(one, series)
-    stir(one.float())
+    randomise_trained(one.float())
     peftk.save_adapter(one, tmp_path / "series")
     peftk.load_adapter(other, tmp_path / "series")
     assert torch.equal(other(x), one(x))
@@ -399,7 +399,7 @@ def test_the_other_fields_that_a_layer_may_outgrow(tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize(
     "config", [peftk.FullConfig(), peftk.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])]
 )
-def test_buffers_of_what_trains_whole_are_saved(tmp_path: pathlib.Path, config: Any) -> None:
+def test_buffers_of_modules_that_train_in_full_are_saved(tmp_path: pathlib.Path, config: Any) -> None:
     model, fresh = two_linears(), two_linears()
     peftk.inject(model, config)
     model.train()(torch.randn(8, 6) * 3 + 1)
@@ -410,7 +410,7 @@ def test_buffers_of_what_trains_whole_are_saved(tmp_path: pathlib.Path, config: 
 
 
 class Masked(nn.Linear):
-    """With buffers that are no finite numbers."""
+    """A linear with buffers that are not finite."""
 
     def __init__(self) -> None:
         super().__init__(6, 4)
@@ -446,7 +446,7 @@ def test_names_that_end_others(tmp_path: pathlib.Path) -> None:
     peftk.inject(model, peftk.LoraConfig(r=2, target_modules="0"))
     peftk.save_adapter(model, tmp_path)
     peftk.load_adapter(fresh(), tmp_path)
-    peft.PeftModel.from_pretrained(fresh(), tmp_path)  # "0" alone would mean 1.0, a LayerNorm, too
+    peft.PeftModel.from_pretrained(fresh(), tmp_path)  # just "0" would also match 1.0, a LayerNorm
 
 
 @pytest.mark.parametrize("format", ["peft", "peftk"])
@@ -458,7 +458,7 @@ def test_a_linear_in_two_places(tmp_path: pathlib.Path, format: str) -> None:
 
     model, other = fresh(), fresh()
     peftk.inject(model, peftk.LoraConfig(r=2))
-    stir(model)
+    randomise_trained(model)
     peftk.save_adapter(model, tmp_path, format=format)
     for again in (other, model):
         peftk.load_adapter(again, tmp_path)
@@ -466,7 +466,7 @@ def test_a_linear_in_two_places(tmp_path: pathlib.Path, format: str) -> None:
     assert torch.equal(other["b"][1].lora_B, model["b"][1].lora_B)
 
 
-def test_layers_by_hand_in_the_own_format(tmp_path: pathlib.Path) -> None:
+def test_layers_put_in_by_hand_in_peftks_format(tmp_path: pathlib.Path) -> None:
     def fresh(lora_alpha: float) -> nn.Sequential:
         return nn.Sequential(peftk.LoRALinear.from_linear(nn.Linear(4, 4), r=2, lora_alpha=lora_alpha))
 
@@ -476,7 +476,7 @@ def test_layers_by_hand_in_the_own_format(tmp_path: pathlib.Path) -> None:
     assert other[0].lora_alpha == 7
 
 
-# wrappers, and what other versions and tools write
+# wrappers, and keys that other versions and tools write
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -484,7 +484,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("format", ["peft", "peftk"])
-def test_compiled_models_are_what_they_compile(tmp_path: pathlib.Path, format: str) -> None:
+def test_compiled_models_save_and_load_like_plain_ones(tmp_path: pathlib.Path, format: str) -> None:
     def values(model: nn.Module) -> list[torch.Tensor]:
         return list(model.state_dict().values())
 
@@ -497,14 +497,14 @@ def test_compiled_models_are_what_they_compile(tmp_path: pathlib.Path, format: s
     peftk.inject(inner, config)
     inner.model.layers[0] = compiled(inner.model.layers[0])
     for seed, one in enumerate((model, inner)):
-        peftk.save_adapter(compiled(stir(one, seed)), tmp_path / format, format=format)
+        peftk.save_adapter(compiled(randomise_trained(one, seed)), tmp_path / format, format=format)
         assert "_orig_mod" not in str(load_file(tmp_path / format / "adapter_model.safetensors").keys())
         for other in (make("llama"), model, inner):
             peftk.load_adapter(compiled(other), tmp_path / format)
             assert same(other, one)
 
 
-def test_compiled_models_are_served(tmp_path: pathlib.Path) -> None:
+def test_multi_adapter_with_compiled_models(tmp_path: pathlib.Path) -> None:
     trained_by_peft(make("llama"), tmp_path, target_modules=["q_proj"])
     model = make("llama")
     model.model.layers[1] = compiled(model.model.layers[1])
@@ -532,7 +532,7 @@ def test_models_and_servers_of_other_dtypes(tmp_path: pathlib.Path, dtype: torch
 
     model, x = fresh(), torch.randn(2, 6, dtype=dtype)
     peftk.inject(model, peftk.LoraConfig(r=2, target_modules=["0", "2"], bias="lora_only"))
-    stir(model)
+    randomise_trained(model)
     for format in ("peft", "peftk"):
         peftk.save_adapter(model, tmp_path / format, format=format)
         other = fresh()
@@ -547,7 +547,7 @@ def test_models_and_servers_of_other_dtypes(tmp_path: pathlib.Path, dtype: torch
             torch.testing.assert_close(base(x)[0], model(x)[0])
 
 
-# generated
+# random configs
 
 
 def said_by(act: Callable[[], None]) -> str | None:
@@ -588,7 +588,7 @@ def _config(rng: random.Random, model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", spread(range(400), default=2, full=14))
-def test_generated_configs_there_and_back(tmp_path: pathlib.Path, seed: int) -> None:
+def test_random_configs_round_trip(tmp_path: pathlib.Path, seed: int) -> None:
     rng = random.Random(seed)
     name = rng.choice(["bert", "distilbert", "gpt2", "llama", "qwen3", "t5", "tied"])
     config = _config(rng, make(name))
@@ -600,7 +600,7 @@ def test_generated_configs_there_and_back(tmp_path: pathlib.Path, seed: int) -> 
     server = peftk.MultiAdapter(base)
     refused = said_by(lambda: peftk.load_adapter(ours, tmp_path / "theirs"))
     not_served = said_by(lambda: server.load("a", tmp_path / "theirs"))
-    if refused is not None:  # what PEFT trains a copy of
+    if refused is not None:  # cases in which PEFT trains a copy
         assert any(reason in refused for reason in ("modules_to_save", "one weight in the model"))
         assert not_served == refused
         return

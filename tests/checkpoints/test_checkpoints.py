@@ -1,4 +1,4 @@
-"""peftk's own checkpoints: any methods and mixtures of them; which format a model is saved in."""
+"""Tests of peftk's own checkpoints, for all methods and mixtures of them, and of the choice of format."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def trained(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_comes_back(tmp_path: pathlib.Path, name: str) -> None:
+def test_every_method_round_trips(tmp_path: pathlib.Path, name: str) -> None:
     model = trained(name)
     peftk.save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -125,7 +125,7 @@ def test_fields_of_any_form_are_saved(tmp_path: pathlib.Path) -> None:
     assert [record.layers for record in injections(other)] == [record.layers for record in injections(model)]
 
 
-def test_scalings_that_a_checkpoint_brought_are_saved(tmp_path: pathlib.Path) -> None:
+def test_scalings_from_a_checkpoint_are_saved(tmp_path: pathlib.Path) -> None:
     one, other = plain("llama"), plain("llama")
     peftk.inject(one, peftk.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj"], use_rslora=True))
     peftk.save_adapter(one, tmp_path / "peft")
@@ -139,7 +139,7 @@ def test_scalings_that_a_checkpoint_brought_are_saved(tmp_path: pathlib.Path) ->
         assert {(layer.lora_alpha, layer.use_rslora) for layer in layers} == {(7.0, True)}
 
 
-def test_lora_alone_is_saved_for_peft_and_the_rest_is_not(tmp_path: pathlib.Path) -> None:
+def test_only_lora_is_saved_in_pefts_format(tmp_path: pathlib.Path) -> None:
     model = plain("bert")
     peftk.inject(model, LORA)
     peftk.save_adapter(model, tmp_path / "lora")
@@ -214,7 +214,7 @@ def _overflow(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
 
 SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "another version": (_json(peftk=2), "expected peftk 1, got 2"),
-    "no methods": (_json(methods=[]), "what the model trains; unknown here: bert.encoder"),
+    "no methods": (_json(methods=[]), "what the model trains; unknown: bert.encoder"),
     "methods of another kind": (_json(methods="LoraConfig"), "expected methods to be a list of configs"),
     "another method": (_method(method="os.system"), "expected a method of AdapterHubConfig.*got 'os.system'"),
     "a field more": (_method(hidden=1), "expected fields of LoraConfig, got hidden"),
@@ -222,18 +222,18 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "a bad dtype": (_method(adapter_dtype="int8"), "LoraConfig: adapter_dtype: expected one of float32.*got .int8."),
     "other targets": (_method(target_modules=["nowhere"]), "fits the model"),
     "another rank": (_method(r=3), r"expected rank 3 of adapter_config.json, got lora_A \[2, 16\]"),
-    "a tensor is missing": (_drop, "tensors for exactly what the model trains; missing there"),
-    "a tensor more": (lambda w, c: w.update(x=torch.ones(1)), "what the model trains; unknown here: x$"),
+    "a tensor is missing": (_drop, "tensors for exactly what the model trains; missing"),
+    "a tensor more": (lambda w, c: w.update(x=torch.ones(1)), "what the model trains; unknown: x$"),
     "another shape": (_reshape, r"expected rank 2 of adapter_config.json, got lora_A \[1, 16\]"),
     "values that are too large": (
         _overflow,
-        r"values that torch.float32 holds, of at most 3.4e\+38, got 1e\+300",
+        r"values that torch.float32 can hold, of at most 3.4e\+38, got 1e\+300",
     ),
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
     peftk.save_adapter(trained("lora and series"), tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, how: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_another_method_does_not_fit(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_of_a_different_method_does_not_fit(tmp_path: pathlib.Path) -> None:
     peftk.save_adapter(trained("series"), tmp_path)
     model = plain("bert")
     peftk.inject(model, peftk.BitFitConfig())
@@ -276,7 +276,7 @@ def test_every_truncation_is_refused(tmp_path: pathlib.Path) -> None:
     peftk.load_adapter(model, tmp_path)
 
 
-def test_configs_of_three_libraries_are_told_apart() -> None:
+def test_configs_of_three_libraries_are_distinguished() -> None:
     assert files.checkpoint_format({"peft_type": "IA3", "config": {}, "model_type": "bert"}) == "peft"
     assert files.checkpoint_format({"config": {}, "model_type": "bert", "name": "x"}) == "adapterhub"
     assert files.checkpoint_format({"peftk": 1, "methods": []}) == "peftk"
@@ -286,7 +286,7 @@ def test_configs_of_three_libraries_are_told_apart() -> None:
 
 
 class _OneBias(nn.Module):
-    """Two linears that hold one bias, as BertForMaskedLM's decoder and the module around it do."""
+    """Two linears that share a bias, like BertForMaskedLM's decoder and the module around it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,8 +299,8 @@ class _OneBias(nn.Module):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_bias_of_two_modules_comes_from_peft(tmp_path: pathlib.Path, bias: str) -> None:
-    """PEFT writes it by both names."""
+def test_a_shared_bias_loads_from_peft(tmp_path: pathlib.Path, bias: str) -> None:
+    """PEFT writes it under both names."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["a"], bias=bias, init_lora_weights=False)
     theirs, x = peft.get_peft_model(_OneBias(), config), torch.randn(4, 6)
@@ -324,7 +324,7 @@ def test_a_bias_of_two_modules_comes_from_peft(tmp_path: pathlib.Path, bias: str
 @pytest.mark.parametrize("format", ["peft", "peftk"])
 @pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
 def test_saved_while_merged(tmp_path: pathlib.Path, format: str, bias: str) -> None:
-    """lora_bias is in the merged bias, and so is not to be saved in a bias that trains."""
+    """While merged, the bias contains lora_bias, which must not be saved as a part of a trained bias."""
     model, x = _OneBias(), torch.randn(4, 6)
     model.b.bias = nn.Parameter(torch.randn(6))
     base = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Checkpoints in both directions with the real HF PEFT, on small BERT, GPT-2 (Conv1D) and T5 models."""
+"""Tests of checkpoints in both directions with HF PEFT, on small BERT, GPT-2 (Conv1D) and T5 models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"0.attention.self.query": 12},
     },
 }
-# what a batch can mix by token
+# checkpoints that a batch can mix by token
 SERVED = ("few", "patterns", "all", "layers", "lora_bias", "lora_only")
 
 
@@ -68,7 +68,7 @@ def _bert() -> nn.Module:
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100
     )
-    return _stirred(transformers.BertModel(config))
+    return _randomised(transformers.BertModel(config))
 
 
 def gpt2() -> nn.Module:
@@ -81,7 +81,7 @@ def _gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=2, n_positions=16, vocab_size=100, bos_token_id=0, eos_token_id=0
     )
-    return _stirred(transformers.GPT2Model(config))
+    return _randomised(transformers.GPT2Model(config))
 
 
 def t5() -> nn.Module:
@@ -94,10 +94,10 @@ def _t5() -> nn.Module:
     config = transformers.T5Config(
         d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100, decoder_start_token_id=0
     )
-    return _stirred(transformers.T5ForConditionalGeneration(config))
+    return _randomised(transformers.T5ForConditionalGeneration(config))
 
 
-# by name: the model, PEFT's config, what a batch is
+# by name: the model, PEFT's config, and the batch
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     **{name: (bert, config) for name, config in CONFIGS.items()},
     "gpt2": (gpt2, {"r": 4, "lora_alpha": 7, "target_modules": ["c_attn", "c_proj"], "rank_pattern": {"c_attn": 2}}),
@@ -107,11 +107,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 def sampled(*names: str) -> list[Any]:
-    """These cases, and the others in the exhaustive run."""
+    """These cases by default, and all others in the exhaustive run."""
     return [pytest.param(name, marks=[] if name in names else pytest.mark.full) for name in CASES]
 
 
-def _stirred(model: nn.Module) -> nn.Module:
+def _randomised(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():  # biases and LayerNorms of a new model are 0 and 1
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     return model.eval()
@@ -128,7 +128,7 @@ def hidden(model: nn.Module, rows: slice = slice(None)) -> torch.Tensor:
 
 
 def trained_by_peft(name: str) -> nn.Module:
-    """The model of a case with random numbers in all that PEFT trains."""
+    """The model of a case, with random values in everything that PEFT trains."""
     make, config = CASES[name]
     model = peft.get_peft_model(make(), peft.LoraConfig(**config)).eval()
     torch.manual_seed(2)
@@ -140,7 +140,7 @@ def trained_by_peft(name: str) -> nn.Module:
 
 def tensors_of(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     found = load_file(folder / "adapter_model.safetensors")
-    # with bias="all" PEFT writes biases of modules_to_save again under the names of its wrapper's insides
+    # with bias="all" PEFT writes biases of modules_to_save a second time, under names inside its wrapper
     return {k: v for k, v in found.items() if ".original_module." not in k and ".modules_to_save." not in k}
 
 
@@ -186,7 +186,7 @@ def test_from_peftk_to_peft_and_back(tmp_path: pathlib.Path, name: str) -> None:
         assert peftk.count_parameters(again) == peftk.count_parameters(ours)
 
 
-def test_checkpoints_of_peft_are_served(tmp_path: pathlib.Path) -> None:
+def test_multi_adapter_loads_checkpoints_of_peft(tmp_path: pathlib.Path) -> None:
     outputs = {None: hidden(bert())}
     for name in SERVED:
         model = trained_by_peft(name)
@@ -205,7 +205,7 @@ def test_checkpoints_of_peft_are_served(tmp_path: pathlib.Path) -> None:
     torch.testing.assert_close(hidden(base), outputs[None], atol=1e-5, rtol=1e-5)
 
 
-def test_conv1d_and_t5_are_served(tmp_path: pathlib.Path) -> None:
+def test_multi_adapter_with_conv1d_and_t5(tmp_path: pathlib.Path) -> None:
     for name in ("gpt2", "t5"):
         model = trained_by_peft(name)
         model.save_pretrained(tmp_path / name)
@@ -219,12 +219,12 @@ def test_conv1d_and_t5_are_served(tmp_path: pathlib.Path) -> None:
         torch.testing.assert_close(mixed[::2], plain[::2], atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_batch_cannot_mix_is_not_served(tmp_path: pathlib.Path) -> None:
+def test_multi_adapter_refuses_what_a_batch_cannot_mix(tmp_path: pathlib.Path) -> None:
     base = bert()
     server = peftk.MultiAdapter(base)
     modules = list(base.modules())
     for name, message in (
-        ("saved", r"expected adapters alone.*modules_to_save.*pooler.*load_adapter"),
+        ("saved", r"expected only adapters.*modules_to_save.*pooler.*load_adapter"),
         ("all biases", r"LayerNorm.*expected an nn.Linear or a Conv1D, got LayerNorm"),
     ):
         trained_by_peft(name).save_pretrained(tmp_path / name)
@@ -232,7 +232,7 @@ def test_what_a_batch_cannot_mix_is_not_served(tmp_path: pathlib.Path) -> None:
             server.load(name, tmp_path / name)
         assert server.names == []
         assert list(base.modules()) == modules
-    # all biases of linears alone are served: those of LayerNorms are the base model's
+    # biases of all linears can be loaded if those of LayerNorms are the base model's
     weights = load_file(tmp_path / "all biases" / "adapter_model.safetensors")
     own = dict(bert().named_parameters())
     for key in weights:
@@ -277,7 +277,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.parametrize("injected", [False, True])
 @pytest.mark.parametrize("at", [0, 13])
-def test_a_load_that_fails_half_way_leaves_the_model_as_it_was(
+def test_a_load_that_fails_half_way_does_not_change_the_model(
     everything: pathlib.Path, monkeypatch: pytest.MonkeyPatch, at: int, injected: bool
 ) -> None:
     model = bert()
@@ -332,16 +332,16 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
         "biases and modules_to_save that its",
     ),
     "a saved weight is missing": (_without("LayerNorm.weight"), "biases and modules_to_save that its"),
-    "an unknown tensor": (_add("base_model.model.encoder.layer.0.weight"), "does not account for"),
+    "an unknown tensor": (_add("base_model.model.encoder.layer.0.weight"), "beyond what its config names"),
     "an embedding's adapter": (
         _add("base_model.model.embeddings.word_embeddings.lora_embedding_A"),
-        "expected adapters of linears alone, got one of an embedding",
+        "expected only adapters of linears, got one of an embedding",
     ),
     "a smaller embedding": (
         _add("base_model.model.embeddings.word_embeddings.weight"),
         r"expected the size of the model's embeddings, \[100, 32\], got \[2, 2\]; .*resize_token_embeddings",
     ),
-    "no prefix": (_add("pooler.dense.lora_A.weight"), "expected keys base_model.model"),
+    "no prefix": (_add("pooler.dense.lora_A.weight"), "expected keys like base_model.model"),
     "an odd name": (_add("base_model.model.../../x.lora_A.weight"), "expected dotted names"),
     "a name of no module": (_add("base_model.model.a/b.lora_A.weight"), "a/b.lora_B.weight"),
     "one bias too many": (_add("base_model.model.nowhere.bias"), r"expected a bias of shape \[N\]"),
@@ -353,7 +353,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "another rank": (_other(r=4), "expected rank 4"),
     "no rank": (_other(r=None), "expected r to be"),
     "nan for alpha": (_other(lora_alpha=float("nan")), "expected lora_alpha to be"),
-    "an infinite scaling": (_other(lora_alpha=1e300), "expected a scaling that fp32 holds"),
+    "an infinite scaling": (_other(lora_alpha=1e300), "expected a scaling that fp32 can hold"),
     "another method": (_other(peft_type="IA3"), "expected peft_type 'LORA'"),
     "no method": (_other(peft_type=None), "expected peft_type 'LORA'"),
     "dora": (_other(use_dora=True), "got use_dora=True"),
@@ -368,7 +368,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
     "biases that are not said": (_other(bias="none"), "does not account for"),
     "modules that are not said": (
         _other(modules_to_save=None),
-        "that its config names; missing there: pooler.dense",
+        "that its config names; missing: pooler.dense",
     ),
     "modules of another kind": (_other(modules_to_save="pooler"), "expected modules_to_save"),
     "targets of another kind": (_other(target_modules=5), "target_modules"),
@@ -380,7 +380,7 @@ SPOILT: dict[str, tuple[Callable[..., None], str]] = {
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, everything: pathlib.Path, how: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: pathlib.Path, everything: pathlib.Path, how: str) -> None:
     weights = load_file(everything / "adapter_model.safetensors")
     config = json.loads((everything / "adapter_config.json").read_text())
     spoil, message = SPOILT[how]
@@ -395,7 +395,7 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path, everything: pathli
 
 
 def truncated(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Every class of damage by length: each byte of a config's and a header's first ones, and samples of the rest."""
+    """Truncations of every kind: at each byte of the config and the start of the header, and at samples of the rest."""
     for name, data in files.items():
         header = 8 + int.from_bytes(data[:8], "little") if name.endswith("safetensors") else len(data)
         lengths = {*range(12), *range(12, header, 97), header - 1, header, header + 1, *range(header, len(data), 4999)}
@@ -403,7 +403,7 @@ def truncated(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
             if length < len(data):
                 yield name, data[:length]
         yield name, data + b"x"
-        for at in (*range(0, min(len(data), 64), 3), *range(64, header, 211)):  # a bit that turned over
+        for at in (*range(0, min(len(data), 64), 3), *range(64, header, 211)):  # a flipped bit
             yield name, data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :]
 
 
@@ -440,19 +440,19 @@ def test_a_saved_embedding_that_is_the_head_too_is_refused(tmp_path: pathlib.Pat
         return transformers.GPT2LMHeadModel(about)
 
     model = peft.get_peft_model(gpt(), peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"]))
-    model.save_pretrained(tmp_path)  # PEFT trains a copy, which the head does not see
+    model.save_pretrained(tmp_path)  # PEFT trains a copy, which the head does not use
     with pytest.raises(peftk.CheckpointError, match=r"share no weight with others.*lm_head"):
         peftk.load_adapter(gpt(), tmp_path)
 
 
-def test_a_head_that_only_other_models_have_is_no_matter(tmp_path: pathlib.Path) -> None:
+def test_a_head_that_only_other_models_have_is_ignored(tmp_path: pathlib.Path) -> None:
     about = bert().config
 
     def headed() -> nn.Module:
         torch.manual_seed(0)
         return transformers.BertForSequenceClassification(about).eval()
 
-    # for SEQ_CLS, PEFT's config names "classifier" and "score", of which a model has one
+    # for SEQ_CLS, PEFT's config names both "classifier" and "score"; a model has one of them
     config = peft.LoraConfig(target_modules=["query"], task_type="SEQ_CLS")
     theirs = peft.get_peft_model(headed(), config).eval()
     torch.manual_seed(2)
@@ -485,7 +485,7 @@ def roberta() -> nn.Module:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """All that trains, elsewhere."""
+    """Sets everything that trains to new values."""
     torch.manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -505,7 +505,7 @@ def moved(model: nn.Module) -> nn.Module:
         (bert, ["ate.dense", "pooler"], ["intermediate.dense", "pooler.dense"]),
     ],
 )
-def test_names_that_end_anywhere_train_whole_as_in_peft(
+def test_names_that_match_any_ending_train_in_full_as_in_peft(
     tmp_path: pathlib.Path, make: Callable[[], nn.Module], saved: list[str] | None, head: list[str], bias: str
 ) -> None:
     fields: dict[str, Any] = {"r": 2, "target_modules": ["q_lin", "query"], "modules_to_save": saved, "bias": bias}
@@ -526,7 +526,7 @@ def test_names_that_end_anywhere_train_whole_as_in_peft(
     assert sum(p.numel() for p in injected.parameters() if p.requires_grad) == sum(
         p.numel() for p in theirs.parameters() if p.requires_grad
     )
-    # and what PEFT reads of it
+    # and what PEFT loads
     peftk.save_adapter(moved(injected), tmp_path / "ours", format="peft")
     back = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
     torch.testing.assert_close(hidden(back), hidden(injected), atol=1e-5, rtol=1e-5)
@@ -546,7 +546,7 @@ OF_PEFT: dict[str, Callable[[], nn.Module]] = {
     "a prompt": lambda: peft.get_peft_model(
         bert(), peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
     ),
-    "a module that trains whole": lambda: nn.Sequential(
+    "a module that trains in full": lambda: nn.Sequential(
         nn.Linear(4, 4), peft.utils.other.ModulesToSaveWrapper(nn.Linear(4, 4), "default")
     ),
 }
@@ -577,11 +577,11 @@ def test_a_model_with_adapters_of_peft_is_refused(made: str, everything: pathlib
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_a_model_that_peft_has_left_is_taken() -> None:
+def test_a_model_without_pefts_adapters_any_more_is_accepted() -> None:
     assert peftk.inject(with_lora().merge_and_unload(), peftk.LoraConfig(r=2, target_modules=["query"]))
 
 
-def test_a_config_of_peft_is_refused_and_its_fields_are_taken() -> None:
+def test_a_config_of_peft_is_refused_but_its_fields_are_accepted() -> None:
     theirs = peft.LoraConfig(target_modules=["query", "value"], exclude_modules=["0.attention.self.query"])
     for wrong in (theirs, [theirs]):
         with pytest.raises(TypeError, match=r"config: .*got HF PEFT's LoraConfig; peftk.LoraConfig has its fields"):

@@ -1,4 +1,4 @@
-"""`peftk.accelerate` beside plain HF PEFT: a copy of the same model that was not accelerated."""
+"""Tests of `peftk.accelerate` against plain HF PEFT: a copy of the same model that was not accelerated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ K, N, M = 48, 40, 6
 
 
 class Two(nn.Module):
-    """A Linear, a Conv1D and a Linear without bias, with a non-linearity between; checkpointed where asked."""
+    """A Linear, a Conv1D and a Linear without bias, with activations between; optionally with checkpointing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Two(nn.Module):
 def pair(
     *adapters: str, base: nn.Module | None = None, dtype: torch.dtype = torch.float32, **config: Any
 ) -> tuple[Any, Any]:
-    """A PEFT model and an accelerated copy, in eval mode. Every adapter has another rank."""
+    """A PEFT model and an accelerated copy, in eval mode. Each adapter has a different rank."""
     torch.manual_seed(0)
     names = adapters or ("default",)
     model: Any = None
@@ -78,7 +78,7 @@ def layers(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def only_ours() -> Iterator[None]:
-    """Within it an accelerated layer may not fall back to PEFT's own forward."""
+    """Within the `with`, an accelerated layer must not fall back to PEFT's own forward."""
     forward = peft.tuners.lora.Linear.forward
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +97,7 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def no_worse(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
-    """As near to fp64 as plain PEFT is, but for the roundings of three layers' outputs, which are of dtype."""
+    """Checks that the error against fp64 is no larger than plain PEFT's, apart from rounding three outputs to dtype."""
     assert actual.dtype == plain.dtype
     assert actual.shape == plain.shape
     ours, theirs = ((y.double() - exact).norm() / exact.norm() for y in (actual, plain))
@@ -105,8 +105,8 @@ def no_worse(actual: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -
 
 
 def close(actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    """Both are rounded: plain PEFT's fp32 is no better than ours, so twice the norm of `tests.support.numerics` for
-    outputs."""
+    """Both are rounded, and plain PEFT's fp32 is no better than ours, so outputs may differ by twice the norm of
+    `tests.support.numerics`."""
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[actual.dtype] * scale
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -137,7 +137,7 @@ def forward_and_gradients() -> list[Any]:
         for adapters in ("one", "two active"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 often = dtype == torch.bfloat16 if form in ("plain", "bias") else dtype == torch.float32
-                if form != "bias trains" or adapters == "one":  # PEFT lets one adapter train biases
+                if form != "bias trains" or adapters == "one":  # in PEFT, only one adapter may train biases
                     cases.append(pytest.param(form, dtype, adapters, marks=() if often else every))
     return cases
 
@@ -161,7 +161,7 @@ def test_forward_and_gradients(form: str, dtype: torch.dtype, adapters: str) -> 
         no_worse(grad, grads(plain)[name], grads(exact)[name], dtype)
     accelerated.eval()
     with torch.no_grad(), only_ours():
-        assert torch.equal(accelerated(x), actual)  # the way without gradients is another, its numbers are the same
+        assert torch.equal(accelerated(x), actual)  # without gradients a different path runs, with the same numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -222,7 +222,7 @@ def test_peft_is_not_imported_for_others() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_what_is_added_later_is_accelerated() -> None:
+def test_layers_that_are_added_later_are_accelerated() -> None:
     plain, accelerated = pair(target_modules=["a"])
     more = peft.LoraConfig(r=2, target_modules=["a", "c"], init_lora_weights=False)
     for model in (plain, accelerated):
@@ -246,7 +246,7 @@ def test_disabled_adapters_and_set_scale() -> None:
     x = torch.randn(M, K)
     before = accelerated(x)
     with accelerated.disable_adapter(), plain.disable_adapter():
-        assert torch.equal(accelerated(x), plain(x))  # the base model's, to the bit
+        assert torch.equal(accelerated(x), plain(x))  # the base model's bits
         assert list(peftk.explain(accelerated).peft) == ["adapters are disabled, which leaves the base layer itself"]
     for model in (plain, accelerated):
         for layer in layers(model):
@@ -276,7 +276,7 @@ def test_mixed_batch(form: str, shape: tuple[int, ...]) -> None:
             actual = accelerated(x, adapter_names=names)
         with torch.no_grad():
             close(actual, plain(x, adapter_names=names))
-        # what the kernels know of the adapters follows when they move or change
+        # the kernels' table follows when adapters move or change
         for model in (plain, accelerated):
             for layer in layers(model):
                 for adapter in layer.lora_A:
@@ -288,7 +288,7 @@ def test_mixed_batch(form: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
-def test_a_mixed_batch_follows_scalings_that_alone_change(lora_bias: bool) -> None:
+def test_a_mixed_batch_follows_changes_of_only_the_scaling(lora_bias: bool) -> None:
     plain, accelerated = pair("default", "other", "third", lora_bias=lora_bias, target_modules=["a", "b"])
     x, before = torch.randn(M, K), None
     for factor in (1.0, 3.0, -0.5):
@@ -328,7 +328,7 @@ def test_mixed_batches_train(reentrant: bool | None, mode: str) -> None:
     accelerated.base_model.model.reentrant = reentrant
     with only_ours():
         loss = accelerated(x.clone().requires_grad_(), adapter_names=names).square().sum()
-        with torch.no_grad():  # another batch before the backward, whose names are not those of the recomputation
+        with torch.no_grad():  # a different batch before the backward; the recomputation must not use its names
             accelerated(x[:2], adapter_names=["third", "__base__"])
             accelerated(x)
         loss.backward()
@@ -338,7 +338,7 @@ def test_mixed_batches_train(reentrant: bool | None, mode: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_mixed_batches_train_where_layers_stay_pefts(reentrant: bool) -> None:
-    """An embedding's adapter is PEFT's, and so is a layer with hooks: a checkpoint gives them the names again too."""
+    """An embedding's adapter and a layer with hooks stay PEFT's. Checkpoints that rerun them pass them the names."""
 
     class WithEmbedding(nn.Module):
         def __init__(self) -> None:
@@ -389,7 +389,7 @@ def test_mixed_batches_train_with_one_dropout() -> None:
     assert len(grads(accelerated)) == 12
     for layer in layers(accelerated):
         layer.lora_dropout["other"] = nn.Dropout(0.25)
-    accelerated(x, adapter_names=names)  # a mask for each: PEFT's own
+    accelerated(x, adapter_names=names)  # each adapter has its own mask: PEFT's code runs
     with pytest.raises(AssertionError, match="PEFT's own forward ran"), only_ours():
         accelerated(x, adapter_names=names)
 
@@ -401,7 +401,7 @@ def test_names_that_do_not_fit() -> None:
         for model in (plain, accelerated):
             with pytest.raises(ValueError, match=message):
                 model(x, adapter_names=names)
-    with only_ours():  # PEFT would leave its hooks behind
+    with only_ours():  # PEFT would not remove its hooks
         close(accelerated(x), pair("default", "other")[0](x))
     accelerated.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
@@ -434,7 +434,7 @@ def test_threads_have_batches_of_their_own() -> None:
     def work(number: int) -> None:
         with torch.no_grad():
             for _ in range(20):
-                with peft_batch.entered(batches[number]):
+                with peft_batch.share_batch(batches[number]):
                     y = x
                     y = accelerated.base_model.model.a(y, adapter_names=batches[number])
                     y = accelerated.base_model.model.b(torch.tanh(y), adapter_names=batches[number])
@@ -458,7 +458,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_cycles_give_back_every_bit(dtype: torch.dtype) -> None:
+def test_merge_cycles_restore_every_bit(dtype: torch.dtype) -> None:
     plain, model = pair("default", "other", "third", dtype=dtype, lora_bias=True, target_modules=["a", "b"])
     before, x = weights(model), torch.randn(M, K).to(dtype)
     expected = model(x)
@@ -493,7 +493,7 @@ def test_merged_copies_and_pickles_unmerge() -> None:
         for now, then in zip(weights(other), before, strict=True):
             assert torch.equal(now, then)
     with model.disable_adapter():
-        model(torch.randn(M, K))  # PEFT unmerges where adapters are disabled
+        model(torch.randn(M, K))  # PEFT unmerges if adapters are disabled
     for now, then in zip(weights(model), before, strict=True):
         assert torch.equal(now, then)
 
@@ -505,7 +505,7 @@ def reloaded(model: nn.Module) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def test_what_peft_merged_is_pefts_to_unmerge() -> None:
+def test_adapters_that_peft_merged_are_unmerged_by_peft() -> None:
     plain, _ = pair("default", "other")
     before = weights(plain)
     plain.merge_adapter(["default"])
@@ -515,7 +515,7 @@ def test_what_peft_merged_is_pefts_to_unmerge() -> None:
         accelerated.merge_adapter(["other"])
     accelerated.unmerge_adapter()
     for now, then in zip(weights(accelerated), before, strict=True):
-        torch.testing.assert_close(now, then)  # not the bits, which PEFT's subtraction does not give
+        torch.testing.assert_close(now, then)  # PEFT's subtraction does not restore the bits
     assert not any(
         torch.equal(now, then) for now, then in zip(weights(accelerated), merged, strict=True) if now.dim() > 1
     )
@@ -551,7 +551,7 @@ def test_a_merge_that_is_not_finite_changes_nothing(safe_merge: bool) -> None:
             tensor.copy_(kept)
 
 
-def test_what_no_merge_can_write_to_is_not_said_to_be_broken() -> None:
+def test_a_weight_that_cannot_be_written_is_not_reported_as_broken() -> None:
     _, model = pair()
     base = model.base_model.model.a.base_layer
     base.weight = nn.Parameter(torch.ones(1, K).expand(N, K), requires_grad=False)
@@ -559,7 +559,7 @@ def test_what_no_merge_can_write_to_is_not_said_to_be_broken() -> None:
         model.merge_adapter()
 
 
-def test_lora_bias_without_a_place_in_the_base_layer() -> None:
+def test_lora_bias_without_a_bias_in_the_base_layer() -> None:
     with pytest.warns(UserWarning, match="has no bias"):
         _, model = pair(lora_bias=True, target_modules=["c"], base=Two())
     before = weights(model)
@@ -570,8 +570,8 @@ def test_lora_bias_without_a_place_in_the_base_layer() -> None:
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize(("kind", "safe_merge"), [("linear", False), ("linear", True), ("dora", True)])
-def test_a_merge_that_one_layer_refuses_leaves_all(call: str, safe_merge: bool, kind: str) -> None:
-    """DoRA's layers stay PEFT's own, which go back to copies."""
+def test_a_merge_that_one_layer_refuses_changes_no_layer(call: str, safe_merge: bool, kind: str) -> None:
+    """DoRA layers stay PEFT's; they are restored from copies."""
     _, model = pair("default", "other", use_dora=kind == "dora", r=3)
     x = torch.randn(M, K)
     with torch.no_grad():
@@ -603,7 +603,7 @@ def test_merge_and_unload() -> None:
 def test_decelerate() -> None:
     plain, model = pair("default", "other")
     x = torch.randn(M, K)
-    model(x, adapter_names=NAMES[:1] * M)  # leaves a table behind
+    model(x, adapter_names=NAMES[:1] * M)  # makes the layer cache a table
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"expected unmerged layers, got base_model\.model\.a with default merged"):
         peftk.decelerate(model)
@@ -618,7 +618,7 @@ def test_decelerate() -> None:
         model(x, adapter_names=NAMES)
 
 
-# -- PEFT's ways with adapters
+# -- PEFT's operations on adapters
 
 
 @pytest.mark.parametrize("combination", ["linear", "cat", "svd", "ties", "dare_linear"])
@@ -673,7 +673,7 @@ def test_hotswap(tmp_path: pathlib.Path) -> None:
     accelerated.unmerge_adapter()
 
 
-# -- torch's ways with modules
+# -- torch's features for modules
 
 
 @pytest.mark.parametrize(
@@ -755,7 +755,7 @@ def test_inference_mode_and_hooks_of_the_layer() -> None:
     assert len(seen) == 1
 
 
-# -- what keeps PEFT's path
+# -- cases in which PEFT's code runs
 
 
 def hook(layer: Any) -> None:
@@ -775,11 +775,11 @@ def replace_the_forward(layer: Any) -> None:
     linear.forward = lambda x: nn.functional.linear(x, linear.weight)
 
 
-def another_dropout(layer: Any) -> None:
+def different_dropout(layer: Any) -> None:
     layer.lora_dropout["default"] = nn.Hardtanh()
 
 
-def a_weight_of_a_type_of_its_own(layer: Any) -> None:
+def weight_subclass(layer: Any) -> None:
     class Quantized(nn.Parameter):
         pass
 
@@ -790,7 +790,7 @@ def parametrized(layer: Any) -> None:
     nn.utils.parametrizations.weight_norm(layer.base_layer)
 
 
-def another_base_layer(layer: Any) -> None:
+def different_base_layer(layer: Any) -> None:
     class Shifted(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
@@ -805,13 +805,13 @@ def another_base_layer(layer: Any) -> None:
         (hook_of_the_adapter, "lora_A, lora_B or lora_dropout have hooks"),
         (train_the_weight, "the base layer's weight trains"),
         (replace_the_forward, "the base layer has hooks or a forward of its own"),
-        (another_dropout, "lora_dropout is a Hardtanh"),
-        (a_weight_of_a_type_of_its_own, "the weight is a Quantized"),
+        (different_dropout, "lora_dropout is a Hardtanh"),
+        (weight_subclass, "the weight is a Quantized"),
         (parametrized, "ParametrizedLinear|weight is computed"),
-        (another_base_layer, "the base layer is a Shifted"),
+        (different_base_layer, "the base layer is a Shifted"),
     ],
 )
-def test_what_is_not_ours_is_pefts(change: Any, reason: str) -> None:
+def test_unsupported_layers_run_pefts_code(change: Any, reason: str) -> None:
     plain, accelerated = pair(target_modules=["a"])
     for model in (plain, accelerated):
         change(model.base_model.model.a)
@@ -824,7 +824,7 @@ def test_what_is_not_ours_is_pefts(change: Any, reason: str) -> None:
     accelerated.unmerge_adapter()
 
 
-def test_float64_and_other_inputs_are_pefts() -> None:
+def test_float64_and_other_inputs_run_pefts_code() -> None:
     plain, accelerated = pair()
     plain.double(), accelerated.double()
     x = torch.randn(M, K, dtype=torch.float64)
@@ -842,7 +842,7 @@ def test_float64_and_other_inputs_are_pefts() -> None:
 @pytest.mark.parametrize(
     "use", [{"use_dora": True}, {"init_lora_weights": True, "use_dora": True, "lora_dropout": 0.1}]
 )
-def test_dora_keeps_pefts_path(use: dict[str, Any]) -> None:
+def test_dora_runs_pefts_code(use: dict[str, Any]) -> None:
     plain, accelerated = pair(**use)
     x = torch.randn(M, K)
     assert torch.equal(accelerated(x), plain(x))
@@ -854,7 +854,7 @@ def test_dora_keeps_pefts_path(use: dict[str, Any]) -> None:
         model.merge_adapter()
     for ours, theirs in zip(weights(accelerated), weights(plain), strict=True):
         assert torch.equal(ours, theirs)
-    with accelerated.disable_adapter(), plain.disable_adapter():  # which unmerges, and gives a Conv1D's W new storage
+    with accelerated.disable_adapter(), plain.disable_adapter():  # this unmerges, and gives a Conv1D's W new storage
         torch.testing.assert_close(accelerated(x), plain(x))
     for now, then in zip(weights(accelerated), before, strict=True):
         torch.testing.assert_close(now, then)
@@ -875,7 +875,7 @@ def test_explain() -> None:
     assert peftk.explain(layer, M=4, backend="reference").backend == "reference"
 
 
-def test_multihead_attention_is_pefts() -> None:
+def test_multihead_attention_runs_pefts_code() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Every method on every family of models, by its config: identity, what trains, gradients, copies, errors."""
+"""Tests every method, by its config, on every family of models: identity, what trains, gradients, copies, errors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_identity_at_initialisation_and_what_trains(family: str, method: str) ->
     with torch.no_grad():
         after = run(model)
     if method in REPLACING or family == "torch_encoder":
-        # one rounding a layer may fall otherwise: the fused base's, or that of torch's own inference path
+        # one rounding per layer may differ: that of the fused base layer, or of torch's inference path
         torch.testing.assert_close(after, before)
     else:
         assert torch.equal(after, before)
@@ -73,7 +73,7 @@ def test_identity_at_initialisation_and_what_trains(family: str, method: str) ->
     start = {name: p.clone() for name, p in model.named_parameters()}
     pulled = set()
     for _ in range(3):
-        # factors whose partner is zero have a gradient from the second step on
+        # a factor whose partner is zero has a gradient only from the second step on
         optimizer.zero_grad()
         (run(model) * torch.linspace(-1, 1, after.numel()).view_as(after)).sum().backward()
         pulled |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
@@ -86,7 +86,7 @@ def test_identity_at_initialisation_and_what_trains(family: str, method: str) ->
 
 
 def _may_rest(name: str) -> bool:
-    """Parameters without a gradient in these models: keys' biases shift all scores alike; the pooler's are not used."""
+    """Parameters without a gradient in these models: keys' biases shift all scores equally; the pooler is not used."""
     return name.endswith(("key.bias", "k_proj.bias")) or "token_type" in name
 
 
@@ -111,7 +111,7 @@ def test_counts(family: str) -> None:
 
 
 def test_where_bert_gets_its_adapters() -> None:
-    """Behind dropout, before the skip is added: the paper's place, written out."""
+    """After dropout, before the skip is added, as in the paper; here written out."""
     from transformers.models.bert.modeling_bert import BertOutput, BertSelfOutput
 
     model = MODELS["bert"]().double()
@@ -136,7 +136,7 @@ def test_where_bert_gets_its_adapters() -> None:
 
 
 def test_where_bert_gets_parallel_adapters() -> None:
-    """x of the feed-forward block, and its result before the skip is added."""
+    """Input: x of the feed-forward block. Added to: its result, before the skip is added."""
     from transformers.models.bert.modeling_bert import BertLayer
 
     model = MODELS["bert"]().double()
@@ -162,7 +162,7 @@ def test_where_bert_gets_parallel_adapters() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_where_decoders_get_their_adapters(family: str) -> None:
-    """Behind, and beside, the feed-forward blocks, whose classes are patched to say the same."""
+    """After and beside the feed-forward blocks; their classes are patched to compute the same."""
     block = {"gpt2": "GPT2MLP", "llama": "LlamaMLP", "t5": "T5DenseActDense"}[family]
     model = MODELS[family]().double()
     plain = copy.deepcopy(model)
@@ -170,7 +170,7 @@ def test_where_decoders_get_their_adapters(family: str) -> None:
     peftk.inject(model, [peftk.ParallelAdapterConfig(bottleneck=R), series])
     randomised(model)
     adapters = [module for module in model.modules() if isinstance(module, Attached)]
-    # by layer: the parallel one, and the series one behind it
+    # by layer: the parallel adapter, and the series adapter after it
     pairs = [
         [next(m for m in model.get_submodule(layer.name).modules() if isinstance(m, Attached) and m.name == name)
          for name in ("parallel_adapter", "series_adapter")]
@@ -195,7 +195,7 @@ def test_where_decoders_get_their_adapters(family: str) -> None:
 
 
 def agree(model: nn.Module, plain: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Outputs and the gradients of the parameters, in fp64."""
+    """Compares outputs and the parameters' gradients, in fp64."""
     results = [run(model), run(plain)]
     torch.testing.assert_close(*results)
     direction = torch.linspace(-1, 1, results[0].numel(), dtype=torch.float64).view_as(results[0])
@@ -204,7 +204,7 @@ def agree(model: nn.Module, plain: nn.Module, parameters: list[nn.Parameter]) ->
     assert all(grad.abs().max() > 0 for grad in grads[0])
 
 
-# LLaMA-Adapter beside HF PEFT's
+# LLaMA-Adapter compared with HF PEFT's
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -229,7 +229,7 @@ def test_llama_adapter_computes_what_pefts_adaption_prompt_does(layers: int) -> 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "qwen3", "t5"])
 def test_llama_adapter_asks_with_the_layers_own_queries(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the model's own attention function gets them: rotated, normalised, scaled."""
+    """The queries are those that the model's attention function gets: rotated, normalised, scaled."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = MODELS[family]().double()
@@ -340,12 +340,12 @@ def test_several_methods_at_once(order: list[str]) -> None:
     randomised(model)
     loss = run(model).square().sum()
     grads = dict(zip(trained, torch.autograd.grad(loss, [model.get_parameter(n) for n in trained]), strict=True))
-    # a key's bias adds the same to all scores, so softmax takes it away; the prompt has a softmax of its own
+    # a key's bias adds the same to all scores, so softmax cancels it; the prompt has a softmax of its own
     assert all(g.abs().max() > 0 for n, g in grads.items() if not n.endswith("key.bias"))
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_head_trains_whole_beside_bitfit(order: int) -> None:
+def test_a_head_trains_in_full_beside_bitfit(order: int) -> None:
     model = MODELS["bert"]()
     before = run(model)
     peftk.inject(model, [peftk.BitFitConfig(), peftk.HeadConfig()][::order])
@@ -395,13 +395,13 @@ def test_adapters_of_a_16_bit_model_train_in_fp32() -> None:
 
 
 def test_padded_batches_through_torchs_encoder() -> None:
-    """In inference torch's encoder would go past hooks, and past modules in the place of its linears."""
+    """In inference, torch's encoder would skip hooks, and modules that replace its linears."""
     model = MODELS["torch_encoder"]()
     peftk.inject(model, [METHODS["series"], METHODS["parallel"]])
     randomised(model)
     ids = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(3))
     padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
-    wanted = model(ids, padding)  # parameters want gradients
+    wanted = model(ids, padding)  # parameters require gradients
     with torch.no_grad():
         found = model(ids, padding)
     torch.testing.assert_close(found[~padding], wanted[~padding])
@@ -552,7 +552,7 @@ def test_bad_fields(make: Any, message: str) -> None:
         ),
     ],
 )
-def test_a_list_of_any_form_says_the_same(family: str, make: Any, form: Any) -> None:
+def test_lists_of_any_form_are_equivalent(family: str, make: Any, form: Any) -> None:
     configs = [make(list), make(form)]
     assert configs[0] == configs[1]
     assert json.loads(json.dumps(fields_of(configs[1]))) == fields_of(configs[0])
@@ -587,7 +587,7 @@ def test_a_list_of_any_form_says_the_same(family: str, make: Any, form: Any) -> 
         (peftk.SeriesAdapterConfig(4, leave_out=1), peftk.SeriesAdapterConfig(4, leave_out=range(1, 2))),
     ],
 )  # fmt: skip
-def test_numbers_of_numpy_and_python_say_the_same(numpys: Any, pythons: Any) -> None:
+def test_numbers_of_numpy_and_python_are_equivalent(numpys: Any, pythons: Any) -> None:
     assert numpys == pythons
     assert json.loads(json.dumps(fields_of(numpys))) == fields_of(pythons)
 
@@ -600,7 +600,7 @@ def test_numbers_of_numpy_and_python_say_the_same(numpys: Any, pythons: Any) -> 
         ("bert", peftk.AdapterHubConfig(leave_out=[0, 5]), "leave_out: the model has no layer 5"),
     ],
 )
-def test_names_and_numbers_that_mean_nothing_are_told(family: str, config: Any, message: str) -> None:
+def test_names_and_numbers_that_match_nothing_give_a_warning(family: str, config: Any, message: str) -> None:
     with pytest.warns(UserWarning, match=message):
         peftk.inject(MODELS[family](), config)
 
@@ -610,23 +610,23 @@ def test_names_and_numbers_that_mean_nothing_are_told(family: str, config: Any, 
     [
         ("bert", peftk.SeriesAdapterConfig(4, where=["nonesuch"]), "where: expected to match some module of the model"),
         ("bert", peftk.SeriesAdapterConfig(4, leave_out=[2]), "leave_out: expected numbers of the model's layers"),
-        ("bert", peftk.SeriesAdapterConfig(4, leave_out=[0, 1]), "leave_out: expected to leave some of the layers"),
+        ("bert", peftk.SeriesAdapterConfig(4, leave_out=[0, 1]), "leave_out: expected some layer to remain"),
         ("bert", peftk.SeriesAdapterConfig(4, where=["encoder.layer"]), "module: expected one that isn't a container"),
-        ("bert", peftk.SeriesAdapterConfig(4, where=["word_embeddings", "bert"]), "where: expected a module whose"),
+        ("bert", peftk.SeriesAdapterConfig(4, where=["word_embeddings", "bert"]), "expected a module with linears"),
         ("torch_encoder", peftk.ParallelAdapterConfig(4, where=["out_proj"]), "expected linears that are called"),
-        ("llama", peftk.BitFitConfig(), "biases: expected to match some module that has a bias, got 'all'"),
-        ("llama", peftk.BitFitConfig(["query"]), "biases: expected to match some module that has a bias, got 'query'"),
-        ("gpt2", peftk.BitFitConfig(["query"]), "biases: expected key, query, value together, which are one linear"),
+        ("llama", peftk.BitFitConfig(), "biases: expected to match some module with a bias, got 'all'"),
+        ("llama", peftk.BitFitConfig(["query"]), "biases: expected to match some module with a bias, got 'query'"),
+        ("gpt2", peftk.BitFitConfig(["query"]), "biases: expected key, query, value together, as one linear"),
         ("torch_encoder", peftk.LlamaAdapterConfig(), "attention: expected one that calls its projections"),
         ("bert", peftk.LlamaAdapterConfig(adapter_layers=3), "adapter_layers: expected at most the 2 layers of bert"),
-        ("llama", peftk.LlamaAdapterConfig(num_heads=5), "to make the 32 numbers of 5 queries"),
-        ("gpt2", peftk.HeadConfig(), "got lm_head.weight, which is transformer.wte.weight too"),
+        ("llama", peftk.LlamaAdapterConfig(num_heads=5), "to compute the 32 numbers of 5 queries"),
+        ("gpt2", peftk.HeadConfig(), "got lm_head.weight, which is also transformer.wte.weight"),
         ("bert", peftk.HeadConfig(modules=["nonesuch"]), "modules: expected to match some module of the model"),
         ("bert", peftk.HeadConfig(modules=["dropout"]), "modules: expected modules that have parameters"),
         ("bert", peftk.TopLayersConfig(3), "k: expected at most the 2 layers of bert.encoder.layer, got 3"),
         ("bert", peftk.TopLayersConfig(1, layers="bert"), "layers: expected the name of an nn.ModuleList, got 'bert'"),
         ("bert", [METHODS["series"], METHODS["series"]], "expected a Dropout without 'series_adapter'"),
-        ("bert", [METHODS["lora"], peftk.TopLayersConfig(1)], "to train in no other method"),
+        ("bert", [METHODS["lora"], peftk.TopLayersConfig(1)], "to be frozen, as LoRALinear needs it"),
     ],
 )  # fmt: skip
 def test_an_error_leaves_the_model_as_it_was(family: str, config: Any, message: str) -> None:

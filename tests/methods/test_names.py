@@ -1,4 +1,4 @@
-"""What a LoraConfig adapts and trains in models of transformers, next to what HF PEFT does with the same fields.
+"""Tests that a LoraConfig adapts and trains the same in models of transformers as HF PEFT does with the same fields.
 
 A config's fields are drawn from the names that a model has: their ends, the whole of them, parts of them that begin at
 no dot, regular expressions made of them, and names that it does not have, in every form that a field takes.
@@ -37,7 +37,7 @@ EXPERTS = "other targets than those given"
 
 
 class Done(NamedTuple):
-    """What a config did: the linears with their rank and alpha, what of the model itself trains, and what was said."""
+    """What a config did: the linears with rank and alpha, the model's own parameters that train, and the warnings."""
 
     adapted: dict[str, tuple[int, float]]
     trained: set[str]
@@ -62,14 +62,14 @@ def by_peft(base: nn.Module, fields: dict[str, Any]) -> Done:
         return Done({}, set(), told, error)
     adapted, trained = {}, set()
     for name, module in model.named_modules():
-        # those that stand in modules that train whole are what peftk refuses, or "all-linear" leaves out
+        # peftk refuses linears in modules that train in full, and "all-linear" leaves them out
         whole = any(inside(_plain(name), kept) for kept in fields.get("modules_to_save", ()))
         if isinstance(module, LoraLayer) and not whole and "original_module" not in name:
             adapted[_plain(name)] = (module.r["default"], module.lora_alpha["default"])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:
             trained.add(_plain(name))
-    # nn.MultiheadAttention never calls this one
+    # nn.MultiheadAttention does not call this one
     unused = [name for name in adapted if type(base.get_submodule(name)) is NonDynamicallyQuantizableLinear]
     for name in unused:
         del adapted[name]
@@ -78,7 +78,7 @@ def by_peft(base: nn.Module, fields: dict[str, Any]) -> Done:
 
 
 def _rewritten(given: Any, kept: Any) -> bool:
-    """Whether PEFT made other targets of these than it says that it does of a list or "all-linear"."""
+    """Whether PEFT made different targets of these than it documents for a list or "all-linear"."""
     if isinstance(given, str):
         return given.lower() != "all-linear" and kept != given
     return set(given) != set(kept)
@@ -92,13 +92,13 @@ def by_peftk(model: nn.Module, fields: dict[str, Any]) -> Done:
             plan = peftk.LoraConfig(**fields).plan(model)
         except (TypeError, ValueError) as error:
             return Done({}, set(), [], error)
-    # a module that has several names has one of them in PEFT
+    # in PEFT, a module with several names has only one of them
     adapted = {first[id(model.get_submodule(name))]: (layer.r, layer.lora_alpha) for name, layer in plan.layers.items()}
     return Done(adapted, set(plan.trained), [str(one.message) for one in told])
 
 
 def _plain(name: str) -> str:
-    """A name without what PEFT puts between its parts."""
+    """A name without the parts that PEFT inserts."""
     return re.sub(r"\.(modules_to_save\.default|base_layer)(?=\.|$)", "", name)
 
 
@@ -106,7 +106,7 @@ FORMS = (list, tuple, set, frozenset, lambda names: dict.fromkeys(names).keys(),
 
 
 def draw(model: nn.Module, rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of a config for the model, as PEFT takes them, and the same in other forms."""
+    """Random fields of a config for the model, as PEFT takes them, and the same in equivalent forms."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = [name for name, module in modules.items() if isinstance(module, LINEARS)]
 
@@ -195,26 +195,26 @@ def draw(model: nn.Module, rng: random.Random) -> tuple[dict[str, Any], dict[str
     return {"r": 1, **fields}, {"r": np.int64(1), **others}
 
 
-# What peftk refuses and PEFT takes, by what it says.
+# What peftk refuses and PEFT takes: peftk's message, and the reason.
 REFUSED = {
-    r"alone, got \S+, of class (\w*Embedding|Conv[123]d|MultiheadAttention)$": "PEFT adapts these, peftk linears only",
+    r"only linears .*, of class (\w*Embedding|Conv[123]d|MultiheadAttention)$": "PEFT adapts these, peftk linears only",
     "expected nn.Linear's own forward": "PEFT adapts whatever has nn.Linear for a base class",
-    "that is called, is no output embedding": "PEFT puts adapters into what trains whole",
+    "that is called, is not the output embedding": "PEFT puts adapters into modules that train in full",
     "whose weight MultiheadAttention reads itself": "PEFT's adapter there is never called",
     "modules_to_save: expected names of modules that have parameters": "PEFT passes over names that mean nothing",
     "modules_to_save: expected modules with parameters of their own": "PEFT trains a copy, not what others share",
-    "modules_to_save: expected modules apart from each other": "PEFT never calls the inner one's copy that it trains",
+    "modules_to_save: expected no module inside of another": "PEFT never calls the inner one's copy that it trains",
     "modules_to_save: expected modules without adapters": "PEFT trains W beside the adapter, in a copy of both",
 }
-# What PEFT refuses and peftk takes: PEFT's words, and what peftk warns of, if anything.
+# What PEFT refuses and peftk takes: PEFT's message, and peftk's warning, if any.
 TAKEN = {
     "not found in the base model|No modules were targeted": "HF PEFT reads no layer number",
     "Cannot convert PEFT target": "",  # see EXPERTS
-    "cannot be applied to modules of type .*lora": "",  # "all-linear" leaves out what trains whole
+    "cannot be applied to modules of type .*lora": "",  # "all-linear" leaves out modules that train in full
     "incompatible with Mamba-based models": "",  # PEFT goes by names
     "`get_input_embeddings` not auto.handled": "",  # PEFT looks for tied weights before it looks at targets
 }
-# Of what PEFT warns, peftk does, too.
+# Warnings of PEFT that peftk gives too.
 WARNED = {
     "no modules were excluded": "exclude_modules",
     "rank_pattern keys": "rank_pattern",
@@ -223,7 +223,7 @@ WARNED = {
 
 
 def difference(model: nn.Module, fields: dict[str, Any], others: dict[str, Any]) -> str | None:
-    """What peftk does otherwise than PEFT, in words, where it may not."""
+    """A text about what peftk does differently from PEFT, if that is not allowed."""
     theirs, ours = by_peft(model, fields), by_peftk(model, others)
     if EXPERTS in theirs.told:
         return None
@@ -247,7 +247,7 @@ def difference(model: nn.Module, fields: dict[str, Any], others: dict[str, Any])
 
 
 def differences(name: str, configs: int) -> list[str] | None:
-    """Those of some configs drawn for an architecture; None where it can't be built, or has no linears."""
+    """The differences in random configs for an architecture; None if it cannot be built, or has no linears."""
     model = architectures.build(name)
     if model is None or not any(isinstance(module, LINEARS) for module in model.modules()):
         return None

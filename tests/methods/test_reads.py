@@ -1,4 +1,4 @@
-"""Linears whose weight a model reads itself: found by a run on fake tensors, or when the model does it; never by name.
+"""Tests how linears whose weight a model reads itself are found: by a run on fake tensors, or in the real forward.
 
 What is true is found by brute force: ΔW = BA in the weight, and beside the linear; where outputs differ, W is read.
 """
@@ -33,7 +33,6 @@ from peftk.checkpoints.files import CheckpointError
 from peftk.methods import trial
 from peftk.methods.inject import lora_layers
 from peftk.methods.sample_inputs import sample_inputs
-from peftk.methods.trial import look
 from peftk.nn import watched
 from peftk.nn.llama_adapter import Projections
 from peftk.nn.replace import fan_in_fan_out, is_linear
@@ -74,8 +73,8 @@ OTHERS = [
     *("mixtral", "granitemoe", "nllb-moe", "longt5", "switch_transformers", "rwkv", "patchtst", "flava", "blip"),
     *("gpt_bigcode", "bert masked", "m2m_100"),
 ]
-STOPS = {"switch_transformers"}  # whose run ends where it routes by values
-# the linears that these read and never call, by the ends of their names
+STOPS = {"switch_transformers"}  # its run stops where it routes by values
+# the linears that these architectures read and do not call, by the ends of their names
 READ = {
     "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
     "mamba": {"dt_proj"},
@@ -132,11 +131,11 @@ def with_numbers(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def truth(model: PreTrainedModel) -> tuple[set[str], set[str]]:
-    """Names of the linears that are called, and of those for which ΔW within W does more than beside the linear."""
+    """Names of the linears that are called, and of those where adding ΔW to W changes more than an adapter would."""
     for inputs in map(with_numbers, sample_inputs(model)):
         try:
             outputs(model, inputs)
-        except Exception:  # of another kind of model
+        except Exception:  # these inputs are for a different kind of model
             continue
         break
     called, read = set(), set()
@@ -167,9 +166,9 @@ def truth(model: PreTrainedModel) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize("spec", [*DEFAULT, *(pytest.param(spec, marks=FULL) for spec in OTHERS)])
-def test_what_a_run_on_fake_tensors_finds_is_true(spec: str, one_thread: None) -> None:
+def test_a_run_on_fake_tensors_finds_the_truth(spec: str, one_thread: None) -> None:
     model = built(spec)
-    found = look(model)
+    found = trial.run(model)
     called, read = truth(model)
     assert found.called == called or (spec in STOPS and found.called < called)
     assert found.read.keys() == read
@@ -184,7 +183,7 @@ def audio() -> Tensor:
     return torch.randn(1, 2000, generator=torch.Generator().manual_seed(0))
 
 
-# ---------------------------------------------------------------- what becomes of it
+# ---------------------------------------------------------------- what depends on it
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_an_adapter_that_would_do_nothing_is_refused(config: Any) -> None:
     assert trial._KEY not in model.__dict__
 
 
-def test_all_linear_leaves_them_out_and_the_checkpoint_goes_back_and_forth(tmp_path: pathlib.Path) -> None:
+def test_all_linear_leaves_them_out_and_checkpoints_round_trip(tmp_path: pathlib.Path) -> None:
     model = wavlm()
     names = peftk.inject(model, LoraConfig(r=2))
     assert names
@@ -257,7 +256,7 @@ def test_a_checkpoint_for_them_is_refused(tmp_path: pathlib.Path) -> None:
         assert trial._KEY not in model.__dict__
 
 
-def test_an_accelerated_peft_model_says_so() -> None:
+def test_an_accelerated_peft_model_warns_too() -> None:
     model = peft.get_peft_model(wavlm(), peft.LoraConfig(r=2, target_modules=["q_proj", "output_dense"]))
     with pytest.warns(UserWarning, match=r"WavLMAttention computes with the weight of .*layers\.0\.attention\.q_proj"):
         peftk.accelerate(model)
@@ -270,11 +269,11 @@ def test_an_accelerated_peft_model_says_so() -> None:
     assert not any(key.startswith("_peftk") for module in model.modules() for key in module.__dict__)
 
 
-# ---------------------------------------------------------------- models of one's own
+# ---------------------------------------------------------------- user-defined models
 
 
 class Fused(nn.Module):
-    """One linear that is called, `lin`, and one whose weight `use` gets."""
+    """`lin` is called; the weight of the other linear is passed to `use`."""
 
     def __init__(self, use: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -370,7 +369,7 @@ def test_looking_is_not_reading(use: Callable[[Any, Tensor], Tensor]) -> None:
 
 
 @each_reader
-def test_readers_are_told_at_the_first_forward(use: Callable[[Any, Tensor], Tensor]) -> None:
+def test_readers_give_a_warning_at_the_first_forward(use: Callable[[Any, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model = Fused(use)
     expected = model(rows())
@@ -384,7 +383,7 @@ def test_readers_are_told_at_the_first_forward(use: Callable[[Any, Tensor], Tens
     assert type(again) is Tensor
     weight = model.odd.weight.clone()
     for merge in (model.odd.merge, lambda: peftk.merge_adapter(model)):
-        with pytest.raises(ValueError, match="that its layer alone computes with, got one that Fused reads"):
+        with pytest.raises(ValueError, match="that only its layer computes with, got one that Fused reads"):
             merge()
     assert torch.equal(model.odd.weight, weight)
     assert not model.lin.merged
@@ -403,7 +402,7 @@ def test_looking_is_not_reading_at_the_first_forward(use: Callable[[Any, Tensor]
     peftk.merge_adapter(model)
 
 
-def test_a_served_model_tells_it_too(tmp_path: pathlib.Path) -> None:
+def test_a_model_of_a_multi_adapter_warns_too(tmp_path: pathlib.Path) -> None:
     model = Fused(READERS["linear"])
     peftk.inject(model, LORA)
     peftk.save_adapter(model, tmp_path)
@@ -417,17 +416,17 @@ def test_a_served_model_tells_it_too(tmp_path: pathlib.Path) -> None:
         server.load("one", tmp_path)
 
 
-def test_a_switch_to_another_adapter_is_a_merge(tmp_path: pathlib.Path) -> None:
+def test_switching_adapters_is_refused_like_a_merge(tmp_path: pathlib.Path) -> None:
     model = Fused(READERS["linear"])
     peftk.inject(model, LORA)
     peftk.save_adapter(model, tmp_path)
     with pytest.warns(UserWarning, match="odd"):
         model(rows())
-    with pytest.raises(ValueError, match="odd: weight: expected one that its layer alone computes with"):
+    with pytest.raises(ValueError, match="odd: weight: expected one that only its layer computes with"):
         peftk.switch_adapter(model, tmp_path)
 
 
-def test_gradients_of_what_reads_are_right() -> None:
+def test_gradients_through_a_reader_are_right() -> None:
     torch.manual_seed(0)
     model, x = Fused(READERS["packed"]), rows().requires_grad_()
     (expected,) = torch.autograd.grad(model(x).square().sum(), x)
@@ -453,7 +452,7 @@ def saved(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("how", [copied, pickled, saved])
-def test_copies_tell_it(how: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_warn_too(how: Callable[[nn.Module], nn.Module]) -> None:
     model = Fused(fused_in_place)
     peftk.inject(model, LoraConfig(r=2))
     for _ in range(2):
@@ -462,7 +461,7 @@ def test_copies_tell_it(how: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.warns(UserWarning, match="the weight of odd itself"):
         model(rows())
     without_warnings(lambda: how(model)(rows()))
-    with pytest.raises(ValueError, match="Fused reads itself"):
+    with pytest.raises(ValueError, match="Fused reads too"):
         how(model).odd.merge()
 
 
@@ -490,7 +489,7 @@ def test_an_expert_that_is_not_called_gets_its_adapter() -> None:
     assert names == ["experts.0.lin", "experts.1.lin", "experts.1.odd"]
 
 
-def test_outside_of_a_forward_the_weight_is_itself() -> None:
+def test_outside_of_a_forward_the_weight_is_no_alias() -> None:
     model = Fused(LOOKERS["dtype"])
     weight = model.odd.weight
     peftk.inject(model, LORA)
@@ -498,7 +497,7 @@ def test_outside_of_a_forward_the_weight_is_itself() -> None:
     without_warnings(lambda: rows() @ model.odd.weight)
 
 
-def test_watching_ends_after_some_looks() -> None:
+def test_watching_ends_after_some_reads() -> None:
     given = []
     model = Fused(lambda m, x: (given.append(m.odd.weight), x)[1])
     weight = model.odd.weight
@@ -509,7 +508,7 @@ def test_watching_ends_after_some_looks() -> None:
     assert all(isinstance(one, nn.Parameter) and one.data_ptr() == weight.data_ptr() for one in given)
 
 
-def test_a_tied_embedding_reads_its_own() -> None:
+def test_a_tied_embedding_may_read_the_weight() -> None:
     class Tied(nn.Module):
         def __init__(self, head_is_called: bool) -> None:
             super().__init__()
@@ -527,7 +526,7 @@ def test_a_tied_embedding_reads_its_own() -> None:
         peftk.inject(Tied(False), config, example_inputs=ids)
 
 
-def test_views_of_one_weight_are_told_apart() -> None:
+def test_views_of_one_weight_are_distinguished() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -538,7 +537,7 @@ def test_views_of_one_weight_are_told_apart() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.q(x) + x @ self.k.weight
 
-    found = look(Packed(), rows())
+    found = trial.run(Packed(), rows())
     assert (found.called, found.read) == ({"q"}, {"k": "Packed"})
 
 
@@ -558,10 +557,10 @@ def test_example_inputs_that_do_not_fit_are_an_error(given: Any) -> None:
     "given", [rows(), (rows(),), [rows()], {"x": rows()}, rows().double()], ids=lambda v: type(v).__name__
 )
 def test_forms_of_example_inputs(given: Any) -> None:
-    assert look(Fused(READERS["linear"]), given).read == {"odd": "Fused"}
+    assert trial.run(Fused(READERS["linear"]), given).read == {"odd": "Fused"}
 
 
-# ---------------------------------------------------------------- a run leaves nothing behind
+# ---------------------------------------------------------------- a run has no side effects
 
 
 def test_models_that_branch_by_values_run_too() -> None:
@@ -575,17 +574,17 @@ def test_models_that_branch_by_values_run_too() -> None:
             x = x + row.sum().item()
         return F.linear(x, m.odd.weight) + chosen.sum() + length
 
-    found = look(Fused(branches), rows())
+    found = trial.run(Fused(branches), rows())
     assert (found.called, found.read) == ({"lin"}, {"odd": "Fused"})
 
 
-def test_what_cannot_run_so_is_no_error() -> None:
+def test_a_model_that_cannot_run_on_fake_tensors_is_no_error() -> None:
     def stops(m: Any, x: Tensor) -> Tensor:
         y = F.linear(x, m.odd.weight)
         return y + float(np.asarray(x.tolist()).sum()) if x.data_ptr() else y
 
     model = Fused(stops)
-    found = look(model, rows())
+    found = trial.run(model, rows())
     assert found.read == {"odd": "Fused"}  # what was seen until then
     assert peftk.inject(Fused(lambda m, x: x + x.numpy().sum()), LORA, example_inputs=rows()) == ["odd"]
 
@@ -604,7 +603,7 @@ def _positions(length: int) -> Tensor:
 
 
 class Careless(nn.Module):
-    """Keeps state wherever one can."""
+    """A model that keeps state wherever that is possible."""
 
     shared: ClassVar[dict[int, Tensor]] = {}
 
@@ -631,7 +630,7 @@ class Careless(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_run_leaves_nothing_behind(training: bool) -> None:
+def test_a_run_has_no_side_effects(training: bool) -> None:
     model = Careless().train(training)
     called: list[Any] = []
     model.register_forward_hook(lambda *args: called.append(args))
@@ -642,7 +641,7 @@ def test_a_run_leaves_nothing_behind(training: bool) -> None:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = look(model, torch.randn(5, 8, generator=torch.Generator()))
+        found = trial.run(model, torch.randn(5, 8, generator=torch.Generator()))
     assert found.called == {"lin"}
     assert not told
     assert not called
@@ -661,7 +660,7 @@ def test_a_run_leaves_nothing_behind(training: bool) -> None:
     model(rows().repeat(2, 1))
 
 
-def test_compiled_modules_and_own_forwards_are_run_without() -> None:
+def test_compiled_modules_and_replaced_forwards_run_as_plain_modules() -> None:
     compiled = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -671,21 +670,21 @@ def test_compiled_modules_and_own_forwards_are_run_without() -> None:
     model = Outer()
     model.experts[0].compile(backend=backend)
     model.forward = torch.compile(model.forward, backend=backend)
-    found = look(model, rows())
+    found = trial.run(model, rows())
     assert (found.called, found.read) == ({"experts.0.lin"}, {"experts.0.odd": "Fused"})
     assert not compiled
     assert type(model(rows())) is Tensor
-    assert compiled  # by torch as before
+    assert compiled  # the module is still compiled
 
 
-def test_a_function_that_knows_a_module_gives_the_run_up() -> None:
+def test_a_function_with_a_module_in_its_closure_prevents_the_run() -> None:
     model = Fused(READERS["linear"])
     inner = model.lin
     model.helper = lambda x: inner(x)
-    assert look(model, rows()) == (frozenset(), {})
+    assert trial.run(model, rows()) == (frozenset(), {})
 
 
-def test_compiled_models_read_in_peace() -> None:
+def test_compiled_models_read_without_aliases() -> None:
     torch.manual_seed(0)
     model = Fused(READERS["transposed"])
     expected = model(rows())
@@ -706,7 +705,7 @@ def test_models_on_the_meta_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
-    found = look(wavlm().to(dtype))
+    found = trial.run(wavlm().to(dtype))
     assert len(found.read) == 4
     assert len(found.called) == 4
 
@@ -725,13 +724,13 @@ def test_models_of_transformers_within_another_model() -> None:
     assert not any("q_proj" in name for name in names)
 
 
-def test_a_second_injection_sees_what_the_first_did() -> None:
+def test_a_second_injection_uses_the_first_ones_run() -> None:
     model = wavlm()
     peftk.inject(model, LoraConfig(r=2, target_modules=["intermediate_dense"]))
     with pytest.raises(ValueError, match="whose weight WavLMAttention reads itself"):
         peftk.inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
     del model.__dict__["_peftk_look"]
-    assert look(model).called.isdisjoint({"encoder.layers.0.attention.q_proj"})  # with a layer of ours in it
-    assert len(look(model).read) == 4
+    assert trial.run(model).called.isdisjoint({"encoder.layers.0.attention.q_proj"})  # with a layer of ours in it
+    assert len(trial.run(model).read) == 4
     copied = copy.deepcopy(model)
     assert not any("q_proj" in name for name in peftk.inject(copied, LoraConfig(r=2)))

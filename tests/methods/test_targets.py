@@ -1,4 +1,4 @@
-"""Which modules a config means: the same as HF PEFT's own rule, over names of several model families."""
+"""Tests that a config selects the same modules as HF PEFT's rule, over names of several model families."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = [
 
 
 def model_of(names: list[str]) -> nn.Module:
-    """A linear under each name, which may hold others."""
+    """A model with a linear under each name; linears may contain others."""
     model = nn.Module()
     for name in sorted(names, key=len):
         owner = model
@@ -76,7 +76,7 @@ def test_as_peft(targets: object, layers: object, pattern: object, exclude: obje
         layers_pattern=pattern,
         modules_to_save=saved,
     )
-    # a match, or True; an excluded module gives an object of a class of its own, which is true as well
+    # PEFT returns a match, or True; for an excluded module, an object of a special class that is also true
     expected = [
         n for n in NAMES if isinstance(found := check_target_module_exists(config, n), re.Match) or found is True
     ]
@@ -99,7 +99,7 @@ def test_as_peft(targets: object, layers: object, pattern: object, exclude: obje
         ("model.layers.3.experts.7.down", "experts", 7),
         ("model.layers.3.experts.7.down", ["nonesuch", "layers"], 3),
         ("model.norm", None, None),
-        ("layer.2", None, None),  # the layer itself lies in none
+        ("layer.2", None, None),  # the layer itself is in none
         ("xlayers.3.q", "layers", None),
     ],
 )
@@ -118,7 +118,7 @@ def test_names() -> None:
     assert not matches(["query"], "a.myquery")
     assert not matches("query", "a.query")
     assert inside("model.classifier.dense", "classifier")
-    assert inside("model.my_classifier", "classifier")  # PEFT's rule for what trains whole: not from a dot on
+    assert inside("model.my_classifier", "classifier")  # PEFT's rule for training in full does not need a dot
     assert not inside("model.classifiers", "classifier")
     for wrong in ("", "(", [], [""], [3], 5, None):
         with pytest.raises(ValueError, match="field: expected"):
@@ -128,7 +128,7 @@ def test_names() -> None:
 
 
 class Mixed(nn.Module):
-    """Linears in two layers and beside them, and most of what is no linear."""
+    """Linears in two layers and outside of them, and several kinds of other modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ QUERIES = ["model.layers.0.q", "model.layers.1.q"]
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q", "embed"], r"expected linears \(nn.Linear, Conv1D\) alone, got embed, of class Embedding"),
+        (["q", "embed"], r"expected only linears \(nn.Linear, Conv1D\), got embed, of class Embedding"),
         (["q", "conv"], "got conv, of class Conv1d"),
         ({"q", "mha"}, "got mha, of class MultiheadAttention"),
         (["q", "layers"], "got model.layers, of class ModuleList"),
@@ -163,10 +163,10 @@ QUERIES = ["model.layers.0.q", "model.layers.1.q"]
         (["q", "norm"], "got model.layers.0.norm, of class LayerNorm"),
         (["q", "vision.1"], "got model.vision.1, of class ReLU"),
         (["q", "out_proj"], "got mha.out_proj, whose weight MultiheadAttention reads itself"),
-        (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with another"),
+        (["q", "own"], "own: linear: expected nn.Linear's own forward, got Own with a different one"),
     ],
 )
-def test_a_target_that_is_no_linear_is_refused(targets: Any, message: str) -> None:
+def test_a_target_that_is_not_a_linear_is_refused(targets: Any, message: str) -> None:
     model = Mixed()
     with pytest.raises((TypeError, ValueError), match=f"^target_modules: .*{message}"):
         peftk.inject(model, peftk.LoraConfig(target_modules=targets))
@@ -187,26 +187,29 @@ def test_a_target_that_a_method_has_replaced_is_refused_by_name() -> None:
         ({"rank_pattern": {"q_porj": 4}}, "rank_pattern: 'q_porj' matches none of the adapted modules"),
         ({"rank_pattern": {"head": 4}}, "rank_pattern: 'head' matches none of the adapted modules"),
         ({"alpha_pattern": {"^layers": 9}}, r"alpha_pattern: '\^layers' matches none"),
-        ({"rank_pattern": {"q": 4, "0.q": 2}}, "rank_pattern: '0.q' is never used"),
+        ({"rank_pattern": {"q": 4, "0.q": 2}}, "rank_pattern: '0.q' is not used"),
         ({"exclude_modules": ["zzz"]}, "exclude_modules: 'zzz' matches no module of the model"),
         ({"exclude_modules": {"head", "zzz"}}, "exclude_modules: 'zzz' matches no module of the model"),
         ({"exclude_modules": "zzz.*"}, r"exclude_modules: 'zzz\.\*' matches no module of the model"),
-        ({"exclude_modules": ["layers.1"]}, "matches model.layers.1, not what lies within: model.layers.1.q gets"),
-        ({"layers_to_transform": [0, 7]}, "layers_to_transform: no target lies in layer 7"),
+        (
+            {"exclude_modules": ["layers.1"]},
+            "matches model.layers.1, but not the modules inside: model.layers.1.q gets",
+        ),
+        ({"layers_to_transform": [0, 7]}, "layers_to_transform: no target is in layer 7"),
         (
             {"target_modules": QUERIES, "layers_to_transform": [0]},
-            "layers_to_transform: no effect, as all targets are named",
+            "layers_to_transform: no effect, as all targets have full",
         ),
-        ({"target_modules": [QUERIES[0], "k"], "layers_to_transform": [0, 3]}, "no target lies in layer 3"),
+        ({"target_modules": [QUERIES[0], "k"], "layers_to_transform": [0, 3]}, "no target is in layer 3"),
         (
             {"target_modules": ["q", "vision.0"], "layers_to_transform": 0},
             "'vision.0' matches no module in layers_to_transform",
         ),
         ({"target_modules": ["k"], "bias": "lora_only"}, "bias: 'lora_only' trains none"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out: True has no effect on model.layers.0.q, an nn.Linear"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out: True has no effect on model.layers.0.q, as an nn.Linear"),
     ],
 )
-def test_what_has_no_effect_is_told(config: dict[str, Any], message: str) -> None:
+def test_a_field_without_effect_gives_a_warning(config: dict[str, Any], message: str) -> None:
     with pytest.warns(UserWarning, match=message) as told:
         peftk.inject(Mixed(), peftk.LoraConfig(**{"target_modules": ["q"], **config}))
     assert [one.filename for one in told] == [__file__] * len(told)  # where inject is called
@@ -224,7 +227,7 @@ def test_what_has_no_effect_is_told(config: dict[str, Any], message: str) -> Non
         {"target_modules": ["model.layers.1.q", "k"], "layers_to_transform": 0, "rank_pattern": {r".*\.q": 2, "k": 3}},
     ],
 )
-def test_nothing_is_told_where_all_has_an_effect(config: dict[str, Any]) -> None:
+def test_there_is_no_warning_if_everything_has_an_effect(config: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peftk.inject(Mixed(), peftk.LoraConfig(**{"target_modules": ["q"], **config}))
@@ -233,25 +236,25 @@ def test_nothing_is_told_where_all_has_an_effect(config: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"target_modules": "q"}, r"expected to match some linear.* got 'q'; .* \['q'\] matches names that end so"),
-        ({"exclude_modules": ["q"]}, "that exclude_modules and modules_to_save leave; model.layers.0.q, model.layers"),
+        ({"target_modules": "q"}, r"expected to match some linear.* got 'q'; .* \['q'\] matches endings of names"),
+        ({"exclude_modules": ["q"]}, "that exclude_modules and modules_to_save leave; they take model.layers.0.q"),
         ({"modules_to_save": ["q"]}, "that exclude_modules and modules_to_save leave"),
-        ({"layers_to_transform": 5}, "in layers_to_transform; model.layers.0.q, model.layers.1.q lie elsewhere"),
+        ({"layers_to_transform": 5}, "in layers_to_transform; model.layers.0.q, model.layers.1.q are in other layers"),
         ({"modules_to_save": ["nonesuch"]}, "modules_to_save: expected names of modules that have parameters"),
         ({"modules_to_save": ["head", "vision.1"]}, "modules_to_save: .* got 'vision.1'"),
         ({"modules_to_save": ["layers"]}, "modules_to_save: expected modules that are called, got model.layers, a Mod"),
         (
             {"modules_to_save": ["vision", "vision.0"]},
-            r"apart from each other, got model\.vision\.0, within model\.vision",
+            r"expected no module inside of another, got model\.vision\.0, inside of model\.vision",
         ),
         (
             {"target_modules": ["pre_head"], "modules_to_save": ["head"]},
-            "modules_to_save: .* for which pre_head trains",
+            "modules_to_save: .* by which pre_head trains",
         ),
-        ({"target_modules": "all-linear", "modules_to_save": ["l", "d", "own"]}, "does not train whole"),
+        ({"target_modules": "all-linear", "modules_to_save": ["l", "d", "own"]}, "does not train in full"),
     ],
 )
-def test_what_a_config_asks_in_vain_is_refused(config: dict[str, Any], message: str) -> None:
+def test_a_config_that_cannot_be_applied_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         peftk.inject(Mixed(), peftk.LoraConfig(**{"target_modules": ["q"], **config}))
 
@@ -286,12 +289,12 @@ def test_what_a_config_asks_in_vain_is_refused(config: dict[str, Any], message: 
         ({"use_rslora": "False"}, "use_rslora: expected True or False, got 'False'"),
     ],
 )
-def test_fields_that_mean_nothing_are_refused(config: dict[str, Any], message: str) -> None:
+def test_invalid_fields_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         peftk.LoraConfig(**{"target_modules": ["q"], **config})
 
 
-def test_all_linear_leaves_out_what_trains_whole_under_whatever_name() -> None:
+def test_all_linear_leaves_out_modules_that_train_in_full_under_any_name() -> None:
     model = Mixed()
     del model.own
     names = peftk.inject(model, peftk.LoraConfig(target_modules="All-Linear", modules_to_save=["head"]))
@@ -307,7 +310,7 @@ def test_all_linear_leaves_out_the_output_embedding() -> None:
     assert list(target_linears(model, ["head"]).linears) == ["head"]
 
 
-def test_a_key_of_a_pattern_is_an_expression_or_the_very_name() -> None:
+def test_a_key_of_a_pattern_is_an_expression_or_the_literal_name() -> None:
     for pattern in ({"a+b": 3}, {"x": 1, "a.b": 3}, {r".*\+b": 3}, {"^a.*": 3}):
         assert pattern_value(pattern, "a+b", 2) == 3
     for pattern in ({"b": 3}, {"a": 3}, {}):
@@ -316,22 +319,20 @@ def test_a_key_of_a_pattern_is_an_expression_or_the_very_name() -> None:
     assert not list(idle_keys("field", {"a+b": 3}, ["a+b"]))
 
 
-def test_a_layer_number_that_peft_reads_otherwise_is_told() -> None:
+def test_a_layer_number_that_peft_reads_differently_gives_a_warning() -> None:
     model = model_of(["layers.0.q", "layers.1.q"])
     linears, [told] = target_linears(model, ["q"], layers_to_transform=[1])
     assert list(linears) == ["layers.1.q"]
-    assert (
-        "reads no layer number in layers.0.q, and 0 is taken here; layers_pattern='layers' makes it 0 in both" in told
-    )
+    assert "reads no layer number in layers.0.q, peftk reads 0; with layers_pattern='layers' both read 0" in told
     model = model_of(["layers.0.experts.1.q", "layers.1.experts.1.q"])
     linears, [told] = target_linears(model, ["q"], layers_to_transform=[1])
     assert len(linears) == 2
-    assert "reads layer 1 in layers.0.experts.1.q, and 1 is taken here; layers_pattern='layers' makes it 0" in told
+    assert "reads layer 1 in layers.0.experts.1.q, peftk reads 1; with layers_pattern='layers' both read 0" in told
     linears, told = target_linears(model, ["q"], layers_to_transform=[1], layers_pattern="layers")
     assert (list(linears), told) == (["layers.1.experts.1.q"], [])
 
 
-def test_experts_in_one_parameter_are_told() -> None:
+def test_experts_in_one_parameter_give_a_warning() -> None:
     model = model_of(["layers.0.q_proj", "layers.0.down_proj", "layers.0.experts.gate"])
     experts = model.get_submodule("layers.0.experts")
     experts.gate_up_proj, experts.down_proj = (nn.Parameter(torch.zeros(2, 4, 4)) for _ in range(2))
@@ -342,9 +343,10 @@ def test_experts_in_one_parameter_are_told() -> None:
     ):
         _, [told] = target_linears(model, targets)
         assert told == (
-            f"target_modules: layers.0.experts.{name} is one Parameter of all experts, no linear, and gets no adapter"
+            f"target_modules: layers.0.experts.{name} is one Parameter for all experts, not a linear, "
+            "and gets no adapter"
         )
     for targets in (["q_proj"], ["0.q_proj", "0.down_proj"], "layers.0.down_proj"):
         assert not target_linears(model, targets).idle
-    with pytest.raises(ValueError, match=r"to match some linear.*gate_up_proj is one Parameter of all experts"):
+    with pytest.raises(ValueError, match=r"to match some linear.*gate_up_proj is one Parameter for all experts"):
         target_linears(model, ["up_proj"])

@@ -1,4 +1,4 @@
-"""count_parameters against published counts, on real architectures that lie on the meta device and take no memory."""
+"""Tests of count_parameters against published counts, on real architectures on the meta device, without memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_meta(model: Callable[..., nn.Module], config: Any) -> nn.Module:
 
 
 def opt(d: int, n: int, heads: int) -> nn.Module:
-    """OPT is GPT-3's architecture with Wq, Wk, Wv apart."""
+    """OPT is GPT-3's architecture with separate Wq, Wk and Wv."""
     config = transformers.OPTConfig(
         hidden_size=d, num_hidden_layers=n, num_attention_heads=heads, ffn_dim=4 * d, word_embed_proj_dim=d
     )
@@ -160,8 +160,8 @@ def bert_large() -> nn.Module:
 
 
 PUBLISHED = [
-    # Houlsby et al. 2019, section 2.1: 2·m·d + d + m per adapter, two a layer; their 64 is 2.1 % of BERT-large with its
-    # LayerNorms and head, which train besides there
+    # Houlsby et al. 2019, section 2.1: 2·m·d + d + m per adapter, two per layer; with their 64, adapters are 2.1 % of
+    # BERT-large including LayerNorms and head, which they train too
     pytest.param(
         bert_large,
         SeriesAdapterConfig(bottleneck=64),
@@ -202,7 +202,7 @@ def test_published_counts_of_other_methods(
     assert round(100 * count.ratio, 2) == percent
     found = count.by_method()
     assert found.keys() == {method}
-    # BitFit's closed form leaves out the embeddings' LayerNorm and the pooler, the others' nothing
+    # BitFit's closed form leaves out the embeddings' LayerNorm and the pooler; the others leave out nothing
     assert found[method].difference == (2 * (count.width or 0) if method == "BitFit" else 0)
 
 
@@ -260,7 +260,7 @@ def test_a_peft_model_is_counted_too() -> None:
 
 @pytest.mark.full
 def test_encoder_and_decoder_count_together() -> None:
-    """mt0-large in HF PEFT's earlier README: 2,359,296 of 1,231,940,608, with an output embedding of its own, which
+    """mt0-large in HF PEFT's earlier README: 2,359,296 of 1,231,940,608, with a separate output embedding, which
     transformers 5 ties."""
     model = mt0_large()
     peftk.inject(model, LoraConfig(r=8, target_modules=["q", "v"]))
@@ -269,7 +269,7 @@ def test_encoder_and_decoder_count_together() -> None:
     assert len(count.by_layer()) == 48
 
 
-def test_a_packed_projection_counts_as_what_it_is() -> None:
+def test_a_packed_projection_counts_as_one_linear() -> None:
     """GPT-2's c_attn is one linear d → 3·d, whose LoRA has one A for q, k and v: r·(d + 3·d), which by chance is what
     Wq and Wv take apart: 4·d·r. So GPT-2 medium at r = 4 has 0.39 M; Hu et al. 2021 say 0.35 M in table 3 (and 0.77 M
     for GPT-2 large, which 36·4·1280·4 = 0.74 M isn't), so that table isn't the closed form."""
@@ -297,7 +297,7 @@ def test_closed_forms() -> None:
     ("build", "share"), [(bert, 0.2), (roberta_large, 0.15), (opt_6_7b, 0.04), pytest.param(gpt3, 0.004, marks=FULL)]
 )
 def test_a_transformer_is_twelve_n_d_squared(build: Callable[[], nn.Module], share: float) -> None:
-    """What 12·n·d² leaves out (embeddings above all) is a share that falls with the model's size."""
+    """The share that 12·n·d² leaves out (mainly embeddings) falls with the model's size."""
     count = peftk.count_parameters(build())
     assert count.closed_form == transformer_parameters(count.n_layers or 0, count.width or 0)
     assert 0 < count.base_parameters - count.closed_form < 1.3 * share * count.base_parameters
@@ -316,7 +316,7 @@ def test_methods_layers_and_modules_each_parameter_once() -> None:
     base = sum(p.numel() for p in model.parameters())
     peftk.inject(model, LoraConfig(r=4, target_modules=["query", "output.dense"], rank_pattern={"query": 2}))
     peftk.inject(model, LoraConfig(r=3, target_modules=["key"], bias="lora_only", modules_to_save=["classifier"]))
-    # one layer under a second name counts no second time
+    # a layer with a second name counts once
     model.alias = model.bert.encoder.layer[0].attention.self.query
     count = peftk.count_parameters(model)
     query, attention, mlp, key = 2 * 64, 4 * 64, 4 * 96, 3 * 64
@@ -345,7 +345,7 @@ def test_a_layer_is_the_outermost_that_has_a_number() -> None:
     assert (layer("classifier"), layer("layer3.conv2d"), layer("")) == ("", "", "")
 
 
-def test_what_no_config_trains_is_counted_as_other() -> None:
+def test_parameters_that_no_config_trains_are_counted_as_other() -> None:
     model = small()
     everything = peftk.count_parameters(model)
     assert everything.trainable == everything.total == everything.by_method()["other"].parameters
@@ -375,7 +375,7 @@ MAKE = {
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZER_TENSORS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_what_torchs_optimizer_holds(optimizer: str, dtype: torch.dtype) -> None:
-    def held(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
+    def measured_bytes(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
         made = MAKE[optimizer](parameters)
         for p in parameters:
             p.grad = torch.ones_like(p)
@@ -384,10 +384,10 @@ def test_bytes_are_what_torchs_optimizer_holds(optimizer: str, dtype: torch.dtyp
         gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         return gradients, sum(value.nbytes for value in state if value.dim() > 0)  # without the step counts
 
-    full = held(list(small().to(dtype).parameters()))
+    full = measured_bytes(list(small().to(dtype).parameters()))
     model = small().to(dtype)
     peftk.inject(model, LoraConfig(r=4, modules_to_save=["classifier"]))  # A and B fp32, the head in the model's dtype
-    needed = held([p for p in model.parameters() if p.requires_grad])
+    needed = measured_bytes([p for p in model.parameters() if p.requires_grad])
     count = peftk.count_parameters(model)
     assert (count.gradients(), count.optimizer_state(optimizer)) == ((needed[0], full[0]), (needed[1], full[1]))
     assert count.optimizer_state(optimizer).saved == full[1] - needed[1]

@@ -1,4 +1,4 @@
-"""Operations over the layers of a model, of which any call may fail: then no layer has changed."""
+"""Tests that operations on a model's layers change all layers or none: any call inside may fail."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ K = 12
 
 
 def sweep(make: Callable[[], Any], act: Callable[[Any], object], folders: tuple[str, ...], places: int | None) -> None:
-    """At `places` calls, evenly among all; None: at each."""
-    act(make())  # what is done once in a process is done
+    """Lets `act` fail at `places` of its calls, evenly spread, or at each for None. Checks that nothing changed."""
+    act(make())  # so that one-time work of the process is done
     model = make()
     total = count(lambda: act(model), folders)
     assert total > 3
-    left, step = [], 1.0 if places is None else max(total / places, 1.0)
+    wrong, step = [], 1.0 if places is None else max(total / places, 1.0)
     for number in range(int(total / step)):
         model, error = make(), ERRORS[number % len(ERRORS)]
         before = everything(model)
@@ -35,8 +35,8 @@ def sweep(make: Callable[[], Any], act: Callable[[Any], object], folders: tuple[
         assert calls.failed is not None
         changed = differences(before, everything(model))
         if changed:
-            left.append(f"{calls.failed} failed, and left changed: {changed[:5]}")
-    assert not left, "\n".join(left)
+            wrong.append(f"{calls.failed} failed, and left changed: {changed[:5]}")
+    assert not wrong, "\n".join(wrong)
 
 
 # ---- peftk's own ----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def test_any_call_of_ours_fails(operation: str, places: int | None) -> None:
 
 
 class Mixed(nn.Module):
-    """Layers that are ours when accelerated, and some that stay PEFT's own."""
+    """Layers that become ours when accelerated, and some that stay PEFT's."""
 
     def __init__(self) -> None:
         from transformers.pytorch_utils import Conv1D
@@ -171,7 +171,7 @@ def accelerated() -> Any:
 
 
 def accelerated_and_merged() -> Any:
-    """Twice: what is unmerged second was merged first."""
+    """Merged twice: the adapter that is unmerged second was merged first."""
     model = accelerated()
     model.merge_adapter(["default"])
     model.merge_adapter(["other"])

@@ -1,4 +1,4 @@
-"""Weighted combinations of adapters: those of the real PEFT's add_weighted_adapter, on the same adapters."""
+"""Tests that combined adapters equal those of HF PEFT's add_weighted_adapter, on the same adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTHS = {"first": (24, 40), "second": (40, 16)}  # module: K, N
 
 
 def peft_model(ranks: tuple[int, ...], dtype: torch.dtype = torch.float32) -> peft.PeftModel:
-    """A chain of linears with adapters "0", "1", …, of random factors, each with a scaling of its own."""
+    """A chain of linears with adapters "0", "1", … of random factors, each with its own scaling."""
     torch.manual_seed(0)
     base = nn.Sequential()
     for name, (K, N) in WIDTHS.items():
@@ -44,12 +44,12 @@ def loaded(model: peft.PeftModel, name: str) -> dict[str, LoadedAdapter]:
 
 
 def check(model: peft.PeftModel, count: int, weights: list[float], method: str, **options: Any) -> None:
-    """Factors, or where an SVD leaves signs open the product, are PEFT's; its random draws are made anew."""
+    """Checks that factors equal PEFT's (for an SVD, with its arbitrary signs, their product). Repeats random draws."""
     ours = [loaded(model, str(i)) for i in range(count)]
     inject = model.base_model.inject_adapter
 
     def then_seed(*args: Any, **kwargs: Any) -> None:
-        """The new adapter's first factors are random, too, and thrown away."""
+        """PEFT also draws the new adapter's initial factors, which it then replaces."""
         inject(*args, **kwargs)
         torch.manual_seed(5)
 
@@ -71,7 +71,7 @@ def check(model: peft.PeftModel, count: int, weights: list[float], method: str, 
             torch.testing.assert_close(adapter.lora_A, expected.lora_A, rtol=1e-6, atol=1e-7)
             torch.testing.assert_close(adapter.lora_B, expected.lora_B, rtol=1e-6, atol=1e-7)
         assert adapter.lora_A.shape == expected.lora_A.shape
-        # not by being nothing: it moves outputs
+        # not trivially: the adapter changes outputs
         assert float((adapter.lora_B @ adapter.lora_A).norm()) > 1e-2
 
 
@@ -97,7 +97,7 @@ def test_other_arguments() -> None:
 
 
 def test_clamping() -> None:
-    """PEFT's factors of an SVD up to signs: a clamp is symmetric, so magnitudes are to be compared."""
+    """An SVD's factors equal PEFT's up to signs; a clamp is symmetric, so magnitudes are compared."""
     model = peft_model((4, 4))
     adapters = [loaded(model, name) for name in "01"]
     model.add_weighted_adapter(["0", "1"], [1.0, 0.5], "theirs", combination_type="svd", svd_clamp=0.9)
@@ -115,14 +115,14 @@ def test_cat_is_the_weighted_sum() -> None:
         w * a.scaling * a.lora_B.double() @ a.lora_A.double() for w, a in zip(weights, adapters, strict=True)
     )
     torch.testing.assert_close(combined.lora_B.double() @ combined.lora_A.double(), expected, rtol=1e-5, atol=1e-6)
-    # and so is a merge with weights, which needs no new adapter
+    # so is a merge with weights, which needs no new adapter
     W = torch.zeros(40, 24)
     scaling = [w * a.scaling for w, a in zip(weights, adapters, strict=True)]
     peftk.functional.merge_(W, [a.lora_A for a in adapters], [a.lora_B for a in adapters], scaling)
     torch.testing.assert_close(W.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_generator_of_its_own() -> None:
+def test_a_separate_generator() -> None:
     model = peft_model((3, 3))
     adapters = [loaded(model, name)["first"] for name in "01"]
     state = torch.get_rng_state()
@@ -147,7 +147,7 @@ def test_checkpoints_that_do_not_have_the_same_modules(tmp_path: Path) -> None:
     assert torch.equal(combined["second"].lora_B, peftk.combine([first["second"]], [1.0], "linear").lora_B)
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments() -> None:
     a = LoadedAdapter(torch.ones(2, 6), torch.ones(4, 2), 2.0, False)
     other = LoadedAdapter(torch.ones(3, 6), torch.ones(4, 3), 2.0, False)
     narrow = LoadedAdapter(torch.ones(2, 5), torch.ones(4, 2), 2.0, False)
@@ -168,12 +168,12 @@ def test_what_is_refused() -> None:
         ([a], [float("nan")], "svd", {}, ValueError, "weights: expected finite"),
         (a, [1.0], "svd", {}, ValueError, "weights: expected one"),
         ({"a": a}, [1.0], "svd", {}, TypeError, "adapters: expected a list"),
-        ([a, "b"], [1, 1], "svd", {}, TypeError, "adapters: expected LoadedAdapter, got str as number 1"),
+        ([a, "b"], [1, 1], "svd", {}, TypeError, "adapter 1: expected a LoadedAdapter, got str"),
         ([a, other], [1, 1], "linear", {}, ValueError, r"adapters: expected one rank for linear .* got \[2, 3\]"),
         ([a, narrow], [1, 1], "cat", {}, ValueError, "adapter 1: expected K = 6 and N = 4"),
         ([a._replace(lora_bias=torch.ones(4))], [1], "cat", {}, ValueError, "adapter 0: lora_bias: expected None"),
         ([torn], [1], "cat", {}, ValueError, r"adapter 0: expected lora_A \[R, K\]"),
-        ([a, huge], [1, 2], "cat", {}, ValueError, "adapters: expected a combination that torch.float32 holds"),
+        ([a, huge], [1, 2], "cat", {}, ValueError, "adapters: expected a combination that is finite in torch.float32"),
     ]
     for adapters, weights, method, options, error, message in cases:
         with pytest.raises(error, match=message):
@@ -183,8 +183,8 @@ def test_what_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_factors_may_lie_transposed_and_come_out_contiguous(method: str) -> None:
-    """As files need them."""
+def test_factors_may_be_transposed_and_come_out_contiguous(method: str) -> None:
+    """Files need contiguous factors."""
     torch.manual_seed(0)
     dense = [LoadedAdapter(torch.randn(4, 24), torch.randn(40, 4), 4.0, False) for _ in range(2)]
     turned = [a._replace(lora_A=a.lora_A.t().contiguous().t(), lora_B=a.lora_B.t().contiguous().t()) for a in dense]

@@ -1,4 +1,4 @@
-"""inject, freeze, count, save and load over whole models; MultiAdapter serving PEFT checkpoints."""
+"""Tests of inject, freeze, count, save and load on whole models, and of MultiAdapter with PEFT checkpoints."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_whole_model_is_merged_and_unmerged_or_not_at_all() -> None:
     assert all(not m.merged and torch.equal(m.weight, before[n]) for n, m in layers.items())
     with torch.no_grad():
         layer.lora_B.copy_(B)
-    next(iter(layers.values())).merge()  # one that is merged stays as it is
+    next(iter(layers.values())).merge()  # a merged layer stays as it is
     peftk.merge_adapter(model)
     merged = {name: layer.weight.clone() for name, layer in layers.items()}
     assert all(m.merged and not torch.equal(m.weight, before[n]) for n, m in layers.items())
@@ -127,7 +127,7 @@ def test_torchs_own_transformer_sees_the_adapter() -> None:
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     x = torch.randn(2, 5, 16)
     names = peftk.inject(encoder, LoraConfig(r=2))
-    assert names == ["linear1", "linear2"]  # out_proj is read by MHA itself, never called
+    assert names == ["linear1", "linear2"]  # MHA computes with out_proj's weight and does not call it
     with torch.inference_mode():
         before = encoder(x)
         with_random_B(encoder)
@@ -165,7 +165,7 @@ def test_save_load_and_serve(tmp_path: pathlib.Path, rslora: bool) -> None:
     for row, name in enumerate(route):
         torch.testing.assert_close(mixed[row], outputs[name][row])
     torch.testing.assert_close(base(x), outputs[None])
-    with pytest.raises(ValueError, match="max_adapters: expected a free place, got 3 adapters loaded already"):
+    with pytest.raises(ValueError, match="max_adapters: expected a free slot, got 3 adapters loaded already"):
         server.load("d", paths["a"])
     server.unload("a")
     with pytest.raises(ValueError, match="name: expected a loaded adapter"), server.route(["a"]):
@@ -255,12 +255,12 @@ def test_loading_and_unloading_do_not_disturb_a_graph_or_a_table_in_use(tmp_path
     (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
     server.load("carol", tmp_path / "bob")
     server.unload("alice")
-    server.load("dave", tmp_path / "bob")  # would take alice's pages, if nobody held them
+    server.load("dave", tmp_path / "bob")  # would get alice's pages if nothing held them
     (actual,) = torch.autograd.grad(loss, x)
     assert torch.equal(actual, expected)
 
 
-def test_serving_threads_never_see_half_an_adapter(tmp_path: pathlib.Path) -> None:
+def test_threads_do_not_see_half_an_adapter(tmp_path: pathlib.Path) -> None:
     paths = {}
     for name, value in (("one", 1.0), ("thousand", 1000.0)):
         model = nn.ModuleDict({"fc": nn.Linear(64, 64, bias=False)})
@@ -281,7 +281,7 @@ def test_serving_threads_never_see_half_an_adapter(tmp_path: pathlib.Path) -> No
         while not stop.is_set():
             try:
                 seen.update(base["fc"](x, server.ids(["tenant"] * 256)).flatten().tolist())
-            except ValueError:  # between unload and load there is none, or it is one with another number
+            except ValueError:  # between unload and load there is no adapter, or its number is a different one
                 continue
 
     thread = threading.Thread(target=serve)
@@ -307,7 +307,7 @@ def test_a_padded_batch_through_torchs_encoder() -> None:
     torch.testing.assert_close(actual[1, :3], expected[1, :3])
 
 
-def test_what_is_no_plain_linear_is_refused_and_nothing_changes() -> None:
+def test_modules_other_than_plain_linears_are_refused_and_nothing_changes() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
@@ -365,18 +365,18 @@ def spoil(folder: pathlib.Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("truncated", "expected a whole safetensors file"),
-        ("garbage", "expected a whole safetensors file"),
+        ("truncated", "expected a complete safetensors file"),
+        ("garbage", "expected a complete safetensors file"),
         ("no weights", "expected adapter_model.safetensors, got none there"),
         ("pickle", "got adapter_model.bin there .pickled files are not read"),
         ("no config", "expected a folder with adapter_config.json"),
         ("bad json", "expected JSON"),
         ("other method", "expected peft_type 'LORA', got 'IA3'"),
-        ("dora", "expected a LoRA that is s·BA alone, got use_dora=True"),
-        ("pissa", "expected a LoRA that is s·BA alone, got init_lora_weights='pissa_niter_4'"),
-        ("alora", "expected a LoRA that is s·BA alone, got alora_invocation_tokens="),
+        ("dora", "expected a LoRA that is s·BA and nothing more, got use_dora=True"),
+        ("pissa", "expected a LoRA that is s·BA and nothing more, got init_lora_weights='pissa_niter_4'"),
+        ("alora", "expected a LoRA that is s·BA and nothing more, got alora_invocation_tokens="),
         ("bad pattern", "expected alpha_pattern to map patterns to numbers"),
-        ("rank", "expected rank 9 of adapter_config.json, got factors of 2"),
+        ("rank", "expected rank 9 as in adapter_config.json, got factors of rank 2"),
     ],
 )
 def test_damaged_checkpoints_are_refused_and_the_rest_goes_on(tmp_path: pathlib.Path, how: str, message: str) -> None:
@@ -407,7 +407,7 @@ def test_damaged_checkpoints_are_refused_and_the_rest_goes_on(tmp_path: pathlib.
 
 
 @pytest.mark.parametrize("loaded_before", [False, True])
-def test_memory_that_runs_out_during_a_load_leaves_every_layer_as_it_was(
+def test_running_out_of_memory_during_a_load_changes_no_layer(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, loaded_before: bool
 ) -> None:
     if loaded_before:
@@ -474,7 +474,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path: pathlib.Path, mon
 
 
 class TwoLayers(torch.nn.Module):
-    """Named as transformers' models are: layers by number, a head beside them."""
+    """Named as in transformers' models: numbered layers, and a head beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,7 +515,7 @@ def test_what_a_lora_config_trains(fields: dict, layers: list[str], trained: lis
     assert moved == names
 
 
-def test_several_configs_go_in_together_or_not_at_all() -> None:
+def test_several_configs_are_injected_together_or_not_at_all() -> None:
     model = TwoLayers()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     good, bad = peftk.LoraConfig(target_modules=["query"]), peftk.LoraConfig(target_modules=["query"], r=4)
@@ -525,16 +525,16 @@ def test_several_configs_go_in_together_or_not_at_all() -> None:
         assert {name: p.requires_grad for name, p in model.named_parameters()} == before
         assert not list(lora_layers(model))
     peftk.inject(model, [good, peftk.LoraConfig(target_modules=["value"], r=4)])
-    peftk.inject(model, peftk.LoraConfig(target_modules=["dense"], r=1))  # the earlier ones stay, and train
+    peftk.inject(model, peftk.LoraConfig(target_modules=["dense"], r=1))  # the earlier layers stay, and train
     assert {name: layer.r for name, layer in lora_layers(model) if layer.lora_A.requires_grad} == {
         f"layer.{i}.{name}": r for i in (0, 1) for name, r in (("query", 8), ("value", 4), ("dense", 1))
     }
 
 
-def test_a_weight_that_one_method_holds_frozen_trains_in_no_other() -> None:
+def test_a_weight_that_one_method_freezes_cannot_be_trained_by_another() -> None:
     model = TwoLayers()
     peftk.inject(model, peftk.LoraConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match=r"expected layer\.0\.query\.weight to train in no other method"):
+    with pytest.raises(ValueError, match=r"expected layer\.0\.query\.weight to be frozen"):
         peftk.inject(model, peftk.LoraConfig(target_modules=["value"], modules_to_save=["query"]))
     assert [name for name, _ in lora_layers(model)] == ["layer.0.query", "layer.1.query"]
 

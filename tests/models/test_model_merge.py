@@ -1,4 +1,4 @@
-"""A whole model merged, switched and unmerged: all layers or none, to the bit, whatever comes in between."""
+"""Tests of merging, switching and unmerging a whole model: all layers or none, bit for bit, even if interrupted."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def layers_of(model: nn.Module) -> list[LoRALinear]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merged_inside_and_to_the_bit_outside(dtype: torch.dtype) -> None:
+def test_merged_inside_and_the_same_bits_outside(dtype: torch.dtype) -> None:
     model = model_of(dtype)
     before, x = weights(model), torch.randn(5, 24, dtype=dtype)
     y = model(x)
@@ -85,14 +85,14 @@ def test_merged_inside_and_to_the_bit_outside(dtype: torch.dtype) -> None:
     assert not any(layer.merged for layer in layers_of(model))
 
 
-def test_merged_ends_at_an_exception_too_and_leaves_what_was_merged_before() -> None:
+def test_merged_ends_at_an_exception_and_leaves_earlier_merges() -> None:
     model = model_of()
     before = weights(model)
     first, second, third = layers_of(model)
     first.merge()
     kept = first.weight.clone()
     with pytest.raises(KeyError, match="inside"), peftk.merged(model):  # noqa: PT012
-        second.unmerge()  # somebody else's business
+        second.unmerge()  # by other code
         raise KeyError("inside")
     assert (first.merged, second.merged, third.merged) == (True, False, False)
     assert torch.equal(first.weight, kept)
@@ -124,7 +124,7 @@ def test_merged_refuses_what_cannot_be_merged_or_has_changed() -> None:
 
 
 def test_switched_to_other_adapters_of_any_rank() -> None:
-    """W is what merging the new ones into the base gives, and the layers hold them."""
+    """W equals the base with the new adapters merged, and the layers hold these."""
     model, x = model_of(), torch.randn(4, 24)
     before = weights(model)
     parameters = [layer.lora_A for layer in layers_of(model)]
@@ -166,7 +166,7 @@ def test_switched_from_and_to_checkpoints(tmp_path: Path) -> None:
 def test_a_switch_that_is_refused_changes_nothing() -> None:
     model = model_of()
     before = weights(model)
-    layers_of(model)[0].merge()  # the others are not
+    layers_of(model)[0].merge()  # the others stay unmerged
     merged = weights(model)
     good = adapters_of(model, 1)
     name = list(good)[-1]
@@ -235,7 +235,7 @@ def test_a_merged_state_dict_is_that_of_a_plain_model(options: dict[str, object]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_bias" in name:
-                parameter.add_(1)  # whatever it has become
+                parameter.add_(1)  # unmerging must not depend on it
         peftk.unmerge_adapter(model)
     for name, value in model.state_dict().items():
         assert "lora_bias" in name or torch.equal(bits(value[None]), bits(before[name][None])), name
@@ -323,7 +323,7 @@ def test_another_rank_under_an_optimizer_is_refused(make: Callable[[list[nn.Para
     optimizer.step()
     before = [(p, p.detach().clone(), p.grad) for p in model.parameters()]
     adapters = adapters_of(model, 1)
-    adapters["1"] = adapters_of(model, 1, 5)["1"]  # one layer is enough
+    adapters["1"] = adapters_of(model, 1, 5)["1"]  # one such layer is enough
     with pytest.raises(ValueError, match=r"^1: r: expected 3 as before, as \w+ holds .*got 5; delete the optimizer"):
         peftk.switch_adapter(model, adapters)
     for parameter, value, grad in before:
@@ -331,7 +331,7 @@ def test_another_rank_under_an_optimizer_is_refused(make: Callable[[list[nn.Para
         assert parameter.grad is grad
     assert not any(layer.merged for layer in layers_of(model))
 
-    peftk.switch_adapter(model, adapters_of(model, 1))  # of the same rank: the optimizer goes on
+    peftk.switch_adapter(model, adapters_of(model, 1))  # with the same rank the optimizer goes on
     peftk.unmerge_adapter(model)
     model(x).sum().backward()
     optimizer.step()
@@ -344,7 +344,7 @@ def test_another_rank_under_an_optimizer_is_refused(make: Callable[[list[nn.Para
     optimizer.step()
 
 
-def test_an_optimizer_of_other_parameters_is_no_matter() -> None:
+def test_an_optimizer_of_other_parameters_is_no_obstacle() -> None:
     model = model_of()
     others = torch.optim.AdamW([*model_of().parameters(), model[0].lora_A])
     peftk.switch_adapter(model, {**adapters_of(model, 1, 5), "0": adapters_of(model, 1)["0"]})
@@ -372,7 +372,7 @@ def test_a_weight_without_memory() -> None:
 
 
 def test_a_weight_that_is_computed() -> None:
-    """torch would compute it anew, without the adapter."""
+    """torch would recompute it without the adapter."""
 
     class Half(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
@@ -436,12 +436,12 @@ ACTIONS: dict[str, Action] = {
     "unmerge": peftk.unmerge_adapter,
     "switch": lambda model: peftk.switch_adapter(model, adapters_of(model, 1, 2)),
 }
-# where it comes: in a call of the backend, before or after its work, or when what it left is looked at or packed
+# where the interrupt comes: in a call of the backend, before or after its work, or when its result is checked or packed
 PLACES = [(cpu, name) for name in ("merge_", "unmerge_", "remerge_", "checksum")] + [(merge, "_compact_receipt")]
 
 
 def prepared(action: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """A model, its base weights, and those that it has before the action."""
+    """A model, its base weights, and its weights before the action."""
     model = model_of()
     base = weights(model)
     if action != "merge":
@@ -450,7 +450,7 @@ def prepared(action: str) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
 
 
 def usable(model: nn.Module, base: list[Tensor]) -> None:
-    """Its layers know what they hold."""
+    """Checks that the layers' state agrees with their weights."""
     model(torch.ones(1, 24))
     peftk.unmerge_adapter(model)
     assert same(weights(model), base)
@@ -487,7 +487,7 @@ def test_a_failure_in_any_call_leaves_all_layers(
 
 
 def calls_of(action: str, name: str) -> bool:
-    """Whether the action calls it."""
+    """Whether the action calls the function."""
     return (
         name
         in {
@@ -501,7 +501,7 @@ def calls_of(action: str, name: str) -> bool:
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_ctrl_c_in_any_call(monkeypatch: pytest.MonkeyPatch, place: tuple[object, str], action: str) -> None:
-    """A real signal, after the call's work and before anyone has its result: it waits, then nothing has happened."""
+    """A real signal after the call's work, before its result is used: it is deferred, and then nothing has changed."""
     where, name = place
     original = getattr(where, name)
     if not calls_of(action, name):
@@ -522,7 +522,7 @@ def test_ctrl_c_in_any_call(monkeypatch: pytest.MonkeyPatch, place: tuple[object
             patch.setattr(where, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ACTIONS[action](model)
-        assert name == "checksum" or calls <= 2 * at  # no further layer; taking back what was switched counts, too
+        assert name == "checksum" or calls <= 2 * at  # no further layer; undoing switches counts too
         assert same(weights(model), before)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         usable(model, base)
@@ -541,7 +541,7 @@ def alarms() -> Iterator[None]:
 
 @pytest.mark.parametrize("rounds", [150, pytest.param(5000, marks=pytest.mark.full)])
 def test_signals_at_random_moments(alarms: None, rounds: int) -> None:
-    """A layer is merged and has its receipt, or neither, wherever the alarm goes off."""
+    """Wherever the alarm goes off, a layer is merged and has its receipt, or neither."""
     rng = random.Random(0)
     model = model_of(torch.bfloat16, ((64, 200), (200, 64), (64, 300)))
     base = weights(model)
@@ -571,19 +571,19 @@ def test_signals_at_random_moments(alarms: None, rounds: int) -> None:
     assert same(weights(model), base)
 
 
-def test_signals_are_held_for_the_outermost_only() -> None:
+def test_signals_are_deferred_by_the_outermost_only() -> None:
     with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012
         with interrupts.deferred() as inner:
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             inner.deliver()
-        inner.deliver()  # that was all
+        inner.deliver()  # nothing is left to deliver
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_merge_as_well() -> None:
-    """Python's signals are the main thread's business; nobody else may set handlers."""
+    """Only Python's main thread may set signal handlers."""
     model = model_of()
     base = weights(model)
     errors: list[BaseException] = []
@@ -612,7 +612,7 @@ def test_other_threads_merge_as_well() -> None:
     ids=["small", "base"],
 )
 def test_1000_cycles_leave_every_bit(dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]) -> None:
-    """Merged, switched from adapter to adapter and unmerged: 1,000 of each, another adapter every time."""
+    """Merges, switches from adapter to adapter and unmerges: 1,000 of each, with a different adapter every time."""
     model = model_of(dtype, sizes)
     base = weights(model)
     adapters = [adapters_of(model, seed, 1 + seed) for seed in range(4)]

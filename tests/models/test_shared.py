@@ -1,4 +1,4 @@
-"""Weights that several modules share: a merge that would change another module is refused, or unties first."""
+"""Tests of weights that several modules share: a merge that would change another module is refused, or unties first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.tiers import spread
 
 pytest.importorskip("transformers")
 
-# ---- which tensors meet ---------------------------------------------------------------------------------------------
+# ---- which tensors overlap ------------------------------------------------------------------------------------------
 
 W = torch.zeros(12, 8, dtype=torch.bfloat16)
 PAIRS = {
@@ -46,33 +46,33 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize(("one", "other", "meet"), PAIRS.values(), ids=PAIRS)
-def test_tensors_that_meet(one: Tensor, other: Tensor, meet: bool) -> None:
-    assert list(memory.overlapping([one, other])) == [(0, 1)] * meet
-    assert list(memory.overlapping([torch.zeros(3), other, torch.zeros(4), one])) == [(1, 3)] * meet
+@pytest.mark.parametrize(("first", "second", "overlap"), PAIRS.values(), ids=PAIRS)
+def test_overlapping_tensors(first: Tensor, second: Tensor, overlap: bool) -> None:
+    assert list(memory.overlapping([first, second])) == [(0, 1)] * overlap
+    assert list(memory.overlapping([torch.zeros(3), second, torch.zeros(4), first])) == [(1, 3)] * overlap
 
 
 @pytest.mark.parametrize("seed", spread(range(20), default=1, full=4))
 def test_any_views_of_one_memory(seed: int) -> None:
-    """Beside the sets of their elements' addresses."""
+    """Compared with the sets of their elements' addresses."""
     rng = random.Random(seed)
-    held = torch.arange(80)
+    memory_of_views = torch.arange(80)
     for _ in range(60):
         views, places = [], []
         for _ in range(4):
             shape, strides = ([rng.randint(1, 4) for _ in range(2)], [rng.choice((1, 2, 3, 5, 8)) for _ in range(2)])
-            views.append(held.as_strided(shape, strides, rng.randint(0, 20)))
+            views.append(memory_of_views.as_strided(shape, strides, rng.randint(0, 20)))
             places.append(set(views[-1].flatten().tolist()))
         expected = [(i, j) for i, j in itertools.combinations(range(4), 2) if places[i] & places[j]]
         assert sorted(memory.overlapping(views)) == expected
 
 
-def test_what_has_no_address_meets_itself_alone() -> None:
+def test_a_tensor_without_an_address_overlaps_only_itself() -> None:
     meta = torch.zeros(4, 4, device="meta")
     assert list(memory.overlapping([meta, torch.zeros(4, 4, device="meta"), meta])) == [(0, 2)]
 
 
-def test_what_is_too_hard_to_say_counts_as_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlap_that_is_too_hard_to_decide_counts_as_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_hard(*arguments: Any, **options: Any) -> bool:
         raise np.exceptions.TooHardError
 
@@ -135,7 +135,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def everything(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """All that a merge could change: who the Parameters are, their bits, and what layers say of themselves."""
+    """Everything that a merge could change: the Parameters' identities and bits, and the layers' own state."""
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     state: dict[str, tuple[Any, ...]] = {
         name: (id(held[name]), held[name].requires_grad, value) for name, value in values(model).items()
@@ -155,13 +155,13 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def refusal(case: Sharing) -> str:
-    return f"{case.name}: expected one that no other module holds.*got one that is ({'|'.join(case.others)}) too"
+    return f"{case.name}: expected one that no other module holds.*got one that is also ({'|'.join(case.others)})"
 
 
 @pytest.mark.parametrize(
     ("case", "merge"), spread(itertools.product(SHARING, MERGES), default=24, full=24), ids=lambda value: value
 )
-def test_a_merge_into_what_another_module_holds(case: str, merge: str) -> None:
+def test_a_merge_into_a_weight_that_another_module_holds(case: str, merge: str) -> None:
     given = SHARING[case]
     model = injected(given.make, given.targets, **given.options)
     before, y = everything(model), sharing.run(model)
@@ -186,7 +186,7 @@ def test_a_merge_into_what_another_module_holds(case: str, merge: str) -> None:
 
 
 @pytest.mark.parametrize("case", FINE)
-def test_a_merge_beside_what_is_shared(case: str) -> None:
+def test_a_merge_in_a_model_with_shared_weights_elsewhere(case: str) -> None:
     make, targets = FINE[case]
     model = injected(make, targets)
     before, y = everything(model), sharing.run(model)
@@ -227,7 +227,7 @@ def test_copies_know_what_they_share(travel: Callable[[nn.Module], nn.Module]) -
     assert equal(values(model), before)
 
 
-def test_what_is_shared_no_longer_is_merged() -> None:
+def test_a_weight_that_is_no_longer_shared_is_merged() -> None:
     given = SHARING["GPT-2"]
     for untie in (lambda model: model.lm_head, lambda model: model.transformer.wte):
         model = injected(given.make, given.targets)
@@ -238,8 +238,8 @@ def test_what_is_shared_no_longer_is_merged() -> None:
             model.lm_head.merge()
 
 
-def test_what_is_shared_only_now_is_refused() -> None:
-    """tie_weights() after inject."""
+def test_a_weight_that_was_shared_after_inject_is_refused() -> None:
+    """By tie_weights()."""
     given = SHARING["GPT-2"]
     model = injected(given.make, given.targets)
     model.transformer.wte.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
@@ -265,7 +265,7 @@ def test_a_merge_that_fails_after_untying_shares_again() -> None:
     assert model.a.weight is model.b.weight
 
 
-def test_a_shared_weight_that_changed_meanwhile_is_left_to_the_others() -> None:
+def test_a_layer_does_not_go_back_to_a_shared_weight_that_changed_meanwhile() -> None:
     given = SHARING["one Parameter"]
     model = injected(given.make, given.targets)
     base = model.a.weight.detach().clone()
@@ -300,8 +300,8 @@ PEFT_MERGES: dict[str, Callable[..., None]] = {
 
 @pytest.mark.parametrize("untie", [False, True])
 @pytest.mark.parametrize("merge", PEFT_MERGES)
-def test_pefts_merge_into_a_module_that_stands_elsewhere_too(merge: str, untie: bool) -> None:
-    """PEFT adapts one of its places; the other one is the base layer itself, which no copy of its weight parts."""
+def test_pefts_merge_into_a_module_that_is_used_in_two_places(merge: str, untie: bool) -> None:
+    """PEFT adapts it in one place. In the other it is the base layer itself, so a copy of its weight does not help."""
     peft = pytest.importorskip("peft")
     given = SHARING["one of two places"]
     model = peftk.accelerate(
@@ -310,7 +310,7 @@ def test_pefts_merge_into_a_module_that_stands_elsewhere_too(merge: str, untie: 
     base = model.base_model.model
     before, was = values(base), dict(base.named_modules())
     with pytest.raises(
-        ValueError, match=r"weight: expected that of a module in one place of the model, got one that is"
+        ValueError, match=r"weight: expected that of a module used in one place of the model, got one that is"
     ):
         PEFT_MERGES[merge](model, base.a, untie=untie)
     assert dict(base.named_modules()) == was
@@ -324,7 +324,7 @@ def test_pefts_merge_into_a_module_that_stands_elsewhere_too(merge: str, untie: 
     ids=lambda value: value,
 )
 @pytest.mark.filterwarnings("ignore:Model with `tie_word", "ignore:Input and output", "ignore:fan_in_fan_out")
-def test_pefts_merge_into_what_another_module_holds(case: str, merge: str) -> None:
+def test_pefts_merge_into_a_weight_that_another_module_holds(case: str, merge: str) -> None:
     peft = pytest.importorskip("peft")
     given = SHARING[case]
     config = peft.LoraConfig(target_modules=given.targets, init_lora_weights=False, **given.options)
@@ -352,7 +352,7 @@ def test_pefts_merge_into_what_another_module_holds(case: str, merge: str) -> No
 
 
 def test_an_unmerge_that_fails_once_it_has_shared_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The merged model keeps its copy: what was shared again is put back."""
+    """The merged model keeps its copy: sharing again is undone."""
     peft = pytest.importorskip("peft")
     case = next(name for name in sorted(SHARING) if name != "one of two places" and not SHARING[name].options)
     given = SHARING[case]

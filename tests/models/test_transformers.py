@@ -1,5 +1,7 @@
-"""transformers' own ways of using a model, on models that peftk has been put into: training by hand and by Trainer,
-generate() with an adapter for each sequence, checkpoints, merging. Small random models of four architectures."""
+"""Tests of peftk in transformers' workflows, on small random models of four architectures.
+
+Training by hand and by Trainer, generate() with an adapter for each sequence, checkpoints, merging.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from peftk import (
 from peftk.methods.inject import lora_layers
 
 VOCABULARY, WIDTH = 64, 32
-DISTINCT = {"initializer_range": 0.2}  # weights that give distinct tokens, where the usual 0.02 repeats one
+DISTINCT = {"initializer_range": 0.2}  # weights that give distinct tokens; the usual 0.02 repeats one token
 
 
 def bert() -> nn.Module:
@@ -71,7 +73,7 @@ def t5() -> nn.Module:
         tie_word_embeddings=False,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    # tied to the embeddings, it would give each token again, for ever
+    # tied to the embeddings, it would repeat each token
     model.lm_head.weight = nn.Parameter(torch.randn(VOCABULARY, WIDTH))
     return model
 
@@ -93,7 +95,7 @@ METHODS: dict[str, Any] = {
 
 
 def with_method(*default: tuple[Build, str], builds: Sequence[Build] = BUILDS) -> pytest.MarkDecorator:
-    """Every method on each model that has what it adapts (Llama and T5 have no biases); `full` but for `default`."""
+    """Each method on each model that it fits (Llama and T5 have no biases); all but `default` in the full tier."""
     return pytest.mark.parametrize(
         ("build", "method"),
         [
@@ -167,8 +169,8 @@ def test_a_method_starts_as_the_identity_and_trains_alone(build: Build, method: 
     assert count.trainable == sum(values[name].numel() for name in moved)
 
 
-def test_what_trains_whole_gets_no_adapter() -> None:
-    """LoRA on every linear leaves out a head that trains already; BitFit goes beside it in either order."""
+def test_a_module_that_trains_in_full_gets_no_adapter() -> None:
+    """LoRA on every linear leaves out a head that trains already; BitFit can be combined with it in either order."""
     model = made(bert)
     peftk.inject(model, [HeadConfig(), LORA])
     assert type(model.classifier) is nn.Linear
@@ -180,7 +182,7 @@ def test_what_trains_whole_gets_no_adapter() -> None:
         biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
         assert peftk.count_parameters(model).trainable == 2 * WIDTH + biases
     refused = made(bert)
-    with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to train in no other method"):
+    with pytest.raises(ValueError, match=r"^trained: expected classifier\.weight to be frozen"):
         peftk.inject(refused, [LORA, HeadConfig()])
     assert type(refused.classifier) is nn.Linear
 
@@ -227,7 +229,7 @@ DEFAULT = {("gpt2", "sampling"), ("gpt2", "beams"), ("llama", "greedy"), ("llama
 
 
 def strong(model: nn.Module, r: int, seed: int) -> nn.Module:
-    """An adapter on every linear that changes which tokens come."""
+    """An adapter on every linear, strong enough to change which tokens are generated."""
     peftk.inject(model, LoraConfig(r=r, lora_alpha=8))
     torch.manual_seed(seed)
     for _, layer in lora_layers(model):
@@ -236,7 +238,7 @@ def strong(model: nn.Module, r: int, seed: int) -> nn.Module:
 
 
 def serving(build: Build, folder: pathlib.Path) -> tuple[MultiAdapter, dict[str | None, nn.Module]]:
-    """A server of alice and bob, and the models that have one of them, or none, by themselves."""
+    """A server with alice and bob, and models that have only one of them, or none."""
     alone = {None: made(build), "alice": strong(made(build), 4, 1), "bob": strong(made(build), 5, 2)}
     server = MultiAdapter(made(build))
     for name in ("alice", "bob"):
@@ -252,7 +254,7 @@ def generated(model: nn.Module, prompts: Tensor, mask: Tensor, **decoding: Any) 
 
 
 def padded_prompts() -> tuple[Tensor, Tensor]:
-    """Four prompts, two of them shorter, padded on the left."""
+    """Four prompts, padded on the left; two of them are shorter."""
     prompts = torch.randint(3, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(prompts)
     mask[1, :3] = mask[3, :2] = 0
@@ -268,8 +270,8 @@ def padded_prompts() -> tuple[Tensor, Tensor]:
     ],
 )
 def test_generate_gives_each_sequence_its_adapter(build: Build, how: str, tmp_path: pathlib.Path) -> None:
-    """Token for token what the adapter gives alone: each sequence's noise is that of its place in the batch, so a batch
-    of four in which all have its adapter draws the same."""
+    """The same tokens as with the adapter alone. Noise depends on the place in the batch, so the comparison is with a
+    batch of four in which all sequences have the adapter."""
     server, alone = serving(build, tmp_path)
     decoding, (prompts, mask) = DECODING[how], padded_prompts()
     with server.route(ROUTE):
@@ -277,14 +279,14 @@ def test_generate_gives_each_sequence_its_adapter(build: Build, how: str, tmp_pa
     outputs = {name: generated(model, prompts, mask, **decoding).unflatten(0, (4, -1)) for name, model in alone.items()}
     for i, name in enumerate(ROUTE):
         assert torch.equal(found[i], outputs[name][i])
-    assert len({tuple(out.flatten().tolist()) for out in outputs.values()}) == 3  # the adapters do something
+    assert len({tuple(out.flatten().tolist()) for out in outputs.values()}) == 3  # the adapters change the output
     plain = generated(server.model, prompts, mask, **decoding).unflatten(0, (4, -1))
     assert torch.equal(plain, outputs[None])  # outside of the route
 
 
 @each_generator
 def test_generate_alone_is_generate_in_a_batch(build: Build, tmp_path: pathlib.Path) -> None:
-    """Greedy: each prompt by itself, unpadded, through its own model."""
+    """Greedy: each prompt alone, unpadded, through its own model."""
     server, alone = serving(build, tmp_path)
     prompts, mask = padded_prompts()
     with server.route(ROUTE):
@@ -297,7 +299,7 @@ def test_generate_alone_is_generate_in_a_batch(build: Build, tmp_path: pathlib.P
 
 @with_method((gpt2, "three"), (t5, "three"), (llama, "llama_adapter"), builds=[gpt2, llama, t5])
 def test_generate_with_a_cache_is_generate_without(build: Build, method: str) -> None:
-    """Each step alone with the cache gives what the whole text gives at once, greedily and with beams."""
+    """Single steps with the cache give the same as the whole text at once, greedily and with beams."""
     model, (prompts, mask) = made(build), padded_prompts()
     plain = generated(model, prompts, mask, **GREEDY)
     peftk.inject(model, METHODS[method])
@@ -312,10 +314,13 @@ def test_generate_with_a_cache_is_generate_without(build: Build, method: str) ->
         assert not torch.equal(found, plain)
 
 
-def test_generate_refuses_a_route_of_another_batch(tmp_path: pathlib.Path) -> None:
+def test_generate_refuses_a_route_for_a_different_batch(tmp_path: pathlib.Path) -> None:
     server, _ = serving(llama, tmp_path)
     prompts, mask = padded_prompts()
-    with server.route(["alice", "bob", None]), pytest.raises(ValueError, match="the order of the 3 routed ones"):
+    with (
+        server.route(["alice", "bob", None]),
+        pytest.raises(ValueError, match="the 3 routed sequences whole"),
+    ):
         generated(server.model, prompts, mask, **GREEDY)
     assert generated(server.model, prompts, mask, **GREEDY).shape == (4, 13)
 
@@ -326,7 +331,7 @@ def test_generate_refuses_a_route_of_another_batch(tmp_path: pathlib.Path) -> No
 
 def rows(model: nn.Module, number: int = 16) -> list[dict[str, Tensor]]:
     ids = torch.randint(3, VOCABULARY, (number, 8), generator=torch.Generator().manual_seed(1))
-    ids[:, 1:] = ids[:, :1]  # something that can be learnt in a few steps
+    ids[:, 1:] = ids[:, :1]  # easy to learn in a few steps
     labels = ids[:, 0] % 2 if isinstance(model, transformers.BertForSequenceClassification) else ids
     return [
         {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": y} for i, y in zip(ids, labels, strict=True)
@@ -374,11 +379,11 @@ TRAINED = [
 
 @pytest.mark.parametrize(("build", "method", "checkpointing"), TRAINED)
 def test_trainer_trains_and_resumes(build: Build, method: str, checkpointing: bool, tmp_path: pathlib.Path) -> None:
-    """A run that is resumed from its checkpoint in the middle ends in the same bits as the one that wasn't cut."""
+    """A run that is resumed from its checkpoint in the middle ends with the same bits as an uninterrupted run."""
 
     def injected() -> nn.Module:
         model = made(build)
-        # the head first: what trains whole gets no adapter
+        # the head first: a module that trains in full gets no adapter
         peftk.inject(model, [HeadConfig(), METHODS[method]] if build is bert else METHODS[method])
         return model
 
@@ -429,7 +434,7 @@ def test_trainer_trains_an_accelerated_peft_model(tmp_path: pathlib.Path) -> Non
     made_by_peft = trainer(plain, rows(plain), tmp_path / "peft")
     made_by_peft.train()
     torch.testing.assert_close(torch.tensor(found), torch.tensor(losses(made_by_peft)), rtol=1e-3, atol=1e-3)
-    # PEFT reads what Trainer saved of the accelerated model
+    # PEFT loads what Trainer saved of the accelerated model
     read = peft.PeftModel.from_pretrained(made(llama), os.fspath(tmp_path / "peftk" / "checkpoint-8"))
     torch.testing.assert_close(logits(read), logits(model), rtol=1e-4, atol=1e-5)
 
@@ -439,7 +444,7 @@ def test_trainer_trains_an_accelerated_peft_model(tmp_path: pathlib.Path) -> Non
 
 
 def test_minilm_with_real_weights(tmp_path: pathlib.Path) -> None:
-    """Embeddings are unchanged at first; two tenants train on their own sentences and are served in one batch."""
+    """Embeddings are unchanged at first; two tenants train on their own sentences and run in one batch."""
     from peftk.tools.minilm import MiniLM, embed
 
     minilm = MiniLM()

@@ -1,4 +1,4 @@
-"""SeriesAdapter, ParallelAdapter, LlamaAdapter, ParallelAdapterLinear and BitFitLinear, each on its own."""
+"""Tests of SeriesAdapter, ParallelAdapter, LlamaAdapter, ParallelAdapterLinear and BitFitLinear, each by itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def normal(*shape: int, dtype: torch.dtype = F32) -> Tensor:
 
 
 class Block(nn.Module):
-    """Two modules between which x is changed, as BERT's feed-forward block is."""
+    """Two modules with an activation between them, as in BERT's feed-forward block."""
 
     def __init__(self, dtype: torch.dtype = F32) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def test_parallel_adapter(dtype: torch.dtype, adapter_dtype: torch.dtype, source
     block, x = Block(dtype), normal(6, 12, dtype=dtype)
     with torch.no_grad():
         before = block(x)
-        # the block's own sum rounds once more where the adapter is within it
+        # with the adapter inside of the block, the block's own sum rounds once more
         within = block.down(torch.tanh(block.up(x))) if sink else before
     adapter = ParallelAdapter(12, 5, activation="silu", dtype=adapter_dtype, source=source, sink=sink)
     adapter.attach(block)
@@ -145,7 +145,7 @@ def test_parallel_adapter(dtype: torch.dtype, adapter_dtype: torch.dtype, source
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F16, F16)])
 @pytest.mark.parametrize("conv", [False, True])
 def test_parallel_adapter_linear(dtype: torch.dtype, adapter_dtype: torch.dtype, conv: bool) -> None:
-    linear = a_linear(conv).to(dtype)
+    linear = make_linear(conv).to(dtype)
     x = normal(6, 16, dtype=dtype)
     layer = ParallelAdapterLinear.from_linear(linear, bottleneck=5, activation="gelu", adapter_dtype=adapter_dtype)
     assert layer.weight is linear.weight
@@ -160,7 +160,7 @@ def test_parallel_adapter_linear(dtype: torch.dtype, adapter_dtype: torch.dtype,
     assert all(layer.get_parameter(name).grad.abs().sum() > 0 for name in names)
 
 
-def a_linear(conv: bool) -> nn.Module:
+def make_linear(conv: bool) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(2)
@@ -174,7 +174,7 @@ def a_linear(conv: bool) -> nn.Module:
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_bitfit_linear(conv: bool) -> None:
-    linear, x, dy = a_linear(conv), normal(6, 16), normal(6, 24)
+    linear, x, dy = make_linear(conv), normal(6, 16), normal(6, 24)
     before = linear(x)
     keys, bias = list(linear.state_dict()), linear.bias
     layer = BitFitLinear.from_linear(linear)
@@ -185,7 +185,7 @@ def test_bitfit_linear(conv: bool) -> None:
     layer(x).backward(dy)
     assert layer.weight.grad is None
     numerics.check(bias.grad, dy.double().sum(0), dy.double().abs().sum(0), 6)
-    # it may be replaced as the linear might
+    # it can be replaced as the linear can
     lora = LoRALinear.from_linear(layer, r=2)
     assert lora.fan_in_fan_out == conv
     torch.testing.assert_close(lora(x), before)
@@ -206,12 +206,12 @@ class Attention(nn.Module):
             self.q, self.k, self.v = (nn.Linear(16, n, dtype=dtype) for n in (24, 12, 12))
         self.o = nn.Linear(24, 16, dtype=dtype)
 
-    def made(self, x: Tensor) -> tuple[Tensor, ...]:
-        made = self.qkv(x).split([24, 12, 12], -1) if hasattr(self, "qkv") else (self.q(x), self.k(x), self.v(x))
-        return tuple(t.unflatten(-1, (-1, 6)).transpose(1, 2) for t in made)
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        qkv = self.qkv(x).split([24, 12, 12], -1) if hasattr(self, "qkv") else (self.q(x), self.k(x), self.v(x))
+        return tuple(t.unflatten(-1, (-1, 6)).transpose(1, 2) for t in qkv)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.made(x)
+        q, k, v = self.project(x)
         k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
         return self.o((torch.softmax(q @ k.mT / 6**0.5, -1) @ v).transpose(1, 2).flatten(2))
 
@@ -228,8 +228,8 @@ def test_llama_adapter(packed: bool, scaling: float | None) -> None:
     randomised(adapter)
     y = layer(x)
     adapter.detach(layer)
-    q, k, v = layer.made(x)
-    _, pk, pv = layer.made(adapter.prompt[None])
+    q, k, v = layer.project(x)
+    _, pk, pv = layer.project(adapter.prompt[None])
     k, v, pk, pv = (t.repeat_interleave(2, dim=1) for t in (k, v, pk, pv))
     heads = torch.softmax(q @ k.mT / 6**0.5, -1) @ v
     c = 6**-0.5 if scaling is None else scaling
@@ -267,7 +267,7 @@ def test_attach_and_detach(kind: str) -> None:
         with torch.no_grad():
             other.get_submodule(adapter.name).lora_B.zero_()
             other.get_submodule(adapter.name).bias_B.zero_()
-        assert torch.equal(other(x), before)  # its hooks are its own
+        assert torch.equal(other(x), before)  # its hooks use its own adapter
         other.get_submodule(adapter.name).detach(other)
         assert torch.equal(other(x), before)
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in other.modules())
@@ -291,7 +291,7 @@ def test_hooks_of_a_new_process_do_not_take_the_place_of_pickled_ones(monkeypatc
     assert torch.equal(other(x), y)
 
 
-def test_what_hangs_on_a_linear_stays_when_it_is_replaced() -> None:
+def test_an_adapter_attached_to_a_linear_stays_when_the_linear_is_replaced() -> None:
     block, x = Block(), normal(4, 12)
     adapter = randomised(SeriesAdapter(12, 3))
     adapter.attach(block.down)
@@ -317,7 +317,7 @@ def test_what_hangs_on_a_linear_stays_when_it_is_replaced() -> None:
         (LlamaAdapter(16, 4, Projections("q", "k", "w", "o")), Attention(), ValueError, "with 'w', got one without"),
     ],
 )
-def test_what_an_adapter_cannot_hang_on(adapter: Any, module: Any, error: type[Exception], message: str) -> None:
+def test_what_an_adapter_cannot_attach_to(adapter: Any, module: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         adapter.attach(module)
     if isinstance(module, nn.Module):
@@ -325,7 +325,7 @@ def test_what_an_adapter_cannot_hang_on(adapter: Any, module: Any, error: type[E
         assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
-def test_one_adapter_of_a_kind_a_module() -> None:
+def test_one_adapter_of_a_kind_per_module() -> None:
     block = Block()
     SeriesAdapter(12, 2).attach(block)
     with pytest.raises(ValueError, match="expected a Block without 'series_adapter', got one that has it"):
@@ -345,11 +345,13 @@ def test_errors_at_the_first_call() -> None:
 
     module = Module()
     SeriesAdapter(12, 2).attach(module)
-    with pytest.raises(TypeError, match="output: expected a tensor, or several of which it is the first, got NoneType"):
+    with pytest.raises(
+        TypeError, match="output: expected a tensor, or a tuple or dict that begins with one, got NoneT"
+    ):
         module(normal(2, 12))
     block = Block()
     ParallelAdapter(12, 2, source="up", sink="down").attach(block)
-    with pytest.raises(RuntimeError, match="expected up to be called before, got no call of it"):
+    with pytest.raises(RuntimeError, match="expected up to be called first, got no call of it"):
         block.down(normal(2, 20))
     module = Module()
     ParallelAdapter(12, 2).attach(module)
@@ -375,7 +377,7 @@ def test_bad_hyper_parameters(make: Any, message: str) -> None:
         make()
 
 
-def test_a_failed_drop_in_leaves_the_linear_trainable() -> None:
+def test_a_failed_replacement_leaves_the_linear_trainable() -> None:
     linear = nn.Linear(4, 4)
     with pytest.raises(TypeError, match="adapter_dtype: expected"):
         ParallelAdapterLinear.from_linear(linear, bottleneck=2, adapter_dtype=torch.float64)
@@ -426,6 +428,6 @@ def test_torch_compile() -> None:
     torch.testing.assert_close(*results)
 
 
-def test_a_prompt_is_fp32_where_nothing_else_is_asked_for() -> None:
+def test_a_prompt_is_fp32_by_default() -> None:
     adapter = LlamaAdapter(4, 2, Projections("q", "k", "v", "o"))
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}

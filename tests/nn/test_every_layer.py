@@ -1,4 +1,4 @@
-"""What holds of every layer: it stands in torch's graph as the same computation in plain torch does."""
+"""Tests that every layer behaves in torch's autograd graph as the same computation in plain torch does."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.support.tiers import FULL, spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def named(value: object) -> str:
-    """Of a test's argument."""
+def case_id(value: object) -> str:
+    """The id of a test's argument."""
     return str(getattr(value, "name", getattr(value, "__name__", value)))
 
 
 every_layer = pytest.mark.parametrize("entry", LAYERS, ids=lambda entry: entry.name)
 
 
-def changed(y: Tensor) -> Tensor:
-    """y, changed in place in the ways that models do."""
+def change_in_place(y: Tensor) -> Tensor:
+    """Changes y in place in the ways that models do."""
     y.mul_(1.5)
     y[..., :2].add_(1.0)
     y += 0.25
@@ -36,28 +36,28 @@ def changed(y: Tensor) -> Tensor:
 
 
 def run_in(mode: str, layer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """layer, then `changed`."""
+    """A function that runs the layer in a mode, then `change_in_place`."""
 
     def run(x: Tensor) -> Tensor:
-        return changed(layer(x))
+        return change_in_place(layer(x))
 
     if mode in ("aot_eager", "inductor"):
         torch._dynamo.reset()
         return torch.compile(run, backend=mode)
     if mode.startswith("checkpoint"):
         reentrant = mode == "checkpoint reentrant"
-        return lambda x: changed(checkpoint(layer, x, use_reentrant=reentrant))
+        return lambda x: change_in_place(checkpoint(layer, x, use_reentrant=reentrant))
     return run
 
 
-def in_place(entry: Entry, made: Made, mode: str) -> None:
+def check_in_place(entry: Entry, made: Made, mode: str) -> None:
     run = run_in(mode, made.layer)
     for x in [*entry.inputs(), *entry.inputs(empty=True)]:
         for wants in (True, False):
             if mode == "checkpoint reentrant" and not wants:
                 continue  # torch gives no gradients then
             x.requires_grad_(wants)
-            agree(gradients(run, made, x), gradients(lambda x: changed(made.plain(x)), made, x))
+            agree(gradients(run, made, x), gradients(lambda x: change_in_place(made.plain(x)), made, x))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def in_place(entry: Entry, made: Made, mode: str) -> None:
         *spread(itertools.product(LAYERS, [True], ["eager"]), default=6, full=12),
         *spread(itertools.product(LAYERS, [False, True], ["checkpoint reentrant", "checkpoint"]), default=12, full=24),
     ],
-    ids=named,
+    ids=case_id,
 )
 def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool) -> None:
     if entry.by_linear and mode == "checkpoint reentrant":
-        pytest.skip("torch refuses it behind nn.Linear, too")
-    in_place(entry, entry.make(frozen=frozen), mode)
+        pytest.skip("torch refuses it for nn.Linear too")
+    check_in_place(entry, entry.make(frozen=frozen), mode)
 
 
 @pytest.mark.parametrize(
@@ -82,16 +82,16 @@ def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool
         pytest.param(by_name("lora plain"), "inductor", False, marks=FULL),
         pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
     ],
-    ids=named,
+    ids=case_id,
 )
 def test_an_output_changed_in_place_trains_compiled(entry: Entry, mode: str, frozen: bool) -> None:
-    in_place(entry, entry.make(frozen=frozen), mode)
+    check_in_place(entry, entry.make(frozen=frozen), mode)
 
 
 @pytest.mark.parametrize(
     ("entry", "backend"),
     spread(itertools.product(LAYERS, ["reference", "gemm", "cpu"]), default=10, full=20),
-    ids=named,
+    ids=case_id,
 )
 def test_an_output_changed_in_place_trains_on_each_backend(
     entry: Entry, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -100,17 +100,17 @@ def test_an_output_changed_in_place_trains_on_each_backend(
         pytest.skip("gemm has no series adapters")
     made = entry.make()
     monkeypatch.setenv("PEFTK_BACKEND", backend)
-    in_place(entry, made, "eager")
+    check_in_place(entry, made, "eager")
 
 
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
 @pytest.mark.parametrize(
-    ("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=20, full=30), ids=named
+    ("entry", "mode"), spread(itertools.product(LAYERS, GRAD_MODES), default=20, full=30), ids=case_id
 )
-def test_an_output_is_nobody_elses_memory(entry: Entry, mode: str) -> None:
-    """Also where it is the input's values: changing it changes neither the input nor a Parameter."""
+def test_an_output_has_memory_of_its_own(entry: Entry, mode: str) -> None:
+    """Even if its values are the input's: changing it changes neither the input nor a Parameter."""
     made = entry.make()
     for x in entry.inputs():
         for wants in (True, False):
@@ -127,10 +127,10 @@ def test_an_output_is_nobody_elses_memory(entry: Entry, mode: str) -> None:
 
 
 @every_layer
-def test_an_output_without_gradients_may_meet_one_in_place(entry: Entry) -> None:
-    """An output of no_grad is no view that remembers it."""
+def test_an_output_of_no_grad_may_be_multiplied_in_place_by_a_tensor_with_a_gradient(entry: Entry) -> None:
+    """An output made under no_grad is not a view that remembers no_grad."""
     if entry.by_linear:
-        pytest.skip("torch refuses it behind nn.Linear, too")
+        pytest.skip("torch refuses it for nn.Linear too")
     made, w = entry.make(), torch.tensor(2.0, requires_grad=True)
     for x in entry.inputs():
         with torch.no_grad():
@@ -144,7 +144,7 @@ def test_an_output_without_gradients_may_meet_one_in_place(entry: Entry) -> None
 @every_layer
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_an_input_changed_in_place_is_noticed_where_plain_torch_notices(entry: Entry, frozen: bool) -> None:
-    """x is saved where a gradient reads it, and with it the version that it had."""
+    """If a gradient reads x, x is saved with its version."""
     made = entry.make(frozen=frozen)
 
     def late(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_an_input_changed_in_place_is_noticed_where_plain_torch_notices(entry: E
 
 
 @every_layer
-def test_an_output_that_a_backward_reads_may_not_change(entry: Entry) -> None:
+def test_changing_an_output_that_a_backward_reads_is_refused(entry: Entry) -> None:
     made = entry.make()
     for x in entry.inputs():
         y = made.layer(x.requires_grad_())
@@ -181,14 +181,14 @@ def test_an_output_that_a_backward_reads_may_not_change(entry: Entry) -> None:
 
 @contextlib.contextmanager
 def saved() -> Iterator[list[Tensor]]:
-    """What torch saves for the backward within the `with`."""
+    """The tensors that torch saves for the backward within the `with`."""
     found: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda tensor: tensor):
         yield found
 
 
 def nbytes(made: Made, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[int, int]:
-    """Bytes that run(x) saves: in the module's own memory, and in other."""
+    """Bytes that run(x) saves for the backward: in the module's own memory, and elsewhere."""
     tensors = [*made.module.parameters(), *made.module.buffers()]
     for module in made.module.modules():
         if hasattr(module, "bank"):
@@ -219,7 +219,7 @@ BASE_ALONE = [
 @pytest.mark.parametrize("name", BASE_ALONE)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_a_layer_without_an_adapter_saves_what_linear_saves(name: str, frozen: bool) -> None:
-    """W where x wants a gradient, and nothing where only a bias does: to the byte."""
+    """W if x needs a gradient, and nothing if only a bias does: the same number of bytes."""
     entry = by_name(name)
     made = entry.make(frozen=frozen)
     width = made.plain(entry.inputs()[0]).shape[-1]
@@ -231,27 +231,28 @@ def test_a_layer_without_an_adapter_saves_what_linear_saves(name: str, frozen: b
             assert nbytes(made, made.layer, x) == nbytes(Made(linear, linear, linear), linear, x)
 
 
-def of_many(entry: Entry, x: Tensor, *, z: bool) -> int:
-    """What many adapters need besides: ids in int32 and, where it is read, z of up to two pages of ranks, in fp32."""
+def bytes_for_ids_and_z(entry: Entry, x: Tensor, *, z: bool) -> int:
+    """What a layer with many adapters also saves: int32 ids, and if z is read, fp32 z of at most two pages of ranks."""
     many = entry.name.startswith(("multi", "accelerated_mixed"))
     return x[..., 0].numel() * (4 + (4 * 32 if z else 0)) if many else 0
 
 
-def copies(entry: Entry, made: Made) -> int:
-    """Adapters of PEFT that are active together are copied side by side, in fp32."""
+def bytes_of_copies(entry: Entry, made: Made) -> int:
+    """PEFT adapters that are active together are copied side by side, in fp32."""
     lora = sum(p.nbytes for name, p in made.module.named_parameters() if "lora" in name)
     return lora if entry.name == "accelerated several" else 0
 
 
 @every_layer
 def test_a_frozen_layer_saves_no_more_than_its_own_parameters(entry: Entry) -> None:
-    """Where only the gradient of x is wanted x itself is not kept, nor is z where the activation is the identity."""
+    """If only x needs a gradient, x itself is not saved, and neither is z if the activation is the identity."""
     made = entry.make(frozen=True)
     for x in entry.inputs():
         x.requires_grad_()
         _, ours = nbytes(made, made.layer, x)
         _, plain = nbytes(made, made.plain, x)
-        assert ours <= plain + of_many(entry, x, z=entry.name == "multi activations") + copies(entry, made)
+        extra = bytes_for_ids_and_z(entry, x, z=entry.name == "multi activations") + bytes_of_copies(entry, made)
+        assert ours <= plain + extra
 
 
 @every_layer
@@ -262,14 +263,15 @@ def test_a_trained_layer_saves_no_more_than_plain_torch(entry: Entry) -> None:
             x = x.detach().clone().requires_grad_(wants)
             _, ours = nbytes(made, made.layer, x)
             _, plain = nbytes(made, made.plain, x)
-            assert ours <= plain + of_many(entry, x, z=True) + copies(entry, made), (list(x.shape), wants)
+            extra = bytes_for_ids_and_z(entry, x, z=True) + bytes_of_copies(entry, made)
+            assert ours <= plain + extra, (list(x.shape), wants)
 
 
 # which Parameter the gradients reach
 
 
 def owners(made: Made) -> list[tuple[nn.Module, str]]:
-    """The modules that hold the Parameters that train, and these by name."""
+    """The modules that hold trainable Parameters, each with the name of one."""
     return [
         (module, name)
         for module in list(made.module.modules())
@@ -290,7 +292,7 @@ def new_values(made: Made) -> None:
 
 
 def other_strides(made: Made) -> None:
-    """Columns that are contiguous, not rows; of a vector every second place."""
+    """Matrices with contiguous columns instead of rows; vectors with stride 2."""
     for module, name in owners(made):
         p = module._parameters[name]
         p.data = torch.stack([p.data, p.data], dim=-1)[..., 0] if p.dim() == 1 else p.data.t().contiguous().t()
@@ -302,7 +304,7 @@ def set_anew(made: Made) -> None:
 
 
 def put_in_the_dict(made: Made) -> None:
-    """As FSDP and offloading do: past __setattr__, in the same memory."""
+    """As FSDP and offloading do: without __setattr__, in the same memory."""
     for module, name in owners(made):
         module._parameters[name] = nn.Parameter(module._parameters[name].detach())
 
@@ -335,12 +337,12 @@ REPLACE = [assigned, new_values, other_strides, set_anew, put_in_the_dict, swapp
 
 
 @pytest.mark.parametrize(
-    ("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=25, full=40), ids=named
+    ("entry", "replace"), spread(itertools.product(LAYERS, REPLACE), default=25, full=40), ids=case_id
 )
 def test_gradients_reach_the_parameters_that_the_module_has_now(entry: Entry, replace: Callable[[Made], None]) -> None:
-    """Whatever a layer has kept of earlier calls."""
+    """Nothing that a layer kept from earlier calls is used instead."""
     if replace is assigned and entry.name.startswith("lora merged"):
-        pytest.skip("a merged LoRALinear loads nothing")
+        pytest.skip("a merged LoRALinear refuses to load")
     for x in entry.inputs():
         made = entry.make()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""LoRALinear and MultiLoRALinear as drop-in replacements of nn.Linear."""
+"""Tests of LoRALinear and MultiLoRALinear as drop-in replacements for nn.Linear."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_dropout_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_and_unmerge_for_ever(dtype: torch.dtype) -> None:
+def test_merging_and_unmerging_many_times(dtype: torch.dtype) -> None:
     layer = trained(nn.Linear(67, 43, dtype=dtype)).eval()
     before, x = layer.weight.clone(), torch.randn(3, 67, dtype=dtype)
     y = layer(x)
@@ -147,7 +147,7 @@ def test_rslora_scaling() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@torch._inductor.config.patch(force_disable_caches=True)  # what an older peftk left there is not under test
+@torch._inductor.config.patch(force_disable_caches=True)  # an older peftk may have left entries there
 def test_compile_without_graph_breaks(backend: str, train: bool) -> None:
     torch._dynamo.reset()
     lora = trained(nn.Linear(16, 24)).train(train)
@@ -224,7 +224,7 @@ def test_an_optimizer_step_and_a_move_are_seen() -> None:
     torch.testing.assert_close(layer.float()(x, ids)[1], before[1])
 
 
-def test_copies_and_pickles_work_alone() -> None:
+def test_copies_and_pickles_work_without_the_original() -> None:
     ids, x = torch.tensor([1, 0]), torch.randn(2, 8)
     layer = mixed_layer(8, 8)
     y = layer(x, ids)
@@ -294,7 +294,7 @@ def test_defaults_of_torch_do_not_matter(device: str, dtype: torch.dtype) -> Non
 
     def results() -> list[torch.Tensor]:
         torch.manual_seed(0)  # for dropout
-        several.bank._made = None  # the table, too, is made anew
+        several.bank._cached_table = None  # rebuild the table too
         own = x.clone().requires_grad_()
         outputs = [single(own), several(own, ids)]
         trained = [own, *(p for layer in (single, several) for p in layer.parameters() if p.requires_grad)]
@@ -414,7 +414,7 @@ def test_recorders_of_ops_see_ours(record) -> None:  # type: ignore[no-untyped-d
 
 @pytest.mark.parametrize("kind", ["LoRALinear", "MultiLoRALinear", "BitFitLinear", "ParallelAdapterLinear"])
 def test_hooks_of_the_linear_are_the_layers(kind: str) -> None:
-    """Of every sort that torch has."""
+    """Hooks of every kind that torch has."""
     linear, called = nn.Linear(8, 8), []
     linear.register_forward_pre_hook(lambda *_: called.append("forward pre"))
     linear.register_forward_hook(lambda *_: called.append("forward"))

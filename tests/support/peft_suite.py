@@ -49,7 +49,7 @@ def _accelerate_what_is_made() -> None:
 
 def _count() -> None:
     """Counts the calls that peftk's kernels computed, and those that went to PEFT's own code."""
-    served, merge, unmerge = peft_layers.Linear._served, peft_merge.merge, peft_merge.unmerge
+    served, merge, unmerge = peft_layers.Linear._forward_by_kernels, peft_merge.merge, peft_merge.unmerge
 
     def counted_served(self: Any, x: Any, batch: Any) -> Any:
         y = served(self, x, batch)
@@ -65,7 +65,7 @@ def _count() -> None:
         unmerge(*args, **kwargs)
         COUNTS["unmerge, peftk"] += 1
 
-    peft_layers.Linear._served = counted_served  # type: ignore[method-assign]
+    peft_layers.Linear._forward_by_kernels = counted_served  # type: ignore[method-assign]
     peft_merge.merge, peft_merge.unmerge = counted_merge, counted_unmerge
 
 

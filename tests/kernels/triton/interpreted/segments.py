@@ -234,7 +234,7 @@ def test_a_route_serves_inference_and_training(served_model: Served, monkeypatch
     x = torch.randn(3, 8)
     with server.route(["alice", None, "bob"]):
         with torch.inference_mode():
-            routed, _ = route.current(server._serving)
+            routed, _ = route.current_forward(server._key)
             assert routed is not None
             assert not routed.rows(x).is_inference()
         model(x.requires_grad_()).sum().backward()
@@ -245,7 +245,7 @@ def test_what_was_sorted_ends_with_its_route(served_model: Served) -> None:
     model, server = served_model
     x = torch.randn(3, 8, requires_grad=True)
     with server.route(["alice", None, "bob"]):
-        routed, _ = route.current(server._serving)
+        routed, _ = route.current_forward(server._key)
         assert routed is not None
         model(x)
         held = weakref.ref(route.flat(routed.rows(x)))
@@ -287,7 +287,7 @@ def test_nothing_crosses_the_border_of_a_capture(served_model: Served, monkeypat
             assert new_launches(launches) == 2
         assert torch.equal(model(x), expected)
         assert new_launches(launches) == 0
-        assert any(kept.given is ids for kept in route._read_by_graphs.values())
+        assert any(kept.user_ids is ids for kept in route._read_by_graphs.values())
     with graph, server.route(ids):  # entered inside the capture: one sort, part of the graph
         assert torch.equal(model(x), other)
         assert new_launches(launches) == 1
