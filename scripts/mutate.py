@@ -140,7 +140,11 @@ TESTS = {
         "kernels/cuda/test_merge_on_host.py",
         "kernels/cuda/test_segments_on_host.py",
     ],
-    "peftk/backends/gemm.py": ["backends/test_gemm.py", "tuning/test_tuning.py"],
+    "peftk/backends/gemm.py": [
+        "backends/test_gemm.py",
+        "tuning/test_tuning.py",
+        "kernels/triton/interpreted/gemm.py",
+    ],
     "peftk/system/cache.py": ["tuning/test_tuning.py", "backends/test_gemm.py"],
     "peftk/backends/measured.py": ["tuning/test_tuning.py", "backends/test_gemm.py"],
     "peftk/launch/merge_layers.py": [
