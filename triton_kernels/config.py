@@ -265,14 +265,21 @@ def _splits(tiles: int, K: int, block_k: int, at_most: int, fill: int) -> int:
 def _expand_splits(tiles: int, call: CallShape, plan: Plan, target: int | str) -> int:
     """For few tokens: W is read by more blocks at once. The fp32 parts of y stay below a sixteenth of W's bytes.
 
-    Above 64 rows: as many as make the waves of tiles the shortest, by `waves`.
+    From 65 to 1,024 rows: as many as make the waves of tiles the shortest, by `waves`, whose parts stay below an eighth
+    of the bytes of x, W and y (a tenth in the backward, whose second launch has parts of its own).
     """
     if not tiles or call.identity:  # W = identity is no sum: each part would add x
         return 1
     if 64 < call.M <= 1024 and plan.BLOCK_M >= 64:
         if isinstance(target, str):
             return 1
-        possible = [splits for splits in waves.SPLITS if splits == 1 or call.K // splits >= 4 * plan.BLOCK_K]
+        compulsory = call.x.itemsize * (call.M * call.K + call.N * call.K + call.M * call.N)
+        room = compulsory // (10 if call.backward else 8)
+        possible = [
+            splits
+            for splits in waves.SPLITS
+            if splits == 1 or (call.K // splits >= 4 * plan.BLOCK_K and 4 * splits * call.M * call.N <= room)
+        ]
         return min(possible, key=lambda splits: _modelled_us(plan._replace(expand_splits=splits), call, target))
     cheap = call.K * call.weight.itemsize // (16 * 4 * call.M)
     return min(_splits(tiles, call.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))

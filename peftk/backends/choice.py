@@ -112,16 +112,20 @@ def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], di
     """The backends to try, in order, and reasons for some of them."""
     if call.op == SEGMENTS:
         return _SEGMENTS_ORDER, {}
-    if call.device != "cpu" or call.op.kind != "lora_linear":
-        return _ORDER.get(call.device, ("triton", "reference")), {}
+    order = _ORDER.get(call.device, ("triton", "reference"))
+    if call.device not in _ORDER or call.op.kind != "lora_linear":
+        return order, {}
+    gemm = False
     if deterministic:
-        return _ORDER["cpu"], {"cpu": "with torch.use_deterministic_algorithms only our own kernels run"}
-    if call.x_dtype != call.weight_dtype:
-        return _ORDER["cpu"], {"cpu": "only our kernels multiply mixed dtypes without a copy"}
-    if call.M * call.K * call.N <= SMALL_CALL:
-        return _ORDER["cpu"], {"cpu": "a small call goes directly to our kernels"}
-    gemm, reason = measured.verdict(call)
-    return (("gemm", *_ORDER["cpu"]) if gemm else _ORDER["cpu"]), {"gemm" if gemm else "cpu": reason}
+        reason = "with torch.use_deterministic_algorithms only our own kernels run"
+    elif call.x_dtype != call.weight_dtype:
+        reason = "only our kernels multiply mixed dtypes without a copy"
+    elif call.device == "cpu" and call.M * call.K * call.N <= SMALL_CALL:
+        reason = "a small call goes directly to our kernels"
+    else:
+        gemm, reason = measured.verdict(call)
+    order = ("gemm", *order) if gemm else order
+    return order, dict.fromkeys(order, reason)
 
 
 def rounds_once(name: str) -> bool:

@@ -1,13 +1,15 @@
-"""Whether torch's GEMM is faster than our CPU kernels for a call, as measured by `peftk tune` on this machine.
+"""Whether torch's GEMM is faster than our kernels for a call, as measured by `peftk tune` on this machine.
 
 A measurement is a grid of shapes for each operation and dtype; a call uses the nearest shape. It is kept in choice.json
-(`peftk.system.cache`) by processor, and is valid for the versions and the SIMD level that it was made with. Without a
-measurement our kernels run, except for bf16 on a processor with AMX tiles.
+(`peftk.system.cache`) by processor or GPU, and is valid for the versions (and the SIMD level) that it was made with.
+Without a measurement our kernels run, except for bf16 on a processor with AMX tiles, and on a GPU where a model of its
+waves says otherwise (`peftk.triton_kernels.modelled`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import math
 import platform
 from pathlib import Path
@@ -36,11 +38,13 @@ class Point(NamedTuple):
 
 def verdict(call: Call) -> tuple[bool, str]:
     """Whether to prefer `gemm` to `cpu` for this call, and the reason."""
-    key = key_of(call.op, call.x_dtype)
-    measured, problem = _load_grids()
+    if call.device == "cuda" and not torch.cuda.is_available():
+        return False, "torch finds no GPU here; our kernels are the default"
+    key = key_of(call.op, call.x_dtype, call.device)
+    measured, problem = _load_grids(call.device)
     points = measured.get(key)
     if not points:
-        return _default(call, problem)
+        return _default(call, problem) if call.device == "cpu" else _default_on_gpu(call, problem)
     nearest = min(points, key=lambda p: abs(math.log(p.M / call.M)) + abs(math.log(p.dim**2 / (call.K * call.N))))
     where = f"measured at M={nearest.M}, K=N={nearest.dim}: torch's GEMM is {nearest.gain:.2f} times as fast"
     return nearest.gain >= margin(key), f"{where}, wanted {margin(key):g} or more"
@@ -52,9 +56,9 @@ def margin(key: str) -> float:
 
 
 def may_prefer_gemm(op: Op, dtype: torch.dtype) -> bool:
-    """Whether `verdict` prefers `gemm` for any shape."""
-    key = key_of(op, dtype)
-    points = _load_grids()[0].get(key)
+    """Whether `verdict` prefers `gemm` for any shape on the CPU."""
+    key = key_of(op, dtype, "cpu")
+    points = _load_grids("cpu")[0].get(key)
     if not points:
         return _has_amx_tiles(dtype)
     return any(point.gain >= margin(key) for point in points)
@@ -64,6 +68,17 @@ def _default(call: Call, problem: str) -> tuple[bool, str]:
     if _has_amx_tiles(call.x_dtype) and call.M >= _AMX_TOKENS:
         return True, f"{problem}; by default many bf16 tokens go to AMX tiles, which torch's GEMM uses"
     return False, f"{problem}; our kernels are the default"
+
+
+def _default_on_gpu(call: Call, problem: str) -> tuple[bool, str]:
+    from peftk.backends import gpu_shape
+    from peftk.triton_kernels import modelled
+
+    major, minor = torch.cuda.get_device_capability()
+    target: int | str = "hip" if torch.version.hip else 10 * major + minor
+    key = key_of(call.op, call.x_dtype, call.device)
+    library, reason = modelled.prefer_library(gpu_shape.of(call), target, margin(key))
+    return library, f"{problem}; {reason}"
 
 
 def _has_amx_tiles(dtype: torch.dtype) -> bool:
@@ -76,14 +91,17 @@ def cache_file() -> Path:
 
 
 def delete() -> bool:
-    """Deletes this machine's measurement, or the file if it is broken. Returns whether there was anything to delete."""
-    return cache.delete(_FILE, _machine())
+    """Deletes this machine's measurements, or the file if it is broken. Returns whether there was any."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return any([cache.delete(_FILE, _machine(device)) for device in devices])
 
 
 @functools.cache
-def _load_grids() -> tuple[dict[str, list[Point]], str]:
-    """This machine's grids by op and dtype, and an empty string; or an empty dict, and why there are none."""
-    grids, problem = cache.load(_FILE, _machine(), _made_with(), _parse_grids, verb="measured", unit="machine")
+def _load_grids(device: str) -> tuple[dict[str, list[Point]], str]:
+    """The grids of the CPU or GPU by op and dtype, and an empty string; or an empty dict, and why there are none."""
+    unit = "machine" if device == "cpu" else "GPU"
+    name, made_with = _machine(device), _made_with(device)
+    grids, problem = cache.load(_FILE, name, made_with, _parse_grids, verb="measured", unit=unit)
     return grids or {}, problem
 
 
@@ -97,24 +115,28 @@ def _parse_point(M: int, dim: int, gain: float) -> Point:
     return Point(M, dim, gain)
 
 
-def _machine() -> str:
-    return f"{platform.machine()} {cpu_name()}"
+def _machine(device: str) -> str:
+    return f"{platform.machine()} {cpu_name()}" if device == "cpu" else torch.cuda.get_device_name()
 
 
-def _made_with() -> dict[str, str]:
+def _made_with(device: str) -> dict[str, str]:
+    versions = {"torch": torch.__version__, "peftk": __version__}
+    if device != "cpu":
+        return {**versions, "triton": importlib.metadata.version("triton")}
     from peftk.backends import cpu
 
-    return {"torch": torch.__version__, "peftk": __version__, "simd_level": cpu.simd_level()}
+    return {**versions, "simd_level": cpu.simd_level()}
 
 
-def key_of(op: Op, dtype: torch.dtype) -> str:
-    """The key of a grid. One adapter and many share a grid."""
-    return f"{op._replace(many=False)} {str(dtype).removeprefix('torch.')}"
+def key_of(op: Op, dtype: torch.dtype, device: str) -> str:
+    """The key of a grid. On a CPU one adapter and many share a grid; on a GPU their tiles differ."""
+    return f"{op._replace(many=op.many and device != 'cpu')} {str(dtype).removeprefix('torch.')}"
 
 
-def save(measured: dict[str, list[Point]]) -> None:
-    """Writes this machine's measurement. Raises OSError if the cache cannot be written."""
-    cache.save(_FILE, _machine(), _made_with(), {"threads": torch.get_num_threads(), "gain": measured})
+def save(measured: dict[str, list[Point]], device: str) -> None:
+    """Writes the measurement of the CPU or the GPU. Raises OSError if the cache cannot be written."""
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}
+    cache.save(_FILE, _machine(device), _made_with(device), {**threads, "gain": measured})
 
 
 def forget_loaded() -> None:

@@ -12,14 +12,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
+from peftk.backends import gpu_shape
 from peftk.backends import segments as sorted_rows
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
-from peftk.triton_kernels import config, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
+from peftk.triton_kernels import tuned
 from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import TILE, segments
 
@@ -94,11 +95,7 @@ def describe(call: Call) -> str:
         return "its plan depends on the GPU, and torch finds none here"
     device, many, backward = torch.device(call.device), call.op.many, call.op.backward
     where = tuned.target(device)
-    form = config.CallShape(
-        call.M, call.K if backward else call.N, call.N if backward else call.K, many, call.slices > 1, backward,
-        call.K % 16 == 0 and call.N % 16 == 0, call.x_dtype, call.weight_dtype, call.adapter_dtype or call.x_dtype,
-        backward and call.dropout, -(-call.rank // PAGE), call.op.kind == "adapter_block",
-    )  # fmt: skip
+    form = gpu_shape.of(call)
     plan = tuned.lora_linear(form, device, where)
     count = (1 if plan.once or not call.rank else 2) + (1 if backward and call.rank else 0)
     words = [f"{count} launch{'es' if count > 1 else ''}{' after the sort of the ids' if many else ''}"]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
+from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, measured, registry
 from peftk.backends.call import LORA_LINEAR, Op
 from peftk.backends.contract import Backend, require
@@ -30,6 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DIMS = (512, 1024, 2048, 4096)
 TOKENS = (1, 4, 16, 64, 256, 512)
 RANK = 16
+ADAPTERS = 8  # in a batch with many
+GPU_DIMS = (2048, 4096, 8192)
+GPU_TOKENS = (64, 128, 256, 512, 1024, 4096)
 
 # Below this gain, larger shapes are not measured: some libraries would take half a minute.
 _MIN_GAIN = 1 / 3
@@ -53,8 +58,8 @@ def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0
     for op in OPS:
         for dtype in DTYPES.values():
             progress(f"{op} {str(dtype).removeprefix('torch.')}")
-            grids[measured.key_of(op, dtype)] = list(_measure(op, dtype, seconds))
-    measured.save(grids)
+            grids[measured.key_of(op, dtype, "cpu")] = list(_measure(op, dtype, seconds))
+    measured.save(grids, "cpu")
     choice.forget()
     return grids
 
@@ -65,15 +70,46 @@ def has_gpu() -> bool:
 
 
 def tune_gpu(progress: Callable[[str], None] = lambda _: None) -> tuple[dict[str, TuningResult], Path]:
-    """Measures the plans of the Triton kernels on torch's current GPU. Returns the best plans and their file.
+    """Measures the plans of the Triton kernels on torch's current GPU, then our kernels against torch's product.
 
-    Raises OSError if the cache cannot be written. The choice of backend is then unchanged.
+    Returns the best plans and their file. Raises OSError if the cache cannot be written. The choice of backend is then
+    unchanged.
     """
     from peftk.triton_kernels import tuned, tuner
 
-    grids = tuner.tune(torch.device("cuda", torch.cuda.current_device()), progress)
+    device = torch.device("cuda", torch.cuda.current_device())
+    plans = tuner.tune(device, progress)
+    measured.save(gpu_gains(device, progress, tuner.cuda_timer), "cuda")
     choice.forget()
-    return grids, tuned.cache_file()
+    return plans, tuned.cache_file()
+
+
+def gpu_gains(
+    device: torch.device,
+    progress: Callable[[str], None],
+    timer: Callable[..., dict[str, float]],
+    *,
+    tokens: Sequence[int] = GPU_TOKENS,
+    dims: Sequence[int] = GPU_DIMS,
+) -> dict[str, list[Point]]:
+    """The points of each operation and dtype on a GPU, as `tune` has them. timer: of functions by name, in µs."""
+    grids = {}
+    for op in (op._replace(many=many) for op in OPS for many in (False, True)):
+        for dtype in DTYPES.values():
+            key = measured.key_of(op, dtype, "cuda")
+            progress(f"{key}, against torch's product")
+            grids[key] = [Point(M, dim, _gpu_gain(op, dtype, M, dim, device, timer)) for M in tokens for dim in dims]
+    return grids
+
+
+def _gpu_gain(
+    op: Op, dtype: torch.dtype, M: int, dim: int, device: torch.device, timer: Callable[..., dict[str, float]]
+) -> float:
+    operands = _operands(dtype, M, dim, device, many=op.many)
+    sides = {name: functools.partial(_run, registry.backend(name), op, operands) for name in ("triton", "gemm")}
+    with torch.inference_mode():
+        times = timer(sides)
+    return round(times["triton"] / times["gemm"], 3)
 
 
 def forget() -> bool:
@@ -101,25 +137,44 @@ def _measure(op: Op, dtype: torch.dtype, seconds: float) -> Iterator[Point]:
 
 
 def _gain(op: Op, dtype: torch.dtype, M: int, dim: int, seconds: float) -> float:
-    operands = _operands(dtype, M, dim)
-    sides = {name: functools.partial(_run, registry.backend(name), op, *operands) for name in ("cpu", "gemm")}
+    operands = _operands(dtype, M, dim, torch.device("cpu"), many=False)
+    sides = {name: functools.partial(_run, registry.backend(name), op, operands) for name in ("cpu", "gemm")}
     with torch.inference_mode():
         times = interleave(sides, seconds=seconds, repeats=50)
     return times["cpu"].median_us / times["gemm"].median_us
 
 
-def _run(impl: Backend, op: Op, x: Tensor, weight: Tensor, adapter: Adapter, z: Tensor) -> None:
+class _Operands(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    adapters: Adapter | AdapterTable
+    ids: Tensor  # of many adapters
+    z: Tensor
+
+
+def _run(impl: Backend, op: Op, operands: _Operands) -> Any:
+    x, weight, adapters, ids, z = operands
+    if isinstance(adapters, AdapterTable):
+        if op.backward:
+            return require(impl.backward).multi_lora_linear_backward(x, x, weight, adapters, ids, z)
+        return require(impl.forward).multi_lora_linear(x, weight, None, adapters, ids)
     if op.backward:
-        require(impl.backward).lora_linear_backward(x, x, weight, adapter, z)
-    else:
-        require(impl.forward).lora_linear(x, weight, None, adapter)
+        return require(impl.backward).lora_linear_backward(x, x, weight, adapters, z)
+    return require(impl.forward).lora_linear(x, weight, None, adapters)
 
 
-def _operands(dtype: torch.dtype, M: int, dim: int) -> tuple[Tensor, Tensor, Adapter, Tensor]:
+def _operands(dtype: torch.dtype, M: int, dim: int, device: torch.device, *, many: bool) -> _Operands:
+    """many: ADAPTERS that alternate row by row, in a table; else one adapter."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(dim**-0.5).to(dtype)
+        return torch.randn(*shape, generator=generator).mul_(dim**-0.5).to(device, dtype)
 
-    adapter = Adapter((random(RANK, dim),), (random(dim, RANK),), 1.0, "identity", None, None)
-    return random(M, dim), random(dim, dim), adapter, torch.zeros(M, RANK)
+    def adapter() -> Adapter:
+        return Adapter((random(RANK, dim),), (random(dim, RANK),), 1.0, "identity", None, None)
+
+    adapters: Adapter | AdapterTable = adapter()
+    if many:
+        adapters = table.build(tuple(adapter() for _ in range(ADAPTERS)), dtype=dtype, device=device)
+    ids = torch.arange(M, dtype=torch.int32, device=device) % ADAPTERS
+    return _Operands(random(M, dim), random(dim, dim), adapters, ids, torch.zeros(M, RANK, device=device))

@@ -46,7 +46,7 @@ BAD = [
     ({"lora_A": torch.zeros(2, 7)}, ValueError, r"lora_A: expected shape \[R, K\] = \[2, 8\], got \[2, 7\]"),
     ({"lora_B": torch.zeros(6, 3)}, ValueError, r"lora_B: expected shape \[N, R\] = \[6, 2\], got \[6, 3\]"),
     ({"lora_A": torch.zeros(0, 8), "lora_B": torch.zeros(6, 0)}, ValueError, "lora_A: expected shape .* R ≥ 1"),
-    ({"lora_B": None}, ValueError, "lora_B: expected a tensor, as lora_A and lora_B come together"),
+    ({"lora_B": None}, ValueError, "lora_B: expected a tensor, as lora_A and lora_B belong together"),
     ({"lora_B": torch.zeros(6, 2, dtype=torch.float16)}, TypeError, "lora_B: expected torch.float32 like"),
     ({"lora_A": torch.zeros(2, 8, device="meta")}, ValueError, "lora_A: expected on cpu"),
     ({"lora_A": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "lora_A: expected dtype"),

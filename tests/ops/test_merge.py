@@ -405,8 +405,8 @@ def test_what_a_list_of_layers_is_refused_for() -> None:
         ((weights, A, B, [1.0]), ValueError, "scaling: expected 3"),
         ((weights[0], A, B), TypeError, "weights: expected a list or tuple"),
         ((weights, A, [B[0], B[0], B[2]]), ValueError, r"layer 1: lora_B: expected shape \[N, R\]"),
-        (([weights[0], weights[0]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 in one"),
-        (([whole[:20], whole[19:39]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 in one"),
+        (([weights[0], weights[0]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 sharing memory"),
+        (([whole[:20], whole[19:39]], A[:1] * 2, B[:1] * 2), ValueError, "got layers 0 and 1 sharing memory"),
     ):
         with pytest.raises(error, match=message):
             functional.merge_layers_(*arguments)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def call(op: str = "lora_linear", *, M: int = 256, dim: int = 4096, **rest: obje
 
 
 def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
-    measured.save({key: [measured.Point(*point) for point in each] for key, each in points.items()})
+    measured.save({key: [measured.Point(*point) for point in each] for key, each in points.items()}, "cpu")
     choice.forget()
 
 
@@ -105,7 +105,7 @@ def test_layers_run_what_was_chosen(cache: Path) -> None:
 
 def test_a_process_keeps_its_choice(cache: Path) -> None:
     assert choice.choose(call()).backend == "cpu"
-    measured.save({"lora_linear float32": [measured.Point(256, 4096, 9.0)]})
+    measured.save({"lora_linear float32": [measured.Point(256, 4096, 9.0)]}, "cpu")
     assert choice.choose(call()).backend == "cpu"
     assert choice.choose(call(M=257)).backend == "cpu"
     choice.forget()
@@ -115,7 +115,7 @@ def test_a_process_keeps_its_choice(cache: Path) -> None:
 def test_other_versions_measure_again(cache: Path) -> None:
     write({"lora_linear float32": [(256, 4096, 9.0)]})
     entries = json.loads(cache.read_text())
-    entries[measured._machine()]["made_with"]["torch"] = "1.0"
+    entries[measured._machine("cpu")]["made_with"]["torch"] = "1.0"
     cache.write_text(json.dumps(entries))
     choice.forget()
     chosen = choice.choose(call())
@@ -125,9 +125,9 @@ def test_other_versions_measure_again(cache: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}', '{"%s": {"made_with": {}, "gain": 1}}'])
 def test_a_broken_cache_is_ignored_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(measured, "_made_with", dict)
+    monkeypatch.setattr(measured, "_made_with", lambda device: {})
     cache.parent.mkdir()
-    cache.write_text(text.replace("%s", measured._machine()))
+    cache.write_text(text.replace("%s", measured._machine("cpu")))
     with pytest.warns(UserWarning, match=r"choice.json: expected what `peftk tune` writes"):
         chosen = choice.choose(call())
     assert chosen.backend == "cpu"
@@ -138,7 +138,7 @@ def test_machines_share_a_file(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(json.dumps({"another machine": {"kept": True}}))
     write({"lora_linear float32": [(256, 4096, 9.0)]})
-    assert set(json.loads(cache.read_text())) == {"another machine", measured._machine()}
+    assert set(json.loads(cache.read_text())) == {"another machine", measured._machine("cpu")}
     assert tune.forget()
     assert not tune.forget()
     assert json.loads(cache.read_text()) == {"another machine": {"kept": True}}
@@ -155,7 +155,7 @@ def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.
         # the smallest shape always runs on our kernels
         assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
         assert all(0 < p.gain < 1e4 for p in points)
-    assert json.loads(cache.read_text())[measured._machine()]["threads"] == torch.get_num_threads()
+    assert json.loads(cache.read_text())[measured._machine("cpu")]["threads"] == torch.get_num_threads()
     assert "measured at M=32" in choice.choose(call()).reason
 
 
@@ -212,8 +212,8 @@ def test_a_broken_file_is_replaced_or_deleted(cache: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
 def test_impossible_points_are_ignored_with_a_warning(cache: Path, point: tuple[object, ...]) -> None:
     cache.parent.mkdir()
-    entry = {"made_with": measured._made_with(), "gain": {"lora_linear float32": [point]}}
-    cache.write_text(json.dumps({measured._machine(): entry}))
+    entry = {"made_with": measured._made_with("cpu"), "gain": {"lora_linear float32": [point]}}
+    cache.write_text(json.dumps({measured._machine("cpu"): entry}))
     choice.forget()
     with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
         chosen = choice.choose(call())
@@ -235,3 +235,38 @@ def test_without_a_home_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         monkeypatch.undo()
         choice.forget()
+
+
+@pytest.fixture
+def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100, as far as a choice looks at it."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    choice.forget()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_on_a_gpu_a_model_decides_until_something_is_measured(gpu: None) -> None:
+    form = {"M": 256, "dim": 1024, "dtype": F32, "device": "cuda"}
+    assert choice.choose(call(**form)).backend == "gemm"
+    assert "not measured on this GPU (peftk tune); modelled" in choice.choose(call(**form)).reason
+    assert choice.choose(call(**{**form, "M": 4})).backend != "gemm"
+    assert choice.choose(call(**{**form, "dtype": BF16})).backend != "gemm"
+    measured.save({"lora_linear float32": [measured.Point(256, 1024, 0.5)]}, "cuda")
+    measured.save({"lora_linear float32": [measured.Point(256, 1024, 9.0)]}, "cpu")
+    choice.forget()
+    assert choice.choose(call(**form)).backend != "gemm"
+    assert "measured at M=256, K=N=1024: torch's GEMM is 0.50 times as fast" in choice.choose(call(**form)).reason
+    assert choice.choose(call("multi_lora_linear", **form)).backend == "gemm"  # a grid of its own
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choice.choose(call("multi_lora_linear", **form)).backend != "gemm"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_a_gpu_nothing_is_asked_about_one() -> None:
+    reason = measured.verdict(call(device="cuda"))
+    assert reason == (False, "torch finds no GPU here; our kernels are the default") or torch.cuda.is_available()

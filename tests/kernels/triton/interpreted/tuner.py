@@ -13,6 +13,7 @@ import torch
 
 import peftk
 from peftk.triton_kernels import config, lora_linear, tuned, tuner
+from peftk.tuning import tune as tune_gpu
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -167,3 +168,25 @@ def test_splits_fill_the_processors_and_cost_little() -> None:
             assert tiles * plan.expand_splits <= plan.fill
             assert 4 * M * N * plan.expand_splits <= 2 * N * K / 16
     assert min(splits) == 1 < max(splits) <= 8
+
+
+def test_our_kernels_against_torchs_product() -> None:
+    """Each point is time of ours / time of torch's product with our adapters, and both give the same."""
+    seen: list[list[Any]] = []
+
+    def timer(sides: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        results = [run() for run in sides.values()]
+        seen.append(results)
+        return {"triton": 3.0, "gemm": 2.0}
+
+    said: list[str] = []
+    grids = tune_gpu.gpu_gains(CPU, said.append, timer, tokens=(5,), dims=(32,))
+    assert set(grids) == {
+        f"{op} {dtype}"
+        for op in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    assert all(points == [(5, 32, 1.5)] for points in grids.values())
+    assert len(said) == len(seen) == 12
+    for (ours, _), (gemm, _) in seen:
+        torch.testing.assert_close(ours, gemm, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,44 @@
+"""One launch of ours, or a library's product with the adapters added in place: which is faster, as `waves` models it.
+
+The default until `peftk tune` has measured. Every time here is *modelled*.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import config, waves
+
+_LIBRARY_AHEAD = 1.1  # how much faster than Triton's a library's product runs in the same tiles: an assumption
+_FEW_FP32_ROWS = 64  # up to which reading W takes longer than fp32 products without tensor cores
+
+
+def ours_us(call: config.CallShape, target: int | str) -> float:
+    """Shrink tiles in front of the product's tiles, in one launch."""
+    plan, gpu = config.lora_linear(call, target), waves.machine(target)
+    tiles = waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits)
+    product = waves.Product(call.M, call.N, call.K)
+    return _shrink_us(call, plan, gpu) + waves.product_us(product, tiles, gpu) * (_LIBRARY_AHEAD if call.M > 64 else 1)
+
+
+def library_us(call: config.CallShape, target: int | str) -> float:
+    """The library's product; then shrink, and y += v Bᵀ in the same launch."""
+    plan, gpu = config.lora_linear(call._replace(identity=True), target), waves.machine(target)
+    product = waves.Product(call.M, call.N, call.K)
+    on_top = _shrink_us(call, plan, gpu) + waves.expand_in_place_us(product, call.z_pages * 16, gpu)
+    return waves.library_us(product, gpu) + (waves.GAP_US + on_top if call.z_pages else 0.0)
+
+
+def prefer_library(call: config.CallShape, target: int | str, margin: float) -> tuple[bool, str]:
+    """Whether the library is ahead by `margin`, and why."""
+    if call.x == torch.float32:
+        if call.M > _FEW_FP32_ROWS:
+            return True, "modelled: our fp32 products use no tensor cores"
+        return False, "modelled: for few fp32 rows, reading W takes the time"
+    ours, library = ours_us(call, target), library_us(call, target)
+    return ours >= margin * library, f"modelled: one launch of ours {ours:.1f} µs, torch's GEMM first {library:.1f} µs"
+
+
+def _shrink_us(call: config.CallShape, plan: config.Plan, gpu: waves.Machine) -> float:
+    tiles = waves.Tiles(plan.SHRINK_M, plan.SHRINK_R, plan.shrink_splits)
+    return waves.shrink_us(waves.Product(call.M, call.N, call.K), call.z_pages * 16, tiles, gpu)
