@@ -7,7 +7,7 @@ has multiprocessors. The last wave is as long as the others, however few tiles i
 slow between 65 and 1,024 rows. `peftk tune` measures instead.
 
 Sources of the numbers: NVIDIA's data sheets of A100, L40S, H100 SXM, B200 and RTX PRO 6000 (dense 16-bit products, fp32
-accumulators). EFFICIENCY and GAP_US are assumptions, to be replaced by measurements.
+accumulators). EFFICIENCY, TRITON and GAP_US are assumptions, to be replaced by measurements.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _MACHINES = {
 }
 
 GAP_US = 2.0  # between two launches of one stream, outside of a CUDA graph
+TRITON = 1.1  # a Triton product over a library's in the same tiles
 # The share of the peak that a full wave of tiles reaches: small tiles read their factors more often.
 EFFICIENCY = {
     (128, 256): 0.80,
@@ -79,6 +80,11 @@ def product_us(product: Product, tiles: Tiles, gpu: Machine) -> float:
     moved = 2 * (M * K + N * K + M * N)
     parts = 0 if tiles.splits == 1 else 8 * tiles.splits * M * N  # fp32, written and read
     return max(-(-blocks // gpu.processors) * tile_us, (moved + parts) / gpu.bytes_per_us)
+
+
+def triton_us(product: Product, tiles: Tiles, gpu: Machine) -> float:
+    """The same by a Triton kernel: in the same tiles it multiplies more slowly than a library, and reads W as fast."""
+    return product_us(product, tiles, gpu) * (TRITON if product.M > 64 else 1.0)
 
 
 def library_us(product: Product, gpu: Machine) -> float:

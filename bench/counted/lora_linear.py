@@ -7,13 +7,15 @@ does not depend on which block computes which tile.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from bench.counted.batch import TERMS, Batch, Segment, terms
 from bench.counted.tally import Tally
 from bench.counted.work import Launch
 from peftk.adapters.adapter import PAGE
-from peftk.triton_kernels import config
+from peftk.triton_kernels import config, waves
 
 H100 = 132  # multiprocessors
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
@@ -95,7 +97,20 @@ def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, sh
     }
     writes = {y: M * N * e, z: tally.written[z], "partials": tally.written["partials"]}
     writes["counters"] = tally.written["counters"]
-    return tally.launch("lora_linear_kernel", reads, writes)
+    launch = tally.launch("lora_linear_kernel", reads, writes)
+    return dataclasses.replace(launch, waves_us=_waves_us(batch, plan, shrink=shrink, expand=expand))
+
+
+def _waves_us(batch: Batch, plan: config.Plan, *, shrink: bool, expand: bool) -> float:
+    """Shrink tiles, then the product's tiles, on an H100."""
+    product, gpu = waves.Product(batch.M, batch.N, batch.K), waves.machine(90)
+    us = 0.0
+    if shrink:
+        tiles = waves.Tiles(plan.SHRINK_M, plan.SHRINK_R, plan.shrink_splits)
+        us += waves.shrink_us(product, batch.z_width, tiles, gpu)
+    if expand:
+        us += waves.triton_us(product, waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits), gpu)
+    return us
 
 
 def _names(backward: bool) -> tuple[str, str, str, str, str]:

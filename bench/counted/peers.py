@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from bench.counted.batch import Batch, Segment
 from bench.counted.work import Launch, Traffic
+from peftk.triton_kernels import waves
 
 _FP32 = 4
 
@@ -98,8 +99,10 @@ class _Tensors:
         self.traffic[name] = self.traffic.get(name, Traffic()) + traffic
         return self
 
-    def launch(self, kernel: str, flops: int = 0, vector_flops: int = 0) -> Launch:
-        return Launch(kernel, self.traffic, flops, {}, vector_flops)
+    def launch(
+        self, kernel: str, flops: int = 0, vector_flops: int = 0, *, waves_us: float = 0.0, overlapped: bool = False
+    ) -> Launch:
+        return Launch(kernel, self.traffic, flops, {}, vector_flops, waves_us, overlapped)
 
 
 def vllm(batch: Batch) -> list[Launch] | None:
@@ -130,8 +133,8 @@ def vllm(batch: Batch) -> list[Launch] | None:
     return [
         _base(batch),
         _Tensors().write("v", M * rank * _FP32).launch("zero the buffer"),
-        shrink.launch("lora_shrink", shrink_flops),
-        expand.launch("lora_expand", expand_flops),
+        shrink.launch("lora_shrink", shrink_flops, overlapped=True),
+        expand.launch("lora_expand", expand_flops, overlapped=True),
     ]
 
 
@@ -238,7 +241,7 @@ def lorafusion(batch: Batch) -> list[Launch] | None:
     fused.read("v", M * rank * e, _cdiv(N, 256)).read("lora_B", rank * N * e, _cdiv(M, 128))
     return [
         _gemm("v = x Aᵀ", "x", "lora_A", "v", M, K, rank, e),
-        fused.launch("fused_lora_xw_sb", 2 * _round(M, 128) * _round(N, 256) * (K + rank)),
+        fused.launch("fused_lora_xw_sb", 2 * _round(M, 128) * _round(N, 256) * (K + rank), waves_us=_tiles_us(M, N, K)),
     ]
 
 
@@ -310,7 +313,9 @@ def lorafusion_backward(batch: Batch) -> list[Launch] | None:
         _Tensors().read("dB fp32", N * rank * _FP32).write("dB", N * rank * e).launch("dB to 16 bits"),
         _Tensors().read("u fp32", M * rank * _FP32).write("u", M * rank * e).launch("u to 16 bits"),
         _gemm("dA = uᵀ x", "u", "x", "dA", rank, M, K, e),
-        fused.launch("fused_lora_dyw_dsa", 2 * _round(M, 128) * _round(K, 256) * (N + rank)),
+        fused.launch(
+            "fused_lora_dyw_dsa", 2 * _round(M, 128) * _round(K, 256) * (N + rank), waves_us=_tiles_us(M, K, N)
+        ),
     ]
 
 
@@ -331,15 +336,24 @@ def _base(batch: Batch, out: str = "y") -> Launch:
 
 
 def _gemm(name: str, left: str, right: str, out: str, M: int, K: int, N: int, e: int) -> Launch:
-    """out [M, N] = left [M, K] · right [K, N] by a library, without split K."""
+    """out [M, N] = left [M, K] · right [K, N] by a library, which is given its best tiles and splits, whose parts are
+    not counted."""
     tall, wide = (128, 256) if M > 64 else (64, 64)
     tall, wide = min(tall, _round(M, 16)), min(wide, _round(N, 16))
-    return _product(left, right, out, M, K, N, e, tall, wide).launch(name, 2 * _round(M, tall) * _round(N, wide) * K)
+    us = waves.library_us(waves.Product(M, N, K), waves.machine(90))
+    product = _product(left, right, out, M, K, N, e, tall, wide)
+    return product.launch(name, 2 * _round(M, tall) * _round(N, wide) * K, waves_us=us)
 
 
 def _product(left: str, right: str, out: str, M: int, K: int, N: int, e: int, tall: int, wide: int) -> _Tensors:
     found = _Tensors().read(left, M * K * e, _cdiv(N, wide)).read(right, N * K * e, _cdiv(M, tall))
     return found.write(out, M * N * e)
+
+
+def _tiles_us(M: int, N: int, K: int) -> float:
+    """A Triton product in tiles of 128 · 256 (64 · 64 for up to 64 rows)."""
+    tiles = waves.Tiles(128, 256) if M > 64 else waves.Tiles(64, 64)
+    return waves.triton_us(waves.Product(M, N, K), tiles, waves.machine(90))
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -11,13 +11,15 @@ from rich.table import Table
 from bench.counted.peers import SOURCES
 from bench.counted.run import LIMIT, LIMIT_WITH_SPLITS, PEFTK, Counted, Row, by_adapter
 from bench.counted.work import H100, Traffic
+from peftk.triton_kernels import waves
 
 _SHORT = {"Punica SGMV": "P. SGMV", "Punica BGMV": "P. BGMV", "LoRAFusion": "LoRAFus."}
 INTRODUCTION = (
     "Counted, not measured: nothing ran. Bytes ×: through HBM over the compulsory minimum (each input\n"
-    "read once, each output written once), if L2 keeps nothing between launches. µs: modelled, on\n"
-    f"the roofline of an {H100.name} ({H100.bytes_per_us / 1e6:.2f} TB/s, {H100.flops_per_us / 1e6:.0f} TFLOP/s bf16), "
-    "one\nlaunch at a time, without the cost of launching."
+    "read once, each output written once), if L2 keeps nothing between launches. µs: modelled, for an\n"
+    f"{H100.name} ({H100.bytes_per_us / 1e6:.2f} TB/s, {H100.flops_per_us / 1e6:.0f} TFLOP/s bf16): "
+    "whole waves of tiles, or memory where that\n"
+    f"takes longer, and {waves.GAP_US:g} µs before each launch but the first. Efficiencies and gaps are assumed."
 )
 
 

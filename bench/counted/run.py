@@ -92,8 +92,8 @@ class Counted:
             over_compulsory=sum(cold) / minimum,
             flops=self.flops,
             executed_flops=sum(launch.flops + launch.vector_flops for launch in launches),
-            modelled_us=sum(map(H100.us, launches, cold)),
-            modelled_us_kept=sum(map(H100.us, launches, l2_kept)),
+            modelled_us=H100.total_us(launches, cold),
+            modelled_us_kept=H100.total_us(launches, l2_kept),
         )
 
     @property

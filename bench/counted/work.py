@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from peftk.triton_kernels import waves
+
 
 class Traffic(NamedTuple):
     """Bytes of one tensor in one launch."""
@@ -33,13 +35,19 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """flops: of `dot`s, as executed. vector_flops: of products outside the tensor cores. atomics: number by tensor."""
+    """flops: of `dot`s, as executed. vector_flops: of products outside the tensor cores. atomics: number by tensor.
+
+    waves_us: how long its tiles take in whole waves of an H100 (`peftk.triton_kernels.waves`); 0 if nothing is known of
+    them. overlapped: starts while the launch before it still runs (programmatic dependent launch).
+    """
 
     kernel: str
     tensors: Mapping[str, Traffic]
     flops: int = 0
     atomics: Mapping[str, int] = dataclasses.field(default_factory=dict)
     vector_flops: int = 0
+    waves_us: float = 0.0
+    overlapped: bool = False
 
     @property
     def requested(self) -> int:
@@ -57,9 +65,14 @@ class Machine(NamedTuple):
     vector_flops_per_us: float  # fp32 outside the tensor cores
 
     def us(self, launch: Launch, hbm_bytes: int) -> float:
-        """The time in µs on the roofline: memory and products overlap perfectly, and nothing else takes time."""
+        """The time in µs of memory, of products at their peak, or of the waves of tiles: the longest of them."""
         computing = launch.flops / self.flops_per_us + launch.vector_flops / self.vector_flops_per_us
-        return max(hbm_bytes / self.bytes_per_us, computing)
+        return max(hbm_bytes / self.bytes_per_us, computing, launch.waves_us)
+
+    def total_us(self, launches: Sequence[Launch], hbm_bytes: Sequence[int]) -> float:
+        """The launches one after the other, with a gap before each but the first and those that are overlapped."""
+        gaps = sum(not launch.overlapped for launch in launches[1:])
+        return sum(map(self.us, launches, hbm_bytes)) + gaps * waves.GAP_US
 
 
 # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 3.35 TB/s, 1,979 TFLOPS bf16 with sparsity (half of it dense),
