@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ def _skip_repeated_work() -> Iterator[None]:
 
     It patches Triton's language again for each function that a kernel calls, 6 ms each. For every +, - and * it
     computes whether integers overflow, and drops the result unless it debugs. It builds a table of dtypes for each
-    value.
+    value, and the shape of each value from its numbers.
     """
     patch_lang = interpreter._patch_lang
     builder = interpreter.interpreter_builder
@@ -40,7 +41,26 @@ def _skip_repeated_work() -> Iterator[None]:
         scalar = dtype.scalar
         return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else of_scalars(scalar)
 
+    init_block_type, block_types = tl.block_type.__init__, {}
+
+    def init_known_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+        key = (str(element_ty), *(getattr(size, "value", size) for size in shape))
+        if key not in block_types:
+            init_block_type(self, element_ty, shape)
+            block_types[key] = vars(self).copy()
+        vars(self).update(block_types[key])
+
+    @functools.cache
+    def shape_of(*sizes: int) -> tuple[tl.tuple, tl.constexpr]:
+        return tl.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+    def init_tensor(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_of(*(type.shape if type.is_block() else ()))
+
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(tl.block_type, "__init__", init_known_block_type)
+        monkeypatch.setattr(tl.tensor, "__init__", init_tensor)
         monkeypatch.setattr(interpreter, "_patch_lang", patch)
         monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_dtype)
