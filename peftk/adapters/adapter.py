@@ -30,7 +30,8 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        return sum(page.shape[0] for page in self.pages_A)
+        pages = self.pages_A
+        return pages[0].shape[0] if len(pages) == 1 else sum(page.shape[0] for page in pages)
 
     @property
     def lora_A(self) -> Tensor | None:
