@@ -158,7 +158,11 @@ def _modelled_us(plan: Plan, call: CallShape, target: int | str) -> float:
 
 
 def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
-    """The plan of a shape class, with the splits of K that this call needs. `once` needs shrink and expand tiles."""
+    """The plan of a shape class, with the splits of K and the ranks per shrink tile that this call needs.
+
+    `once` needs shrink and expand tiles.
+    """
+    plan = _with_ranks(plan, call, target)
     shrink = -(-call.M // plan.SHRINK_M) * -(-call.z_pages * 16 // plan.SHRINK_R)
     expand = -(-call.M // plan.BLOCK_M) * -(-call.N // plan.BLOCK_N)
     return plan._replace(
@@ -168,13 +172,31 @@ def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
     )
 
 
+def _with_ranks(plan: Plan, call: CallShape, target: int | str) -> Plan:
+    """One adapter of more than 16 ranks: more of them in a shrink tile, so that x is read fewer times."""
+    if (
+        call.many
+        or call.z_pages <= 1
+        or call.x != call.adapters
+        or (call.x == torch.float32 and target != "interpreter")
+    ):
+        return plan
+    ranks = 32 if call.z_pages == 2 or target == "interpreter" else 64
+    return _limit_stages(plan._replace(SHRINK_R=ranks), call.shape_class(), target)
+
+
+def _by_waves(shape: ShapeClass, target: int | str) -> bool:
+    """Whether `waves` models the product: 65 to 1,024 rows in 16 bits, on NVIDIA's tensor cores."""
+    return 64 < shape.rows <= 1024 and not isinstance(target, str) and shape.x == shape.weight != torch.float32
+
+
 @functools.cache
 def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
-    """`shipped_plan`; and between 65 and 1,024 rows others, of which N and K decide: how many tiles fill the GPU."""
+    """The table's plan first; from 65 to 1,024 rows also smaller tiles, among which M, N and K decide."""
     first = shipped_plan(shape, target)
-    if not 64 < shape.rows <= 1024 or isinstance(target, str) or not shape.wide or shape.own_sums or shape.packed:
+    if not _by_waves(shape, target) or isinstance(target, str):
         return (first,)
-    if shape.x != shape.weight or shape.x == torch.float32 or shape.adapters != shape.x:
+    if not shape.wide or shape.own_sums or shape.packed or shape.adapters != shape.x:
         return (first,)
     tma, block_k = target >= 90, 32 if shared_memory(target) <= 100 * 1024 else 64
     wide = [(64, 256, 8)] if target in _FACTORS_IN_SHARED else []
@@ -205,7 +227,7 @@ def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
 
 
 def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
-    """The plans that the tuner may choose from: the shipped ones first, then plans that differ from it in one way."""
+    """The plans that the tuner may choose from: the shipped ones first, then some that differ in a field or two."""
     first, *shipped = shipped_plans(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
@@ -270,9 +292,7 @@ def _expand_splits(tiles: int, call: CallShape, plan: Plan, target: int | str) -
     """
     if not tiles or call.identity:  # W = identity is no sum: each part would add x
         return 1
-    if 64 < call.M <= 1024 and plan.BLOCK_M >= 64:
-        if isinstance(target, str):
-            return 1
+    if _by_waves(call.shape_class(), target) and plan.BLOCK_M >= 64:
         compulsory = call.x.itemsize * (call.M * call.K + call.N * call.K + call.M * call.N)
         room = compulsory // (10 if call.backward else 8)
         possible = [
@@ -281,6 +301,8 @@ def _expand_splits(tiles: int, call: CallShape, plan: Plan, target: int | str) -
             if splits == 1 or (call.K // splits >= 4 * plan.BLOCK_K and 4 * splits * call.M * call.N <= room)
         ]
         return min(possible, key=lambda splits: _modelled_us(plan._replace(expand_splits=splits), call, target))
+    if plan.BLOCK_M > 64:
+        return 1
     cheap = call.K * call.weight.itemsize // (16 * 4 * call.M)
     return min(_splits(tiles, call.K, plan.BLOCK_K, 8, plan.fill), max(cheap, 1))
 

@@ -21,7 +21,7 @@ def ours_us(call: config.CallShape, target: int | str) -> float:
 
 
 def library_us(call: config.CallShape, target: int | str) -> float:
-    """The library's product; then shrink, and y += v Bᵀ in the same launch."""
+    """The library's product, then one launch of ours: shrink, and y += v Bᵀ."""
     plan, gpu = config.lora_linear(call._replace(identity=True), target), waves.machine(target)
     product = waves.Product(call.M, call.N, call.K)
     on_top = _shrink_us(call, plan, gpu) + waves.expand_in_place_us(product, call.z_pages * 16, gpu)

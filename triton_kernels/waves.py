@@ -1,6 +1,6 @@
 """A model of the time of a product on a GPU, for choices that nobody has measured. Every time here is *modelled*.
 
-    time = max(waves · time of a tile, bytes / bandwidth) + 4 µs of launches, say
+    time = max(waves · time of a tile, bytes / bandwidth)
 
 A product of [M, K] by [K, N] is cut into tiles, and K into splits; the tiles run in waves of as many blocks as the GPU
 has multiprocessors. The last wave is as long as the others, however few tiles it has: that is what makes a large tile
@@ -45,7 +45,7 @@ EFFICIENCY = {
     (16, 64): 0.10,
 }
 SPLITS = (1, 2, 4, 8)
-_BYTES_PER_BLOCK_US = 43e3  # that one block streams: 64 KiB in flight, 1.5 µs away
+_BYTES_PER_BLOCK_US = 43e3  # bytes per µs that one block streams: 64 KiB in flight at 1.5 µs latency
 
 
 class Tiles(NamedTuple):
@@ -65,7 +65,7 @@ class Product(NamedTuple):
 
 
 def machine(target: int | str) -> Machine:
-    """The GPU of a compute capability, or the nearest older one; an H100 for any other target."""
+    """The GPU of a compute capability, or the nearest older one; an H100 for "hip" and "interpreter"."""
     if isinstance(target, str):
         return _MACHINES[90]
     return _MACHINES[max((each for each in _MACHINES if each <= target), default=80)]
@@ -83,7 +83,7 @@ def product_us(product: Product, tiles: Tiles, gpu: Machine) -> float:
 
 
 def triton_us(product: Product, tiles: Tiles, gpu: Machine) -> float:
-    """The same by a Triton kernel: in the same tiles it multiplies more slowly than a library, and reads W as fast."""
+    """The same by a Triton kernel: above 64 rows slower than a library in the same tiles; below, reading W decides."""
     return product_us(product, tiles, gpu) * (TRITON if product.M > 64 else 1.0)
 
 

@@ -8,7 +8,7 @@ from peftk.triton_kernels.config import CallShape
 
 
 def of(call: Call) -> CallShape:
-    """Assumes rows that start on 16 bytes, and that a backward wants dX."""
+    """Assumes that a backward wants dX, and rows of x and dY that lie as W's do."""
     backward = call.op.backward
     return CallShape(
         M=call.M,
@@ -17,11 +17,11 @@ def of(call: Call) -> CallShape:
         many=call.op.many,
         packed=call.slices > 1,
         backward=backward,
-        wide=call.K % 16 == 0 and call.N % 16 == 0,
+        wide=call.aligned and call.K % 16 == 0 and (not backward or call.N % 16 == 0),
         x=call.x_dtype,
         weight=call.weight_dtype,
         adapters=call.adapter_dtype or call.x_dtype,
         own_sums=backward and call.dropout,
-        z_pages=-(-call.rank // PAGE),
+        z_pages=call.slices * -(-call.rank // PAGE),
         identity=call.op.kind == "adapter_block",
     )

@@ -120,6 +120,27 @@ def test_compiles_with_dropout_unaligned_rows_and_odd_widths(target: int | str, 
         check_fits(compile_call(target, 4096, mix, many=many, dropout_p=0.1, aligned=K % 8 == 0, K=K, N=K), target)
 
 
+WIDE_RANKS = itertools.product([*TARGETS, *MORE_TARGETS], (BF16, F16), (16, 64, 256, 4096), (32, 64), (False, True))
+
+
+@pytest.mark.parametrize(("target", "dtype", "M", "ranks", "backward"), spread(WIDE_RANKS, default=2, full=10), ids=str)
+def test_compiles_for_more_ranks_than_a_page(
+    target: int | str, dtype: torch.dtype, M: int, ranks: int, backward: bool
+) -> None:
+    """One adapter of 32 ranks, or of 64 and more: shrink tiles as wide."""
+    with compiling(target, kernels, ("lora_linear_kernel",)) as compiled:
+        x = torch.empty(M, 4096, dtype=dtype, device="meta")
+        weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
+        one = kernels.AdapterArgs(1 << 40, 4096, 1 << 40, ranks, 1, 0, 0, ranks, 0, 1.0)
+        adapters = kernels.Adapters(one, dtype, ranks, "k16", "r16")
+        if backward:
+            kernels.backward(x, weight, 4096, adapters, None, torch.empty(M, ranks, dtype=F32, device="meta"))
+        else:
+            kernels.forward(x, weight, None, adapters, None)
+    for each in compiled:
+        check_fits(each, target)
+
+
 def test_ranks_are_not_specialized() -> None:
     """A single variant is used for ranks 1 and 512, one row and many, and any addresses and strides of adapters."""
     with compiling(90, kernels, ("lora_linear_kernel",)) as compiled:
