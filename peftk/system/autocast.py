@@ -124,8 +124,8 @@ def _keep_until_autocast_ends(casts: _Casts, device: torch.device) -> None:
     own_hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)  # activation checkpoints count what is saved
     with torch.inference_mode(False), torch.enable_grad(), own_hooks:
         empty = _empty(device)
-        node = torch.mm(empty, empty).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    node.metadata["peftk"] = casts
+        product: Any = torch.mm(empty, empty).grad_fn
+    product.next_functions[0][0].metadata["peftk"] = casts
 
 
 def _same(tensor: Tensor) -> Tensor:
