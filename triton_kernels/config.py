@@ -215,13 +215,18 @@ def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
     return plan._replace(num_stages=_stages_that_fit(plan.num_stages, stage, target))
 
 
-def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
-    """The plans that the tuner may choose from: the shipped ones first, then plans that differ from it in one way."""
+def candidates(shape: ShapeClass, target: int | str, *, few: bool = False) -> tuple[Plan, ...]:
+    """The plans that the tuner may choose from: the shipped ones first, then plans that differ from it in one way.
+
+    few: the shipped ones and the first in two launches. Compiling is what takes the tuner's time.
+    """
     first, *shipped = shipped_plans(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
     if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
         return (first,)  # all others run out of registers
+    if few:
+        return first, *shipped, first._replace(once=False)
     other = [{"once": False}]
     if first.num_stages > 2:
         other += [{"num_stages": first.num_stages - 1}]

@@ -92,8 +92,8 @@ def tune(
 ) -> Tuned:
     """Measures all candidates, saves the fastest for later processes, and uses them in this process.
 
-    of_sizes: each layer's plans are for calls of its N and K only. seconds: no measurement begins later than that.
-    Raises OSError if the cache cannot be written; this process then uses the same plans as before.
+    of_sizes: each layer's plans are for calls of its N and K only, and few are tried. seconds: no measurement begins
+    later than that. Raises OSError if the cache cannot be written; this process then uses the same plans as before.
     """
     until = time.monotonic() + seconds
     found: dict[str, TuningResult] = {}
@@ -167,7 +167,7 @@ def _cases(M: int, layer: config.Layer, device: torch.device, of_sizes: bool) ->
     for shape, run in ((call, forward), (call._replace(N=K, K=N, backward=True), backward)):
         of_class = shape.shape_class()
         key = of_class.key((shape.N, shape.K) if of_sizes else None)
-        yield key, config.candidates(of_class, compile_target), run
+        yield key, config.candidates(of_class, compile_target, few=of_sizes), run
 
     z = random(M, adapters.z_width, dtype=torch.float32)
     wanted = Wanted(True, True, False, False)
