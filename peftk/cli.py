@@ -6,13 +6,16 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 
 from peftk.system import extras
 from peftk.tools.options import FILE, FOLDER, INTEGERS, CommaList, dims_of, make_folders, one_of
+
+if TYPE_CHECKING:
+    from peftk.tuning.model_shapes import ModelShapes
 
 T = TypeVar("T")
 
@@ -249,13 +252,25 @@ def _use_interpreter() -> None:
 
 @main.command()
 @click.option("--forget", is_flag=True, help="Deletes this machine's measurements instead.")
-def tune(forget: bool) -> None:
+@click.option(
+    "--model",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="CONFIG",
+    help="Only the GPU, and only the shapes of one model: its config.json of transformers, or the folder with it.",
+)
+def tune(forget: bool, model: Path | None) -> None:
     """Measures at which shapes torch's matrix product is faster than our kernels on this CPU, for later processes.
 
     Takes seconds. The results are kept by processor in choice.json, in the folder $PEFTK_CACHE_DIR, else
     $XDG_CACHE_HOME/peftk or ~/.cache/peftk. With a GPU, also measures the fastest tile sizes of the Triton kernels.
-    That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the same folder.
+    That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the same folder. --model
+    takes three minutes at most, keeps what was tuned before, and may be called for several models.
     """
+    if model is not None and forget:
+        raise click.UsageError("--model: not with --forget")
+    if model is not None:
+        _tune_model(_console(), model)
+        return
     from rich.table import Table
 
     from peftk.backends import measured
@@ -289,21 +304,36 @@ def tune(forget: bool) -> None:
         _tune_gpu(console)
 
 
-def _tune_gpu(console: Console) -> None:
+def _tune_model(console: Console, path: Path) -> None:
+    from peftk.tuning import model_shapes
+
+    _require_device("cuda", option="--model")
+    try:
+        model = model_shapes.of_config(path)
+    except (ValueError, extras.MissingExtraError) as error:
+        raise click.ClickException(str(error)) from error
+    sizes = ", ".join(f"{N} x {K}" for N, K in model.sizes)
+    console.print(f"{model.name} in {str(model.dtype).removeprefix('torch.')}: {sizes}", highlight=False)
+    _tune_gpu(console, model)
+
+
+def _tune_gpu(console: Console, model: ModelShapes | None = None) -> None:
     from rich.table import Table
 
     from peftk.tuning import tune
 
     try:
         with console.status("") as status:
-            found, file = tune.tune_gpu(lambda what: status.update(f"[dim]{what}"))
+            found = tune.tune_gpu(lambda what: status.update(f"[dim]{what}"), model=model)
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
     table = Table("Triton kernels", "shipped, µs", "fastest, µs", "with")
-    for key, best in found.items():
+    for key, best in found.plans.items():
         table.add_row(key, f"{best.shipped_us:.1f}", f"{best.best_us:.1f}", best.name)
     console.print(table)
-    console.print(f"Written: {file}", highlight=False)
+    if found.left:
+        console.print(f"No time was left for {found.left} measurements; a second run finds its kernels compiled.")
+    console.print(f"Written: {found.file}", highlight=False)
 
 
 def _console(*, record: bool = False) -> Console:
@@ -312,12 +342,12 @@ def _console(*, record: bool = False) -> Console:
     return console if console.is_terminal else Console(width=110, record=record)
 
 
-def _require_device(device: str) -> None:
+def _require_device(device: str, *, option: str = "--device") -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException(
-            f"--device: expected a CUDA GPU for cuda, got none in torch {torch.__version__} (torch.cuda.is_available())"
+            f"{option}: expected a CUDA GPU, got none in torch {torch.__version__} (torch.cuda.is_available())"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peftk.backends import choice
 from peftk.backends.call import LORA_LINEAR, OPS, Call, Op
 from peftk.interop import peft_model
+from peftk.system import autocast
 
 _NAMES = tuple(map(str, OPS))
 
@@ -104,11 +105,13 @@ def _layer_call(layer: nn.Module, x: Tensor | None, M: int) -> Call:
         raise TypeError(f"what: expected a LoRALinear, a MultiLoRALinear or an operation, got {type(layer).__name__}")
     weight = layer.matrix
     N, K = weight.shape
+    x_dtype = weight.dtype if x is None else x.dtype
+    cast = autocast.dtype_for(weight.device, x_dtype)
     return Call(
         op=op,
         device=weight.device.type,
-        x_dtype=weight.dtype if x is None else x.dtype,
-        weight_dtype=weight.dtype,
+        x_dtype=cast or x_dtype,
+        weight_dtype=cast or weight.dtype,
         adapter_dtype=adapter_dtype,
         M=M if x is None else x.numel() // x.shape[-1],
         K=K,

@@ -79,7 +79,7 @@ def lora_linear(
         backend: reference, cpu, gemm, triton or cuda; None chooses one (see `peftk.explain`).
 
     Dtypes: x, W and bias in fp32, bf16 or fp16, mixed freely; the adapter's tensors share one dtype, which may differ.
-    Or everything in fp64.
+    Or everything in fp64. Under torch.autocast x and W are cast to its dtype, as in nn.Linear (docs/numerics.md).
 
     Returns:
         y [..., N] in x's dtype: fp32 accumulation, one rounding; the module's docstring has the error bound.

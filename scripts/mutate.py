@@ -244,6 +244,7 @@ TESTS = {
     "peftk/models/merging.py": ["models/test_model_merge.py", "models/test_model.py"],
     "peftk/nn/*": [*LAYERS, "methods/test_methods.py", "models/test_model.py"],
     "peftk/system/storage.py": ["system/test_storage.py"],
+    "peftk/system/autocast.py": ["system/test_autocast.py", "ops/test_autocast.py"],
     "peftk/system/memory.py": ["models/test_shared.py"],
     "peftk/system/lasting.py": ["ops/test_inference_mode.py", "nn/test_every_layer.py"],
     "peftk/system/eagerly.py": ["adapters/test_routes.py"],
@@ -264,7 +265,7 @@ TESTS = {
         "ops/test_gradients.py",
         "kernels/triton/interpreted/packed.py",
     ],
-    "peftk/tuning/tune.py": ["tuning/test_tuning.py"],
+    "peftk/tuning/*": ["tuning/test_tuning.py"],
 }
 
 # ---- Drawing. A mistake is a pattern in a line of code, and its replacement.

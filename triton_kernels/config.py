@@ -44,7 +44,7 @@ class CallShape(NamedTuple):
         return ShapeClass(next(rows for rows in ROW_LIMITS if rows >= self.M or rows == ROW_LIMITS[-1]), *self[3:11])
 
 
-ROW_LIMITS = (16, 64, 256, 1024, 4096)  # the largest M of each class; the last class also has all larger M
+ROW_LIMITS = (16, 64, 128, 256, 1024, 4096)  # the largest M of each class; the last class also has all larger M
 
 
 class ShapeClass(NamedTuple):
@@ -60,12 +60,23 @@ class ShapeClass(NamedTuple):
     adapters: torch.dtype
     own_sums: bool
 
-    def key(self) -> str:
-        """The key of a tuned plan in the cache file."""
+    def key(self, size: tuple[int, int] | None = None) -> str:
+        """The key of a tuned plan in the cache file. size: the N and K that it is for; None: for any."""
         words = ["packed" if self.packed else "many" if self.many else "one"]
         words += [word for word, present in (("backward", self.backward), ("dropout", self.own_sums)) if present]
         words += [str(dtype).removeprefix("torch.") for dtype in (self.x, self.weight, self.adapters)]
-        return " ".join([*words, *([] if self.wide else ["narrow"]), f"M={self.rows}"])
+        of_size = [] if size is None else [f"N={size[0]} K={size[1]}"]
+        return " ".join([*words, *([] if self.wide else ["narrow"]), f"M={self.rows}", *of_size])
+
+
+class Layer(NamedTuple):
+    """A layer whose calls are measured: W [N, K] and x in `dtype`, one or many adapters with their factors."""
+
+    N: int
+    K: int
+    dtype: torch.dtype
+    factors: torch.dtype
+    many: bool
 
 
 class Plan(NamedTuple):
@@ -196,7 +207,7 @@ def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
     first = shipped_plan(shape, target)
     if not _by_waves(shape, target) or isinstance(target, str):
         return (first,)
-    if not shape.wide or shape.own_sums or shape.packed or shape.adapters != shape.x:
+    if not shape.wide or shape.own_sums or shape.packed or (shape.many and shape.adapters != shape.x):
         return (first,)
     tma, block_k = target >= 90, 32 if shared_memory(target) <= 100 * 1024 else 64
     wide = [(64, 256, 8)] if target in _FACTORS_IN_SHARED else []
@@ -226,13 +237,18 @@ def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
     return plan._replace(num_stages=_stages_that_fit(plan.num_stages, stage, target))
 
 
-def candidates(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
-    """The plans that the tuner may choose from: the shipped ones first, then some that differ in a field or two."""
+def candidates(shape: ShapeClass, target: int | str, *, few: bool = False) -> tuple[Plan, ...]:
+    """The plans that the tuner may choose from: the shipped ones first, then some that differ in a field or two.
+
+    few: the shipped ones and the first in two launches. Compiling is what takes the tuner's time.
+    """
     first, *shipped = shipped_plans(shape, target)
     if target == "interpreter":
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
     if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
         return (first,)  # all others run out of registers
+    if few:
+        return first, *shipped, first._replace(once=False)
     other = [{"once": False}]
     if first.num_stages > 2:
         other += [{"num_stages": first.num_stages - 1}]

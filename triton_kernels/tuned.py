@@ -1,4 +1,5 @@
-"""The plan for a class of shapes on this GPU: the one that `peftk tune` found here, else the shipped table's.
+"""The plan of a call on this GPU: what `peftk tune` found here for its N and K, else for its class of shapes, else the
+shipped table's.
 
 Tuned plans are kept by GPU in gpu.json (`peftk.system.cache`), and are valid for the versions of triton and peftk they
 were measured with. The file is read once, so within a process only tuning changes a choice.
@@ -57,7 +58,7 @@ def gpu(device: torch.device) -> str:
 
 def lora_linear(call: config.CallShape, device: torch.device, compile_target: int | str) -> config.Plan:
     """The plan of a call: the tuned one, else the shipped one."""
-    found = _lora_linear(call.shape_class(), _gpu_name(device), compile_target)[0]
+    found = _lora_linear(call.shape_class(), (call.N, call.K), _gpu_name(device), compile_target)[0]
     return config.with_splits(found, call, compile_target) if found else config.lora_linear(call, compile_target)
 
 
@@ -66,11 +67,11 @@ def wgrad(shape: WgradShape, device: torch.device, compile_target: int | str) ->
     return _wgrad(shape, _gpu_name(device), compile_target)[0] or config.wgrad(*shape, compile_target)
 
 
-def source(shape: config.ShapeClass | WgradShape, device: torch.device) -> str:
-    """Says in words where the plan of a class of shapes comes from."""
-    if isinstance(shape, WgradShape):
-        return _wgrad(shape, _gpu_name(device), target(device))[1]
-    return _lora_linear(shape, _gpu_name(device), target(device))[1]
+def source(call: config.CallShape | WgradShape, device: torch.device) -> str:
+    """Says in words where the plan of a call comes from."""
+    if isinstance(call, WgradShape):
+        return _wgrad(call, _gpu_name(device), target(device))[1]
+    return _lora_linear(call.shape_class(), (call.N, call.K), _gpu_name(device), target(device))[1]
 
 
 def _gpu_name(device: torch.device) -> str:
@@ -78,8 +79,12 @@ def _gpu_name(device: torch.device) -> str:
 
 
 @functools.cache
-def _lora_linear(shape: config.ShapeClass, name: str, compile_target: int | str) -> tuple[config.Plan | None, str]:
-    return _look_up(shape.key(), name, compile_target, config.candidates(shape, compile_target))
+def _lora_linear(
+    shape: config.ShapeClass, size: tuple[int, int], name: str, compile_target: int | str
+) -> tuple[config.Plan | None, str]:
+    plans = config.candidates(shape, compile_target)
+    found, why = _look_up(shape.key(size), name, compile_target, plans)
+    return (found, f"{why} for this N and K") if found else _look_up(shape.key(), name, compile_target, plans)
 
 
 @functools.cache
@@ -117,8 +122,15 @@ def _versions() -> dict[str, str]:
 
 
 def save(name: str, plans: dict[str, config.Plan | config.Wgrad]) -> None:
-    """Saves the plans tuned on a GPU; this process uses them too. Raises OSError if the cache cannot be written."""
-    cache.save(_FILE, name, _versions(), {"plans": {key: plan._asdict() for key, plan in plans.items()}})
+    """Saves the plans tuned on a GPU beside those of the same versions; this process uses them too.
+
+    Raises OSError if the cache cannot be written.
+    """
+    forget_loaded()
+    with warnings.catch_warnings():  # a broken file is written anew
+        warnings.simplefilter("ignore")
+        kept, _ = _load_plans(name)
+    cache.save(_FILE, name, _versions(), {"plans": {**kept, **{key: plan._asdict() for key, plan in plans.items()}}})
     forget_loaded()
 
 

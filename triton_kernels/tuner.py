@@ -6,7 +6,9 @@ A candidate must give the same result as the shipped plan, up to rounding. One t
 from __future__ import annotations
 
 import functools
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,6 +30,20 @@ RANK = 16
 ADAPTERS = 8  # in a batch with many adapters
 TOKENS = config.ROW_LIMITS
 _CLEARED = 256 << 20  # bytes written between two runs to clear the L2: more than any GPU's L2 holds
+
+
+def layers_of(sizes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]) -> list[config.Layer]:
+    """Layers of the sizes (N, K): one adapter with fp32 factors, as a new layer has it, and many in W's dtype."""
+    return [
+        config.Layer(N, K, dtype, factors, many)
+        for dtype in dtypes
+        for factors, many in ((torch.float32, False), (dtype, True))
+        for N, K in sizes
+    ]
+
+
+_16_BIT = (torch.bfloat16, torch.float16)
+LAYERS = [*layers_of([(DIM, DIM)], _16_BIT), *(config.Layer(DIM, DIM, dtype, dtype, False) for dtype in _16_BIT)]
 
 
 class TuningResult(NamedTuple):
@@ -57,29 +73,43 @@ def cuda_timer(sides: Mapping[str, Run]) -> dict[str, float]:
     return {name: 1000 * statistics.median(b.elapsed_time(a) for b, a in pairs) for name, pairs in samples.items()}
 
 
+class Tuned(NamedTuple):
+    """The fastest plans by their key, and how many there was no time for."""
+
+    best: dict[str, TuningResult]
+    left: int
+
+
 def tune(
     device: torch.device,
     progress: Callable[[str], None] = lambda _: None,
     *,
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
-    timer: Timer = cuda_timer,
+    layers: Sequence[config.Layer] = LAYERS,
     tokens: Sequence[int] = TOKENS,
-    dim: int = DIM,
-) -> dict[str, TuningResult]:
+    of_sizes: bool = False,
+    timer: Timer = cuda_timer,
+    seconds: float = math.inf,
+) -> Tuned:
     """Measures all candidates, saves the fastest for later processes, and uses them in this process.
 
-    Raises OSError if the cache cannot be written; this process then uses the same plans as before.
+    of_sizes: each layer's plans are for calls of its N and K only, and few are tried. seconds: no measurement begins
+    later than that. Raises OSError if the cache cannot be written; this process then uses the same plans as before.
     """
+    until = time.monotonic() + seconds
     found: dict[str, TuningResult] = {}
-    for dtype in dtypes:
-        for M in tokens:
-            for many in (False, True):
-                for key, plans, run in _cases(M, dim, dtype, many, device):
-                    if key not in found:
-                        progress(key)
-                        found[key] = _best(key, plans, run, timer)
+    left: set[str] = set()
+    for M in tokens:
+        for layer in layers:
+            for key, plans, run in _cases(M, layer, device, of_sizes):
+                if key in found:
+                    continue
+                if time.monotonic() > until:
+                    left.add(key)
+                    continue
+                progress(key)
+                found[key] = _best(key, plans, run, timer)
     tuned.save(tuned.gpu(device), {key: best.plan for key, best in found.items()})
-    return found
+    return Tuned(found, len(left))
 
 
 def _best(
@@ -109,41 +139,42 @@ def _check_same_result(what: str, got: Tensor, want: Tensor) -> None:
         raise RuntimeError(f"{what}: differs from the shipped plan's result by up to {off.max().item():g}")
 
 
-def _cases(
-    M: int, dim: int, dtype: torch.dtype, many: bool, device: torch.device
-) -> Iterator[tuple[str, Sequence[config.Plan | config.Wgrad], Callable[..., list[Tensor]]]]:
-    """For forward, dX and gradients: the key of the class of shapes, its candidates, and a function that runs one."""
+Case = tuple[str, Sequence[config.Plan | config.Wgrad], Callable[..., list[Tensor]]]
+
+
+def _cases(M: int, layer: config.Layer, device: torch.device, of_sizes: bool) -> Iterator[Case]:
+    """For forward, dX and gradients: the plan's key, its candidates, and a function that runs one."""
+    N, K, dtype, factors, many = layer
     compile_target, count = tuned.target(device), ADAPTERS if many else 1
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).mul_(dim**-0.5).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).mul_(K**-0.5).to(dtype)
 
-    x, weight = random(M, dim), random(dim, dim)
-    A, B = random(count * RANK, dim), random(dim, count * RANK)
+    x, dy, weight = random(M, K), random(M, N), random(N, K)
+    A, B = random(count * RANK, K, dtype=factors), random(N, count * RANK, dtype=factors)
     adapters, order = _adapters(A, B, M, many, device)
-    call = config.CallShape(
-        M, dim, dim, many, False, False, True, dtype, dtype, dtype, False, adapters.z_width // PAGE.value
-    )
+    pages = adapters.z_width // PAGE.value
+    call = config.CallShape(M, N, K, many, False, False, True, dtype, dtype, factors, False, pages)
 
     def forward(plan: config.Plan) -> list[Tensor]:
         return [lora_linear.forward(x, weight, None, adapters, order, plan=plan)[0]]
 
-    yield call.shape_class().key(), config.candidates(call.shape_class(), compile_target), forward
-
     def backward(plan: config.Plan) -> list[Tensor]:
-        dx, u = lora_linear.backward(x, weight, dim, adapters, order, None, plan=plan)
+        dx, u = lora_linear.backward(dy, weight, K, adapters, order, None, plan=plan)
         return [u] if dx is None else [dx, u]
 
-    shape = call._replace(backward=True).shape_class()
-    yield shape.key(), config.candidates(shape, compile_target), backward
+    for shape, run in ((call, forward), (call._replace(N=K, K=N, backward=True), backward)):
+        of_class = shape.shape_class()
+        key = of_class.key((shape.N, shape.K) if of_sizes else None)
+        yield key, config.candidates(of_class, compile_target, few=of_sizes), run
 
     z = random(M, adapters.z_width, dtype=torch.float32)
     wanted = Wanted(True, True, False, False)
-    gradients = lora_wgrad.plan([RANK] * count, [wanted] * count, (0, dim), dtype, device, many=many)
+    gradients = lora_wgrad.plan([RANK] * count, [wanted] * count, (0, N), dtype, device, many=many)
 
     def wgrad(block: config.Wgrad) -> list[Tensor]:
-        grads = lora_wgrad.wgrad(x, x, z, z, adapters, order, gradients, block=block)
+        grads = lora_wgrad.wgrad(dy, x, z, z, adapters, order, gradients, block=block)
         return [t for g in grads if g is not None for t in (g.lora_A, g.lora_B) if t is not None]
 
     of_wgrad = tuned.WgradShape(gradients.pages, many, True, dtype)

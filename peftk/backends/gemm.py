@@ -27,6 +27,7 @@ from peftk.backends import registry
 from peftk.backends.call import BackendError
 from peftk.backends.contract import Backend
 from peftk.launch.segments import Segments
+from peftk.system import autocast
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -134,6 +135,7 @@ def multi_lora_linear_backward(
     )
 
 
+@autocast.without
 def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """xWᵀ + bias, contiguous."""
     assert weight is not None  # `cannot_run` refuses series adapters
@@ -142,6 +144,7 @@ def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias).contiguous()
 
 
+@autocast.without
 def _base_dx(dy: Tensor, weight: Tensor | None) -> Tensor:
     assert weight is not None
     return torch.mm(dy, weight)

@@ -32,7 +32,7 @@ class Point(NamedTuple):
     """One shape of the grid. gain: time of our kernels / time of torch's GEMM with our adapters."""
 
     M: int
-    dim: int  # K and N
+    dim: int  # K and N; of a layer that is not square, √(K·N)
     gain: float
 
 
@@ -131,6 +131,15 @@ def _made_with(device: str) -> dict[str, str]:
 def key_of(op: Op, dtype: torch.dtype, device: str) -> str:
     """The key of a grid. On a CPU one adapter and many share a grid; on a GPU their tiles differ."""
     return f"{op._replace(many=op.many and device != 'cpu')} {str(dtype).removeprefix('torch.')}"
+
+
+def with_older(measured: dict[str, list[Point]], device: str) -> dict[str, list[Point]]:
+    """The measurement, and what was measured before of other shapes. Of two gains of one shape the smaller counts."""
+    grids = {key: {(point.M, point.dim): point for point in points} for key, points in _load_grids(device)[0].items()}
+    for key, points in measured.items():
+        by_gain = sorted(points, key=lambda point: -point.gain)
+        grids.setdefault(key, {}).update({(point.M, point.dim): point for point in by_gain})
+    return {key: list(points.values()) for key, points in grids.items()}
 
 
 def save(measured: dict[str, list[Point]], device: str) -> None:

@@ -102,7 +102,7 @@ def describe(call: Call) -> str:
     words += [f"{plan.BLOCK_M} x {plan.BLOCK_N} x {plan.BLOCK_K} tiles in {plan.num_stages} stages"]
     words += [f"W in {plan.expand_splits} splits"] if plan.expand_splits > 1 else []
     words += ["tensor descriptors"] if plan.descriptors else []
-    return f"{', '.join(words)} ({tuned.source(form.shape_class(), device)})"
+    return f"{', '.join(words)} ({tuned.source(form, device)})"
 
 
 def lora_linear(

@@ -12,6 +12,7 @@ from peftk.backends import choice
 from peftk.backends.call import LORA_LINEAR, Call, Choice
 from peftk.methods import trial
 from peftk.nn import watched
+from peftk.system import autocast
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,11 +145,12 @@ def _choice(layer: Any, M: int, backend: str | None) -> Choice:
     dtype: torch.dtype | None = adapters[0].lora_A.dtype if len(adapters) == 1 else torch.float32 if adapters else None
     rank, dropout = sum(a.lora_A.shape[0] for a in adapters), any(a.dropout_p for a in adapters)
     N, K = weight.shape
+    base_dtype = autocast.dtype_for(weight.device, weight.dtype) or weight.dtype
     call = Call(
         op=LORA_LINEAR,
         device=weight.device.type,
-        x_dtype=weight.dtype,
-        weight_dtype=weight.dtype,
+        x_dtype=base_dtype,
+        weight_dtype=base_dtype,
         adapter_dtype=dtype,
         M=M,
         K=K,

@@ -4,8 +4,8 @@
 
 Every step is a torch operation, so torch can differentiate it in forward and reverse mode any number of times, vmap it,
 and dispatch it to tensor subclasses. A weight of a tensor subclass (a quantized one of torchao, for example) is
-multiplied by `nn.functional.linear` in x's dtype, as its own library does. Everything else is computed as in
-`peftk.reference`: in fp32 (fp64 for fp64 inputs), rounded once at the end.
+multiplied by `nn.functional.linear` in x's dtype, as its own library does, under torch.autocast if that is on.
+Everything else is computed as in `peftk.reference`: in fp32 (fp64 for fp64 inputs), rounded once at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from peftk.adapters.table import AdapterTable
 from peftk.backends import choice
 from peftk.backends.call import BackendError
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
-from peftk.system import storage
+from peftk.system import autocast, storage
 
 
 def should_run(recording: bool, x: Tensor, *tensors: Tensor | None) -> bool:
@@ -61,7 +61,8 @@ def lora_linear(
         acc = accumulate_dtype(rows, weight, *tensors)
         y = _base(rows, weight, bias, acc)
         if adapter is not None:
-            y = y + adapter_term(with_dropout(rows, dropout, acc), adapter, acc)[0]
+            with autocast.off(x.device):
+                y = y + adapter_term(with_dropout(rows, dropout, acc), adapter, acc)[0]
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -90,7 +91,8 @@ def multi_lora_linear(
                 continue
             # masked before and after: an inf in one adapter must not reach the rows of others, in y or in a gradient
             row_mask = (ids == entry % count)[:, None]
-            term, _ = adapter_term(torch.where(row_mask, inputs, 0.0), adapter, acc)
+            with autocast.off(x.device):
+                term, _ = adapter_term(torch.where(row_mask, inputs, 0.0), adapter, acc)
             parts[entry // count] = parts[entry // count] + torch.where(row_mask, term, 0.0)
         y = torch.cat(parts, dim=1)
         return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
@@ -98,7 +100,8 @@ def multi_lora_linear(
 
 def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
     if weight is None or not storage.overrides_operations(weight):
-        return base_term(rows, weight, bias, acc)
+        with autocast.off(rows.device):
+            return base_term(rows, weight, bias, acc)
     y = functional.linear(rows, weight).to(acc)
     return y if bias is None else y + bias.to(acc)
 

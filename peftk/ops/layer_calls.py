@@ -6,7 +6,6 @@ None.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from peftk.adapters import checks, route
@@ -17,7 +16,7 @@ from peftk.adapters.flat import flat_tensors, pack
 from peftk.adapters.table import AdapterTable
 from peftk.ops import autograd, composed, custom_ops, dispatch
 from peftk.ops.dispatch import is_recording
-from peftk.system import storage
+from peftk.system import autocast, storage
 
 
 def base_linear_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,7 +36,7 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """`peftk.functional.lora_linear` for layers."""
     checks.input(x, weight)
-    return _single_adapter(_autocast(x), weight, bias, adapter, dropout=dropout, backend=backend)
+    return _single_adapter(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
 def adapter_block_unchecked(
@@ -46,7 +45,7 @@ def adapter_block_unchecked(
     """`peftk.functional.adapter_block` for modules."""
     if adapter is not None and adapter.lora_A is not None:
         checks.block_input(x, adapter.lora_A)
-    return _single_adapter(_autocast(x), None, None, adapter, dropout=dropout, backend=backend)
+    return _single_adapter(x, None, None, adapter, dropout=dropout, backend=backend)
 
 
 def _single_adapter(
@@ -60,6 +59,7 @@ def _single_adapter(
 ) -> Tensor:
     """One adapter or none. weight None: a series adapter."""
     recording, p_and_seed = is_recording(), flat_dropout(dropout)
+    x, weight = autocast.cast(x, weight, recording=recording)
     tensors = () if adapter is None else adapter.tensors()
     if composed.should_run(recording, x, weight, bias, p_and_seed[1], *tensors):
         if weight is None:
@@ -90,7 +90,7 @@ def multi_lora_linear_unchecked(
         if direct is not None:
             return direct
     checks.input(x, weight)
-    return _multi_adapter(_autocast(x), weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
+    return _multi_adapter(x, weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
 def multi_adapter_block_unchecked(
@@ -103,7 +103,7 @@ def multi_adapter_block_unchecked(
 ) -> Tensor:
     """`peftk.functional.multi_adapter_block`: x and bank must fit; checks only ids (slots of the bank)."""
     table = None if is_recording() else _table(bank)
-    return _multi_adapter(_autocast(x), None, None, bank, ids, table=table, dropout=dropout, backend=backend)
+    return _multi_adapter(x, None, None, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
 def _multi_adapter(
@@ -121,6 +121,7 @@ def _multi_adapter(
     checks.ids(ids, x)
     checks.same_device("bank", bank, x.device, "x")
     recording, p_and_seed = is_recording(), flat_dropout(dropout)
+    x, weight = autocast.cast(x, weight, recording=recording)
     tensors = flat_tensors(bank.adapters) if table is None or storage.forward_ad_active() else []
     if composed.should_run(recording, x, weight, bias, ids, p_and_seed[1], *tensors):
         if weight is not None:
@@ -152,11 +153,3 @@ def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
     if ids.shape != x.shape[:-1]:
         ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     return route.flatten(ids)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of torch.autocast if that is on, as nn.Linear does. W keeps its dtype: kernels convert on read."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x

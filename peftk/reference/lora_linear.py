@@ -23,6 +23,7 @@ from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.reference import philox
+from peftk.system import autocast
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -30,6 +31,7 @@ def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@autocast.without
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -49,6 +51,7 @@ def lora_linear(
     return y.to(x.dtype), z if save_z else None
 
 
+@autocast.without
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -85,6 +88,7 @@ def reads_z(adapter: Adapter | None, wanted: Wanted, need_dx: bool) -> bool:
     return wanted.lora_B or (adapter.activation != "identity" and (need_dx or wanted.lora_A or wanted.bias_A))
 
 
+@autocast.without
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -115,6 +119,7 @@ def lora_linear_backward(
     return None if dx is None else dx.to(dtype), grads
 
 
+@autocast.without
 def multi_lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,

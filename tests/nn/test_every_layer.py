@@ -103,6 +103,38 @@ def test_an_output_changed_in_place_trains_on_each_backend(
     check_in_place(entry, made, "eager")
 
 
+@every_layer
+def test_autocast(entry: Entry) -> None:
+    """Outputs and gradients are those of plain torch up to bf16's roundings, and gradients have their leaf's dtype.
+
+    Behind a relu they may differ more: a rounding decides whether a hidden value near zero has a gradient.
+    """
+    made = entry.make()
+    activations = {getattr(module, "activation", "identity") for module in made.module.modules()}
+    has_relu = "relu" in activations or entry.name.startswith("functional")
+
+    def within(run: Callable[[Tensor], Tensor], outputs: list[Tensor], x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(run(x))
+        return outputs[-1].float()
+
+    for x in entry.inputs():
+        x.requires_grad_()
+        outputs: list[Tensor] = []
+        ours, plain = (gradients(functools.partial(within, run, outputs), made, x) for run in (made.layer, made.plain))
+        assert ours.keys() == plain.keys()
+        leaves = {"x": x, **made.trained}
+        for name, wanted in {**plain, "y": outputs[1].float()}.items():
+            got = {**ours, "y": outputs[0].float()}[name]
+            if wanted is None or got is None:
+                assert all(grad is None or not grad.any() for grad in (wanted, got)), name
+            else:
+                assert name == "y" or got.dtype == leaves[name].dtype, name
+                assert got.isfinite().all(), name
+                if name == "y" or not has_relu:
+                    assert (got - wanted).norm() <= 0.02 * wanted.norm() + 0.02, name
+
+
 GRAD_MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 

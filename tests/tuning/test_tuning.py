@@ -14,7 +14,7 @@ import peftk
 from peftk import cli
 from peftk.backends import choice, measured
 from peftk.backends.call import Call, Op
-from peftk.tuning import tune
+from peftk.tuning import model_shapes, tune
 from tests.support import calls
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -270,3 +270,80 @@ def test_on_a_gpu_a_model_decides_until_something_is_measured(gpu: None) -> None
 def test_without_a_gpu_nothing_is_asked_about_one() -> None:
     reason = measured.verdict(call(device="cuda"))
     assert reason == (False, "torch finds no GPU here; our kernels are the default") or torch.cuda.is_available()
+
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 50, "dtype": "float16",
+}  # fmt: skip
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 50}
+
+
+def test_the_sizes_of_a_models_linears(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(LLAMA))
+    expected = ("LlamaModel", ((64, 96), (96, 64), (64, 64), (32, 64)), torch.float16)
+    assert model_shapes.of_config(file) == model_shapes.of_config(tmp_path) == expected
+    file.write_text(json.dumps(GPT2))  # its linears are Conv1D, stored [K, N]
+    assert model_shapes.of_config(file) == ("GPT2Model", ((32, 128), (128, 32), (96, 32), (32, 32)), BF16)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "expected a config of a model"),
+        ('{"model_type": "nothing"}', "expected a config of a model"),
+        (json.dumps({**LLAMA, "num_hidden_layers": 0}), "expected a model with linear layers, got LlamaModel"),
+        (None, "expected a config.json of transformers or a folder with one"),
+    ],
+)
+def test_a_config_that_tells_no_sizes_is_an_error(tmp_path: Path, content: str | None, said: str) -> None:
+    pytest.importorskip("transformers")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        model_shapes.of_config(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_for_a_model_needs_a_gpu(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.main, ["tune", "--model", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "--model: expected a CUDA GPU" in done.output
+    done = CliRunner().invoke(cli.main, ["tune", "--forget", "--model", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "--model: not with --forget" in done.output
+
+
+def test_tuning_for_a_model(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command takes a model's sizes, and what was measured of other shapes stays."""
+    from peftk.triton_kernels import tuner
+
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    asked: dict[str, object] = {}
+
+    def tuned(device: object, progress: object, **options: object) -> tuner.Tuned:
+        asked.update(options)
+        return tuner.Tuned({}, 3)
+
+    monkeypatch.setattr(tuner, "tune", tuned)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "_gpu_gain", lambda op, layer, M, *_: 9.0 if M == 64 else 0.5)
+    measured.save({"lora_linear float16": [measured.Point(64, 2048, 0.5)]}, "cuda")
+    done = CliRunner().invoke(cli.main, ["tune", "--model", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "LlamaModel in float16: 64 x 96, 96 x 64, 64 x 64, 32 x 64" in done.output
+    assert "No time was left for 3 measurements" in done.output
+    assert asked["of_sizes"] is True
+    assert {(layer.N, layer.K) for layer in asked["layers"]} == {(64, 96), (96, 64), (64, 64), (32, 64)}
+    assert {(layer.factors, layer.many) for layer in asked["layers"]} == {(F32, False), (torch.float16, True)}
+    grid = measured._load_grids("cuda")[0]["lora_linear float16"]
+    assert [point for point in grid if point.dim == 2048] == [(64, 2048, 0.5)]
+    form = {"dtype": torch.float16, "device": "cuda", "M": 64}
+    assert choice.choose(call(dim=64, **form)).backend == "gemm"
+    assert choice.choose(call(dim=2048, **form)).backend != "gemm"
+    monkeypatch.setattr(tune, "MODEL_SECONDS", -1.0)
+    done = CliRunner().invoke(cli.main, ["tune", "--model", str(tmp_path)])
+    assert "No time was left for 99 measurements" in done.output  # 8 layers, 6 numbers of rows, 2 ways; and 3

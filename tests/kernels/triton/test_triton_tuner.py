@@ -13,15 +13,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from peftk.triton_kernels import config
 from tests.support.tiers import spread
-from tests.support.triton_calls import BF16, F16, MORE_TARGETS, TARGETS, check_fits, compile_call, compile_wgrad
+from tests.support.triton_calls import BF16, F16, F32, MORE_TARGETS, TARGETS, check_fits, compile_call, compile_wgrad
 
 # All calls that `tuner` measures.
 FORMS = [
-    (target, dtype, M, many, backward)
+    (target, dtype, factors, M, many, backward)
     for target in [*TARGETS, *MORE_TARGETS]
     for dtype in (BF16, F16)
+    for many, factors in ((False, F32), (False, dtype), (True, dtype))
     for M in config.ROW_LIMITS
-    for many in (False, True)
     for backward in (False, True)
 ]
 
@@ -30,11 +30,11 @@ def config_target(target: int | str) -> int | str:
     return "hip" if isinstance(target, str) else target
 
 
-@pytest.mark.parametrize(("target", "dtype", "M", "many", "backward"), spread(FORMS, default=0, full=4))
-def test_candidates_compile(target: int | str, dtype: Any, M: int, many: bool, backward: bool) -> None:
-    shape = config.CallShape(M, 4096, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1).shape_class()
+@pytest.mark.parametrize(("target", "dtype", "factors", "M", "many", "backward"), spread(FORMS, default=0, full=6))
+def test_candidates_compile(target: int | str, dtype: Any, factors: Any, M: int, many: bool, backward: bool) -> None:
+    shape = config.CallShape(M, 4096, 4096, many, False, backward, True, dtype, dtype, factors, False, 1).shape_class()
     for plan in config.candidates(shape, config_target(target)):
-        check_fits(compile_call(target, M, (dtype, dtype, dtype), many=many, backward=backward, plan=plan), target)
+        check_fits(compile_call(target, M, (dtype, dtype, factors), many=many, backward=backward, plan=plan), target)
 
 
 WGRADS = [

@@ -30,17 +30,25 @@ def test_by_hand(product: tuple[int, int, int], tiles: tuple[int, int, int], us:
     assert waves.product_us(waves.Product(*product), waves.Tiles(*tiles), H100) == pytest.approx(us, rel=0.01)
 
 
-def call(M: int, N: int, *, many: bool = False, backward: bool = False, dtype: torch.dtype = BF16) -> config.CallShape:
-    return config.CallShape(M, N, 4096, many, False, backward, True, dtype, dtype, dtype, False, 1)
+def call(
+    M: int,
+    N: int,
+    *,
+    many: bool = False,
+    backward: bool = False,
+    dtype: torch.dtype = BF16,
+    factors: torch.dtype | None = None,
+) -> config.CallShape:
+    return config.CallShape(M, N, 4096, many, False, backward, True, dtype, dtype, factors or dtype, False, 1)
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("many", [False, True])
-def test_no_cliff_between_65_and_1024_rows(many: bool, backward: bool) -> None:
+@pytest.mark.parametrize(("many", "factors"), [(False, BF16), (True, BF16), (False, torch.float32)])
+def test_no_cliff_between_65_and_1024_rows(many: bool, factors: torch.dtype, backward: bool) -> None:
     """At most 1.5 times as long as the library's best tiles and splits; without other tiles it was 4 times."""
     for M in (65, 100, 128, 200, 256, 384, 512, 768, 1024):
         for N in (4096, 8192, 14336):
-            shape = call(M, N, many=many, backward=backward)
+            shape = call(M, N, many=many, backward=backward, factors=factors)
             plan = config.lora_linear(shape, 90)
             tiles = waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits)
             product = waves.Product(M, N, 4096)
@@ -58,6 +66,7 @@ def test_every_plan_is_a_candidate_of_its_class(target: int | str) -> None:
                 listed = config.candidates(shape.shape_class(), target)
                 assert config.with_splits(plan, shape, target) == plan
                 assert plan._replace(shrink_splits=1, expand_splits=1) in listed
+                assert set(config.candidates(shape.shape_class(), target, few=True)) <= set(listed)
 
 
 def test_a_series_adapter_is_never_split() -> None:

@@ -36,12 +36,17 @@ def timer_favouring(name: str) -> tuner.Timer:
     return time
 
 
-def tune(name: str = "once=False") -> dict[str, tuner.TuningResult]:
-    return tuner.tune(CPU, dtypes=(BF16,), timer=timer_favouring(name), tokens=(16,), dim=32)
+def tune(name: str = "once=False", **options: Any) -> tuner.Tuned:
+    layers = [config.Layer(32, 32, BF16, BF16, many) for many in (False, True)]
+    return tuner.tune(CPU, timer=timer_favouring(name), **{"layers": layers, "tokens": (16,), **options})
+
+
+def call(M: int = 16, N: int = 32, factors: torch.dtype = BF16) -> config.CallShape:
+    return config.CallShape(M, N, 32, False, False, False, True, BF16, BF16, factors, False, 1)
 
 
 def shape(M: int = 16) -> config.ShapeClass:
-    return config.CallShape(M, 32, 32, False, False, False, True, BF16, BF16, BF16, False, 1).shape_class()
+    return call(M).shape_class()
 
 
 def save_tuned_plan() -> None:
@@ -61,7 +66,8 @@ def launch_count() -> int:
 
 def test_the_fastest_is_kept_and_used(cache: Path) -> None:
     assert launch_count() == 1
-    found = tune()
+    found, left = tune()
+    assert not left
     assert set(found) == {
         *(f"{kind} {way}bfloat16 bfloat16 bfloat16 M=16" for kind in ("one", "many") for way in ("", "backward ")),
         "wgrad one bfloat16 ranks=16",
@@ -74,8 +80,8 @@ def test_the_fastest_is_kept_and_used(cache: Path) -> None:
     assert launch_count() == 2
     tuned.forget_loaded()  # as a later process would
     assert launch_count() == 2
-    assert tuned.source(shape(), CPU) == "tuned on this interpreter"
-    assert "has not measured 'one bfloat16 bfloat16 bfloat16 M=64'" in tuned.source(shape(64), CPU)
+    assert tuned.source(call(), CPU) == "tuned on this interpreter"
+    assert "has not measured 'one bfloat16 bfloat16 bfloat16 M=64'" in tuned.source(call(64), CPU)
     assert tuned.delete("interpreter")
     assert not tuned.delete("interpreter")
     assert launch_count() == 1
@@ -98,7 +104,7 @@ def test_other_versions_and_other_gpus_are_ignored(cache: Path) -> None:
         cache.write_text(json.dumps(changed))
         tuned.forget_loaded()
         assert launch_count() == 1
-        assert why in tuned.source(shape(), CPU)
+        assert why in tuned.source(call(), CPU)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"interpreter": 1}', '{"interpreter": {"made_with": 3}}'])
@@ -150,6 +156,51 @@ def test_explain_says_where_a_plan_comes_from(cache: Path) -> None:
     assert "tuned on this interpreter" in said()
 
 
+def test_the_default_layers_class_is_tuned(cache: Path) -> None:
+    """fp32 factors beside 16-bit x and W, and what was tuned before stays."""
+    save_tuned_plan()
+    found, _ = tune(layers=tuner.layers_of([(32, 32)], [BF16]), tokens=(16, 17))
+    assert [key for key in found if "float32" in key] == [
+        f"one {way}bfloat16 bfloat16 float32 M={M}" for M in (16, 64) for way in ("", "backward ")
+    ]
+    assert any(key.startswith("many bfloat16 bfloat16 bfloat16") for key in found)
+    for M in (16, 17):
+        assert tuned.source(call(M, factors=torch.float32), CPU) == "tuned on this interpreter"
+    assert launch_count() == 2
+    assert {layer.factors for layer in tuner.LAYERS if not layer.many} == {torch.float32, BF16, torch.float16}
+    assert {128, 256, 1024} <= set(tuner.TOKENS)
+
+
+def test_a_layers_own_sizes_come_first(cache: Path) -> None:
+    """The plan of a class is for any size, that of a size for it alone; the backward's N is the layer's K."""
+    layers = [config.Layer(48, 32, BF16, BF16, many=False)]
+    found, _ = tune(layers=layers, of_sizes=True)
+    assert set(found) == {
+        "one bfloat16 bfloat16 bfloat16 M=16 N=48 K=32",
+        "one backward bfloat16 bfloat16 bfloat16 M=16 N=32 K=48",
+        "wgrad one bfloat16 ranks=16",
+    }
+    assert tuned.source(call(N=48), CPU) == "tuned on this interpreter for this N and K"
+    assert "shipped table" in tuned.source(call(), CPU)
+    assert launch_count() == 1
+    tune("shipped")
+    assert tuned.source(call(), CPU) == "tuned on this interpreter"
+    assert not tuned.lora_linear(call(N=48), CPU, "interpreter").once
+    assert tuned.lora_linear(call(), CPU, "interpreter").once
+
+
+def test_when_the_time_is_over_nothing_more_is_measured(cache: Path) -> None:
+    found, left = tune(seconds=-1.0)
+    assert not found
+    assert left == 6
+    assert launch_count() == 1
+    clock = mock.Mock(monotonic=mock.Mock(side_effect=[0.0, 1.0, 1.0, *[3.0] * 100]))
+    with mock.patch.object(tuner, "time", clock):
+        found, left = tune(seconds=2.0)
+    assert (len(found), left) == (2, 4)
+    assert tuned.source(call(), CPU) == "tuned on this interpreter"
+
+
 def test_splits_fill_the_processors_and_cost_little() -> None:
     """With few tokens: blocks for all processors, and fp32 parts below a sixteenth of W's bytes."""
     splits = []
@@ -170,7 +221,7 @@ def test_splits_fill_the_processors_and_cost_little() -> None:
     assert min(splits) == 1 < max(splits) <= 8
 
 
-def test_our_kernels_against_torchs_product() -> None:
+def test_our_kernels_against_torchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each point is time of ours / time of torch's product with our adapters, and both give the same."""
     seen: list[list[Any]] = []
 
@@ -180,7 +231,8 @@ def test_our_kernels_against_torchs_product() -> None:
         return {"triton": 3.0, "gemm": 2.0}
 
     said: list[str] = []
-    grids = tune_gpu.gpu_gains(CPU, said.append, timer, tokens=(5,), dims=(32,))
+    monkeypatch.setattr(tune_gpu, "GPU_DIMS", (32,))
+    grids = tune_gpu.gpu_gains(CPU, said.append, timer, tokens=(5,))
     assert set(grids) == {
         f"{op} {dtype}"
         for op in ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
@@ -188,5 +240,11 @@ def test_our_kernels_against_torchs_product() -> None:
     }
     assert all(points == [(5, 32, 1.5)] for points in grids.values())
     assert len(said) == len(seen) == 12
+    layers = tuner.layers_of([(40, 32), (32, 40)], [BF16])
+    grids = tune_gpu.gpu_gains(CPU, said.append, timer, tokens=(5,), layers=layers)
+    ops = ("lora_linear", "multi_lora_linear", "lora_linear_backward", "multi_lora_linear_backward")
+    assert set(grids) == {f"{op} bfloat16" for op in ops}
+    assert all(points == [(5, 36, 1.5)] * 2 for points in grids.values())
+    assert not tune_gpu.gpu_gains(CPU, said.append, timer, tokens=(5,), layers=layers, until=0.0)
     for (ours, _), (gemm, _) in seen:
         torch.testing.assert_close(ours, gemm, rtol=2e-2, atol=2e-2)
