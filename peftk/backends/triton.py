@@ -260,6 +260,7 @@ def _table_adapters(table: AdapterTable) -> kernels.Adapters:
 
 def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
+    adapters += () if table.live is None else table.live.later  # a graph reads those by the same code
     layout_A = _common_layout(_layout_of(page) for a in adapters for page in a.pages_A)
     layout_B = _common_layout(_layout_of(page.t()) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0
