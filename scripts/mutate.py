@@ -163,7 +163,7 @@ TESTS = {
         "kernels/triton/interpreted/behaviour.py",
     ],
     "peftk/launch/workspace.py": [
-        "kernels/triton/interpreted/behaviour.py",
+        "launch/test_workspace.py",
         "kernels/triton/interpreted/lora_linear.py",
     ],
     "peftk/*/segments.py": ["kernels/triton/interpreted/segments.py"],  # of backends, launch and reference

@@ -6,8 +6,10 @@ A CPU has no streams: `current` is None there, and everything below does nothing
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,6 +28,31 @@ def is_captured(stream: torch.cuda.Stream) -> bool:
     """Whether a CUDA graph is being captured from this stream, by whatever thread."""
     with torch.cuda.stream(stream):
         return torch.cuda.is_current_stream_capturing()
+
+
+def capture_number(stream: torch.cuda.Stream) -> int | None:
+    """A number for the capture that a stream is in, which no other capture of this process has; None if none tells."""
+    capture_info = _capture_info()
+    if capture_info is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    failed = capture_info(stream.cuda_stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return None if failed or status.value != _ACTIVE else number.value
+
+
+_ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
+
+
+@functools.cache
+def _capture_info() -> Callable[..., int] | None:
+    """The driver's function, which torch has no name for; None where there is none."""
+    try:
+        found = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+    found.restype, found.argtypes = ctypes.c_int, [ctypes.c_void_p] * 6
+    capture_info: Callable[..., int] = found
+    return capture_info
 
 
 def wait_for_device(device: torch.device) -> None:

@@ -66,6 +66,7 @@ class Device:
         monkeypatch.setattr(streams, "capturing", lambda device: self.stream.captured)
         monkeypatch.setattr(streams, "is_captured", lambda stream: stream.captured)
         monkeypatch.setattr(streams, "wait_for_device", self._wait)
+        monkeypatch.setattr(streams, "capture_number", lambda stream: stream.cuda_stream)
 
     def _wait(self, device: torch.device) -> None:
         self.waits += 1

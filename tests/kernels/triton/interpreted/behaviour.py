@@ -228,20 +228,6 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.Monke
         behaviour.check_repeatable(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
 
 
-def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each launch has the counters it requested, on separate cache lines, also when the prepared ones are used up."""
-    device = torch.device("cpu")
-    monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
-    taken = [workspace._captured_counters(device, count) for count in (1, 33, 32, 40, 90, 1)]
-    for number, (counters, count) in enumerate(zip(taken, (1, 33, 32, 40, 90, 1), strict=True), start=1):
-        assert counters.numel() >= count
-        assert not counters.any()
-        counters.fill_(number)
-    assert all(set(counters.tolist()) == {number} for number, counters in enumerate(taken, start=1))
-    starts = [counters.data_ptr() - taken[0].data_ptr() for counters in taken[:4]]
-    assert starts == [0, 128, 384, 512]
-
-
 def test_a_table_that_is_written_in_place_gives_the_bits_of_one_that_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def results() -> list[torch.Tensor]:
         torch.manual_seed(0)
