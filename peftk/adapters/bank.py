@@ -114,6 +114,7 @@ class AdapterBank:
         self.names: dict[str, int] = {}
         self.numbers = [-1] * max_adapters  # the adapters' numbers by slot; -1 for a free slot
         self.reused = False  # whether a number may differ from its slot
+        self.translates = False  # whether `slots_of` may have to do something: reused, or for a graph's replays
         self._next = list(range(max_adapters))  # the next number of each slot
         self._cached_numbers: tuple[int, Tensor] | None = None
         self._pages: dict[int, list[int]] = {}
@@ -401,6 +402,7 @@ class AdapterBank:
         ranks = [0 if adapter is None else adapter.rank for adapter in adapters]
         room = live_table.pages_of(max(self.max_rank or 0, *ranks))
         with self.order.write():
+            self.translates = True
             self._live_numbers = torch.tensor(self.numbers, device=self.device)
             self.live = self._live_with(room)
             self._removed, self._lent_places = [], {}
@@ -504,6 +506,7 @@ class AdapterBank:
         self.names[name] = self.numbers[slot] = number
         self._next[slot] = max(self._next[slot], number + len(self.slots))
         self.reused |= number >= len(self.slots)
+        self.translates |= self.reused
         self._version += 1
 
     def _set_slot(self, slot: int, adapter: Adapter, pages: list[int]) -> None:
