@@ -22,9 +22,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
-    for name in ("_of_stream", "_of_capture", "_slabs"):
-        monkeypatch.setattr(workspace, name, {})
-    monkeypatch.setattr(workspace, "_taken", [])
     return Device(monkeypatch)
 
 

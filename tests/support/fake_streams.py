@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from peftk.adapters import live_table
+from peftk.launch import workspace
 from peftk.system import streams
 
 
@@ -61,6 +62,9 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream = Stream()  # the current one
         self.waits = 0  # of the host for all of the device
+        for name in ("_of_stream", "_of_capture", "_slabs"):
+            monkeypatch.setattr(workspace, name, {})
+        monkeypatch.setattr(workspace, "_taken", [])
         monkeypatch.setattr(live_table, "needed", lambda device: True)
         monkeypatch.setattr(streams, "current", lambda device: self.stream)
         monkeypatch.setattr(streams, "capturing", lambda device: self.stream.captured)
