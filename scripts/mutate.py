@@ -163,7 +163,7 @@ TESTS = {
         "kernels/triton/interpreted/behaviour.py",
     ],
     "peftk/launch/workspace.py": [
-        "kernels/triton/interpreted/behaviour.py",
+        "launch/test_workspace.py",
         "kernels/triton/interpreted/lora_linear.py",
     ],
     "peftk/*/segments.py": ["kernels/triton/interpreted/segments.py"],  # of backends, launch and reference
@@ -181,6 +181,9 @@ TESTS = {
         "checkpoints/test_peft_interop.py",
         "checkpoints/test_adapterhub_interop.py",
     ],
+    "peftk/adapters/live_table.py": ["adapters/test_live_table.py"],
+    "peftk/adapters/pages.py": ["adapters/test_bank.py", "adapters/test_live_table.py"],
+    "peftk/system/streams.py": ["adapters/test_live_table.py"],
     "peftk/adapters/checks.py": [
         "ops/test_functional.py",
         "nn/test_layers.py",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peftk.adapters import carry
 from peftk.adapters.row_order import RowOrder
 from peftk.adapters.table import AdapterTable
+from peftk.system import streams
 
 if TYPE_CHECKING:
     from peftk.adapters.bank import AdapterBank
@@ -44,6 +45,8 @@ class Route:
         user_ids: int32 or int64, [B] or [B, T].
         slots: function that turns the numbers in `user_ids` into slots; None if they are slots already.
         keep_alive: the adapters, kept alive as long as the route.
+        constant: whether nobody changes `user_ids`, so that a graph which reads it needs these adapters for good.
+            Otherwise it follows the ids, and the adapters that there are when it is replayed.
         batch_dim: the dimension of x with the sequences; None means 0, unless a layer knows it.
         lengths: of the sequences, int64 [B] on user_ids' device, if x has them one after the other in one row.
         uniform: whether all ids are known to be equal, so that any order of rows is right.
@@ -55,13 +58,14 @@ class Route:
         *,
         slots: Callable[[Tensor], Tensor] | None = None,
         keep_alive: object = None,
+        constant: bool = True,
         batch_dim: int | None = None,
         lengths: Tensor | None = None,
         uniform: bool = False,
     ) -> None:
         self.user_ids, self.keep_alive, self.batch_dim, self.uniform = user_ids, keep_alive, batch_dim, uniform
-        self.capturing = _capturing(user_ids.device)
-        self._slots, self._lengths = slots, lengths
+        self.capturing = streams.capturing(user_ids.device)
+        self._slots, self._lengths, self._constant = slots, lengths, constant
         self.tokens = None if lengths is None else int(lengths.sum())
         with torch.inference_mode(False):  # a training forward may follow, and saves the ids
             self.ids = self.read(user_ids.clone())
@@ -70,7 +74,12 @@ class Route:
         # until the next garbage collection.
         self._accepted: dict[tuple[int, int | None, bool], dict[_Key, Tensor]] = {}
         if self.capturing:
-            _read_by_graphs[id(user_ids)] = self
+            self.hold_for_graphs()
+
+    def hold_for_graphs(self) -> None:
+        """Keeps what a graph reads that is being captured."""
+        adapters = self.keep_alive if self._constant else None
+        _read_by_graphs[id(self.user_ids)] = (self.user_ids, self._lengths, self._slots, adapters)
 
     def read(self, user_ids: Tensor) -> Tensor:
         """The slots for the current values of `user_ids`: per sequence, per token, or [ΣT] if there are lengths."""
@@ -117,8 +126,8 @@ class Forward:
         Raises ValueError if the rows of x are not the route's sequences.
         """
         route, device = self.route, x.device
-        if _capturing(device) != route.capturing:
-            _read_by_graphs[id(route.user_ids)] = route
+        if streams.capturing(device) != route.capturing:
+            route.hold_for_graphs()
             return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (x.shape, device, stream, batch_dim)
@@ -167,8 +176,8 @@ class Forward:
         )
 
 
-# Kept for the life of the process, with their adapters: nothing tells when a graph that reads them is replayed last.
-_read_by_graphs: dict[int, Route] = {}
+# Kept for the life of the process: nothing tells when a graph that reads them is replayed last.
+_read_by_graphs: dict[int, tuple[object, ...]] = {}
 
 # Names of attributes on the tensors that a route makes: the flat ids, and what is derived from flat ids.
 _FLAT = "_peftk_flat"
@@ -190,17 +199,12 @@ def flatten(ids: Tensor) -> Tensor:
 def derive_once(ids: Tensor, key: Hashable, derive: Callable[[], T]) -> T:
     """derive(), cached on ids that came from `flat`, which do not change. For any other ids it is called every time."""
     kept: tuple[bool, dict[Hashable, T]] | None = getattr(ids, _DERIVED, None)
-    if kept is None or kept[0] != _capturing(ids.device):
+    if kept is None or kept[0] != streams.capturing(ids.device):
         return derive()
     derived = kept[1]
     if key not in derived:
         derived[key] = derive()
     return derived[key]
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether operations on the device are being captured into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

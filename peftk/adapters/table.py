@@ -15,6 +15,9 @@ An empty slot (column 3 of `rows` is 0) and an adapter of rank 0 have no pages. 
 
 For packed outputs, such as query, key and value in one projection, several such tables are concatenated: first the
 adapters of the first slice of columns, then those of the second. An id names one adapter of each slice (`pack`).
+
+On a GPU a bank has one set of these tensors and writes into it in place (`peftk.adapters.live_table`), since a captured
+CUDA graph reads the same addresses in every replay.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +36,17 @@ from peftk.adapters.adapter import PAGE, Adapter
 from peftk.system import storage
 from peftk.system.lasting import lasting
 
+if TYPE_CHECKING:
+    from peftk.adapters.live_table import LiveTable
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterTable:
-    """The adapters of a batch by id, and the tensors that kernels read about them. Immutable; see `build` and `pack`.
+    """The adapters of a batch by id, and the tensors that kernels read about them; see `build` and `pack`.
 
-    columns: where the slices of packed outputs begin, and where the last one ends; () for a single slice.
+    columns: where the slices of packed outputs begin, and where the last one ends; () for a single slice. The tensors
+    do not change, unless they are those of a `live` table: they hold these adapters until that has overwritten one, and
+    `current` tells.
     """
 
     adapters: tuple[Adapter | None, ...]
@@ -51,6 +60,9 @@ class AdapterTable:
     columns: tuple[int, ...] = ()
     ends: Tensor | None = None  # int32 [slices + 1, 2]: each slice's first column and first page of z, then the ends
     movable: tuple[tuple[Tensor, Place], ...] = ()  # Parameters, with their places when the table was built
+    room: tuple[int, ...] = ()  # pages of z of each slice; (): as many as its largest rank needs
+    live: LiveTable | None = None
+    overwritten: int = 0  # of `live`, when this table was made
 
     @property
     def slices(self) -> int:
@@ -70,24 +82,35 @@ class AdapterTable:
     @functools.cached_property
     def slice_pages(self) -> tuple[int, ...]:
         """See `z_pages`."""
-        return z_pages(self.adapters, self.slices)
+        return tuple(itertools.accumulate(self.room, initial=0)) if self.room else z_pages(self.adapters, self.slices)
 
     @property
     def z_width(self) -> int:
-        """The columns of the saved pre-activations z: over all slices, the sum of largest ranks rounded up to pages."""
+        """The columns of the saved pre-activations z: over all slices, the sum of largest ranks rounded up to pages.
+
+        In a live table that is the room for them.
+        """
         return self.slice_pages[-1] * PAGE
 
     def current(self) -> AdapterTable:
-        """This table, or a new one if a Parameter has moved since.
+        """This table, or a new one if a Parameter has moved since, or an adapter was overwritten.
 
         For the backward: a Parameter that was offloaded after the forward may have come back to a different address.
         """
-        if all(place(tensor) == where for tensor, where in self.movable):
+        valid = self.live is None or self.live.is_valid(self.overwritten)
+        if valid and all(place(tensor) == where for tensor, where in self.movable):
             return self
         each = [self.adapters[j * self.count : (j + 1) * self.count] for j in range(self.slices)]
         tables = [build(adapters, dtype=self.dtype, device=self.device) for adapters in each]
         sizes = [end - start for start, end in itertools.pairwise(self.columns)]
-        return pack(tables, sizes) if self.slices > 1 else dataclasses.replace(tables[0], columns=self.columns)
+        room = self._room()
+        rebuilt = pack(tables, sizes, room) if self.slices > 1 else tables[0]
+        return dataclasses.replace(rebuilt, columns=self.columns, room=room)
+
+    def _room(self) -> tuple[int, ...]:
+        """The room of a table of the same adapters; more if a Parameter was given more ranks since."""
+        needed = [end - start for start, end in itertools.pairwise(z_pages(self.adapters, self.slices))]
+        return tuple(map(max, self.room, needed)) if self.room else ()
 
     def columns_of(self, entry: int, N: int) -> tuple[int, int]:
         """The columns of y [M, N] that an entry of `adapters` adds to."""
@@ -116,23 +139,16 @@ def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
 
 
 @lasting()
-def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
+def pack(tables: Sequence[AdapterTable], sizes: Sequence[int], room: tuple[int, ...] = ()) -> AdapterTable:
     """One table for a layer whose outputs are slices of these sizes, side by side, one table per slice.
 
     Raises ValueError if the tables differ in the number of ids, dtype or device.
     """
+    check_alike(tables)
     first = tables[0]
-    for number, table in enumerate(tables):
-        for name, expected, got in (
-            ("adapters", first.count, table.count),
-            ("dtype", first.dtype, table.dtype),
-            ("device", first.device, table.device),
-        ):
-            if expected != got:
-                raise ValueError(f"banks[{number}]: expected {name} {expected} as in the first one, got {got}")
     columns = tuple(itertools.accumulate(sizes, initial=0))
     adapters = tuple(adapter for table in tables for adapter in table.adapters)
-    ends = list(zip(columns, z_pages(adapters, len(tables)), strict=True))
+    z_ends = tuple(itertools.accumulate(room, initial=0)) if room else z_pages(adapters, len(tables))
     rows, pages = [], 0
     for table in tables:
         moved = table.rows.clone()
@@ -149,9 +165,27 @@ def pack(tables: Sequence[AdapterTable], sizes: Sequence[int]) -> AdapterTable:
         scaling=torch.cat([table.scaling for table in tables]),
         biases=torch.cat([table.biases for table in tables]),
         columns=columns,
-        ends=torch.tensor(ends, dtype=torch.int32, device=first.device),
+        ends=slice_ends(columns, z_ends, first.device),
         movable=tuple(entry for table in tables for entry in table.movable),
     )
+
+
+def slice_ends(columns: Sequence[int], z_ends: Sequence[int], device: torch.device) -> Tensor:
+    """`AdapterTable.ends`."""
+    return torch.tensor(list(zip(columns, z_ends, strict=True)), dtype=torch.int32, device=device)
+
+
+def check_alike(tables: Sequence[AdapterTable]) -> None:
+    """Raises ValueError if tables for one layer differ in the number of ids, dtype or device."""
+    first = tables[0]
+    for number, table in enumerate(tables):
+        for name, expected, got in (
+            ("adapters", first.count, table.count),
+            ("dtype", first.dtype, table.dtype),
+            ("device", first.device, table.device),
+        ):
+            if expected != got:
+                raise ValueError(f"banks[{number}]: expected {name} {expected} as in the first one, got {got}")
 
 
 @lasting()
@@ -165,37 +199,10 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
     rows: list[list[int]] = []
     biases: list[list[int]] = []
     for index, adapter in enumerate(adapters):
-        if adapter is None:
-            rows.append([len(pages), 0, 0, 0])
-            biases.append([0, 0])
-            continue
-        for tensor in adapter.tensors():
-            if tensor.dtype != dtype or tensor.device != device:
-                raise ValueError(
-                    f"adapters[{index}]: expected tensors of {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
-                )
-        if device.type != "meta" and not storage.dense(*adapter.tensors()):
-            found = next((why for tensor in adapter.tensors() if (why := storage.reason(tensor)) is not None), "others")
-            raise TypeError(f"adapters[{index}]: expected dense tensors, got {found}")
-        rows.append([len(pages), adapter.rank, CODES[adapter.activation], 1])
-        biases.append([0 if b is None else _contiguous(b, index).data_ptr() for b in (adapter.bias_A, adapter.bias_B)])
-        for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
-            if page_A.shape[0] % PAGE and number + 1 < len(adapter.pages_A):
-                raise ValueError(f"adapters[{index}]: only the last page may hold fewer than {PAGE} ranks")
-            if page_A.stride(1) != 1 and page_A.shape[1] > 1:
-                raise ValueError(
-                    f"adapters[{index}]: expected contiguous rows in lora_A, got strides {page_A.stride()}"
-                )
-            for r in range(0, page_A.shape[0], PAGE):
-                pages.append(
-                    [
-                        page_A.data_ptr() + r * page_A.stride(0) * page_A.element_size(),
-                        page_A.stride(0),
-                        page_B.data_ptr() + r * page_B.stride(1) * page_B.element_size(),
-                        page_B.stride(0),
-                        page_B.stride(1),
-                    ]
-                )
+        entry = EMPTY if adapter is None else entry_of(adapter, index, dtype=dtype, device=device)
+        rows.append([len(pages), *entry.row])
+        pages += entry.pages
+        biases.append(entry.biases)
     return AdapterTable(
         adapters=adapters,
         dtype=dtype,
@@ -205,8 +212,50 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
         rows=torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 4),
         scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32, device=device),
         biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
-        movable=tuple((t, place(t)) for a in adapters if a is not None for t in a.tensors() if _may_move(t)),
+        movable=movable(adapters),
     )
+
+
+class Entry(NamedTuple):
+    """What the table holds about one adapter: `row` without the first page."""
+
+    pages: list[list[int]]
+    row: list[int]
+    scaling: float
+    biases: list[int]
+
+
+EMPTY = Entry([], [0, 0, 0], 0.0, [0, 0])
+
+
+def entry_of(adapter: Adapter, index: int, *, dtype: torch.dtype, device: torch.device) -> Entry:
+    """Raises as `build` does; index is for the errors."""
+    for tensor in adapter.tensors():
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"adapters[{index}]: expected tensors of {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
+            )
+    if device.type != "meta" and not storage.dense(*adapter.tensors()):
+        found = next((why for tensor in adapter.tensors() if (why := storage.reason(tensor)) is not None), "others")
+        raise TypeError(f"adapters[{index}]: expected dense tensors, got {found}")
+    biases = [0 if b is None else _contiguous(b, index).data_ptr() for b in (adapter.bias_A, adapter.bias_B)]
+    pages: list[list[int]] = []
+    for number, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
+        if page_A.shape[0] % PAGE and number + 1 < len(adapter.pages_A):
+            raise ValueError(f"adapters[{index}]: only the last page may hold fewer than {PAGE} ranks")
+        if page_A.stride(1) != 1 and page_A.shape[1] > 1:
+            raise ValueError(f"adapters[{index}]: expected contiguous rows in lora_A, got strides {page_A.stride()}")
+        for r in range(0, page_A.shape[0], PAGE):
+            pages.append(
+                [
+                    page_A.data_ptr() + r * page_A.stride(0) * page_A.element_size(),
+                    page_A.stride(0),
+                    page_B.data_ptr() + r * page_B.stride(1) * page_B.element_size(),
+                    page_B.stride(0),
+                    page_B.stride(1),
+                ]
+            )
+    return Entry(pages, [adapter.rank, CODES[adapter.activation], 1], adapter.scaling, biases)
 
 
 def in_rows(tensor: Tensor) -> Tensor:
@@ -214,6 +263,11 @@ def in_rows(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor  # a tensor that is not strided is refused later
     return tensor.contiguous()
+
+
+def movable(adapters: Sequence[Adapter | None]) -> tuple[tuple[Tensor, Place], ...]:
+    """The tensors that may move, with their places now."""
+    return tuple((t, place(t)) for a in adapters if a is not None for t in a.tensors() if _may_move(t))
 
 
 def _may_move(tensor: Tensor) -> bool:

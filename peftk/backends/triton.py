@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import gpu_shape
+from peftk.backends import (
+    gpu_shape,
+    triton_version,  # noqa: F401 - before the kernels
+)
 from peftk.backends import segments as sorted_rows
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import Tensors, adapter_args, contiguous
@@ -59,6 +63,8 @@ def backend() -> Backend:
 def cannot_run(call: Call) -> str | None:
     if call.device != _DEVICE:
         return f"runs on {_DEVICE} tensors in this process (on cpu with TRITON_INTERPRET=1), got {call.device}"
+    if call.device == "cuda" and torch.version.hip and os.environ.get("PEFTK_HIP") != "1":
+        return "has not run on an AMD GPU yet; PEFTK_HIP=1 lets it try"
     dtypes = {call.x_dtype, call.weight_dtype, call.adapter_dtype} - {None} if call.op.kind != "segments" else set()
     for dtype in dtypes:
         if dtype not in kernels.DTYPES:
@@ -260,6 +266,7 @@ def _table_adapters(table: AdapterTable) -> kernels.Adapters:
 
 def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
+    adapters += () if table.live is None else table.live.later  # a graph reads those by the same code
     layout_A = _common_layout(_layout_of(page) for a in adapters for page in a.pages_A)
     layout_B = _common_layout(_layout_of(page.t()) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0

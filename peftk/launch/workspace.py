@@ -1,24 +1,32 @@
 """The workspace of a launch: counters in device memory that are zero between launches.
 
-A workspace belongs to one device and stream, or to one node of a CUDA graph, so two launches in flight do not share
-counters. Kernels reset their counters to zero. So nothing is cleared between launches, and a captured graph can replay.
+A workspace belongs to one device and stream, or to one stream of one capture of a CUDA graph, so two launches in flight
+do not share counters. Kernels reset their counters to zero. So nothing is cleared between launches, and a captured
+graph can replay, without nodes that clear memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import threading
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from peftk.system import streams
 from peftk.system.lasting import lasting
 
 _SLAB = 1 << 18  # counters reserved for launches captured in CUDA graphs: 1 MiB per device
+_LEAST = 1024  # counters of a stream, or of a stream of a capture; more if a launch needs more
 
+_lock = threading.RLock()
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
-_slabs: dict[torch.device, Tensor] = {}
+_of_capture: dict[tuple[torch.device, int, int], Tensor] = {}  # by capture and stream
+_slabs: dict[torch.device, Tensor] = {}  # what is left for captures
+_taken: list[Tensor] = []  # what captures got, kept for the life of the process, as nobody knows when a graph ends
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -30,9 +38,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def counters(device: torch.device, count: int) -> Iterator[Tensor]:
     """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.
 
-    A launch that fails may leave any values, so the next launch gets new counters. While a CUDA graph is captured, each
-    launch gets counters of its own: from a slab that was zeroed before the capture, or, once that is used up, from
-    memory that a node of the graph zeroes.
+    A launch that fails may leave any values, so the next launch gets new counters. The launches that a CUDA graph
+    captures from one stream run one after the other, so they share counters, which no other graph has; they are from a
+    slab that calls outside of captures make. Raises RuntimeError if that is used up.
     """
     try:
         yield _counters(device, count)
@@ -43,33 +51,64 @@ def counters(device: torch.device, count: int) -> Iterator[Tensor]:
 
 def forget(device: torch.device) -> None:
     """Drops the device's counters, so that its next launch gets new ones."""
-    for key in [key for key in _of_stream if key[0] == device]:
-        del _of_stream[key]
+    with _lock:
+        for key in [key for key in _of_stream if key[0] == device]:
+            del _of_stream[key]
+        for captured in [captured for captured in _of_capture if captured[0] == device]:
+            del _of_capture[captured]
+
+
+def all_counters() -> Iterator[Tensor]:
+    """Everything that must be zero while no launch is running."""
+    with _lock:
+        yield from itertools.chain(_of_stream.values(), _slabs.values(), _taken)
 
 
 @lasting()
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
-    stream = 0
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if torch.cuda.is_current_stream_capturing():
-            return _captured_counters(device, count)
-        if device not in _slabs:
+    with _lock:
+        stream = streams.current(device)
+        if stream is None:
+            return _stream_counters(device, 0, count)
+        if streams.capturing(device):
+            return _captured_counters(device, stream, count)
+        if device not in _slabs or _slabs[device].numel() < _SLAB // 2:
             _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
+            stream.synchronize()  # a replay may come in any stream
+        return _stream_counters(device, stream.cuda_stream, count)
+
+
+def _stream_counters(device: torch.device, stream: int, count: int) -> Tensor:
     buffer = _of_stream.get((device, stream))
     if buffer is None or buffer.numel() < count:
-        buffer = _of_stream[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        buffer = _of_stream[device, stream] = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
     return buffer
 
 
-def _captured_counters(device: torch.device, count: int) -> Tensor:
+def _captured_counters(device: torch.device, stream: torch.cuda.Stream, count: int) -> Tensor:
+    capture = streams.capture_number(stream)
+    if capture is None:  # nobody tells captures apart: every launch has counters of its own
+        return _take(device, count)
+    key = (device, capture, stream.cuda_stream)
+    shared = _of_capture.get(key)
+    if shared is None or shared.numel() < count:
+        shared = _of_capture[key] = _take(device, max(count, _LEAST))
+    return shared
+
+
+def _take(device: torch.device, count: int) -> Tensor:
     count = -(-count // 32) * 32  # whole lines of 128 bytes
     slab = _slabs.get(device)
     if slab is None or slab.numel() < count:
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        left = 0 if slab is None else slab.numel()
+        raise RuntimeError(
+            f"counters: expected {count} that were reserved before the capture of a CUDA graph, got {left}; "
+            "run the model once outside of a capture"
+        )
     _slabs[device] = slab[count:]
+    _taken.append(slab[:count])
     return slab[:count]
 
 

@@ -28,7 +28,9 @@ from peftk.methods.plan import check_without_peft, replace_module, unwrapped
 from peftk.nn import MultiLoRALinear
 from peftk.nn.replace import as_linear
 from peftk.nn.watched import watch
+from peftk.system import streams
 from peftk.system.lasting import lasting
+from peftk.system.streams import StreamOrder
 
 
 class _LayerAdapter(NamedTuple):
@@ -51,7 +53,9 @@ class _Slots:
         self.next = list(range(count))  # the next number of each slot
         self.layers: dict[str, MultiLoRALinear] = {}
         self.lock = threading.Lock()
-        self._tensor: Tensor | None = None
+        self.captured = False  # whether a CUDA graph was captured in a route
+        self._tensor: Tensor | None = None  # the numbers on the layers' device
+        self._order: StreamOrder | None = None  # of writes to it, and of what reads it
         self._given_back: collections.deque[int] = collections.deque()
 
     def free_number(self) -> int | None:
@@ -62,7 +66,12 @@ class _Slots:
     def take(self, number: int) -> None:
         slot = number % len(self.numbers)
         self.numbers[slot], self.next[slot] = number, number + len(self.numbers)
-        self._update_tensor()
+        live = next((layer.bank.device for layer in self.layers.values() if layer.bank.live is not None), None)
+        if live is not None:
+            self._numbers_on(live)  # before a capture, in which it could not be made
+        self._write_number(slot)
+        if self._order is not None:
+            self._order.finish()
 
     def give_back(self, number: int) -> None:
         """Frees a slot, now or after the load that is running. May be called in any thread."""
@@ -70,17 +79,23 @@ class _Slots:
         self.clear()
 
     def clear(self) -> None:
-        """Frees the slots that were given back. If a load is running, does nothing: the load calls this at its end."""
-        while self._given_back and self.lock.acquire(blocking=False):
+        """Frees the slots that were given back. If a load is running, does nothing: the load calls this at its end.
+
+        While a CUDA graph is captured, it does nothing either: the next load or unload frees them.
+        """
+        while self._given_back and not self._busy() and self.lock.acquire(blocking=False):
             try:
                 while self._given_back:
                     number = self._given_back.popleft()
+                    self.numbers[number % len(self.numbers)] = -1
+                    self._write_number(number % len(self.numbers))
                     for layer in self.layers.values():
                         layer.bank.free(number)
-                    self.numbers[number % len(self.numbers)] = -1
-                self._update_tensor()
             finally:
                 self.lock.release()
+
+    def _busy(self) -> bool:
+        return self._order is not None and self._order.busy()
 
     @property
     def reused(self) -> bool:
@@ -94,18 +109,22 @@ class _Slots:
         return torch.where((ids >= 0) & ~known, NO_NUMBER, torch.where(ids < 0, ids, slots))
 
     def _numbers_on(self, device: torch.device) -> Tensor:
-        """The numbers as a tensor. It is updated in place, since CUDA graphs read it."""
-        if self._tensor is None or self._tensor.device != device:
-            with lasting():
+        """The numbers as a tensor. It is written in place, since CUDA graphs read it."""
+        if self._tensor is None or self._order is None or self._tensor.device != device:
+            self._order = StreamOrder(device)
+            with lasting(), self._order.write():
                 self._tensor = torch.tensor(self.numbers, device=device)
+        self._order.read()
         return self._tensor
 
-    def _update_tensor(self) -> None:
-        if self._tensor is not None:
-            self._tensor.copy_(torch.tensor(self.numbers))
+    @lasting()
+    def _write_number(self, slot: int) -> None:
+        if self._tensor is not None and self._order is not None:
+            with self._order.write():
+                self._tensor[slot].fill_(self.numbers[slot])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "lock": None, "_tensor": None}
+        return {**self.__dict__, "lock": None, "captured": False, "_tensor": None, "_order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "lock": threading.Lock()})
@@ -137,6 +156,8 @@ class MultiAdapter:
         model: an nn.Module; it is changed in place.
         max_adapters: how many adapters can be loaded at a time.
         adapter_dtype: dtype in which adapters are stored; None means the dtype of each weight.
+        max_rank: the largest rank that may be loaded, for which a CUDA graph then has room; None for any: a graph has
+            room for the largest that was loaded before it was captured (docs/routes.md).
         example_inputs: as in `peftk.inject`, to find out which linears the model calls.
 
     Raises TypeError or ValueError for a bad argument.
@@ -150,18 +171,20 @@ class MultiAdapter:
         *,
         max_adapters: int = 64,
         adapter_dtype: torch.dtype | None = None,
+        max_rank: int | None = None,
         example_inputs: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         check_without_peft(model)
-        if not isinstance(max_adapters, int) or isinstance(max_adapters, bool) or max_adapters < 1:
-            raise ValueError(f"max_adapters: expected an integer of 1 or more, got {max_adapters!r}")
+        checks.positive("max_adapters", max_adapters)
+        if max_rank is not None:
+            checks.positive("max_rank", max_rank)
         if adapter_dtype is not None:
             checks.adapter_dtype(adapter_dtype)
         self.model = model
         self._base = unwrapped(model)
-        self.max_adapters = max_adapters
+        self.max_adapters, self.max_rank = max_adapters, max_rank
         self.adapter_dtype = adapter_dtype
         self._loaded: dict[str, _Loaded] = {}
         self._slots = _Slots(max_adapters)
@@ -187,8 +210,9 @@ class MultiAdapter:
         refused.
 
         Raises TypeError or ValueError for a bad name, a name in use, or if `max_adapters` are loaded already, and
-        CheckpointError for a checkpoint that is damaged or does not fit the model. Nothing has changed then. Batches
-        with other adapters may run during the load.
+        CheckpointError for a checkpoint that is damaged, or does not fit the model or a CUDA graph that was captured of
+        it; RuntimeError while one is captured. Nothing has changed then. Batches with other adapters may run during the
+        load.
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"name: expected a non-empty string, got {name!r}")
@@ -202,6 +226,7 @@ class MultiAdapter:
         number = self._free_number()
         with trial.lazy_trial(self._base):
             adapters = self._adapters_of(peft_checkpoint.load(path))
+            self._check_graphs(path, adapters)
             new = {module: self._layer(module) for module in adapters if module not in self._layers}
         # everything is checked; from here on only memory can run out, and then every layer drops the name again
         layers = {**self._layers, **new}
@@ -221,6 +246,26 @@ class MultiAdapter:
             self._add_hooks(module)
         self._slots.take(number)
         self._loaded[name] = _Loaded(self._slots, number)
+
+    def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, _LayerAdapter]) -> None:
+        """Raises CheckpointError if an adapter has ranks or linears that are too many, or that no graph would see."""
+        captured = self._slots.captured or any(layer.bank.order.captured for layer in self._layers.values())
+        for module, part in adapters.items():
+            rank = 0 if part.lora_A is None else part.lora_A.shape[0]
+            if module not in self._layers and captured:
+                raise CheckpointError(
+                    f"{path}: {module}: expected a linear with adapters when a CUDA graph of the model was captured, "
+                    "got one that the graph computes without"
+                )
+            if module not in self._layers and self.max_rank is not None and rank > self.max_rank:
+                raise CheckpointError(
+                    f"{path}: {module}: expected at most max_rank = {self.max_rank} ranks, got {rank}"
+                )
+            try:
+                if module in self._layers:
+                    self._layers[module].bank.check_addition(rank)
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {module}: {error}") from error
 
     def _free_number(self) -> int:
         number = self._slots.free_number()
@@ -306,7 +351,8 @@ class MultiAdapter:
 
         Ids are read when the `with` begins. A CUDA graph reads a tensor of ids on the model's device again in every
         replay. Capture the `with` too, so that the graph sorts the ids once for all layers. Names are constants of the
-        graph; enter a route with names before the capture (`peftk.adapters.route.Route`).
+        graph, which keeps their adapters for good; enter a route with names before the capture
+        (`peftk.adapters.route.Route`).
         """
         if batch_dim not in (None, 0, 1):
             raise ValueError(f"batch_dim: expected 0, 1 or None, got {batch_dim!r}")
@@ -329,10 +375,17 @@ class MultiAdapter:
         for number in (numbers or set()) - {-1} - by_number.keys():
             raise ValueError(f"names: expected -1 and numbers of loaded adapters ({sorted(by_number)}), got {number}")
         packed = _lengths(lengths, cu_seqlens, ids, batch_dim)
-        device = next((layer.weight.device for layer in self._layers.values()), ids.device)
+        layer = next(iter(self._layers.values()), None)
+        device = ids.device if layer is None else layer.weight.device
+        if streams.capturing(next((p.device for p in self._base.parameters()), device)):
+            self._slots.captured = True
+        # a replay may read the numbers of adapters that are loaded later, in slots that are used again
+        follows = isinstance(names, Tensor) and names.device == device
+        translates = self._slots.reused or (follows and layer is not None and layer.bank.live is not None)
         return Route(
             ids.to(device),
-            slots=self._slots.slots_of if self._slots.reused else None,
+            slots=self._slots.slots_of if translates else None,
+            constant=not follows,
             keep_alive=[loaded for number, loaded in by_number.items() if numbers is None or number in numbers],
             batch_dim=batch_dim,
             lengths=None if packed is None else packed.to(device),
@@ -402,7 +455,10 @@ class MultiAdapter:
     def _layer(self, module: str) -> MultiLoRALinear:
         """A new layer to replace `module`, with every loaded adapter in it, adding nothing. The model is unchanged."""
         layer = MultiLoRALinear.from_linear(
-            self._base.get_submodule(module), max_adapters=self.max_adapters, adapter_dtype=self.adapter_dtype
+            self._base.get_submodule(module),
+            max_adapters=self.max_adapters,
+            adapter_dtype=self.adapter_dtype,
+            max_rank=self.max_rank,
         )
         layer.serve(self._key, self._base, module)
         watch(layer, module, trial.any_reader(self._base, module))

@@ -34,12 +34,13 @@ class MultiLoRALinear(FrozenLinear):
         *,
         max_adapters: int,
         adapter_dtype: torch.dtype | None = None,
+        max_rank: int | None = None,
         fan_in_fan_out: bool = False,
     ) -> None:
         N, K = linear_shape(weight, bias, fan_in_fan_out)
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         checks.adapter_dtype(dtype, weight.dtype)
-        bank = AdapterBank(K, N, max_adapters, dtype, weight.device)
+        bank = AdapterBank(K, N, max_adapters, dtype, weight.device, max_rank=max_rank)
         super().__init__(weight, bias, fan_in_fan_out=fan_in_fan_out)
         self.bank = bank
         self.trained = nn.ModuleDict()
@@ -51,11 +52,17 @@ class MultiLoRALinear(FrozenLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, *, max_adapters: int = 64, adapter_dtype: torch.dtype | None = None
+        cls,
+        linear: nn.Module,
+        *,
+        max_adapters: int = 64,
+        adapter_dtype: torch.dtype | None = None,
+        max_rank: int | None = None,
     ) -> MultiLoRALinear:
         """The layer that replaces `linear` (nn.Linear or Conv1D).
 
-        adapter_dtype: dtype in which adapters are stored; None means the weight's.
+        adapter_dtype: dtype in which adapters are stored; None means the weight's. max_rank: the largest rank that may
+        be added, for which a CUDA graph then has room; None for any (`docs/routes.md`).
 
         Raises TypeError or ValueError for any other module, a bad dtype or a bad number; `linear` is unchanged then.
         """
@@ -65,6 +72,7 @@ class MultiLoRALinear(FrozenLinear):
             base.bias,
             max_adapters=max_adapters,
             adapter_dtype=adapter_dtype,
+            max_rank=max_rank,
             fan_in_fan_out=fan_in_fan_out(linear),
         )
         return take_place(layer, linear)
@@ -131,7 +139,7 @@ class MultiLoRALinear(FrozenLinear):
         bank: AdapterBank | AdapterTable = self.bank
         routed = None
         if ids is not None:
-            ids = self.bank.slots_of(ids) if self.bank.reused else ids
+            ids = self.bank.slots_of(ids) if self.bank.translates else ids
         elif self.server_key is not None:
             checks.stored("x", x)
             routed = route.rows(self, self.server_key, x)
@@ -158,8 +166,8 @@ class MultiLoRALinear(FrozenLinear):
         self.batch_dim, self.unclear_module = route.batch_dim_of(around)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiLoRALinear:
+        self.bank.apply(fn)  # first, as it may refuse
         super()._apply(fn, recurse)
-        self.bank.apply(fn)
         return self
 
     def extra_repr(self) -> str:

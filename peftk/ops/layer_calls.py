@@ -145,7 +145,9 @@ def _multi_adapter(
 
 def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
     """The table that kernels read; None if the bank has a lent adapter that they cannot read."""
-    return bank if isinstance(bank, AdapterTable) else bank.table()
+    if isinstance(bank, AdapterTable):
+        return bank if bank.live is None else bank.current()
+    return bank.table()
 
 
 def flat_ids(ids: Tensor, x: Tensor) -> Tensor:

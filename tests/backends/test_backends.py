@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +77,41 @@ def test_what_a_forced_backend_chooses_in_turn_is_forced_too(monkeypatch: pytest
         functional.multi_lora_linear(torch.randn(2, 8), layer.weight, None, layer.bank, ids, backend=backend)
     assert seen == [None, "reference"]
     assert choice.forced() is None
+
+
+OLD_TRITON = """
+import sys, types
+triton = types.ModuleType("triton")
+triton.__version__ = "3.5.1"
+sys.modules["triton"] = triton
+import peftk, torch
+print(peftk.explain("lora_linear", device="cuda", dtype=torch.bfloat16, M=4, N=64, K=64, rank=4))
+"""
+
+
+def test_an_old_triton_is_refused_in_words() -> None:
+    pytest.importorskip("triton")
+    from peftk.backends import triton_version
+
+    for version in ("3.6.0", "3.7.1", "3.9.0", "3.10.0+git1234", "4.0.0"):
+        assert triton_version.problem(version) is None
+    for version in ("2.3.1", "3.5.1", "unknown"):
+        assert triton_version.problem(version) == f"needs Triton 3.6 or later, got {version}"
+    run = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "not triton: backend 'triton' cannot be imported: needs Triton 3.6 or later, got 3.5.1" in run.stdout
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets Triton")
+def test_triton_on_amd_is_behind_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for op in ("lora_linear", "merge"):
+        assert choice.cannot_run("triton", call(op, device="cuda")) == (
+            "has not run on an AMD GPU yet; PEFTK_HIP=1 lets it try"
+        )
+    monkeypatch.setenv("PEFTK_HIP", "1")
+    assert choice.cannot_run("triton", call(device="cuda")) is None
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets Triton")

@@ -156,7 +156,7 @@ def check_counters(work: Work) -> None:
     from peftk.launch import workspace
 
     work.run()
-    for counters in (*workspace._of_stream.values(), *workspace._slabs.values()):
+    for counters in workspace.all_counters():
         if counters.any():
             raise WrongError(f"{int(counters.count_nonzero())} counters are not zero")
 

@@ -16,7 +16,9 @@ from rich.console import Console
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
+import peftk
 from peftk import functional
+from peftk.adapters.adapter import Adapter
 from peftk.backends import triton
 from peftk.cli import main
 from peftk.launch import workspace
@@ -27,6 +29,7 @@ from peftk.tools.selftest.plans import override_plan
 from peftk.tools.selftest.work import Form, Work, build_case
 from peftk.triton_kernels import segments as kernels
 from tests.support.cases import normal
+from tests.support.fake_streams import Device
 from tests.support.segment_cases import random_ids
 from tests.support.stand_ins import rerun
 from tests.support.tiers import FULL, spread
@@ -225,18 +228,35 @@ def test_results_that_change_from_run_to_run_are_found(monkeypatch: pytest.Monke
         behaviour.check_repeatable(WORKS["one adapter, dropout, M=17 K=40 N=24"]())
 
 
-def test_launches_of_a_captured_graph_share_no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each launch has the counters it requested, on separate cache lines, also when the prepared ones are used up."""
-    device = torch.device("cpu")
-    monkeypatch.setattr(workspace, "_slabs", {device: torch.zeros(200, dtype=torch.int32)})
-    taken = [workspace._captured_counters(device, count) for count in (1, 33, 32, 40, 90, 1)]
-    for number, (counters, count) in enumerate(zip(taken, (1, 33, 32, 40, 90, 1), strict=True), start=1):
-        assert counters.numel() >= count
-        assert not counters.any()
-        counters.fill_(number)
-    assert all(set(counters.tolist()) == {number} for number, counters in enumerate(taken, start=1))
-    starts = [counters.data_ptr() - taken[0].data_ptr() for counters in taken[:4]]
-    assert starts == [0, 128, 384, 512]
+def test_a_table_that_is_written_in_place_gives_the_bits_of_one_that_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        bank = peftk.AdapterBank(24, 16, 3, torch.float32, "cpu", max_rank=32)
+        for number, rank in enumerate((1, 17)):
+            A, B, a, beta = (torch.randn(*shape) for shape in ((rank, 24), (16, rank), (rank,), (16,)))
+            bank.add(f"{number}", A, B, 0.5, activation="gelu", bias_A=a, bias_B=beta, slot=2 - number)
+        x, ids = torch.randn(5, 24, requires_grad=True), torch.tensor([2, 1, -1, 1, 2])
+        y = functional.multi_lora_linear(x, torch.randn(16, 24), None, bank, ids, backend="triton")
+        y.sum().backward()
+        assert x.grad is not None
+        return [y.detach(), x.grad]
+
+    built = results()
+    Device(monkeypatch)
+    for one, other in zip(built, results(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_layout_of_a_live_table_holds_for_adapters_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has it as a constant. Trainable factors lie differently from the pages of a pool."""
+    Device(monkeypatch)
+    A, B = torch.nn.Parameter(torch.randn(16, 32)), torch.nn.Parameter(torch.randn(32, 16))
+    bank = peftk.AdapterBank(32, 32, 3, torch.float32, "cpu", max_rank=16)
+    assert triton._table_adapters(bank.table())[3:] == ("k16", "k16")
+    bank.lend("trained", lambda: Adapter((A,), (B,), 1.0))
+    with_trained = triton._table_adapters(bank.table())
+    bank.add("served", torch.randn(16, 32), torch.randn(32, 16), 1.0)
+    assert triton._table_adapters(bank.table())[3:] == with_trained[3:] == ("k16", "any")
 
 
 def test_a_counter_that_is_left_is_found() -> None:
