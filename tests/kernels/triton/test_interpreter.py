@@ -22,7 +22,7 @@ FOLDER = Path(__file__).with_name("interpreted")
 STEMS = sorted(path.stem for path in FOLDER.glob("*.py") if "def test_" in path.read_text())
 TOGETHER = (
     ("lora_linear", "lora_wgrad", "backward", "packed", "adapter_block", "gemm", "serving_shapes", "segments", "merge"),
-    ("behaviour", "compiled", "tuner", "counted", "counting"),
+    ("behaviour", "triage", "compiled", "tuner", "counted", "counting"),
     ("interleaving", "interleaving_lora_linear", "interleaving_lora_wgrad"),
 )
 RUNS = [pytest.param(stems, "default", id=f"{stems[0]}-default") for stems in TOGETHER] + [
