@@ -41,7 +41,7 @@ GROUPS = {
     "good": Group("good", "passes", _checks(passes)),
     "failing": Group("failing", "one fails", _checks(passes, fails, passes)),
     "crashing": Group("crashing", "one crashes", _checks(passes, crashes, passes)),
-    "hanging": Group("hanging", "one hangs", _checks(passes, hangs, passes), limit=8.0),
+    "hanging": Group("hanging", "one hangs", _checks(passes, hangs, passes), check_limit=4.0),
     "last": Group("last", "passes", _checks(passes)),
 }
 

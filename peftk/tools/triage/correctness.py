@@ -155,16 +155,26 @@ def check_replay_after_loading(target: Target, backend: str, *, capture: Capture
         layer.remove_adapter(old)
         load(new, 0, rank)
 
+    def remove() -> None:
+        layer.remove_adapter("b")
+        if target.device == "cpu":  # where the id of a free slot raises; on a GPU it counts as -1
+            ids.masked_fill_(ids == 1, -1)
+
+    def load_again() -> None:
+        load("d", 1, 33)
+        ids.copy_(all_ids)
+
     def run() -> Results:
         return [layer(x, ids)]
 
+    all_ids = ids.clone()
     load("a", 0, 8)
     load("b", 1, 40)
     steps: tuple[tuple[str, Callable[[], object]], ...] = (
-        ("ids changed in place", lambda: ids.copy_(ids.flip(0).clone())),
+        ("ids changed in place", lambda: ids.copy_(all_ids.flip(0))),
         ("an adapter replaced in its slot", lambda: replace("a", "c", 20)),
-        ("an adapter removed", lambda: layer.remove_adapter("b")),
-        ("an adapter loaded in a free slot", lambda: load("d", 1, 33)),
+        ("an adapter removed", remove),
+        ("an adapter loaded in a free slot", load_again),
         ("an adapter of more ranks than any at the capture", lambda: replace("c", "e", 80)),
     )
     with torch.no_grad(), behaviour.forced_backend(backend):

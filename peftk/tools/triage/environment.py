@@ -57,16 +57,17 @@ def check_found_again(run: Callable[[], object], cache: Path) -> Found:
     """run: makes a call in a new process. Only its first run may compile; after that the kernel is in the cache."""
     compiled, seconds = [], []
     for _ in range(2):
-        before, started = _kernels(cache), time.monotonic()
+        before, started = compiled_kernels(cache), time.monotonic()
         run()
         seconds.append(round(time.monotonic() - started, 2))
-        compiled.append(len(_kernels(cache) - before))
-    if not _kernels(cache):
+        compiled.append(len(compiled_kernels(cache) - before))
+    if not compiled_kernels(cache):
         raise WrongError(f"{cache}: expected compiled kernels after a call, found none")
     if compiled[1]:
         raise WrongError(f"{cache}: the second process compiled {compiled[1]} kernels again")
     return Found(0.0, {"cache": str(cache), "compiled": compiled, "seconds": seconds})
 
 
-def _kernels(cache: Path) -> set[Path]:
+def compiled_kernels(cache: Path) -> set[Path]:
+    """The files of compiled kernels in Triton's cache."""
     return set(cache.rglob("*.cubin")) | set(cache.rglob("*.hsaco"))

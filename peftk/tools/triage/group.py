@@ -9,12 +9,16 @@ from peftk.tools.selftest.check import Check, Target
 
 
 class Group(NamedTuple):
-    """checks: makes them inside of the group's process, one at a time. seconds: estimated, on an H200, with compiled
-    kernels in Triton's cache, and without. limit: in seconds; then the process is ended.
+    """What shares a process.
+
+    checks: makes them inside of that process, one at a time. limit: for all of it, in seconds; check_limit: between two
+    of its lines, from the first one on. Then the process is ended. compiles: whether `prepare` compiles the Triton
+    kernels that its checks launch.
     """
 
     name: str
     title: str
     checks: Callable[[Target], Iterable[Check]]
-    seconds: tuple[int, int] = (0, 0)
     limit: float = 180.0
+    check_limit: float = 60.0
+    compiles: bool = False

@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import functools
 
-from peftk.tools.triage import correctness, environment, timing
+from peftk.tools.triage import correctness, environment, prepare, timing
 from peftk.tools.triage.group import Group
 from peftk.tools.triage.timing import Series
 
 
-def _timing(name: str, series: Series, seconds: tuple[int, int]) -> Group:
+def _timing(name: str, series: Series) -> Group:
     title = f"GPU time, N={series.N}, r={series.rank}, factors in {series.factors}"
-    return Group(name, title, functools.partial(timing.gpu_time, series=series), seconds, limit=240)
+    return Group(name, title, functools.partial(timing.gpu_time, series=series), compiles=True)
 
 
-_ALL = (
-    Group("environment", "the machine, and a compile that is cached", environment.checks, (25, 30)),
-    Group("one", "one adapter: y, dX, gradients", functools.partial(correctness.repeats, many=False), (15, 45)),
-    Group("many", "many adapters: y, dX, gradients", functools.partial(correctness.repeats, many=True), (15, 60)),
-    Group("decode", "decode steps in CUDA C++", correctness.decode, (12, 12), limit=90),
-    Group("merge", "merge, and back to every bit", correctness.merge, (10, 20), limit=90),
-    Group("graphs", "CUDA graphs: other ids, other adapters", correctness.graphs, (20, 50)),
-    Group("compile", 'torch.compile(mode="reduce-overhead")', correctness.reduce_overhead, (40, 60), limit=240),
-    Group("streams", "four streams at once", correctness.streams, (15, 15), limit=90),
-    _timing("time-r16", Series(N=4096, rank=16), (18, 80)),
-    _timing("time-r64", Series(N=4096, rank=64), (18, 20)),
-    _timing("time-fp32", Series(N=4096, rank=16, factors="fp32"), (18, 70)),
-    Group("host", "what the host does for a call", timing.host_time, (12, 20), limit=90),
-    _timing("time-r16-wide", Series(N=14336, rank=16), (22, 25)),
-    _timing("time-r64-wide", Series(N=14336, rank=64), (22, 25)),
-    _timing("time-fp32-wide", Series(N=14336, rank=16, factors="fp32"), (22, 25)),
+_ONE, _MANY = (functools.partial(correctness.repeats, many=many) for many in (False, True))
+_TESTED = (
+    Group("one", "one adapter: y, dX, gradients", _ONE, compiles=True),
+    Group("many", "many adapters: y, dX, gradients", _MANY, compiles=True),
+    Group("decode", "decode steps in CUDA C++", correctness.decode, limit=90),
+    Group("merge", "merge, and back to every bit", correctness.merge, limit=90, compiles=True),
+    Group("graphs", "CUDA graphs: other ids, other adapters", correctness.graphs, compiles=True),
+    Group("compile", 'torch.compile(mode="reduce-overhead")', correctness.reduce_overhead, limit=240, check_limit=120),
+    Group("streams", "four streams at once", correctness.streams, limit=90),
 )
-GROUPS = {group.name: group for group in _ALL}
+_TIMED = (
+    _timing("time-r16", Series(N=4096, rank=16)),
+    _timing("time-r64", Series(N=4096, rank=64)),
+    _timing("time-fp32", Series(N=4096, rank=16, factors="fp32")),
+    Group("host", "what the host does for a call", timing.host_time, limit=90),
+    _timing("time-r16-wide", Series(N=14336, rank=16)),
+    _timing("time-r64-wide", Series(N=14336, rank=64)),
+    _timing("time-fp32-wide", Series(N=14336, rank=16, factors="fp32")),
+)
+_FIRST = (
+    Group("environment", "the machine, and a compile that is cached", environment.checks, limit=120),
+    Group("prepare", "kernels compiled by all cores", prepare.checks, check_limit=180),
+)
+GROUPS = {group.name: group for group in (*_FIRST, *_TESTED, *_TIMED)}
