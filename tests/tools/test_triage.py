@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from peftk.tools.triage.groups import GROUPS
 from peftk.tools.triage.records import Verdict
 from peftk.tools.triage.worker import work
 from tests.support import faulty_triage
+from tests.support.paths import ROOT
 from tests.support.tiers import FULL
 
 REHEARSAL = Target("interpreter", "cpu", ())
@@ -37,35 +40,31 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def run(folder: Path, groups: list[Group], **options: Any) -> tuple[bool, str]:
-    shown = console()
-    passed = triage.run("interpreter", groups, folder, shown, command=faulty_triage.command, **options)
-    return passed, shown.export_text()
-
-
 @FULL
-def test_each_fault_loses_its_own_group_only(tmp_path: Path) -> None:
-    """In processes as the command starts them. Full, because each of them imports torch."""
-    passed, shown = run(tmp_path, list(faulty_triage.GROUPS.values()))
-    assert not passed
-    verdicts = {name: lines(tmp_path / f"{name}.jsonl")[-1] for name in faulty_triage.GROUPS}
+def test_a_rehearsal_in_which_checks_hang_crash_and_fail(tmp_path: Path) -> None:
+    """Each loses the rest of its own group only. In processes as the command starts them."""
+    faulty = faulty_triage.GROUPS
+    groups = [GROUPS["host"], faulty["hanging"], faulty["crashing"], GROUPS["merge"], faulty["failing"], GROUPS["host"]]
+    shown = console()
+    assert not triage.run("interpreter", groups, tmp_path, shown, command=faulty_triage.command)
+    text = shown.export_text()
+    verdicts = {group.name: lines(tmp_path / f"{group.name}.jsonl")[-1] for group in groups}
     assert {name: v["verdict"] for name, v in verdicts.items()} == {
-        "good": "passed", "failing": "failed", "crashing": "crashed", "hanging": "timed out", "last": "passed"
+        "host": "passed", "hanging": "timed out", "crashing": "crashed", "merge": "passed", "failing": "failed"
     }  # fmt: skip
-    assert {name: v["passed"] for name, v in verdicts.items()} == {
-        "good": 1, "failing": 2, "crashing": 1, "hanging": 1, "last": 1
-    }  # fmt: skip
+    assert {name: verdicts[name]["passed"] for name in faulty} == {"hanging": 1, "crashing": 1, "failing": 2}
     assert verdicts["failing"]["failed"] == ["none op, fails"]
     assert (verdicts["crashing"]["why"], verdicts["crashing"]["during"]) == ("SIGSEGV", "none op, crashes")
     assert verdicts["hanging"]["during"] == "none op, hangs"
-    assert "crashing: crashed (SIGSEGV), 1 passed, in none op, crashes" in shown
-    assert re.search(r"hanging: timed out \(ended after \d+ s\), 1 passed, in none op, hangs", shown)
-    assert "3 of 5 groups did not pass" in shown
+    assert "crashing: crashed (SIGSEGV), 1 passed, in none op, crashes" in text
+    assert re.search(r"hanging: timed out \(ended after \d+ s\), 1 passed, in none op, hangs", text)
+    assert "3 of 6 groups did not pass" in text
+    assert text.count("host: passed") == 2  # the second time from the folder
     log = (tmp_path / "hanging.log").read_text()
     assert "about to hang" in log
     assert "in hangs" in log  # the stack, from just before the end
     assert "Segmentation fault" in (tmp_path / "crashing.log").read_text()
-    assert (tmp_path / "report.txt").read_text() == shown
+    assert (tmp_path / "report.txt").read_text() == text
 
 
 def quick(folder: Path, script: str, **limits: float) -> dict[str, Any]:
@@ -86,9 +85,9 @@ def line(text):
     with open(sys.argv[1], "a") as file:
         file.write(text + chr(10))
 
-line('{"check": "a", "state": "running"}')
-line('{"check": "a", "state": "passed"}')
-line('{"check": "b", "state": "running"}')
+line('''{"check": "a", "state": "running"}
+{"check": "a", "state": "passed"}
+{"check": "b", "state": "running"}''')
 """
 ENDS = {
     "passed": """line('{"check": "b", "state": "passed"}'); line('{"done": true}')""",
@@ -100,7 +99,8 @@ ENDS = {
 
 def test_each_end_has_its_verdict(tmp_path: Path) -> None:
     """And the groups after it run."""
-    groups = [Group(state, "a script", lambda target: (), check_limit=1.0) for state in (*ENDS, "again")]
+    groups = [Group(state, "a script", lambda target: ()) for state in (*ENDS, "again")]
+    groups = [group._replace(check_limit=0.5) if group.name == "timed out" else group for group in groups]
 
     def command(device: str, group: Group, file: Path) -> list[str]:
         return [sys.executable, "-c", LINES + ENDS.get(group.name, ENDS["passed"]), str(file)]
@@ -124,10 +124,13 @@ def test_a_process_that_ends_early_has_crashed(tmp_path: Path) -> None:
 
 
 def test_what_a_group_started_ends_with_it(tmp_path: Path) -> None:
-    script = (
-        "import subprocess, time; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); time.sleep(600)"
-    )
-    assert quick(tmp_path, script, limit=1.0)["verdict"] == "timed out"
+    script = """
+import subprocess, sys, time
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+open(sys.argv[1], "a").write("{}\\n")
+time.sleep(600)
+"""
+    assert quick(tmp_path, script, check_limit=0.5)["verdict"] == "timed out"
     status = Path("/proc", (tmp_path / "quick.log").read_text().strip(), "status")
     for _ in range(100):  # a killed process may first have to be scheduled
         if not status.exists() or "State:\tZ" in status.read_text():
@@ -299,3 +302,23 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     assert "time-r16: medians in µs" in result.output
     again = CliRunner().invoke(main, ["selftest", "--device", "interpreter", "--triage", "--out", str(out)])
     assert again.output.count("from an earlier run") == len(GROUPS)
+
+
+@pytest.mark.parametrize("nvcc", [True, False])
+def test_the_script_builds_for_this_gpu_and_runs_the_triage(tmp_path: Path, nvcc: bool) -> None:
+    """With programs that say how they were called. Without nvcc, the rest is built and checked."""
+    programs = {
+        "nvidia-smi": "echo 9.0; echo 9.0",
+        "python": f'echo "$PEFTK_BUILD_CUDA $PEFTK_CUDA_ARCHS $*"; [ "$PEFTK_BUILD_CUDA" != 1 ] || {str(nvcc).lower()}',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
+    command = [str(ROOT / "scripts/triage.sh"), "--out", "a folder"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    pip = "-m pip install -q --no-index --no-deps --no-build-isolation -e ."
+    builds = ["1 90 setup.py -q build_ext --inplace"] + ([f"1 90 {pip}"] if nvcc else [])
+    builds += [] if nvcc else ["0 90 setup.py -q build_ext --inplace", f"0 90 {pip}"]
+    assert done.stdout.splitlines() == [*builds, " 90 -m peftk.cli selftest --device cuda --triage --out a folder"]
+    assert ("do not build here" in done.stderr) is not nvcc
