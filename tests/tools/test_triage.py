@@ -157,9 +157,10 @@ def checks(*runs: Callable[[], float]) -> Group:
 def test_shares_have_every_check_once() -> None:
     def numbered(first: int, count: int) -> Group:
         names = [str(number) for number in range(first, first + count)]
-        return Group("some", "", lambda target: (Check("triage", "b", "op", name, lambda: 0.0) for name in names))
+        checks = [Check("triage", "b", "op", name, lambda: 0.0) for name in names]
+        return Group("some", "", lambda target: checks, compiles=True)
 
-    groups = [numbered(0, 3), numbered(3, 0), numbered(3, 5)]
+    groups = [numbered(0, 3), numbered(3, 0), numbered(9, 4)._replace(compiles=False), numbered(3, 5)]
     shares = [[check.case for check in prepare.share_of(groups, REHEARSAL, n, 3)] for n in range(3)]
     assert shares == [["0", "3", "6"], ["1", "4", "7"], ["2", "5"]]
 

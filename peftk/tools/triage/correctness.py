@@ -17,7 +17,7 @@ from peftk.tools.selftest.behaviour import Results
 from peftk.tools.selftest.check import Check, Found, NotRunError, Target, WrongError, bits, require_same_bits
 from peftk.tools.selftest.work import Work, build_case
 
-ROWS = (17, 300, 1100)
+ROWS: tuple[int, ...] = (17, 300, 1100)
 RUNS, RUNS_INTERPRETED = 200, 3
 MIXED = (1, 8, None, 17, 0, 64, 16, 128)
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -20,7 +20,6 @@ from peftk.tools.selftest.check import Check, Found, NotRunError, Target, perfor
 from peftk.tools.triage.environment import compiled_kernels
 from peftk.tools.triage.group import Group
 
-CODE = "import sys; from peftk.tools.triage.prepare import main; main(*map(int, sys.argv[1:]))"
 _MOST = 16  # processes: each has a context on the GPU
 
 
@@ -36,28 +35,25 @@ def _compile(target: Target) -> Found:
     count = min(len(os.sched_getaffinity(0)), _MOST)
     cache = Path(knobs.cache.dir)
     before, started = compiled_kernels(cache), time.monotonic()
-    shares = [subprocess.Popen([sys.executable, "-c", CODE, str(n), str(count)]) for n in range(count)]
+    command = [sys.executable, "-m", "peftk.tools.triage", "compile"]
+    shares = [subprocess.Popen([*command, str(share), str(count)]) for share in range(count)]
     failed = sum(share.wait() != 0 for share in shares)
     found = {"processes": count, "compiled": len(compiled_kernels(cache) - before)}
     figures = {**found, "seconds": round(time.monotonic() - started, 1)}
     return Found(0.0, figures, f"{failed} of {count} processes failed; the log has their words" if failed else None)
 
 
-def main(share: int, shares: int) -> None:
-    """Compiles every `shares`-th check of the groups that compile, from number `share` on."""
-    from peftk.tools.selftest import target
-    from peftk.tools.triage.groups import GROUPS
-
-    groups = [group for group in GROUPS.values() if group.compiles]
+def compile_share(groups: Iterable[Group], target: Target, share: int, shares: int) -> None:
+    """Compiles what a share of the groups' checks launches."""
     with compiling_only():
-        for check in share_of(groups, target("cuda"), share, shares):
+        for check in share_of(groups, target, share, shares):
             perform(check)
 
 
 def share_of(groups: Iterable[Group], target: Target, share: int, shares: int) -> Iterator[Check]:
-    """Every `shares`-th of all checks of the groups: neighbours, which share kernels, are in different shares."""
+    """Every `shares`-th of all checks of the groups that compile, from number `share` on."""
     number = 0
-    for group in groups:
+    for group in (group for group in groups if group.compiles):
         for check in group.checks(target):
             if number % shares == share:
                 yield check
