@@ -11,7 +11,6 @@ import pytest
 
 from peftk.tools.selftest import behaviour, parity
 from peftk.tools.selftest.check import Check, Target
-from peftk.tools.triage import correctness
 from tests.support.executor import Executor
 from tests.support.stand_ins import rerun
 from tests.support.tiers import spread
@@ -51,14 +50,3 @@ def test_parity_has_every_operation() -> None:
 )
 def test_parity(check: Check) -> None:
     assert check.run() <= 1.0
-
-
-def test_the_triage_replays_after_loading() -> None:
-    correctness.check_replay_after_loading(HERE, "cuda", capture=rerun)
-
-
-def test_the_triage_repeats_decode_steps() -> None:
-    [check, *_] = [check for check in correctness.decode(HERE) if check.op == "repeated"]
-    assert "base layer alone" in check.case
-    _, make = list(behaviour.decode_works(HERE))[2]
-    assert correctness.check_repeats(make(), 3).error <= 1.0
