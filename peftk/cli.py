@@ -207,19 +207,39 @@ SECTIONS = ("parity", "behaviour", "speed")
     "--section",
     "sections",
     type=CommaList("SECTION,…", one_of(*SECTIONS)),
-    default=SECTIONS,
     help="parity, behaviour, speed [default: all; on a CPU only parity]",
 )
 @click.option(
-    "--out", type=FOLDER, help="Folder for report.json and report.txt [default: peftk-selftest; on a CPU none]"
+    "--out",
+    type=FOLDER,
+    help="Folder for report.json and report.txt [default: peftk-selftest, or peftk-triage; on a CPU none]",
 )
-def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
+@click.option(
+    "--triage", is_flag=True, help="Five minutes on a new GPU, which survive hangs and crashes (docs/gpu.md)."
+)
+@click.option(
+    "--group",
+    "groups",
+    type=CommaList("GROUP,…", str),
+    help="With --triage: only these groups, also if the folder has their results [default: all that it lacks]",
+)
+def selftest(
+    device: str, sections: tuple[str, ...] | None, out: Path | None, triage: bool, groups: tuple[str, ...] | None
+) -> None:
     """Tests every backend of the device against the reference in fp64: error bounds, determinism, exact unmerge.
 
     --device cuda also tests what needs a GPU (CUDA graphs, streams, launches, torch.compile) and measures speed: all
     GPU tests and benchmarks in one report. --device interpreter runs the same without a GPU, in Triton's interpreter,
     on tiny shapes. Exits with 1 if a test fails.
+
+    --triage, with --device cuda, runs what matters most in five minutes, in groups that each have a process and a time
+    limit. It resumes in the same folder. With --device interpreter it rehearses.
     """
+    if triage:
+        _triage(device, sections, out or Path("peftk-triage"), groups)
+        return
+    if groups is not None:
+        raise click.UsageError("--group: only with --triage")
     if device == "interpreter":
         _use_interpreter()
     _require_device(device)
@@ -228,7 +248,27 @@ def selftest(device: str, sections: tuple[str, ...], out: Path | None) -> None:
 
     if out is None and device != "cpu":
         out = Path("peftk-selftest")
-    if not package.run(package.target(device), _console(record=out is not None), sections=sections, out=out):
+    console = _console(record=out is not None)
+    if not package.run(package.target(device), console, sections=sections or SECTIONS, out=out):
+        raise SystemExit(1)
+
+
+def _triage(device: str, sections: tuple[str, ...] | None, out: Path, chosen: tuple[str, ...] | None) -> None:
+    if device == "cpu":
+        raise click.UsageError("--triage: expected --device cuda or --device interpreter, got cpu")
+    if sections is not None:
+        raise click.UsageError("--section: not with --triage; --group chooses")
+    if not extras.is_installed("triton"):
+        raise click.ClickException("--triage: needs triton, which is not installed")
+    _require_device(device)
+
+    from peftk.tools import triage
+    from peftk.tools.triage.groups import GROUPS
+
+    for name in chosen or ():
+        if name not in GROUPS:
+            raise click.UsageError(f"--group: expected some of {', '.join(GROUPS)}, got {name}")
+    if not triage.run(device, tuple(GROUPS.values()), out, _console(record=True), chosen=chosen):
         raise SystemExit(1)
 
 

@@ -87,7 +87,9 @@ def direct_multi_lora_linear(
 
 def _direct_backend() -> Direct | None:
     """The cpu backend if calls may go to it directly, else None."""
-    if torch.is_grad_enabled() or storage.forward_ad_active() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None  # before `_cpu`: the compiler would trace into the import
+    if storage.forward_ad_active() or torch.is_autocast_enabled("cpu"):
         return None
     return _cpu()
 

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftk
 from peftk import LoRALinear, MultiLoRALinear
+from tests.support.tiers import FULL
 
 
 def trained(linear: nn.Linear, **kwargs: object) -> LoRALinear:
@@ -392,6 +393,17 @@ def test_overlapping_weights_are_not_merged() -> None:
     before = transposed.clone()
     peftk.functional.unmerge_(transposed, peftk.functional.merge_(transposed, torch.ones(1, 5), B))
     assert torch.equal(transposed, before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=FULL)])
+def test_compile_without_gradients_has_no_graph_break(mode: type) -> None:
+    torch._dynamo.reset()
+    one = LoRALinear.from_linear(nn.Linear(8, 6), r=3, lora_alpha=3)
+    nn.init.normal_(one.lora_B)
+    many, x, ids = mixed_layer(8, 6), torch.randn(2, 8), torch.tensor([0, -1])
+    with mode():
+        for layer, inputs in ((one, (x,)), (many, (x, ids))):
+            assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(*inputs), layer(*inputs))
 
 
 def test_compile_without_ids_is_the_base_layer() -> None:

@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from peftk.backends import registry
 from peftk.system.timing import cuda_events
 from peftk.tools.benchmark.common import Record
 from peftk.tools.selftest import behaviour, parity, report, speed
-from peftk.tools.selftest.check import Check, Outcome, Target, perform
+from peftk.tools.selftest.check import Check, Outcome, Target, gpu_lost, perform
 
 SECTIONS = ("parity", "behaviour", "speed")
 
@@ -42,15 +41,15 @@ def run(tested: Target, console: Console, *, sections: Sequence[str] = SECTIONS,
     report.print_header(console, env)
     outcomes: list[Outcome] = []
     measured: dict[str, list[list[Record]]] = {}
-    gpu_lost: str | None = None
+    lost: str | None = None
     for section in sections:
         section_outcomes: list[Outcome] = []
         with console.status("") as status:
             for check in _checks(section, tested, measured):
                 status.update(f"[dim]{check}", spinner="dots")
-                outcome = perform(check) if gpu_lost is None else Outcome(*check[:4], not_run=gpu_lost)
-                if outcome.failed and gpu_lost is None and tested.device == "cuda":
-                    gpu_lost = _gpu_lost_reason(check)
+                outcome = perform(check) if lost is None else Outcome(*check[:4], not_run=lost)
+                if outcome.failed and lost is None and tested.device == "cuda":
+                    lost = gpu_lost(check)
                 section_outcomes.append(outcome)
         report.print_section(console, section, section_outcomes)
         outcomes += section_outcomes
@@ -70,15 +69,6 @@ def _checks(section: str, tested: Target, measured: dict[str, list[list[Record]]
             yield from behaviour.checks(tested, behaviour.tools(tested))
         else:
             yield from speed.checks(tested, cuda_events() if tested.device == "cuda" else None, measured)
-
-
-def _gpu_lost_reason(check: Check) -> str | None:
-    """Why no more checks can run, if the failed check has made the GPU unusable for this process; else None."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return f"this process cannot use the GPU since {check}: {str(error).splitlines()[0]}"
-    return None
 
 
 def _absent_backends(tested: Target) -> list[str]:

@@ -153,9 +153,14 @@ def check_repeatable(work: Work) -> None:
 
 def check_counters(work: Work) -> None:
     """All counters are zero after a launch."""
+    work.run()
+    require_zero_counters()
+
+
+def require_zero_counters() -> None:
+    """Raises WrongError if a counter of any stream, or of those kept for captures, is not zero."""
     from peftk.launch import workspace
 
-    work.run()
     for counters in workspace.all_counters():
         if counters.any():
             raise WrongError(f"{int(counters.count_nonzero())} counters are not zero")
@@ -232,9 +237,9 @@ def check_streams(
 def check_compile(target: Target, rank: int, many: bool, *, compiler: str) -> float:
     """torch.compile without graph breaks gives the eager layer's bits, in y and in every gradient."""
     torch._dynamo.reset()
-    layer, inputs, dy = _layer(target, rank, many)
+    layer, inputs, dy = small_layer(target, rank, many)
     leaves = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
-    with _forced_backend("triton"):
+    with forced_backend("triton"):
         y = layer(*inputs)
         eager = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
         y = torch.compile(layer, fullgraph=True, backend=compiler)(*inputs)
@@ -293,7 +298,8 @@ def forbid_host_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _layer(target: Target, rank: int, many: bool) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
+def small_layer(target: Target, rank: int, many: bool) -> tuple[nn.Module, tuple[Tensor, ...], Tensor]:
+    """A layer with trainable adapters, its inputs (x, and ids if it has many), and dY."""
     M, K, N = (7, 40, 24) if target.is_rehearsal else (64, 512, 256)
     generator = torch.Generator().manual_seed(rank)
 
@@ -319,7 +325,7 @@ def _require_same_results(work: Work, when: str, ones: Results, others: Results)
 
 
 @contextlib.contextmanager
-def _forced_backend(backend: str) -> Iterator[None]:
+def forced_backend(backend: str) -> Iterator[None]:
     before = os.environ.get("PEFTK_BACKEND")
     os.environ["PEFTK_BACKEND"] = backend
     try:

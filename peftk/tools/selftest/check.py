@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ class NotRunError(Exception):
     """A check cannot run here; the message says why."""
 
 
+class Found(NamedTuple):
+    """What a check found. error: in multiples of the bound. figures: measurements, as JSON values."""
+
+    error: float
+    figures: dict[str, Any] | None = None
+    problem: str | None = None
+
+
 class Check(NamedTuple):
     """One check. run: returns the error in multiples of the bound; raises WrongError, NotRunError, or anything else."""
 
@@ -38,7 +46,7 @@ class Check(NamedTuple):
     backend: str
     op: str
     case: str
-    run: Callable[[], float]
+    run: Callable[[], float | Found]
 
     def __str__(self) -> str:
         return f"{self.backend} {self.op}, {self.case}"
@@ -46,7 +54,10 @@ class Check(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of a check. error: in multiples of the bound. problem: why it failed. not_run: why it did not run."""
+    """The result of a check. error: in multiples of the bound. problem: why it failed. not_run: why it did not run.
+
+    figures: what it measured, if anything, as JSON values.
+    """
 
     section: str
     backend: str
@@ -56,6 +67,7 @@ class Outcome:
     error: float = 0.0
     problem: str | None = None
     not_run: str | None = None
+    figures: dict[str, Any] | None = None
 
     @property
     def failed(self) -> bool:
@@ -68,10 +80,11 @@ class Outcome:
 def perform(check: Check) -> Outcome:
     """Runs a check. Whatever it raises becomes its outcome, so the other checks still run."""
     started = time.monotonic()
-    error, problem, not_run = 0.0, None, None
+    error, problem, not_run, figures = 0.0, None, None, None
     try:
-        error = check.run()
-        problem = None if error <= 1.0 else f"error {error:.2f}× the bound"
+        found = check.run()
+        error, figures, problem = found if isinstance(found, Found) else Found(found)
+        problem = problem or (None if error <= 1.0 else f"error {error:.2f}× the bound")
     except NotRunError as reason:
         not_run = str(reason)
     except torch.cuda.OutOfMemoryError:
@@ -80,13 +93,26 @@ def perform(check: Check) -> Outcome:
         problem = str(wrong)
     except Exception as raised:
         problem = f"{type(raised).__name__}: {raised}"
-    return Outcome(*check[:4], time.monotonic() - started, error, problem, not_run)
+    return Outcome(*check[:4], time.monotonic() - started, error, problem, not_run, figures)
+
+
+def gpu_lost(check: Check) -> str | None:
+    """Why no more checks can run, if the failed check has made the GPU unusable for this process; else None."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return f"this process cannot use the GPU since {check}: {str(error).splitlines()[0]}"
+    return None
 
 
 def require_same_bits(what: str, one: Tensor, other: Tensor) -> None:
     """Raises WrongError if any bit differs, even only the sign of a zero."""
     if one.shape != other.shape or one.dtype != other.dtype:
         raise WrongError(f"{what}: {list(one.shape)} {one.dtype} and {list(other.shape)} {other.dtype} differ")
-    integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
-    if not torch.equal(one.contiguous().view(integer), other.contiguous().view(integer)):
+    if not torch.equal(bits(one), bits(other)):
         raise WrongError(f"{what}: bits differ")
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a 16- or 32-bit tensor as integers."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])

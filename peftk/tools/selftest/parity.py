@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ Shapes = tuple[tuple[int, int, int], ...]
 
 def checks(target: Target) -> Iterator[Check]:
     for backend in target.backends:
-        yield from _sweeps(backend, target)
+        yield from sweeps(backend, target)
         if choice.rounds_once(backend) and cannot_run(backend, "lora_linear_backward", target.device) is None:
             yield from _random(backend, target)
             yield from _forms(backend, target)
@@ -43,7 +43,7 @@ def checks(target: Target) -> Iterator[Check]:
             yield from _tiles(target)
             yield from _launches(target)
         if backend == "cuda":
-            yield from _decode(target)
+            yield from decode(target)
         if backend != "reference" and cannot_run(backend, "segments", target.device) is None:
             yield from _segments(backend, target)
 
@@ -64,12 +64,15 @@ def cannot_run(backend: str, op: str, device: str, dtype: torch.dtype = torch.bf
     return choice.cannot_run(backend, call)
 
 
-def _sweeps(backend: str, target: Target) -> Iterator[Check]:
-    for op, sweeps in _SWEEPS.items():
+def sweeps(backend: str, target: Target, *, ops: Collection[str] | None = None) -> Iterator[Check]:
+    """Every dtype and shape of every operation of the backend, or of those named in `ops`."""
+    for op, of_op in _SWEEPS.items():
+        if ops is not None and op not in ops:
+            continue
         for dtype in DTYPES:
             if cannot_run(backend, op, target.device, dtype) is None:
                 shapes = TINY if target.is_rehearsal else DECODE if backend == "cuda" and op != "merge" else SHAPES
-                for sweep in sweeps:
+                for sweep in of_op:
                     yield from sweep(backend, target.device, dtype, shapes)
 
 
@@ -216,9 +219,9 @@ def _random(backend: str, target: Target) -> Iterator[Check]:
             yield Check("parity", backend, "random cases", f"random case {seed}", run)
 
 
-def _decode(target: Target) -> Iterator[Check]:
+def decode(target: Target, count: int = 400) -> Iterator[Check]:
     """Random decode steps for CUDA C++: forward only."""
-    for seed in range(400):
+    for seed in range(count):
 
         def run(seed: int = seed) -> float:
             return Work(decode_case(seed).to(target.device), "cuda", trains=False).error()

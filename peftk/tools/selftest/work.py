@@ -91,17 +91,26 @@ class Work:
         dropout = dropout_from(self.dropout_p, self.seed)
         with torch.no_grad():
             y, y_terms, K = expected(self.case, dropout=dropout)
+            base_y, base_dx = self._rounded_products()
             if not self.leaves:
-                return self._worst(actual, [(y, y_terms, K)])
+                return self._worst(actual, [(y, y_terms, K, base_y)])
             dx, grads, dx_terms, grads_terms, terms = expected_grads(self.case, self.dy, dropout=dropout)
-        exact = [(y, y_terms, K), *([(dx, dx_terms, terms)] if self.case.x.requires_grad else [])]
-        exact += [(g, t, terms) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
+        exact = [(y, y_terms, K, base_y), *([(dx, dx_terms, terms, base_dx)] if self.case.x.requires_grad else [])]
+        exact += [(g, t, terms, None) for g, t in zip(self._flat(grads), self._flat(grads_terms), strict=True)]
         return self._worst(actual, exact)
 
-    def _worst(self, actual: list[Tensor], exact: list[tuple[Tensor, Tensor, int]]) -> float:
+    def _rounded_products(self) -> tuple[Tensor | None, Tensor | None]:
+        """xWᵀ + bias and dY W in fp64 if the backend rounds them before it adds the adapters, else None."""
+        case = self.case
+        if choice.rounds_once(self.backend) or case.weight is None:
+            return None, None
+        y, _ = bounds.linear(case.x, case.weight, case.bias)
+        return y, self.dy.double() @ case.weight.double()
+
+    def _worst(self, actual: list[Tensor], exact: list[tuple[Tensor, Tensor, int, Tensor | None]]) -> float:
         worst = 0.0
-        for name, result, (value, magnitude, contraction) in zip(self.names(), actual, exact, strict=True):
-            error = error_ratio(result, value, magnitude, contraction)
+        for name, result, (value, magnitude, contraction, base) in zip(self.names(), actual, exact, strict=True):
+            error = error_ratio(result, value, magnitude, contraction, base)
             if error > 1.0:
                 raise WrongError(f"{name}: error {error:.2f}× the bound ({self.case})")
             worst = max(worst, error)
@@ -111,8 +120,17 @@ class Work:
         return [g for g in flat_grads(self.case.adapters, grads) if g is not None]
 
 
-def error_ratio(actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int) -> float:
-    """The error of a result that was rounded once, as a multiple of the bounds by element and in the norm."""
+def error_ratio(
+    actual: Tensor, exact: Tensor, magnitude: Tensor, contraction: int, base: Tensor | None = None
+) -> float:
+    """The error of a result that was rounded once, as a multiple of the bounds by element and in the norm.
+
+    base: the part that was rounded before, if one was; then only the bound by element holds, with that rounding.
+    """
+    if base is not None:
+        return bounds.error(
+            actual, bounds.Expected(exact, magnitude, contraction, base, torch.zeros_like(base)), fused=False
+        )
     error = bounds.error(actual, bounds.Expected(exact, magnitude, contraction, exact, exact), fused=True)
     if actual.numel() >= bounds.NORM_FROM and error <= 1.0:
         norm = float((actual.double() - exact).norm() / exact.norm())

@@ -33,7 +33,7 @@ TOGETHER = (
         "segments",
         "merge",
     ),
-    ("behaviour", "compiled", "tuner", "counted", "counting"),
+    ("behaviour", "triage", "compiled", "tuner", "counted", "counting"),
     ("interleaving", "interleaving_lora_linear", "interleaving_lora_wgrad"),
 )
 RUNS = [pytest.param(stems, "default", id=f"{stems[0]}-default") for stems in TOGETHER] + [
