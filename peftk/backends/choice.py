@@ -1,9 +1,9 @@
 """Decides which backend runs a call. `peftk.backends.contract` says what a backend is.
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
-`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it is faster). The choice depends on the
-call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`), and on torch's switch for
-deterministic algorithms, which excludes `gemm`.
+`triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it can run). The choice depends on the
+call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`, which has the rules without a
+measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms, which excludes `gemm`.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Forward(Protocol):
 class Backward(Protocol):
     """Returns dx [M, K] if need_dx, and the gradients of the adapters' tensors in `wanted` (None: all of them).
 
-    x: may be None if no dA is wanted. z: may be None if no gradient reads it (`peftk.reference.reads_z`).
+    x: may be None if no dA is wanted. z: may be None if no gradient reads it (`peftk.reference.lora_linear.reads_z`).
     """
 
     def lora_linear_backward(

@@ -1,8 +1,10 @@
 """The C++ SIMD kernels of `peftk._cpu`, the default on a CPU. Docs: `docs/cpu.md`.
 
-The functions have the reference's signatures. Tensors are read in place, with two exceptions that are copied first: x
-or dy whose rows are not contiguous, and a weight that is contiguous along neither dimension. Outputs are made with
-`x.new_empty`, because users may change torch's default device and dtype.
+The functions have the contract's signatures, plus `base`, the result so far. Tensors are read in place, except for
+those that are copied first: x, dy, and z of many adapters, where their rows are not contiguous; a weight that is
+contiguous along neither dimension; one adapter of several pages, or with rows of A that are not contiguous; ids that
+are not contiguous; x or dy of a series adapter, to which its part is added. Outputs are made with `x.new_empty`,
+because users may change torch's default device and dtype.
 """
 
 from __future__ import annotations

@@ -121,7 +121,10 @@ def lora_linear(
     dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in one launch, up to 64 rows. The adapter's addresses are kernel arguments."""
+    """`peftk.reference.lora_linear.lora_linear` in one launch, up to 64 rows.
+
+    The adapter's addresses are kernel arguments.
+    """
     args, tensors = adapter_args(adapter)
     any_tensor = tensors.any()
     if adapter is None or any_tensor is None:
@@ -142,7 +145,7 @@ def multi_lora_linear(
     dropout: Dropout | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in one launch, up to 64 rows. The kernel sorts the ids itself."""
+    """`peftk.reference.lora_linear.multi_lora_linear` in one launch, up to 64 rows. The kernel sorts the ids itself."""
     adapters = _table_adapters(table)
     y, z = _lora_linear(
         x, weight, bias, adapters, table.slice_pages[-1], ids.to(torch.int32).contiguous(), save_z=save_z

@@ -1,8 +1,9 @@
 """torch's matrix product for the base layer, and our kernels for the adapters on top: C++ on a CPU, Triton on a GPU.
 
-For processors and shapes for which torch's library multiplies faster than our kernels: AMX tiles, or cuBLAS between 65
-and 1,024 tokens. `peftk tune` measures where that is the case (`peftk.tuning`). torch's settings hold for the product:
-TF32, say. The functions have the reference's signatures.
+For processors and shapes for which torch's library multiplies faster than our kernels. `peftk tune` measures where that
+is the case (`peftk.tuning`); unmeasured, it is bf16 where the processor has AMX tiles, and on a GPU what a model of its
+waves says (`peftk.triton_kernels.modelled`). torch's settings hold for the product: TF32, say. The functions have the
+contract's signatures.
 
 Rounding: 16-bit results are rounded twice, once by the library and once with the adapters added, so their error bound
 has an additional u·|xWᵀ + bias| (docs/numerics.md). The bits may depend on the number of threads, as the library's do.
@@ -55,12 +56,12 @@ def describe(call: Call) -> str:
 
 
 def _on_top(device: str) -> str:
-    """The backend that adds the adapters: on a CPU ours, unless Triton interprets there."""
+    """The backend that adds the adapters: on a CPU `cpu`, unless Triton interprets there."""
     return "cpu" if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1" else "triton"
 
 
 def _kernels(x: Tensor) -> ModuleType:
-    """Its module, whose functions take `base`, what is already computed."""
+    """The module of that backend, whose functions also take `base`, the result so far."""
     return importlib.import_module(f"peftk.backends.{_on_top(x.device.type)}")
 
 

@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 def verdict(call: Call) -> tuple[bool, str]:
-    """Whether to prefer `gemm` to `cpu` for this call, and the reason."""
+    """Whether to prefer `gemm` to our own kernels for this call, and the reason."""
     if call.device == "cuda" and not torch.cuda.is_available():
         return False, "torch finds no GPU here; our kernels are the default"
     key = key_of(call.op, call.x_dtype, call.device)

@@ -1,4 +1,7 @@
-"""The Triton kernels, for GPUs that Triton supports, or for CPU tensors if TRITON_INTERPRET=1 was set before import."""
+"""The Triton kernels, for torch's "cuda" device: NVIDIA GPUs from sm_80 on, and AMD's under ROCm.
+
+For CPU tensors instead if TRITON_INTERPRET=1 was set before import.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +124,9 @@ def lora_linear(
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear` in one launch. The adapter's addresses are kernel arguments.
+    """`peftk.reference.lora_linear.lora_linear` in one launch, or two where a tuned plan says so.
+
+    The adapter's addresses are kernel arguments.
 
     base: y [M, N], contiguous, if xWᵀ + bias is already computed: the adapter is added to it in place, weight is not
     read and bias is None.
@@ -146,7 +151,10 @@ def multi_lora_linear(
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.multi_lora_linear` in one launch, after one sort of the ids on the device. base: see above."""
+    """`peftk.reference.lora_linear.multi_lora_linear`, launched as above after one sort of the ids on the device.
+
+    base: as in `lora_linear`.
+    """
     adapters, order = _table_adapters(table), sorted_rows.of(ids, table.count)
     p, seed = flat_dropout(dropout)
     weight = weight if base is None else None
@@ -167,7 +175,7 @@ def lora_linear_backward(
     wanted: Wanted = ALL,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """`peftk.reference.lora_linear_backward` in two launches: dX and u, then the adapter's gradients.
+    """`peftk.reference.lora_linear.lora_linear_backward` in two launches: dX and u, then the adapter's gradients.
 
     base: dX [M, K], contiguous, if dY W is already computed: the adapter's part is added to it in place.
     """
@@ -200,7 +208,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """`peftk.reference.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients.
+    """`peftk.reference.lora_linear.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients.
 
     base: see `lora_linear_backward`.
     """

@@ -114,7 +114,7 @@ class InPlace(NamedTuple):
         return new
 
     def checksums(self, weights: Sequence[Tensor]) -> list[int]:
-        """`peftk.reference.checksum` of each weight: one launch."""
+        """`peftk.reference.merge.checksum` of each weight: one launch."""
         W = [rows(weight) for weight in weights]
         layers = self._layers(W, None, None)
         row_sums = torch.zeros(layers.rows, dtype=torch.int32, device=layers.device)

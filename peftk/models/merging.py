@@ -77,7 +77,9 @@ def merged(model: nn.Module, *, untie: bool = False) -> Iterator[nn.Module]:
 def switch_adapter(
     model: nn.Module, adapters: str | os.PathLike[str] | Mapping[str, LoadedAdapter], *, untie: bool = False
 ) -> None:
-    """Replaces the adapters of all LoRALinear layers by new ones, merged, in one pass over each W: all layers or none.
+    """Replaces the adapters of all LoRALinear layers by new ones, merged: all layers or none.
+
+    On a CPU in one pass over each W. On a GPU a merged W goes through a copy: unmerged, merged again, written back.
 
     It does not matter whether the layers are merged. Their lora_A, lora_B, lora_bias, r and scaling become the new
     ones, so after `unmerge_adapter` the layers have the new adapters unmerged, and every W the bits that it had before

@@ -78,7 +78,10 @@ def direct_lora_linear(
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
-    """The same for a table of adapters, if nothing is being recorded. Raises ValueError for an id outside the table."""
+    """The same for a table of adapters. The caller has made sure that nothing is being recorded.
+
+    Raises ValueError for an id outside the table.
+    """
     impl = _direct_backend()
     if impl is None or not table.direct:
         return None
@@ -145,7 +148,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, AdapterGrads]:
     """dy [..., N] → dx [..., K] if `need_dx`, and the adapter's gradients in `wanted`.
 
-    x, z: may be None if no requested gradient reads them (`peftk.reference.lora_linear_backward`).
+    x, z: may be None if no requested gradient reads them (`peftk.reference.lora_linear.lora_linear_backward`).
     """
     read = (x, weight if need_dx else None, z, *(() if adapter is None else adapter.tensors()))
     backend = _backward_backend(dy, read, dropout, backend)

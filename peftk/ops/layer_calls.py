@@ -1,7 +1,7 @@
 """The operations as layers call them. Layers checked weight and adapter when they were made, so only x is checked here.
 
-A layer with one adapter tries `peftk.ops.dispatch.direct_lora_linear` first, and builds an Adapter only if that returns
-None.
+A layer with one adapter tries `peftk.ops.dispatch.direct_lora_linear` itself, and builds an Adapter and comes here only
+if that returns None. The base layer alone and many adapters try their direct call here.
 """
 
 from __future__ import annotations

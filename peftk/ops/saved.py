@@ -15,9 +15,9 @@ from peftk.reference.lora_linear import reads_z
 class Reads(NamedTuple):
     """What a backward reads from the forward, besides dY.
 
-    dA reads x, dX reads W; `peftk.reference.reads_z` says when z is read. dX, dA and da read A and B. They are saved
-    for dB too, although it does not read them: that costs no memory, and a change of the adapter before the backward is
-    then detected. No gradient reads a bias.
+    dA reads x, dX reads W; `peftk.reference.lora_linear.reads_z` says when z is read. dX, dA and da read A and B. They
+    are saved for dB too, although it does not read them: that costs no memory, and a change of the adapter before the
+    backward is then detected. No gradient reads a bias.
     """
 
     x: bool

@@ -1,7 +1,7 @@
-"""`peftk tune`: measures when torch's matrix product is faster than our kernels on this CPU, and GPU tile sizes.
+"""`peftk tune`: measures when torch's matrix product is faster than our kernels, and which tiles are fastest on a GPU.
 
-`peftk.backends.measured` stores and uses the results of the CPU, `peftk.triton_kernels.tuned` those of the GPU. Only
-these functions change the choice of backend within a running process.
+`peftk.backends.measured` stores and uses the first, for the CPU and the GPU; `peftk.triton_kernels.tuned` the tiles.
+Only these functions change the choice of backend within a running process.
 """
 
 from __future__ import annotations
