@@ -157,6 +157,7 @@ def exact_options(target: int | str) -> dict[str, int | bool]:
     return {**options(target), "enable_fp_fusion": False, **({} if target == "hip" else {"maxnreg": 128})}
 
 
+@functools.lru_cache(maxsize=4096)  # every launch asks
 def lora_linear(call: CallShape, target: int | str) -> Plan:
     """The shipped plan of a call, with its splits."""
     plans = (with_splits(plan, call, target) for plan in shipped_plans(call.shape_class(), target))
@@ -168,6 +169,7 @@ def _modelled_us(plan: Plan, call: CallShape, target: int | str) -> float:
     return waves.product_us(waves.Product(call.M, call.N, call.K), tiles, waves.machine(target))
 
 
+@functools.lru_cache(maxsize=4096)
 def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
     """The plan of a shape class, with the splits of K and the ranks per shrink tile that this call needs.
 
