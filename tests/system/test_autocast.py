@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -97,8 +98,9 @@ def test_a_cast_of_inference_mode_can_be_saved_for_a_backward() -> None:
         assert not first.requires_grad
 
 
-@pytest.mark.parametrize("weight", [torch.randn(5, 3, dtype=F16), torch.randn(5, 3, requires_grad=True)], ids=str)
-def test_what_torch_would_not_cache(weight: Tensor) -> None:
+@pytest.mark.parametrize("kind", [{"dtype": F16}, {"requires_grad": True}], ids=str)
+def test_what_torch_would_not_cache(kind: dict[str, Any]) -> None:
+    weight = torch.randn(5, 3, **kind)
     with region():
         assert torch.equal(cast(weight), weight.to(BF16))
         assert cast(weight) is not cast(weight)
