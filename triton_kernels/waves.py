@@ -6,8 +6,8 @@ A product of [M, K] by [K, N] is cut into tiles, and K into splits; the tiles ru
 has multiprocessors. The last wave is as long as the others, however few tiles it has: that is what makes a large tile
 slow between 65 and 1,024 rows. `peftk tune` measures instead.
 
-Sources of the numbers: NVIDIA's data sheets of A100, L40S, H100 SXM, B200 and RTX PRO 6000 (dense 16-bit products, fp32
-accumulators). EFFICIENCY, TRITON and GAP_US are assumptions, to be replaced by measurements.
+Sources of the numbers: NVIDIA's data sheets of A100, A40, L40S, H100 SXM, B200 and RTX PRO 6000 (dense 16-bit
+products, fp32 accumulators). EFFICIENCY, TRITON and GAP_US are assumptions, to be replaced by measurements.
 """
 
 from __future__ import annotations

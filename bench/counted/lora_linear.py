@@ -13,11 +13,10 @@ import torch
 
 from bench.counted.batch import TERMS, Batch, Segment, terms
 from bench.counted.tally import Tally
-from bench.counted.work import Launch
+from bench.counted.work import GPU, Launch
 from peftk.adapters.adapter import PAGE
 from peftk.triton_kernels import config, waves
 
-H100 = 132  # multiprocessors
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
 
 
@@ -42,12 +41,12 @@ def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool =
     )
 
 
-def forward(batch: Batch, plan: config.Plan, *, dense: bool = False, processors: int = H100) -> list[Launch]:
+def forward(batch: Batch, plan: config.Plan, *, dense: bool = False, processors: int = GPU.processors) -> list[Launch]:
     """The launches of the forward. dense: z is saved, so it is written completely."""
     return _launches(batch, plan, processors, dense=dense, backward=False)
 
 
-def backward(batch: Batch, plan: config.Plan, *, processors: int = H100) -> list[Launch]:
+def backward(batch: Batch, plan: config.Plan, *, processors: int = GPU.processors) -> list[Launch]:
     """The launches of dX and u. batch: of the forward; plan: of `batch.swapped()`."""
     return _launches(batch.swapped(), plan, processors, dense=True, backward=True)
 
@@ -103,13 +102,13 @@ def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, sh
 
 def _waves_us(batch: Batch, plan: config.Plan, *, shrink: bool, expand: bool) -> float:
     """Shrink tiles, then the product's tiles, on an H100."""
-    product, gpu = waves.Product(batch.M, batch.N, batch.K), waves.machine(90)
+    product = waves.Product(batch.M, batch.N, batch.K)
     us = 0.0
     if shrink:
         tiles = waves.Tiles(plan.SHRINK_M, plan.SHRINK_R, plan.shrink_splits)
-        us += waves.shrink_us(product, batch.z_width, tiles, gpu)
+        us += waves.shrink_us(product, batch.z_width, tiles, GPU)
     if expand:
-        us += waves.triton_us(product, waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits), gpu)
+        us += waves.triton_us(product, waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits), GPU)
     return us
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bench.counted.batch import Batch, Segment
-from bench.counted.work import Launch, Traffic
+from bench.counted.work import GPU, Launch, Traffic
 from peftk.triton_kernels import waves
 
 _FP32 = 4
@@ -174,7 +174,7 @@ def punica_sgmv(batch: Batch) -> list[Launch] | None:
     if rank > 128:
         return None
     problems, chunks = len(batch.used), _cdiv(K, 256)
-    resident = 132 * max((227 * 1024) // (8192 * (4 + rank // 16)), 1)
+    resident = GPU.processors * max((227 * 1024) // (8192 * (4 + rank // 16)), 1)
     cooperative = chunks * problems <= resident
     shrink, expand = _Tensors(), _Tensors()
     flops = 0
@@ -340,7 +340,7 @@ def _gemm(name: str, left: str, right: str, out: str, M: int, K: int, N: int, e:
     not counted."""
     tall, wide = (128, 256) if M > 64 else (64, 64)
     tall, wide = min(tall, _round(M, 16)), min(wide, _round(N, 16))
-    us = waves.library_us(waves.Product(M, N, K), waves.machine(90))
+    us = waves.library_us(waves.Product(M, N, K), GPU)
     product = _product(left, right, out, M, K, N, e, tall, wide)
     return product.launch(name, 2 * _round(M, tall) * _round(N, wide) * K, waves_us=us)
 
@@ -353,7 +353,7 @@ def _product(left: str, right: str, out: str, M: int, K: int, N: int, e: int, ta
 def _tiles_us(M: int, N: int, K: int) -> float:
     """A Triton product in tiles of 128 · 256 (64 · 64 for up to 64 rows)."""
     tiles = waves.Tiles(128, 256) if M > 64 else waves.Tiles(64, 64)
-    return waves.triton_us(waves.Product(M, N, K), tiles, waves.machine(90))
+    return waves.triton_us(waves.Product(M, N, K), tiles, GPU)
 
 
 def _cdiv(a: int, b: int) -> int:

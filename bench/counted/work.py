@@ -77,7 +77,8 @@ class Machine(NamedTuple):
 
 # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 3.35 TB/s, 1,979 TFLOPS bf16 with sparsity (half of it dense),
 # 67 TFLOPS fp32.
-H100 = Machine("H100 SXM", 3.35e6, 989.5e6, 67e6)
+GPU = waves.machine(90)
+H100 = Machine("H100 SXM", GPU.bytes_per_us, GPU.flops_per_us, 67e6)
 
 
 OUTPUTS = frozenset({"y", "dx", "dA", "dB"})

@@ -11,6 +11,11 @@ from torch import Tensor
 PAGE = 16
 
 
+def pages_of(rank: int) -> int:
+    """How many pages an adapter of this rank has."""
+    return -(-rank // PAGE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """One adapter of one linear layer: `s · act(x Aᵀ + a) Bᵀ + β`.

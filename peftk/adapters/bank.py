@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import checks, live_table, table
-from peftk.adapters.adapter import PAGE, Adapter
+from peftk.adapters.adapter import PAGE, Adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
 from peftk.adapters.table import AdapterTable
@@ -190,7 +190,7 @@ class AdapterBank:
                 None if b is None else b.detach().to(pool.device, pool.dtype, copy=True).contiguous()
                 for b in (bias_A, bias_B)
             ]
-            pages = pool.take(live_table.pages_of(rank))
+            pages = pool.take(pages_of(rank))
             adapter = Adapter(*self._views(pages, rank), float(scaling), activation, *biases)
             if lora_A is not None and lora_B is not None:
                 for page, (page_A, page_B) in enumerate(zip(adapter.pages_A, adapter.pages_B, strict=True)):
@@ -232,7 +232,7 @@ class AdapterBank:
             raise ValueError(f"lora_A: expected at most max_rank = {self.max_rank} ranks, got {rank}")
         if self.order.busy():
             raise RuntimeError("bank: expected no capture of a CUDA graph while adapters change, got one")
-        if self.order.captured and self.live is not None and live_table.pages_of(rank) > self.live.room[0]:
+        if self.order.captured and self.live is not None and pages_of(rank) > self.live.room[0]:
             raise ValueError(
                 f"lora_A: expected at most {self.live.room[0] * PAGE} ranks, for which a captured CUDA graph has room, "
                 f"got {rank}; a bank with max_rank= leaves room for later adapters"
@@ -400,7 +400,7 @@ class AdapterBank:
             return
         adapters = self.adapters
         ranks = [0 if adapter is None else adapter.rank for adapter in adapters]
-        room = live_table.pages_of(max(self.max_rank or 0, *ranks))
+        room = pages_of(max(self.max_rank or 0, *ranks))
         with self.order.write():
             self.translates = True
             self._live_numbers = torch.tensor(self.numbers, device=self.device)
@@ -444,7 +444,7 @@ class AdapterBank:
         """Writes a new adapter into the live tables, inside `order.write()`."""
         if self.live is None:
             return
-        if live_table.pages_of(adapter.rank) > self.live.room[0]:
+        if pages_of(adapter.rank) > self.live.room[0]:
             self._renew_live()
         else:
             for live, slice in self._live_tables():
@@ -489,7 +489,7 @@ class AdapterBank:
         with self.order.write():
             self._clear_removed()
             self.order.settle()
-            room = max(live_table.pages_of(adapters[slot].rank) for slot in moved)
+            room = max(pages_of(adapters[slot].rank) for slot in moved)
             if self.live is not None and room > self.live.room[0]:
                 self._renew_live()
             for slot in moved:

@@ -29,11 +29,6 @@ def needed(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def pages_of(rank: int) -> int:
-    """How many pages an adapter of this rank has."""
-    return -(-rank // PAGE)
-
-
 class LiveTable:
     """The tensors of an `AdapterTable` for `count` slots, in one slice of y's columns or several.
 

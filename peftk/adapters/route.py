@@ -129,7 +129,7 @@ class Forward:
         if streams.capturing(device) != route.capturing:
             route.hold_for_graphs()
             return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        stream = streams.handle(device)
         key = (x.shape, device, stream, batch_dim)
         found = self._rows.get(key)
         if found is None:

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peftk.system import streams
+
 Place = int | str
 
 PICKED = "rows that were selected or sorted, as a router does for experts"
@@ -201,7 +203,7 @@ class _FunctionCall(NamedTuple):
         """
         if not isinstance(index, Tensor) or index in self.places or index.shape != (self.batch,) or _is_mask(index):
             return False
-        if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        if streams.capturing(index.device):
             return False
         return torch.equal(index.cpu(), torch.arange(self.batch))
 

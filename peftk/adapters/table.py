@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters.activations import CODES
-from peftk.adapters.adapter import PAGE, Adapter
+from peftk.adapters.adapter import PAGE, Adapter, pages_of
 from peftk.system import storage
 from peftk.system.lasting import lasting
 
@@ -134,7 +134,7 @@ def z_pages(adapters: Sequence[Adapter | None], slices: int) -> tuple[int, ...]:
     starts, count = [0], len(adapters) // slices
     for j in range(slices):
         ranks = (a.rank for a in adapters[j * count : (j + 1) * count] if a is not None)
-        starts.append(starts[-1] + -(-max(ranks, default=0) // PAGE))
+        starts.append(starts[-1] + pages_of(max(ranks, default=0)))
     return tuple(starts)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import peftk._cuda as _cuda
-from peftk.adapters.adapter import PAGE, Adapter
+from peftk.adapters.adapter import PAGE, Adapter, pages_of
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE
@@ -24,6 +24,7 @@ from peftk.launch.adapter_args import adapter_args, contiguous
 from peftk.launch.merge_args import DTYPES
 from peftk.launch.merge_layers import InPlace, Layers, Notes, Raw
 from peftk.launch.segments import Segments, empty
+from peftk.system import streams
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -105,7 +106,7 @@ def describe(call: Call) -> str:
     if _cuda.device == "cuda" and not torch.cuda.is_available():
         return "1 launch; its plan depends on the GPU, and torch finds none here"
     device = torch.device(call.device)
-    plan = _plan(call.M, call.N, call.K, call.slices * -(-call.rank // PAGE), workspace.processors(device))
+    plan = _plan(call.M, call.N, call.K, call.slices * pages_of(call.rank), workspace.processors(device))
     return (
         f"1 launch: {plan.shrink_tiles} shrink tiles, {plan.expand_tiles} expand tiles, W in {plan.expand_splits} "
         + ("split" if plan.expand_splits == 1 else "splits")
@@ -131,7 +132,7 @@ def lora_linear(
         y, _ = _lora_linear(x, weight, bias, _cuda.Adapters.none(dtype=DTYPES[x.dtype]), 0, None, save_z=False)
         return y, None
     adapters = _cuda.Adapters.one(**args._asdict(), dtype=DTYPES[any_tensor.dtype])
-    y, z = _lora_linear(x, weight, bias, adapters, -(-adapter.rank // PAGE), None, save_z=save_z)
+    y, z = _lora_linear(x, weight, bias, adapters, pages_of(adapter.rank), None, save_z=save_z)
     return y, z[:, : adapter.rank] if save_z and adapter.rank else None
 
 
@@ -229,7 +230,7 @@ def _device_and_stream(device: torch.device) -> tuple[int, int]:
     """The device's index and its current torch stream, for a launch."""
     if device.type == "cpu":  # tests compile the module for the host
         return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    return device.index, streams.handle(device)
 
 
 def _layer_args(layers: Layers) -> tuple[int, int, int, int, int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftk.adapters.adapter import PAGE
+from peftk.adapters.adapter import pages_of
 from peftk.backends.call import Call
 from peftk.triton_kernels.config import CallShape
 
@@ -22,6 +22,6 @@ def of(call: Call) -> CallShape:
         weight=call.weight_dtype,
         adapters=call.adapter_dtype or call.x_dtype,
         own_sums=backward and call.dropout,
-        z_pages=call.slices * -(-call.rank // PAGE),
+        z_pages=call.slices * pages_of(call.rank),
         identity=call.op.kind == "adapter_block",
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted
+from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted, pages_of
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import (
@@ -292,7 +292,7 @@ def _one_adapter(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
     any_tensor = tensors.any()
     if adapter is None or any_tensor is None:
         return kernels.BASE_ONLY, tensors
-    z_width = -(-adapter.rank // PAGE) * PAGE
+    z_width = pages_of(adapter.rank) * PAGE
     layout_A = "k" if tensors.A is None else _layout_of(tensors.A)
     layout_B = "k" if tensors.B is None else _layout_of(tensors.B.t())
     return kernels.Adapters(source, any_tensor.dtype, z_width, layout_A, layout_B), tensors

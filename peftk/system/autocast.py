@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from peftk.system import storage
+from peftk.system import storage, streams
 from peftk.system.lasting import lasting
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,13 +90,12 @@ def _may_be_cached(weight: Tensor) -> bool:
         torch.is_autocast_cache_enabled()
         and weight.dtype == torch.float32
         and not (differentiated or weight.is_inference())
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        and not streams.capturing(weight.device)
     )
 
 
 def _cached(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else 0
-    key = (weight.device, weight.data_ptr(), weight.shape, weight.stride(), dtype, stream)
+    key = (weight.device, weight.data_ptr(), weight.shape, weight.stride(), dtype, streams.handle(weight.device))
     casts = _casts_of_region(weight.device)
     found = casts.get(key)
     if found is None or found.version != weight._version:

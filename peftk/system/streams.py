@@ -19,6 +19,12 @@ def current(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def handle(device: torch.device) -> int:
+    """The current stream's handle, as launches take it and by which streams are told apart; 0 on a CPU."""
+    stream = current(device)
+    return 0 if stream is None else stream.cuda_stream
+
+
 def capturing(device: torch.device) -> bool:
     """Whether operations on the device are being captured into a CUDA graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

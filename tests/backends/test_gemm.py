@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 import peftk
 from peftk import functional
@@ -17,7 +16,7 @@ from peftk.backends import gemm
 from tests.support import numerics
 from tests.support.calls import call
 from tests.support.cases import expected, run
-from tests.support.gemm_cases import base_of, cases, check_forward, check_gradients
+from tests.support.gemm_cases import base_of, cases, check_forward, check_gradients, check_training
 
 
 def test_random_cases() -> None:
@@ -40,21 +39,7 @@ def test_random_gradients(dropout_p: float) -> None:
 
 
 def test_one_adapter_trains_as_the_cpu_kernels_do() -> None:
-    torch.manual_seed(0)
-    weight, bias = torch.randn(40, 48), torch.randn(40)
-    values = {"x": torch.randn(70, 48), "lora_A": torch.randn(5, 48), "lora_B": torch.randn(40, 5)}
-    dy, seed = torch.randn(70, 40), torch.tensor([3])
-
-    def step(backend: str) -> list[Tensor]:
-        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-        y = functional.lora_linear(
-            weight=weight, bias=bias, scaling=0.5, dropout_p=0.2, seed=seed, backend=backend, **leaves
-        )
-        y.backward(dy)
-        return [y.detach(), *(leaf.grad for leaf in leaves.values())]
-
-    for got, wanted in zip(step("gemm"), step("cpu"), strict=True):
-        torch.testing.assert_close(got, wanted)
+    check_training("cpu")
 
 
 def test_the_base_layer_alone_and_a_bias_of_another_dtype() -> None:

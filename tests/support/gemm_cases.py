@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peftk import functional
 from peftk.adapters.dropout import Dropout
 from peftk.backends import gemm
 from tests.support import numerics
@@ -46,3 +47,22 @@ def check_gradients(case: Case, dropout: Dropout | None) -> None:
         for g, w, m in zip(got or (), wanted or (), size or (), strict=True):
             if g is not None:
                 numerics.check(g, w, m, terms)
+
+
+def check_training(beside: str) -> None:
+    """One adapter's y and gradients are those of the backend whose kernels add it, which multiplies itself."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 48), torch.randn(40)
+    values = {"x": torch.randn(70, 48), "lora_A": torch.randn(5, 48), "lora_B": torch.randn(40, 5)}
+    dy, seed = torch.randn(70, 40), torch.tensor([3])
+
+    def step(backend: str) -> list[Tensor]:
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        y = functional.lora_linear(
+            weight=weight, bias=bias, scaling=0.5, dropout_p=0.2, seed=seed, backend=backend, **leaves
+        )
+        y.backward(dy)
+        return [y.detach(), *(leaf.grad for leaf in leaves.values())]
+
+    for got, wanted in zip(step("gemm"), step(beside), strict=True):
+        torch.testing.assert_close(got, wanted)

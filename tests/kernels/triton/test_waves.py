@@ -69,6 +69,11 @@ def test_every_plan_is_a_candidate_of_its_class(target: int | str) -> None:
                 assert set(config.candidates(shape.shape_class(), target, few=True)) <= set(listed)
 
 
+def test_a_launch_looks_its_plan_up() -> None:
+    """The model takes a hundred microseconds, and every launch asks."""
+    assert config.lora_linear(call(256, 4096), 90) is config.lora_linear(call(256, 4096), 90)
+
+
 def test_a_series_adapter_is_never_split() -> None:
     for M in (1, 64, 128, 512):
         assert config.lora_linear(call(M, 4096)._replace(identity=True), 90).expand_splits == 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftk import functional
 from peftk.adapters.dropout import Dropout
-from tests.support.gemm_cases import cases, check_forward, check_gradients
+from tests.support.gemm_cases import cases, check_forward, check_gradients, check_training
 from tests.support.tiers import spread
 
 F16 = {torch.bfloat16, torch.float16}
@@ -32,18 +31,4 @@ def test_gradients(number: int) -> None:
 
 
 def test_one_adapter_trains_as_by_our_own_product() -> None:
-    torch.manual_seed(0)
-    weight, bias = torch.randn(40, 48), torch.randn(40)
-    values = {"x": torch.randn(70, 48), "lora_A": torch.randn(5, 48), "lora_B": torch.randn(40, 5)}
-    dy, seed = torch.randn(70, 40), torch.tensor([3])
-
-    def step(backend: str) -> list[torch.Tensor]:
-        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
-        y = functional.lora_linear(
-            weight=weight, bias=bias, scaling=0.5, dropout_p=0.2, seed=seed, backend=backend, **leaves
-        )
-        y.backward(dy)
-        return [y.detach(), *(leaf.grad for leaf in leaves.values())]
-
-    for got, wanted in zip(step("gemm"), step("triton"), strict=True):
-        torch.testing.assert_close(got, wanted)
+    check_training("triton")
