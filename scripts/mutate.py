@@ -90,12 +90,12 @@ TESTS = {
     "csrc/cpu/floating_point.h": ["kernels/cpu/test_threads.py", "ops/test_merge.py"],
     "csrc/bindings/direct_calls.h": ["kernels/cpu/test_direct_calls.py", "nn/test_layers.py"],
     "csrc/bindings/tensor.h": ["kernels/cpu/test_direct_calls.py", "nn/test_layers.py"],
-    "csrc/bindings/cuda_merge.h": ["kernels/cuda/test_merge_on_host.py"],
-    "csrc/bindings/cuda_segments.h": ["kernels/cuda/test_segments_on_host.py"],
-    "csrc/bindings/*cuda*": ["kernels/cuda/test_lora_linear_on_host.py"],
-    "csrc/cuda/*merge*": ["kernels/cuda/test_merge_on_host.py"],
-    "csrc/cuda/segments*": ["kernels/cuda/test_segments_on_host.py"],
-    "csrc/cuda/*": ["kernels/cuda/test_lora_linear_on_host.py"],
+    "csrc/bindings/cuda_merge.h": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_merge_on_host.py"],
+    "csrc/bindings/cuda_segments.h": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_segments_on_host.py"],
+    "csrc/bindings/*cuda*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_lora_linear_on_host.py"],
+    "csrc/cuda/*merge*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_merge_on_host.py"],
+    "csrc/cuda/segments*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_segments_on_host.py"],
+    "csrc/cuda/*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_lora_linear_on_host.py"],
     "csrc/*": KERNELS,
     "triton_kernels/segments.py": [
         "kernels/triton/interpreted/segments.py",
@@ -135,11 +135,7 @@ TESTS = {
         "ops/test_gradients.py",
     ],
     "peftk/backends/cpu.py": KERNELS,
-    "peftk/backends/cuda.py": [
-        "kernels/cuda/test_lora_linear_on_host.py",
-        "kernels/cuda/test_merge_on_host.py",
-        "kernels/cuda/test_segments_on_host.py",
-    ],
+    "peftk/backends/cuda.py": ["kernels/cuda/test_on_host.py"],
     "peftk/backends/gemm.py": [
         "backends/test_gemm.py",
         "tuning/test_tuning.py",
@@ -150,7 +146,7 @@ TESTS = {
     "peftk/launch/merge_layers.py": [
         "kernels/triton/interpreted/merge.py",
         "kernels/triton/interpreted/behaviour.py",
-        "kernels/cuda/test_merge_on_host.py",
+        "kernels/cuda/test_on_host.py",
     ],
     "peftk/launch/merge_args.py": [
         "models/test_model_merge.py",
@@ -167,7 +163,7 @@ TESTS = {
         "kernels/triton/interpreted/lora_linear.py",
     ],
     "peftk/*/segments.py": ["kernels/triton/interpreted/segments.py"],  # of backends, launch and reference
-    "peftk/launch/*": ["kernels/triton/interpreted/lora_linear.py", "kernels/cuda/test_lora_linear_on_host.py"],
+    "peftk/launch/*": ["kernels/triton/interpreted/lora_linear.py", "kernels/cuda/test_on_host.py"],
     "peftk/backends/*": ["backends/test_backends.py", "ops/test_gradients.py", "backends/test_gemm.py"],
     "peftk/adapters/bank.py": [
         "adapters/test_bank.py",
@@ -211,7 +207,7 @@ TESTS = {
         "kernels/cpu/test_direct_calls.py",
         "ops/test_functional.py",
         "backends/test_backends.py",
-        "kernels/cuda/test_lora_linear_on_host.py",
+        "kernels/cuda/test_on_host.py",
     ],
     "peftk/functional.py": [
         "ops/test_functional.py",

@@ -11,7 +11,7 @@ import torch
 from peftk import _cpu
 
 # What starts long processes of its own. In turn at the end, they would leave the other workers without work.
-FIRST = ("test_interpreter.py", "test_lora_linear_on_host.py", "test_merge_on_host.py", "test_segments_on_host.py")
+FIRST = ("test_interpreter.py", "test_on_host.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -310,7 +310,7 @@ def test_adapters_are_loaded_and_unloaded_during_forwards_of_other_threads(tmp_p
     with torch.no_grad():
         for thread in threads:
             thread.start()
-        for _ in range(60):
+        for _ in range(30):
             tenants.server.unload("c")
             for _ in range(100):
                 with contextlib.suppress(ValueError):  # full, while a forward holds it

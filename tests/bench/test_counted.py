@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from bench.counted.batch import Batch, of_ids, one_adapter
 from bench.counted.work import H100, Launch, Traffic, hbm_bytes
 from tests.support.paths import ROOT
 
-COUNTED = run.count(run.Options())
+
+@functools.cache
+def counted() -> list[run.Counted]:
+    return run.count(run.Options())
 
 
 def rows(side: str, op: str = "forward") -> list[run.Row]:
-    return [row for linear in COUNTED if linear.op == op for row in linear.rows() if row.side == side]
+    return [row for linear in counted() if linear.op == op for row in linear.rows() if row.side == side]
 
 
 def test_counting_needs_no_triton() -> None:
@@ -41,7 +45,7 @@ def test_the_targets_of_the_forward() -> None:
 def test_the_targets_of_the_backward() -> None:
     assert len(rows("peftk", "backward")) == 2 * 2 * (3 + 4 + 4)
     assert {row.launches for row in rows("peftk", "backward")} == {2}
-    assert all(linear.on_target for linear in COUNTED)
+    assert all(linear.on_target for linear in counted())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_launches_of_peft() -> None:
 
 def test_no_side_moves_less_than_the_minimum() -> None:
     """If L2 keeps everything between launches, intermediates cost nothing; only padded ranks remain."""
-    for row in [row for linear in COUNTED for row in linear.rows()]:
+    for row in [row for linear in counted() for row in linear.rows()]:
         assert row.compulsory_bytes <= row.kept_bytes <= row.distinct_bytes <= row.requested_bytes, row
         assert row.flops <= row.executed_flops * 1.001, row
         assert 0 < row.modelled_us_kept <= row.modelled_us, row

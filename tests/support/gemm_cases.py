@@ -14,11 +14,11 @@ from tests.support import numerics
 from tests.support.cases import Case, expected, expected_grads, random_case, run
 
 
-def cases(count: int, first_seed: int = 70_000) -> Iterator[tuple[int, Case]]:
-    """Random cases with x and weight of one dtype."""
+def cases(count: int, first_seed: int = 70_000, **sizes: int) -> Iterator[tuple[int, Case]]:
+    """Random cases with x and weight of one dtype. `sizes`: of `random_case`."""
     seed = first_seed
     while count:
-        case, seed = random_case(seed), seed + 1
+        case, seed = random_case(seed, **sizes), seed + 1
         if case.x.dtype == case.weight.dtype:
             yield seed - 1, case
             count -= 1

@@ -1,9 +1,7 @@
-"""csrc/cuda/lora_linear.cu, compiled by g++ and executed under the sanitizers.
+"""csrc/cuda/lora_linear.cu on the host: tests/cuda_emulator/lora_linear_races.cpp compares it with sums in fp64, under
+the race detector, and for each of many mutants.
 
-tests/kernels/cuda/on_host/lora_linear.py compares it with the fp64 reference through the Python API, and
-tests/kernels/cuda/on_host/selftest.py runs the checks of `peftk selftest --device cuda`.
-tests/cuda_emulator/lora_linear_races.cpp compares it with sums in fp64 without Python: under the race detector, and for
-each of many mutants.
+test_on_host.py compares it with the fp64 reference through the Python API.
 """
 
 from __future__ import annotations
@@ -12,17 +10,12 @@ import subprocess
 
 import pytest
 
-from tests.support.host_cuda import FEWER_FORMS, REPORT, mutant_failure, needs_host_cuda, run, run_driver, with_changes
-from tests.support.tiers import TIERS, spread
+from tests.support.host_cuda import FEWER_FORMS, REPORT, mutant_failure, needs_host_cuda, run_driver, with_changes
+from tests.support.tiers import spread
 
 pytestmark = needs_host_cuda
 
 SOURCE = "csrc/cuda/lora_linear.cu"
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_within_the_bound_of_fp64(tier: str) -> None:
-    run(tier, "lora_linear", "selftest", "devices")
 
 
 def drive(

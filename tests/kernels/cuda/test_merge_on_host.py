@@ -1,5 +1,7 @@
-"""Runs tests/kernels/cuda/on_host/merge.py: csrc/cuda/merge.cu, compiled by g++ and run under the sanitizers, gives the
-bits of the reference; tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught."""
+"""csrc/cuda/merge.cu on the host: tests/cuda_emulator/merge_races.cpp finds no race in it; mutants are caught.
+
+test_on_host.py compares it with the reference.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,11 @@ import re
 
 import pytest
 
-from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, run, with_changes
-from tests.support.tiers import TIERS, spread
+from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, with_changes
+from tests.support.tiers import spread
 
 pytestmark = needs_host_cuda
 MERGE, TILE = "csrc/cuda/merge.cu", "csrc/cuda/merge_tile.cuh"
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_bits_of_the_reference(tier: str) -> None:
-    run(tier, "merge")
 
 
 # A mutant is compiled only for fp32 and bf16 weights with fp32 adapters, which is enough for these tests.

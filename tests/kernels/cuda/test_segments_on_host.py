@@ -1,6 +1,7 @@
-"""Runs tests/kernels/cuda/on_host/segments.py: csrc/cuda/segments.cu, compiled by g++ and executed under the
-sanitizers, is equal to the specification; tests/cuda_emulator/segments_races.cpp finds no race in it; and mutants are
-caught."""
+"""csrc/cuda/segments.cu on the host: tests/cuda_emulator/segments_races.cpp finds no race in it; mutants are caught.
+
+test_on_host.py compares it with the specification.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +9,11 @@ import itertools
 
 import pytest
 
-from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, run, with_changes
-from tests.support.tiers import TIERS, spread
+from tests.support.host_cuda import mutant_failure, needs_host_cuda, race, with_changes
+from tests.support.tiers import spread
 
 pytestmark = needs_host_cuda
 SOURCE = "csrc/cuda/segments.cu"
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_equal_to_the_specification(tier: str) -> None:
-    run(tier, "segments")
 
 
 # Numbers of rows and adapters: each kernel, with blocks that share the ends, and with several tiles.

@@ -33,8 +33,17 @@ TOGETHER = (
         "segments",
         "merge",
     ),
-    ("behaviour", "triage", "compiled", "tuner", "counted", "counting"),
-    ("interleaving", "interleaving_lora_linear", "interleaving_lora_wgrad"),
+    (
+        "behaviour",
+        "triage",
+        "compiled",
+        "tuner",
+        "counted",
+        "counting",
+        "interleaving",
+        "interleaving_lora_linear",
+        "interleaving_lora_wgrad",
+    ),
 )
 RUNS = [pytest.param(stems, "default", id=f"{stems[0]}-default") for stems in TOGETHER] + [
     pytest.param((stem,), tier, marks=mark, id=f"{stem}-{tier}")

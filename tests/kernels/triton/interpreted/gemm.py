@@ -12,7 +12,7 @@ from tests.support.tiers import spread
 F16 = {torch.bfloat16, torch.float16}
 CASES = [
     case
-    for _, case in cases(60)
+    for _, case in cases(60, 71_000, max_rows=40, max_width=80)
     if not {case.x.dtype, *(t.dtype for a in case.adapters if a is not None for t in a.tensors())} >= F16
 ]
 
