@@ -1,7 +1,8 @@
 """Routes: which adapter each sequence of a batch uses. Turns a route into an id for every row of a layer's input.
 
 `MultiAdapter.route` makes a `Route`, and `peftk.adapters.carry` brings it to the layers. The rows of a layer's input
-must be whole sequences in the order of the batch; anything else is refused (`RoutedForward`, `peftk.adapters.row_order`).
+must be whole sequences in the order of the batch; anything else is refused (`RoutedForward` and
+`peftk.adapters.row_order`).
 """
 
 from __future__ import annotations
