@@ -24,6 +24,7 @@ from peftk.backends import segments as sorted_rows
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
+from peftk.system.lasting import outside_pools
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
@@ -239,7 +240,8 @@ def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tenso
     key = (all_wanted, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
-        plans[key] = gradients.plan(ranks, all_wanted, table.columns or (0, N), x.dtype, x.device)
+        columns = table.columns or (0, N)
+        plans[key] = outside_pools(x.device, lambda: gradients.plan(ranks, all_wanted, columns, x.dtype, x.device))
     return plans[key]
 
 

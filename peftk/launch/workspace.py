@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftk.system import streams
-from peftk.system.lasting import lasting
+from peftk.system.lasting import lasting, outside_pools
 
 _SLAB = 1 << 18  # counters reserved for launches captured in CUDA graphs: 1 MiB per device
 _LEAST = 1024  # counters of a stream, or of a stream of a capture; more if a launch needs more
@@ -75,16 +75,19 @@ def _counters(device: torch.device, count: int) -> Tensor:
         if streams.capturing(device):
             return _captured_counters(device, stream, count)
         if device not in _slabs or _slabs[device].numel() < _SLAB // 2:
-            _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
-            stream.synchronize()  # a replay may come in any stream
+            _slabs[device] = _zeros(device, _SLAB)  # complete, as a replay may come in any stream
         return _stream_counters(device, stream.cuda_stream, count)
 
 
 def _stream_counters(device: torch.device, stream: int, count: int) -> Tensor:
     buffer = _of_stream.get((device, stream))
     if buffer is None or buffer.numel() < count:
-        buffer = _of_stream[device, stream] = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
+        buffer = _of_stream[device, stream] = _zeros(device, max(count, _LEAST))
     return buffer
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return outside_pools(device, lambda: torch.zeros(count, dtype=torch.int32, device=device))
 
 
 def _captured_counters(device: torch.device, stream: torch.cuda.Stream, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from peftk.adapters.table import AdapterTable, in_rows
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import param
 from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
-from peftk.ops.layer_calls import base_linear_unchecked, multi_lora_linear_unchecked
+from peftk.ops.layer_calls import base_linear_unchecked, multi_lora_linear_unchecked, slots_of
 from peftk.system.lasting import lasting
 
 
@@ -139,7 +139,7 @@ class MultiLoRALinear(FrozenLinear):
         bank: AdapterBank | AdapterTable = self.bank
         routed = None
         if ids is not None:
-            ids = self.bank.slots_of(ids) if self.bank.translates else ids
+            ids = slots_of(self.bank, ids) if self.bank.translates else ids
         elif self.server_key is not None:
             checks.stored("x", x)
             routed = route.rows(self, self.server_key, x)

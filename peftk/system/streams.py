@@ -19,6 +19,11 @@ def current(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def using(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[object]:
+    """Makes the stream, and its device, the current one."""
+    return torch.cuda.stream(stream)
+
+
 def handle(device: torch.device) -> int:
     """The current stream's handle, as launches take it and by which streams are told apart; 0 on a CPU."""
     stream = current(device)
