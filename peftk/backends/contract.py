@@ -95,7 +95,11 @@ class Backward(Protocol):
 
 
 class Direct(Protocol):
-    """The shortest way to run a forward without gradients on a CPU; returns None if these tensors cannot take it."""
+    """The shortest way to run a forward without gradients; returns None if these arguments cannot take it.
+
+    The arguments are unchecked. limit: up to how many multiply-adds (M·K·N) the backend runs a call unasked; above, it
+    asks whether it is chosen (cuda), or leaves the call to the ordinary way (cpu).
+    """
 
     def direct_lora_linear(
         self,

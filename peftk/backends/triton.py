@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted, pages_of
 from peftk.adapters.dropout import Dropout, flat_dropout
@@ -236,13 +235,13 @@ def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tenso
         else _wanted_and_present(a, ALL if wanted is None else wanted[i])
         for i, a in enumerate(table.adapters)
     )
-    plans = _PLANS.setdefault(table, {})
-    key = (all_wanted, N, x.dtype)
+    plans, key = table.derived, (_plan, all_wanted, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
         columns = table.columns or (0, N)
         plans[key] = outside_pools(x.device, lambda: gradients.plan(ranks, all_wanted, columns, x.dtype, x.device))
-    return plans[key]
+    plan: gradients.Plan = plans[key]
+    return plan
 
 
 def _wanted_and_present(adapter: Adapter, wanted: Wanted) -> Wanted:
@@ -262,15 +261,11 @@ unmerge_, unmerge_layers_ = _in_place.unmerge_, _in_place.unmerge_layers_
 remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_place.checksums
 
 
-# A table does not change, so the arguments made from it are cached, and dropped with the table.
-_ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _table_adapters(table: AdapterTable) -> kernels.Adapters:
-    adapters = _ADAPTERS.get(table)
+    """The table as kernel arguments, cached."""
+    adapters: kernels.Adapters | None = table.derived.get(_table_adapters)
     if adapters is None:
-        adapters = _ADAPTERS[table] = _build_table_adapters(table)
+        adapters = table.derived[_table_adapters] = _build_table_adapters(table)
     return adapters
 
 

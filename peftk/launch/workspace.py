@@ -49,6 +49,11 @@ def counters(device: torch.device, count: int) -> Iterator[Tensor]:
         raise
 
 
+def of_stream(device: torch.device, stream: int) -> Tensor | None:
+    """The counters of a stream, by its handle, if launches outside of captures have made any."""
+    return _of_stream.get((device, stream))
+
+
 def forget(device: torch.device) -> None:
     """Drops the device's counters, so that its next launch gets new ones."""
     with _lock:

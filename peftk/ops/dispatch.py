@@ -63,15 +63,16 @@ def direct_lora_linear(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> Tensor | None:
-    """y by the shortest way to the CPU kernel, without gradients; None if this call cannot take it.
+    """y by the shortest way to a kernel, without gradients; None if this call cannot take it.
 
     Takes the adapter's tensors rather than an Adapter, because making the object costs a tenth of such a call. The
     arguments are unchecked. Bad ones get None too, and the ordinary way then raises the error.
     """
-    impl = _direct_backend()
+    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
+    impl = _direct_backend(device)
     if impl is None or is_recording():
         return None
-    limit = 0 if weight is None else choice.direct_limit(weight.dtype)
+    limit = 0 if weight is None else choice.direct_limit(device, weight.dtype)
     return impl.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
 
 
@@ -82,25 +83,27 @@ def direct_multi_lora_linear(
 
     Raises ValueError for an id outside the table.
     """
-    impl = _direct_backend()
-    if impl is None or not table.direct:
+    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
+    impl = _direct_backend(device)
+    if impl is None or table.direct != device:
         return None
-    return impl.direct_multi_lora_linear(x, weight, bias, table, ids, choice.direct_limit(weight.dtype))
+    limit = choice.direct_limit(device, weight.dtype)
+    return impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
 
 
-def _direct_backend() -> Direct | None:
-    """The cpu backend if calls may go to it directly, else None."""
+def _direct_backend(device: str) -> Direct | None:
+    """The backend of this name, which is the device's, if calls may go to it directly, else None."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None  # before `_cpu`: the compiler would trace into the import
-    if storage.forward_ad_active() or torch.is_autocast_enabled("cpu"):
+        return None  # before `_direct`: the compiler would trace into the import
+    if storage.forward_ad_active() or torch.is_autocast_enabled(device):
         return None
-    return _cpu()
+    return _direct(device)
 
 
 @functools.cache
-def _cpu() -> Direct | None:
+def _direct(name: str) -> Direct | None:
     try:
-        return registry.backend("cpu").direct
+        return registry.backend(name).direct
     except BackendError:
         return None
 
