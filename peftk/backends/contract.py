@@ -115,6 +115,10 @@ class Direct(Protocol):
         limit: int,
     ) -> Tensor | None: ...
 
+
+class DirectMulti(Protocol):
+    """The same for a table of adapters."""
+
     def direct_multi_lora_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
     ) -> Tensor | None: ...
@@ -155,6 +159,7 @@ class Backend(NamedTuple):
     forward: Forward | None = None
     backward: Backward | None = None
     direct: Direct | None = None
+    direct_multi: DirectMulti | None = None
     merge: Merge | None = None
     merge_layers: MergeLayers | None = None
     sort: Sort | None = None

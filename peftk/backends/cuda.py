@@ -53,7 +53,7 @@ _OPS = (LORA_LINEAR, LORA_LINEAR._replace(many=True), MERGE, UNMERGE, SEGMENTS)
 def backend() -> Backend:
     from peftk.backends import cuda
 
-    return Backend(cuda, forward=cuda, direct=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
+    return Backend(cuda, forward=cuda, direct=cuda, direct_multi=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
 
 
 def cannot_run(call: Call) -> str | None:

@@ -6,9 +6,10 @@ identity: a series adapter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
 from peftk.backends.call import BackendError, Op, call_of
-from peftk.backends.contract import Backend, Direct, require
+from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
 
@@ -69,11 +70,15 @@ def direct_lora_linear(
     arguments are unchecked. Bad ones get None too, and the ordinary way then raises the error.
     """
     device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
-    impl = _direct_backend(device)
-    if impl is None or is_recording():
+    if not _may_be_direct(device) or is_recording():
         return None
     limit = 0 if weight is None else choice.direct_limit(device, weight.dtype)
-    return impl.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
+    adapter = (lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    for impl in _direct(device):
+        y = impl.direct_lora_linear(x, weight, bias, *adapter, limit)
+        if y is not None:
+            return y
+    return None
 
 
 def direct_multi_lora_linear(
@@ -84,28 +89,38 @@ def direct_multi_lora_linear(
     Raises ValueError for an id outside the table.
     """
     device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
-    impl = _direct_backend(device)
-    if impl is None or table.direct != device:
+    if not _may_be_direct(device) or table.direct != device:
         return None
     limit = choice.direct_limit(device, weight.dtype)
-    return impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
+    for impl in _direct_multi(device):
+        y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
+        if y is not None:
+            return y
+    return None
 
 
-def _direct_backend(device: str) -> Direct | None:
-    """The backend of this name, which is the device's, if calls may go to it directly, else None."""
+def _may_be_direct(device: str) -> bool:
+    """Whether calls may go to a backend directly."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None  # before `_direct`: the compiler would trace into the import
-    if storage.forward_ad_active() or torch.is_autocast_enabled(device):
-        return None
-    return _direct(device)
+        return False  # before `_direct`: the compiler would trace into the import
+    return not (storage.forward_ad_active() or torch.is_autocast_enabled(device))
 
 
 @functools.cache
-def _direct(name: str) -> Direct | None:
-    try:
-        return registry.backend(name).direct
-    except BackendError:
-        return None
+def _direct(device: str) -> tuple[Direct, ...]:
+    """Who is asked, in order. On a GPU a decode step may go to cuda, and what it leaves to triton."""
+    return tuple(found.direct for found in _present(device) if found.direct is not None)
+
+
+@functools.cache
+def _direct_multi(device: str) -> tuple[DirectMulti, ...]:
+    return tuple(found.direct_multi for found in _present(device) if found.direct_multi is not None)
+
+
+def _present(device: str) -> Iterator[Backend]:
+    for name in ("cpu",) if device == "cpu" else ("cuda", "triton"):
+        with contextlib.suppress(BackendError):
+            yield registry.backend(name)
 
 
 def lora_linear(
