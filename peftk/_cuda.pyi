@@ -128,7 +128,9 @@ def lora_linear(
     is no adapter's uses only the base layer.
     """
 
-def plain_tensors(tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, is_neg: int, /) -> None:
+def plain_tensors(
+    tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, device_type: int, is_neg: int, /
+) -> None:
     """As that of `peftk._cpu`."""
 
 def direct_lora_linear(

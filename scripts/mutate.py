@@ -182,6 +182,7 @@ TESTS = {
     ],
     "peftk/adapters/live_table.py": ["adapters/test_live_table.py"],
     "peftk/adapters/pages.py": ["adapters/test_bank.py", "adapters/test_live_table.py"],
+    "peftk/system/precision.py": ["kernels/triton/interpreted/field.py"],
     "peftk/system/streams.py": ["adapters/test_live_table.py"],
     "peftk/adapters/checks.py": [
         "ops/test_functional.py",

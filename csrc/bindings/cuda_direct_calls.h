@@ -166,7 +166,7 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
 inline void define_direct_calls(pybind11::module_& module) {
     static PyMethodDef methods[] = {
         {"plain_tensors", fast_method(plain_tensors<kTensorDevice>), METH_FASTCALL,
-         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, is_neg, /)\n--\n\n"},
+         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, device_type, is_neg, /)\n--\n\n"},
         {"direct_lora_linear", fast_method(direct_lora_linear), METH_FASTCALL,
          "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, chosen, counters, "
          "processors, stream, /)\n--\n\n"},

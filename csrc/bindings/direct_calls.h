@@ -156,7 +156,7 @@ static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
 static inline void bind_direct_calls(PyObject* module) {
     static PyMethodDef methods[] = {
         {"plain_tensors", fast_method(plain_tensors<kCpuDevice>), METH_FASTCALL,
-         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, is_neg, /)\n--\n\n"},
+         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, device_type, is_neg, /)\n--\n\n"},
         {"dense", fast_method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
         {"direct_lora_linear", fast_method(direct_lora_linear), METH_FASTCALL,
          "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"

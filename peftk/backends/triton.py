@@ -182,10 +182,10 @@ def _direct_layout(
     try:
         checks.base(weight, bias)
         checks.input(x, weight)
-        checks.adapter(weight, A, B, 1.0, activation, a, b)
+        checks.adapter(weight, A, B, 1.0, activation=activation, bias_A=a, bias_B=b)
     except (TypeError, ValueError):
         return None
-    adapter = adapter_of(A, B, 1.0, activation, a, b)
+    adapter = adapter_of(A, B, 1.0, activation=activation, bias_A=a, bias_B=b)
     if A is None and adapter is not None:
         return None  # a bias alone
     copied = (A is not None and A.stride(1) != 1) or any(t is not None and not t.is_contiguous() for t in (bias, a, b))

@@ -230,7 +230,7 @@ def test_a_direct_call_launches_what_the_ordinary_one_does(launcher: Launcher) -
         assert y is not None
         grid, one = launcher.launched[-1]
         tuned.derived.clear()
-        ordinary = adapter_of(*adapter[:2], 0.5, "gelu", *adapter[2:])
+        ordinary = adapter_of(*adapter[:2], 0.5, activation="gelu", bias_A=adapter[2], bias_B=adapter[3])
         expected, _ = backend.lora_linear(rows.reshape(-1, K), W, bias, ordinary)
         same_grid, other = launcher.launched[-1]
         assert (y.numel(), y.dtype, grid) == (expected.numel(), expected.dtype, same_grid)

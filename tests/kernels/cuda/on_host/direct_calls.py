@@ -47,7 +47,7 @@ def one(
     )
     if found is not None:
         ordinary = backend.lora_linear(
-            x.reshape(-1, x.shape[-1]), weight, bias, adapter_of(A, B, 0.5, "gelu", **biases)
+            x.reshape(-1, x.shape[-1]), weight, bias, adapter_of(A, B, 0.5, activation="gelu", **biases)
         )[0]
         assert found.dtype == x.dtype
         assert found.shape == (*x.shape[:-1], weight.shape[0])
