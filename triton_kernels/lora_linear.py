@@ -235,25 +235,27 @@ def _launch(
 ) -> Tensor:
     """Returns y [M, N] and fills z. N = 0: only z."""
     (M, K), device = x.shape, x.device
-    y = torch.empty(M, N, dtype=x.dtype, device=device) if base is None else base
+    y = x.new_empty((M, N)) if base is None else base
     if not M or not (N or adapters.z_width):
         return y
     one, many = adapters.sources()
     read = (x, weight, bias, y, z, pre, seed if dropout_p else None, *_segment_tensors(segments))
     read += many[:5] if many else (None,) * 5
-    record = _record(_Form(
+    record = _record((
         M, N, K, x.dtype, x.stride(), *((None, None) if weight is None else (weight.dtype, weight.stride())),
         None if bias is None else bias.dtype, adapters[1:], many and many[5:], backward, dropout_p > 0.0,
         base is not None, field_dtype(x.dtype), plan, device, target(device), workspace.processors(device),
         tuple([None if tensor is None else tensor.data_ptr() % 16 == 0 for tensor in read]),
     ))  # fmt: skip
-    partials = torch.empty(record.partials, dtype=torch.float32, device=device)
+    # z stands for sums that nothing writes
+    partials = torch.empty(record.partials, dtype=torch.float32, device=device) if record.partials else z
+    expand_partials = partials[record.expand_partials :] if record.expand_partials else partials
     product = _product(x, weight, base, record.plan, many is not None)
     with workspace.on(device), workspace.counters(device, record.counters) as counters:
         for launch in record.launches:
             launch.run(
                 device, x, product.x_tiles, product.weight, *read[2:6],
-                partials, partials[record.expand_partials :], counters, *read[6:],
+                partials, expand_partials, counters, *read[6:],
                 *one, many.slice_count if many else 1, many.adapters if many else 1,
                 M, N, K, *x.stride(), *product.strides,
                 0 if pre is None else pre.stride(0), adapters.z_width // PAGE.value,
@@ -297,13 +299,13 @@ class _Record(NamedTuple):
     launches: tuple[_Launch, ...]
 
 
-def _record(form: _Form) -> _Record:
-    """The record of a form, kept until the plans change (`tuned.forget_loaded`)."""
+def _record(form: tuple[Any, ...]) -> _Record:
+    """The record of a form, which has the fields of `_Form`. Kept until the plans change (`tuned.forget_loaded`)."""
     found: _Record | None = tuned.derived.get(form)
     if found is None:
         if len(tuned.derived) >= _MOST_RECORDS:
             tuned.derived.clear()
-        found = tuned.derived[form] = _new_record(form)
+        found = tuned.derived[form] = _new_record(_Form(*form))
     return found
 
 

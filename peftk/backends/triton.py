@@ -144,19 +144,18 @@ def direct_lora_linear(
     if layout is None:
         return None
     if lora_A is not None and lora_B is not None:
-        layout = layout._replace(
-            source=AdapterArgs(
-                lora_A.data_ptr(),
-                lora_A.stride(0),
-                lora_B.data_ptr(),
-                *lora_B.stride(),
-                0 if bias_A is None else bias_A.data_ptr(),
-                0 if bias_B is None else bias_B.data_ptr(),
-                lora_A.shape[0],
-                CODES[activation],
-                float(scaling),
-            )
+        source = AdapterArgs(
+            lora_A.data_ptr(),
+            lora_A.stride(0),
+            lora_B.data_ptr(),
+            *lora_B.stride(),
+            0 if bias_A is None else bias_A.data_ptr(),
+            0 if bias_B is None else bias_B.data_ptr(),
+            lora_A.shape[0],
+            CODES[activation],
+            float(scaling),
         )
+        layout = kernels.Adapters(source, *layout[1:])
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y, _ = kernels.forward(rows, weight, bias, layout, None)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
