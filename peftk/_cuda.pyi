@@ -6,6 +6,10 @@ tensors alive until it has run. Functions raise TypeError for a wrong or missing
 kernel supports, and RuntimeError for a launch that CUDA refuses.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 device: str
 """The device type of the tensors: "cuda"; "cpu" in the module that tests compile for the host."""
 
@@ -123,6 +127,48 @@ def lora_linear(
     have, 0 if z_dense, else not written. ids int32 [M], contiguous; 0: every row uses the first adapter. A row whose id
     is no adapter's uses only the base layer.
     """
+
+def plain_tensors(
+    tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, device_type: int, is_neg: int, /
+) -> None:
+    """As that of `peftk._cpu`."""
+
+def direct_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: int,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    chosen: Callable[[int, int, int, int, tuple[bool, int, int, int, int]], bool],
+    counters: Tensor | None,
+    processors: int,
+    stream: int,
+    /,
+) -> Tensor | None:
+    """y [..., N] if all tensors are plain and dense on one GPU, as the kernel takes them, else None.
+
+    chosen(M, N, K, dtype, about): whether this kernel is to run such a call. about: many, the adapters' dtype or -1 for
+    none, the largest rank, the number of adapters, the number of slices. counters: int32, zero, of the stream.
+    """
+
+def direct_multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    adapters: Adapters,
+    about: tuple[bool, int, int, int, int],
+    chosen: Callable[[int, int, int, int, tuple[bool, int, int, int, int]], bool],
+    counters: Tensor | None,
+    processors: int,
+    stream: int,
+    /,
+) -> Tensor | None:
+    """The same for many adapters. ids: int32, contiguous, one per row of x. None if PEFTK_CHECK=1 is set."""
 
 # ---- merge -----------------------------------------------------------------------------------------------------------
 # All launches take the list of layers first: table int64 [layers, 15] with the FIELDS of peftk/launch/merge_layers.py;

@@ -142,17 +142,14 @@ def multi_lora_linear(
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     dropout = dropout_of(dropout_p, seed, weight.device)
-    return layer_calls.multi_lora_linear(x, weight, bias, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
+    return layer_calls.multi_lora_linear(
+        x, weight, bias, bank, layer_calls.slots_of(bank, ids), dropout=dropout, backend=backend
+    )
 
 
 def _current_bank(bank: Any) -> Any:
     """Rebuilds a user's AdapterTable if its Parameters have moved in memory. (A bank does so itself.)"""
     return bank.current() if isinstance(bank, AdapterTable) and not is_recording() else bank
-
-
-def _slot_ids(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
-    """Converts adapter numbers to slots of the bank. In an AdapterTable they are the same."""
-    return ids if isinstance(bank, AdapterTable) else bank.slots_of(ids)
 
 
 def _check_bank(bank: AdapterBank | PackedBank | AdapterTable, N: int, K: int) -> None:
@@ -232,7 +229,7 @@ def multi_adapter_block(
     checks.block_bank(x, bank.device, bank.dtype)
     _check_bank(bank, x.shape[-1], x.shape[-1])
     dropout = dropout_of(dropout_p, seed, x.device)
-    return layer_calls.multi_adapter_block(x, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
+    return layer_calls.multi_adapter_block(x, bank, layer_calls.slots_of(bank, ids), dropout=dropout, backend=backend)
 
 
 def merge_(

@@ -89,6 +89,7 @@ TESTS = {
     "csrc/cpu/openmp*": ["kernels/cpu/test_threads.py"],
     "csrc/cpu/floating_point.h": ["kernels/cpu/test_threads.py", "ops/test_merge.py"],
     "csrc/bindings/direct_calls.h": ["kernels/cpu/test_direct_calls.py", "nn/test_layers.py"],
+    "csrc/bindings/layer_tensors.h": ["kernels/cpu/test_direct_calls.py", "nn/test_layers.py"],
     "csrc/bindings/tensor.h": ["kernels/cpu/test_direct_calls.py", "nn/test_layers.py"],
     "csrc/bindings/cuda_merge.h": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_merge_on_host.py"],
     "csrc/bindings/cuda_segments.h": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_segments_on_host.py"],
@@ -127,6 +128,8 @@ TESTS = {
         "kernels/triton/interpreted/counted.py",
     ],
     "peftk/models/accounting.py": ["models/test_accounting.py"],
+    "peftk/adapters/handles.py": ["ops/test_compiled_tables.py"],
+    "peftk/adapters/kept_tables.py": ["ops/test_compiled_tables.py"],
     "peftk/adapters/activations.py": ["nn/test_attached.py", "ops/test_gradients.py"],
     "peftk/ops/autograd.py": [
         "nn/test_layers.py",
@@ -179,6 +182,7 @@ TESTS = {
     ],
     "peftk/adapters/live_table.py": ["adapters/test_live_table.py"],
     "peftk/adapters/pages.py": ["adapters/test_bank.py", "adapters/test_live_table.py"],
+    "peftk/system/precision.py": ["kernels/triton/interpreted/field.py"],
     "peftk/system/streams.py": ["adapters/test_live_table.py"],
     "peftk/adapters/checks.py": [
         "ops/test_functional.py",

@@ -25,19 +25,20 @@ ranks are selected, not multiplied by zero, so an adapter's inf stays in its own
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.launch import workspace
 from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs
 from peftk.launch.segments import Segments
-from peftk.system import precision
+from peftk.system import precision, streams
 
 from . import config, philox, tuned
 from .expand import expand_tile
@@ -234,63 +235,167 @@ def _launch(
 ) -> Tensor:
     """Returns y [M, N] and fills z. N = 0: only z."""
     (M, K), device = x.shape, x.device
-    y = torch.empty(M, N, dtype=x.dtype, device=device) if base is None else base
+    y = x.new_empty((M, N)) if base is None else base
     if not M or not (N or adapters.z_width):
         return y
     one, many = adapters.sources()
-    weight_dtype = x.dtype if weight is None else weight.dtype
-    call = config.CallShape(
-        M=M,
-        N=N,
-        K=K,
-        many=many is not None,
-        packed=many is not None and many.slice_count > 1,
-        backward=backward,
-        wide=K % 16 == 0 and _wide(x) and (weight is None or _wide(weight)),
-        x=x.dtype,
-        weight=weight_dtype,
-        adapters=adapters.dtype,
-        own_sums=backward and dropout_p > 0.0,
-        z_pages=adapters.z_width // PAGE.value,
-        identity=weight is None,
-    )
-    compile_target = target(device)
-    plan = config.with_splits(plan, call, compile_target) if plan else tuned.lora_linear(call, device, compile_target)
-    row_blocks = triton.cdiv(M, plan.BLOCK_M)
-    shrink_tiles = triton.cdiv(M, plan.SHRINK_M) * triton.cdiv(adapters.z_width, plan.SHRINK_R) * plan.shrink_splits
-    expand_tiles = row_blocks * triton.cdiv(N, plan.BLOCK_N) * plan.expand_splits
-    count = READY.value + row_blocks + shrink_tiles + expand_tiles
-    shrink_part = plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0
-    expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
-    partials = torch.empty(shrink_tiles * shrink_part + expand_tiles * expand_part, dtype=torch.float32, device=device)
-    product = _product(x, weight, base, plan, many is not None)
+    read = (x, weight, bias, y, z, pre, seed if dropout_p else None, *_segment_tensors(segments))
+    read += many[:5] if many else (None,) * 5
+    record = _record((
+        M, N, K, x.dtype, x.stride(), *((None, None) if weight is None else (weight.dtype, weight.stride())),
+        None if bias is None else bias.dtype, adapters[1:], many and many[5:], backward, dropout_p > 0.0,
+        base is not None, field_dtype(x.dtype), plan, device, target(device), workspace.processors(device),
+        tuple([None if tensor is None else tensor.data_ptr() % 16 == 0 for tensor in read]),
+    ))  # fmt: skip
+    # z stands for sums that nothing writes
+    partials = torch.empty(record.partials, dtype=torch.float32, device=device) if record.partials else z
+    expand_partials = partials[record.expand_partials :] if record.expand_partials else partials
+    product = _product(x, weight, base, record.plan, many is not None)
+    with workspace.on(device), workspace.counters(device, record.counters) as counters:
+        for launch in record.launches:
+            launch.run(
+                device, x, product.x_tiles, product.weight, *read[2:6],
+                partials, expand_partials, counters, *read[6:],
+                *one, many.slice_count if many else 1, many.adapters if many else 1,
+                M, N, K, *x.stride(), *product.strides,
+                0 if pre is None else pre.stride(0), adapters.z_width // PAGE.value,
+                launch.shrink_tiles, launch.expand_tiles, record.plan.shrink_splits, record.plan.expand_splits,
+                int(dense), *philox.arguments(dropout_p),
+            )  # fmt: skip
+    return y
 
+
+class _Form(NamedTuple):
+    """Everything of a call that its plan and its compiled kernels depend on. Calls of one form share a record."""
+
+    M: int
+    N: int
+    K: int
+    x: torch.dtype
+    x_strides: tuple[int, ...]
+    weight: torch.dtype | None
+    weight_strides: tuple[int, ...] | None
+    bias: torch.dtype | None
+    adapters: tuple[torch.dtype, int, str, str]  # the fields of `Adapters` after `source`
+    many: tuple[int, int, int] | None  # those of `ManyAdapters` after its tensors
+    backward: bool
+    dropout: bool
+    over_base: bool
+    field: tl.dtype | None
+    plan: config.Plan | None  # one that replaces the chosen one
+    device: torch.device
+    target: int | str
+    processors: int
+    aligned: tuple[bool | None, ...]  # whether the tensors start at multiples of 16 bytes, from x on; None: no tensor
+
+
+class _Record(NamedTuple):
+    """What calls of one form share: the plan, the memory and the launches."""
+
+    plan: config.Plan
+    counters: int
+    partials: int
+    expand_partials: int  # where those of the expand tiles begin
+    launches: tuple[_Launch, ...]
+
+
+def _record(form: tuple[Any, ...]) -> _Record:
+    """The record of a form, which has the fields of `_Form`. Kept until the plans change (`tuned.forget_loaded`)."""
+    found: _Record | None = tuned.derived.get(form)
+    if found is None:
+        if len(tuned.derived) >= _MOST_RECORDS:
+            tuned.derived.clear()
+        found = tuned.derived[form] = _new_record(_Form(*form))
+    return found
+
+
+_MOST_RECORDS = 1 << 14  # lengths of prompts make many forms
+
+
+def _new_record(form: _Form) -> _Record:
+    adapter_dtype, z_width, layout_A, layout_B = form.adapters
+    slice_count, aligned_slices = (1, 0) if form.many is None else form.many[1:]
+    weight = form.weight or form.x
+    wide = form.K % 16 == 0 and _wide(form.x_strides, form.aligned[0])
+    call = config.CallShape(
+        M=form.M,
+        N=form.N,
+        K=form.K,
+        many=form.many is not None,
+        packed=slice_count > 1,
+        backward=form.backward,
+        wide=wide and (form.weight_strides is None or _wide(form.weight_strides, form.aligned[1])),
+        x=form.x,
+        weight=weight,
+        adapters=adapter_dtype,
+        own_sums=form.backward and form.dropout,
+        z_pages=z_width // PAGE.value,
+        identity=form.weight is None,
+    )
+    if form.plan is None:
+        plan = tuned.lora_linear(call, form.device, form.target)
+    else:
+        plan = config.with_splits(form.plan, call, form.target)
+    row_blocks = triton.cdiv(form.M, plan.BLOCK_M)
+    shrink_tiles = triton.cdiv(form.M, plan.SHRINK_M) * triton.cdiv(z_width, plan.SHRINK_R) * plan.shrink_splits
+    expand_tiles = row_blocks * triton.cdiv(form.N, plan.BLOCK_N) * plan.expand_splits
+    expand_partials = shrink_tiles * (plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0)
+    expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
     tiles = shrink_tiles + expand_tiles
-    grid = min(tiles, plan.per_processor * workspace.processors(device)) if plan.per_processor else tiles
+    grid = min(tiles, plan.per_processor * form.processors) if plan.per_processor else tiles
     launches = [("both", grid, shrink_tiles, expand_tiles)]
     if not plan.once:
         launches = [("shrink", shrink_tiles, shrink_tiles, 0), ("expand", expand_tiles, 0, expand_tiles)]
         launches = [launch for launch in launches if launch[1]]
     overlap = plan.overlap and len(launches) == 2
-    with workspace.on(device), workspace.counters(device, count) as counters:
-        for part, blocks, shrinks, expands in launches:
-            lora_linear_kernel[(blocks,)](
-                x, product.x_tiles, product.weight, bias, y, z, pre,
-                partials, partials[shrink_tiles * shrink_part :], counters, seed if dropout_p else None,
-                *_segment_tensors(segments), *(many[:5] if many else (None,) * 5),
-                *one, many.slice_count if many else 1, many.adapters if many else 1,
-                M, N, K, *x.stride(), *product.strides,
-                0 if pre is None else pre.stride(0), z.shape[1] // PAGE.value,
-                shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
-                *philox.arguments(dropout_p),
-                DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=many.aligned_slices if many else 0,
-                BACKWARD=backward, PART=part, OVERLAP=overlap, STAY=plan.once and plan.per_processor > 0,
-                DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
-                FIELD=field_dtype(x.dtype),
-                DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,
-                W_TILES=product.kind, **plan.compiled(part), **config.launch_options(compile_target, part, overlap),
-            )  # fmt: skip
-    return y
+    constants = {
+        "DTYPE": DTYPES[adapter_dtype], "MANY": call.many, "PACKED": aligned_slices, "BACKWARD": form.backward,
+        "OVERLAP": overlap, "STAY": plan.once and plan.per_processor > 0,
+        "DOWN": layout_B if form.backward else layout_A, "IEEE": form.x == weight == torch.float32,
+        "FIELD": form.field, "DROPOUT": form.dropout, "QUADS": (form.N if form.backward else form.K) % 4 == 0,
+        "SPLIT": plan.expand_splits > 1, "W_TILES": _tiles_of_weight(form.weight_strides, plan),
+    }  # fmt: skip
+    return _Record(
+        plan,
+        READY.value + row_blocks + tiles,
+        expand_partials + expand_tiles * expand_part,
+        expand_partials,
+        tuple(
+            _Launch(
+                blocks,
+                shrinks,
+                expands,
+                {**constants, "PART": part, **plan.compiled(part)},
+                config.launch_options(form.target, part, overlap),
+            )
+            for part, blocks, shrinks, expands in launches
+        ),
+    )
+
+
+class _Launch:
+    """One launch of a record.
+
+    Triton's launcher finds the compiled kernel by the types, values and alignments of all arguments, in every launch.
+    They are those of the form, so its answer is kept, and launched as `triton.compile`'s result is.
+    """
+
+    def __init__(
+        self, blocks: int, shrink_tiles: int, expand_tiles: int, constants: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        self.blocks, self.shrink_tiles, self.expand_tiles = blocks, shrink_tiles, expand_tiles
+        self._constants, self._options = constants, options
+        self._compiled: CompiledKernel | None = None
+        self._in_order: tuple[Any, ...] = ()  # the constants as positional arguments
+
+    def run(self, device: torch.device, *arguments: Any) -> None:
+        if self._compiled is not None:
+            self._compiled[(self.blocks, 1, 1)](*arguments, *self._in_order, stream=streams.handle(device))
+            return
+        found = lora_linear_kernel[(self.blocks,)](*arguments, **self._constants, **self._options)
+        if isinstance(found, CompiledKernel):
+            names = lora_linear_kernel.arg_names[len(arguments) :]
+            self._in_order, self._compiled = tuple(self._constants[name] for name in names), found
 
 
 def _segment_tensors(segments: Segments | None) -> tuple[Tensor | None, ...]:
@@ -306,7 +411,6 @@ class _Product(NamedTuple):
     x_tiles: TensorDescriptor | None
     weight: Tensor | TensorDescriptor
     strides: tuple[int, ...]
-    kind: str  # W_TILES
 
 
 def _product(x: Tensor, weight: Tensor | None, base: Tensor | None, plan: config.Plan, many: bool) -> _Product:
@@ -316,18 +420,25 @@ def _product(x: Tensor, weight: Tensor | None, base: Tensor | None, plan: config
     """
     if weight is None:
         base = x if base is None else base
-        return _Product(None, base, base.stride(), "base")
+        return _Product(None, base, base.stride())
     if not plan.descriptors:
-        return _Product(None, weight, weight.stride(), "")
+        return _Product(None, weight, weight.stride())
     x_tiles = None if many or x.stride(1) != 1 else TensorDescriptor.from_tensor(x, [plan.BLOCK_M, plan.BLOCK_K])
-    if weight.stride(1) == 1:
-        w_tiles, kind = TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K]), "nk"
+    if _tiles_of_weight(weight.stride(), plan) == "nk":
+        w_tiles = TensorDescriptor.from_tensor(weight, [plan.BLOCK_N, plan.BLOCK_K])
     else:
-        w_tiles, kind = TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N]), "kn"
-    return _Product(x_tiles, w_tiles, weight.stride(), kind)
+        w_tiles = TensorDescriptor.from_tensor(weight.t(), [plan.BLOCK_K, plan.BLOCK_N])
+    return _Product(x_tiles, w_tiles, weight.stride())
 
 
-def _wide(t: Tensor) -> bool:
-    """Whether the compiler can see that t's rows (or columns) are contiguous and aligned to 16 bytes."""
-    along, across = sorted(t.stride())
-    return along == 1 and across % 16 == 0 and t.data_ptr() % 16 == 0
+def _tiles_of_weight(strides: tuple[int, ...] | None, plan: config.Plan) -> str:
+    """W_TILES of the kernel: "base" without a weight, else the order of a descriptor's sides, "" for no descriptor."""
+    if strides is None:
+        return "base"
+    return ("nk" if strides[1] == 1 else "kn") if plan.descriptors else ""
+
+
+def _wide(strides: tuple[int, ...], aligned: bool | None) -> bool:
+    """Whether the compiler can see that a tensor's rows (or columns) are contiguous and aligned to 16 bytes."""
+    along, across = sorted(strides)
+    return along == 1 and across % 16 == 0 and bool(aligned)

@@ -1,11 +1,14 @@
 """Dropout masks with exactly the bits of `peftk.reference.philox`."""
 
+import functools
+
 import triton
 import triton.language as tl
 
 from peftk.reference import philox
 
 
+@functools.lru_cache(maxsize=64)
 def arguments(dropout_p: float) -> tuple[int, float]:
     """A kernel's arguments threshold (a uint32 passed as an int32) and keep_scale = 1 / (1 - p)."""
     threshold = philox.threshold(dropout_p)

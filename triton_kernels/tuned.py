@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,8 @@ from . import config
 from .arithmetic import INTERPRETED
 
 _FILE = "gpu.json"
+
+derived: dict[Hashable, Any] = {}  # what a launcher has made from plans; dropped with them
 
 P = TypeVar("P", config.Plan, config.Wgrad)
 
@@ -145,3 +148,4 @@ def forget_loaded() -> None:
     """Makes the next call read the cache file again."""
     for cached in (_load_plans, _lora_linear, _wgrad):
         cached.cache_clear()
+    derived.clear()

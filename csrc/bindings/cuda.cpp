@@ -1,6 +1,7 @@
 // The module peftk._cuda: takes device pointers, sizes and a stream, and launches kernels. One header per operation.
 #include <pybind11/pybind11.h>
 
+#include "bindings/cuda_direct_calls.h"
 #include "bindings/cuda_lora_linear.h"
 #include "bindings/cuda_merge.h"
 #include "bindings/cuda_segments.h"
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_cuda, module, pybind11::mod_gil_not_used()) {
     module.attr("device") = "cuda";
 #endif
     peftk::cuda::define_lora_linear(module);
+    peftk::cuda::define_direct_calls(module);
     peftk::cuda::define_merge(module);
     peftk::cuda::define_segments(module);
 }

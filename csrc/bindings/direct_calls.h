@@ -5,41 +5,28 @@
 
 #include <Python.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 
 #include "bindings/errors.h"
 #include "bindings/gil.h"
-#include "bindings/tensor.h"
-#include "common/adapters.h"
+#include "bindings/layer_tensors.h"
 #include "cpu/lora_linear.h"
 #include "cpu/scratch.h"
 
 namespace peftk {
 
-// Reads x [..., K] whose rows have a single stride. This and the following functions return false for anything else.
-static inline bool read_rows(const View& x, LinearArgs* args) {
-    if (x.ndim < 1 || x.stride(x.ndim - 1) != 1) return false;
-    int64_t M = 1, row = -1;
-    for (int64_t dim = x.ndim - 2; dim >= 0; dim--) {
-        if (x.size(dim) == 1) continue;
-        if (row < 0) row = x.strides[dim];
-        if (x.strides[dim] != M * row) return false;
-        M *= x.size(dim);
-    }
-    args->M = M, args->K = x.size(x.ndim - 1);
-    args->x = x.data, args->x_stride = row < 0 ? args->K : row, args->x_dtype = float_dtype(x);
-    return M > 0 && args->K > 0 && args->x_dtype >= 0;
-}
-
-// Reads x as above, W [N, K] contiguous along either side, and bias [N], for M·N·K up to `limit`. Without W (the
-// identity: a series adapter) there is no bias, and x must be copied to y before the kernel runs.
+// Reads x [..., K] as rows, W [N, K] contiguous along either side, and bias [N], for M·N·K up to `limit`. Without W
+// (the identity: a series adapter) there is no bias, and x must be copied to y before the kernel runs.
 static inline bool read_linear(const View& x, PyObject* weight_object, PyObject* bias_object, double limit,
                                LinearArgs* args) {
-    View weight, bias;
-    if (!read_rows(x, args)) return false;
+    View weight;
+    RowsView rows;
+    BiasView bias;
+    if (!read_rows(x, &rows)) return false;
+    args->M = rows.M, args->K = rows.K;
+    args->x = rows.data, args->x_stride = rows.stride, args->x_dtype = rows.dtype;
     if (weight_object == Py_None) {
         args->N = args->K, args->over_base = true, args->weight_dtype = -1;
         return bias_object == Py_None;
@@ -51,40 +38,8 @@ static inline bool read_linear(const View& x, PyObject* weight_object, PyObject*
     args->weight = weight.data, args->weight_dtype = float_dtype(weight);
     args->weight_n = weight.stride(0), args->weight_k = weight.stride(1);
     if (args->weight_dtype < 0 || (args->weight_n != 1 && args->weight_k != 1)) return false;
-    if (bias_object == Py_None) return true;
-    if (!read_view(bias_object, &bias)) return false;
-    args->bias = bias.data, args->bias_dtype = float_dtype(bias);
-    return bias.ndim == 1 && bias.size(0) == args->N && bias.stride(0) == 1 && args->bias_dtype >= 0;
-}
-
-// Reads the address of a bias [size] of this dtype, or 0 for None.
-static inline bool read_adapter_bias(PyObject* object, int64_t size, int dtype, int64_t* address) {
-    View bias;
-    *address = 0;
-    if (object == Py_None) return true;
-    if (!read_view(object, &bias) || bias.ndim != 1 || bias.size(0) != size || bias.stride(0) != 1) return false;
-    *address = reinterpret_cast<int64_t>(bias.data);
-    return float_dtype(bias) == dtype;
-}
-
-// Reads an adapter: A [R, K] with contiguous rows, B [N, R], biases [R] and [N] or None; or all four None.
-static inline bool read_adapter(PyObject* A_object, PyObject* B_object, float scaling, int activation,
-                                PyObject* bias_A_object, PyObject* bias_B_object, const LinearArgs& linear,
-                                Adapters* adapters) {
-    View A, B;
-    int64_t bias_A, bias_B;
-    if (A_object == Py_None && B_object == Py_None) return bias_A_object == Py_None && bias_B_object == Py_None;
-    if (!read_view(A_object, &A) || !read_view(B_object, &B) || A.ndim != 2 || B.ndim != 2) return false;
-    const int64_t R = A.size(0), N = linear.N, K = linear.K;
-    const int dtype = float_dtype(A);
-    if (R < 1 || R > std::numeric_limits<int>::max() || A.size(1) != K || A.stride(1) != 1) return false;
-    if (B.size(0) != N || B.size(1) != R || dtype < 0 || float_dtype(B) != dtype) return false;
-    if (!read_adapter_bias(bias_A_object, R, dtype, &bias_A) || !read_adapter_bias(bias_B_object, N, dtype, &bias_B))
-        return false;
-    const auto address = [](const View& view) { return reinterpret_cast<int64_t>(view.data); };
-    *adapters = adapters_of_one({address(A), R == 1 ? K : A.strides[0], address(B), B.strides[0], B.strides[1], bias_A,
-                                 bias_B, int(R), activation, scaling},
-                                Dtype(dtype));
+    if (!read_bias(bias_object, args->N, x.device, &bias)) return false;
+    args->bias = bias.data, args->bias_dtype = bias.dtype;
     return true;
 }
 
@@ -111,24 +66,6 @@ static inline bool read_ids(const View& x, PyObject* ids_object, int64_t M, cons
     }
     *out = rows;
     return true;
-}
-
-// x.new_empty([*x.shape[:-1], N]), and its address. nullptr without a Python exception: the result is no plain tensor,
-// because a mode of torch (such as FakeTensorMode) created something else.
-static inline PyObject* new_output(PyObject* x_object, const View& x, int64_t N, void** address) {
-    static PyObject* const name = PyUnicode_InternFromString("new_empty");
-    View y;
-    PyObject* shape = PyTuple_New(x.ndim);
-    if (!shape) return nullptr;
-    for (int64_t dim = 0; dim < x.ndim; dim++) {
-        PyTuple_SET_ITEM(shape, dim, PyLong_FromLongLong(dim + 1 < x.ndim ? x.size(dim) : N));
-    }
-    PyObject* const args[] = {x_object, shape};
-    PyObject* result = PyObject_VectorcallMethod(name, args, 2, nullptr);
-    Py_DECREF(shape);
-    if (result && !read_view(result, &y, true)) Py_CLEAR(result);
-    if (result) *address = y.data;
-    return result;
 }
 
 // Copies x to y, to which a series adapter adds its part.
@@ -161,11 +98,6 @@ static inline PyObject* run_kernel(PyObject* x_object, const View& x, LinearArgs
     return y;
 }
 
-static inline bool backend_is_forced() {
-    const char* name = std::getenv("PEFTK_BACKEND");
-    return name && *name;
-}
-
 // (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads) → y or None
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
     if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
@@ -177,7 +109,8 @@ static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t c
         args.threads = int(PyLong_AsLong(in[10]));
         if (PyErr_Occurred()) return nullptr;
         if (backend_is_forced() || !read_view(in[0], &x) || !read_linear(x, in[1], in[2], limit, &args) ||
-            !read_adapter(in[3], in[4], float(scaling), activation, in[7], in[8], args, &args.adapters)) {
+            !read_adapter(in[3], in[4], float(scaling), activation, in[7], in[8], args.N, args.K, x.device,
+                          &args.adapters)) {
             Py_RETURN_NONE;
         }
         return run_kernel(in[0], x, args);
@@ -207,21 +140,6 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
     });
 }
 
-// (a torch.Tensor, an nn.Parameter, and the addresses of StorageAPI's four functions) → None
-static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 6) return PyErr_Format(PyExc_TypeError, "expected 6 arguments, got %zd", count);
-    void* addresses[4];
-    for (int i = 0; i < 4; i++) addresses[i] = PyLong_AsVoidPtr(in[2 + i]);
-    if (PyErr_Occurred()) return nullptr;
-    StorageAPI storage;
-    storage.bytes = reinterpret_cast<decltype(storage.bytes)>(addresses[0]);
-    storage.offset = reinterpret_cast<decltype(storage.offset)>(addresses[1]);
-    storage.device_type = reinterpret_cast<decltype(storage.device_type)>(addresses[2]);
-    storage.is_neg = reinterpret_cast<decltype(storage.is_neg)>(addresses[3]);
-    register_tensor_types(in[0], in[1], storage);
-    Py_RETURN_NONE;
-}
-
 // (tensor or None, ...) → whether all tensors are plain and dense, and on one device
 static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
     DLTensor view, first;
@@ -236,17 +154,14 @@ static PyObject* dense(PyObject*, PyObject* const* in, Py_ssize_t count) {
 }
 
 static inline void bind_direct_calls(PyObject* module) {
-    const auto method = [](auto function) {
-        return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-    };
     static PyMethodDef methods[] = {
-        {"plain_tensors", method(plain_tensors), METH_FASTCALL,
+        {"plain_tensors", fast_method(plain_tensors<kCpuDevice>), METH_FASTCALL,
          "plain_tensors(tensor, parameter, storage_bytes, storage_offset, device_type, is_neg, /)\n--\n\n"},
-        {"dense", method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
-        {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL,
+        {"dense", fast_method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
+        {"direct_lora_linear", fast_method(direct_lora_linear), METH_FASTCALL,
          "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"
          "\n--\n\n"},
-        {"direct_multi_lora_linear", method(direct_multi_lora_linear), METH_FASTCALL,
+        {"direct_multi_lora_linear", fast_method(direct_multi_lora_linear), METH_FASTCALL,
          "direct_multi_lora_linear(x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype, /)"
          "\n--\n\n"},
         {nullptr, nullptr, 0, nullptr},

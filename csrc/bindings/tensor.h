@@ -44,7 +44,8 @@ struct TensorTypes {
     PyTypeObject *tensor = nullptr, *parameter = nullptr;
     const DLPackExchangeAPI* api = nullptr;
     StorageAPI storage{};
-    size_t impl = 0;  // index of the word of a tensor's object that holds its TensorImpl*
+    int device_type = 0;  // DLPack's number for the device whose tensors this module's kernels read
+    size_t impl = 0;      // index of the word of a tensor's object that holds its TensorImpl*
 };
 
 static inline TensorTypes& tensor_types() {
@@ -65,10 +66,11 @@ static inline size_t impl_word(PyObject* tensor) {
 }
 
 // Remembers the types of a tensor and of a Parameter. If torch's layout is unexpected, no tensor counts as plain.
-static inline void register_tensor_types(PyObject* tensor, PyObject* parameter, const StorageAPI& storage) {
+static inline void register_tensor_types(PyObject* tensor, PyObject* parameter, const StorageAPI& storage,
+                                         int device_type) {
     TensorTypes& types = tensor_types();
     types.tensor = Py_TYPE(tensor), types.parameter = Py_TYPE(parameter);
-    types.storage = storage, types.impl = impl_word(tensor);
+    types.storage = storage, types.device_type = device_type, types.impl = impl_word(tensor);
     PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
     if (capsule) {
         auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -110,13 +112,15 @@ static inline bool plain_view(PyObject* object, DLTensor* view) {
     return true;
 }
 
-// A tensor on the CPU; valid while its object is.
+constexpr int kCpuDevice = 1, kCudaDevice = 2;  // DLPack's numbers
+
+// A tensor on a device of the module's type; valid while its object is.
 struct View {
     char* data;
     int64_t ndim;
     const int64_t *shape, *strides;
-
-    int type;  // dl_type of its dtype
+    int type;    // dl_type of its dtype
+    int device;  // its index
 
     int64_t size(int64_t dim) const { return shape[dim]; }
     int64_t stride(int64_t dim) const { return shape[dim] == 1 ? 1 : strides[dim]; }
@@ -125,15 +129,18 @@ struct View {
 constexpr int dl_type(int code, int bits) { return code << 8 | bits; }
 constexpr int kInt32Type = dl_type(0, 32), kInt64Type = dl_type(0, 64);
 
-// Reads a plain dense tensor on the CPU; false, without a Python exception, for anything else. A tensor that torch has
-// just created needs no check of its storage.
+// Reads a plain dense tensor on such a device; false, without a Python exception, for anything else. A tensor that
+// torch has just created needs no check of its storage.
 static inline bool read_view(PyObject* object, View* view, bool just_created = false) {
     DLTensor tensor;
     if (!plain_view(object, &tensor) || (!just_created && !is_stored(object, tensor))) return false;
-    constexpr int kCpu = 1;
-    if (tensor.device_type != kCpu || tensor.lanes != 1) return false;
-    *view = {static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.ndim, tensor.shape, tensor.strides,
-             dl_type(tensor.code, tensor.bits)};
+    if (tensor.device_type != tensor_types().device_type || tensor.lanes != 1) return false;
+    *view = {static_cast<char*>(tensor.data) + tensor.byte_offset,
+             tensor.ndim,
+             tensor.shape,
+             tensor.strides,
+             dl_type(tensor.code, tensor.bits),
+             tensor.device_id};
     return true;
 }
 

@@ -106,9 +106,6 @@ LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors
 }
 
 Status lora_linear(const LoraLinearArgs& args, const LoraLinearPlan& plan, int device, cudaStream_t stream) {
-    const auto starts_on_16 = [](const void* rows, int64_t stride) {
-        return (reinterpret_cast<uintptr_t>(rows) | uintptr_t(stride) * 2) % 16 == 0;
-    };
     if (args.M < 1 || args.M > kMostRows) return Unsupported::kM;
     if (args.K < 8 || args.K % 8) return Unsupported::kK;
     if (!starts_on_16(args.x, args.x_stride) || !starts_on_16(args.weight, args.weight_stride))

@@ -42,6 +42,11 @@ struct LoraLinearPlan {
 
 constexpr int kMostRows = 64;
 
+// Whether rows of 16-bit elements start at multiples of 16 bytes.
+inline bool starts_on_16(const void* rows, int64_t stride) {
+    return (reinterpret_cast<uintptr_t>(rows) | uintptr_t(stride) * 2) % 16 == 0;
+}
+
 // The plan depends on these arguments only, so it may be kept. processors: of the device.
 LoraLinearPlan plan_lora_linear(int M, int N, int K, int z_pages, int processors);
 

@@ -29,13 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftk.adapters import checks, live_table, table
+from peftk.adapters import checks, handles, live_table, table
 from peftk.adapters.adapter import PAGE, Adapter, flat_adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
 from peftk.adapters.table import AdapterTable
 from peftk.system import storage, streams
-from peftk.system.lasting import lasting
+from peftk.system.lasting import lasting, outside_pools
 from peftk.system.streams import StreamOrder
 
 NO_NUMBER = 2**31 - 1  # the largest int32, which no adapter of any bank has
@@ -114,6 +114,7 @@ class AdapterBank:
         self.names: dict[str, int] = {}
         self.numbers = [-1] * max_adapters  # the adapters' numbers by slot; -1 for a free slot
         self.reused = False  # whether a number may differ from its slot
+        self.lent = 0  # how many adapters are not the bank's own
         self.translates = False  # whether `slots_of` may have to do something: reused, or for a graph's replays
         self._next = list(range(max_adapters))  # the next number of each slot
         self._cached_numbers: tuple[int, Tensor] | None = None
@@ -124,6 +125,7 @@ class AdapterBank:
         self.live: LiveTable | None = None  # on a GPU
         self._live_numbers: Tensor | None = None  # the numbers on the device, for CUDA graphs
         self._mirrors: list[tuple[weakref.ref[LiveTable], int]] = []  # tables of packed banks, and which slice is ours
+        self.handle = handles.new(self)
         self._removed: list[int] = []  # slots to be emptied in the live table
         self._lent_places: dict[int, tuple[Any, ...]] = {}  # the state of lent adapters in the live table, by slot
         self._renew_live()
@@ -226,6 +228,7 @@ class AdapterBank:
         with self.order.write():
             self._clear_removed()
             self.slots[number % len(self.slots)] = adapter
+            self.lent += 1
             self._register(name, number)
             state = _lent_state([now])
             if state is not None and not _is_computed(now):
@@ -271,6 +274,7 @@ class AdapterBank:
                 with self.order.write():
                     self._clear_removed()
             self.numbers[slot] = -1
+            self.lent -= not isinstance(self.slots[slot], Adapter)
             self.slots[slot] = None
             self._version += 1
             self._pages.pop(slot, None)
@@ -557,6 +561,7 @@ class AdapterBank:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.handle = handles.new(self)
         for slot, kept in enumerate(state["slots"]):
             if isinstance(kept, tuple):
                 rank, *rest = kept
@@ -609,7 +614,13 @@ class PackedBank:
                 )
         self._packed: tuple[list[AdapterTable], AdapterTable] | None = None
         self._live: LiveTable | None = None
+        self.handle = handles.new(self)
         self.table()  # raises if the banks differ
+
+    @property
+    def lent(self) -> int:
+        """How many adapters are not the banks' own."""
+        return sum(bank.lent for bank in self.banks)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -665,8 +676,11 @@ class PackedBank:
             with contextlib.ExitStack() as writing:
                 for order in orders:
                     writing.enter_context(order.write())
-                self._live = LiveTable(
-                    len(first.slots), shapes, room, dtype=first.dtype, device=first.device, orders=orders
+                self._live = outside_pools(
+                    first.device,
+                    lambda: LiveTable(
+                        len(first.slots), shapes, room, dtype=first.dtype, device=first.device, orders=orders
+                    ),
                 )
                 for slice, bank in enumerate(self.banks):
                     bank.mirror(self._live, slice)
@@ -675,3 +689,7 @@ class PackedBank:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_live": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = handles.new(self)

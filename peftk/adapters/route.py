@@ -197,6 +197,13 @@ def flatten(ids: Tensor) -> Tensor:
     return ids.reshape(-1).to(torch.int32)
 
 
+def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
+    """int32 [M], one id per row of x flattened to [M, K]."""
+    if ids.shape != x.shape[:-1]:
+        ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    return flatten(ids)
+
+
 def derive_once(ids: Tensor, key: Hashable, derive: Callable[[], T]) -> T:
     """derive(), cached on ids that came from `flat`, which do not change. For any other ids it is called every time."""
     kept: tuple[bool, dict[Hashable, T]] | None = getattr(ids, _DERIVED, None)

@@ -25,8 +25,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +75,14 @@ class AdapterTable:
         return len(self.adapters) // self.slices
 
     @functools.cached_property
-    def direct(self) -> bool:
-        """Whether the fast path to the CPU kernels can read this table. Cached, as every call asks."""
-        return self.slices == 1 and self.device.type == "cpu"
+    def direct(self) -> str | None:
+        """The type of the device on which direct calls can read this table; None: on none. Cached: every call asks."""
+        return self.device.type if self.slices == 1 or self.device.type == "cuda" else None
+
+    @functools.cached_property
+    def derived(self) -> dict[Hashable, Any]:
+        """What backends derive from this table, which does not change; it goes with the table."""
+        return {}
 
     @functools.cached_property
     def slice_pages(self) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ import contextlib
 import contextvars
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -27,6 +28,16 @@ _ORDER = {
 }
 # On any device: only the kernels of cuda and triton read sorted rows.
 _SEGMENTS_ORDER = ("cuda", "triton", "reference")
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_remembered: list[Any] = []
+
+
+def remembered(function: _F) -> _F:
+    """Caches a function of hashable arguments whose results follow from what was measured; `forget` clears it."""
+    _remembered.append(functools.lru_cache(maxsize=4096)(function))
+    return cast(_F, _remembered[-1])
 
 
 # Up to this many multiply-adds (M·N·K), overhead dominates a call on a CPU: `cpu` runs it whatever was measured.
@@ -76,20 +87,27 @@ def forced() -> str | None:
     return _forced.get()
 
 
-@functools.cache
-def direct_limit(dtype: torch.dtype) -> int:
-    """Up to how many multiply-adds (M·K·N) `cpu` runs a forward in `dtype` whatever its shape."""
+@remembered
+def direct_limit(device: str, dtype: torch.dtype) -> int:
+    """Up to how many multiply-adds (M·K·N) a direct call in `dtype` runs whatever its shape."""
+    if device != "cpu":
+        return 0
     return SMALL_CALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else 1 << 62
 
 
 def forget() -> None:
     """Clears cached choices, after a new measurement."""
     measured.forget_loaded()
-    _choose.cache_clear()
-    direct_limit.cache_clear()
+    for cached in _remembered:
+        cached.cache_clear()
 
 
-@functools.lru_cache(maxsize=4096)
+def unforced(call: Call) -> str:
+    """The name of the backend for `call` where none is forced, and torch is not asked for deterministic algorithms."""
+    return _choose(call, None, False).backend
+
+
+@remembered
 def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
     if forced is not None:
         reason = cannot_run(forced, call)

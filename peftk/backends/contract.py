@@ -95,7 +95,11 @@ class Backward(Protocol):
 
 
 class Direct(Protocol):
-    """The shortest way to run a forward without gradients on a CPU; returns None if these tensors cannot take it."""
+    """The shortest way to run a forward without gradients; returns None if these arguments cannot take it.
+
+    The arguments are unchecked. limit: up to how many multiply-adds (M·K·N) the backend runs a call unasked; above, it
+    asks whether it is chosen (cuda), or leaves the call to the ordinary way (cpu).
+    """
 
     def direct_lora_linear(
         self,
@@ -110,6 +114,10 @@ class Direct(Protocol):
         bias_B: Tensor | None,
         limit: int,
     ) -> Tensor | None: ...
+
+
+class DirectMulti(Protocol):
+    """The same for a table of adapters."""
 
     def direct_multi_lora_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
@@ -151,6 +159,7 @@ class Backend(NamedTuple):
     forward: Forward | None = None
     backward: Backward | None = None
     direct: Direct | None = None
+    direct_multi: DirectMulti | None = None
     merge: Merge | None = None
     merge_layers: MergeLayers | None = None
     sort: Sort | None = None

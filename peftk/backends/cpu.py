@@ -34,7 +34,7 @@ _NO_ADAPTER = _cpu.Adapters.none(dtype=DTYPES[torch.float32])
 def backend() -> Backend:
     from peftk.backends import cpu
 
-    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, merge=cpu, checks_ids=True)
+    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, direct_multi=cpu, merge=cpu, checks_ids=True)
 
 
 def cannot_run(call: Call) -> str | None:

@@ -7,27 +7,24 @@ stream, so torch's caching allocator reuses their memory only for work that runs
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 import peftk._cuda as _cuda
+from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import PAGE, Adapter, pages_of
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE
+from peftk.backends import choice
+from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE, Call
 from peftk.backends.contract import Backend
 from peftk.launch import workspace
 from peftk.launch.adapter_args import adapter_args, contiguous
 from peftk.launch.merge_args import DTYPES
 from peftk.launch.merge_layers import InPlace, Layers, Notes, Raw
 from peftk.launch.segments import Segments, empty
-from peftk.system import streams
-
-if TYPE_CHECKING:
-    from peftk.backends.call import Call
+from peftk.system import storage, streams
 
 __all__ = [
     "backend",
@@ -35,6 +32,8 @@ __all__ = [
     "checksum",
     "checksums",
     "describe",
+    "direct_lora_linear",
+    "direct_multi_lora_linear",
     "lora_linear",
     "merge_",
     "merge_layers_",
@@ -46,13 +45,15 @@ __all__ = [
 ]
 
 
+storage.register_plain_tensors(_cuda.plain_tensors)
+
 _OPS = (LORA_LINEAR, LORA_LINEAR._replace(many=True), MERGE, UNMERGE, SEGMENTS)
 
 
 def backend() -> Backend:
     from peftk.backends import cuda
 
-    return Backend(cuda, forward=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
+    return Backend(cuda, forward=cuda, direct=cuda, direct_multi=cuda, merge=cuda, merge_layers=cuda, sort=cuda)
 
 
 def cannot_run(call: Call) -> str | None:
@@ -113,6 +114,92 @@ def describe(call: Call) -> str:
     )
 
 
+def direct_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    limit: int,
+) -> Tensor | None:
+    """y with a fraction of `lora_linear`'s overhead; None if it is not chosen, or cannot take the call as it is.
+
+    That also holds in a capture, and for the first call in a stream, which makes its counters.
+    """
+    around = None if weight is None else _surroundings(x.device)
+    if weight is None or around is None:
+        return None
+    adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
+    try:
+        return _cuda.direct_lora_linear(x, weight, bias, *adapter, _is_chosen, *around)
+    except BaseException:
+        workspace.forget(x.device)
+        raise
+
+
+def direct_multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
+) -> Tensor | None:
+    """The same for many adapters, with int32 ids for each row, such as those of a route."""
+    around = _surroundings(x.device)
+    if around is None or table.dtype not in DTYPES:
+        return None
+    try:
+        return _cuda.direct_multi_lora_linear(
+            x, weight, bias, ids, _table_adapters(table), _about(table), _is_chosen, *around
+        )
+    except BaseException:
+        workspace.forget(x.device)
+        raise
+
+
+def _surroundings(device: torch.device) -> tuple[Tensor | None, int, int] | None:
+    """The current stream's counters, if it has any, the number of processors, and the stream; None in a capture."""
+    if streams.capturing(device) or torch.are_deterministic_algorithms_enabled():
+        return None
+    stream = streams.handle(device)
+    return workspace.of_stream(device, stream), workspace.processors(device), stream
+
+
+_About = tuple[bool, int, int, int, int]  # many, the adapters' dtype or -1, the largest rank, how many, slices
+
+
+def _about(table: AdapterTable) -> _About:
+    """What the choice depends on of a table, cached."""
+    about: _About | None = table.derived.get(_about)
+    if about is None:
+        about = (True, DTYPES[table.dtype], table.max_rank, table.count, table.slices)
+        table.derived[_about] = about
+    return about
+
+
+@choice.remembered
+def _is_chosen(M: int, N: int, K: int, dtype: int, about: _About) -> bool:
+    """Whether this backend is the one for such a call."""
+    many, adapter_dtype, rank, adapters, slices = about
+    call = Call(
+        op=LORA_LINEAR._replace(many=many),
+        device=_cuda.device,
+        x_dtype=_DTYPES[dtype],
+        weight_dtype=_DTYPES[dtype],
+        adapter_dtype=_DTYPES.get(adapter_dtype),
+        M=M,
+        K=K,
+        N=N,
+        rank=rank,
+        adapters=adapters,
+        slices=slices,
+    )
+    return choice.unforced(call) == "cuda"
+
+
+_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -154,15 +241,11 @@ def multi_lora_linear(
     return y, z if save_z else None
 
 
-# A table does not change, so the arguments made from it are cached, and dropped with the table.
-_ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _table_adapters(table: AdapterTable) -> _cuda.Adapters:
     """The table as kernel arguments, cached."""
-    adapters = _ADAPTERS.get(table)
+    adapters: _cuda.Adapters | None = table.derived.get(_table_adapters)
     if adapters is None:
-        adapters = _ADAPTERS[table] = _cuda.Adapters.of_table(
+        adapters = table.derived[_table_adapters] = _cuda.Adapters.of_table(
             pages=table.pages.data_ptr(),
             rows=table.rows.data_ptr(),
             scaling=table.scaling.data_ptr(),

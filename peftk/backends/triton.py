@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted, pages_of
+from peftk.adapters import checks
+from peftk.adapters.activations import CODES
+from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted, adapter_of, pages_of
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import (
+    choice,
     gpu_shape,
     triton_version,  # noqa: F401 - before the kernels
 )
 from peftk.backends import segments as sorted_rows
+from peftk.backends.call import LORA_LINEAR, Call
 from peftk.backends.contract import Backend
-from peftk.launch.adapter_args import Tensors, adapter_args, contiguous
+from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs, Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
+from peftk.system import storage
+from peftk.system.lasting import outside_pools
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
@@ -31,15 +35,13 @@ from peftk.triton_kernels import tuned
 from peftk.triton_kernels.arithmetic import INTERPRETED as _INTERPRETED
 from peftk.triton_kernels.segments import TILE, segments
 
-if TYPE_CHECKING:
-    from peftk.backends.call import Call
-
 __all__ = [
     "backend",
     "cannot_run",
     "checksum",
     "checksums",
     "describe",
+    "direct_lora_linear",
     "lora_linear",
     "lora_linear_backward",
     "merge_",
@@ -60,7 +62,9 @@ _DEVICE = "cpu" if INTERPRETED else "cuda"
 def backend() -> Backend:
     from peftk.backends import triton
 
-    return Backend(triton, forward=triton, backward=triton, merge=triton, merge_layers=triton, sort=triton)
+    return Backend(
+        triton, forward=triton, backward=triton, direct=triton, merge=triton, merge_layers=triton, sort=triton
+    )
 
 
 def cannot_run(call: Call) -> str | None:
@@ -113,6 +117,97 @@ def describe(call: Call) -> str:
     words += ["tensor descriptors"] if plan.descriptors else []
     words += ["the product begins while the shrink runs"] if plan.overlap and call.rank else []
     return f"{', '.join(words)} ({tuned.source(form, device)})"
+
+
+def direct_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    limit: int,
+) -> Tensor | None:
+    """y as `lora_linear` computes it, with the checks and the choice of an earlier call of the same form.
+
+    None for a form that is refused, or is for another backend, or whose tensors are copied first.
+    """
+    tensors = (x, weight, bias, lora_A, lora_B, bias_A, bias_B)
+    if weight is None or not storage.dense(*tensors):
+        return None
+    forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    layout = _direct_layout(forms, activation, x.device.type, os.environ.get("PEFTK_BACKEND"), deterministic)
+    if layout is None:
+        return None
+    if lora_A is not None and lora_B is not None:
+        source = AdapterArgs(
+            lora_A.data_ptr(),
+            lora_A.stride(0),
+            lora_B.data_ptr(),
+            *lora_B.stride(),
+            0 if bias_A is None else bias_A.data_ptr(),
+            0 if bias_B is None else bias_B.data_ptr(),
+            lora_A.shape[0],
+            CODES[activation],
+            float(scaling),
+        )
+        layout = kernels.Adapters(source, *layout[1:])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y, _ = kernels.forward(rows, weight, bias, layout, None)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+_TensorForm = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]  # shape, strides, dtype, starts at 16 bytes
+
+
+@choice.remembered
+def _direct_layout(
+    forms: tuple[_TensorForm | None, ...], activation: str, device: str, forced: str | None, deterministic: bool
+) -> kernels.Adapters | None:
+    """The adapter of a direct call without its addresses; None if the call must go the ordinary way.
+
+    forms: of x, weight, bias, lora_A, lora_B, bias_A and bias_B. The last two arguments are what the choice of the
+    backend depends on besides.
+    """
+    x, weight, bias, A, B, a, b = (
+        None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device="meta") for form in forms
+    )
+    if x is None or weight is None:
+        return None
+    try:
+        checks.base(weight, bias)
+        checks.input(x, weight)
+        checks.adapter(weight, A, B, 1.0, activation=activation, bias_A=a, bias_B=b)
+    except (TypeError, ValueError):
+        return None
+    adapter = adapter_of(A, B, 1.0, activation=activation, bias_A=a, bias_B=b)
+    if A is None and adapter is not None:
+        return None  # a bias alone
+    copied = (A is not None and A.stride(1) != 1) or any(t is not None and not t.is_contiguous() for t in (bias, a, b))
+    M, (N, K) = x.numel() // x.shape[-1], weight.shape
+    call = Call(
+        op=LORA_LINEAR,
+        device=device,
+        x_dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=None if adapter is None else adapter.tensors()[0].dtype,
+        M=M,
+        K=K,
+        N=N,
+        rank=0 if adapter is None else adapter.rank,
+        adapters=int(adapter is not None),
+        aligned=bool(forms[1] and forms[1][3])
+        and weight.stride(1) == 1
+        and weight.stride(0) * weight.itemsize % 16 == 0,
+    )
+    if copied or choice.choose(call).backend != "triton":
+        return None
+    aligned_A, aligned_B = (form is not None and form[3] for form in forms[3:5])
+    return _layout(Tensors(A, B, a, b), NO_ADAPTER, aligned_A, aligned_B)
 
 
 def lora_linear(
@@ -236,12 +331,13 @@ def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tenso
         else _wanted_and_present(a, ALL if wanted is None else wanted[i])
         for i, a in enumerate(table.adapters)
     )
-    plans = _PLANS.setdefault(table, {})
-    key = (all_wanted, N, x.dtype)
+    plans, key = table.derived, (_plan, all_wanted, N, x.dtype)
     if key not in plans:
         ranks = [None if a is None else a.rank for a in table.adapters]
-        plans[key] = gradients.plan(ranks, all_wanted, table.columns or (0, N), x.dtype, x.device)
-    return plans[key]
+        columns = table.columns or (0, N)
+        plans[key] = outside_pools(x.device, lambda: gradients.plan(ranks, all_wanted, columns, x.dtype, x.device))
+    plan: gradients.Plan = plans[key]
+    return plan
 
 
 def _wanted_and_present(adapter: Adapter, wanted: Wanted) -> Wanted:
@@ -261,23 +357,19 @@ unmerge_, unmerge_layers_ = _in_place.unmerge_, _in_place.unmerge_layers_
 remerge_, checksum, checksums = _in_place.remerge_, _in_place.checksum, _in_place.checksums
 
 
-# A table does not change, so the arguments made from it are cached, and dropped with the table.
-_ADAPTERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _table_adapters(table: AdapterTable) -> kernels.Adapters:
-    adapters = _ADAPTERS.get(table)
+    """The table as kernel arguments, cached."""
+    adapters: kernels.Adapters | None = table.derived.get(_table_adapters)
     if adapters is None:
-        adapters = _ADAPTERS[table] = _build_table_adapters(table)
+        adapters = table.derived[_table_adapters] = _build_table_adapters(table)
     return adapters
 
 
 def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
     adapters = [a for a in table.adapters if a is not None]
     adapters += () if table.live is None else table.live.later  # a graph reads those by the same code
-    layout_A = _common_layout(_layout_of(page) for a in adapters for page in a.pages_A)
-    layout_B = _common_layout(_layout_of(page.t()) for a in adapters for page in a.pages_B)
+    layout_A = _common_layout(_layout_of(page, _starts_on_16(page)) for a in adapters for page in a.pages_A)
+    layout_B = _common_layout(_layout_of(page.t(), _starts_on_16(page)) for a in adapters for page in a.pages_B)
     slices, aligned = None, 0
     if table.slices > 1:
         slices, aligned = table.ends, 1 if any(column % 16 for column in table.columns) else 16
@@ -290,19 +382,27 @@ def _build_table_adapters(table: AdapterTable) -> kernels.Adapters:
 def _one_adapter(adapter: Adapter | None) -> tuple[kernels.Adapters, Tensors]:
     """One adapter as kernel arguments, and the tensors that these point into."""
     source, tensors = adapter_args(adapter)
+    return _layout(tensors, source, _starts_on_16(tensors.A), _starts_on_16(tensors.B)), tensors
+
+
+def _layout(tensors: Tensors, source: AdapterArgs, aligned_A: bool, aligned_B: bool) -> kernels.Adapters:
+    """One adapter as kernel arguments, at these addresses."""
     any_tensor = tensors.any()
-    if adapter is None or any_tensor is None:
-        return kernels.BASE_ONLY, tensors
-    z_width = pages_of(adapter.rank) * PAGE
-    layout_A = "k" if tensors.A is None else _layout_of(tensors.A)
-    layout_B = "k" if tensors.B is None else _layout_of(tensors.B.t())
-    return kernels.Adapters(source, any_tensor.dtype, z_width, layout_A, layout_B), tensors
+    if any_tensor is None:
+        return kernels.BASE_ONLY
+    z_width = 0 if tensors.A is None else pages_of(tensors.A.shape[0]) * PAGE
+    layout_A = "k" if tensors.A is None else _layout_of(tensors.A, aligned_A)
+    layout_B = "k" if tensors.B is None else _layout_of(tensors.B.t(), aligned_B)
+    return kernels.Adapters(source, any_tensor.dtype, z_width, layout_A, layout_B)
 
 
-def _layout_of(pages: Tensor) -> str:
-    """The memory layout of A [r, K], or of Bᵀ [r, N], by the kernels' name for it."""
+def _starts_on_16(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.data_ptr() % 16 == 0
+
+
+def _layout_of(pages: Tensor, aligned: bool) -> str:
+    """The memory layout of A [r, K], or of Bᵀ [r, N], by the kernels' name for it. aligned: it starts at 16 bytes."""
     ranks, columns = pages.stride()
-    aligned = pages.data_ptr() % 16 == 0
     if columns == 1 or pages.shape[1] == 1:
         return "k16" if aligned and ranks * pages.element_size() % 16 == 0 else "k"
     return "r16" if aligned and ranks == 1 and columns * pages.element_size() % 16 == 0 else "any"

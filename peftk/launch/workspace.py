@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftk.system import streams
-from peftk.system.lasting import lasting
+from peftk.system.lasting import lasting, outside_pools
 
 _SLAB = 1 << 18  # counters reserved for launches captured in CUDA graphs: 1 MiB per device
 _LEAST = 1024  # counters of a stream, or of a stream of a capture; more if a launch needs more
@@ -29,24 +29,46 @@ _slabs: dict[torch.device, Tensor] = {}  # what is left for captures
 _taken: list[Tensor] = []  # what captures got, kept for the life of the process, as nobody knows when a graph ends
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes the device the current one, on which Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or torch._C._cuda_getDevice() == device.index:
+        return _HERE
+    return torch.cuda.device(device)
 
 
-@contextlib.contextmanager
-def counters(device: torch.device, count: int) -> Iterator[Tensor]:
+class counters:
     """int32 [≥ count], all zero, for one launch on the current stream, which leaves them at zero.
 
     A launch that fails may leave any values, so the next launch gets new counters. The launches that a CUDA graph
     captures from one stream run one after the other, so they share counters, which no other graph has; they are from a
     slab that calls outside of captures make. Raises RuntimeError if that is used up.
+
+        with counters(device, count) as tensor:
     """
-    try:
-        yield _counters(device, count)
-    except BaseException:
-        forget(device)
-        raise
+
+    __slots__ = ("_count", "_device")
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device, self._count = device, count
+
+    def __enter__(self) -> Tensor:
+        try:
+            return _counters(self._device, self._count)
+        except BaseException:
+            forget(self._device)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            forget(self._device)
+
+
+def of_stream(device: torch.device, stream: int) -> Tensor | None:
+    """The counters of a stream, by its handle, if launches outside of captures have made any."""
+    return _of_stream.get((device, stream))
 
 
 def forget(device: torch.device) -> None:
@@ -64,27 +86,33 @@ def all_counters() -> Iterator[Tensor]:
         yield from itertools.chain(_of_stream.values(), _slabs.values(), _taken)
 
 
-@lasting()
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
-    with _lock:
+    found, slab = of_stream(device, streams.handle(device)), _slabs.get(device)
+    enough = found is not None and found.numel() >= count and (slab is None or slab.numel() >= _SLAB // 2)
+    if enough and not streams.capturing(device):
+        return found
+    with _lock, lasting():
         stream = streams.current(device)
         if stream is None:
             return _stream_counters(device, 0, count)
         if streams.capturing(device):
             return _captured_counters(device, stream, count)
         if device not in _slabs or _slabs[device].numel() < _SLAB // 2:
-            _slabs[device] = torch.zeros(_SLAB, dtype=torch.int32, device=device)
-            stream.synchronize()  # a replay may come in any stream
+            _slabs[device] = _zeros(device, _SLAB)  # complete, as a replay may come in any stream
         return _stream_counters(device, stream.cuda_stream, count)
 
 
 def _stream_counters(device: torch.device, stream: int, count: int) -> Tensor:
     buffer = _of_stream.get((device, stream))
     if buffer is None or buffer.numel() < count:
-        buffer = _of_stream[device, stream] = torch.zeros(max(count, _LEAST), dtype=torch.int32, device=device)
+        buffer = _of_stream[device, stream] = _zeros(device, max(count, _LEAST))
     return buffer
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return outside_pools(device, lambda: torch.zeros(count, dtype=torch.int32, device=device))
 
 
 def _captured_counters(device: torch.device, stream: torch.cuda.Stream, count: int) -> Tensor:

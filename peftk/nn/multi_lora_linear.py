@@ -148,7 +148,7 @@ class MultiLoRALinear(FrozenLinear):
         bank: AdapterBank | AdapterTable = self.bank
         routed = None
         if ids is not None:
-            ids = self.bank.slots_of(ids) if self.bank.translates else ids
+            ids = layer_calls.slots_of(self.bank, ids) if self.bank.translates else ids
         elif self.server_key is not None:
             checks.stored("x", x)
             routed = route.rows(self, self.server_key, x)

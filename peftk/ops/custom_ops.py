@@ -3,7 +3,8 @@
 Eager calls do not come here: torch's dispatcher costs more than a small linear layer. A custom op returns only tensors,
 so an absent z or gradient is an empty tensor. It takes only flat lists, so a table of adapters is packed into a list of
 tensors, a list of integers (per adapter: number of pages or -1 for an empty slot, activation, has bias_A, has bias_B),
-a list of scalings, and the first columns of the slices of packed outputs.
+a list of scalings, and the first columns of the slices of packed outputs. No call builds a table: those of such lists
+are kept (`kept_tables`), and a bank that only serves is named by its number (`handles`), so that its graph follows it.
 
 torch caches compiled backwards on disk, under a key made from the forward only. If you change the arguments of a
 backward op, rename its forward op too. Otherwise a cached backward calls the new op with the old arguments.
@@ -11,14 +12,13 @@ backward op, rename its forward op too. Otherwise a cached backward calls the ne
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftk.adapters import checks, table
+from peftk.adapters import checks, handles, kept_tables, route, table
 from peftk.adapters.adapter import PAGE, Wanted, adapter_of, flat_adapter
 from peftk.adapters.dropout import dropout_from, flat_dropout
 from peftk.adapters.flat import flat_grads, flat_wanted, unpack
@@ -136,8 +136,7 @@ def _table(
     columns: Sequence[int],
 ) -> AdapterTable:
     dtype = tensors[0].dtype if tensors else x.dtype
-    built = table.build(unpack(tensors, layout, scalings), dtype=dtype, device=x.device)
-    return dataclasses.replace(built, columns=tuple(columns))
+    return kept_tables.find(tensors, layout, scalings, columns, dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("peftk::multi_lora_linear", mutates_args=())
@@ -231,4 +230,49 @@ def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
 
 multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)
 
-__all__ = ["lora_linear", "multi_lora_linear"]
+
+@torch.library.custom_op("peftk::bank_lora_linear", mutates_args=())
+def bank_lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bank: int,
+    ids: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """y [..., N] with the adapters that a bank has when this runs, by its number. It has no gradients.
+
+    ids: slots, as `peftk.functional.multi_lora_linear` takes them.
+    """
+    checks.for_kernels(x=x, weight=weight, bias=bias, ids=ids, seed=seed)
+    found = handles.bank(bank)
+    checks.same_device("bank", found, x.device, "x")
+    if found.shape != (x.shape[-1] if weight is None else weight.shape[0], x.shape[-1]):
+        checks.bank(found.adapters, found.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
+    adapters, routed = found.table(), route.flat(ids)
+    assert adapters is not None  # all adapters are the bank's own
+    flat, dropout = route.flat_ids(ids, x) if routed is None else routed, dropout_from(dropout_p, seed)
+    return dispatch.multi_lora_linear(x, weight, bias, adapters, flat, dropout=dropout, backend=backend)[0]
+
+
+@bank_lora_linear.register_fake
+def _(x, weight, bias, bank, ids, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
+
+
+@torch.library.custom_op("peftk::slots_of", mutates_args=())
+def slots_of(ids: Tensor, bank: int) -> Tensor:
+    """`AdapterBank.slots_of` for the numbers that the bank's adapters have when this runs."""
+    checks.for_kernels(ids=ids)
+    slots = handles.bank(bank).slots_of(ids)
+    return slots.clone() if slots is ids else slots
+
+
+@slots_of.register_fake
+def _(ids, bank):  # type: ignore[no-untyped-def]
+    return torch.empty_like(ids)
+
+
+__all__ = ["bank_lora_linear", "lora_linear", "multi_lora_linear", "slots_of"]

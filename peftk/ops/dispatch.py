@@ -6,9 +6,10 @@ identity: a series adapter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
 from peftk.backends.call import BackendError, Op, call_of
-from peftk.backends.contract import Backend, Direct, require
+from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
 
@@ -63,16 +64,21 @@ def direct_lora_linear(
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> Tensor | None:
-    """y by the shortest way to the CPU kernel, without gradients; None if this call cannot take it.
+    """y by the shortest way to a kernel, without gradients; None if this call cannot take it.
 
     Takes the adapter's tensors rather than an Adapter, because making the object costs a tenth of such a call. The
     arguments are unchecked. Bad ones get None too, and the ordinary way then raises the error.
     """
-    impl = _direct_backend()
-    if impl is None or is_recording():
+    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
+    if not _may_be_direct(device) or is_recording():
         return None
-    limit = 0 if weight is None else choice.direct_limit(weight.dtype)
-    return impl.direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit)
+    limit = 0 if weight is None else choice.direct_limit(device, weight.dtype)
+    adapter = (lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    for impl in _direct(device):
+        y = impl.direct_lora_linear(x, weight, bias, *adapter, limit)
+        if y is not None:
+            return y
+    return None
 
 
 def direct_multi_lora_linear(
@@ -82,27 +88,39 @@ def direct_multi_lora_linear(
 
     Raises ValueError for an id outside the table.
     """
-    impl = _direct_backend()
-    if impl is None or not table.direct:
+    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
+    if not _may_be_direct(device) or table.direct != device:
         return None
-    return impl.direct_multi_lora_linear(x, weight, bias, table, ids, choice.direct_limit(weight.dtype))
+    limit = choice.direct_limit(device, weight.dtype)
+    for impl in _direct_multi(device):
+        y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
+        if y is not None:
+            return y
+    return None
 
 
-def _direct_backend() -> Direct | None:
-    """The cpu backend if calls may go to it directly, else None."""
+def _may_be_direct(device: str) -> bool:
+    """Whether calls may go to a backend directly."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None  # before `_cpu`: the compiler would trace into the import
-    if storage.forward_ad_active() or torch.is_autocast_enabled("cpu"):
-        return None
-    return _cpu()
+        return False  # before `_direct`: the compiler would trace into the import
+    return not (storage.forward_ad_active() or torch.is_autocast_enabled(device))
 
 
 @functools.cache
-def _cpu() -> Direct | None:
-    try:
-        return registry.backend("cpu").direct
-    except BackendError:
-        return None
+def _direct(device: str) -> tuple[Direct, ...]:
+    """Who is asked, in order. On a GPU a decode step may go to cuda, and what it leaves to triton."""
+    return tuple(found.direct for found in _present(device) if found.direct is not None)
+
+
+@functools.cache
+def _direct_multi(device: str) -> tuple[DirectMulti, ...]:
+    return tuple(found.direct_multi for found in _present(device) if found.direct_multi is not None)
+
+
+def _present(device: str) -> Iterator[Backend]:
+    for name in ("cpu",) if device == "cpu" else ("cuda", "triton"):
+        with contextlib.suppress(BackendError):
+            yield registry.backend(name)
 
 
 def lora_linear(

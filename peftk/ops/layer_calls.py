@@ -6,6 +6,7 @@ if that returns None. The base layer alone and many adapters try their direct ca
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from peftk.adapters import checks, route
@@ -94,6 +95,27 @@ def multi_lora_linear(
     return _multi_adapter(x, weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
+def slots_of(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tensor:
+    """The slots of the numbers in `ids`, as `AdapterBank.slots_of`. In an AdapterTable they are the same."""
+    if isinstance(bank, AdapterTable):
+        return ids
+    if _by_number() and isinstance(ids, Tensor):
+        return custom_ops.slots_of(ids, bank.handle)
+    return bank.slots_of(ids)
+
+
+def _by_number() -> bool:
+    """Whether a graph is compiled for this process, whose ops may find a bank by its number."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def _serves(bank: AdapterBank | PackedBank | AdapterTable, x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a compiled call reads the bank's own adapters only, and needs no gradients."""
+    if isinstance(bank, AdapterTable) or bank.lent or not _by_number():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+
+
 def multi_adapter_block(
     x: Tensor,
     bank: AdapterBank | AdapterTable,
@@ -123,7 +145,8 @@ def _multi_adapter(
     checks.same_device("bank", bank, x.device, "x")
     recording, p_and_seed = is_recording(), flat_dropout(dropout)
     x, weight = autocast.cast(x, weight, recording=recording)
-    tensors = flat_tensors(bank.adapters) if table is None or storage.forward_ad_active() else []
+    serves = table is None and _serves(bank, x, bias)
+    tensors = flat_tensors(bank.adapters) if (table is None and not serves) or storage.forward_ad_active() else []
     if composed.should_run(recording, x, weight, bias, ids, p_and_seed[1], *tensors):
         if weight is not None:
             checks.base(weight, bias)
@@ -132,15 +155,17 @@ def _multi_adapter(
             checks.floating("adapter", tensor)
             checks.same_device("adapter", tensor, x.device, "x")
         checks.bank(adapters, bank.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
-        flat = flat_ids(ids, x)
+        flat = route.flat_ids(ids, x)
         if not recording:
             checks.ids_in_bank(flat, adapters, max(len(bank.columns) - 1, 1))
         return composed.multi_lora_linear(x, weight, bias, bank, flat, dropout=dropout, backend=backend)
+    if serves:
+        return custom_ops.bank_lora_linear(x, weight, bias, bank.handle, ids, *p_and_seed, backend)
     if table is None:
-        packed = (*pack(bank.adapters), bank.columns, flat_ids(ids, x))
+        packed = (*pack(bank.adapters), bank.columns, route.flat_ids(ids, x))
         return custom_ops.multi_lora_linear(x, weight, bias, *packed, *p_and_seed, backend)[0]
     routed = route.flat(ids)
-    flat = flat_ids(ids, x) if routed is None else routed
+    flat = route.flat_ids(ids, x) if routed is None else routed
     return autograd.multi_lora_linear(x, weight, bias, table, flat, dropout=dropout, backend=backend)
 
 
@@ -149,10 +174,3 @@ def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None
     if isinstance(bank, AdapterTable):
         return bank if bank.live is None else bank.current()
     return bank.table()
-
-
-def flat_ids(ids: Tensor, x: Tensor) -> Tensor:
-    """int32 [M], one id per row of x flattened to [M, K]."""
-    if ids.shape != x.shape[:-1]:
-        ids = ids.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-    return route.flatten(ids)

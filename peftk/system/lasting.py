@@ -1,11 +1,17 @@
-"""Makes ordinary tensors, also inside torch.inference_mode(), for objects that outlive the call."""
+"""Makes tensors for objects that outlive the call: ordinary ones, in memory that no CUDA graph takes back."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+
+from peftk.system import streams
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -17,3 +23,33 @@ def lasting() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad():  # inference_mode(False) alone would record gradients
         yield
+
+
+def outside_pools(device: torch.device, make: Callable[[], T]) -> T:
+    """make(), which makes tensors on the device that are kept. Waits until they are complete. Not in a capture.
+
+    `torch.compile(mode="reduce-overhead")` and `max-autotune` run a graph once before they capture it, and put all that
+    the thread allocates into the graph's pool. What is still there afterwards is an error, or overwritten by replays.
+    A thread of its own allocates elsewhere.
+    """
+    stream = streams.current(device)
+    if stream is None:
+        with lasting():
+            return make()
+    made: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with lasting(), streams.using(stream):
+                made.append(make())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    stream.synchronize()
+    if failed:
+        raise failed[0]
+    return made[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -149,8 +150,8 @@ def _missing_memory(tensor: Tensor) -> str | None:
     )
 
 
-def _register_plain_tensors() -> None:
-    """Tells the C++ module how to recognise plain tensors. If torch lacks one of the functions, it recognises none."""
+def register_plain_tensors(register: Callable[[Tensor, nn.Parameter, int, int, int, int], None]) -> None:
+    """Tells a C++ module how to recognise plain tensors. If torch lacks one of the functions, it recognises none."""
     library = ctypes.CDLL(torch._C.__file__)
     stable = ("storage_size", "storage_offset", "device_type")
     names = [f"aoti_torch_get_{name}" for name in stable] + ["_ZN2at6native6is_negERKNS_6TensorE"]
@@ -160,8 +161,8 @@ def _register_plain_tensors() -> None:
         return
     with torch._C.DisableTorchFunction(), no_dispatch():  # the import may happen inside a torch mode
         tensor = torch.empty(0, device="cpu")
-    _cpu.plain_tensors(tensor, nn.Parameter(tensor, requires_grad=False), *addresses)
+    register(tensor, nn.Parameter(tensor, requires_grad=False), *addresses)
 
 
 if _cpu is not None:
-    _register_plain_tensors()
+    register_plain_tensors(_cpu.plain_tensors)

@@ -19,10 +19,14 @@ def current(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+def using(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[object]:
+    """Makes the stream, and its device, the current one."""
+    return torch.cuda.stream(stream)
+
+
 def handle(device: torch.device) -> int:
     """The current stream's handle, as launches take it and by which streams are told apart; 0 on a CPU."""
-    stream = current(device)
-    return 0 if stream is None else stream.cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def capturing(device: torch.device) -> bool:

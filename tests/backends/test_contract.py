@@ -16,7 +16,7 @@ import torch
 
 from peftk.backends import registry
 from peftk.backends.call import OPS, BackendError, Call, Kind, Op, call_of
-from peftk.backends.contract import About, Backend, Backward, Direct, Forward, Merge, MergeLayers, Sort
+from peftk.backends.contract import About, Backend, Backward, Direct, DirectMulti, Forward, Merge, MergeLayers, Sort
 from tests.support.calls import call
 from tests.support.paths import ROOT
 
@@ -25,6 +25,7 @@ PARTS = {
     "forward": Forward,
     "backward": Backward,
     "direct": Direct,
+    "direct_multi": DirectMulti,
     "merge": Merge,
     "merge_layers": MergeLayers,
     "sort": Sort,

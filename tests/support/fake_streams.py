@@ -67,6 +67,8 @@ class Device:
         monkeypatch.setattr(workspace, "_taken", [])
         monkeypatch.setattr(live_table, "needed", lambda device: True)
         monkeypatch.setattr(streams, "current", lambda device: self.stream)
+        monkeypatch.setattr(streams, "handle", lambda device: self.stream.cuda_stream)
+        monkeypatch.setattr(streams, "using", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(streams, "capturing", lambda device: self.stream.captured)
         monkeypatch.setattr(streams, "is_captured", lambda stream: stream.captured)
         monkeypatch.setattr(streams, "wait_for_device", self._wait)

@@ -14,6 +14,13 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from peftk.triton_kernels import tuned
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_another_test() -> None:
+    tuned.derived.clear()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _skip_repeated_work() -> Iterator[None]:

@@ -19,7 +19,7 @@ from bench.counted.work import Launch
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter, Wanted
 from peftk.backends import triton as backend
-from peftk.triton_kernels import config, lora_wgrad
+from peftk.triton_kernels import config, lora_wgrad, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.segments import segments
 from tests.support.counting import counting
@@ -68,8 +68,10 @@ class Tensors:
 def gpu_plans(**changes: object) -> Iterator[None]:
     """Makes the launcher and the closed form use a GPU's plans instead of the interpreter's."""
     original = config.lora_linear
+    tuned.derived.clear()
     with mock.patch.object(config, "lora_linear", lambda *args: original(*args)._replace(**changes)):
         yield
+    tuned.derived.clear()
 
 
 def assert_equal_counts(seen: list[Launch], expected: list[Launch]) -> None:

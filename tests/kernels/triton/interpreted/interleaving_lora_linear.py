@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftk.backends import triton as backend
 from peftk.launch import workspace
-from peftk.triton_kernels import config, expand, lora_linear, tickets
+from peftk.triton_kernels import config, expand, lora_linear, tickets, tuned
 from peftk.triton_kernels.segments import segments
 from tests.support.cases import normal
 from tests.support.interleaving import HangError, Outcome, Schedule, interleaved, outcome, schedules
@@ -80,6 +80,7 @@ def test_right_in_every_schedule(name: str, count: int, monkeypatch: pytest.Monk
     for schedule in schedules(count):
         stay = schedule.seed % 2  # persistent blocks, which draw tile after tile
         monkeypatch.setattr(config, "lora_linear", lambda *form, stay=stay: split(*form)._replace(per_processor=stay))
+        tuned.derived.clear()
         done = run(name, schedule)
         assert (done.verdict, len(set(done.turns)) == 4) == ("right", stay == 1), schedule
         polls += done.polls

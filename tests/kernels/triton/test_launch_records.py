@@ -1,0 +1,308 @@
+"""Records of launches: what they cost in Python, and that no call gets the record or the kernel of another form."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftk
+from peftk.adapters.adapter import Wanted, adapter_of
+from peftk.backends import choice
+from peftk.backends import triton as backend
+from peftk.backends.call import Call
+from peftk.launch import workspace
+from peftk.ops import dispatch
+from peftk.triton_kernels import config, lora_wgrad, tuned
+from peftk.triton_kernels import lora_linear as kernels
+from tests.support.cases import normal
+from tests.support.fake_streams import Device
+from tests.support.python_cost import calls
+
+pytest.importorskip("triton")
+if backend.INTERPRETED:
+    pytest.skip("needs the compiler's launcher", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+M, N, K, R = 5, 64, 128, 16
+
+
+class Compiled:
+    """Stands for a compiled kernel."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[tuple[int, ...], tuple[Any, ...], int]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, stream: self.launched.append((grid, args, stream))
+
+
+class Launcher:
+    """Stands for Triton's launcher: a kernel for each specialization, as its own code computes that."""
+
+    def __init__(self, found: Any) -> None:
+        self.arg_names, self.signature = found.arg_names, found.signature
+        self._bind = create_function_from_signature(
+            found.signature, found.params, make_backend(GPUTarget("cuda", 90, 32))
+        )
+        self.compiled: dict[str, Compiled] = {}
+        self.launched: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+
+    def specialization(self, *args: Any, **constants: Any) -> str:
+        _, specialization, options = self._bind(*args, **constants)
+        return str((specialization, options))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        return lambda *args, **constants: self._launch(grid, args, constants)
+
+    def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
+        bound, *_ = self._bind(*args, **constants)
+        self.launched.append((grid, tuple(bound.values())))
+        return self.compiled.setdefault(self.specialization(*args, **constants), Compiled())
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device(monkeypatch)
+    for module in (kernels, tuned, lora_wgrad):
+        monkeypatch.setattr(module, "target", lambda device: 90)
+    monkeypatch.setattr(tuned, "gpu", lambda device: "no GPU")
+    monkeypatch.setattr(backend, "_DEVICE", "cpu")
+    monkeypatch.setattr(choice, "choose", lambda call, forced=None: choice.Choice("triton", "", ()))
+    tuned.derived.clear()
+    choice.forget()
+    return device
+
+
+@pytest.fixture
+def launcher(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    found = Launcher(kernels.lora_linear_kernel)
+    monkeypatch.setattr(kernels, "lora_linear_kernel", found)
+    monkeypatch.setattr(kernels, "CompiledKernel", Compiled)
+    return found
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values, not at a multiple of 16 bytes."""
+    return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The same values, with more space between the rows."""
+    return torch.cat([tensor, tensor], 1)[:, : tensor.shape[1]]
+
+
+def forms() -> dict[str, Callable[[], Any]]:
+    """Calls that differ from the first one in one thing each."""
+    x, W, bias = normal(M, K, dtype=BF16, seed=1), normal(N, K, dtype=BF16, seed=2), normal(N, dtype=F32, seed=3)
+    A, B, a = normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5), normal(R, dtype=BF16, seed=6)
+    seed = torch.tensor([3])
+
+    def call(
+        x: Tensor = x, W: Tensor = W, bias: Tensor | None = bias, A: Tensor = A, B: Tensor = B, **more: Any
+    ) -> Any:
+        return backend.lora_linear(x, W, bias, adapter_of(A, B, 0.5, bias_A=more.pop("a", None)), **more)
+
+    return {
+        "first": call,
+        "more rows": lambda: call(normal(M + 1, K, dtype=BF16, seed=1)),
+        "many rows": lambda: call(normal(300, K, dtype=BF16, seed=1)),
+        "one row": lambda: call(x[:1]),
+        "x not aligned": lambda: call(shifted(x)),
+        "x with more space": lambda: call(wide(x)),
+        "x transposed": lambda: call(x.t().contiguous().t()),
+        "x fp16": lambda: call(x.half(), W.half(), bias, A.half(), B.half()),
+        "W not aligned": lambda: call(W=shifted(W)),
+        "W with more space": lambda: call(W=wide(W)),
+        "W transposed": lambda: call(W=W.t().contiguous().t()),
+        "W fp32": lambda: call(W=W.float()),
+        "less of N": lambda: call(W=W[:-8], bias=bias[:-8], B=B[:-8]),
+        "less of K": lambda: call(x[:, :-16], W[:, :-16], A=A[:, :-16]),
+        "no bias": lambda: call(bias=None),
+        "bias not aligned": lambda: call(bias=shifted(bias)),
+        "bias bf16": lambda: call(bias=bias.bfloat16()),
+        "A not aligned": lambda: call(A=shifted(A)),
+        "B not aligned": lambda: call(B=shifted(B)),
+        "B transposed": lambda: call(B=B.t().contiguous().t()),
+        "factors fp32": lambda: call(A=A.float(), B=B.float()),
+        "more ranks": lambda: call(A=torch.cat([A, A]), B=torch.cat([B, B], 1)),
+        "bias_A": lambda: call(a=a),
+        "dropout": lambda: call(dropout=peftk.adapters.dropout.dropout_from(0.25, seed)),
+        "z": lambda: call(save_z=True),
+        "over a product": lambda: call(bias=None, base=torch.zeros(M, N, dtype=BF16)),
+        "no adapter": lambda: backend.lora_linear(x, W, bias, None),
+        "no W": lambda: backend.lora_linear(x, None, None, adapter_of(A, A.t().contiguous(), 0.5)),
+        "dX": lambda: kernels.backward(
+            normal(M, N, dtype=BF16, seed=7), W, K, backend._one_adapter(adapter_of(A, B, 0.5))[0], None, None
+        ),
+        "field": lambda: in_field(call),
+    }
+
+
+def in_field(call: Callable[[], Any]) -> None:
+    with peftk.precision("field"):
+        call()
+
+
+def test_a_kernel_is_launched_again_only_for_its_own_specialization(launcher: Launcher) -> None:
+    """Every form twice, in an order in which each follows every other."""
+    found = forms()
+    for run in found.values():
+        run()  # makes the records, with Triton's launcher
+    assert len(launcher.compiled) >= 20
+    made = len(launcher.launched)
+    for run in [run for pair in itertools.product(found.values(), repeat=2) for run in pair]:
+        run()
+    assert len(launcher.launched) == made  # no more were needed
+    for specialization, compiled in launcher.compiled.items():
+        assert compiled.launched
+        for _, args, _ in compiled.launched:
+            assert launcher.specialization(*args).startswith(specialization[: specialization.rindex("], {") + 1])
+
+
+def test_a_kept_kernel_gets_what_the_launcher_would_give_it(launcher: Launcher, gpu: Device) -> None:
+    run = forms()["first"]
+    run()
+    run()
+    [(grid, given)], [compiled] = launcher.launched, launcher.compiled.values()
+    [(same_grid, args, stream)] = compiled.launched
+    assert same_grid == (*grid, 1, 1)
+    assert stream == gpu.stream.cuda_stream
+    assert len(args) == len(given)
+    for name, one, other in zip(launcher.arg_names, args, given, strict=True):
+        if isinstance(one, Tensor):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+        else:
+            assert one == other, name
+
+
+def test_plans_and_devices_are_not_mixed_up(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = forms()["first"]
+    run()
+    run()
+    assert len(launcher.launched) == 1
+    chosen = config.lora_linear
+    monkeypatch.setattr(config, "lora_linear", lambda *args: chosen(*args)._replace(BLOCK_N=16))
+    tuned.forget_loaded()  # as `peftk tune` does
+    run()
+    assert len(launcher.launched) == 2
+    assert launcher.launched[1][0] != launcher.launched[0][0]
+    for name, value in (("target", lambda device: 100), ("processors", lambda device: 7)):
+        monkeypatch.setattr(kernels if name == "target" else workspace, name, value)
+        run()
+    assert len(launcher.launched) == 4
+
+
+def test_records_are_not_kept_without_end(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_MOST_RECORDS", 3)
+    W = normal(N, K, dtype=BF16, seed=2)
+    for rows in range(1, 20):
+        backend.lora_linear(normal(rows, K, dtype=BF16, seed=1), W, None, None)
+        assert len(tuned.derived) <= 3
+
+
+def direct(x: Any, W: Any, bias: Any, A: Any, B: Any, a: Any = None, b: Any = None) -> Tensor | None:
+    return backend.direct_lora_linear(x, W, bias, A, B, 0.5, "gelu", a, b, 0)
+
+
+def test_a_direct_call_launches_what_the_ordinary_one_does(launcher: Launcher) -> None:
+    x, W, bias = normal(6, K, dtype=BF16, seed=1), normal(N, K, dtype=BF16, seed=2), normal(N, dtype=F32, seed=3)
+    A, B = normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5)
+    a, b = normal(R, dtype=BF16, seed=6), normal(N, dtype=BF16, seed=7)
+    cases = [
+        (A, B, a, b),
+        (A, B, None, None),
+        (None, None, None, None),
+        (shifted(A), B, None, b),
+        (A, wide(B), a, None),
+    ]
+    for adapter, rows in itertools.product(cases, (x, x.view(2, 3, K), wide(x))):
+        tuned.derived.clear()
+        y = direct(rows, W, bias, *adapter)
+        assert y is not None
+        grid, one = launcher.launched[-1]
+        tuned.derived.clear()
+        ordinary = adapter_of(*adapter[:2], 0.5, activation="gelu", bias_A=adapter[2], bias_B=adapter[3])
+        expected, _ = backend.lora_linear(rows.reshape(-1, K), W, bias, ordinary)
+        same_grid, other = launcher.launched[-1]
+        assert (y.numel(), y.dtype, grid) == (expected.numel(), expected.dtype, same_grid)
+        for name, value, same in zip(launcher.arg_names, one, other, strict=True):
+            if isinstance(value, Tensor):
+                assert (value.shape, value.stride()) == (same.shape, same.stride()), name
+            else:
+                assert value == same, name
+    assert direct(x.view(2, 3, K), W, bias, A, B).shape == (2, 3, N)  # type: ignore[union-attr]
+
+
+def test_what_a_direct_call_leaves_to_the_ordinary_way(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, bias = normal(M, K, dtype=BF16, seed=1), normal(N, K, dtype=BF16, seed=2), normal(N, dtype=F32, seed=3)
+    A, B, a = normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5), normal(2 * R, dtype=BF16, seed=6)
+    assert direct(x, W, bias, A, B) is not None
+    for bad in (
+        (x, W, bias, A.t().contiguous().t(), B),
+        (x, W, bias, A, B, a[::2]),
+        (x, W, torch.stack([bias, bias], 1)[:, 0], A, B),
+        (x, W, bias, A, None),
+        (x, W, bias, A[:, :-1], B),
+        (x, W, bias, A.float(), B),
+        (x, W, bias[1:], A, B),
+        (x[:, :-1], W, bias, A, B),
+        (x.int(), W, bias, A, B),
+        (x.to_sparse(), W, bias, A, B),
+        (x, W, bias, None, None, None, bias.bfloat16()),
+        (x, None, bias, A, B),
+        (x, W, bias, A.to("meta"), B),
+    ):
+        assert direct(*bad) is None
+    asked: list[Call] = []
+    name = "gemm"
+    monkeypatch.setattr(choice, "choose", lambda call: asked.append(call) or choice.Choice(name, "", ()))
+    assert direct(x, W, bias, A, B) is not None  # remembered
+    choice.forget()  # as `peftk tune` does
+    assert direct(x, W, bias, A, B) is None
+    name = "triton"
+    assert direct(x, W, bias, A, B) is None
+    monkeypatch.setenv("PEFTK_BACKEND", "triton")  # another choice
+    assert direct(x, W, bias, A, B) is not None
+    call = asked[-1]
+    assert (call.M, call.N, call.K, call.rank, call.adapters, call.aligned) == (M, N, K, R, 1, True)
+    assert (call.x_dtype, call.weight_dtype, call.adapter_dtype, call.device) == (BF16, BF16, BF16, "cpu")
+    assert direct(x, shifted(W), bias, A, B) is not None
+    assert not asked[-1].aligned
+
+
+def test_the_cost_of_a_call(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Function calls of Python and of C, up to the call of the compiled kernel."""
+    layer = peftk.LoRALinear.from_linear(nn.Linear(K, N).to(BF16), r=R, adapter_dtype=BF16).eval()
+    x = normal(M, K, dtype=BF16, seed=1)
+    monkeypatch.setattr(dispatch, "_direct", lambda device: (backend,))
+    adapter = adapter_of(layer.lora_A, layer.lora_B, 0.5)
+    with torch.inference_mode():
+        for run, python, c in (
+            (lambda: layer(x), 53, 52),
+            (lambda: backend.lora_linear(x, layer.weight, layer.bias, adapter), 54, 41),
+        ):
+            cost = calls(run)
+            of_c = sum(count for name, count in cost.items() if name.startswith("C "))
+            assert cost.total() - of_c <= python, cost
+            assert of_c <= c, cost
+    assert all(compiled.launched for compiled in launcher.compiled.values())
+
+
+def test_gradients_are_planned_once_for_a_table(gpu: Device) -> None:
+    bank = peftk.AdapterBank(K, N, 2, BF16, "cpu")
+    bank.add("a", normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5), 1.0)
+    table, x = bank.table(), normal(M, K, dtype=BF16, seed=1)
+    assert table is not None
+    one = backend._plan(table, None, N, x)
+    assert backend._plan(table, None, N, x) is one
+    assert backend._plan(table, [Wanted(True, False, False, False)] * 2, N, x) is not one
+    assert backend._table_adapters(table) is backend._table_adapters(table)
