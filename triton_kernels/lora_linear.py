@@ -81,6 +81,8 @@ def lora_linear_kernel(
     shrink_arrivals = counters + READY + row_blocks
     expand_arrivals = shrink_arrivals + shrink_tiles
     tile = draw_ticket(counters) if ONCE else tl.program_id(0)
+    if PART == "expand":
+        tile += shrink_tiles
     while tile < shrink_tiles + expand_tiles:
         if tile < shrink_tiles if ONCE else PART == "shrink":  # known when a part is compiled
             complete = shrink_tile(
@@ -241,12 +243,15 @@ def _launch(
     one, many = adapters.sources()
     read = (x, weight, bias, y, z, pre, seed if dropout_p else None, *_segment_tensors(segments))
     read += many[:5] if many else (None,) * 5
-    record = _record((
+    form: tuple[Any, ...] = (
         M, N, K, x.dtype, x.stride(), *((None, None) if weight is None else (weight.dtype, weight.stride())),
         None if bias is None else bias.dtype, adapters[1:], many and many[5:], backward, dropout_p > 0.0,
         base is not None, field_dtype(x.dtype), plan, device, target(device), workspace.processors(device),
         tuple([None if tensor is None else tensor.data_ptr() % 16 == 0 for tensor in read]),
-    ))  # fmt: skip
+    )  # fmt: skip
+    record = _record(form)
+    if record.plan.overlap and streams.capturing(device):  # a driver before CUDA 12.3 has no such edges in a graph
+        record = _record(_Form(*form)._replace(plan=record.plan._replace(overlap=False)))
     # z stands for sums that nothing writes
     partials = torch.empty(record.partials, dtype=torch.float32, device=device) if record.partials else z
     expand_partials = partials[record.expand_partials :] if record.expand_partials else partials
@@ -259,7 +264,7 @@ def _launch(
                 *one, many.slice_count if many else 1, many.adapters if many else 1,
                 M, N, K, *x.stride(), *product.strides,
                 0 if pre is None else pre.stride(0), adapters.z_width // PAGE.value,
-                launch.shrink_tiles, launch.expand_tiles, record.plan.shrink_splits, record.plan.expand_splits,
+                record.shrink_tiles, record.expand_tiles, record.plan.shrink_splits, record.plan.expand_splits,
                 int(dense), *philox.arguments(dropout_p),
             )  # fmt: skip
     return y
@@ -293,6 +298,8 @@ class _Record(NamedTuple):
     """What calls of one form share: the plan, the memory and the launches."""
 
     plan: config.Plan
+    shrink_tiles: int
+    expand_tiles: int
     counters: int
     partials: int
     expand_partials: int  # where those of the expand tiles begin
@@ -341,11 +348,14 @@ def _new_record(form: _Form) -> _Record:
     expand_tiles = row_blocks * triton.cdiv(form.N, plan.BLOCK_N) * plan.expand_splits
     expand_partials = shrink_tiles * (plan.SHRINK_M * plan.SHRINK_R if plan.shrink_splits > 1 else 0)
     expand_part = plan.BLOCK_M * plan.BLOCK_N if plan.expand_splits > 1 else 0
+    # counters of arrivals, by tile: those of the shrink first
+    arrivals = shrink_tiles if plan.shrink_splits > 1 or plan.expand_splits > 1 else 0
+    arrivals += expand_tiles // plan.expand_splits if plan.expand_splits > 1 else 0
     tiles = shrink_tiles + expand_tiles
     grid = min(tiles, plan.per_processor * form.processors) if plan.per_processor else tiles
-    launches = [("both", grid, shrink_tiles, expand_tiles)]
+    launches = [("both", grid)]
     if not plan.once:
-        launches = [("shrink", shrink_tiles, shrink_tiles, 0), ("expand", expand_tiles, 0, expand_tiles)]
+        launches = [("shrink", shrink_tiles), ("expand", expand_tiles)]
         launches = [launch for launch in launches if launch[1]]
     overlap = plan.overlap and len(launches) == 2
     constants = {
@@ -357,18 +367,18 @@ def _new_record(form: _Form) -> _Record:
     }  # fmt: skip
     return _Record(
         plan,
-        READY.value + row_blocks + tiles,
+        shrink_tiles,
+        expand_tiles,
+        READY.value + row_blocks + arrivals,
         expand_partials + expand_tiles * expand_part,
         expand_partials,
         tuple(
             _Launch(
                 blocks,
-                shrinks,
-                expands,
                 {**constants, "PART": part, **plan.compiled(part)},
                 config.launch_options(form.target, part, overlap),
             )
-            for part, blocks, shrinks, expands in launches
+            for part, blocks in launches
         ),
     )
 
@@ -380,10 +390,8 @@ class _Launch:
     They are those of the form, so its answer is kept, and launched as `triton.compile`'s result is.
     """
 
-    def __init__(
-        self, blocks: int, shrink_tiles: int, expand_tiles: int, constants: dict[str, Any], options: dict[str, Any]
-    ) -> None:
-        self.blocks, self.shrink_tiles, self.expand_tiles = blocks, shrink_tiles, expand_tiles
+    def __init__(self, blocks: int, constants: dict[str, Any], options: dict[str, Any]) -> None:
+        self.blocks = blocks
         self._constants, self._options = constants, options
         self._compiled: CompiledKernel | None = None
         self._in_order: tuple[Any, ...] = ()  # the constants as positional arguments

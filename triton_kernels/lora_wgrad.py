@@ -84,7 +84,7 @@ def wgrad_kernel(
             from_n = tl.multiple_of(tl.load(at_slice), PACKED)
             z += tl.load(at_slice + 1) * PAGE
             u += tl.load(at_slice + 1) * PAGE
-            dy += from_n * stride_yn
+            dy += from_n.to(tl.int64) * stride_yn
             N = tl.load(at_slice + 2) - from_n
             if (column - blocks_A) * BLOCK_C >= N:
                 return

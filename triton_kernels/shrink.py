@@ -52,11 +52,12 @@ def shrink_tile(
         if BACKWARD:
             from_k = tl.multiple_of(tl.load(slices + slice * 2), PACKED)
             to_k = tl.load(slices + slice * 2 + 2)
+            x += from_k.to(tl.int64) * stride_xk
     r = first + tl.arange(0, BLOCK_R)
     per_split = tl.cdiv(tl.cdiv(to_k - from_k, splits), BLOCK_K) * BLOCK_K
     k_from = tl.minimum(split * per_split, to_k - from_k)
     k_to = tl.minimum(k_from + per_split, to_k - from_k)
-    x_row = x + row * stride_xm + from_k * stride_xk
+    x_row = x + row * stride_xm
 
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if MANY:

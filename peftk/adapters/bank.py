@@ -408,6 +408,8 @@ class AdapterBank:
     @lasting()
     def _renew_live(self) -> None:
         """Makes a live table of the bank's adapters, for which they have to be in place, if its device needs one."""
+        if self.live is not None and self._live_numbers is not None:
+            self.pool.give_back([], (self._live_numbers, *self.live.tensors()))
         self._live_numbers, self.live = None, None
         if not live_table.needed(self.device):
             return
@@ -672,6 +674,8 @@ class PackedBank:
             first, orders = self.banks[0], [bank.order for bank in self.banks]
             if any(order.busy() for order in orders):
                 raise RuntimeError("bank: expected packed banks to be used once before a CUDA graph captures them")
+            if self._live is not None:
+                first.pool.give_back([], self._live.tensors())
             shapes = [bank.shape for bank in self.banks]
             with contextlib.ExitStack() as writing:
                 for order in orders:

@@ -112,6 +112,11 @@ class LiveTable:
             overwritten=self.overwritten,
         )
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that launches read."""
+        tensors = (self.rows, self.pages, self.scaling, self.biases)
+        return tensors if self.ends is None else (*tensors, self.ends)
+
     def is_valid(self, overwritten: int) -> bool:
         """Whether a table that was made when `overwritten` had this value is still right; the current stream reads."""
         for order in self.orders:

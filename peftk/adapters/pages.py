@@ -49,12 +49,11 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """Allocates `count` pages and returns their numbers; grows the pool if not enough are free.
 
-        Inside `order.write()`: the current stream writes them.
+        Inside `order.write()`, where the current stream, which writes them, waits for all launches that may read them.
         """
         self.recycle()
         for number, retired in enumerate(self._retired):
             if len(self.free) < count and retired.pages:
-                self._wait_for(retired)
                 self.free.extend(retired.pages)
                 self._retired[number] = retired._replace(pages=[])
         while len(self.free) < count:
@@ -64,12 +63,6 @@ class PagePool:
             self.chunks.append((A, B))
             self.free.extend(range(first + _CHUNK_PAGES - 1, first - 1, -1))
         return [self.free.pop() for _ in range(count)]
-
-    def _wait_for(self, retired: _Retired) -> None:
-        stream = streams.current(self.device)
-        if stream is not None:
-            for event in retired.fence:
-                stream.wait_event(event)
 
     def give_back(self, pages: list[int], tensors: Sequence[Tensor] = ()) -> None:
         """Frees pages, and tensors that belong to the same adapter, as soon as no launch reads them.

@@ -135,7 +135,8 @@ def direct_lora_linear(
         return None
     adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
     try:
-        return _cuda.direct_lora_linear(x, weight, bias, *adapter, _is_chosen, *around)
+        with workspace.launching(x.device, around[2]):
+            return _cuda.direct_lora_linear(x, weight, bias, *adapter, _is_chosen, *around)
     except BaseException:
         workspace.forget(x.device)
         raise
@@ -149,9 +150,10 @@ def direct_multi_lora_linear(
     if around is None or table.dtype not in DTYPES:
         return None
     try:
-        return _cuda.direct_multi_lora_linear(
-            x, weight, bias, ids, _table_adapters(table), _about(table), _is_chosen, *around
-        )
+        with workspace.launching(x.device, around[2]):
+            return _cuda.direct_multi_lora_linear(
+                x, weight, bias, ids, _table_adapters(table), _about(table), _is_chosen, *around
+            )
     except BaseException:
         workspace.forget(x.device)
         raise

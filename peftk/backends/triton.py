@@ -26,7 +26,7 @@ from peftk.backends.call import LORA_LINEAR, Call
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs, Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
-from peftk.system import storage
+from peftk.system import storage, streams
 from peftk.system.lasting import outside_pools
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
@@ -220,7 +220,7 @@ def lora_linear(
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`peftk.reference.lora_linear.lora_linear` in one launch, or two where a tuned plan says so.
+    """`peftk.reference.lora_linear.lora_linear` in one launch, or two where the plan says so.
 
     The adapter's addresses are kernel arguments.
 
@@ -271,7 +271,7 @@ def lora_linear_backward(
     wanted: Wanted = ALL,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """`peftk.reference.lora_linear.lora_linear_backward` in two launches: dX and u, then the adapter's gradients.
+    """`peftk.reference.lora_linear.lora_linear_backward`: dX and u in one launch or two, then the adapter's gradients in one.
 
     base: dX [M, K], contiguous, if dY W is already computed: the adapter's part is added to it in place.
     """
@@ -304,7 +304,7 @@ def multi_lora_linear_backward(
     wanted: Sequence[Wanted] | None = None,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, list[AdapterGrads | None]]:
-    """`peftk.reference.lora_linear.multi_lora_linear_backward` in two launches: dX and u, then all adapters' gradients.
+    """`peftk.reference.lora_linear.multi_lora_linear_backward`: dX and u, then all adapters' gradients, a launch each.
 
     base: see `lora_linear_backward`.
     """
@@ -337,7 +337,13 @@ def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tenso
         columns = table.columns or (0, N)
         plans[key] = outside_pools(x.device, lambda: gradients.plan(ranks, all_wanted, columns, x.dtype, x.device))
     plan: gradients.Plan = plans[key]
+    if streams.capturing(x.device):
+        _plans_of_graphs[id(plan)] = plan
     return plan
+
+
+# Kept for the life of the process: nothing tells when a graph that reads them is replayed last.
+_plans_of_graphs: dict[int, gradients.Plan] = {}
 
 
 def _wanted_and_present(adapter: Adapter, wanted: Wanted) -> Wanted:

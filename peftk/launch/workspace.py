@@ -23,6 +23,7 @@ _SLAB = 1 << 18  # counters reserved for launches captured in CUDA graphs: 1 MiB
 _LEAST = 1024  # counters of a stream, or of a stream of a capture; more if a launch needs more
 
 _lock = threading.RLock()
+_launching: dict[tuple[torch.device, int], threading.RLock] = {}
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _of_capture: dict[tuple[torch.device, int, int], Tensor] = {}  # by capture and stream
 _slabs: dict[torch.device, Tensor] = {}  # what is left for captures
@@ -46,24 +47,36 @@ class counters:
     captures from one stream run one after the other, so they share counters, which no other graph has; they are from a
     slab that calls outside of captures make. Raises RuntimeError if that is used up.
 
+    Inside, no other thread launches anything with counters on this stream: two launches that may overlap follow each
+    other directly.
+
         with counters(device, count) as tensor:
     """
 
-    __slots__ = ("_count", "_device")
+    __slots__ = ("_count", "_device", "_launching")
 
     def __init__(self, device: torch.device, count: int) -> None:
         self._device, self._count = device, count
+        self._launching = launching(device, streams.handle(device))
 
     def __enter__(self) -> Tensor:
+        self._launching.acquire()
         try:
             return _counters(self._device, self._count)
         except BaseException:
+            self._launching.release()
             forget(self._device)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._launching.release()
         if kind is not None:
             forget(self._device)
+
+
+def launching(device: torch.device, stream: int) -> threading.RLock:
+    """Held by the thread that launches with the counters of a stream, which has this handle."""
+    return _launching.get((device, stream)) or _launching.setdefault((device, stream), threading.RLock())
 
 
 def of_stream(device: torch.device, stream: int) -> Tensor | None:
@@ -89,7 +102,7 @@ def all_counters() -> Iterator[Tensor]:
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
-    found, slab = of_stream(device, streams.handle(device)), _slabs.get(device)
+    found, slab = _of_stream.get((device, streams.handle(device))), _slabs.get(device)
     enough = found is not None and found.numel() >= count and (slab is None or slab.numel() >= _SLAB // 2)
     if enough and not streams.capturing(device):
         return found

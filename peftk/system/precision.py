@@ -35,8 +35,7 @@ class precision:
     and fp16 overflows where |s · v| exceeds 65,504. The same holds for dX and the gradients. Products of a batch of
     many adapters that are computed without tensor cores stay exact, and so do fp32 calls, and all other backends.
 
-    Compiled models and CUDA graphs keep what was set when they were compiled or captured. Raises ValueError for any
-    other name.
+    A CUDA graph keeps what was set when it was captured. Raises ValueError for any other name.
 
         with peftk.precision("field"):
             y = layer(x)

@@ -31,7 +31,12 @@ def handle(device: torch.device) -> int:
 
 def capturing(device: torch.device) -> bool:
     """Whether operations on the device are being captured into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch._C._cuda_getDevice()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def is_captured(stream: torch.cuda.Stream) -> bool:

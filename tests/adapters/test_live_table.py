@@ -9,6 +9,7 @@ import copy
 import ctypes
 import gc
 import pathlib
+import weakref
 from typing import Any
 
 import pytest
@@ -385,6 +386,35 @@ def test_biases_live_as_long_as_launches_may_read_them(gpu: Device) -> None:
     reading.done = reading.given
     made.add("c", *factors(1), 1.0)
     assert not made.pool._retired
+
+
+def test_a_table_that_was_replaced_lives_as_long_as_launches_may_read_it(gpu: Device) -> None:
+    made, reading = AdapterBank(K, N, 4, torch.float32, "cpu"), Stream()
+    made.add("a", *factors(4), 1.0)
+    with gpu.on(reading):
+        old = weakref.ref(made.table().pages)
+        reading.launch()
+    made.add("b", *factors(40), 1.0)  # of more pages than the table has room for
+    made.table()
+    gc.collect()
+    assert old() is not None
+    reading.done = reading.given
+    made.add("c", *factors(1), 1.0)
+    gc.collect()
+    assert old() is None
+
+
+def test_who_uses_a_table_again_reads_too(gpu: Device) -> None:
+    """A layer that keeps a table asks only whether it is still valid."""
+    made = bank()
+    made.add("a", *factors(4), 1.0)
+    kept = made.table()
+    with gpu.on(Stream()) as reading:
+        assert kept.live.is_valid(kept.overwritten)
+        reading.launch()
+    with gpu.on(Stream()) as loading:
+        made.add("b", *factors(4), 1.0)
+        assert loading.waits_for(reading)
 
 
 def test_the_host_waits_for_replays_before_it_writes(gpu: Device) -> None:

@@ -164,3 +164,40 @@ def test_the_drivers_function_has_the_arguments_that_we_pass() -> None:
         "size_t *",
     ]
     assert re.search(r"CU_STREAM_CAPTURE_STATUS_ACTIVE *= 1,", header)
+
+
+def test_launches_of_a_call_follow_each_other(gpu: Device) -> None:
+    """Another thread launches on the stream before or after all of them; on another stream at any time."""
+    order: list[str] = []
+    inside, others = gpu.stream, Stream()
+
+    def launch(name: str, stream: Stream) -> threading.Thread:
+        def run() -> None:
+            with workspace.launching(CPU, stream.cuda_stream):
+                order.append(name)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    with workspace.counters(CPU, 4):
+        waiting = launch("same stream", inside)
+        launch("another stream", others).join(timeout=10)
+        waiting.join(timeout=0.05)
+        order.append("end")
+    waiting.join(timeout=10)
+    assert order == ["another stream", "end", "same stream"]
+
+
+def test_a_launch_that_fails_lets_others_launch(gpu: Device) -> None:
+    with pytest.raises(ZeroDivisionError), workspace.counters(CPU, 4):
+        raise ZeroDivisionError
+    assert workspace.launching(CPU, gpu.stream.cuda_stream).acquire(blocking=False)
+    thread_got: list[bool] = []
+    workspace.launching(CPU, gpu.stream.cuda_stream).release()
+    thread = threading.Thread(
+        target=lambda: thread_got.append(workspace.launching(CPU, gpu.stream.cuda_stream).acquire(timeout=5))
+    )
+    thread.start()
+    thread.join()
+    assert thread_got == [True]

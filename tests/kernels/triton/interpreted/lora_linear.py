@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from peftk.adapters import table
 from peftk.adapters.activations import CODES
@@ -19,6 +20,7 @@ from peftk.backends import triton as backend
 from peftk.reference import philox
 from peftk.tools.selftest.plans import override_plan
 from peftk.triton_kernels import config
+from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
 from peftk.triton_kernels.philox import keep_mask
 from tests.support import numerics
@@ -65,6 +67,26 @@ def test_v_keeps_all_its_bits(factors: torch.dtype) -> None:
 def test_random_in_two_launches(seed: int) -> None:
     with override_plan(once=False):
         check(random_case(seed, max_rows=40, max_width=80))
+
+
+def test_two_launches_count_arrivals_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may run at the same time, so no counter may belong to both."""
+    launches: list[set[int]] = []
+    run, add = kernels._Launch.run, InterpreterBuilder.create_atomic_rmw
+
+    def counted(builder: InterpreterBuilder, op: object, pointers: TensorHandle, *rest: object) -> object:
+        launches[-1].update(pointers.data.flatten().tolist())
+        return add(builder, op, pointers, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
+    monkeypatch.setattr(kernels._Launch, "run", lambda *arguments: (launches.append(set()), run(*arguments)))
+    case = make(MIXES[0], (adapter(20, 300, 40, F32, "identity", 3),), None, 19, 300, 40)
+    with override_plan(once=False, shrink_splits=3, expand_splits=2):
+        check(case)
+    shrink, expand = launches
+    assert shrink
+    assert expand
+    assert not shrink & expand
 
 
 @pytest.mark.parametrize("seed", spread(range(1000, 1120), default=0, full=15))
