@@ -271,7 +271,7 @@ def lora_linear_backward(
     wanted: Wanted = ALL,
     base: Tensor | None = None,
 ) -> tuple[Tensor | None, AdapterGrads]:
-    """`peftk.reference.lora_linear.lora_linear_backward`: dX and u in one launch or two, then the adapter's gradients in one.
+    """`peftk.reference.lora_linear.lora_linear_backward`: dX and u, then the adapter's gradients, a launch each.
 
     base: dX [M, K], contiguous, if dY W is already computed: the adapter's part is added to it in place.
     """
