@@ -103,8 +103,8 @@ def _counters(device: torch.device, count: int) -> Tensor:
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
     found, slab = _of_stream.get((device, streams.handle(device))), _slabs.get(device)
-    enough = found is not None and found.numel() >= count and (slab is None or slab.numel() >= _SLAB // 2)
-    if enough and not streams.capturing(device):
+    reserved = slab is None or slab.numel() >= _SLAB // 2
+    if found is not None and found.numel() >= count and reserved and not streams.capturing(device):
         return found
     with _lock, lasting():
         stream = streams.current(device)

@@ -159,7 +159,7 @@ def _multi_adapter(
         if not recording:
             checks.ids_in_bank(flat, adapters, max(len(bank.columns) - 1, 1))
         return composed.multi_lora_linear(x, weight, bias, bank, flat, dropout=dropout, backend=backend)
-    if serves:
+    if serves and not isinstance(bank, AdapterTable):
         return custom_ops.bank_lora_linear(x, weight, bias, bank.handle, ids, *p_and_seed, backend)
     if table is None:
         packed = (*pack(bank.adapters), bank.columns, route.flat_ids(ids, x))

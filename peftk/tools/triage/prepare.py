@@ -67,8 +67,9 @@ def compiling_only() -> Iterator[None]:
 
     run = JITFunction.run
 
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(kernel, *args, grid=grid, warmup=True, **options)
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Returns no kernel: a launcher would keep it, and launch it the next time."""
+        run(kernel, *args, grid=grid, warmup=True, **options)
 
     JITFunction.run = compile_only
     try:

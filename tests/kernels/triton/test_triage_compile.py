@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from peftk.adapters.adapter import adapter_of
 from peftk.backends import triton
@@ -44,3 +45,13 @@ def test_a_launch_is_compiled_once_and_not_launched(tmp_path: Path, monkeypatch:
         assert len(compiled_kernels(tmp_path)) == 1
     with pytest.raises(AttributeError):  # a launch, which the driver of no GPU has nothing for
         call()
+
+
+def test_a_launcher_gets_no_kernel_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would launch a kept kernel itself the next time."""
+    warmups: list[bool] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *, grid, warmup: warmups.append(warmup) or "a kernel")
+    with compiling_only():
+        assert kernels.lora_linear_kernel[(1,)]() is None
+    assert kernels.lora_linear_kernel[(1,)]() == "a kernel"
+    assert warmups == [True, False]
