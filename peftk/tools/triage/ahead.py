@@ -54,7 +54,7 @@ def main(target: int, out: Path) -> None:
 
 def save(cache: Path, target: int, out: Path) -> dict[str, Any]:
     """Writes the kernels of Triton's cache, and the manifest. Raises ValueError if they are too large."""
-    kernels = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for binary in sorted(compiled_kernels(cache)):
         parts = _parts(binary.parent, binary.stem)
         size = sum(part.stat().st_size for part in parts)

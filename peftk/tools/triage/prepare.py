@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -89,7 +90,7 @@ def share_of(groups: Iterable[Group], target: Target, share: int, shares: int) -
 @contextlib.contextmanager
 def once() -> Iterator[None]:
     """Inside, checks make each kind of call once, compare nothing and time nothing."""
-    replacements = {
+    replacements: dict[Any, dict[str, Any]] = {
         behaviour: {"capture_graph": _rerun, "streams": lambda count: [contextlib.nullcontext] * count},
         correctness: {"RUNS": 1},
         timing: {"cuda_events": lambda: None, "measure": lambda *_, **__: [], "interleave": lambda *_, **__: {}},

@@ -1,9 +1,8 @@
 """A stand-in for a GPU, on which every launch of a Triton kernel is compiled for it and not run.
 
-Tensors on it have shapes, strides, dtypes and addresses, and no values. So the triage's own checks can run, with the
-arguments of their launches, where no GPU is: what Triton compiles, and its key for it, are those of the same launch on
-the GPU. A value that the host asks for is 0, no two
-tensors are equal, a mask selects nothing, and `all` is true.
+Tensors on it have shapes, strides, dtypes and addresses, and no values. So the triage's own checks can run where no GPU
+is, with the arguments of their launches: what Triton compiles, and its key for it, are those of the same launch on the
+GPU. A value that the host asks for is 0, no two tensors are equal, a mask selects nothing, and `all` is true.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -34,7 +34,7 @@ from peftk.system import storage
 
 _WARP = 32
 _ADDRESS = 1 << 40  # of all memory: torch's allocator gives addresses that are multiples of 512
-_ANSWERS: dict[Any, Callable[[Tensor], Any]] = {
+_ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._local_scalar_dense.default: lambda tensor: 0,
     torch.ops.aten.equal.default: lambda *_: False,
     torch.ops.aten.nonzero.default: lambda tensor: tensor.new_empty(0, tensor.dim(), dtype=torch.int64),
@@ -64,6 +64,7 @@ def gpu(capability: int) -> Iterator[None]:
         for module in (dispatch, layer_calls, functional):
             enter(mock.patch.object(module, "is_recording", return_value=False))
         enter(mock.patch.object(storage, "reason", return_value=None))
+        enter(mock.patch.object(fake_tensor, "init_gpu_context"))  # there is none
         enter(mock.patch.object(FakeTensor, "data_ptr", _address))
         enter(mock.patch.object(torch.autograd, "grad", _gradients))
         enter(_Tensors(allow_non_fake_inputs=True))
@@ -72,7 +73,7 @@ def gpu(capability: int) -> Iterator[None]:
 
 
 class _Tensors(FakeTensorMode):
-    avoid_device_init = True  # type: ignore[assignment]  # whatever torch.cuda says
+    avoid_device_init = True  # whatever torch.cuda says
 
 
 class _Values(TorchDispatchMode):
@@ -130,7 +131,7 @@ def _cuda(capability: int) -> dict[str, Any]:
 
 
 def _address(tensor: Tensor) -> int:
-    return _ADDRESS + tensor.storage_offset() * tensor.itemsize if tensor.numel() else 0
+    return _ADDRESS + int(tensor.storage_offset()) * tensor.itemsize if tensor.numel() else 0
 
 
 def _gradients(y: Tensor, leaves: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
