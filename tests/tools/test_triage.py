@@ -20,6 +20,7 @@ from rich.console import Console
 from triton import knobs
 from triton.runtime.cache import FileCacheManager
 
+from peftk import cli
 from peftk.backends import choice
 from peftk.cli import main
 from peftk.tools import selftest, triage
@@ -313,6 +314,33 @@ def test_kernels_that_do_not_fit_are_named_and_not_used(
     ahead.use(kernels, shown)
     assert re.search(why, shown.export_text())
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_uses_kernels_before_the_groups_run(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    Recorder(out, monkeypatch, dict.fromkeys(GROUPS, "passed"))
+    monkeypatch.setattr(cli, "_require_device", lambda device: None)
+    monkeypatch.setattr(prepare, "capability", lambda: 90)
+    monkeypatch.setattr(knobs.cache, "dir", str(cache))
+    arguments = ["selftest", "--device", "cuda", "--triage", "--out", str(out), "--kernels", str(kernels)]
+    result = CliRunner().invoke(main, arguments)
+    assert "2 kernels from" in result.output
+    assert "2 kernels from" in (out / "report.txt").read_text()
+    assert {folder.name for folder in cache.iterdir()} == {KEY, OTHER}
+
+
+def test_the_triage_goes_on_when_the_gpu_cannot_be_asked(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> int:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(prepare, "capability", broken)
+    shown = console()
+    ahead.use(kernels, shown)
+    assert "RuntimeError: no driver; the kernels compiled ahead are not used" in shown.export_text()
 
 
 def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:

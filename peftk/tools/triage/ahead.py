@@ -78,8 +78,9 @@ def use(folder: Path, console: Console) -> None:
 
     try:
         count = install(folder, prepare.capability(), Path(knobs.cache.dir))
-    except ValueError as reason:
-        console.print(f"[yellow]{escape(str(reason))}: these kernels are not used[/]", highlight=False)
+    except Exception as reason:  # whatever is broken here, the groups shall run
+        words = str(reason) if isinstance(reason, ValueError) else f"{type(reason).__name__}: {reason}"
+        console.print(f"[yellow]{escape(words)}; the kernels compiled ahead are not used[/]", highlight=False)
     else:
         console.print(f"{count} kernels from {escape(str(folder))}", highlight=False)
 
