@@ -358,10 +358,13 @@ def test_too_many_bytes_are_not_saved(kernels: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "large").exists()
 
 
-def test_ahead_does_not_write_into_a_folder_that_is_in_use(kernels: Path) -> None:
-    result = CliRunner().invoke(ahead.main, ["--target", "90", "--out", str(kernels)])
+@pytest.mark.parametrize(
+    ("target", "said"), [("90", "expected a new or empty folder"), ("75", "75 is not in the range")]
+)
+def test_ahead_refuses_a_folder_in_use_and_an_old_gpu(kernels: Path, target: str, said: str) -> None:
+    result = CliRunner().invoke(ahead.main, ["--target", target, "--out", str(kernels)])
     assert result.exit_code == 2
-    assert "expected a new or empty folder" in result.output
+    assert said in result.output
 
 
 def test_a_group_says_what_it_compiled(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _MANIFEST = "manifest.json"
 
 
 @click.command()
-@click.option("--target", type=int, required=True, help="Compute capability of the GPU, 90 for 9.0.")
+@click.option("--target", type=click.IntRange(80), required=True, help="Compute capability of the GPU, 90 for 9.0.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="A new or empty folder.")
 def main(target: int, out: Path) -> None:
     """Compiles the Triton kernels of `peftk selftest --triage` for a GPU that is not here."""
