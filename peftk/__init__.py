@@ -29,6 +29,7 @@ from peftk.models.combine import combine, combine_checkpoints
 from peftk.models.merging import merge_adapter, merged, switch_adapter, unmerge_adapter
 from peftk.models.server import MultiAdapter
 from peftk.nn import LoRALinear, MultiLoRALinear
+from peftk.system.precision import precision
 from peftk.system.version import __version__
 from peftk.tuning.tune import tune
 
@@ -66,6 +67,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "merged",
+    "precision",
     "save_adapter",
     "switch_adapter",
     "tune",

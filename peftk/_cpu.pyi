@@ -234,7 +234,9 @@ def checksum(weight: MergeWeight, *, threads: int) -> int:
 
 # ---- tensors, and the machine ----------------------------------------------------------------------------------------
 
-def plain_tensors(tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, is_neg: int, /) -> None:
+def plain_tensors(
+    tensor: Tensor, parameter: Tensor, storage_bytes: int, storage_offset: int, device_type: int, is_neg: int, /
+) -> None:
     """Registers the types of plain tensors, and the addresses of functions of torch (csrc/bindings/tensor.h)."""
 
 def dense(*tensors: object) -> bool:

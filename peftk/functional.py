@@ -22,14 +22,8 @@ from peftk.adapters.adapter import adapter_of
 from peftk.adapters.bank import AdapterBank, PackedBank
 from peftk.adapters.dropout import dropout_of
 from peftk.adapters.table import AdapterTable
-from peftk.ops import merge
+from peftk.ops import layer_calls, merge
 from peftk.ops.dispatch import direct_lora_linear, is_recording
-from peftk.ops.layer_calls import (
-    adapter_block_unchecked,
-    lora_linear_unchecked,
-    multi_adapter_block_unchecked,
-    multi_lora_linear_unchecked,
-)
 from peftk.reference.merge import Factors, factors
 from peftk.reference.receipt import MergeReceipt
 from peftk.reference.receipt import check as check_receipt
@@ -92,7 +86,7 @@ def lora_linear(
     Source: Hu et al. 2021 (LoRA); He et al. 2021 (with an activation: parallel adapter).
     """
     checks.base(weight, bias)
-    checks.adapter(weight, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    checks.adapter(weight, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
     scaling, dropout = float(scaling), dropout_of(dropout_p, seed, weight.device)
     if dropout is None and backend is None:
         y = direct_lora_linear(
@@ -100,8 +94,8 @@ def lora_linear(
         )
         if y is not None:
             return y
-    adapter = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout, backend=backend)
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    return layer_calls.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
 def multi_lora_linear(
@@ -148,7 +142,7 @@ def multi_lora_linear(
     if bank.device != weight.device:
         raise ValueError(f"bank: expected on {weight.device} like weight, got {bank.device}")
     dropout = dropout_of(dropout_p, seed, weight.device)
-    return multi_lora_linear_unchecked(x, weight, bias, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
+    return layer_calls.multi_lora_linear(x, weight, bias, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
 
 
 def _current_bank(bank: Any) -> Any:
@@ -208,8 +202,8 @@ def adapter_block(
         )
         if y is not None:
             return y
-    adapter = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B)
-    return adapter_block_unchecked(x, adapter, dropout=dropout, backend=backend)
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    return layer_calls.adapter_block(x, adapter, dropout=dropout, backend=backend)
 
 
 def multi_adapter_block(
@@ -238,7 +232,7 @@ def multi_adapter_block(
     checks.block_bank(x, bank.device, bank.dtype)
     _check_bank(bank, x.shape[-1], x.shape[-1])
     dropout = dropout_of(dropout_p, seed, x.device)
-    return multi_adapter_block_unchecked(x, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
+    return layer_calls.multi_adapter_block(x, bank, _slot_ids(bank, ids), dropout=dropout, backend=backend)
 
 
 def merge_(

@@ -67,6 +67,13 @@ def leading_bits(t):
 
 
 @triton.jit
+def nearest_term(t):
+    """The bf16 value nearest to fp32 t, so that at most 2⁻⁸|t| is left; from 2¹²⁷ on cut, since it could overflow."""
+    bits = t.to(tl.int32, bitcast=True)
+    return (tl.where(tl.abs(t) < 1.7e38, bits + 0x8000, bits) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def remainder(t, high):
     """t - high, exact; 0 for an infinite t, whose first term is t itself."""
     return tl.where(t == high, 0.0, t - high)
@@ -82,6 +89,12 @@ def round_to(t, dtype: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return t.to(dtype)
+
+
+@triton.jit
+def to_field(t, dtype: tl.constexpr):
+    """t in dtype: fp32 rounded once, 16-bit as it is."""
+    return round_to(t, dtype) if t.dtype == tl.float32 else t
 
 
 @triton.jit

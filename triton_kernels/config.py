@@ -96,13 +96,27 @@ class Plan(NamedTuple):
     shrink_splits: int = 1
     expand_splits: int = 1
     once: bool = True  # a single launch; False: one for shrink, then one for expand
+    overlap: bool = False  # of two launches, the second may begin while the first one runs: sm_90 and later
     descriptors: bool = False  # x and W by tensor descriptors (TMA)
     per_processor: int = 0  # persistent blocks per processor, which draw tile after tile; 0: one block per tile
     fill: int = 128  # the least number of blocks that should run at once: about the processors of an A100
 
-    def compiled(self) -> dict[str, int | bool]:
-        """The constexpr arguments and compiler options: the fields BLOCK_M … num_stages."""
-        return dict(zip(self._fields[:11], self[:11], strict=True))
+    def compiled(self, part: str = "both") -> dict[str, int | bool]:
+        """The constexpr arguments and compiler options: the fields BLOCK_M … num_stages. part: as the kernel's PART."""
+        fields = dict(zip(self._fields[:11], self[:11], strict=True))
+        return {**fields, "num_warps": self.shrink_warps(), "num_stages": 3} if part == "shrink" else fields
+
+    def shrink_warps(self) -> int:
+        """The warps of a block of a launch of shrink tiles alone."""
+        return 8 if self.SHRINK_R > 32 else 4
+
+    def shrinks_together(self) -> int:
+        """How many blocks with a shrink tile share a multiprocessor: one beside a product's registers."""
+        return 1 if self.once else _SHRINK_WARPS // self.shrink_warps()
+
+
+# A launch of shrink tiles alone has small blocks, of which a multiprocessor holds several: 16 warps of 128 registers.
+_SHRINK_WARPS, _SHRINK_REGISTERS = 16, 128
 
 
 class Wgrad(NamedTuple):
@@ -140,6 +154,13 @@ def options(target: int | str) -> dict[str, int | bool]:
     return fused if target == "hip" else {**fused, "maxnreg": _most_registers()}
 
 
+def launch_options(target: int | str, part: str, overlap: bool) -> dict[str, int | bool]:
+    """`options` of one launch of lora_linear. overlap: it is one of two that may run at the same time."""
+    if part == "shrink" and isinstance(target, int):
+        return {**options(target), "maxnreg": _SHRINK_REGISTERS}
+    return {**options(target), **({"launch_pdl": True} if overlap and part == "expand" else {})}
+
+
 @functools.cache
 def _most_registers() -> int:
     import triton  # here, so that plans can be counted where triton is not installed
@@ -166,7 +187,21 @@ def lora_linear(call: CallShape, target: int | str) -> Plan:
 
 def _modelled_us(plan: Plan, call: CallShape, target: int | str) -> float:
     tiles = waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits)
-    return waves.product_us(waves.Product(call.M, call.N, call.K), tiles, waves.machine(target))
+    product_us = waves.product_us(waves.Product(call.M, call.N, call.K), tiles, waves.machine(target))
+    # a second launch, which reads x once more, must be worth it
+    return shrink_us(call, plan, target) + gap_us(plan) + product_us * (1.0 if plan.once else 1.03)
+
+
+def shrink_us(call: CallShape, plan: Plan, target: int | str) -> float:
+    """How long a call's shrink tiles keep the product waiting, by `waves`."""
+    terms = 1 if call.adapters == call.x else 3
+    shrink = waves.Shrink(call.M, call.K, call.z_pages * 16, call.adapters.itemsize, terms, plan.shrinks_together())
+    return waves.shrink_us(shrink, waves.Tiles(plan.SHRINK_M, plan.SHRINK_R, plan.shrink_splits), waves.machine(target))
+
+
+def gap_us(plan: Plan) -> float:
+    """Between the launches of a plan, by `waves`."""
+    return 0.0 if plan.once else waves.OVERLAP_US if plan.overlap else waves.GAP_US
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,7 +214,7 @@ def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
     shrink = -(-call.M // plan.SHRINK_M) * -(-call.z_pages * 16 // plan.SHRINK_R)
     expand = -(-call.M // plan.BLOCK_M) * -(-call.N // plan.BLOCK_N)
     return plan._replace(
-        shrink_splits=_splits(shrink, call.K, plan.SHRINK_K, 16, plan.fill),
+        shrink_splits=_splits(shrink, call.K, plan.SHRINK_K, 16, plan.fill * plan.shrinks_together()),
         expand_splits=_expand_splits(expand, call, plan, target),
         once=plan.once and shrink > 0 and expand > 0,
     )
@@ -187,14 +222,11 @@ def with_splits(plan: Plan, call: CallShape, target: int | str) -> Plan:
 
 def _with_ranks(plan: Plan, call: CallShape, target: int | str) -> Plan:
     """One adapter of more than 16 ranks: more of them in a shrink tile, so that x is read fewer times."""
-    if (
-        call.many
-        or call.z_pages <= 1
-        or call.x != call.adapters
-        or (call.x == torch.float32 and target != "interpreter")
-    ):
+    interpreted = target == "interpreter"
+    registers = not plan.once or call.x == call.adapters or interpreted  # terms need them, and so does the product
+    if call.many or call.z_pages <= 1 or not registers or (call.x == torch.float32 and not interpreted):
         return plan
-    ranks = 32 if call.z_pages == 2 or target == "interpreter" else 64
+    ranks = 32 if call.z_pages == 2 or interpreted else 64
     return _limit_stages(plan._replace(SHRINK_R=ranks), call.shape_class(), target)
 
 
@@ -207,10 +239,11 @@ def _by_waves(shape: ShapeClass, target: int | str) -> bool:
 def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
     """The table's plan first; from 65 to 1,024 rows also smaller tiles, among which M, N and K decide."""
     first = shipped_plan(shape, target)
+    beside = _overlapped(first, shape, target)
     if not _by_waves(shape, target) or isinstance(target, str):
-        return (first,)
+        return (first, *beside)
     if not shape.wide or shape.own_sums or shape.packed or (shape.many and shape.adapters != shape.x):
-        return (first,)
+        return (first, *beside)
     tma, block_k = target >= 90, 32 if shared_memory(target) <= 100 * 1024 else 64
     wide = [(64, 256, 8)] if target in _FACTORS_IN_SHARED else []
     # many: "by row" takes registers, so twice the threads; without it, 64 adapters in a tile would be 64 dots
@@ -221,7 +254,23 @@ def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
         )
         for M, N, warps in tiles
     )
-    return tuple(dict.fromkeys([first, *(_limit_stages(plan, shape, target) for plan in others)]))
+    plans = [first, *(_limit_stages(plan, shape, target) for plan in others)]
+    return tuple(dict.fromkeys([*plans, *(both for plan in plans for both in _overlapped(plan, shape, target))]))
+
+
+def _overlapped(plan: Plan, shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
+    """The plan in two launches, the second of which begins while the first runs, where the GPU can do that.
+
+    Without the shrink's code there are registers for wider tiles. With few rows, a second launch costs too much.
+    """
+    if isinstance(target, str) or target < 90 or shape.rows <= 64 or shape.x == torch.float32:
+        return ()
+    if shape.many or (shape.x == torch.float16 and shape.adapters == torch.float32 and target != 90):
+        return ()  # the shrink by row, and 6 products of terms, do not fit into small blocks
+    plans = [plan._replace(once=False, overlap=True)]
+    if target in _FACTORS_IN_SHARED and plan[:2] == (128, 128) and shape.wide and not shape.own_sums:
+        plans += [plans[0]._replace(BLOCK_N=256, num_stages=4)]
+    return tuple(_limit_stages(each, shape, target) for each in plans)
 
 
 @functools.cache
@@ -232,10 +281,9 @@ def shipped_plan(shape: ShapeClass, target: int | str) -> Plan:
 
 
 def _limit_stages(plan: Plan, shape: ShapeClass, target: int | str) -> Plan:
-    stage = max(
-        plan.BLOCK_K * (plan.BLOCK_M * shape.x.itemsize + plan.BLOCK_N * shape.weight.itemsize),
-        plan.SHRINK_K * (plan.SHRINK_M * shape.x.itemsize + plan.SHRINK_R * shape.adapters.itemsize),
-    )
+    stage = plan.BLOCK_K * (plan.BLOCK_M * shape.x.itemsize + plan.BLOCK_N * shape.weight.itemsize)
+    if plan.once:
+        stage = max(stage, plan.SHRINK_K * (plan.SHRINK_M * shape.x.itemsize + plan.SHRINK_R * shape.adapters.itemsize))
     return plan._replace(num_stages=_stages_that_fit(plan.num_stages, stage, target))
 
 

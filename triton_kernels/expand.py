@@ -9,8 +9,9 @@ a series adapter.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from .arithmetic import activate, dot, leading_bits, remainder, round_to
+from .arithmetic import activate, dot, nearest_term, remainder, round_to, to_field
 from .philox import keep_mask
 from .segments import PAGE, rows_at, segment_heads
 from .tickets import sum_of_splits, wait_for
@@ -23,14 +24,16 @@ def expand_tile(
     one_up, one_up_n, one_up_r, one_bias, one_rank, one_code, one_scaling,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, splits, ready, ready_rows, threshold, keep_scale,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, TICKETS: tl.constexpr,
-    IEEE: tl.constexpr, W_TILES: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BY_ROW: tl.constexpr,
+    IEEE: tl.constexpr, FIELD: tl.constexpr, W_TILES: tl.constexpr, SPLIT: tl.constexpr, DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BY_ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of y, or one split of it: first the whole base product, then the adapters of its rows.
 
     x_tiles is a tensor descriptor of x, or None. W_TILES: weight is a pointer to W (""), a tensor descriptor of W
     ("nk") or of Wᵀ ("kn"), or a pointer to the base layer's part of y [M, N] ("base"). ready: how many shrink tiles
-    must be complete for every `ready_rows` rows of a row block.
+    must be complete for every `ready_rows` rows of a row block. FIELD: None, or the dtype that v and up are rounded to.
+    OVERLAP: the launch before this one, which writes z, may still run.
     """
     split = tile % splits
     tile = tile // splits
@@ -80,6 +83,8 @@ def expand_tile(
     if SPLIT:
         acc, complete = sum_of_splits(acc, partials, tile, split, splits, arrivals)
     if complete:
+        if OVERLAP:
+            gdc_wait()
         if TICKETS:
             if z_pages > 0:
                 wait_for(counters, block_m, ready * tl.cdiv(block_to - block_from, ready_rows))
@@ -101,13 +106,13 @@ def expand_tile(
                             delta, z_row + tl.load(at_slice + 1) * PAGE, position, block_from, block_to,
                             slice * adapters, n - from_n, to_n - from_n,
                             ids, starts, owners, blocks, pages, rows, scaling, biases, M,
-                            DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, BLOCK_M,
+                            DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, FIELD, BLOCK_M,
                         )  # fmt: skip
             else:
                 delta = _expand_many(
                     delta, z_row, position, block_from, block_to, 0, n, N,
                     ids, starts, owners, blocks, pages, rows, scaling, biases, M,
-                    DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, BLOCK_M,
+                    DTYPE, PACKED, BACKWARD, BY_ROW, IEEE, FIELD, BLOCK_M,
                 )  # fmt: skip
         else:
             for page in tl.range(0, tl.cdiv(one_rank, PAGE), num_stages=1):
@@ -116,7 +121,7 @@ def expand_tile(
                 v = _load_v(z_row[:, None] + r[None, :], mask, one_code, BACKWARD)
                 address = one_up + page * PAGE * one_up_r * (DTYPE.primitive_bitwidth // 8)
                 up_tile = _load_up(address, one_up_n, one_up_r, one_rank - page * PAGE, n, N, DTYPE, False)
-                delta = _dot_v(v * one_scaling, up_tile, delta, IEEE)
+                delta = _dot_v(v * one_scaling, up_tile, delta, IEEE, FIELD)
             if not BACKWARD:
                 columns = tl.where(one_bias != 0, N, 0)
                 beta = one_bias.to(tl.int64).to(tl.pointer_type(DTYPE))
@@ -138,7 +143,7 @@ def _expand_many(
     acc, z_row, position, block_from, block_to, entry, n, N,
     ids, starts, owners, blocks, pages, rows, scaling, biases, M,
     DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, BY_ROW: tl.constexpr, IEEE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    FIELD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """acc plus the adapters' terms for all rows of the block. entry: index of adapter 0 in rows, scaling and biases."""
     segment = tl.load(blocks + block_from // 16)
@@ -166,6 +171,7 @@ def _expand_many(
             acc = _expand_segment(
                 acc, z_row, own, n, N, pages + tl.load(row) * 5, tl.load(row + 1), tl.load(row + 2),
                 tl.load(scaling + entry + i), tl.load(biases + (entry + i) * 2 + 1), DTYPE, PACKED, BACKWARD, IEEE,
+                FIELD,
             )  # fmt: skip
         at = end
     return acc
@@ -174,7 +180,7 @@ def _expand_many(
 @triton.jit
 def _expand_segment(
     acc, z_row, own, n, N, pages, rank, code, s, beta,
-    DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, IEEE: tl.constexpr,
+    DTYPE: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, IEEE: tl.constexpr, FIELD: tl.constexpr,
 ):  # fmt: skip
     """acc + s · act(z) Bᵀ + β of one adapter, for the rows that use it.
 
@@ -196,7 +202,7 @@ def _expand_segment(
         finite = tl.abs(up.to(tl.float32)) < float("inf")
         columns += tl.where(finite, 0.0, float("nan"))
         v = _load_v(z_row[:, None] + r[None, :], own[:, None] & (r < rank)[None, :], code, BACKWARD)
-        acc = _dot_v(v * s, tl.where(finite, up, 0.0), acc, IEEE)
+        acc = _dot_v(v * s, tl.where(finite, up, 0.0), acc, IEEE, FIELD)
     return tl.where(own[:, None], acc + tl.sum(columns, axis=0)[None, :], acc)
 
 
@@ -238,30 +244,38 @@ def _expand_by_row(
 
 
 @triton.jit
-def _dot_v(v, up, acc, IEEE: tl.constexpr):
-    """acc + v·up with the same kind of products as acc: `arithmetic.dot_terms`, one term after another in a loop.
+def _dot_v(v, up, acc, IEEE: tl.constexpr, FIELD: tl.constexpr):
+    """acc + v·up with the same kind of products as acc, in fp32 or by bf16 terms: 3 of v, 1 to 3 of up.
 
-    The loop is not unrolled. Every product in the code has its own accumulators in Blackwell's tensor memory, which has
-    room for two tiles of 128 · 256; and terms that wait for their turn would take registers from the sums.
+    Terms are rounded to nearest, so each is at most 2⁻⁸ of the one before. Of the pairs i, j those with i + j > 2 are
+    left out, together less than 2⁻²³ |v||up|: 3 products beside bf16, 5 beside fp16, 6 beside fp32.
+
+    FIELD: one product, with v and up rounded to that dtype.
+
+    The loops are not unrolled. Every product in the code has its own accumulators in Blackwell's tensor memory, which
+    has room for two tiles of 128 · 256; and terms that wait for their turn would take registers from the sums.
     """
     if IEEE:
         acc = dot(v, up.to(tl.float32), acc)
+    elif FIELD is not None:
+        acc = dot(round_to(v, FIELD), to_field(up, FIELD), acc)
     elif up.dtype == tl.bfloat16:
-        acc = _dot_v_term(v, up, acc)
+        acc = _dot_v_terms(v, up, 3, acc)
     else:
         rest = up.to(tl.float32)
-        for _ in tl.range(0, 3 if up.dtype == tl.float32 else 2, num_stages=1):
-            term = leading_bits(rest)
-            acc = _dot_v_term(v, term.to(tl.bfloat16), acc)
+        for number in tl.range(0, 3 if up.dtype == tl.float32 else 2, num_stages=1):
+            term = nearest_term(rest)
+            acc = _dot_v_terms(v, term.to(tl.bfloat16), 3 - number, acc)
             rest = remainder(rest, term)
     return acc
 
 
 @triton.jit
-def _dot_v_term(v, up_term, acc):
+def _dot_v_terms(v, up_term, count, acc):
+    """acc + the first `count` terms of v · up_term."""
     rest = v
-    for _ in tl.range(0, 3, num_stages=1):
-        term = leading_bits(rest)
+    for _ in tl.range(0, count, num_stages=1):
+        term = nearest_term(rest)
         acc = dot(term.to(tl.bfloat16), up_term, acc)
         rest = remainder(rest, term)
     return acc

@@ -5,8 +5,11 @@
 
 The blocks of a launch draw tickets (`tickets`): the first tickets are shrink tiles, the later ones expand tiles. An
 expand tile computes its base product first and only then waits for the z of its rows, which is usually complete by
-then. The same code also runs as two launches (ONCE = False): shrink tiles, then expand tiles, numbered by block, with
-no waiting.
+then. The same code also runs as two launches (PART): shrink tiles, then expand tiles, numbered by block, without
+tickets. Each is compiled without the other's code, so the shrink needs few registers and little shared memory, and
+several of its blocks share a multiprocessor. On sm_90 and later the second launch may begin while the first one runs
+(OVERLAP, programmatic dependent launch): its blocks compute their base product, and wait for the whole first launch
+before they read z.
 
 In the backward the roles are swapped: the shrink computes u[m] = (dY[m] B_i) ⊙ act'(z[m]), the expand
 dX[m] = dY[m] W + mask/(1-p) ⊙ s_i · u[m] A_i.
@@ -28,11 +31,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.launch import workspace
 from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs
 from peftk.launch.segments import Segments
+from peftk.system import precision
 
 from . import config, philox, tuned
 from .expand import expand_tile
@@ -56,31 +61,35 @@ def lora_linear_kernel(
     slice_count: tl.int32, adapters: tl.int32, M: tl.int32, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
     stride_pre: tl.int32, z_pages: tl.int32, shrink_tiles: tl.int32, expand_tiles: tl.int32, shrink_splits: tl.int32,
     expand_splits: tl.int32, dense: tl.int32, threshold: tl.int32, keep_scale: tl.float32,
-    DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, ONCE: tl.constexpr,
-    DOWN: tl.constexpr, IEEE: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr,
-    W_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    BY_ROW: tl.constexpr, SHRINK_M: tl.constexpr, SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr,
-    SHRINK_STEP: tl.constexpr, STAY: tl.constexpr,
+    DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, PART: tl.constexpr,
+    OVERLAP: tl.constexpr, STAY: tl.constexpr, DOWN: tl.constexpr, IEEE: tl.constexpr, FIELD: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, SPLIT: tl.constexpr, W_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, BY_ROW: tl.constexpr, SHRINK_M: tl.constexpr,
+    SHRINK_K: tl.constexpr, SHRINK_R: tl.constexpr, SHRINK_STEP: tl.constexpr,
 ):  # fmt: skip
     """Runs shrink tiles 0 … shrink_tiles - 1, which write z, then expand tiles, which read it.
 
-    In the backward x is dY, y is dX, z is u, and pre is the forward's z.
+    PART: "both", by tickets; or "shrink" or "expand" alone. In the backward x is dY, y is dX, z is u, and pre is the
+    forward's z. FIELD: see `peftk.precision`.
     """
+    ONCE: tl.constexpr = PART == "both"
+    if OVERLAP and PART == "shrink":
+        gdc_launch_dependents()
     row_blocks = tl.cdiv(M, BLOCK_M)
     rank_blocks = tl.cdiv(z_pages * PAGE, SHRINK_R)
     shrink_arrivals = counters + READY + row_blocks
     expand_arrivals = shrink_arrivals + shrink_tiles
     tile = draw_ticket(counters) if ONCE else tl.program_id(0)
     while tile < shrink_tiles + expand_tiles:
-        if tile < shrink_tiles:
+        if tile < shrink_tiles if ONCE else PART == "shrink":  # known when a part is compiled
             complete = shrink_tile(
                 tile, x, z, pre, shrink_partials, shrink_arrivals, order, ids, starts, owners, blocks, seed,
                 pages, rows, biases, slices, adapters,
                 one_B if BACKWARD else one_A, one_stride_Br if BACKWARD else one_stride_A, one_stride_Bn,
                 one_bias_A, one_rank, one_activation,
                 M, K, stride_xm, stride_xk, stride_pre, z_pages, shrink_splits, dense, threshold, keep_scale,
-                DTYPE, MANY, PACKED, BACKWARD, DOWN, DROPOUT and not BACKWARD, QUADS, SHRINK_M, SHRINK_K, SHRINK_R,
-                SHRINK_STEP,
+                DTYPE, MANY, PACKED, BACKWARD, DOWN, DROPOUT and not BACKWARD, QUADS, FIELD,
+                SHRINK_M, SHRINK_K, SHRINK_R, SHRINK_STEP,
             )  # fmt: skip
             if ONCE:
                 if complete:
@@ -93,8 +102,8 @@ def lora_linear_kernel(
                 one_stride_A if BACKWARD else one_stride_Br, one_bias_B, one_rank, one_activation, one_scaling,
                 M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, z_pages, expand_splits, rank_blocks, SHRINK_M,
                 threshold, keep_scale,
-                DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, W_TILES, SPLIT, DROPOUT, QUADS,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BY_ROW,
+                DTYPE, MANY, PACKED, BACKWARD, ONCE, IEEE, FIELD, W_TILES, SPLIT, DROPOUT, QUADS,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, BY_ROW, OVERLAP,
             )  # fmt: skip
         tile = draw_ticket(counters) if STAY else shrink_tiles + expand_tiles
     if ONCE:
@@ -131,6 +140,11 @@ class Adapters(NamedTuple):
 BASE_ONLY = Adapters(NO_ADAPTER, torch.float32, 0, "k", "any")
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def field_dtype(x: torch.dtype) -> tl.dtype | None:
+    """FIELD of a call: x's dtype if factors are to be rounded to it (`peftk.precision`), else None."""
+    return DTYPES[x] if precision.field() and x != torch.float32 else None
 
 
 def forward(
@@ -253,13 +267,13 @@ def _launch(
 
     tiles = shrink_tiles + expand_tiles
     grid = min(tiles, plan.per_processor * workspace.processors(device)) if plan.per_processor else tiles
-    launches = [(grid, shrink_tiles, expand_tiles)]
+    launches = [("both", grid, shrink_tiles, expand_tiles)]
     if not plan.once:
-        launches = [(shrink_tiles, shrink_tiles, 0), (expand_tiles, 0, expand_tiles)]
+        launches = [("shrink", shrink_tiles, shrink_tiles, 0), ("expand", expand_tiles, 0, expand_tiles)]
+        launches = [launch for launch in launches if launch[1]]
+    overlap = plan.overlap and len(launches) == 2
     with workspace.on(device), workspace.counters(device, count) as counters:
-        for blocks, shrinks, expands in launches:
-            if not blocks:
-                continue
+        for part, blocks, shrinks, expands in launches:
             lora_linear_kernel[(blocks,)](
                 x, product.x_tiles, product.weight, bias, y, z, pre,
                 partials, partials[shrink_tiles * shrink_part :], counters, seed if dropout_p else None,
@@ -270,10 +284,11 @@ def _launch(
                 shrinks, expands, plan.shrink_splits, plan.expand_splits, int(dense),
                 *philox.arguments(dropout_p),
                 DTYPE=DTYPES[adapters.dtype], MANY=many is not None, PACKED=many.aligned_slices if many else 0,
-                BACKWARD=backward, ONCE=plan.once, STAY=plan.once and plan.per_processor > 0,
+                BACKWARD=backward, PART=part, OVERLAP=overlap, STAY=plan.once and plan.per_processor > 0,
                 DOWN=adapters.B if backward else adapters.A, IEEE=x.dtype == weight_dtype == torch.float32,
+                FIELD=field_dtype(x.dtype),
                 DROPOUT=dropout_p > 0.0, QUADS=(N if backward else K) % 4 == 0, SPLIT=plan.expand_splits > 1,
-                W_TILES=product.kind, **plan.compiled(), **config.options(compile_target),
+                W_TILES=product.kind, **plan.compiled(part), **config.launch_options(compile_target, part, overlap),
             )  # fmt: skip
     return y
 

@@ -28,7 +28,7 @@ from peftk.launch.segments import Segments
 
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
-from .lora_linear import Adapters
+from .lora_linear import Adapters, field_dtype
 from .philox import keep_mask
 from .segments import PAGE, rows_at
 from .tuned import WgradShape, target
@@ -46,7 +46,7 @@ def wgrad_kernel(
     M: tl.int32, N, K, stride_ym, stride_yn, stride_xm, stride_xk, stride_zm, z_pages: tl.int32,
     heads: tl.int32, pieces: tl.int32, blocks_A: tl.int32, blocks: tl.int32, range_rows: tl.int32,
     threshold: tl.int32, keep_scale: tl.float32,
-    MANY: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    MANY: tl.constexpr, PACKED: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, FIELD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile of dAᵢ or of dBᵢᵀ, [PAGES · 16 ranks, BLOCK_C columns], and its piece of daᵢ or dβᵢ."""
@@ -106,7 +106,7 @@ def wgrad_kernel(
         width = K
         acc = _product_tile(
             u, x, order, first, tl.where(place_A >= 0, last, first), M, r, rank, 0, z_pages * PAGE, c_start, K,
-            stride_xm, stride_xk, seed, threshold, MANY, DROPOUT, QUADS, RANKS, BLOCK_R, BLOCK_C,
+            stride_xm, stride_xk, seed, threshold, MANY, DROPOUT, QUADS, FIELD, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         if DROPOUT:
             acc *= keep_scale
@@ -117,7 +117,7 @@ def wgrad_kernel(
         width = N
         acc = _product_tile(
             z, dy, order, first, tl.where(place_B >= 0, last, first), M, r, rank, activation, stride_zm, c_start, N,
-            stride_ym, stride_yn, seed, threshold, MANY, False, QUADS, RANKS, BLOCK_R, BLOCK_C,
+            stride_ym, stride_yn, seed, threshold, MANY, False, QUADS, FIELD, RANKS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         summed = tl.where((place_b >= 0) & (group == 0), last, first)
         sums = _column_sums(dy, order, first, summed, M, c_start, N, stride_ym, stride_yn, MANY, BLOCK_R, BLOCK_C)
@@ -169,7 +169,7 @@ def wgrad_kernel(
 @triton.jit
 def _product_tile(
     left, right, order, first, last, M, r, rank, code, stride_left, c_start, width, stride_m, stride_c,
-    seed, threshold, MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    seed, threshold, MANY: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, FIELD: tl.constexpr,
     RANKS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """[RANKS, BLOCK_C]: act(left)ᵀ · right over the rows at places first … last - 1. left is z or u, in fp32."""
@@ -189,6 +189,8 @@ def _product_tile(
             tile = tl.where(keep_mask(seed, row, c_start, width, threshold, QUADS, BLOCK_C), tile, 0.0)
         if code > 0:
             left_tile = tl.where(left_mask, activate(left_tile, code), 0.0)
+        if FIELD is not None:
+            left_tile = round_to(left_tile, FIELD)
         acc = dot(tl.trans(left_tile), tile, acc)
     return acc
 
@@ -336,7 +338,7 @@ def wgrad(
                 plan.heads, plan.pieces, blocks_A, blocks, range_rows,
                 *philox.arguments(dropout_p),
                 MANY=many is not None, PACKED=many.aligned_slices if many else 0, DROPOUT=dropout_p > 0.0,
-                QUADS=K % 4 == 0, **block._asdict(),
+                QUADS=K % 4 == 0, FIELD=field_dtype(x.dtype), **block._asdict(),
                 **config.options(target(device)),
             )  # fmt: skip
     return [None if place is None else _grad_views(place, dA, dB, da, db, K) for place in plan.places]

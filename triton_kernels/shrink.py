@@ -8,7 +8,7 @@ Forward: z[m] = x̃[m] A_iᵀ + a_i. Backward, where x is dY: u[m] = (dY[m] B_i)
 import triton
 import triton.language as tl
 
-from .arithmetic import activation_slope, dot
+from .arithmetic import activation_slope, dot, to_field
 from .philox import keep_mask
 from .segments import PAGE, rows_at, segment_heads
 from .tickets import sum_of_splits
@@ -21,13 +21,13 @@ def shrink_tile(
     one_down, one_down_r, one_down_k, one_bias, one_rank, one_code,
     M, K, stride_xm, stride_xk, stride_zm, z_pages, splits, dense, threshold, keep_scale,
     DTYPE: tl.constexpr, MANY: tl.constexpr, PACKED: tl.constexpr, BACKWARD: tl.constexpr, DOWN: tl.constexpr,
-    DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    DROPOUT: tl.constexpr, QUADS: tl.constexpr, FIELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Computes one split of one tile of `out` [M, z_pages · 16], BLOCK_M rows by BLOCK_R ranks.
 
     Returns whether the tile is complete. dense: write 0 where a row has no such rank, so that all of `out` is written;
-    otherwise those elements are left unchanged.
+    otherwise those elements are left unchanged. FIELD: None, or the dtype that `down` is rounded to.
     """
     split = tile % splits
     tile = tile // splits
@@ -89,7 +89,7 @@ def shrink_tile(
                         part = _shrink_segment(
                             x_row, row, own, tl.load(page + 2 * BACKWARD), down_r, down_k, r < segment_rank,
                             k_from, k_to, K, stride_xk, seed, threshold,
-                            DTYPE, DOWN, DROPOUT, QUADS, BLOCK_M, BLOCK_K, BLOCK_R,
+                            DTYPE, DOWN, DROPOUT, QUADS, FIELD, BLOCK_M, BLOCK_K, BLOCK_R,
                         )  # fmt: skip
                         total = tl.where(own[:, None], part, total)
                 at = end
@@ -98,7 +98,7 @@ def shrink_tile(
         total = _shrink_segment(
             x_row, row, position < M, one_down + first * one_down_r * (DTYPE.primitive_bitwidth // 8),
             one_down_r, one_down_k, r < one_rank, k_from, k_to, K, stride_xk, seed, threshold,
-            DTYPE, DOWN, DROPOUT, QUADS, BLOCK_M, BLOCK_K, BLOCK_R,
+            DTYPE, DOWN, DROPOUT, QUADS, FIELD, BLOCK_M, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         mine = (position < M)[:, None] & (r < one_rank)[None, :]
 
@@ -136,7 +136,7 @@ def shrink_tile(
 @triton.jit
 def _shrink_segment(
     x_row, row, own, address, down_r, down_k, ranks, k_from, k_to, K, stride_xk, seed, threshold,
-    DTYPE: tl.constexpr, DOWN: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    DTYPE: tl.constexpr, DOWN: tl.constexpr, DROPOUT: tl.constexpr, QUADS: tl.constexpr, FIELD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_M, BLOCK_R]: x̃ · down for some ranks of one adapter, 0 in rows that do not use it (own is False)."""
@@ -153,7 +153,10 @@ def _shrink_segment(
             # this is x̃ · (1 - p), exact in x's dtype; the division comes after the sum
             x_tile = tl.where(keep_mask(seed, row, k_start, K, threshold, QUADS, BLOCK_K), x_tile, 0.0)
         pointer = _down_pointer(down, lane[None, :], k[:, None], down_r, down_k, DOWN)
-        part = dot(x_tile, tl.load(pointer, mask=ranks[None, :] & (k < k_to)[:, None], other=0.0), part)
+        down_tile = tl.load(pointer, mask=ranks[None, :] & (k < k_to)[:, None], other=0.0)
+        if FIELD is not None:
+            down_tile = to_field(down_tile, FIELD)
+        part = dot(x_tile, down_tile, part)
     return part
 
 

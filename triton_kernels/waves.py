@@ -7,7 +7,8 @@ has multiprocessors. The last wave is as long as the others, however few tiles i
 slow between 65 and 1,024 rows. `peftk tune` measures instead.
 
 Sources of the numbers: NVIDIA's data sheets of A100, A40, L40S, H100 SXM, B200 and RTX PRO 6000 (dense 16-bit
-products, fp32 accumulators). EFFICIENCY, TRITON and GAP_US are assumptions, to be replaced by measurements.
+products, fp32 accumulators). The efficiencies, TRITON, GAP_US and OVERLAP_US are assumptions, to be replaced by
+measurements.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _MACHINES = {
 }
 
 GAP_US = 2.0  # between two launches of one stream, outside of a CUDA graph
+OVERLAP_US = 1.0  # until the second launch goes on, where it waits for the end of the first inside of its blocks
 TRITON = 1.1  # a Triton product over a library's in the same tiles
 # The share of the peak that a full wave of tiles reaches: small tiles read their factors more often.
 EFFICIENCY = {
@@ -46,6 +48,7 @@ EFFICIENCY = {
 }
 SPLITS = (1, 2, 4, 8)
 _BYTES_PER_BLOCK_US = 43e3  # bytes per µs that one block streams: 64 KiB in flight at 1.5 µs latency
+_SHRINK_EFFICIENCY = 0.3  # the share of the peak of products with 16 to 64 ranks
 
 
 class Tiles(NamedTuple):
@@ -93,11 +96,27 @@ def library_us(product: Product, gpu: Machine) -> float:
     return min(product_us(product, tiles, gpu) for tiles in each)
 
 
-def shrink_us(product: Product, ranks: int, tiles: Tiles, gpu: Machine) -> float:
-    """z [M, ranks] = x Aᵀ in tiles of rows and ranks: each block streams its rows of x and its ranks of A."""
-    blocks = -(-product.M // tiles.BLOCK_M) * -(-ranks // tiles.BLOCK_N) * tiles.splits
-    tile_us = 2 * (tiles.BLOCK_M + tiles.BLOCK_N) * product.K / tiles.splits / _BYTES_PER_BLOCK_US
-    return -(-blocks // gpu.processors) * tile_us
+class Shrink(NamedTuple):
+    """z [M, ranks] = x Aᵀ with 16-bit x: tiles of rows and ranks, and how the factor A is kept and multiplied."""
+
+    M: int
+    K: int
+    ranks: int
+    itemsize: int = 2  # of A
+    terms: int = 1  # products of one element of x with one of A
+    together: int = 1  # blocks that share a multiprocessor
+
+
+def shrink_us(shrink: Shrink, tiles: Tiles, gpu: Machine) -> float:
+    """Each block streams its rows of x and its ranks of A. No less than x's bytes, and than the products, take."""
+    if not shrink.ranks:
+        return 0.0
+    M, K, ranks, itemsize, terms, together = shrink
+    blocks = -(-M // tiles.BLOCK_M) * -(-ranks // tiles.BLOCK_N) * tiles.splits
+    tile_us = (2 * tiles.BLOCK_M + itemsize * tiles.BLOCK_N) * K / tiles.splits / _BYTES_PER_BLOCK_US
+    bytes_us = (2 * M + itemsize * ranks) * K / gpu.bytes_per_us
+    products_us = 2 * M * K * ranks * terms / (gpu.flops_per_us * _SHRINK_EFFICIENCY)
+    return max(-(-blocks // (together * gpu.processors)) * tile_us, bytes_us, products_us)
 
 
 def expand_in_place_us(product: Product, ranks: int, gpu: Machine) -> float:

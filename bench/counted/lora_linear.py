@@ -11,33 +11,36 @@ import dataclasses
 
 import torch
 
-from bench.counted.batch import TERMS, Batch, Segment, terms
+from bench.counted.batch import Batch, Segment, terms
 from bench.counted.tally import Tally
 from bench.counted.work import GPU, Launch
 from peftk.adapters.adapter import PAGE
 from peftk.triton_kernels import config, waves
 
+# Products of terms of v and of the up-projection: `expand._dot_v`.
+_V_PRODUCTS = {torch.bfloat16: 3, torch.float16: 5, torch.float32: 6}
 _READY = 2  # counters before those of the row blocks: `tickets.READY`
 
 
 def plan(batch: Batch, target: int | str, *, wide: bool = True, backward: bool = False) -> config.Plan:
     """The plan that the launcher chooses for this batch. backward: for dX; pass `batch.swapped()`."""
-    return config.lora_linear(
-        config.CallShape(
-            M=batch.M,
-            N=batch.N,
-            K=batch.K,
-            many=batch.many,
-            packed=False,
-            backward=backward,
-            wide=wide,
-            x=batch.dtype,
-            weight=batch.dtype,
-            adapters=batch.adapter_dtype,
-            own_sums=False,
-            z_pages=batch.z_width // PAGE,
-        ),
-        target,
+    return config.lora_linear(_call_shape(batch, wide=wide, backward=backward), target)
+
+
+def _call_shape(batch: Batch, *, wide: bool = True, backward: bool = False) -> config.CallShape:
+    return config.CallShape(
+        M=batch.M,
+        N=batch.N,
+        K=batch.K,
+        many=batch.many,
+        packed=False,
+        backward=backward,
+        wide=wide,
+        x=batch.dtype,
+        weight=batch.dtype,
+        adapters=batch.adapter_dtype,
+        own_sums=False,
+        z_pages=batch.z_width // PAGE,
     )
 
 
@@ -97,7 +100,8 @@ def _launch(tally: Tally, batch: Batch, plan: config.Plan, backward: bool, *, sh
     writes = {y: M * N * e, z: tally.written[z], "partials": tally.written["partials"]}
     writes["counters"] = tally.written["counters"]
     launch = tally.launch("lora_linear_kernel", reads, writes)
-    return dataclasses.replace(launch, waves_us=_waves_us(batch, plan, shrink=shrink, expand=expand))
+    waves_us = _waves_us(batch, plan, shrink=shrink, expand=expand)
+    return dataclasses.replace(launch, waves_us=waves_us, overlapped=plan.overlap and not shrink)
 
 
 def _waves_us(batch: Batch, plan: config.Plan, *, shrink: bool, expand: bool) -> float:
@@ -105,8 +109,7 @@ def _waves_us(batch: Batch, plan: config.Plan, *, shrink: bool, expand: bool) ->
     product = waves.Product(batch.M, batch.N, batch.K)
     us = 0.0
     if shrink:
-        tiles = waves.Tiles(plan.SHRINK_M, plan.SHRINK_R, plan.shrink_splits)
-        us += waves.shrink_us(product, batch.z_width, tiles, GPU)
+        us += config.shrink_us(_call_shape(batch), plan, 90)
     if expand:
         us += waves.triton_us(product, waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits), GPU)
     return us
@@ -175,7 +178,7 @@ def _expand(tally: Tally, batch: Batch, plan: config.Plan, backward: bool) -> No
     steps = _steps(K, splits, plan.BLOCK_K)
     dot = 2 * plan.BLOCK_M * plan.BLOCK_N * terms(batch.dtype, batch.dtype) * plan.BLOCK_K
     ieee = batch.dtype == torch.float32
-    dot_v = 2 * plan.BLOCK_M * PAGE * plan.BLOCK_N * (1 if ieee else 3 * TERMS[batch.adapter_dtype])
+    dot_v = 2 * plan.BLOCK_M * PAGE * plan.BLOCK_N * (1 if ieee else _V_PRODUCTS[batch.adapter_dtype])
     for segments in batch.blocks(plan.BLOCK_M):
         block = _Block(batch, segments)
         # a descriptor reads nothing beyond the tensor; a load reads the last row again

@@ -107,18 +107,27 @@ class Counted:
 
     @property
     def second_launch_bytes(self) -> int:
-        """Additional bytes of a backward in two launches: the second also reads dY, and the u that the first wrote.
+        """Additional bytes of each launch but the first.
 
-        z and u are fp32; `compulsory` counts z in 16 bits.
+        A backward's gradients also read dY, and the u that was written. An expand after its shrink reads x (in the
+        backward dY) and z (u) again. z and u are fp32; `compulsory` counts z in 16 bits.
         """
-        batch = self.batch
-        if self.op == "forward":
-            return 0
-        return batch.M * batch.N * batch.itemsize + batch.rank_rows * (3 * 4 - batch.itemsize)
+        batch, of_op = self.batch, 0
+        if self.op != "forward":
+            of_op = batch.M * batch.N * batch.itemsize + batch.rank_rows * (3 * 4 - batch.itemsize)
+        if not self.overlapped:
+            return of_op
+        columns = batch.K if self.op == "forward" else batch.N
+        return of_op + batch.M * columns * batch.itemsize + 2 * 4 * batch.rank_rows
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether peftk's shrink has a launch of its own, which the product overlaps with."""
+        return any(launch.overlapped for launch in self.sides[PEFTK] or ())
 
     @property
     def on_target(self) -> bool:
-        max_launches = 1 if self.op == "forward" else 2
+        max_launches = (1 if self.op == "forward" else 2) + self.overlapped
         limit = LIMIT_WITH_SPLITS if self.splits else LIMIT
         return self.row(PEFTK).launches <= max_launches and self.over_minimum <= limit
 

@@ -207,16 +207,17 @@ static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssi
     });
 }
 
-// (a torch.Tensor, an nn.Parameter, and the addresses of StorageAPI's three functions) → None
+// (a torch.Tensor, an nn.Parameter, and the addresses of StorageAPI's four functions) → None
 static PyObject* plain_tensors(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 arguments, got %zd", count);
-    void* addresses[3];
-    for (int i = 0; i < 3; i++) addresses[i] = PyLong_AsVoidPtr(in[2 + i]);
+    if (count != 6) return PyErr_Format(PyExc_TypeError, "expected 6 arguments, got %zd", count);
+    void* addresses[4];
+    for (int i = 0; i < 4; i++) addresses[i] = PyLong_AsVoidPtr(in[2 + i]);
     if (PyErr_Occurred()) return nullptr;
     StorageAPI storage;
     storage.bytes = reinterpret_cast<decltype(storage.bytes)>(addresses[0]);
     storage.offset = reinterpret_cast<decltype(storage.offset)>(addresses[1]);
-    storage.is_neg = reinterpret_cast<decltype(storage.is_neg)>(addresses[2]);
+    storage.device_type = reinterpret_cast<decltype(storage.device_type)>(addresses[2]);
+    storage.is_neg = reinterpret_cast<decltype(storage.is_neg)>(addresses[3]);
     register_tensor_types(in[0], in[1], storage);
     Py_RETURN_NONE;
 }
@@ -240,7 +241,7 @@ static inline void bind_direct_calls(PyObject* module) {
     };
     static PyMethodDef methods[] = {
         {"plain_tensors", method(plain_tensors), METH_FASTCALL,
-         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, is_neg, /)\n--\n\n"},
+         "plain_tensors(tensor, parameter, storage_bytes, storage_offset, device_type, is_neg, /)\n--\n\n"},
         {"dense", method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
         {"direct_lora_linear", method(direct_lora_linear), METH_FASTCALL,
          "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"

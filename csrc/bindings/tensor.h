@@ -30,11 +30,12 @@ struct DLPackExchangeAPI {
 };
 
 // Functions that torch exports, for what a view does not contain. A tensor is passed as the address of its TensorImpl*.
-// Two belong to the stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h; 0 is success), the third is
+// Three belong to the stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h; 0 is success), the last is
 // at::native::is_neg.
 struct StorageAPI {
     int32_t (*bytes)(void** tensor, int64_t* out);
     int32_t (*offset)(void** tensor, int64_t* out);  // in elements
+    int32_t (*device_type)(void** tensor, int32_t* out);
     bool (*is_neg)(void** tensor);
 };
 
@@ -97,6 +98,11 @@ static inline bool is_stored(PyObject* object, const DLTensor& view) {
 static inline bool plain_view(PyObject* object, DLTensor* view) {
     const TensorTypes& types = tensor_types();
     if (!types.api || (Py_TYPE(object) != types.tensor && Py_TYPE(object) != types.parameter)) return false;
+    // A view of a meta tensor is an exception of torch's, which takes a millisecond to describe itself.
+    constexpr int32_t kMeta = 14;  // c10::DeviceType::Meta
+    int32_t device_type;
+    void** impl = reinterpret_cast<void**>(object) + types.impl;
+    if (types.storage.device_type(impl, &device_type) != 0 || device_type == kMeta) return false;
     if (types.api->to_view(object, view) != 0) {
         PyErr_Clear();  // a wrapper without storage (functorch) or a sparse tensor: the ordinary way reports it
         return false;

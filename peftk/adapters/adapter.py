@@ -85,6 +85,7 @@ def adapter_of(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    *,
     activation: str = "identity",
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
@@ -103,7 +104,7 @@ FlatAdapter = tuple[Tensor | None, Tensor | None, float, str, Tensor | None, Ten
 
 
 def flat_adapter(adapter: Adapter | None) -> FlatAdapter:
-    """The arguments of `adapter_of`, for torch's Functions and custom ops, which take no objects."""
+    """What `adapter_of` takes, in that order, for torch's Functions and custom ops, which take no objects."""
     if adapter is None:
         return None, None, 1.0, "identity", None, None
     return adapter.lora_A, adapter.lora_B, adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import checks, live_table, table
-from peftk.adapters.adapter import PAGE, Adapter, pages_of
+from peftk.adapters.adapter import PAGE, Adapter, flat_adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
 from peftk.adapters.table import AdapterTable
@@ -177,7 +177,16 @@ class AdapterBank:
         free = self.free_number(name, slot)
         number = free if number is None else number
         pool = self.pool
-        checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        checks.adapter_shapes(
+            pool.out_features,
+            pool.in_features,
+            lora_A,
+            lora_B,
+            scaling,
+            activation=activation,
+            bias_A=bias_A,
+            bias_B=bias_B,
+        )
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
             if tensor is not None and pool.device.type != "meta":
                 checks.dense(key, tensor)
@@ -519,9 +528,17 @@ class AdapterBank:
 
     def _check_lent(self, adapter: Adapter) -> None:
         pool = self.pool
-        lora_A, lora_B = adapter.lora_A, adapter.lora_B
-        rest = (adapter.scaling, adapter.activation, adapter.bias_A, adapter.bias_B)
-        checks.adapter_shapes(pool.out_features, pool.in_features, lora_A, lora_B, *rest)
+        lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
+        checks.adapter_shapes(
+            pool.out_features,
+            pool.in_features,
+            lora_A,
+            lora_B,
+            scaling,
+            activation=activation,
+            bias_A=bias_A,
+            bias_B=bias_B,
+        )
         if storage.dense(*adapter.tensors()):
             table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises if kernels cannot read it
 

@@ -158,7 +158,7 @@ def block(
     K, named = width(x), _named(lora_A, lora_B, bias_A, bias_B)
     if not named:
         raise ValueError("lora_A: expected an adapter's tensors, got none of lora_A, lora_B, bias_B")
-    adapter_shapes(K, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    adapter_shapes(K, K, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
     first = named[0][1]
     _same_device_and_dtype(named, first.device, "the adapter's other tensors")
     _x_matches(x, "the adapter", first.device, first.dtype)
@@ -192,6 +192,7 @@ def adapter_shapes(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    *,
     activation: str = "identity",
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
@@ -224,13 +225,14 @@ def adapter(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    *,
     activation: str = "identity",
     bias_A: Tensor | None = None,
     bias_B: Tensor | None = None,
 ) -> None:
     """Checks one adapter for weight [N, K]: `adapter_shapes`, weight's device, one dtype that mixes with weight's."""
     N, K = weight.shape
-    adapter_shapes(N, K, lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    adapter_shapes(N, K, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
     named = _named(lora_A, lora_B, bias_A, bias_B)
     _same_device_and_dtype(named, weight.device, "weight")
     for name, tensor in named:

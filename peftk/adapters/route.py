@@ -1,7 +1,8 @@
 """Routes: which adapter each sequence of a batch uses. Turns a route into an id for every row of a layer's input.
 
 `MultiAdapter.route` makes a `Route`, and `peftk.adapters.carry` brings it to the layers. The rows of a layer's input
-must be whole sequences in the order of the batch; anything else is refused (`Forward`, `peftk.adapters.row_order`).
+must be whole sequences in the order of the batch; anything else is refused (`RoutedForward` and
+`peftk.adapters.row_order`).
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ class Route:
             return slots
         return slots.repeat_interleave(self._lengths, output_size=self.tokens)
 
-    def forward(self, expand: int = 1, length: int | None = None, matched: bool = False) -> Forward:
-        """The Forward of a model with input [B · expand, length, …]; without arguments, of a layer called directly."""
-        return Forward(self, expand, length, matched, self._accepted.setdefault((expand, length, matched), {}))
+    def forward(self, expand: int = 1, length: int | None = None, matched: bool = False) -> RoutedForward:
+        """The forward of a model with input [B · expand, length, …]; without arguments, of a layer called directly."""
+        return RoutedForward(self, expand, length, matched, self._accepted.setdefault((expand, length, matched), {}))
 
     def dim(self, batch_dim: int | None) -> int:
         """The dimension of x with the sequences. batch_dim: the layer's own, which takes precedence."""
@@ -108,7 +109,7 @@ class Route:
         return self._layouts[key]
 
 
-class Forward:
+class RoutedForward:
     """A route in one forward of the model: which rows the input x of a linear may have, and their ids.
 
     expand: how many rows generate() made of each sequence. length: T if the model was called with [B, T, …], None if
@@ -230,13 +231,13 @@ class ServerKey:
 ORDER_CHECKS = 4  # in how many forwards row order is checked after a load that adapts new layers
 
 
-class Call(NamedTuple):
+class RunningCall(NamedTuple):
     """A running call, within a route, of a server's model or of a part of it."""
 
     module: nn.Module
-    forward: Forward
+    forward: RoutedForward
     order: RowOrder | None  # in the first forwards
-    outer: Call | None
+    outer: RunningCall | None
     begins: bool  # whether this call started `order`
 
     def leave(self) -> None:
@@ -244,7 +245,7 @@ class Call(NamedTuple):
             self.order.stop()
 
 
-_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("peftk_call", default=None)
+_call: contextvars.ContextVar[RunningCall | None] = contextvars.ContextVar("peftk_call", default=None)
 
 
 class BatchHooks:
@@ -286,7 +287,7 @@ class BatchHooks:
             dim = route.batch_dim or 0 if dim is None else dim
             order = RowOrder(tensors, route.user_ids.shape[0] * forward.expand, dim)
             order.__enter__()
-        _call.set(Call(module, forward, order, outer, begins))
+        _call.set(RunningCall(module, forward, order, outer, begins))
 
     def _after(self, module: nn.Module) -> None:
         call = _call.get()
@@ -294,7 +295,7 @@ class BatchHooks:
             _call.set(call.outer)
             call.leave()
 
-    def _should_check_order(self, module: nn.Module, forward: Forward) -> bool:
+    def _should_check_order(self, module: nn.Module, forward: RoutedForward) -> bool:
         """Whether to check row order in this call: there are layers for which it has not been checked."""
         if self.server_key.checks_left == 0 or forward.route.uniform or not forward.matched:
             return False
@@ -305,8 +306,8 @@ class BatchHooks:
         )
 
 
-def _forward_for(route: Route, tensors: Sequence[Tensor], outer: Forward | None) -> Forward:
-    """The Forward for a module that is called with these tensors. outer: that of the enclosing module, if any."""
+def _forward_for(route: Route, tensors: Sequence[Tensor], outer: RoutedForward | None) -> RoutedForward:
+    """The RoutedForward for a module that is called with these tensors. outer: that of the enclosing module, if any."""
     if route.tokens is not None:
         return route.forward()
     batch, shapes = route.user_ids.shape[0], [t.shape for t in tensors]
@@ -340,8 +341,8 @@ def _rows_per_sequence() -> int:
     return 1
 
 
-def current_forward(server_key: ServerKey) -> tuple[Forward | None, RowOrder | None]:
-    """The Forward for the enclosing route, None outside of one; and the running check of row order, if any."""
+def current_forward(server_key: ServerKey) -> tuple[RoutedForward | None, RowOrder | None]:
+    """The RoutedForward for the enclosing route, None outside of one; and the running check of row order, if any."""
     link = carry.innermost()
     if link is None:
         return None, None
@@ -398,7 +399,7 @@ def rows(layer: RoutedLayer, server_key: ServerKey, x: Tensor) -> Rows | None:
     forward, order = current_forward(server_key)
     bank: AdapterBank | AdapterTable = layer.bank
     if carry.may_be_checkpointed(trains=layer.training or torch.is_grad_enabled()):
-        now: tuple[Forward, AdapterBank | AdapterTable] | None
+        now: tuple[RoutedForward, AdapterBank | AdapterTable] | None
         now = None if forward is None else (forward, layer.bank.table() or layer.bank)
         then = carry.stored_in_checkpoints(now, name=f"{server_key.checkpoint_attribute}_{id(layer)}")
         forward, bank = (None, layer.bank) if then is None else then
@@ -420,7 +421,7 @@ def _slots(layer: RoutedLayer, server_key: ServerKey, x: Tensor) -> Tensor | Non
 
 
 def _check_row_order(
-    layer: RoutedLayer, server_key: ServerKey, x: Tensor, forward: Forward, order: RowOrder | None
+    layer: RoutedLayer, server_key: ServerKey, x: Tensor, forward: RoutedForward, order: RowOrder | None
 ) -> None:
     """Raises ValueError if the order of rows is not that of the batch, or cannot be known."""
     if layer.unclear_module is not None and forward.route.batch_dim is None:

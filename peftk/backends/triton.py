@@ -111,6 +111,7 @@ def describe(call: Call) -> str:
     words += [f"{plan.BLOCK_M} x {plan.BLOCK_N} x {plan.BLOCK_K} tiles in {plan.num_stages} stages"]
     words += [f"W in {plan.expand_splits} splits"] if plan.expand_splits > 1 else []
     words += ["tensor descriptors"] if plan.descriptors else []
+    words += ["the product begins while the shrink runs"] if plan.overlap and call.rank else []
     return f"{', '.join(words)} ({tuned.source(form, device)})"
 
 

@@ -1,8 +1,8 @@
 """Mixed batches of HF PEFT (`adapter_names=`): turns adapter names per sample into ids, once per forward of the model.
 
 PEFT passes the names to every layer, which turns them into lists of indices, adapter by adapter. Here they are turned
-into ids once, in a `peftk.adapters.route.Forward` that all layers share, together with what is derived from it (the
-sort of the rows).
+into ids once, in a `peftk.adapters.route.RoutedForward` that all layers share, together with what is derived from it
+(the sort of the rows).
 
 Activation checkpointing runs layers again during the backward, when PEFT has removed its hooks. Therefore the names are
 stored on the checkpoints that a forward runs in, and the recomputation reads them there.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import carry
-from peftk.adapters.route import Forward, Route
+from peftk.adapters.route import Route, RoutedForward
 
 BASE = "__base__"  # PEFT's name for no adapter
 
@@ -38,7 +38,7 @@ class Batch:
         return torch.tensor([numbers[name] for name in self.names], dtype=torch.int32, device="cpu")
 
     @functools.cached_property
-    def route(self) -> Forward:
+    def route(self) -> RoutedForward:
         return Route(self.ids()).forward()
 
     def of(self, names: Sequence[str]) -> Batch:

@@ -27,8 +27,8 @@ from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_support import Base, Factors
 from peftk.interop.peft_whole import all_or_none, atomic
 from peftk.nn import watched
+from peftk.ops import layer_calls
 from peftk.ops.dispatch import direct_lora_linear
-from peftk.ops.layer_calls import base_linear_unchecked, lora_linear_unchecked, multi_lora_linear_unchecked
 from peftk.system import storage
 
 _UNUSED = frozenset(VARIANT_KWARG_KEYS)  # arguments that plain LoRA ignores
@@ -84,14 +84,14 @@ class Linear(lora.Linear):
         if batch is not None:
             return self._mixed(x, base, batch)
         if self.merged_adapters:
-            return base_linear_unchecked(x, weight, bias)
+            return layer_calls.base_linear(x, weight, bias)
         names = self._active_adapter
         adapters = self._adapters((names,) if isinstance(names, str) else names, weight)
         if isinstance(adapters, str):
             return None
         found = [adapter for adapter in adapters if adapter is not None]
         if not found:
-            return base_linear_unchecked(x, weight, bias)
+            return layer_calls.base_linear(x, weight, bias)
         if len(found) > 1:
             if any(adapter.dropout_p for adapter in found):
                 return None  # each has a mask of its own
@@ -107,7 +107,7 @@ class Linear(lora.Linear):
             if y is not None:
                 return y
         adapter, dropout = adapter_of(lora_A, lora_B, scaling, bias_B=bias_B), dropout_of(p, None, weight.device)
-        return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout)
+        return layer_calls.lora_linear(x, weight, bias, adapter, dropout=dropout)
 
     def active(self) -> tuple[Tensor, list[Factors]] | str:
         """W and the adapters (none while merged) of a call, or the reason why PEFT's own code would run it."""
@@ -147,13 +147,13 @@ class Linear(lora.Linear):
         if len(dropouts) > 1:
             return None
         if not dropouts:
-            return base_linear_unchecked(x, weight, bias)
+            return layer_calls.base_linear(x, weight, bias)
         ids = batch.ids().to(x.device) if torch.compiler.is_compiling() else batch.route.rows(x)
         bank, dropout = (
             self._table(batch.unique, adapters, weight.shape),
             dropout_of(dropouts.pop(), None, weight.device),
         )
-        return multi_lora_linear_unchecked(x, weight, bias, bank, ids, dropout=dropout)
+        return layer_calls.multi_lora_linear(x, weight, bias, bank, ids, dropout=dropout)
 
     def _table(self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]) -> Any:
         """The table of the adapters, numbered by their index in `names`; rebuilt when one has moved.

@@ -33,7 +33,7 @@ def bottleneck_parameters(
     checks.adapter_dtype(dtype)
     shapes = ((R, K), (N, R), (R,), (N,))
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-    checks.adapter_shapes(N, K, tensors[0], tensors[1], scaling, activation)
+    checks.adapter_shapes(N, K, tensors[0], tensors[1], scaling, activation=activation)
     return {name: nn.Parameter(tensor) for name, tensor in zip(PARAMETERS, tensors, strict=True)}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peftk.adapters import checks
 from peftk.nn.parameters import param
 from peftk.nn.watched import weight_or_alias
-from peftk.ops.layer_calls import base_linear_unchecked
+from peftk.ops import layer_calls
 
 
 def linear_shape(weight: Tensor, bias: Tensor | None, fan_in_fan_out: bool) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → y [..., N], in x's dtype."""
-        return base_linear_unchecked(x, self.matrix, param(self, "bias"))
+        return layer_calls.base_linear(x, self.matrix, param(self, "bias"))
 
     def extra_repr(self) -> str:
         stored = ", fan_in_fan_out=True" if self.fan_in_fan_out else ""

@@ -19,8 +19,8 @@ from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import default_adapter_dtype, param
 from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
 from peftk.nn.shared import Tie
+from peftk.ops import layer_calls
 from peftk.ops.dispatch import direct_lora_linear
-from peftk.ops.layer_calls import base_linear_unchecked, lora_linear_unchecked
 from peftk.reference.receipt import BiasReceipt
 from peftk.system import interrupts
 from peftk.system.lasting import lasting
@@ -121,7 +121,7 @@ class LoRALinear(FrozenLinear):
         """x [..., K] → y [..., N], in x's dtype."""
         weight, bias = self.matrix, param(self, "bias")
         if self.receipt is not None:
-            return base_linear_unchecked(x, weight, bias)
+            return layer_calls.base_linear(x, weight, bias)
         lora_A, lora_B, lora_bias = param(self, "lora_A"), param(self, "lora_B"), param(self, "lora_bias")
         beta = None
         if lora_bias is not None:
@@ -133,7 +133,7 @@ class LoRALinear(FrozenLinear):
             if y is not None:
                 return y
         adapter, dropout = adapter_of(lora_A, lora_B, scaling, bias_B=beta), dropout_of(p, None, weight.device)
-        return lora_linear_unchecked(x, weight, bias, adapter, dropout=dropout)
+        return layer_calls.lora_linear(x, weight, bias, adapter, dropout=dropout)
 
     @property
     def scaling(self) -> float:

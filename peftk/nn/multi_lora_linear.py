@@ -14,7 +14,7 @@ from peftk.adapters.table import AdapterTable, in_rows
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import param
 from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
-from peftk.ops.layer_calls import base_linear_unchecked, multi_lora_linear_unchecked
+from peftk.ops import layer_calls
 from peftk.system.lasting import lasting
 
 
@@ -107,7 +107,16 @@ class MultiLoRALinear(FrozenLinear):
                 name, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias, slot=slot
             )
         number = self.bank.free_number(name, slot)
-        checks.adapter_shapes(self.out_features, self.in_features, lora_A, lora_B, scaling, activation, bias_A, bias)
+        checks.adapter_shapes(
+            self.out_features,
+            self.in_features,
+            lora_A,
+            lora_B,
+            scaling,
+            activation=activation,
+            bias_A=bias_A,
+            bias_B=bias,
+        )
         parameters = _TrainedAdapter(scaling, activation)
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias)):
             parameters.register_parameter(key, _parameter(key, tensor, self.bank.dtype, self.bank.device))
@@ -147,13 +156,13 @@ class MultiLoRALinear(FrozenLinear):
                 ids, bank = routed.slots, routed.bank
         weight, bias = self.matrix, param(self, "bias")
         if ids is None:
-            return base_linear_unchecked(x, weight, bias)
+            return layer_calls.base_linear(x, weight, bias)
         if weight.shape != (self.out_features, self.in_features):  # someone may have replaced it, but not the pages
             raise ValueError(
                 f"weight: expected [{self.out_features}, {self.in_features}] as when the layer was made, "
                 f"got {list(weight.shape)}"
             )
-        y = multi_lora_linear_unchecked(x, weight, bias, bank, ids)
+        y = layer_calls.multi_lora_linear(x, weight, bias, bank, ids)
         if routed is not None and routed.order is not None:
             routed.order.record_layer(x, y)
         return y

@@ -16,8 +16,8 @@ from peftk.nn.bottleneck import PARAMETERS, Bottleneck, bottleneck_parameters, r
 from peftk.nn.frozen_linear import FrozenLinear, linear_shape
 from peftk.nn.parameters import default_adapter_dtype, param
 from peftk.nn.replace import as_linear, fan_in_fan_out, take_place
+from peftk.ops import layer_calls
 from peftk.ops.dispatch import direct_lora_linear
-from peftk.ops.layer_calls import lora_linear_unchecked
 
 
 class ParallelAdapter(Attached, Bottleneck):
@@ -159,7 +159,9 @@ class ParallelAdapterLinear(FrozenLinear):
         y = direct_lora_linear(x, weight, bias, A, B, s, activation=activation, bias_A=a, bias_B=beta)
         if y is not None:
             return y
-        return lora_linear_unchecked(x, weight, bias, adapter_of(A, B, s, activation, a, beta))
+        return layer_calls.lora_linear(
+            x, weight, bias, adapter_of(A, B, s, activation=activation, bias_A=a, bias_B=beta)
+        )
 
     def extra_repr(self) -> str:
         return (

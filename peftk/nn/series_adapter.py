@@ -13,8 +13,8 @@ from peftk.adapters.adapter import adapter_of
 from peftk.nn.attached import Attached, first_output, replace_first_output
 from peftk.nn.bottleneck import Bottleneck
 from peftk.nn.parameters import param
+from peftk.ops import layer_calls
 from peftk.ops.dispatch import direct_lora_linear
-from peftk.ops.layer_calls import adapter_block_unchecked
 
 
 class SeriesAdapter(Attached, Bottleneck):
@@ -50,7 +50,11 @@ class SeriesAdapter(Attached, Bottleneck):
         A, B, a, beta = param(self, "lora_A"), param(self, "lora_B"), param(self, "bias_A"), param(self, "bias_B")
         s, activation = self.scaling, self.activation
         y = direct_lora_linear(h, None, None, A, B, s, activation=activation, bias_A=a, bias_B=beta)
-        return adapter_block_unchecked(h, adapter_of(A, B, s, activation, a, beta)) if y is None else y
+        return (
+            layer_calls.adapter_block(h, adapter_of(A, B, s, activation=activation, bias_A=a, bias_B=beta))
+            if y is None
+            else y
+        )
 
     def _hooks(self, module: nn.Module) -> list[Callable[[], RemovableHandle]]:
         return [lambda: module.register_forward_hook(self._adapt_output)]

@@ -47,7 +47,8 @@ def lora_linear(
     checks.for_kernels(
         x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, bias_A=bias_A, bias_B=bias_B, seed=seed
     )
-    adapter, dropout = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B), dropout_from(dropout_p, seed)
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    dropout = dropout_from(dropout_p, seed)
     y, z = dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend, save_z=True)
     return y, x.new_empty(0) if z is None else z.contiguous()
 
@@ -79,7 +80,8 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, lora_A, lora_B, bias_A and bias_B. `needs`: which to compute; the others are empty."""
-    adapter, dropout = adapter_of(lora_A, lora_B, scaling, activation, bias_A, bias_B), dropout_from(dropout_p, seed)
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    dropout = dropout_from(dropout_p, seed)
     wanted = Wanted(*needs[1:])
     z_saved = z if reads_z(adapter, wanted, needs[0]) else None
     dx, grads = dispatch.lora_linear_backward(
@@ -104,8 +106,9 @@ def _dx(dy: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, *flat, dropout_p, seed, backend = inputs
-    adapter, needs = adapter_of(*flat), [ctx.needs_input_grad[i] for i in (0, 3, 4, 7, 8)]
+    x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, dropout_p, seed, backend = inputs
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4, 7, 8)]
     wanted = Wanted(*needs[1:])
     reads = Reads.of((adapter,), (wanted,), needs[0])
     save_with_adapter(ctx, reads, x, weight, adapter, output[1], dropout=dropout_from(dropout_p, seed), wanted=wanted)

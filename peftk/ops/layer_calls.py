@@ -19,13 +19,13 @@ from peftk.ops.dispatch import is_recording
 from peftk.system import autocast, storage
 
 
-def base_linear_unchecked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The base layer alone: y = xWᵀ + bias."""
     y = dispatch.direct_lora_linear(x, weight, bias, None, None, 1.0)
-    return lora_linear_unchecked(x, weight, bias, None) if y is None else y
+    return lora_linear(x, weight, bias, None) if y is None else y
 
 
-def lora_linear_unchecked(
+def lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -39,7 +39,7 @@ def lora_linear_unchecked(
     return _single_adapter(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
-def adapter_block_unchecked(
+def adapter_block(
     x: Tensor, adapter: Adapter | None, *, dropout: Dropout | None = None, backend: str | None = None
 ) -> Tensor:
     """`peftk.functional.adapter_block` for modules."""
@@ -66,14 +66,15 @@ def _single_adapter(
             checks.block(x, *flat_adapter(adapter))
         else:
             checks.base(weight, bias)
-            checks.adapter(weight, *flat_adapter(adapter))
+            lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
+            checks.adapter(weight, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
         return composed.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
     if recording:
         return custom_ops.lora_linear(x, weight, bias, *flat_adapter(adapter), *p_and_seed, backend)[0]
     return autograd.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
-def multi_lora_linear_unchecked(
+def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -93,7 +94,7 @@ def multi_lora_linear_unchecked(
     return _multi_adapter(x, weight, bias, bank, ids, table=table, dropout=dropout, backend=backend)
 
 
-def multi_adapter_block_unchecked(
+def multi_adapter_block(
     x: Tensor,
     bank: AdapterBank | AdapterTable,
     ids: Tensor,

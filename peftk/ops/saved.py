@@ -81,11 +81,13 @@ def save_with_adapter(
     lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
     factors = (lora_A, lora_B) if reads.factors else (None, None)
     save(ctx, reads, x, weight, z, *factors, dropout=dropout)
-    ctx.adapter = (scaling, activation, bias_A if wanted.bias_A else None, bias_B if wanted.bias_B else None)
+    biases = {"bias_A": bias_A if wanted.bias_A else None, "bias_B": bias_B if wanted.bias_B else None}
+    ctx.adapter = scaling, {"activation": activation, **biases}
 
 
 def load_with_adapter(ctx: Any) -> tuple[Saved, Adapter | None]:
     """What `save_with_adapter` saved. The adapter has no A and B if the backward does not read them."""
     saved = load_saved(ctx)
     lora_A, lora_B = saved.others
-    return saved, adapter_of(lora_A, lora_B, *ctx.adapter)
+    scaling, rest = ctx.adapter
+    return saved, adapter_of(lora_A, lora_B, scaling, **rest)

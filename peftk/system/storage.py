@@ -152,7 +152,8 @@ def _missing_memory(tensor: Tensor) -> str | None:
 def _register_plain_tensors() -> None:
     """Tells the C++ module how to recognise plain tensors. If torch lacks one of the functions, it recognises none."""
     library = ctypes.CDLL(torch._C.__file__)
-    names = ("aoti_torch_get_storage_size", "aoti_torch_get_storage_offset", "_ZN2at6native6is_negERKNS_6TensorE")
+    stable = ("storage_size", "storage_offset", "device_type")
+    names = [f"aoti_torch_get_{name}" for name in stable] + ["_ZN2at6native6is_negERKNS_6TensorE"]
     try:
         addresses = [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names]
     except AttributeError:

@@ -39,7 +39,14 @@ OVER_BASE: dict[str, dict[str, Any]] = {
 }
 
 
-def compile_call(
+def compile_call(target: int | str, M: int, mix: Mix, *, plan: config.Plan | None = None, **form: Any) -> Compiled:
+    """The last launch of `compile_launches`: the only one, or the expand."""
+    launches = compile_launches(target, M, mix, plan=plan, **form)
+    assert plan is None or not plan.once or len(launches) == 1
+    return launches[-1]
+
+
+def compile_launches(
     target: int | str,
     M: int,
     mix: Mix,
@@ -53,9 +60,10 @@ def compile_call(
     aligned: bool = True,
     K: int = 4096,
     N: int = 4096,
+    rank: int = 16,
     plan: config.Plan | None = None,
-) -> Compiled:
-    """Compiles the launch of a forward, or of a backward's dX, for a target."""
+) -> list[Compiled]:
+    """Compiles the launches of a forward, or of a backward's dX, for a target."""
 
     def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -65,7 +73,7 @@ def compile_call(
         weight, bias = None, None
     base = empty(M, K if backward else N, dtype=mix[0]) if over_base else None
     source: kernels.AdapterArgs | kernels.ManyAdapters
-    source = kernels.AdapterArgs(1 << 40, K, 1 << 40, 16, 1, 0, 0, 16, 0, 1.0)
+    source = kernels.AdapterArgs(1 << 40, K, 1 << 40, rank, 1, 0, 0, rank, 0, 1.0)
     segments = None
     if many:
         i32, i64 = torch.int32, torch.int64
@@ -78,15 +86,15 @@ def compile_call(
         segments = Segments(empty(M, dtype=i64), empty(M, dtype=i32), empty(9, dtype=i32), starts, owners, blocks)
     seed = empty(1, dtype=torch.int64) if dropout_p else None
     A, B = ("k16", "r16") if aligned else ("k", "any")
-    adapters = kernels.Adapters(source, mix[2], 16, A, "any" if many else B)
+    z_width = -(-rank // 16) * 16 * (3 if packed else 1)
+    adapters = kernels.Adapters(source, mix[2], z_width, A, "any" if many else B)
     with compiling(target, kernels, ("lora_linear_kernel",)) as compiled:
         if backward:
-            dy, z = empty(M, N, dtype=mix[0]), empty(M, 16, dtype=F32)
+            dy, z = empty(M, N, dtype=mix[0]), empty(M, z_width, dtype=F32)
             kernels.backward(dy, weight, K, adapters, segments, z, base=base, dropout_p=dropout_p, seed=seed, plan=plan)
         else:
             kernels.forward(x, weight, bias, adapters, segments, base=base, dropout_p=dropout_p, seed=seed, plan=plan)
-    [only] = compiled if plan is None or plan.once else compiled[-1:]
-    return only
+    return list(compiled)
 
 
 def check_fits(c: Compiled, target: int | str) -> None:

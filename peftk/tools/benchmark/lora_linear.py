@@ -11,7 +11,7 @@ from peftk.adapters.adapter import adapter_of
 from peftk.backends import choice
 from peftk.backends.call import LORA_LINEAR, Call
 from peftk.nn import LoRALinear
-from peftk.ops.layer_calls import lora_linear_unchecked
+from peftk.ops import layer_calls
 from peftk.reference import bounds
 from peftk.tools.benchmark import peers
 from peftk.tools.benchmark.common import (
@@ -91,6 +91,6 @@ def _forced_layer_class(backend: str) -> type[LoRALinear]:
 
         def forward(self, x: Tensor) -> Tensor:
             adapter = adapter_of(self.lora_A, self.lora_B, self.scaling)
-            return lora_linear_unchecked(x, self.weight, self.bias, adapter, backend=backend)
+            return layer_calls.lora_linear(x, self.weight, self.bias, adapter, backend=backend)
 
     return Forced

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftk.backends import choice
 from peftk.backends.call import Call, Op
 from peftk.nn import MultiLoRALinear
-from peftk.ops.layer_calls import multi_lora_linear_unchecked
+from peftk.ops import layer_calls
 from peftk.reference import bounds
 from peftk.tools.benchmark import peers
 from peftk.tools.benchmark.common import (
@@ -114,6 +114,6 @@ def _forced_layer_class(backend: str) -> type[MultiLoRALinear]:
         def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
             if ids is None:
                 raise TypeError("ids: expected a tensor, got None")
-            return multi_lora_linear_unchecked(x, self.weight, self.bias, self.bank, ids, backend=backend)
+            return layer_calls.multi_lora_linear(x, self.weight, self.bias, self.bank, ids, backend=backend)
 
     return Forced

@@ -14,7 +14,6 @@ from peftk.adapters.adapter import adapter_of
 from peftk.backends import choice, measured
 from peftk.nn import ParallelAdapterLinear, SeriesAdapter
 from peftk.ops import dispatch, layer_calls
-from peftk.ops.layer_calls import adapter_block_unchecked, lora_linear_unchecked, multi_lora_linear_unchecked
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K, R = 37, 29, 5
@@ -66,7 +65,7 @@ def test_same_bits_as_the_ordinary_way(dtype, adapter_dtype):
         for b, a in ((bias, (A, B)), (None, (A, B)), (bias, (None, None)), (bias, (A, B.t().contiguous().t()))):
             y = dispatch.direct_lora_linear(x, weight, b, *a, 0.7)
             assert y is not None, name
-            expected = lora_linear_unchecked(x, weight, b, adapter_of(*a, 0.7), backend="cpu")
+            expected = layer_calls.lora_linear(x, weight, b, adapter_of(*a, 0.7), backend="cpu")
             assert y.dtype == dtype
             assert torch.equal(y, expected), name
 
@@ -85,9 +84,9 @@ def test_activations_and_biases_of_an_adapter(dtype, adapter_dtype, activation):
                 y = dispatch.direct_lora_linear(x, W, b, A, up_of, 0.7, **rest)
                 made = adapter_of(A, up_of, 0.7, **rest)
                 if W is None:
-                    ordinary = adapter_block_unchecked(x, made, backend="cpu")
+                    ordinary = layer_calls.adapter_block(x, made, backend="cpu")
                 else:
-                    ordinary = lora_linear_unchecked(x, W, b, made, backend="cpu")
+                    ordinary = layer_calls.lora_linear(x, W, b, made, backend="cpu")
                 assert y is not None, name
                 assert y.dtype == dtype
                 assert torch.equal(y, ordinary), name
@@ -124,7 +123,7 @@ def test_adapters_that_are_not_plain_go_the_ordinary_way():
 def test_transposed_weights_and_weights_with_gaps():
     weight, bias, A, B = layer()
     x = tensor(4, K)
-    expected = lora_linear_unchecked(x, weight, bias, adapter_of(A, B, 0.7), backend="cpu")
+    expected = layer_calls.lora_linear(x, weight, bias, adapter_of(A, B, 0.7), backend="cpu")
     apart = torch.zeros(N, K + 3)[:, :K].copy_(weight)
     torch.testing.assert_close(dispatch.direct_lora_linear(x, weight.t().contiguous().t(), bias, A, B, 0.7), expected)
     assert torch.equal(dispatch.direct_lora_linear(x, apart, bias, A, B, 0.7), expected)
@@ -239,7 +238,7 @@ def test_many_adapters_same_bits_as_the_ordinary_way(dtype, ids_dtype):
         ids = torch.tensor(numbers, dtype=ids_dtype)
         y = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
         assert y is not None
-        assert torch.equal(y, multi_lora_linear_unchecked(x, weight, bias, table, ids, backend="cpu"))
+        assert torch.equal(y, layer_calls.multi_lora_linear(x, weight, bias, table, ids, backend="cpu"))
 
 
 def test_ids_that_are_not_plain_go_the_ordinary_way():

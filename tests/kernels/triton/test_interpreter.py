@@ -29,6 +29,7 @@ TOGETHER = (
         "adapter_block",
         "gemm",
         "autocast",
+        "field",
         "serving_shapes",
         "segments",
         "merge",

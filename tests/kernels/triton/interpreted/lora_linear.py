@@ -17,6 +17,7 @@ from peftk.adapters.dropout import Dropout
 from peftk.backends import reference
 from peftk.backends import triton as backend
 from peftk.reference import philox
+from peftk.tools.selftest.plans import override_plan
 from peftk.triton_kernels import config
 from peftk.triton_kernels.arithmetic import INTERPRETED, round_to
 from peftk.triton_kernels.philox import keep_mask
@@ -50,6 +51,12 @@ def test_interpreted() -> None:
 @pytest.mark.parametrize("seed", spread(range(24), default=6))
 def test_random(seed: int) -> None:
     check(random_case(seed, max_rows=40, max_width=80))
+
+
+@pytest.mark.parametrize("seed", spread(range(24, 48), default=2, full=6))
+def test_random_in_two_launches(seed: int) -> None:
+    with override_plan(once=False):
+        check(random_case(seed, max_rows=40, max_width=80))
 
 
 @pytest.mark.parametrize("seed", spread(range(1000, 1120), default=0, full=15))
