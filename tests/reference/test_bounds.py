@@ -36,3 +36,14 @@ def test_truncated_sums(K: int, sign: str) -> None:
     assert bool((error <= bounds.bound(exact, size, K, torch.float32, truncated=True)).all())
     rounded = bounds.bound(exact, size, K, torch.float32)
     assert bool((error <= rounded).all()) == (sign == "random" or K < 1024)
+
+
+def test_results_on_a_gpu_may_have_been_truncated() -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    exact = torch.ones(4, dtype=torch.float64)
+    expected = bounds.Expected(exact, exact, 4096, exact, torch.zeros_like(exact))
+    off = (exact + 4096 * 2.0**-25).float()
+    assert bounds.error(off, expected, fused=True) > 1.0
+    assert bounds.error(off.as_subclass(OnGpu), expected, fused=True) <= 1.0

@@ -69,6 +69,16 @@ def test_one_launch_has_no_such_instructions() -> None:
     assert "griddepcontrol" not in only.assembly
 
 
+def test_only_the_second_of_two_that_overlap_may_begin_early() -> None:
+    early = [
+        (part, overlap)
+        for part in ("both", "shrink", "expand")
+        for overlap in (False, True)
+        if config.launch_options(90, part, overlap).get("launch_pdl")
+    ]
+    assert early == [("expand", True)]
+
+
 @pytest.mark.parametrize("target", [80, 86, 89, "hip", "interpreter"])
 def test_older_gpus_do_not_overlap(target: int | str) -> None:
     for M in (16, 256, 4096):

@@ -12,6 +12,7 @@ from torch import Tensor
 import peftk
 from peftk import functional
 from peftk.adapters.adapter import Adapter
+from peftk.backends import triton as backend
 from peftk.system import precision
 from tests.support import numerics
 from tests.support.cases import Case, expected, normal
@@ -53,6 +54,26 @@ def test_rounded_once(mix: tuple[torch.dtype, torch.dtype, torch.dtype], many: b
     numerics.check(run(case), *expected(case))
 
 
+def test_z_is_of_rounded_factors() -> None:
+    """z itself is a sum in fp32."""
+    x, weight = normal(40, 32, dtype=BF16, seed=1), normal(24, 32, dtype=BF16, seed=2)
+    one = Adapter((normal(5, 32, dtype=F32, seed=4),), (normal(24, 5, dtype=F32, seed=5),), 0.5)
+    with peftk.precision("field"):
+        _, z = backend.lora_linear(x, weight, None, one, save_z=True)
+    A = one.pages_A[0].to(BF16).double()
+    numerics.check(z, x.double() @ A.t(), x.double().abs() @ A.abs().t(), 32)
+
+
+def test_gradients_of_B_are_of_a_rounded_v() -> None:
+    x, weight, dy = (normal(*shape, dtype=BF16, seed=i) for i, shape in enumerate(((40, 32), (24, 32), (40, 24))))
+    one = Adapter((normal(5, 32, dtype=F32, seed=4),), (normal(24, 5, dtype=F32, seed=5),), 0.5)
+    with peftk.precision("field"):
+        _, z = backend.lora_linear(x, weight, None, one, save_z=True)
+        _, grads = backend.lora_linear_backward(dy, x, weight, one, z)
+    v = z.to(BF16).double()
+    numerics.check(grads.lora_B, 0.5 * dy.double().t() @ v, 0.5 * dy.double().abs().t() @ v.abs(), 40)
+
+
 def test_gradients_are_rounded_once_too() -> None:
     x, weight, dy = (
         normal(40, 32, dtype=BF16, seed=1),
@@ -89,6 +110,8 @@ def test_setting_and_block() -> None:
         assert precision.field()
     assert not precision.field()
     peftk.precision("field")
+    with peftk.precision("exact"):
+        assert not precision.field()
     assert precision.field()
     peftk.precision("exact")
     assert not precision.field()

@@ -53,6 +53,14 @@ def test_random(seed: int) -> None:
     check(random_case(seed, max_rows=40, max_width=80))
 
 
+@pytest.mark.parametrize("factors", [BF16, F32])
+def test_v_keeps_all_its_bits(factors: torch.dtype) -> None:
+    """With fp32 outputs, nothing else in y and a v that does not cancel, a term of v that is left out would show."""
+    A, B = normal(1, 70, dtype=factors, seed=3).abs(), normal(37, 1, dtype=factors, seed=4)
+    x = normal(19, 70, dtype=F32, seed=1).abs()
+    check(Case(x, torch.zeros(37, 70, dtype=BF16), None, (Adapter((A,), (B,), 1.0),), None))
+
+
 @pytest.mark.parametrize("seed", spread(range(24, 48), default=2, full=6))
 def test_random_in_two_launches(seed: int) -> None:
     with override_plan(once=False):
