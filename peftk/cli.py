@@ -223,8 +223,20 @@ SECTIONS = ("parity", "behaviour", "speed")
     type=CommaList("GROUP,…", str),
     help="With --triage: only these groups, also if the folder has their results [default: all that it lacks]",
 )
+@click.option("--full", is_flag=True, help="With --triage: goes on with all other checks, what is worth most first.")
+@click.option(
+    "--kernels",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --triage: folder of Triton kernels that were compiled ahead for this GPU (docs/gpu.md).",
+)
 def selftest(
-    device: str, sections: tuple[str, ...] | None, out: Path | None, triage: bool, groups: tuple[str, ...] | None
+    device: str,
+    sections: tuple[str, ...] | None,
+    out: Path | None,
+    triage: bool,
+    groups: tuple[str, ...] | None,
+    full: bool,
+    kernels: Path | None,
 ) -> None:
     """Tests every backend of the device against the reference in fp64: error bounds, determinism, exact unmerge.
 
@@ -236,10 +248,11 @@ def selftest(
     limit. It resumes in the same folder. With --device interpreter it rehearses.
     """
     if triage:
-        _triage(device, sections, out or Path("peftk-triage"), groups)
+        _triage(device, sections, out or Path("peftk-triage"), chosen=groups, full=full, kernels=kernels)
         return
-    if groups is not None:
-        raise click.UsageError("--group: only with --triage")
+    for option, given in (("--group", groups), ("--full", full or None), ("--kernels", kernels)):
+        if given is not None:
+            raise click.UsageError(f"{option}: only with --triage")
     if device == "interpreter":
         _use_interpreter()
     _require_device(device)
@@ -253,22 +266,38 @@ def selftest(
         raise SystemExit(1)
 
 
-def _triage(device: str, sections: tuple[str, ...] | None, out: Path, chosen: tuple[str, ...] | None) -> None:
+def _triage(
+    device: str,
+    sections: tuple[str, ...] | None,
+    out: Path,
+    *,
+    chosen: tuple[str, ...] | None,
+    full: bool,
+    kernels: Path | None,
+) -> None:
     if device == "cpu":
         raise click.UsageError("--triage: expected --device cuda or --device interpreter, got cpu")
     if sections is not None:
         raise click.UsageError("--section: not with --triage; --group chooses")
+    if kernels is not None and device != "cuda":
+        raise click.UsageError(f"--kernels: only with --device cuda, got {device}")
     if not extras.is_installed("triton"):
         raise click.ClickException("--triage: needs triton, which is not installed")
     _require_device(device)
 
     from peftk.tools import triage
+    from peftk.tools.triage import ahead
+    from peftk.tools.triage.full import EVERY
     from peftk.tools.triage.groups import GROUPS
 
     for name in chosen or ():
-        if name not in GROUPS:
-            raise click.UsageError(f"--group: expected some of {', '.join(GROUPS)}, got {name}")
-    if not triage.run(device, tuple(GROUPS.values()), out, _console(record=True), chosen=chosen):
+        if name not in EVERY:
+            raise click.UsageError(f"--group: expected some of {', '.join(EVERY)}, got {name}")
+    console = _console(record=True)
+    if kernels is not None:
+        ahead.use(kernels, console)
+    groups = EVERY if full or chosen else GROUPS
+    if not triage.run(device, tuple(groups.values()), out, console, chosen=chosen):
         raise SystemExit(1)
 
 

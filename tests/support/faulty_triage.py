@@ -16,7 +16,7 @@ from peftk.tools.triage.worker import work
 
 
 def passes() -> Found:
-    return Found(0.5, {"M": 3, "us": {"nn.Linear": {"median": 1.25}}})
+    return Found(0.5, {"row": "M=3", "us": {"nn.Linear": {"median": 1.25}}})
 
 
 def fails() -> float:

@@ -10,17 +10,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from triton import knobs
+from triton.runtime.cache import FileCacheManager
 
+from peftk import cli
+from peftk.backends import choice
 from peftk.cli import main
-from peftk.tools import triage
+from peftk.tools import selftest, triage
+from peftk.tools.selftest import parity
 from peftk.tools.selftest.check import Check, Outcome, Target, WrongError
-from peftk.tools.triage import environment, prepare, records
+from peftk.tools.triage import ahead, environment, full, prepare, records
 from peftk.tools.triage.group import Group
 from peftk.tools.triage.groups import GROUPS
 from peftk.tools.triage.records import Verdict
@@ -158,9 +164,9 @@ def test_shares_have_every_check_once() -> None:
     def numbered(first: int, count: int) -> Group:
         names = [str(number) for number in range(first, first + count)]
         checks = [Check("triage", "b", "op", name, lambda: 0.0) for name in names]
-        return Group("some", "", lambda target: checks, compiles=True)
+        return Group("some", "", lambda target: checks)
 
-    groups = [numbered(0, 3), numbered(3, 0), numbered(9, 4)._replace(compiles=False), numbered(3, 5)]
+    groups = [numbered(0, 3), numbered(3, 0), numbered(3, 5)]
     shares = [[check.case for check in prepare.share_of(groups, REHEARSAL, n, 3)] for n in range(3)]
     assert shares == [["0", "3", "6"], ["1", "4", "7"], ["2", "5"]]
 
@@ -241,6 +247,190 @@ def test_a_build_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert f"torch {torch.__version__.split('+')[0]}" in before
 
 
+KEY, OTHER = "A" * 52, "B" * 52
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Path:
+    """A folder of two kernels that were compiled ahead for compute capability 9.0, by this Triton and package."""
+    cache = tmp_path / "compiled"
+    for key, name in ((KEY, "expand"), (OTHER, "sort")):
+        (cache / key).mkdir(parents=True)
+        for suffix in ("cubin", "json", "ptx", "ttir"):
+            (cache / key / f"{name}.{suffix}").write_text(f"{suffix} of {name}")
+    ahead.save(cache, 90, tmp_path / "kernels")
+    return tmp_path / "kernels"
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_triton_finds_kernels_that_were_compiled_ahead(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton's own look-up, at the folder's new place; only what a launch needs is there."""
+    cache, moved = tmp_path / "cache", tmp_path / "moved"
+    kernels.rename(moved)
+    assert ahead.install(moved, 90, cache) == 2
+    assert {file.name for file in moved.rglob("*.*")} == {
+        "manifest.json", "expand.cubin", "expand.json", "sort.cubin", "sort.json"
+    }  # fmt: skip
+    monkeypatch.setattr(knobs.cache, "dir", str(cache))
+    monkeypatch.setattr("triton.runtime.cache._base32", lambda key: key)
+    found = FileCacheManager(KEY).get_group("expand.json")
+    assert found == {f"expand.{suffix}": str(cache / KEY / f"expand.{suffix}") for suffix in ("cubin", "json")}
+    assert ahead.install(moved, 90, cache) == 2  # again
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m["made with"].update(Triton="3.5.0"), r"made for Triton 3\.5\.0, here it is 3"),
+        (lambda m: m["made with"].update(ptxas="release 12"), "made for ptxas release 12, here it is"),
+        (lambda m: m["made with"].update(package="another"), "made for package another, here it is"),
+        (lambda m: m["made with"].update(Python="3.1"), r"made for Python 3\.1, here it is 3"),
+        (lambda m: m["made with"].update(libfoo="1"), "made for libfoo 1, here it is None"),
+        (lambda m: m["made with"].update(target=80), "made for target 80, here it is 90"),
+        (lambda m: m["kernels"][OTHER].update(sha256="7"), "B: not the files that were compiled"),
+        (lambda m: m["kernels"].update(C={"name": "gone", "sha256": "7"}), "C: not the files that were compiled"),
+        (lambda m: m["kernels"].update({"../out": {"name": "gone", "sha256": "7"}}), "expected a manifest of"),
+        (lambda m: m.pop("kernels"), "expected a manifest of"),
+        (lambda m: m.update(kernels={KEY: 1}), "expected a manifest of"),
+    ],
+)
+def test_kernels_that_do_not_fit_are_named_and_not_used(
+    kernels: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_manifest(kernels, change)
+    with pytest.raises(ValueError, match=why):
+        ahead.install(kernels, 90, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(prepare, "capability", lambda: 90)
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "cache"))
+    shown = console()
+    ahead.use(kernels, shown)
+    assert re.search(why, shown.export_text())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_uses_kernels_before_the_groups_run(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    Recorder(out, monkeypatch, dict.fromkeys(GROUPS, "passed"))
+    monkeypatch.setattr(cli, "_require_device", lambda device: None)
+    monkeypatch.setattr(prepare, "capability", lambda: 90)
+    monkeypatch.setattr(knobs.cache, "dir", str(cache))
+    arguments = ["selftest", "--device", "cuda", "--triage", "--out", str(out), "--kernels", str(kernels)]
+    result = CliRunner().invoke(main, arguments)
+    assert "2 kernels from" in result.output
+    assert "2 kernels from" in (out / "report.txt").read_text()
+    assert {folder.name for folder in cache.iterdir()} == {KEY, OTHER}
+
+
+def test_the_triage_goes_on_when_the_gpu_cannot_be_asked(
+    kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> int:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(prepare, "capability", broken)
+    shown = console()
+    ahead.use(kernels, shown)
+    assert "RuntimeError: no driver; the kernels compiled ahead are not used" in shown.export_text()
+
+
+def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
+    for text in (None, "{", "[]"):
+        if text is not None:
+            (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest\.json: expected a manifest of"):
+            ahead.install(tmp_path, 90, tmp_path / "cache")
+
+
+def test_too_many_bytes_are_not_saved(kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MOST_BYTES", 20)
+    with pytest.raises(ValueError, match="2 kernels: expected at most 20 bytes, got 54"):
+        ahead.save(tmp_path / "compiled", 90, tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "said"), [("90", "expected a new or empty folder"), ("75", "75 is not in the range")]
+)
+def test_ahead_refuses_a_folder_in_use_and_an_old_gpu(kernels: Path, target: str, said: str) -> None:
+    result = CliRunner().invoke(ahead.main, ["--target", target, "--out", str(kernels)])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_group_says_what_it_compiled(tmp_path: Path) -> None:
+    def compiles() -> float:
+        for name, cached in (("expand", True), ("sort", False)):
+            knobs.compilation.listener(src=SimpleNamespace(name=name), cache_hit=cached, metadata={})
+        return 0.0
+
+    before = knobs.compilation.listener
+    work(checks(compiles), REHEARSAL, tmp_path / "some.jsonl")
+    assert lines(tmp_path / "some.jsonl")[-1]["compiled"] == ["sort"]
+    assert knobs.compilation.listener is before
+
+
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=FULL)])
+def test_full_has_every_check_of_the_selftest_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every backend runs."""
+    monkeypatch.setattr(choice, "cannot_run", lambda backend, call: None)
+    for module in (full, selftest):
+        monkeypatch.setattr(module, "cuda_events", lambda: None)
+    target = Target(device, "cpu" if device == "interpreter" else device, ("reference", "gemm", "triton", "cuda"))
+    sections = {"parity": parity.checks, "behaviour": full._behaviour, "speed": full._speed}
+    for section, of_section in sections.items():
+        for check in selftest._checks(section, target, {}):
+            assert [part.section for part in full.PARTS if part.has(check)].count(of_section) == 1, check
+    assert {part.section for part in full.PARTS} == set(sections.values())
+
+
+def test_full_comes_after_the_triage_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(device: str, group: Group, folder: Path, build: str, command: object) -> Verdict:
+        ran.append(group.name)
+        state = "crashed" if group.name == "sweeps" and ran.count("sweeps") == 1 else "passed"
+        verdict = Verdict(group.name, state, 1.0, 1, [], 0)
+        with (folder / f"{group.name}.jsonl").open("w") as stream:
+            records.write(stream, records.header(group.name, device, build))
+            records.write(stream, records.verdict_record(verdict))
+        return verdict
+
+    monkeypatch.setattr(triage.process, "run", run)
+    arguments = ["selftest", "--device", "interpreter", "--triage", "--out", str(tmp_path)]
+    CliRunner().invoke(main, arguments)
+    assert ran == list(GROUPS)
+    CliRunner().invoke(main, [*arguments, "--full"])
+    assert ran == [*GROUPS, *full.FULL]
+    CliRunner().invoke(main, [*arguments, "--full"])
+    assert ran == [*GROUPS, *full.FULL, "sweeps"]
+    CliRunner().invoke(main, [*arguments, "--group", "sorts,merge"])
+    assert ran[-2:] == ["merge", "sorts"]
+
+
+@FULL
+def test_groups_of_full_in_their_processes(tmp_path: Path) -> None:
+    """A rehearsal of those that are quick there."""
+    arguments = ["selftest", "--device", "interpreter", "--triage", "--group", "sweeps,sorts,speed,prepare-cases"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    verdicts = {file.stem: lines(file)[-1] for file in tmp_path.glob("*.jsonl")}
+    assert {name: verdict["verdict"] for name, verdict in verdicts.items()} == dict.fromkeys(
+        ("sweeps", "sorts", "speed", "prepare-cases"), "passed"
+    )
+    assert "speed: medians in µs" in result.output
+    assert verdicts["sweeps"]["passed"] > 3
+
+
 def test_every_outcome_has_a_record() -> None:
     done = Outcome("triage", "b", "op", "case", 0.5, 0.1, figures={"us": {}})
     assert records.outcome(done)["figures"] == {"us": {}}
@@ -266,7 +456,10 @@ def test_a_kernel_that_is_compiled_again_is_found(tmp_path: Path) -> None:
         (["--triage"], "expected --device cuda or --device interpreter, got cpu"),
         (["--triage", "--device", "interpreter", "--section", "speed"], "--section: not with --triage"),
         (["--triage", "--device", "interpreter", "--group", "merge,none"], "got none"),
-        (["--group", "merge"], "only with --triage"),
+        (["--group", "merge"], "--group: only with --triage"),
+        (["--full"], "--full: only with --triage"),
+        (["--kernels", "tests"], "--kernels: only with --triage"),
+        (["--triage", "--device", "interpreter", "--kernels", "tests"], "--kernels: only with --device cuda"),
     ],
 )
 def test_bad_options(arguments: list[str], said: str, tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ class Record:
     over_baseline: float | None
     over_peft: float | None
 
+    def times(self) -> dict[str, Any]:
+        """What it took, and how far it is from fp64, as JSON values."""
+        return {"median": self.median_us, "p10": self.p10_us, "p90": self.p90_us, "error": self.error}
+
 
 def measure(case: Case, *, device: str, seconds: float, repeats: int, clock: Clock | None = None) -> list[Record]:
     """Checks every side, then times the correct ones side by side. clock: None for wall time."""

@@ -1,7 +1,7 @@
 """The processes that `peftk selftest --triage` starts.
 
-python -m peftk.tools.triage DEVICE GROUP FILE       runs a group, and appends to its file
-python -m peftk.tools.triage compile SHARE SHARES    compiles one share of the kernels of all groups, on a GPU
+python -m peftk.tools.triage run DEVICE GROUP FILE                  runs a group, and appends to its file
+python -m peftk.tools.triage compile GROUP,… CAPABILITY SHARE/SHARES  compiles one share of the kernels of groups
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 
 from peftk.tools import selftest
-from peftk.tools.triage.groups import GROUPS
+from peftk.tools.triage.full import EVERY
 from peftk.tools.triage.prepare import compile_share
 from peftk.tools.triage.worker import work
 
 
-def main(first: str, second: str, third: str) -> None:
-    if first == "compile":
-        compile_share(GROUPS.values(), selftest.target("cuda"), int(second), int(third))
-    else:
-        work(GROUPS[second], selftest.target(first), Path(third))
+def run(device: str, group: str, file: str) -> None:
+    work(EVERY[group], selftest.target(device), Path(file))
+
+
+def compile(groups: str, target: str, share: str) -> None:
+    problems = compile_share([EVERY[name] for name in groups.split(",")], int(target), *map(int, share.split("/")))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"run": run, "compile": compile}[sys.argv[1]](*sys.argv[2:])

@@ -13,7 +13,7 @@ class Group(NamedTuple):
 
     checks: makes them inside of that process, one at a time. limit: for all of it, in seconds; check_limit: between two
     of its lines, from the first one on. Then the process is ended. compiles: whether `prepare` compiles the Triton
-    kernels that its checks launch.
+    kernels that its checks launch, and no other group launches all of them.
     """
 
     name: str

@@ -21,7 +21,7 @@ _LOOK = 0.1  # seconds between two looks at a group's file
 
 def worker(device: str, group: Group, file: Path) -> list[str]:
     """The command that runs a group's checks and appends to its file."""
-    return [sys.executable, "-m", "peftk.tools.triage", device, group.name, str(file.absolute())]
+    return [sys.executable, "-m", "peftk.tools.triage", "run", device, group.name, str(file.absolute())]
 
 
 def run(

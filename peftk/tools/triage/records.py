@@ -142,11 +142,20 @@ def complete(folder: Path, group: str, device: str, build: str) -> Verdict | Non
 
 def build() -> str:
     """Identifies what is tested: the package's files, and the versions of torch and triton."""
+    return f"{_digest('.py', '.so')}, torch {version('torch')}, triton {version('triton')}"
+
+
+def sources() -> str:
+    """Identifies the package's Python files, and with them its Triton kernels and their launches."""
+    return _digest(".py")
+
+
+def _digest(*suffixes: str) -> str:
     digest = hashlib.sha256()
     for folder in _folders():
-        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".so")):
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in suffixes):
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return f"{digest.hexdigest()[:16]}, torch {version('torch')}, triton {version('triton')}"
+    return digest.hexdigest()[:16]
 
 
 def _folders() -> list[Path]:

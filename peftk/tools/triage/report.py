@@ -36,11 +36,11 @@ def print_figures(console: Console, folder: Path, verdicts: Sequence[Verdict]) -
             continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{verdict.group}: medians in µs")
         sides = dict.fromkeys(side for row in rows for side in row["us"])
-        for column in ("M", *sides):
+        for column in ("", *sides):
             table.add_column(column, justify="right")
         for row in rows:
             medians = [row["us"].get(side, {}).get("median") for side in sides]
-            table.add_row(str(row["M"]), *("" if us is None else f"{us:.1f}" for us in medians))
+            table.add_row(str(row["row"]), *("" if us is None else f"{us:.1f}" for us in medians))
         console.print(table)
 
 

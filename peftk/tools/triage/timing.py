@@ -19,7 +19,7 @@ from peftk.backends.call import BackendError
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.reference import bounds
 from peftk.system.timing import Clock, Run, cuda_events, interleave
-from peftk.tools.benchmark.common import DTYPES, LINEAR, Case, Record, Shape, Side, factors, measure, plain_linear
+from peftk.tools.benchmark.common import DTYPES, LINEAR, Case, Shape, Side, factors, measure, plain_linear
 from peftk.tools.selftest.check import Check, Found, Target
 from peftk.tools.selftest.plans import PLANS, override_plan
 
@@ -75,7 +75,14 @@ def measure_sides(series: Series, layer: _Layer, M: int, device: str, clock: Clo
     x = torch.randn(M, series.K, generator=torch.Generator().manual_seed(1)).to(device, layer.linear.weight.dtype)
     base = bounds.linear(x, layer.linear.weight, layer.linear.bias)
     expected = bounds.with_adapter(x, *base, layer.A, layer.B, SCALING)
-    figures: dict[str, Any] = {"M": M, "N": series.N, "rank": series.rank, "factors": series.factors, "us": {}}
+    figures: dict[str, Any] = {
+        "row": f"M={M}",
+        "M": M,
+        "N": series.N,
+        "rank": series.rank,
+        "factors": series.factors,
+        "us": {},
+    }
     problems: dict[str, str] = {}
     sound = []
     for side in _sides(layer, x, expected, base):
@@ -94,16 +101,12 @@ def measure_sides(series: Series, layer: _Layer, M: int, device: str, clock: Clo
     timed = {"seconds": series.seconds, "repeats": series.repeats, "clock": clock}
     records = measure(case, device=device, **timed) if sound else []  # type: ignore[arg-type]
     for record in records:
-        figures["us"][record.side] = _times(record)
+        figures["us"][record.side] = record.times()
         if not record.passed:
             problems[record.side] = f"error {record.error:.2f}× the bound"
     ours = [record.error for record in records if record.side not in OTHERS and record.passed]
     wrong = "; ".join(f"{name}: {why}" for name, why in problems.items() if name not in OTHERS)
     return Found(max(ours, default=0.0), {**figures, "problems": problems}, wrong or None)
-
-
-def _times(record: Record) -> dict[str, Any]:
-    return {"median": record.median_us, "p10": record.p10_us, "p90": record.p90_us, "error": record.error}
 
 
 def _sides(layer: _Layer, x: Tensor, expected: bounds.Expected, base: tuple[Tensor, Tensor]) -> Iterator[Side]:
@@ -159,7 +162,7 @@ def host_time(target: Target) -> Iterator[Check]:
             with torch.inference_mode():
                 times = interleave(sides, seconds=seconds, repeats=repeats, clock=_until_it_returns(wait, calls))
             us = {name: {"median": t.median_us, "p10": t.p10_us, "p90": t.p90_us} for name, t in times.items()}
-            return Found(0.0, {"M": M, "N": 256, "us": us, "not_run": refused})
+            return Found(0.0, {"row": f"M={M}", "M": M, "N": 256, "us": us, "not_run": refused})
 
         yield Check("triage", ",".join(target.backends), "host time", f"M={M} K=256 N=256 r=16", run)
 

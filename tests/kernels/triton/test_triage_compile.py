@@ -1,57 +1,74 @@
-"""The kernels that the triage compiles before it launches them are found again by the launch."""
+"""The kernels that the triage compiles ahead, for a GPU that is not there, are found by the launches."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-from triton import knobs
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from peftk.adapters.adapter import adapter_of
-from peftk.backends import triton
+from peftk.tools.triage import ahead
 from peftk.tools.triage.environment import compiled_kernels
-from peftk.tools.triage.prepare import compiling_only
-from peftk.triton_kernels import lora_linear as kernels
+from tests.support import compiled_ahead
+from tests.support.paths import ROOT
 from tests.support.tiers import FULL
-from tests.support.triton_aot import _Driver, gpu_target
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles, cannot interpret")
 
+KERNELS = ["lora_linear_kernel", "merge_kernel", "segments_kernel", "wgrad_kernel"]
 
-def call() -> None:
-    x, weight, A, B = (
-        torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((16, 128), (64, 128), (8, 128), (64, 8))
-    )
-    triton.lora_linear(x, weight, None, adapter_of(A, B, 1.0))
+
+def run(script: str, *arguments: str, cache: Path) -> str:
+    command = [sys.executable, *script.split(), *arguments]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @FULL
-def test_a_launch_is_compiled_once_and_not_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(driver, "_active", _Driver(gpu_target(90)))
-    monkeypatch.setattr(kernels, "target", mock.Mock(return_value=90))
-    for _ in range(2):
-        kernels.lora_linear_kernel.device_caches.clear()  # as in another process
-        with compiling_only():
-            call()
-        assert len(compiled_kernels(tmp_path)) == 1
-    with pytest.raises(AttributeError):  # a launch, which the driver of no GPU has nothing for
-        call()
+def test_launches_find_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """In another process, at another path, with tensors in memory, from the folder without anything but binaries."""
+    made, folder, cache = tmp_path / "made", tmp_path / "folder", tmp_path / "cache"
+    run("-m tests.support.compiled_ahead compile", cache=made)
+    ahead.save(made, compiled_ahead.TARGET, folder)
+    count = len(compiled_kernels(made))
+    assert ahead.install(folder, compiled_ahead.TARGET, cache) == count
+    assert {file.suffix for file in folder.rglob("*.*")} == {".cubin", ".json"}
+    found = json.loads(run("-m tests.support.compiled_ahead launch", cache=cache))
+    assert found == {"launched": KERNELS, "compiled": []}
+    assert len(compiled_kernels(cache)) == count  # and what was compiled is what was launched
+    unused = json.loads(run("-m tests.support.compiled_ahead launch", cache=tmp_path / "empty"))
+    assert len(unused["compiled"]) == count
+    assert compiled_kernels_by_key(tmp_path / "empty") == compiled_kernels_by_key(made)
 
 
-def test_a_launcher_gets_no_kernel_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would launch a kept kernel itself the next time."""
-    warmups: list[bool] = []
-    monkeypatch.setattr(JITFunction, "run", lambda kernel, *, grid, warmup: warmups.append(warmup) or "a kernel")
-    with compiling_only():
-        assert kernels.lora_linear_kernel[(1,)]() is None
-    assert kernels.lora_linear_kernel[(1,)]() == "a kernel"
-    assert warmups == [True, False]
+def compiled_kernels_by_key(cache: Path) -> set[str]:
+    return {binary.parent.name for binary in compiled_kernels(cache)}
+
+
+EVERY_CHECK = """
+from unittest import mock
+import triton
+from triton.compiler import compiler
+names = set()
+def compile(src, **_):
+    names.add(src.name)
+    return mock.MagicMock()
+compiler.compile = triton.compiler.compile = compile
+from peftk.tools.triage.groups import COMPILED, GROUPS
+from peftk.tools.triage.prepare import compile_share
+print(compile_share([GROUPS[name] for name in COMPILED], 90, 0, 1), sorted(names))
+"""
+
+
+@FULL
+def test_every_check_reaches_its_end_on_the_stand_in(tmp_path: Path) -> None:
+    """So nothing that it launches is left out."""
+    others = ["checksum_kernel", "restore_kernel", "scan_kernel", "scatter_kernel", "sort_kernel", "unmerge_kernel"]
+    assert run("-c", EVERY_CHECK, cache=tmp_path).strip() == f"[] {sorted(KERNELS + others)}"
