@@ -10,6 +10,10 @@ import torch
 
 from peftk import _cpu
 
+# With a process per core, more threads would only take each other's time. kernels/cpu has two nonetheless.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # What starts long processes of its own. In turn at the end, they would leave the other workers without work.
 FIRST = ("test_interpreter.py", "test_on_host.py")
 

@@ -78,7 +78,7 @@ def test_an_output_changed_in_place_trains(entry: Entry, mode: str, frozen: bool
 @pytest.mark.parametrize(
     ("entry", "mode", "frozen"),
     [
-        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=2, full=9),
+        *spread(itertools.product(LAYERS, ["aot_eager"], [False, True]), default=1, full=10),
         pytest.param(by_name("lora plain"), "inductor", False, marks=FULL),
         pytest.param(by_name("multi trained"), "inductor", False, marks=FULL),
     ],

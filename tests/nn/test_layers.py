@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -146,8 +147,14 @@ def test_rslora_scaling() -> None:
     assert trained(nn.Linear(4, 4), r=16, lora_alpha=8).scaling == 0.5
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "train"),
+    [
+        *itertools.product(["eager", "aot_eager"], [False, True]),
+        ("inductor", True),
+        pytest.param("inductor", False, marks=pytest.mark.full),
+    ],
+)
 @torch._inductor.config.patch(force_disable_caches=True)  # an older peftk may have left entries there
 def test_compile_without_graph_breaks(backend: str, train: bool) -> None:
     torch._dynamo.reset()

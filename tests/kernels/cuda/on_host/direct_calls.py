@@ -218,7 +218,7 @@ def test_the_cost_of_a_call(executor: Executor, monkeypatch: pytest.MonkeyPatch)
         assert executor.statistics.launches == 2
         for y, expected in zip(found, ordinary, strict=True):
             torch.testing.assert_close(y, expected, rtol=2**-7, atol=2**-7)
-        for run, python, c in ((lambda: layer(x), 26, 15), (lambda: many(x, ids), 29, 15)):
+        for run, python, c in ((lambda: layer(x), 27, 16), (lambda: many(x, ids), 30, 16)):
             cost = calls(run)
             of_c = sum(count for name, count in cost.items() if name.startswith("C "))
             assert cost.total() - of_c <= python, cost

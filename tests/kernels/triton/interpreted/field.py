@@ -36,7 +36,7 @@ def rounded(one: Adapter | None, dtype: torch.dtype) -> Adapter | None:
     return dataclasses.replace(one, pages_A=pages[0], pages_B=pages[1])
 
 
-@pytest.mark.parametrize(("mix", "many"), spread(itertools.product(MIXES, (False, True)), default=4, full=4))
+@pytest.mark.parametrize(("mix", "many"), spread(itertools.product(MIXES, (False, True)), default=2, full=6))
 def test_rounded_once(mix: tuple[torch.dtype, torch.dtype, torch.dtype], many: bool) -> None:
     """Within the bound of the rounded factors and one rounding of v; outside the bound of exact products."""
     adapters = tuple(adapter(rank, 70, 37, mix[2], "identity", 9 * i, biases=False) for i, rank in enumerate((40, 20)))
