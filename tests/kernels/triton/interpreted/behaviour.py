@@ -275,6 +275,7 @@ def test_a_launch_too_many_is_found() -> None:
         behaviour.check_launches(work, count=STAND_INS.kernels)
 
 
+@pytest.mark.full
 def test_compiled_layers_run_our_kernels() -> None:
     launches = STAND_INS.kernels(lambda: behaviour.check_compile(HERE, 17, True, compiler="aot_eager"))
     assert launches.count("wgrad_kernel") == 2  # eager, compiled

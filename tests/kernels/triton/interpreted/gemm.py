@@ -22,7 +22,7 @@ def test_forward(number: int) -> None:
     check_forward(CASES[number])
 
 
-@pytest.mark.parametrize("number", spread(range(len(CASES)), default=5, full=15))
+@pytest.mark.parametrize("number", spread(range(len(CASES)), default=3, full=17))
 def test_gradients(number: int) -> None:
     case = CASES[number]
     if case.ids is None and case.adapters[0] is None:

@@ -146,6 +146,7 @@ def test_what_is_not_finite_is_refused_and_nothing_has_changed(last: bool, poiso
     check_refusal(backend, *layers(dtype, F32, size=3.0), bad, 3 if last else 1, last=last)
 
 
+@pytest.mark.full
 def test_any_failure_leaves_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     check_failures_while_packing(backend, *layers(F32, F32, size=3.0), monkeypatch)
 

@@ -156,6 +156,7 @@ def test_explain_says_where_a_plan_comes_from(cache: Path) -> None:
     assert "tuned on this interpreter" in said()
 
 
+@pytest.mark.full
 def test_the_default_layers_class_is_tuned(cache: Path) -> None:
     """fp32 factors beside 16-bit x and W, and what was tuned before stays."""
     save_tuned_plan()
