@@ -59,7 +59,9 @@ def test_bench_writes_json_csv_and_plot(tmp_path):
     for record in records:
         assert record["passed"]
         assert record["error"] <= 1
-        assert record["p10_us"] <= record["median_us"] <= record["p90_us"]
+        rounding = 1 + 1e-12  # of the quantiles, which are interpolated
+        assert record["p10_us"] <= record["median_us"] * rounding
+        assert record["median_us"] <= record["p90_us"] * rounding
         assert record["repeats"] == 2
     ours = next(r for r in records if r["side"] == "peftk reference")
     linear = next(r for r in records if r["side"] == "nn.Linear")
