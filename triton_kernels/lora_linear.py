@@ -256,7 +256,7 @@ def _launch(
     partials = torch.empty(record.partials, dtype=torch.float32, device=device) if record.partials else z
     expand_partials = partials[record.expand_partials :] if record.expand_partials else partials
     product = _product(x, weight, base, record.plan, many is not None)
-    with workspace.on(device), workspace.counters(device, record.counters) as counters:
+    with streams.on(device), workspace.counters(device, record.counters) as counters:
         for launch in record.launches:
             launch.run(
                 device, x, product.x_tiles, product.weight, *read[2:6],

@@ -25,6 +25,7 @@ from torch import Tensor
 from peftk.adapters.adapter import AdapterGrads, Wanted
 from peftk.launch import workspace
 from peftk.launch.segments import Segments
+from peftk.system import streams
 
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
@@ -328,7 +329,7 @@ def wgrad(
         one, many = adapters.sources()
         place = (plan.places[0] if many is None else None) or Places(0, N, -1, -1, -1, -1)
         needed = ranges * plan.pieces * blocks
-        with workspace.on(device), workspace.counters(device, needed) as counters:
+        with streams.on(device), workspace.counters(device, needed) as counters:
             wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.pieces) * blocks,)](
                 dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
                 many and many.scaling, many and many.slices, plan.tasks, plan.firsts, seed if dropout_p else None,

@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from peftk.launch import workspace
 from peftk.launch.merge_layers import Layers, Notes, Raw
+from peftk.system import streams
 
 from . import config
 from .lora_linear import DTYPES, target
@@ -22,7 +22,7 @@ def tile(dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
 
 
 def merge(layers: Layers, notes: Notes, raw: Raw) -> None:
-    with workspace.on(layers.device):
+    with streams.on(layers.device):
         merge_kernel[(layers.tiles,)](
             layers.table, layers.ends, layers.scaling, notes.merged, notes.row_sums, notes.status[1:], notes.status,
             *raw, len(layers.table), len(raw.keys),
@@ -31,7 +31,7 @@ def merge(layers: Layers, notes: Notes, raw: Raw) -> None:
 
 
 def unmerge(layers: Layers, merged: Tensor) -> None:
-    with workspace.on(layers.device):
+    with streams.on(layers.device):
         unmerge_kernel[(layers.tiles,)](
             layers.table, layers.ends, layers.scaling, merged, len(layers.table),
             DTYPE=DTYPES[layers.dtype], ADAPTER_DTYPE=DTYPES[layers.adapter_dtype], **_options(layers),
@@ -41,7 +41,7 @@ def unmerge(layers: Layers, merged: Tensor) -> None:
 def restore(layers: Layers, raw: Raw) -> None:
     count = len(raw.keys)
     if count:
-        with workspace.on(layers.device):
+        with streams.on(layers.device):
             restore_kernel[(triton.cdiv(count, _RESTORED_AT_ONCE),)](
                 layers.table, *raw, len(layers.table), count,
                 DTYPE=DTYPES[layers.dtype], BLOCK=_RESTORED_AT_ONCE, num_warps=4,
@@ -49,7 +49,7 @@ def restore(layers: Layers, raw: Raw) -> None:
 
 
 def sum_rows(layers: Layers, row_sums: Tensor) -> None:
-    with workspace.on(layers.device):
+    with streams.on(layers.device):
         checksum_kernel[(layers.tiles,)](
             layers.table, row_sums, len(layers.table), DTYPE=DTYPES[layers.dtype], **_options(layers)
         )

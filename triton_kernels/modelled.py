@@ -17,7 +17,7 @@ def ours_us(call: config.CallShape, target: int | str) -> float:
     plan, gpu = config.lora_linear(call, target), waves.machine(target)
     tiles = waves.Tiles(plan.BLOCK_M, plan.BLOCK_N, plan.expand_splits)
     product = waves.Product(call.M, call.N, call.K)
-    shrink_us = config.shrink_us(call, plan, target) + (config.gap_us(plan) if call.z_pages else 0.0)
+    shrink_us = config.shrink_us(call, plan, target) + config.gap_us(plan)
     return shrink_us + waves.triton_us(product, tiles, gpu)
 
 

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftk.adapters.adapter import PAGE
-from peftk.launch import workspace
 from peftk.launch.segments import Segments, empty
+from peftk.system import streams
 
 PAGE = tl.constexpr(PAGE)
 BLOCK = tl.constexpr(16)  # rows per entry of `Segments.blocks`
@@ -36,7 +36,7 @@ def segments(ids: Tensor, adapters: int) -> Segments:
     """
     M = ids.shape[0]
     found = empty(M, adapters, ids.device)
-    with workspace.on(ids.device):
+    with streams.on(ids.device):
         if M <= TILE:
             size = 64 if M <= 64 else 256 if M <= 256 else TILE
             segments_kernel[(1,)](ids, *found, M, adapters, ids.stride(0), SIZE=size, num_warps=_warps(size))

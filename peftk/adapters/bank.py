@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import checks, handles, live_table, table
-from peftk.adapters.adapter import PAGE, Adapter, flat_adapter, pages_of
+from peftk.adapters.adapter import PAGE, Adapter, FlatAdapter, flat_adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
 from peftk.adapters.table import AdapterTable
@@ -179,16 +179,7 @@ class AdapterBank:
         free = self.free_number(name, slot)
         number = free if number is None else number
         pool = self.pool
-        checks.adapter_shapes(
-            pool.out_features,
-            pool.in_features,
-            lora_A,
-            lora_B,
-            scaling,
-            activation=activation,
-            bias_A=bias_A,
-            bias_B=bias_B,
-        )
+        self._check_shapes((lora_A, lora_B, scaling, activation, bias_A, bias_B))
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
             if tensor is not None and pool.device.type != "meta":
                 checks.dense(key, tensor)
@@ -532,19 +523,14 @@ class AdapterBank:
         self._owners[slot] = weakref.finalize(adapter, self.pool.give_back, pages, biases)
         self._owners[slot].atexit = False
 
+    def _check_shapes(self, adapter: FlatAdapter) -> None:
+        lora_A, lora_B, scaling, activation, bias_A, bias_B = adapter
+        N, K = self.shape
+        checks.adapter_shapes(N, K, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+
     def _check_lent(self, adapter: Adapter) -> None:
         pool = self.pool
-        lora_A, lora_B, scaling, activation, bias_A, bias_B = flat_adapter(adapter)
-        checks.adapter_shapes(
-            pool.out_features,
-            pool.in_features,
-            lora_A,
-            lora_B,
-            scaling,
-            activation=activation,
-            bias_A=bias_A,
-            bias_B=bias_B,
-        )
+        self._check_shapes(flat_adapter(adapter))
         if storage.dense(*adapter.tensors()):
             table.build((adapter,), dtype=pool.dtype, device=pool.device)  # raises if kernels cannot read it
 

@@ -18,12 +18,11 @@ from peftk.adapters import table
 from peftk.adapters.flat import unpack
 from peftk.adapters.table import AdapterTable
 from peftk.system import storage, streams
-from peftk.system.lasting import outside_pools
+from peftk.system.lasting import keep_for_graphs, outside_pools
 
 _MOST = 4096
 
 _kept: dict[tuple[Any, ...], tuple[AdapterTable, int]] = {}  # with the handle of the stream that made it
-_in_graphs: dict[tuple[Any, ...], AdapterTable] = {}  # for the life of the process: nothing tells when a graph ends
 
 
 def find(
@@ -64,7 +63,7 @@ def find(
             weakref.finalize(tensor, _kept.pop, key, None).atexit = False
     built, made_on = found
     if capturing:
-        _in_graphs[key] = built
+        keep_for_graphs(key, built)
     elif stream != made_on:
         _record(built, streams.current(device))
     return built

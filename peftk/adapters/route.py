@@ -21,6 +21,7 @@ from peftk.adapters import carry
 from peftk.adapters.row_order import RowOrder
 from peftk.adapters.table import AdapterTable
 from peftk.system import streams
+from peftk.system.lasting import keep_for_graphs
 
 if TYPE_CHECKING:
     from peftk.adapters.bank import AdapterBank
@@ -80,7 +81,7 @@ class Route:
     def hold_for_graphs(self) -> None:
         """Keeps what a graph reads that is being captured."""
         adapters = self.keep_alive if self._constant else None
-        _read_by_graphs[id(self.user_ids)] = (self.user_ids, self._lengths, self._slots, adapters)
+        keep_for_graphs(id(self.user_ids), (self.user_ids, self._lengths, self._slots, adapters))
 
     def read(self, user_ids: Tensor) -> Tensor:
         """The slots for the current values of `user_ids`: per sequence, per token, or [ΣT] if there are lengths."""
@@ -176,9 +177,6 @@ class RoutedForward:
             "or cu_seqlens=. If the model selects or sorts rows (experts), route batches with one adapter only"
         )
 
-
-# Kept for the life of the process: nothing tells when a graph that reads them is replayed last.
-_read_by_graphs: dict[int, tuple[object, ...]] = {}
 
 # Names of attributes on the tensors that a route makes: the flat ids, and what is derived from flat ids.
 _FLAT = "_peftk_flat"

@@ -68,6 +68,12 @@ class Call:
     aligned: bool = True  # W's rows are contiguous and start at multiples of 16 bytes
 
 
+def are_rows_aligned(strides: tuple[int, ...], itemsize: int, *, starts_on_16: bool) -> bool:
+    """`Call.aligned` of a W with these strides, which starts at a multiple of 16 bytes or not."""
+    across, along = strides
+    return starts_on_16 and along == 1 and across * itemsize % 16 == 0
+
+
 # Used in every call: a cached Call costs a tenth of a new one.
 call_of = cast(type[Call], functools.lru_cache(maxsize=4096)(Call))
 

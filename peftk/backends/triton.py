@@ -22,12 +22,12 @@ from peftk.backends import (
     triton_version,  # noqa: F401 - before the kernels
 )
 from peftk.backends import segments as sorted_rows
-from peftk.backends.call import LORA_LINEAR, Call
+from peftk.backends.call import LORA_LINEAR, Call, are_rows_aligned
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs, Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
 from peftk.system import storage, streams
-from peftk.system.lasting import outside_pools
+from peftk.system.lasting import keep_for_graphs, outside_pools
 from peftk.triton_kernels import lora_linear as kernels
 from peftk.triton_kernels import lora_wgrad as gradients
 from peftk.triton_kernels import merge as merges
@@ -201,9 +201,7 @@ def _direct_layout(
         N=N,
         rank=0 if adapter is None else adapter.rank,
         adapters=int(adapter is not None),
-        aligned=bool(forms[1] and forms[1][3])
-        and weight.stride(1) == 1
-        and weight.stride(0) * weight.itemsize % 16 == 0,
+        aligned=are_rows_aligned(weight.stride(), weight.itemsize, starts_on_16=bool(forms[1] and forms[1][3])),
     )
     if copied or choice.choose(call).backend != "triton":
         return None
@@ -339,12 +337,8 @@ def _plan(table: AdapterTable, wanted: Sequence[Wanted] | None, N: int, x: Tenso
         plans[key] = outside_pools(x.device, lambda: gradients.plan(ranks, all_wanted, columns, x.dtype, x.device))
     plan: gradients.Plan = plans[key]
     if streams.capturing(x.device):
-        _plans_of_graphs[id(plan)] = plan
+        keep_for_graphs(id(plan), plan)
     return plan
-
-
-# Kept for the life of the process: nothing tells when a graph that reads them is replayed last.
-_plans_of_graphs: dict[int, gradients.Plan] = {}
 
 
 def _wanted_and_present(adapter: Adapter, wanted: Wanted) -> Wanted:

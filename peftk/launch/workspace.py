@@ -7,7 +7,6 @@ graph can replay, without nodes that clear memory.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import threading
@@ -28,16 +27,6 @@ _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _of_capture: dict[tuple[torch.device, int, int], Tensor] = {}  # by capture and stream
 _slabs: dict[torch.device, Tensor] = {}  # what is left for captures
 _taken: list[Tensor] = []  # what captures got, kept for the life of the process, as nobody knows when a graph ends
-
-
-_HERE = contextlib.nullcontext()
-
-
-def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes the device the current one, on which Triton launches."""
-    if device.type != "cuda" or torch._C._cuda_getDevice() == device.index:
-        return _HERE
-    return torch.cuda.device(device)
 
 
 class counters:

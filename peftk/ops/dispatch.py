@@ -19,7 +19,7 @@ from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, registry
-from peftk.backends.call import BackendError, Op, call_of
+from peftk.backends.call import BackendError, Op, are_rows_aligned, call_of
 from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
@@ -307,8 +307,8 @@ def _backend_for(
 
 
 def _aligned(weight: Tensor) -> bool:
-    across, along = weight.stride()
-    return along == 1 and (weight.data_ptr() | across * weight.element_size()) % 16 == 0
+    starts_on_16 = weight.data_ptr() % 16 == 0
+    return are_rows_aligned(weight.stride(), weight.element_size(), starts_on_16=starts_on_16)
 
 
 def _out_features(x: Tensor, weight: Tensor | None) -> int:

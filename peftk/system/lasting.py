@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,17 @@ def lasting() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad():  # inference_mode(False) alone would record gradients
         yield
+
+
+def keep_for_graphs(key: Hashable, what: object) -> None:
+    """Keeps what a CUDA graph reads that is being captured, for the life of the process.
+
+    Nothing tells when a graph is replayed last. What has the same key is replaced.
+    """
+    read_by_graphs[key] = what
+
+
+read_by_graphs: dict[Hashable, object] = {}
 
 
 def outside_pools(device: torch.device, make: Callable[[], T]) -> T:

@@ -19,6 +19,16 @@ def current(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
+_HERE = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes the device the current one, on which Triton launches, and whose current stream torch asks."""
+    if device.type != "cuda" or torch._C._cuda_getDevice() == device.index:
+        return _HERE
+    return torch.cuda.device(device)
+
+
 def using(stream: torch.cuda.Stream) -> contextlib.AbstractContextManager[object]:
     """Makes the stream, and its device, the current one."""
     return torch.cuda.stream(stream)
@@ -33,9 +43,7 @@ def capturing(device: torch.device) -> bool:
     """Whether operations on the device are being captured into a CUDA graph instead of run."""
     if device.type != "cuda":
         return False
-    if device.index in (None, torch._C._cuda_getDevice()):
-        return torch.cuda.is_current_stream_capturing()
-    with torch.cuda.device(device):
+    with on(device):
         return torch.cuda.is_current_stream_capturing()
 
 

@@ -201,3 +201,25 @@ def test_a_launch_that_fails_lets_others_launch(gpu: Device) -> None:
     thread.start()
     thread.join()
     assert thread_got == [True]
+
+
+def test_a_capture_is_looked_for_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch answers for the current device alone."""
+    current = [0]
+
+    class Switch:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Switch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert [streams.capturing(torch.device("cuda", index)) for index in (0, 1, 2)] == [False, True, False]
+    assert current == [0]
+    assert not streams.capturing(CPU)

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 def _new_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr(kept_tables, "_kept", {})
-    monkeypatch.setattr(kept_tables, "_in_graphs", {})
+    monkeypatch.setattr(lasting, "read_by_graphs", {})
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_a_kept_table_goes_with_its_tensors_unless_a_graph_reads_it(gpu: Device)
     del packed
     gc.collect()
     assert not kept_tables._kept
-    assert [*kept_tables._in_graphs.values()] == [captured]
+    assert [*lasting.read_by_graphs.values()] == [captured]
 
 
 def test_another_stream_that_reads_a_kept_table_is_recorded(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:

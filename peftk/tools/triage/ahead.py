@@ -24,7 +24,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from peftk.tools.triage import prepare, records
+from peftk.tools.triage import prepare, records, stand_in
 from peftk.tools.triage.environment import compiled_kernels
 from peftk.tools.triage.groups import COMPILED
 
@@ -138,7 +138,6 @@ def _made_with(target: int) -> dict[str, Any]:
     """Everything in the keys that is the same for all kernels; and the package, whose launches decide the rest."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.cache import triton_key
 
@@ -147,7 +146,7 @@ def _made_with(target: int) -> dict[str, Any]:
         "Triton": triton.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),  # Triton's library differs
         "Triton's files": hashlib.sha256(triton_key().encode()).hexdigest()[:16],
-        "ptxas": ", ".join(make_backend(GPUTarget("cuda", target, 32)).hash().splitlines()[-3:-1]),
+        "ptxas": ", ".join(make_backend(stand_in.gpu_target(target)).hash().splitlines()[-3:-1]),
         "environment": json.dumps(get_cache_invalidating_env_vars(), sort_keys=True),
         "package": records.sources(),
     }

@@ -32,7 +32,6 @@ from peftk import functional
 from peftk.ops import dispatch, layer_calls
 from peftk.system import storage, streams
 
-_WARP = 32
 _ADDRESS = 1 << 40  # of all memory: torch's allocator gives addresses that are multiples of 512
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._local_scalar_dense.default: lambda tensor: 0,
@@ -94,13 +93,18 @@ class _Values(TorchDispatchMode):
             return _ANSWERS[function](*args)
 
 
+def gpu_target(capability: int) -> Any:
+    """What Triton compiles for."""
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("cuda", capability, 32)
+
+
 class _Driver:
     """The parts of a Triton driver that compiling needs."""
 
     def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, _WARP)
+        self.target = gpu_target(capability)
 
     def get_current_device(self) -> int:
         return 0

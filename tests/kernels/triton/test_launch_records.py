@@ -17,6 +17,7 @@ from peftk.backends import triton as backend
 from peftk.backends.call import Call
 from peftk.launch import workspace
 from peftk.ops import dispatch
+from peftk.system import lasting
 from peftk.triton_kernels import config, lora_wgrad, tuned
 from peftk.triton_kernels import lora_linear as kernels
 from tests.support.cases import normal
@@ -306,3 +307,15 @@ def test_gradients_are_planned_once_for_a_table(gpu: Device) -> None:
     assert backend._plan(table, None, N, x) is one
     assert backend._plan(table, [Wanted(True, False, False, False)] * 2, N, x) is not one
     assert backend._table_adapters(table) is backend._table_adapters(table)
+
+
+def test_a_plan_that_a_graph_reads_outlives_its_table(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lasting, "read_by_graphs", {})
+    bank = peftk.AdapterBank(K, N, 2, BF16, "cpu")
+    bank.add("a", normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5), 1.0)
+    table, x = bank.table(), normal(M, K, dtype=BF16, seed=1)
+    plan = backend._plan(table, None, N, x)  # a run before the capture
+    assert not lasting.read_by_graphs
+    with gpu.capture():
+        assert backend._plan(table, None, N, x) is plan
+    assert [*lasting.read_by_graphs.values()] == [plan]

@@ -22,6 +22,7 @@ from peftk.adapters.adapter import Adapter
 from peftk.backends import triton
 from peftk.cli import main
 from peftk.launch import workspace
+from peftk.system import streams
 from peftk.tools import selftest
 from peftk.tools.selftest import behaviour, parity, target
 from peftk.tools.selftest.check import Check, WrongError
@@ -79,7 +80,7 @@ CALLS |= {"a linear": CALLS["one adapter, dropout, M=17 K=40 N=24"], "merge": me
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=(FULL,) * ("," in name)) for name in CALLS])
 def test_allocations_and_launches_are_on_the_tensors_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any default device of torch. Triton launches on the current device, which `workspace.on` sets."""
+    """With any default device of torch. Triton launches on the current device, which `streams.on` sets."""
     chosen: list[torch.device] = []
     launches: list[list[torch.device]] = []
 
@@ -96,7 +97,7 @@ def test_allocations_and_launches_are_on_the_tensors_device(name: str, monkeypat
         return launch(*args, **kwargs)
 
     monkeypatch.setattr(kernels, "TILE", 64)
-    monkeypatch.setattr(workspace, "on", on)
+    monkeypatch.setattr(streams, "on", on)
     monkeypatch.setattr(GridExecutor, "__call__", launched)
     run = CALLS[name]()
     expected = run()
