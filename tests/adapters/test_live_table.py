@@ -404,6 +404,28 @@ def test_a_table_that_was_replaced_lives_as_long_as_launches_may_read_it(gpu: De
     assert old() is None
 
 
+def test_a_packed_table_that_was_replaced_lives_as_long(gpu: Device) -> None:
+    each = [AdapterBank(K, size, 4, torch.float32, "cpu") for size in (4, 6)]
+    packed, reading = PackedBank(each), Stream()
+
+    def add(name: str, rank: int) -> None:
+        for made, size in zip(each, (4, 6), strict=True):
+            made.add(name, torch.randn(rank, K), torch.randn(size, rank), 1.0)
+
+    add("a", 4)
+    with gpu.on(reading):
+        old = weakref.ref(packed.table().pages)
+        reading.launch()
+    add("b", 40)
+    packed.table()
+    gc.collect()
+    assert old() is not None
+    reading.done = reading.given
+    add("c", 1)
+    gc.collect()
+    assert old() is None
+
+
 def test_who_uses_a_table_again_reads_too(gpu: Device) -> None:
     """A layer that keeps a table asks only whether it is still valid."""
     made = bank()

@@ -17,6 +17,7 @@ from bench.counted import peers, report, run
 from bench.counted.__main__ import main
 from bench.counted.batch import Batch, of_ids, one_adapter
 from bench.counted.work import H100, Launch, Traffic, hbm_bytes
+from peftk.triton_kernels import waves
 from tests.support.paths import ROOT
 
 
@@ -32,6 +33,14 @@ def rows(side: str, op: str = "forward") -> list[run.Row]:
 def test_counting_needs_no_triton() -> None:
     code = "import sys; from bench.counted import run; run.count(run.Options(tokens=(3,))); "
     subprocess.run([sys.executable, "-c", code + "assert 'triton' not in sys.modules"], cwd=ROOT, check=True)
+
+
+def test_gaps_between_launches() -> None:
+    """Before each but the first, and not where the launch before it still runs."""
+    first, second, third = (Launch("", {}, waves_us=us, overlapped=us == 2.0) for us in (1.0, 2.0, 4.0))
+    assert H100.total_us([first], [0]) == 1.0
+    assert H100.total_us([first, second], [0, 0]) == 3.0
+    assert H100.total_us([first, second, third], [0, 0, 0]) == 7.0 + waves.GAP_US
 
 
 def test_the_targets_of_the_forward() -> None:

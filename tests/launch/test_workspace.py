@@ -190,8 +190,9 @@ def test_launches_of_a_call_follow_each_other(gpu: Device) -> None:
 
 
 def test_a_launch_that_fails_lets_others_launch(gpu: Device) -> None:
-    with pytest.raises(ZeroDivisionError), workspace.counters(CPU, 4):
+    with pytest.raises(ZeroDivisionError), workspace.counters(CPU, 4) as used:
         raise ZeroDivisionError
+    assert counters(4) is not used
     assert workspace.launching(CPU, gpu.stream.cuda_stream).acquire(blocking=False)
     thread_got: list[bool] = []
     workspace.launching(CPU, gpu.stream.cuda_stream).release()

@@ -208,6 +208,18 @@ def test_with_gradients_or_trained_adapters_tensors_are_inputs(builds: list[int]
     assert layer.bank.lent == 0
 
 
+def test_a_bias_that_trains_gets_its_gradient() -> None:
+    layer, x, ids = serving(), torch.randn(3, 8), torch.tensor([1, 0, -1])
+    weight, bias = torch.randn(6, 8), torch.randn(6, requires_grad=True)
+
+    def loss() -> Tensor:
+        return functional.multi_lora_linear(x, weight, bias, layer.bank, ids).square().sum()
+
+    [expected] = torch.autograd.grad(loss(), bias)
+    [found] = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), bias)
+    torch.testing.assert_close(found, expected)
+
+
 def test_graphs_read_pages_and_parameters_where_they_are() -> None:
     """A table has their addresses, so a graph's copies of them would not be the ones that kernels read."""
     layer = serving()

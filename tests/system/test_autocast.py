@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftk.system import autocast
+from peftk.system import autocast, streams
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -64,6 +64,16 @@ def test_without_a_cache() -> None:
     weight = frozen(5, 3)
     with region(cached=False):
         assert cast(weight) is not cast(weight)
+
+
+def test_a_captured_graph_makes_its_own_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = frozen(5, 3)
+    with region():
+        before = cast(weight)
+        monkeypatch.setattr(streams, "capturing", lambda device: True)
+        assert cast(weight) is not before
+        monkeypatch.undo()
+        assert cast(weight) is before
 
 
 def test_a_changed_weight_is_cast_again() -> None:

@@ -298,6 +298,25 @@ def test_the_cost_of_a_call(launcher: Launcher, monkeypatch: pytest.MonkeyPatch)
     assert all(compiled.launched for compiled in launcher.compiled.values())
 
 
+def test_in_a_captured_graph_launches_follow_each_other(launcher: Launcher, gpu: Device) -> None:
+    x, W = normal(300, K, dtype=BF16, seed=1), normal(N, K, dtype=BF16, seed=2)
+    A, B = normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5)
+    adapters, _ = backend._one_adapter(adapter_of(A, B, 0.5))
+    shape = config.CallShape(300, N, K, False, False, False, True, BF16, BF16, BF16, False, 1)
+    plan = next(plan for plan in config.shipped_plans(shape.shape_class(), 90) if plan.overlap)
+    place = launcher.arg_names.index("OVERLAP")
+
+    def overlaps() -> list[bool]:
+        launcher.launched.clear()
+        kernels.forward(x, W, None, adapters, None, plan=plan)
+        return [arguments[place] for _, arguments in launcher.launched]
+
+    assert overlaps() == [True, True]
+    workspace._counters(x.device, 4096)  # a slab for the capture
+    gpu.stream.captured = True
+    assert overlaps() == [False, False]
+
+
 def test_gradients_are_planned_once_for_a_table(gpu: Device) -> None:
     bank = peftk.AdapterBank(K, N, 2, BF16, "cpu")
     bank.add("a", normal(R, K, dtype=BF16, seed=4), normal(N, R, dtype=BF16, seed=5), 1.0)

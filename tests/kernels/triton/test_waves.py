@@ -69,6 +69,17 @@ def test_every_plan_is_a_candidate_of_its_class(target: int | str) -> None:
                 assert set(config.candidates(shape.shape_class(), target, few=True)) <= set(listed)
 
 
+def test_triton_beside_a_library() -> None:
+    """Slower in the same tiles, where more than reading W takes the time; and adapters on top are a launch more."""
+    for M, factor in ((64, 1.0), (65, waves.TRITON)):
+        product, tiles = waves.Product(M, 4096, 4096), waves.Tiles(64, 128)
+        assert waves.triton_us(product, tiles, H100) == factor * waves.product_us(product, tiles, H100)
+    shape = call(256, 4096)
+    alone, with_adapter = (modelled.library_us(shape._replace(z_pages=pages), 90) for pages in (0, 1))
+    on_top = waves.expand_in_place_us(waves.Product(256, 4096, 4096), 16, H100)
+    assert with_adapter > alone + waves.GAP_US + on_top
+
+
 def test_a_launch_looks_its_plan_up() -> None:
     """The model takes a hundred microseconds, and every launch asks."""
     assert config.lora_linear(call(256, 4096), 90) is config.lora_linear(call(256, 4096), 90)

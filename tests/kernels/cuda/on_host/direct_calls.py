@@ -177,6 +177,9 @@ def test_counters_are_the_streams_and_none_in_a_capture(executor: Executor, monk
     [counters] = workspace._of_stream.values()
     assert workspace.of_stream(x.device, gpu.stream.cuda_stream) is counters
     assert one(x, W, bias, A, B) is not None
+    gpu.stream.captured = True
+    assert one(x, W, bias, A, B) is None
+    gpu.stream.captured = False
     with gpu.capture():
         assert one(x, W, bias, A, B) is None
 

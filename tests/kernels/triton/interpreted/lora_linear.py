@@ -17,6 +17,7 @@ from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import Dropout
 from peftk.backends import reference
 from peftk.backends import triton as backend
+from peftk.launch import workspace
 from peftk.reference import philox
 from peftk.tools.selftest.plans import override_plan
 from peftk.triton_kernels import config
@@ -72,12 +73,18 @@ def test_random_in_two_launches(seed: int) -> None:
 def test_two_launches_count_arrivals_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """They may run at the same time, so no counter may belong to both."""
     launches: list[set[int]] = []
+    given: list[Tensor] = []
     run, add = kernels._Launch.run, InterpreterBuilder.create_atomic_rmw
 
     def counted(builder: InterpreterBuilder, op: object, pointers: TensorHandle, *rest: object) -> object:
         launches[-1].update(pointers.data.flatten().tolist())
         return add(builder, op, pointers, *rest)
 
+    def exactly(device: torch.device, count: int) -> Tensor:
+        given.append(torch.zeros(count, dtype=torch.int32))
+        return given[-1]
+
+    monkeypatch.setattr(workspace, "_counters", exactly)
     monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
     monkeypatch.setattr(kernels._Launch, "run", lambda *arguments: (launches.append(set()), run(*arguments)))
     case = make(MIXES[0], (adapter(20, 300, 40, F32, "identity", 3),), None, 19, 300, 40)
@@ -87,6 +94,10 @@ def test_two_launches_count_arrivals_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert shrink
     assert expand
     assert not shrink & expand
+    [counters] = given
+    inside = range(counters.data_ptr(), counters.data_ptr() + counters.nbytes)
+    assert all(pointer in inside for pointer in shrink | expand)
+    assert not counters.any()
 
 
 @pytest.mark.parametrize("seed", spread(range(1000, 1120), default=0, full=15))
