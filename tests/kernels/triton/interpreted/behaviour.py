@@ -73,9 +73,17 @@ def sort_rows() -> Callable[[], list[Tensor]]:
     return lambda: [tensor for each in ids for tensor in kernels.segments(each, 9)]
 
 
-# the last three run always, the others in the full tier
+def split_sums() -> Callable[[], list[Tensor]]:
+    """A call whose partial sums have memory of their own."""
+    x, weight = normal(5, 300, dtype=torch.float32, seed=1), normal(40, 300, dtype=torch.float32, seed=2)
+    A, B = normal(4, 300, dtype=torch.float32, seed=3), normal(40, 4, dtype=torch.float32, seed=4)
+    return lambda: [functional.lora_linear(x, weight, None, A, B, 0.5, backend="triton")]
+
+
+# the last four run always, the others in the full tier
 CALLS = {name: lambda make=make: make().run for name, make in behaviour.works(HERE)}
 CALLS |= {"a linear": CALLS["one adapter, dropout, M=17 K=40 N=24"], "merge": merge_and_unmerge, "segments": sort_rows}
+CALLS |= {"split sums": split_sums}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=(FULL,) * ("," in name)) for name in CALLS])
