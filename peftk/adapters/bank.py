@@ -33,7 +33,7 @@ from peftk.adapters import checks, handles, live_table, table
 from peftk.adapters.adapter import PAGE, Adapter, FlatAdapter, flat_adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
-from peftk.adapters.table import AdapterTable
+from peftk.adapters.table import AdapterTable, WithoutTable
 from peftk.system import storage, streams
 from peftk.system.lasting import lasting, outside_pools
 from peftk.system.streams import StreamOrder
@@ -683,3 +683,6 @@ class PackedBank:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.handle = handles.new(self)
+
+
+AnyBank = AdapterBank | PackedBank | AdapterTable | WithoutTable

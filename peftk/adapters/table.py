@@ -126,6 +126,17 @@ class AdapterTable:
         return 0 if self.slices == 1 else self.slice_pages[entry // self.count] * PAGE
 
 
+class WithoutTable(NamedTuple):
+    """Adapters for torch.compile and plain torch, which take tensors instead of a table of addresses."""
+
+    adapters: tuple[Adapter | None, ...]
+    device: torch.device
+    columns: tuple[int, ...] = ()
+
+    def table(self) -> None:
+        """None, as `AdapterBank.table` returns for adapters that kernels cannot read."""
+
+
 Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 

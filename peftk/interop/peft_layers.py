@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peftk.adapters import checks, table
 from peftk.adapters.adapter import Adapter, adapter_of
 from peftk.adapters.dropout import dropout_of
-from peftk.adapters.table import AdapterTable
+from peftk.adapters.table import AdapterTable, WithoutTable
 from peftk.interop import peft_batch, peft_merge, peft_support
 from peftk.interop.peft_batch import Batch
 from peftk.interop.peft_support import Base, Factors
@@ -39,17 +39,6 @@ class _CachedTable(NamedTuple):
 
     state: list[Any]
     table: AdapterTable
-
-
-class _WithoutTable(NamedTuple):
-    """Adapters for torch.compile and plain torch, which take tensors instead of a table of addresses."""
-
-    adapters: tuple[Adapter | None, ...]
-    device: torch.device
-    columns: tuple[int, ...] = ()
-
-    def table(self) -> None:
-        """None, as `AdapterBank.table` returns for adapters that kernels cannot read."""
 
 
 class Linear(lora.Linear):
@@ -155,7 +144,9 @@ class Linear(lora.Linear):
         )
         return layer_calls.multi_lora_linear(x, weight, bias, bank, ids, dropout=dropout)
 
-    def _table(self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]) -> Any:
+    def _table(
+        self, names: tuple[str, ...], adapters: list[Factors | None], shape: Sequence[int]
+    ) -> AdapterTable | WithoutTable:
         """The table of the adapters, numbered by their index in `names`; rebuilt when one has moved.
 
         shape: [N, K] of the weight. Raises ValueError for an adapter that does not fit it.
@@ -167,7 +158,7 @@ class Linear(lora.Linear):
         if folds:
             adapters = [None if adapter is None else _combine([adapter]) for adapter in adapters]
         if torch.compiler.is_compiling() or not storage.dense(*tensors):
-            return _WithoutTable(tuple(map(_adapter, adapters)), device)
+            return WithoutTable(tuple(map(_adapter, adapters)), device)
         state = [names, shape, *(None if adapter is None else _adapter_state(adapter) for adapter in adapters)]
         cached: _CachedTable | None = None if folds else self.__dict__.get("_peftk_table")
         if cached is None or cached.state != state:

@@ -21,10 +21,9 @@ from torch.nn import functional
 
 from peftk.adapters import checks
 from peftk.adapters.adapter import Adapter
-from peftk.adapters.bank import AdapterBank, PackedBank
+from peftk.adapters.bank import AnyBank
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_tensors
-from peftk.adapters.table import AdapterTable
 from peftk.backends import choice
 from peftk.backends.call import BackendError
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
@@ -70,7 +69,7 @@ def multi_lora_linear(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    bank: AdapterBank | PackedBank | AdapterTable,
+    bank: AnyBank,
     ids: Tensor,
     *,
     dropout: Dropout | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftk.adapters import checks, route
 from peftk.adapters.adapter import Adapter, flat_adapter
-from peftk.adapters.bank import AdapterBank, PackedBank
+from peftk.adapters.bank import AdapterBank, AnyBank, PackedBank
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.flat import flat_tensors, pack
 from peftk.adapters.table import AdapterTable
@@ -79,7 +79,7 @@ def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    bank: AdapterBank | PackedBank | AdapterTable,
+    bank: AnyBank,
     ids: Tensor,
     *,
     dropout: Dropout | None = None,
@@ -109,9 +109,9 @@ def _by_number() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-def _serves(bank: AdapterBank | PackedBank | AdapterTable, x: Tensor, bias: Tensor | None) -> bool:
+def _serves(bank: AnyBank, x: Tensor, bias: Tensor | None) -> bool:
     """Whether a compiled call reads the bank's own adapters only, and needs no gradients."""
-    if isinstance(bank, AdapterTable) or bank.lent or not _by_number():
+    if not isinstance(bank, AdapterBank | PackedBank) or bank.lent or not _by_number():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
 
@@ -133,7 +133,7 @@ def _multi_adapter(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    bank: AdapterBank | PackedBank | AdapterTable,
+    bank: AnyBank,
     ids: Tensor,
     *,
     table: AdapterTable | None,
@@ -159,7 +159,7 @@ def _multi_adapter(
         if not recording:
             checks.ids_in_bank(flat, adapters, max(len(bank.columns) - 1, 1))
         return composed.multi_lora_linear(x, weight, bias, bank, flat, dropout=dropout, backend=backend)
-    if serves and not isinstance(bank, AdapterTable):
+    if serves and isinstance(bank, AdapterBank | PackedBank):
         return custom_ops.bank_lora_linear(x, weight, bias, bank.handle, ids, *p_and_seed, backend)
     if table is None:
         packed = (*pack(bank.adapters), bank.columns, route.flat_ids(ids, x))
@@ -169,7 +169,7 @@ def _multi_adapter(
     return autograd.multi_lora_linear(x, weight, bias, table, flat, dropout=dropout, backend=backend)
 
 
-def _table(bank: AdapterBank | PackedBank | AdapterTable) -> AdapterTable | None:
+def _table(bank: AnyBank) -> AdapterTable | None:
     """The table that kernels read; None if the bank has a lent adapter that they cannot read."""
     if isinstance(bank, AdapterTable):
         return bank if bank.live is None else bank.current()
