@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,13 +52,18 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path) for path in sources()} | {f"peftk.{name}" for name in COMPILED}
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, types: bool = True) -> Iterator[tuple[int, str]]:
     """Line and module of every import of a peftk module, at any level of a file. types: include those for mypy only."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     for_types = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):

@@ -18,6 +18,8 @@ from peftk.reference.lora_linear import lora_linear as reference_lora_linear
 from peftk.system import extras, timing
 from peftk.tools.benchmark import lora_linear
 from peftk.tools.benchmark.common import Record, Shape
+from peftk.tools.selftest import parity
+from tests.support.tiers import FULL
 
 TINY = ["--dims", "48,24x40", "--tokens", "3", "--ranks", "2,4", "--adapters", "2", "--repeats", "2"]
 
@@ -166,13 +168,18 @@ def test_selftest_finds_a_wrong_backend(monkeypatch):
         "lora_linear",
         lambda x, weight, bias, adapter, **kwargs: reference_lora_linear(x, weight, None, adapter, **kwargs),
     )
+    monkeypatch.setattr(parity, "DTYPES", (torch.float32,))
     result = invoke("selftest")
     assert result.exit_code == 1
     assert "FAIL" in result.output
     assert "reference lora_linear" in result.output
 
 
-def test_selftest_passes_and_writes_a_report(tmp_path):
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16,), pytest.param(parity.DTYPES, marks=FULL)], ids=["one dtype", "all"]
+)
+def test_selftest_passes_and_writes_a_report(dtypes, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "DTYPES", dtypes)
     result = invoke("selftest", "--out", str(tmp_path / "made"))
     assert result.exit_code == 0, result.output
     assert "All passed" in result.output

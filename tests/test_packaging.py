@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import peftk
 from tests.support import cpp_build
+from tests.support.tiers import FULL
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILED = [name for name in ("_cpu", "_cuda") if importlib.util.find_spec(f"peftk.{name}")]
@@ -58,7 +59,8 @@ def test_simd_levels_are_linked_in_ascending_order():
     assert order == sorted(order)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in the checkout", "elsewhere"])
+# In the checkout, every test of the Triton kernels imports them too.
+@pytest.mark.parametrize("inside", [False, pytest.param(True, marks=FULL)], ids=["elsewhere", "in the checkout"])
 def test_triton_kernels_are_importable(inside, tmp_path):
     code = "import peftk.triton_kernels; print(peftk.triton_kernels.__name__)"
     assert run(sys.executable, "-c", code, cwd=ROOT if inside else tmp_path).strip() == "peftk.triton_kernels"

@@ -126,7 +126,7 @@ def test_memory_that_ends_within_the_last_row():
 # ---- entry points, in a child process -------------------------------------------------------------------------------
 
 DRAWN = sorted(range(len(storage_fuzz.CASES)), key=lambda number: number * GOLDEN_RATIO % 1)
-CHUNKS = [DRAWN[:120], *(DRAWN[first : first + 1500] for first in range(120, len(DRAWN), 1500))]
+CHUNKS = [DRAWN[:80], *(DRAWN[first : first + 1500] for first in range(80, len(DRAWN), 1500))]
 
 
 @pytest.mark.parametrize("numbers", spread([(chunk,) for chunk in CHUNKS], default=1, full=0))

@@ -93,13 +93,13 @@ def test_every_check_is_listed() -> None:
 
 
 # Under ThreadSanitizer a process takes half a second, however little it does.
-@pytest.mark.parametrize("check", spread([*BROKEN, *MANUALS], default=10))
+@pytest.mark.parametrize("check", spread([*BROKEN, *MANUALS], default=7))
 def test_correct_kernels_pass(check: str) -> None:
     for sanitizer, seeds in zip(SANITIZERS, (20, 1), strict=True):
         assert failure(sanitizer, check, "right", seeds) is None
 
 
-@pytest.mark.parametrize("check", spread(BROKEN, default=10))
+@pytest.mark.parametrize("check", spread(BROKEN, default=7))
 def test_broken_kernels_are_noticed(check: str) -> None:
     for sanitizer, expected in zip(SANITIZERS, BROKEN[check], strict=True):
         report = failure(sanitizer, check, "broken", 20 if sanitizer == "address" else 3)

@@ -110,12 +110,12 @@ def test_a_list_of_layers_in_one_launch(executor: Executor, dtype: torch.dtype, 
     assert executor.statistics.threads[0] == 256
 
 
-@pytest.mark.parametrize("part", spread(range(12), default=1, full=4))
+@pytest.mark.parametrize("part", spread(range(24), default=1, full=8))
 def test_random_shapes(executor: Executor, part: int) -> None:
-    """Shapes around the sizes of tiles, vectors and chunks, and any others; 60 layers per part."""
+    """Shapes around the sizes of tiles, vectors and chunks, and any others; 30 layers per part."""
     rng = random.Random(part)
     edges = [1, 7, 8, 9, 63, 64, 65, 127, 128, 129]
-    for case in range(20):
+    for case in range(10):
         executor.seed(1000 * part + case)
         dtype, adapter_dtype = TYPES[case % len(TYPES)]
         weights, factors = [], []

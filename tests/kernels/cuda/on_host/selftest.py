@@ -45,7 +45,7 @@ def test_parity_has_every_operation() -> None:
 
 @pytest.mark.parametrize(
     "check",
-    spread([check for check in PARITY if "131072" not in check.case], default=10, full=40),
+    spread([check for check in PARITY if "131072" not in check.case], default=8, full=40),
     ids=str,
 )
 def test_parity(check: Check) -> None:

@@ -76,6 +76,10 @@ def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(config, "wgrad_range", lambda *_: 16)
 
 
+# Ranges always, whole segments in the full tier: for tests that say the same of both.
+OF_RANGES = pytest.mark.parametrize("ranges", spread([True, False], default=1), indirect=True)
+
+
 @pytest.mark.parametrize("seed", spread(range(8), default=2))
 def test_random(seed: int, ranges: None) -> None:
     check(random_case(20_000 + seed, max_rows=40, max_width=80), dropout_p=0.25 if seed % 4 == 0 else 0.0)
@@ -86,7 +90,7 @@ def test_random_more(seed: int, ranges: None) -> None:
     check(random_case(30_000 + seed), dropout_p=0.25 if seed % 4 == 0 else 0.0)
 
 
-@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product((1, 16, 17, 64, 100, 512), MIXES[:3]), default=3))
+@pytest.mark.parametrize(("rank", "mix"), spread(itertools.product((1, 16, 17, 64, 100, 512), MIXES[:3]), default=2))
 def test_ranks_alone_and_together(rank: int, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     K, N = (40, 24) if rank < 512 else (24, 16)
     acts = list(activations.CODES)
@@ -109,6 +113,7 @@ def test_activations(activation: str) -> None:
     check(make(MIXES[0], adapters, [i % 2 for i in range(19)]))
 
 
+@OF_RANGES
 @pytest.mark.parametrize(("mix", "pattern"), spread(itertools.product(MIXES[:2], PATTERNS), default=3))
 def test_id_patterns(pattern: str, mix: tuple[torch.dtype, torch.dtype, torch.dtype], ranges: None) -> None:
     adapters = tuple(
@@ -143,6 +148,7 @@ def test_a_segment_ends_and_begins_at_any_place(before: int, length: int, monkey
     check(make(MIXES[0], adapters, [0] * before + [1] * length + [2] * 5, before + length + 5, 8, 8))
 
 
+@OF_RANGES
 def test_strides(ranges: None) -> None:
     x, dy = normal(64, 38, dtype=BF16, seed=3).t()[::2], normal(19, 70, dtype=BF16, seed=4)[:, 1:49:2]
     weight = normal(24, 64, dtype=BF16, seed=5, scale=0.1)
@@ -166,13 +172,14 @@ def same_bits(grads: list[AdapterGrads | None], expected: list[AdapterGrads | No
 IDS = [None, [0] * 17 + [1] * 3, [i % 8 - 1 for i in range(20)]]
 
 
-@pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=3))
+@pytest.mark.parametrize(("mix", "ids", "K"), spread(itertools.product(MIXES[:2], IDS, (64, 37)), default=2))
 def test_dropout(K: int, ids: list[int] | None, mix: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
     """Exactly the reference's mask: one element more or less would be far outside the bound."""
     adapters = tuple(adapter(5 + 4 * i, K, 24, mix[2], "gelu", 9 * i) for i in range(7))
     check(make(mix, adapters if ids else adapters[:1], ids, 20, K, 24), dropout_p=0.3)
 
 
+@OF_RANGES
 @pytest.mark.parametrize("value", spread([float("nan"), float("inf")], default=1))
 def test_a_row_never_meets_another_adapter(value: float, ranges: None) -> None:
     """inf and NaN in the rows of one adapter, or of the base layer, do not reach other adapters' gradients."""
@@ -221,6 +228,7 @@ def test_frozen_adapters_take_no_room() -> None:
     same_bits(grads, [AdapterGrads(None, None, None, None), *run(given)[1:]])
 
 
+@OF_RANGES
 def test_an_adapters_gradient_does_not_depend_on_its_neighbours(ranges: None) -> None:
     """Ranges are counted from the segment's first row, and rows keep their order: the same bits in any batch."""
     adapters = tuple(adapter(r, 40, 37, F32, "gelu", 7 * r) for r in (20, 3))
@@ -230,6 +238,7 @@ def test_an_adapters_gradient_does_not_depend_on_its_neighbours(ranges: None) ->
     same_bits(run(given)[1:], run(other)[1:])
 
 
+@OF_RANGES
 def test_the_same_bits_twice(ranges: None) -> None:
     given = inputs(random_case(20_001, many=True), dropout_p=0.25)
     same_bits(run(given), run(given))

@@ -184,7 +184,7 @@ def test_a_layers_own_sizes_come_first(cache: Path) -> None:
     assert tuned.source(call(N=48), CPU) == "tuned on this interpreter for this N and K"
     assert "shipped table" in tuned.source(call(), CPU)
     assert launch_count() == 1
-    tune("shipped")
+    tune("shipped", layers=[config.Layer(32, 32, BF16, BF16, many=False)])
     assert tuned.source(call(), CPU) == "tuned on this interpreter"
     assert not tuned.lora_linear(call(N=48), CPU, "interpreter").once
     assert tuned.lora_linear(call(), CPU, "interpreter").once
