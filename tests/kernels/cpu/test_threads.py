@@ -215,12 +215,13 @@ def test_the_gil_stays_off() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=FULL)])
-def test_the_process_ends_with_the_pool_alive(times: int) -> None:
+@FULL
+def test_the_process_ends_with_the_pool_alive() -> None:
+    """Several times; once is in test_direct_calls_stay_on_their_thread."""
     script = (
         "import torch; torch.set_num_threads(4); from tests.kernels.cpu.test_threads import run; run(); print('done')"
     )
-    for _ in range(times):
+    for _ in range(5):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.decode().strip() == "done"
@@ -243,6 +244,7 @@ print(small - before, threads() - before)
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 def test_direct_calls_stay_on_their_thread() -> None:
+    """And the process ends, with the pool alive."""
     done = subprocess.run([sys.executable, "-c", SMALL_CALLS], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["0", "3"]
 
