@@ -20,6 +20,7 @@ from peftk.methods import architectures
 from peftk.methods.plan import injections
 from peftk.nn import Attached, BitFitLinear, LlamaAdapter, LoRALinear, ParallelAdapterLinear, Projections
 from tests.support.small_models import HEADS, LAYERS, MODELS, WIDTH, randomised, run
+from tests.support.tiers import spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, R, L = WIDTH, 4, 3
@@ -523,34 +524,37 @@ def test_bad_fields(make: Any, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("form", [tuple, set, frozenset, lambda some: dict.fromkeys(some).keys(), np.array])
+FORMS = [tuple, set, frozenset, lambda some: dict.fromkeys(some).keys(), np.array]
+WITH_LISTS = [
+    (
+        "bert",
+        lambda form: peftk.LoraConfig(
+            r=2,
+            target_modules=form(["key", "query"]),
+            exclude_modules=form(["0.attention.self.key", "1.attention.self.query"]),
+            modules_to_save=form(["classifier", "pooler"]),
+            layers_to_transform=form([0, 1]),
+            layers_pattern=form(["h", "layer"]),
+        ),
+    ),
+    ("gpt2", lambda form: peftk.SeriesAdapterConfig(4, where=form(["ln_2", "mlp"]), leave_out=form([1]))),
+    ("t5", lambda form: peftk.ParallelAdapterConfig(4, where=form(["attention", "wi"]), leave_out=form([0, 3]))),
+    ("bert", lambda form: peftk.BitFitConfig(form(["query", "value"]))),
+    ("bert", lambda form: peftk.HeadConfig(form(["classifier", "pooler"]))),
+    ("bert", lambda form: peftk.AdapterHubConfig(leave_out=form([0]))),
+    (
+        "bert",
+        lambda form: peftk.LlamaAdapterConfig(
+            attention=form(["0.attention.self", "1.attention.self"]),
+            projections=Projections("query", "key", "value", "query"),
+        ),
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "make"),
-    [
-        (
-            "bert",
-            lambda form: peftk.LoraConfig(
-                r=2,
-                target_modules=form(["key", "query"]),
-                exclude_modules=form(["0.attention.self.key", "1.attention.self.query"]),
-                modules_to_save=form(["classifier", "pooler"]),
-                layers_to_transform=form([0, 1]),
-                layers_pattern=form(["h", "layer"]),
-            ),
-        ),
-        ("gpt2", lambda form: peftk.SeriesAdapterConfig(4, where=form(["ln_2", "mlp"]), leave_out=form([1]))),
-        ("t5", lambda form: peftk.ParallelAdapterConfig(4, where=form(["attention", "wi"]), leave_out=form([0, 3]))),
-        ("bert", lambda form: peftk.BitFitConfig(form(["query", "value"]))),
-        ("bert", lambda form: peftk.HeadConfig(form(["classifier", "pooler"]))),
-        ("bert", lambda form: peftk.AdapterHubConfig(leave_out=form([0]))),
-        (
-            "bert",
-            lambda form: peftk.LlamaAdapterConfig(
-                attention=form(["0.attention.self", "1.attention.self"]),
-                projections=Projections("query", "key", "value", "query"),
-            ),
-        ),
-    ],
+    ("form", "family", "make"),
+    spread([(form, *rest) for form, rest in itertools.product(FORMS, WITH_LISTS)], default=14),
 )
 def test_lists_of_any_form_are_equivalent(family: str, make: Any, form: Any) -> None:
     configs = [make(list), make(form)]

@@ -15,6 +15,7 @@ from peftk.nn import MultiLoRALinear
 from peftk.ops import custom_ops
 from tests.support.cases import random_case
 from tests.support.gradients import check_gradients
+from tests.support.tiers import spread
 
 F64 = {"dtype": torch.float64}
 
@@ -67,7 +68,7 @@ def test_only_the_layers_parts_that_ask_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("chunk", range(8))
+@pytest.mark.parametrize("chunk", spread(range(8), default=5))
 def test_random_gradients(backend: str, chunk: int) -> None:
     for number in range(chunk * 25, (chunk + 1) * 25):
         case = random_case(10_000 + number, max_rows=40, max_width=150)

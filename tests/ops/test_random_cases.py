@@ -13,7 +13,7 @@ CHUNK = 50
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("chunk", spread(range(1000 // CHUNK), default=7))
+@pytest.mark.parametrize("chunk", spread(range(1000 // CHUNK), default=5))
 def test_random_cases(backend: str, chunk: int) -> None:
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
         case = random_case(seed)
