@@ -93,7 +93,7 @@ static inline double work_of(const LinearArgs& args, bool product) {
 
 // How a call is computed. Depends only on the shapes, dtypes and strides of `linear`.
 struct Plan {
-    const char* form;  // dot, lanes or columns
+    const char* form;  // dot, lanes, columns or panels
     bool pairs;        // whether bf16 pairs are multiplied by the processor's instruction for them
     int threads;       // at most
 };

@@ -14,6 +14,9 @@
 //
 // The form depends only on shape, dtypes and strides, so the number of threads does not change a bit of the result.
 #include "cpu/kernels/linear.h"
+#ifdef PEFTK_PANELS
+#include "cpu/kernels/panels.h"
+#endif
 
 namespace peftk {
 namespace PEFTK_LEVEL {
@@ -35,7 +38,14 @@ constexpr int64_t kPad = 16;  // padding between rows of scratch, in elements, a
 
 constexpr int64_t kBaseColumns = 512;  // columns of `out` per task if only the adapters' part is added
 
-enum Form { kDot, kLanes, kColumns, kOverBase };
+enum Form { kDot, kLanes, kColumns, kPanels, kOverBase };
+#ifdef PEFTK_PANELS
+constexpr bool kHavePanels = true;
+#else
+constexpr bool kHavePanels = false;
+constexpr int64_t kDotTokens32 = kMaxDotTokens, kDotTokens16 = kMaxDotTokens;
+static inline int64_t panel_columns(bool, int64_t, int64_t) { return 0; }
+#endif
 
 struct Shape {
     Form form;
@@ -140,8 +150,17 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
 
 // ---- the input's prepared forms -----------------------------------------------------------------------------------
 
-// Prepares W rows of the block, from row `first` on.
-void prepare(const LinearOp& op, const Shape& shape, int64_t first) {
+// Rows that one task prepares.
+int64_t prepared_rows(const Shape& shape) { return shape.form == kPanels ? kRowsOfTwo : W; }
+
+// Prepares W rows of the block, from row W · part on; in the panels form, tile number `part`.
+void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
+#ifdef PEFTK_PANELS
+    if (shape.form == kPanels) {
+        return pack_rows(op, PackedRows(shape.in, shape.rows, op.weight_c == 1), shape.first_row, part);
+    }
+#endif
+    const int64_t first = part * W;
     const int count = int(min64(W, shape.rows - first));
     const void* rows[W];
     for (int i = 0; i < count; i++) {
@@ -656,7 +675,11 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
         return;
     }
     float* tile = scratch_of<float>(kTileSlot, shape.rows * padded);
-    if (shape.form == kDot) {
+    if (shape.form == kPanels) {
+#ifdef PEFTK_PANELS
+        product_panels(op, PackedRows(shape.in, shape.rows, op.weight_c == 1), columns, tile);
+#endif
+    } else if (shape.form == kDot) {
         product_dot(op, shape, columns, tile);
     } else if (shape.pairs) {
 #ifdef PEFTK_DP
@@ -675,15 +698,18 @@ bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFlo
 
 Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
-    return op.weight_c != 1 ? kColumns : op.M <= kMaxDotTokens ? kDot : kLanes;
+    const int64_t most = size_of(op.weight_dtype) == 4 ? kDotTokens32 : kDotTokens16;
+    if (op.weight_c == 1 && op.M <= most) return kDot;
+    return kHavePanels ? kPanels : op.weight_c != 1 ? kColumns : kLanes;
 }
 
 // Columns of a task: many, to reuse what a task loads, but few enough to balance the tasks among the threads.
 int64_t block_columns(const LinearOp& op, Form form, int threads) {
-    const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : W;
+    const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : form == kPanels ? 2 * W : W;
     // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
     int64_t columns = form == kDot        ? 16 * kDotRows
                       : form == kLanes    ? kBlockRows
+                      : form == kPanels   ? panel_columns(op.weight_c == 1, op.M, size_of(op.weight_dtype))
                       : form == kOverBase ? kBaseColumns
                                           : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
@@ -724,9 +750,9 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
         if (!op.dropout.on && group_count < 4 * int64_t(threads) && threads > 1) page_runs = ceil_div(op.max_rank, 16);
     }
     const bool in_place = !op.out || shape.form == kOverBase || (shape.form == kDot && shape.pairs);
-    const int64_t preparations = in_place ? 0 : ceil_div(rows, W);
+    const int64_t preparations = in_place ? 0 : ceil_div(rows, prepared_rows(shape));
     if (!in_place) {
-        const int64_t row = shape.form == kLanes ? shape.steps : shape.in_row;
+        const int64_t row = shape.form == kLanes || shape.form == kPanels ? shape.steps : shape.in_row;
         shape.in = scratch_of<float>(kInputSlot, round_up(rows, W) * row);
     }
     const int64_t shrinks = group_count * page_runs, step = block_columns(op, shape.form, threads);
@@ -735,7 +761,7 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     auto body = [&](int64_t task) {
         if (task < preparations) {
             const Latch::CountOnExit part(prepared);
-            return prepare(op, shape, task * W);
+            return prepare(op, shape, task);
         }
         task -= preparations;
         if (task < shrinks) {
@@ -785,7 +811,7 @@ void lora_linear_plan(const Linear& linear, bool backward, Plan* plan) {
     op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype;
     op.weight_c = backward ? linear.weight_n : linear.weight_k;
     op.threads = useful_threads(product_work(linear), linear.threads);
-    const char* names[] = {"dot", "lanes", "columns"};
+    const char* names[] = {"dot", "lanes", "columns", "panels"};
     const Form form = form_of(op);
     *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form, op.threads))))};
 }

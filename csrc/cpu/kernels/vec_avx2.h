@@ -69,10 +69,8 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     memcpy(p, full, n * sizeof(T));
 }
 
-template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = load(from + i * from_stride);
+PEFTK_INLINE void transpose(__m256* a, Vec* to) {
+    __m256 b[8];
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
@@ -88,6 +86,36 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
         to[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
     }
 }
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
+    __m256 a[8];
+    for (int i = 0; i < 8; i++) a[i] = load(from + i * from_stride);
+    transpose(a, to);
+}
+
+// For the panels form (cpu/kernels/panels.h).
+#define PEFTK_PANELS
+constexpr int64_t kDotTokens32 = 6,
+                  kDotTokens16 = 10;  // up to so many tokens *dot* is faster, by the size of W's elements
+// W rows from element `first` on, of which n are read, transposed.
+template <class T>
+PEFTK_INLINE void transpose_rows_of(const T* const* rows, int64_t first, int n, Vec* to) {
+    __m256 a[8];
+    if (n == W) {
+        for (int i = 0; i < 8; i++) a[i] = load(rows[i] + first);
+    } else {
+        for (int i = 0; i < 8; i++) a[i] = load_n(rows[i] + first, n);
+    }
+    transpose(a, to);
+}
+// The compiler may neither load this again for each use nor move sums between registers: gcc 12 did both, in loops that
+// then took half as long again.
+PEFTK_INLINE Vec load_once(const float* p) {
+    Vec value = load(p);
+    asm("" : "+x"(value));
+    return value;
+}
+PEFTK_INLINE void fma_in_place(Vec& sum, Vec a, Vec b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 
 }  // namespace PEFTK_LEVEL
 }  // namespace peftk
