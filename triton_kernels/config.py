@@ -258,12 +258,28 @@ def shipped_plans(shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
     return tuple(dict.fromkeys([*plans, *(both for plan in plans for both in _overlapped(plan, shape, target))]))
 
 
+def can_overlap(target: int | str) -> bool:
+    """Whether a launch can begin while the one before it runs. The interpreter runs them one after the other."""
+    return target == "interpreter" or (isinstance(target, int) and target >= 90)
+
+
+def launched(call: CallShape, target: int | str, *, overlap: bool) -> Plan:
+    """The fastest of the shipped plans that overlap, or of those that do not, with its splits.
+
+    overlap: if none does, the table's plan in two launches; the target `can_overlap`.
+    """
+    shape = call.shape_class()
+    plans = [plan for plan in shipped_plans(shape, target) if plan.overlap == overlap]
+    plans = plans or [shipped_plan(shape, target)._replace(once=False, overlap=True)]
+    return min((with_splits(plan, call, target) for plan in plans), key=lambda plan: _modelled_us(plan, call, target))
+
+
 def _overlapped(plan: Plan, shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
     """The plan in two launches, the second of which begins while the first runs, where the GPU can do that.
 
     Without the shrink's code there are registers for wider tiles. With few rows, a second launch costs too much.
     """
-    if isinstance(target, str) or target < 90 or shape.rows <= 64 or shape.x == torch.float32:
+    if isinstance(target, str) or not can_overlap(target) or shape.rows <= 64 or shape.x == torch.float32:
         return ()
     if shape.many or (shape.x == torch.float16 and shape.adapters == torch.float32 and target != 90):
         return ()  # the shrink by row, and 6 products of terms, do not fit into small blocks

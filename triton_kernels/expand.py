@@ -9,12 +9,11 @@ a series adapter.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .arithmetic import activate, dot, nearest_term, remainder, round_to, to_field
 from .philox import keep_mask
 from .segments import PAGE, rows_at, segment_heads
-from .tickets import sum_of_splits, wait_for
+from .tickets import sum_of_splits, wait_for, wait_for_launch_before
 
 
 @triton.jit
@@ -84,7 +83,7 @@ def expand_tile(
         acc, complete = sum_of_splits(acc, partials, tile, split, splits, arrivals)
     if complete:
         if OVERLAP:
-            gdc_wait()
+            wait_for_launch_before()
         if TICKETS:
             if z_pages > 0:
                 wait_for(counters, block_m, ready * tl.cdiv(block_to - block_from, ready_rows))

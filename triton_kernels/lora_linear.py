@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.language.extra.cuda import gdc_launch_dependents
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from peftk.launch import workspace
@@ -44,7 +43,7 @@ from . import config, philox, tuned
 from .expand import expand_tile
 from .segments import PAGE
 from .shrink import shrink_tile
-from .tickets import READY, draw_ticket, leave, publish
+from .tickets import READY, draw_ticket, leave, let_next_launch_begin, publish
 from .tuned import target
 
 # Arguments that change between calls. Specialized, each would be compiled again for 1 and for multiples of 16.
@@ -75,7 +74,7 @@ def lora_linear_kernel(
     """
     ONCE: tl.constexpr = PART == "both"
     if OVERLAP and PART == "shrink":
-        gdc_launch_dependents()
+        let_next_launch_begin()
     row_blocks = tl.cdiv(M, BLOCK_M)
     rank_blocks = tl.cdiv(z_pages * PAGE, SHRINK_R)
     shrink_arrivals = counters + READY + row_blocks

@@ -11,10 +11,25 @@ The counters of a launch are int32, and zero before and after it:
 
 There is a `tl.debug_barrier` (bar.sync) between the stores of a block's threads and the release by one of them, and
 between an acquire by one thread and the loads of all.
+
+Two launches that overlap draw no tickets: the second one waits for the whole first one.
 """
 
 import triton
 import triton.language as tl
+
+from .arithmetic import INTERPRETED
+
+if INTERPRETED.value:  # launches follow each other
+
+    def gdc_launch_dependents() -> None:
+        pass
+
+    def gdc_wait() -> None:
+        pass
+
+else:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TICKETS = tl.constexpr(0)
 LEFT = tl.constexpr(1)
@@ -59,6 +74,18 @@ def sum_of_splits(part, partials, tile, split, splits, arrivals):
             part += tl.load(parts + other * (rows * columns) + place)
         tl.store(arrivals + tile, 0)
     return part, last
+
+
+@triton.jit
+def let_next_launch_begin():
+    """From when all blocks of this launch have said so, or have ended, blocks of the next one may start."""
+    gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_launch_before():
+    """Waits until the launch before this one has ended. All of its stores are then visible to all threads."""
+    gdc_wait()
 
 
 @triton.jit

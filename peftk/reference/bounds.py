@@ -58,14 +58,17 @@ class Expected(NamedTuple):
         return allowed if fused else allowed + 2 * UNIT[dtype] * (self.base.abs() + self.adapter.abs())
 
 
-def error(actual: Tensor, expected: Expected, *, fused: bool) -> float:
-    """The largest error as a multiple of the bound; ≤ 1 passes. inf for a wrong shape or values that are not finite."""
+def error(actual: Tensor, expected: Expected, *, fused: bool, more: Tensor | float = 0.0) -> float:
+    """The largest error as a multiple of the bound; ≤ 1 passes. inf for a wrong shape or values that are not finite.
+
+    more: added to the bound.
+    """
     if actual.shape != expected.value.shape or not bool(actual.isfinite().all()):
         return float("inf")
     if actual.numel() == 0:
         return 0.0
     difference = (actual.detach().double() - expected.value).abs()
-    return float((difference / expected.allowed(actual.dtype, fused=fused, truncated=actual.is_cuda)).max())
+    return float((difference / (expected.allowed(actual.dtype, fused=fused, truncated=actual.is_cuda) + more)).max())
 
 
 def sensitivity(expected: Expected, dtype: torch.dtype) -> float:
@@ -96,6 +99,16 @@ def with_adapter(
     adapter = scaling * (wide_x @ A.T) @ B.T
     magnitude = base_magnitude + abs(scaling) * (wide_x.abs() @ A.abs().T) @ B.abs().T
     return Expected(base + adapter, magnitude, x.shape[-1], base, adapter)
+
+
+def of_field(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor | float:
+    """What `peftk.precision("field")` adds to the bound of y, without an activation."""
+    if x.dtype == torch.float32:
+        return 0.0  # such calls stay exact
+    wide_x, A, B = x.detach().double(), lora_A.detach().double(), lora_B.detach().double()
+    v = (wide_x @ A.T).abs()
+    rounded = v if lora_A.dtype == x.dtype else 2 * v + wide_x.abs() @ A.abs().T
+    return UNIT[x.dtype] * abs(scaling) * rounded @ B.abs().T
 
 
 def backward(

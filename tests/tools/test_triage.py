@@ -490,6 +490,8 @@ def test_the_rehearsal(tmp_path: Path) -> None:
         "base only",
         "1 launch",
         "2 launches",
+        "overlapped",
+        "field",
         "gemm",
         "shrink alone",
     }

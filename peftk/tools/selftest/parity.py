@@ -18,8 +18,8 @@ from peftk.backends.call import Call, Op
 from peftk.backends.contract import require
 from peftk.reference import bounds
 from peftk.tools.selftest.cases import Case, decode_case, random_case
-from peftk.tools.selftest.check import Check, Target, WrongError, require_same_bits
-from peftk.tools.selftest.plans import PLANS, override_plan
+from peftk.tools.selftest.check import Check, NotRunError, Target, WrongError, require_same_bits
+from peftk.tools.selftest.plans import PLANS, override_plan, ways
 from peftk.tools.selftest.work import Form, Work, build_case, can_run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -286,7 +286,9 @@ def _launches(target: Target) -> Iterator[Check]:
             for many in (True,) if target.is_rehearsal else (False, True):
                 ranks = (17, 1, 40) if many else (17,)
 
-                def run(changes=changes, shape=shape, many=many, ranks=ranks) -> float:  # type: ignore[no-untyped-def]
+                def run(plan=plan, changes=changes, shape=shape, many=many, ranks=ranks) -> float:  # type: ignore[no-untyped-def]
+                    if plan not in ways(target.device):
+                        raise NotRunError("needs a GPU of compute capability 9.0 or later")
                     dtype = torch.float32 if target.is_rehearsal else torch.bfloat16
                     case = build_case(shape, ranks, dtype, target.device, many=many, activation="gelu", biases=True)
                     with override_plan(**changes):

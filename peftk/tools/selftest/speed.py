@@ -17,7 +17,7 @@ from peftk.system.timing import Clock
 from peftk.tools.benchmark import lora_linear, merge, multi_lora_linear, peers, train
 from peftk.tools.benchmark.common import LINEAR, SCALING, Case, Record, Shape, Side, factors, layer, measure
 from peftk.tools.selftest.check import Check, Found, NotRunError, Target
-from peftk.tools.selftest.plans import PLANS, override_plan
+from peftk.tools.selftest.plans import override_plan, ways
 
 
 class Group(NamedTuple):
@@ -99,7 +99,7 @@ def _check_peft_installed() -> float:
 
 
 def plans_case(shape: Shape, device: str) -> Case:
-    """One call, launched in each way of `PLANS`."""
+    """One call, launched in each way that this GPU has."""
     dtype = shape.torch_dtype
     x, linear, base, base_magnitude = layer(shape.M, shape.K, shape.N, dtype, device)
     A, B = factors(shape.K, shape.N, shape.rank, dtype, device)
@@ -115,5 +115,5 @@ def plans_case(shape: Shape, device: str) -> Case:
         return Side(f"peftk {name}", run, lambda: bounds.error(run(), expected, fused=True))
 
     sides = [Side(LINEAR, lambda: linear(x), lambda: bounds.error(linear(x), base_only, fused=False))]
-    sides += [side(name, changes) for name, changes in PLANS.items()]
+    sides += [side(name, changes) for name, changes in ways(device).items()]
     return Case(shape, tuple(sides), bounds.sensitivity(expected, dtype))

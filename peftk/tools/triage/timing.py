@@ -18,10 +18,11 @@ from peftk.adapters.adapter import adapter_of
 from peftk.backends.call import BackendError
 from peftk.nn import LoRALinear, MultiLoRALinear
 from peftk.reference import bounds
+from peftk.system.precision import precision
 from peftk.system.timing import Clock, Run, cuda_events, interleave
 from peftk.tools.benchmark.common import DTYPES, LINEAR, Case, Shape, Side, factors, measure, plain_linear
 from peftk.tools.selftest.check import Check, Found, Target
-from peftk.tools.selftest.plans import PLANS, override_plan
+from peftk.tools.selftest.plans import override_plan, ways
 
 K = 4096
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096)
@@ -137,15 +138,23 @@ def _sides(layer: _Layer, x: Tensor, expected: bounds.Expected, base: tuple[Tens
         assert z is not None
         return z
 
-    def side(name: str, run: Callable[[], Tensor], exact: bounds.Expected, fused: bool) -> Side:
-        return Side(name, run, lambda: bounds.error(run(), exact, fused=fused))
+    def field() -> Tensor:
+        with precision("field"):
+            return functional.lora_linear(x, weight, bias, A, B, SCALING, backend="triton")
+
+    def side(
+        name: str, run: Callable[[], Tensor], exact: bounds.Expected, fused: bool, more: Tensor | float = 0.0
+    ) -> Side:
+        return Side(name, run, lambda: bounds.error(run(), exact, fused=fused, more=more))
 
     yield side(LINEAR, lambda: linear(x), base_only, False)
     yield side(LIBRARY, library, expected, False)
     alone = functional.lora_linear
     yield side("base only", lambda: alone(x, weight, bias, backend="triton"), base_only, True)
-    for name in ("1 launch", "2 launches"):
-        yield side(name, ours("triton", **PLANS[name]), expected, True)
+    for name, plan in ways(x.device.type).items():
+        if name != "staying":
+            yield side(name, ours("triton", **plan), expected, True)
+    yield side("field", field, expected, True, bounds.of_field(x, A, B, SCALING))
     yield side("gemm", ours("gemm"), expected, False)
     yield side("cuda", ours("cuda"), expected, True)
     yield side("shrink alone", shrink, hidden, True)

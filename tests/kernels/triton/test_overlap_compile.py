@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process that does not interpret", allow_module_level=True)
 
-from peftk.triton_kernels import config
-from tests.support.tiers import spread
+from peftk.tools.selftest.plans import PLANS, override_plan, ways
+from peftk.triton_kernels import config, tuned
+from tests.support.tiers import FULL, spread
 from tests.support.triton_calls import BF16, F16, F32, FORMS, Mix, check_fits, compile_launches
 
 MIXES: list[Mix] = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F16, F16, F32)]
@@ -84,6 +85,46 @@ def test_older_gpus_do_not_overlap(target: int | str) -> None:
     for M in (16, 256, 4096):
         call = config.CallShape(M, 4096, 4096, False, False, False, True, BF16, BF16, BF16, False, 4)
         assert not any(plan.overlap for plan in config.candidates(call.shape_class(), target))
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_the_selftest_launches_what_ships(rank: int) -> None:
+    """Where the chosen plan is of the other kind, it takes the best shipped one of its own kind."""
+    for M in (16, 64, 128, 512, 4096):
+        for factors in (BF16, F32):
+            call = config.CallShape(M, 4096, 4096, False, False, False, True, BF16, BF16, factors, False, rank // 16)
+            shipped = [
+                config.with_splits(plan, call, 90)
+                for plan in config.shipped_plans(call.shape_class(), 90)
+                if plan.overlap
+            ]
+            plans = {}
+            for name, changes in PLANS.items():
+                with override_plan(**changes):
+                    plans[name] = tuned.lora_linear(call, torch.device("meta"), 90)
+            assert plans["overlapped"] in shipped or (not shipped and M <= 64)
+            assert (plans["overlapped"].once, plans["overlapped"].overlap) == (False, True)
+            for name in ("1 launch", "2 launches", "staying"):
+                assert not plans[name].overlap
+                assert plans[name][:2] != (128, 256) or factors == BF16, "too many registers without an overlap"
+            assert (plans["1 launch"].once, plans["2 launches"].once) == (True, False)
+
+
+@pytest.mark.parametrize(("target", "count"), [(80, 3), (89, 3), (90, 4), (120, 4), ("hip", 3), ("interpreter", 4)])
+def test_ways_to_launch_that_a_gpu_has(target: int | str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "target", lambda device: target)
+    assert len(ways("cpu")) == count
+    assert ("overlapped" in ways("cpu")) == (count == 4)
+
+
+@pytest.mark.parametrize("mix", MIXES[:2], ids=str)
+@pytest.mark.parametrize("M", [16, pytest.param(64, marks=FULL)])
+def test_few_rows_can_be_launched_so_too(M: int, mix: Mix) -> None:
+    """Which the table does not do, and the triage times."""
+    call = config.CallShape(M, 4096, 4096, False, False, False, True, *mix, False, 1)
+    plan = config.launched(call, 90, overlap=True)
+    for compiled in compile_launches(90, M, mix, rank=16, plan=plan, many=False):
+        check_fits(compiled, 90)
 
 
 def test_overlapping_is_chosen_where_the_shrink_would_keep_the_product_waiting() -> None:

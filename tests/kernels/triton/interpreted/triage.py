@@ -15,17 +15,22 @@ from peftk.adapters.table import AdapterTable
 from peftk.backends import triton
 from peftk.launch import workspace
 from peftk.nn import MultiLoRALinear
+from peftk.reference import bounds
+from peftk.tools.benchmark import common
+from peftk.tools.benchmark.common import Side
 from peftk.tools.selftest import target
 from peftk.tools.selftest.behaviour import Results
 from peftk.tools.selftest.check import Found, WrongError
 from peftk.tools.selftest.work import Work, build_case
 from peftk.tools.triage import correctness, timing
 from peftk.tools.triage.timing import Series
+from peftk.triton_kernels import lora_linear as kernels
 from tests.support.stand_ins import rerun
 from tests.support.tiers import FULL
 
 HERE = target("interpreter")
-SIDES = ["nn.Linear", "nn.Linear + two addmm", "base only", "1 launch", "2 launches", "gemm", "shrink alone"]
+OURS = ["base only", "1 launch", "2 launches", "overlapped", "field", "gemm", "shrink alone"]
+SIDES = ["nn.Linear", "nn.Linear + two addmm", *OURS]
 Run = Callable[[], Results]
 
 
@@ -169,6 +174,47 @@ def test_a_side_that_is_wrong_or_raises_is_named_and_the_others_timed(monkeypatc
     assert found.figures is not None
     timed = {side for side, times in found.figures["us"].items() if times["median"] is not None}
     assert timed == set(SIDES) - {"gemm", "shrink alone"}
+
+
+def sides_of(layer: timing._Layer, M: int) -> dict[str, Side]:
+    x = torch.randn(M, layer.A.shape[1], generator=torch.Generator().manual_seed(1)).to(layer.linear.weight.dtype)
+    base = bounds.linear(x, layer.linear.weight, layer.linear.bias)
+    expected = bounds.with_adapter(x, *base, layer.A, layer.B, timing.SCALING)
+    return {side.name: side for side in timing._sides(layer, x, expected, base)}
+
+
+@pytest.mark.parametrize("factors", [torch.bfloat16, torch.float32])
+def test_the_field_s_precision_has_its_bound(factors: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bound is needed, and no wider than it must be."""
+    A, B = (t.to(factors) for t in common.factors(48, 40, 2, torch.float32, "cpu"))
+    layer = timing._Layer(common.plain_linear(48, 40, torch.bfloat16, "cpu"), A, 30 * B)
+    assert 0.2 < sides_of(layer, 33)["field"].error() <= 1.0
+    monkeypatch.setattr(bounds, "of_field", lambda *_: 0.0)
+    assert sides_of(layer, 33)["field"].error() > 1.0
+    assert sides_of(layer, 33)["1 launch"].error() <= 1.0
+
+
+def test_each_way_to_launch_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, bool]] = []
+    run = kernels._Launch.run
+
+    def seen(launch: kernels._Launch, *arguments: Any) -> None:
+        made.append((launch._constants["PART"], launch._constants["OVERLAP"]))
+        run(launch, *arguments)
+
+    monkeypatch.setattr(kernels._Launch, "run", seen)
+    layer = timing._Layer(
+        common.plain_linear(48, 40, torch.float32, "cpu"), *common.factors(48, 40, 2, torch.float32, "cpu")
+    )
+    sides = sides_of(layer, 3)
+    for name, expected in {
+        "1 launch": [("both", False)],
+        "2 launches": [("shrink", False), ("expand", False)],
+        "overlapped": [("shrink", True), ("expand", True)],
+    }.items():
+        made.clear()
+        assert sides[name].error() <= 1.0
+        assert made == expected, name
 
 
 def test_host_time() -> None:
