@@ -11,6 +11,9 @@ kernels, but
   release there and acquire here. A load that is not ordered after the last store is a race: the trace records it, and
   the value it reads depends on `memory`.
 - a launch in which programs only poll raises `HangError` with its schedule.
+- two launches that overlap (programmatic dependent launch) run together: a launch whose argument OVERLAP is true is
+  held back until the next one. If that has the option `launch_pdl`, its programs start as soon as all of the first have
+  executed gdc_launch_dependents or ended; its gdc_wait returns, and shows all stores, when all of the first have ended.
 
 `docs/protocol.md` says what this models and what it leaves out. It needs TRITON_INTERPRET=1.
 """
@@ -21,6 +24,7 @@ import contextlib
 import functools
 import itertools
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -78,8 +82,15 @@ class Trace:
         self.launches = 0
         self.programs = 0
         self.turns: list[int] = []  # the program of each step
-        self.polls = 0  # atomics and volatile loads that changed nothing
+        self.polls = 0  # atomics and volatile loads that changed nothing, and turns of a gdc_wait
+        self.overlaps = 0  # programs that started while the launch before theirs was running
         self.races: set[str] = set()
+        self.held: Callable[..., Any] | None = None
+
+    def end(self) -> None:
+        """Runs a launch that was held back, if there is one, alone."""
+        if self.held is not None:
+            self.held()
 
 
 class HangError(Exception):
@@ -91,17 +102,33 @@ def interleaved(schedule: Schedule) -> Iterator[Trace]:
     """Every Triton launch inside runs according to the schedule."""
     trace = Trace()
 
-    def run(function: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        def all_programs(arguments: dict[str, Any]) -> tuple[int]:
-            shape = tuple(grid(arguments) if callable(grid) else grid)
-            _Launch(schedule, trace, function.rewrite(), arguments, shape + (1,) * (3 - len(shape))).run()
-            return (0,)  # none is left to triton's own loop
+    def run(function: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        def with_others(*after: _Grid) -> None:
+            """Runs this launch, together with those that overlap with it."""
 
-        # Triton calls a grid after converting the arguments and patching its language, which programs need
-        return _run(function, *args, grid=all_programs, warmup=warmup, **kwargs)
+            def all_programs(arguments: dict[str, Any]) -> tuple[int]:
+                shape = tuple(grid(arguments) if callable(grid) else grid)
+                own = _Grid(function.rewrite(), arguments, shape + (1,) * (3 - len(shape)))
+                first, trace.held = trace.held if kwargs.get("launch_pdl") else None, None
+                if first is None:
+                    _Launch(schedule, trace, (own, *after)).run()
+                else:
+                    first(own)
+                return (0,)  # none is left to triton's own loop
+
+            # Triton calls a grid after converting the arguments and patching its language, which programs need
+            _run(function, *args, grid=all_programs, warmup=warmup, **kwargs)
+
+        if not kwargs.get("launch_pdl"):
+            trace.end()
+            if kwargs.get("OVERLAP"):
+                trace.held = with_others
+                return
+        with_others()
 
     with mock.patch.object(InterpretedFunction, "run", run):
         yield trace
+        trace.end()
 
 
 class Outcome(NamedTuple):
@@ -115,6 +142,7 @@ class Outcome(NamedTuple):
     results: list[Sequence[Tensor]]
     turns: list[int]
     polls: int
+    overlaps: int
 
 
 def outcome(
@@ -129,6 +157,7 @@ def outcome(
         while verdict == "right" and len(results) < 2:
             try:
                 results.append(launch())
+                trace.end()
             except HangError:
                 verdict = "hang"
                 break
@@ -138,21 +167,31 @@ def outcome(
                 verdict = "not reset"
             elif trace.races:
                 verdict = "race"
-    return Outcome(verdict, results, trace.turns, trace.polls)
+    return Outcome(verdict, results, trace.turns, trace.polls, trace.overlaps)
 
 
 class _Abandoned(BaseException):
     """Unwinds a program whose launch ends early. Not an Exception, since Triton wraps those."""
 
 
+class _Grid(NamedTuple):
+    """A launch as the host asked for it."""
+
+    kernel: Callable[..., None]
+    arguments: dict[str, Any]
+    shape: tuple[int, ...]
+
+
 class _Program:
-    def __init__(self, place: tuple[int, ...], clock: Clock) -> None:
+    def __init__(self, number: int, place: tuple[int, ...], clock: Clock) -> None:
+        self.number = number  # of its grid
         self.place = place
         self.clock = clock
         self.priority = 0.0
         self.last_run = 0
         self.polled_at = -1  # the number of changes of memory at its last poll
-        self.waits_at: int | None = None  # the address it polled last
+        self.waits_at: int | None = None  # the address it polled last; 0: the launch before
+        self.lets_next_begin = False
         self.thread: threading.Thread | None = None
         self.go = threading.Semaphore(0)
         self.ended = False
@@ -160,26 +199,17 @@ class _Program:
 
 
 class _Launch:
-    """The programs of one launch, their turns, and the builder's operations on memory."""
+    """The programs of one launch, or of several that overlap, their turns, and the builder's operations on memory."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        trace: Trace,
-        kernel: Callable[..., None],
-        arguments: dict[str, Any],
-        grid: tuple[int, ...],
-    ) -> None:
+    def __init__(self, schedule: Schedule, trace: Trace, grids: Sequence[_Grid]) -> None:
         self.schedule = schedule
         self.trace = trace
-        self.kernel = kernel
-        self.arguments = arguments
-        self.grid = grid
+        self.grids = grids
         self.random = random.Random(schedule.seed)
         self.memory = WeakMemory(schedule.memory, self.random, trace.races, self.name)
-        places = list(itertools.product(*map(range, grid)))
-        self.programs = len(places)
-        self.unstarted = [_Program(place, Clock(at, len(places))) for at, place in enumerate(places)]
+        places = [(n, place) for n, grid in enumerate(grids) for place in itertools.product(*map(range, grid.shape))]
+        self.programs = [_Program(*place, Clock(at, len(places))) for at, place in enumerate(places)]
+        self.unstarted = list(self.programs)
         self.random.shuffle(self.unstarted)
         self.resident: list[_Program] = []
         self.current: _Program | None = None
@@ -189,14 +219,18 @@ class _Launch:
         self.idle = 0  # polls since the last change
 
     def run(self) -> None:
-        self.trace.launches += 1
-        self.trace.programs += self.programs
-        interpreter.interpreter_builder.set_grid_dim(*self.grid)
-        with mock.patch.multiple(InterpreterBuilder, **self.operations()):
+        self.trace.launches += len(self.grids)
+        self.trace.programs += len(self.programs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.multiple(InterpreterBuilder, **self.operations()))
+            for module in [module for module in sys.modules.values() if "gdc_wait" in vars(module)]:
+                if module.__name__.startswith("peftk."):  # and not Triton's own
+                    for name in ("gdc_wait", "gdc_launch_dependents"):
+                        stack.enter_context(mock.patch.object(module, name, getattr(self, name)))
             try:
                 for step in range(_MAX_STEPS):
-                    while self.unstarted and len(self.resident) < self.schedule.resident:
-                        self.start(self.unstarted.pop())
+                    while len(self.resident) < self.schedule.resident and self.startable():
+                        self.start(self.startable()[-1])
                     if not self.resident:
                         return
                     self.resume(self.choose(), step)
@@ -208,7 +242,18 @@ class _Launch:
 
     # Turns
 
+    def startable(self) -> list[_Program]:
+        """Programs of a later launch only when all of the one before have let them."""
+        late = {p.number for p in self.programs if not (p.ended or p.lets_next_begin)}
+        return [p for p in self.unstarted if p.number - 1 not in late]
+
+    def before(self, program: _Program) -> list[_Program]:
+        """The programs of the launch before."""
+        return [other for other in self.programs if other.number == program.number - 1]
+
     def start(self, program: _Program) -> None:
+        self.unstarted.remove(program)
+        self.trace.overlaps += any(not other.ended for other in self.before(program))
         program.priority = self.random.random()
         self.resident.append(program)
         self.changed()
@@ -238,6 +283,7 @@ class _Launch:
         self.trace.turns.append(program.clock.program)
         self.current = program
         program.last_run = step
+        interpreter.interpreter_builder.set_grid_dim(*self.grids[program.number].shape)
         interpreter.interpreter_builder.set_grid_idx(*program.place)  # the builder's only state of a program
         if program.thread is None:
             program.thread = threading.Thread(target=self.body, args=(program,), daemon=True)
@@ -254,10 +300,15 @@ class _Launch:
 
     def body(self, program: _Program) -> None:
         try:
-            self.kernel(**self.arguments)
+            grid = self.grids[program.number]
+            grid.kernel(**grid.arguments)
         except BaseException as error:
             program.error = error
+        program.clock.barrier()  # what it stored is complete
         program.ended = True
+        own = [p for p in self.programs if p.number == program.number]
+        if all(p.ended for p in own) and not all(p.ended for p in self.before(program)):
+            self.trace.races.add("a launch ended before the one that it overlaps with")
         self.back.release()
 
     def pause(self) -> _Program:
@@ -288,16 +339,34 @@ class _Launch:
 
     def description(self) -> str:
         waits = [f"{p.place} polls {self.name(p.waits_at)}" for p in self.resident if p.waits_at is not None]
-        return f"{self.schedule}: {', '.join(waits)}; {len(self.unstarted)} of {self.programs} have not started"
+        return f"{self.schedule}: {', '.join(waits)}; {len(self.unstarted)} of {len(self.programs)} have not started"
 
     def name(self, address: int) -> str:
         """The pointer argument at or next below an address, for messages."""
+        if address == 0:
+            return "the launch before"
         below = {}
-        for name, value in self.arguments.items():
+        for name, value in itertools.chain.from_iterable(grid.arguments.items() for grid in self.grids):
             base = int(value.handle.data.flat[0]) if getattr(value, "dtype", None) and value.dtype.is_ptr() else None
             if base is not None and base <= address:
                 below[base] = f"{name}[{(address - base) * 8 // value.dtype.element_ty.primitive_bitwidth}]"
         return below[max(below)] if below else hex(address)
+
+    # Launches that overlap
+
+    def gdc_launch_dependents(self) -> None:
+        self.pause().lets_next_begin = True
+        self.changed()
+        self.pause()
+
+    def gdc_wait(self) -> None:
+        program = self.pause()
+        while not all(other.ended for other in self.before(program)):
+            self.polled(program, 0)
+            self.pause()
+        for other in self.before(program):
+            np.maximum(program.clock.knows, other.clock.knows, out=program.clock.knows)
+        program.waits_at = None
 
     # The builder's operations
 

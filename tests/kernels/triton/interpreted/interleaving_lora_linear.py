@@ -141,6 +141,66 @@ def test_mutants_are_found(name: str) -> None:
         assert any(run("one", schedule).verdict in found for schedule in MORE_SCHEDULES)
 
 
+@pytest.fixture
+def overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = config.lora_linear
+    monkeypatch.setattr(config, "lora_linear", lambda *form: split(*form)._replace(once=False, overlap=True))
+    tuned.derived.clear()
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", spread(["one", "backward, one", "many", "backward, many"], default=1))
+def test_launches_that_overlap_are_right_in_every_schedule(name: str, count: int, overlapped: None) -> None:
+    done = [run(name, schedule) for schedule in schedules(count)]
+    assert [each.verdict for each in done] == ["right"] * count
+    assert sum(each.overlaps > 0 for each in done) >= count // 2
+    assert sum(each.polls for each in done), "no tile ever waited"
+
+
+WAIT = "        if OVERLAP:\n            wait_for_launch_before()\n"
+LET = '    if OVERLAP and PART == "shrink":\n        let_next_launch_begin()\n'
+ADDED = "        if OWN_SUMS:\n            kept ="
+
+# name: (the verdict of some schedule, the module, changes of its source)
+MUTANTS_OF_OVERLAP = {
+    "no wait": ("wrong", expand, (WAIT, "")),
+    "waits before it stores, and not before it reads z": ("wrong", expand, (WAIT, ""), (ADDED, WAIT + ADDED)),
+    "only the first tile waits": ("wrong", expand, (WAIT, WAIT.replace("OVERLAP:", "OVERLAP and tile == 0:"))),
+    "counters of both": (
+        "wrong",
+        lora_linear,
+        ("expand_arrivals = shrink_arrivals + shrink_tiles", "expand_arrivals = shrink_arrivals"),
+    ),
+    "parts of both": (
+        "race",
+        lora_linear,
+        (
+            "expand_partials = partials[record.expand_partials :] if record.expand_partials else partials",
+            "expand_partials = partials",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", spread(MUTANTS_OF_OVERLAP, default=1))
+def test_mutants_of_launches_that_overlap_are_found(name: str, overlapped: None) -> None:
+    verdict, module, *changes = MUTANTS_OF_OVERLAP[name]
+    expected("one")
+    with mutant(module, *changes):
+        found = {verdict, "race"} if verdict == "wrong" else {verdict}
+        assert any(run("one", schedule).verdict in found for schedule in MORE_SCHEDULES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", [(LET, ""), ("launch_pdl", "launch_later")])
+def test_what_lets_the_second_launch_begin(change: tuple[str, str], overlapped: None) -> None:
+    """Without one of the two it begins when the first has ended, which is right too."""
+    module = config if "launch_pdl" in change[0] else lora_linear
+    with mutant(module, change):
+        done = [run("one", schedule) for schedule in SCHEDULES[:3]]
+    assert [(each.verdict, each.overlaps) for each in done] == [("right", 0)] * 3
+
+
 def test_after_a_hang_the_next_call_is_right() -> None:
     """The launcher discards the counters of a launch that failed."""
     expected("one")
