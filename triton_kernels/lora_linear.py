@@ -25,6 +25,7 @@ ranks are selected, not multiplied by zero, so an adapter's inf stays in its own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -248,9 +249,10 @@ def _launch(
         base is not None, field_dtype(x.dtype), plan, device, target(device), workspace.processors(device),
         tuple([None if tensor is None else tensor.data_ptr() % 16 == 0 for tensor in read]),
     )  # fmt: skip
-    record = _record(form)
+    record = tuned.record(form, _new_record)
     if record.plan.overlap and streams.capturing(device):  # a driver before CUDA 12.3 has no such edges in a graph
-        record = _record(_Form(*form)._replace(plan=record.plan._replace(overlap=False)))
+        apart = _Form(*form)._replace(plan=record.plan._replace(overlap=False))
+        record = tuned.record(apart, _new_record)
     # z stands for sums that nothing writes
     partials = torch.empty(record.partials, dtype=torch.float32, device=device) if record.partials else z
     expand_partials = partials[record.expand_partials :] if record.expand_partials else partials
@@ -302,23 +304,12 @@ class _Record(NamedTuple):
     counters: int
     partials: int
     expand_partials: int  # where those of the expand tiles begin
-    launches: tuple[_Launch, ...]
+    launches: tuple[Launch, ...]
 
 
-def _record(form: tuple[Any, ...]) -> _Record:
-    """The record of a form, which has the fields of `_Form`. Kept until the plans change (`tuned.forget_loaded`)."""
-    found: _Record | None = tuned.derived.get(form)
-    if found is None:
-        if len(tuned.derived) >= _MOST_RECORDS:
-            tuned.derived.clear()
-        found = tuned.derived[form] = _new_record(_Form(*form))
-    return found
-
-
-_MOST_RECORDS = 1 << 14  # lengths of prompts make many forms
-
-
-def _new_record(form: _Form) -> _Record:
+def _new_record(fields: tuple[Any, ...]) -> _Record:
+    """fields: of `_Form`, which takes longer to make than a tuple."""
+    form = _Form(*fields)
     adapter_dtype, z_width, layout_A, layout_B = form.adapters
     slice_count, aligned_slices = (1, 0) if form.many is None else form.many[1:]
     weight = form.weight or form.x
@@ -372,7 +363,8 @@ def _new_record(form: _Form) -> _Record:
         expand_partials + expand_tiles * expand_part,
         expand_partials,
         tuple(
-            _Launch(
+            Launch(
+                lambda: lora_linear_kernel,
                 blocks,
                 {**constants, "PART": part, **plan.compiled(part)},
                 config.launch_options(form.target, part, overlap),
@@ -382,15 +374,17 @@ def _new_record(form: _Form) -> _Record:
     )
 
 
-class _Launch:
-    """One launch of a record.
+class Launch:
+    """One launch of a record. kernel: gives the jitted function.
 
     Triton's launcher finds the compiled kernel by the types, values and alignments of all arguments, in every launch.
     They are those of the form, so its answer is kept, and launched as `triton.compile`'s result is.
     """
 
-    def __init__(self, blocks: int, constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self.blocks = blocks
+    def __init__(
+        self, kernel: Callable[[], Any], blocks: int, constants: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        self._kernel, self.blocks = kernel, blocks
         self._constants, self._options = constants, options
         self._compiled: CompiledKernel | None = None
         self._in_order: tuple[Any, ...] = ()  # the constants as positional arguments
@@ -399,9 +393,10 @@ class _Launch:
         if self._compiled is not None:
             self._compiled[(self.blocks, 1, 1)](*arguments, *self._in_order, stream=streams.handle(device))
             return
-        found = lora_linear_kernel[(self.blocks,)](*arguments, **self._constants, **self._options)
+        kernel = self._kernel()
+        found = kernel[(self.blocks,)](*arguments, **self._constants, **self._options)
         if isinstance(found, CompiledKernel):
-            names = lora_linear_kernel.arg_names[len(arguments) :]
+            names = kernel.arg_names[len(arguments) :]
             self._in_order, self._compiled = tuple(self._constants[name] for name in names), found
 
 

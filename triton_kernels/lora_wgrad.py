@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from peftk.system import streams
 
 from . import config, philox, tuned
 from .arithmetic import activate, dot, round_to
-from .lora_linear import Adapters, field_dtype
+from .lora_linear import Adapters, Launch, field_dtype
 from .philox import keep_mask
 from .segments import PAGE, rows_at
 from .tuned import WgradShape, target
@@ -293,6 +293,87 @@ def plan(
     )
 
 
+def plan_of_one(
+    rank: int, wanted: Wanted, N: int, x_dtype: torch.dtype, device: torch.device, *, target: int | str
+) -> Plan:
+    """`plan` for one adapter, kept. target: that of the device."""
+    key = (rank, wanted, N, x_dtype, device, target)
+    return tuned.record(key, _new_plan)
+
+
+def _new_plan(key: tuple[int, Wanted, int, torch.dtype, torch.device, int | str]) -> Plan:
+    rank, wanted, N, x_dtype, device, _ = key
+    return plan([rank], [wanted], (0, N), x_dtype, device, many=False)
+
+
+class _Form(NamedTuple):
+    """Everything of a call that its tile and its compiled kernel depend on. Calls of one form share a record.
+
+    The first field tells it from the forms of `lora_linear`.
+    """
+
+    of: str
+    M: int
+    N: int
+    K: int
+    x: torch.dtype
+    dy_strides: tuple[int, ...]
+    x_strides: tuple[int, ...]
+    z_stride: int
+    z_width: int
+    adapters: torch.dtype
+    many: tuple[int, int] | None  # as `PACKED`, and the slices
+    plan: tuple[Any, ...]  # the fields of `Plan` from `pages` to `sizes`
+    dropout: bool
+    field: tl.dtype | None
+    block: config.Wgrad | None  # one that replaces the chosen one
+    device: torch.device
+    target: int | str
+    aligned: tuple[bool | None, ...]  # whether the tensors start at multiples of 16 bytes, from dy on; None: no tensor
+
+
+class _Record(NamedTuple):
+    """What calls of one form share. No launch: nothing is wanted."""
+
+    blocks_A: int
+    blocks: int
+    range_rows: int
+    counters: int
+    partials: int
+    launch: Launch | None
+
+
+def _new_record(fields: tuple[Any, ...]) -> _Record:
+    """fields: of `_Form`, which takes longer to make than a tuple."""
+    form = _Form(*fields)
+    pages, heads, pieces, columns, sizes = form.plan
+    wide = _wide(form.dy_strides, form.N, form.aligned[0]) and _wide(form.x_strides, form.K, form.aligned[1])
+    block = form.block
+    if block is None:
+        shape = WgradShape(pages, form.many is not None, wide, form.x)
+        block = tuned.wgrad(shape, form.device, form.target)
+    pages_A, pages_B, pages_a, rows_b = sizes
+    blocks_A = triton.cdiv(form.K, block.BLOCK_C) if pages_A else min(pages_a, 1)
+    blocks = blocks_A + (triton.cdiv(columns, block.BLOCK_C) if pages_B or rows_b else 0)
+    range_rows = config.wgrad_range(form.M, heads, pieces, blocks, block)
+    ranges = -(-form.M // range_rows)
+    tile = (block.PAGES * PAGE.value + 1) * block.BLOCK_C
+    constants = {
+        "MANY": form.many is not None, "PACKED": form.many[0] if form.many else 0, "DROPOUT": form.dropout,
+        "QUADS": form.K % 4 == 0, "FIELD": form.field, **block._asdict(),
+    }  # fmt: skip
+    programs = (heads + max(ranges - 1, 0) * pieces) * blocks
+    launch = Launch(lambda: wgrad_kernel, programs, constants, config.options(form.target))
+    return _Record(
+        blocks_A,
+        blocks,
+        range_rows,
+        ranges * pieces * blocks,
+        2 * ranges * pieces * blocks * tile if ranges > 1 else 0,
+        launch if heads * blocks else None,
+    )
+
+
 def wgrad(
     dy: Tensor,
     x: Tensor,
@@ -313,52 +394,43 @@ def wgrad(
     adapter. block: replaces the chosen tile. Nothing is copied between host and device and the host does not wait, so a
     CUDA graph can capture the call.
     """
-    M, N = dy.shape
-    K = x.shape[1]
-    block, blocks_A, blocks, range_rows = _tiling(dy, x, plan, block)
-    ranges = -(-M // range_rows)
-    dtype, device = adapters.dtype, x.device
+    (M, N), K, device = dy.shape, x.shape[1], x.device
+    dtype = adapters.dtype
+    one, many = adapters.sources()
+    read = (dy, x, z, u, *(segments[:3] if segments else (None, None, None)))
+    read += (many.rows, many.scaling, many.slices) if many else (None, None, None)
+    read += (plan.tasks, plan.firsts, seed if dropout_p else None)
+    form = (
+        "wgrad", M, N, K, x.dtype, dy.stride(), x.stride(), z.stride(0), u.shape[1], dtype,
+        (many.aligned_slices, many.slice_count) if many else None, plan[1:6], dropout_p > 0.0, field_dtype(x.dtype),
+        block, device, target(device),
+        tuple([None if tensor is None else tensor.data_ptr() % 16 == 0 for tensor in read]),
+    )  # fmt: skip
+    record = tuned.record(form, _new_record)
     dA = torch.empty(plan.sizes[0] * PAGE.value * K, dtype=dtype, device=device)
     dB = torch.empty(plan.sizes[1] * PAGE.value, dtype=dtype, device=device)
     da = torch.empty(plan.sizes[2] * PAGE.value, dtype=dtype, device=device)
     db = torch.empty(plan.sizes[3], dtype=dtype, device=device)
-    if plan.heads * blocks:
-        tile = (block.PAGES * PAGE.value + 1) * block.BLOCK_C
-        slots = 2 * ranges * plan.pieces * blocks if ranges > 1 else 0
-        partials = torch.empty(slots * tile, dtype=torch.float32, device=device)
-        one, many = adapters.sources()
-        place = (plan.places[0] if many is None else None) or Places(0, N, -1, -1, -1, -1)
-        needed = ranges * plan.pieces * blocks
-        with streams.on(device), workspace.counters(device, needed) as counters:
-            wgrad_kernel[((plan.heads + max(ranges - 1, 0) * plan.pieces) * blocks,)](
-                dy, x, z, u, *(segments[:3] if segments else (None, None, None)), many and many.rows,
-                many and many.scaling, many and many.slices, plan.tasks, plan.firsts, seed if dropout_p else None,
-                dA, dB, da, db, partials, counters,
+    if record.launch is not None:
+        partials = torch.empty(record.partials, dtype=torch.float32, device=device)
+        place = (plan.places[0] if many is None else None) or _NO_PLACE
+        with streams.on(device), workspace.counters(device, record.counters) as counters:
+            record.launch.run(
+                device, *read, dA, dB, da, db, partials, counters,
                 one.rank, one.activation, one.scaling, *place[2:],
                 M, N, K, *dy.stride(), *x.stride(), z.stride(0), u.shape[1] // PAGE.value,
-                plan.heads, plan.pieces, blocks_A, blocks, range_rows,
+                plan.heads, plan.pieces, record.blocks_A, record.blocks, record.range_rows,
                 *philox.arguments(dropout_p),
-                MANY=many is not None, PACKED=many.aligned_slices if many else 0, DROPOUT=dropout_p > 0.0,
-                QUADS=K % 4 == 0, FIELD=field_dtype(x.dtype), **block._asdict(),
-                **config.options(target(device)),
             )  # fmt: skip
     return [None if place is None else _grad_views(place, dA, dB, da, db, K) for place in plan.places]
 
 
-def _tiling(dy: Tensor, x: Tensor, plan: Plan, block: config.Wgrad | None) -> tuple[config.Wgrad, int, int, int]:
-    """The tile, the number of column blocks of dA, that of dA and dB together, and the most rows of a range."""
-    if block is None:
-        shape = WgradShape(plan.pages, plan.tasks is not None, _wide(dy) and _wide(x), x.dtype)
-        block = tuned.wgrad(shape, x.device, target(x.device))
-    pages_A, pages_B, pages_a, rows_b = plan.sizes
-    blocks_A = triton.cdiv(x.shape[1], block.BLOCK_C) if pages_A else min(pages_a, 1)
-    blocks = blocks_A + (triton.cdiv(plan.columns, block.BLOCK_C) if pages_B or rows_b else 0)
-    return block, blocks_A, blocks, config.wgrad_range(dy.shape[0], plan.heads, plan.pieces, blocks, block)
+_NO_PLACE = Places(0, 0, -1, -1, -1, -1)
 
 
-def _wide(t: Tensor) -> bool:
-    """Whether the compiler can see that t's rows are contiguous and aligned to 16 bytes."""
-    return t.stride(1) == 1 and t.shape[1] % 16 == 0 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0
+def _wide(strides: tuple[int, ...], columns: int, aligned: bool | None) -> bool:
+    """Whether the compiler can see that a tensor's rows are contiguous and aligned to 16 bytes."""
+    return strides[1] == 1 and columns % 16 == 0 and strides[0] % 16 == 0 and bool(aligned)
 
 
 def _grad_views(place: Places, dA: Tensor, dB: Tensor, da: Tensor, db: Tensor, K: int) -> AdapterGrads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +24,12 @@ from .arithmetic import INTERPRETED
 
 _FILE = "gpu.json"
 
-derived: dict[Hashable, Any] = {}  # what a launcher has made from plans; dropped with them
+derived: dict[Hashable, Any] = {}  # what launchers have made from plans; dropped with them
+_MOST_RECORDS = 1 << 14  # lengths of prompts make many forms
 
 P = TypeVar("P", config.Plan, config.Wgrad)
+F = TypeVar("F", bound=Hashable)
+R = TypeVar("R")
 
 
 class WgradShape(NamedTuple):
@@ -40,6 +43,16 @@ class WgradShape(NamedTuple):
     def key(self) -> str:
         words = ["wgrad", "many" if self.many else "one", str(self.x).removeprefix("torch.")]
         return " ".join([*words, *([] if self.wide else ["narrow"]), f"ranks={16 * self.pages}"])
+
+
+def record(form: F, make: Callable[[F], R]) -> R:
+    """make(form), what a launcher makes for a form of call: once, until the plans change (`forget_loaded`)."""
+    found: R | None = derived.get(form)
+    if found is None:
+        if len(derived) >= _MOST_RECORDS:
+            derived.clear()
+        found = derived[form] = make(form)
+    return found
 
 
 @functools.cache

@@ -138,7 +138,11 @@ def multi_lora_linear_backward(
 
 @autocast.without
 def _base(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """xWᵀ + bias, contiguous."""
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """xWᵀ + bias, contiguous, without autocast."""
     assert weight is not None  # `cannot_run` refuses series adapters
     if bias is not None and bias.dtype != x.dtype:
         return functional.linear(x, weight).contiguous().add_(bias)

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from peftk.adapters import checks
+from peftk.adapters import checks, route
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, PAGE, Adapter, AdapterGrads, Wanted, adapter_of, pages_of
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import (
     choice,
+    gemm,
     gpu_shape,
     triton_version,  # noqa: F401 - before the kernels
 )
@@ -42,6 +43,7 @@ __all__ = [
     "checksums",
     "describe",
     "direct_lora_linear",
+    "direct_multi_lora_linear",
     "lora_linear",
     "lora_linear_backward",
     "merge_",
@@ -63,7 +65,14 @@ def backend() -> Backend:
     from peftk.backends import triton
 
     return Backend(
-        triton, forward=triton, backward=triton, direct=triton, merge=triton, merge_layers=triton, sort=triton
+        triton,
+        forward=triton,
+        backward=triton,
+        direct=triton,
+        direct_multi=triton,
+        merge=triton,
+        merge_layers=triton,
+        sort=triton,
     )
 
 
@@ -133,16 +142,18 @@ def direct_lora_linear(
 ) -> Tensor | None:
     """y as `lora_linear` computes it, with the checks and the choice of an earlier call of the same form.
 
-    None for a form that is refused, or is for another backend, or whose tensors are copied first.
+    Also for `gemm`, which adds the adapter to torch's product by these kernels. None for a form that is refused, or is
+    for another backend, or whose tensors are copied first.
     """
     tensors = (x, weight, bias, lora_A, lora_B, bias_A, bias_B)
     if weight is None or not storage.dense(*tensors):
         return None
-    forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    layout = _direct_layout(forms, activation, x.device.type, os.environ.get("PEFTK_BACKEND"), deterministic)
-    if layout is None:
+    forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    found = _direct_layout(forms, activation, x.device.type, os.environ.get("PEFTK_BACKEND"), deterministic)
+    if found is None:
         return None
+    layout, on_product = found
     if lora_A is not None and lora_B is not None:
         source = AdapterArgs(
             lora_A.data_ptr(),
@@ -158,25 +169,59 @@ def direct_lora_linear(
         )
         layout = kernels.Adapters(source, *layout[1:])
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y, _ = kernels.forward(rows, weight, bias, layout, None)
+    if not on_product:
+        y, _ = kernels.forward(rows, weight, bias, layout, None)
+    else:
+        y = gemm.product(rows, weight, bias)
+        if lora_A is not None:
+            kernels.forward(rows, None, None, layout, None, base=y)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def direct_multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor, limit: int
+) -> Tensor | None:
+    """The same for many adapters, with the ids of a route, or those of a user for each row."""
+    if not storage.dense(x, weight, bias, ids) or table.device != x.device or checks.ids_are_checked(x.device):
+        return None
+    deterministic, forced = torch.are_deterministic_algorithms_enabled(), os.environ.get("PEFTK_BACKEND")
+    tensors = (x, weight, bias)
+    forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
+    on_product = _direct_multi(forms, ids.shape, ids.dtype, _about(table), x.device.type, forced, deterministic)
+    if on_product is None:
+        return None
+    flat = route.flat(ids)
+    adapters, order = _table_adapters(table), sorted_rows.of(ids.reshape(-1) if flat is None else flat, table.count)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if on_product:
+        y = gemm.product(rows, weight, bias)
+        kernels.forward(rows, None, None, adapters, order, base=y)
+    else:
+        y, _ = kernels.forward(rows, weight, bias, adapters, order)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 _TensorForm = tuple[torch.Size, tuple[int, ...], torch.dtype, bool]  # shape, strides, dtype, starts at 16 bytes
+_Forms = tuple[_TensorForm | None, ...]
+
+
+def _without_memory(forms: _Forms) -> list[Tensor | None]:
+    return [None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device="meta") for form in forms]
+
+
+_DIRECT = {"triton": False, "gemm": True}  # whose direct calls run here; and whether torch's product comes first
 
 
 @choice.remembered
 def _direct_layout(
-    forms: tuple[_TensorForm | None, ...], activation: str, device: str, forced: str | None, deterministic: bool
-) -> kernels.Adapters | None:
-    """The adapter of a direct call without its addresses; None if the call must go the ordinary way.
+    forms: _Forms, activation: str, device: str, forced: str | None, deterministic: bool
+) -> tuple[kernels.Adapters, bool] | None:
+    """The adapter of a direct call without its addresses, and whether it is added to torch's product.
 
-    forms: of x, weight, bias, lora_A, lora_B, bias_A and bias_B. The last two arguments are what the choice of the
-    backend depends on besides.
+    None if the call must go the ordinary way. forms: of x, weight, bias, lora_A, lora_B, bias_A and bias_B. The last
+    two arguments are what the choice of the backend depends on besides.
     """
-    x, weight, bias, A, B, a, b = (
-        None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device="meta") for form in forms
-    )
+    x, weight, bias, A, B, a, b = _without_memory(forms)
     if x is None or weight is None:
         return None
     try:
@@ -203,10 +248,65 @@ def _direct_layout(
         adapters=int(adapter is not None),
         aligned=are_rows_aligned(weight.stride(), weight.itemsize, starts_on_16=bool(forms[1] and forms[1][3])),
     )
-    if copied or choice.choose(call).backend != "triton":
+    chosen = choice.choose(call).backend
+    if copied or chosen not in _DIRECT:
         return None
     aligned_A, aligned_B = (form is not None and form[3] for form in forms[3:5])
-    return _layout(Tensors(A, B, a, b), NO_ADAPTER, aligned_A, aligned_B)
+    return _layout(Tensors(A, B, a, b), NO_ADAPTER, aligned_A, aligned_B), _DIRECT[chosen]
+
+
+_About = tuple[torch.dtype, int, int, int]  # the adapters' dtype, the largest rank, how many, slices
+
+
+def _about(table: AdapterTable) -> _About:
+    """What the choice depends on of a table, cached."""
+    about: _About | None = table.derived.get(_about)
+    if about is None:
+        about = table.derived[_about] = (table.dtype, table.max_rank, table.count, table.slices)
+    return about
+
+
+@choice.remembered
+def _direct_multi(
+    forms: _Forms,
+    ids_shape: torch.Size,
+    ids_dtype: torch.dtype,
+    about: _About,
+    device: str,
+    forced: str | None,
+    deterministic: bool,
+) -> bool | None:
+    """Whether the adapters are added to torch's product; None if the call must go the ordinary way.
+
+    forms: of x, weight and bias. The last two arguments are as in `_direct_layout`.
+    """
+    x, weight, bias = _without_memory(forms)
+    if x is None or weight is None or ids_dtype not in (torch.int32, torch.int64) or ids_shape != x.shape[:-1]:
+        return None
+    try:
+        checks.base(weight, bias)
+        checks.input(x, weight)
+    except (TypeError, ValueError):
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    dtype, rank, count, slices = about
+    M, (N, K) = x.numel() // x.shape[-1], weight.shape
+    call = Call(
+        op=LORA_LINEAR._replace(many=True),
+        device=device,
+        x_dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        adapter_dtype=dtype,
+        M=M,
+        K=K,
+        N=N,
+        rank=rank,
+        adapters=count,
+        slices=slices,
+        aligned=are_rows_aligned(weight.stride(), weight.itemsize, starts_on_16=bool(forms[1] and forms[1][3])),
+    )
+    return _DIRECT.get(choice.choose(call).backend)
 
 
 def lora_linear(
@@ -282,8 +382,13 @@ def lora_linear_backward(
     if adapter is None:
         return dx, AdapterGrads(None, None, None, None)
     x, z = _fill_unread(x, z, dy, u)
-    plan = gradients.plan(
-        [adapter.rank], [_wanted_and_present(adapter, wanted)], (0, dy.shape[1]), x.dtype, x.device, many=False
+    plan = gradients.plan_of_one(
+        adapter.rank,
+        _wanted_and_present(adapter, wanted),
+        dy.shape[1],
+        x.dtype,
+        x.device,
+        target=tuned.target(x.device),
     )
     [grads] = gradients.wgrad(dy, x, z, u, adapters, None, plan, dropout_p=p, seed=seed)
     del tensors

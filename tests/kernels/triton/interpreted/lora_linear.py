@@ -74,7 +74,7 @@ def test_two_launches_count_arrivals_apart(monkeypatch: pytest.MonkeyPatch) -> N
     """They may run at the same time, so no counter may belong to both."""
     launches: list[set[int]] = []
     given: list[Tensor] = []
-    run, add = kernels._Launch.run, InterpreterBuilder.create_atomic_rmw
+    run, add = kernels.Launch.run, InterpreterBuilder.create_atomic_rmw
 
     def counted(builder: InterpreterBuilder, op: object, pointers: TensorHandle, *rest: object) -> object:
         launches[-1].update(pointers.data.flatten().tolist())
@@ -86,7 +86,7 @@ def test_two_launches_count_arrivals_apart(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(workspace, "_counters", exactly)
     monkeypatch.setattr(InterpreterBuilder, "create_atomic_rmw", counted)
-    monkeypatch.setattr(kernels._Launch, "run", lambda *arguments: (launches.append(set()), run(*arguments)))
+    monkeypatch.setattr(kernels.Launch, "run", lambda *arguments: (launches.append(set()), run(*arguments)))
     case = make(MIXES[0], (adapter(20, 300, 40, F32, "identity", 3),), None, 19, 300, 40)
     with override_plan(once=False, shrink_splits=3, expand_splits=2):
         check(case)

@@ -196,13 +196,13 @@ def test_the_field_s_precision_has_its_bound(factors: torch.dtype, monkeypatch: 
 
 def test_each_way_to_launch_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, bool]] = []
-    run = kernels._Launch.run
+    run = kernels.Launch.run
 
-    def seen(launch: kernels._Launch, *arguments: Any) -> None:
+    def seen(launch: kernels.Launch, *arguments: Any) -> None:
         made.append((launch._constants["PART"], launch._constants["OVERLAP"]))
         run(launch, *arguments)
 
-    monkeypatch.setattr(kernels._Launch, "run", seen)
+    monkeypatch.setattr(kernels.Launch, "run", seen)
     layer = timing._Layer(
         common.plain_linear(48, 40, torch.float32, "cpu"), *common.factors(48, 40, 2, torch.float32, "cpu")
     )
