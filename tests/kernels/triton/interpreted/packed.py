@@ -15,11 +15,12 @@ from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import dropout_from
 from peftk.adapters.flat import flat_tensors
 from peftk.adapters.table import AdapterTable
+from peftk.backends import triton as backend
 from tests.support import numerics
 from tests.support.cases import Case, expected, expected_grads, normal
 from tests.support.gradients import flatten
 from tests.support.tiers import spread
-from tests.support.triton_cases import BF16, F16, F32, adapter
+from tests.support.triton_cases import BF16, F16, F32, adapter, far_apart
 
 
 def packed_case(
@@ -77,3 +78,30 @@ def test_forward_and_gradients(seed: int, dtypes: tuple[torch.dtype, torch.dtype
         for grad, star, bound in zip(found, wanted, bounds, strict=True):
             numerics.check(grad, star, bound, width)
     numerics.check(x.grad, dx_star, dx_magnitude, terms + weight.shape[0])
+
+
+@pytest.mark.parametrize("far", ["rows", "columns"])
+def test_a_packed_dy_beyond_32_bits(far: str) -> None:
+    """Rows, or columns, that begin at multiples of 2³⁰ elements: the same bits as of a dY in one piece."""
+    sizes, K, M = (2, 3), 18, 4
+    tables = [
+        table.build(
+            (adapter(3, K, N, BF16, "silu", N), adapter(20, K, N, BF16, "identity", 7)),
+            dtype=BF16,
+            device=torch.device("cpu"),
+        )
+        for N in sizes
+    ]
+    packed, ids = table.pack(tables, sizes), torch.tensor([1, 0, -1, 1], dtype=torch.int32)
+    x, weight = normal(M, K, dtype=BF16, seed=1), normal(sum(sizes), K, dtype=BF16, seed=2)
+    near = normal(M, sum(sizes), dtype=BF16, seed=3)
+    _, z = backend.multi_lora_linear(x, weight, None, packed, ids, save_z=True)
+    dy = far_apart(near) if far == "rows" else far_apart(near.t().contiguous()).t()
+    assert max(dy.stride()) >= 2**30
+    dx, grads = backend.multi_lora_linear_backward(dy, x, weight, packed, ids, z)
+    same_dx, same = backend.multi_lora_linear_backward(near, x, weight, packed, ids, z)
+    assert dx is not None
+    assert torch.equal(dx, same_dx)
+    for one, other in zip(grads, same, strict=True):
+        for found, expected_grad in zip(one or (), other or (), strict=True):
+            assert found is expected_grad or torch.equal(found, expected_grad)
