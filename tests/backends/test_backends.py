@@ -97,6 +97,17 @@ def test_an_old_triton_is_refused_in_words() -> None:
         assert triton_version.problem(version) is None
     for version in ("2.3.1", "3.5.1", "unknown"):
         assert triton_version.problem(version) == f"needs Triton 3.6 or later, got {version}"
+    for version, numpy, refused in (
+        ("3.6.0", "2.4.6", True),
+        ("3.6.1", "3.0", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.6.0", None, False),
+        ("3.7.1", "2.4.6", False),
+    ):
+        found = triton_version.problem(version, numpy)
+        assert found == (
+            f"the interpreter of Triton {version} needs NumPy before 2.4, got {numpy}" if refused else None
+        )
     run = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "not triton: backend 'triton' cannot be imported: needs Triton 3.6 or later, got 3.5.1" in run.stdout
