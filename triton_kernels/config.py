@@ -9,7 +9,7 @@ variants are compiled.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,19 +100,16 @@ class Plan(NamedTuple):
     descriptors: bool = False  # x and W by tensor descriptors (TMA)
     per_processor: int = 0  # persistent blocks per processor, which draw tile after tile; 0: one block per tile
     fill: int = 128  # the least number of blocks that should run at once: about the processors of an A100
+    shrink_warps: int = 4  # of a block of a launch of shrink tiles alone
 
     def compiled(self, part: str = "both") -> dict[str, int | bool]:
         """The constexpr arguments and compiler options: the fields BLOCK_M … num_stages. part: as the kernel's PART."""
         fields = dict(zip(self._fields[:11], self[:11], strict=True))
-        return {**fields, "num_warps": self.shrink_warps(), "num_stages": 3} if part == "shrink" else fields
-
-    def shrink_warps(self) -> int:
-        """The warps of a block of a launch of shrink tiles alone."""
-        return 8 if self.SHRINK_R > 32 else 4
+        return {**fields, "num_warps": self.shrink_warps, "num_stages": 3} if part == "shrink" else fields
 
     def shrinks_together(self) -> int:
         """How many blocks with a shrink tile share a multiprocessor: one beside a product's registers."""
-        return 1 if self.once else _SHRINK_WARPS // self.shrink_warps()
+        return 1 if self.once else _SHRINK_WARPS // self.shrink_warps
 
 
 # A launch of shrink tiles alone has small blocks, of which a multiprocessor holds several: 16 warps of 128 registers.
@@ -227,7 +224,8 @@ def _with_ranks(plan: Plan, call: CallShape, target: int | str) -> Plan:
     if call.many or call.z_pages <= 1 or not registers or (call.x == torch.float32 and not interpreted):
         return plan
     ranks = 32 if call.z_pages == 2 or interpreted else 64
-    return _limit_stages(plan._replace(SHRINK_R=ranks), call.shape_class(), target)
+    warps = 8 if ranks > 32 else 4
+    return _limit_stages(plan._replace(SHRINK_R=ranks, shrink_warps=warps), call.shape_class(), target)
 
 
 def _by_waves(shape: ShapeClass, target: int | str) -> bool:
@@ -270,8 +268,21 @@ def launched(call: CallShape, target: int | str, *, overlap: bool) -> Plan:
     """
     shape = call.shape_class()
     plans = [plan for plan in shipped_plans(shape, target) if plan.overlap == overlap]
-    plans = plans or [shipped_plan(shape, target)._replace(once=False, overlap=True)]
+    plans = plans or [_apart(shipped_plan(shape, target), shape)._replace(overlap=True)]
     return min((with_splits(plan, call, target) for plan in plans), key=lambda plan: _modelled_us(plan, call, target))
+
+
+def _shrinks_alone(shape: ShapeClass, target: int | str) -> bool:
+    """Whether a launch of shrink tiles alone has enough registers for the products of fp32 factors' terms."""
+    if shape.adapters == shape.x or not isinstance(target, int):
+        return True
+    tight = shape.many + (shape.x == torch.float16)  # each takes registers; one of them fits into a forward on sm_90
+    return tight == 0 or (tight == 1 and target == 90 and not shape.backward)
+
+
+def _apart(plan: Plan, shape: ShapeClass) -> Plan:
+    """The plan in two launches. With many adapters, the shrink by row needs more threads for its registers."""
+    return plan._replace(once=False, **({"SHRINK_M": 16, "shrink_warps": 8} if shape.many else {}))
 
 
 def _overlapped(plan: Plan, shape: ShapeClass, target: int | str) -> tuple[Plan, ...]:
@@ -281,9 +292,11 @@ def _overlapped(plan: Plan, shape: ShapeClass, target: int | str) -> tuple[Plan,
     """
     if isinstance(target, str) or not can_overlap(target) or shape.rows <= 64 or shape.x == torch.float32:
         return ()
-    if shape.many or (shape.x == torch.float16 and shape.adapters == torch.float32 and target != 90):
-        return ()  # the shrink by row, and 6 products of terms, do not fit into small blocks
-    plans = [plan._replace(once=False, overlap=True)]
+    if not _shrinks_alone(shape, target):
+        return ()
+    plans = [_apart(plan, shape)._replace(overlap=True)]
+    if shape.many:
+        return tuple(plans)
     if target in _FACTORS_IN_SHARED and plan[:2] == (128, 128) and shape.wide and not shape.own_sums:
         plans += [plans[0]._replace(BLOCK_N=256, num_stages=4)]
     return tuple(_limit_stages(each, shape, target) for each in plans)
@@ -313,9 +326,10 @@ def candidates(shape: ShapeClass, target: int | str, *, few: bool = False) -> tu
         return first, first._replace(once=False), first._replace(BLOCK_N=16)
     if target == "hip" and first.BLOCK_M == 16 and shape.many and shape.backward:
         return (first,)  # all others run out of registers
+    apart = [_apart(first, shape)] if _shrinks_alone(shape, target) else []
     if few:
-        return first, *shipped, first._replace(once=False)
-    other = [{"once": False}]
+        return first, *shipped, *apart
+    other: list[dict[str, Any]] = []
     if first.num_stages > 2:
         other += [{"num_stages": first.num_stages - 1}]
     if first.descriptors:
@@ -328,7 +342,8 @@ def candidates(shape: ShapeClass, target: int | str, *, few: bool = False) -> tu
         other += [{"BLOCK_N": first.BLOCK_N // 2}]
     if first.BLOCK_M == 128 and first.BLOCK_N == 128:
         other += [{"per_processor": 1}, {"per_processor": 2}]
-    plans = [first, *shipped, *(_limit_stages(first._replace(**fields), shape, target) for fields in other)]
+    plans = [first, *shipped, *apart]
+    plans += [_limit_stages(first._replace(**fields), shape, target) for fields in other]
     return tuple(dict.fromkeys(plans))
 
 

@@ -13,7 +13,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from peftk.triton_kernels import config
 from tests.support.tiers import spread
-from tests.support.triton_calls import BF16, F16, F32, MORE_TARGETS, TARGETS, check_fits, compile_call, compile_wgrad
+from tests.support.triton_calls import (
+    BF16,
+    F16,
+    F32,
+    MORE_TARGETS,
+    TARGETS,
+    check_fits,
+    compile_launches,
+    compile_wgrad,
+)
 
 # All calls that `tuner` measures.
 FORMS = [
@@ -34,7 +43,8 @@ def config_target(target: int | str) -> int | str:
 def test_candidates_compile(target: int | str, dtype: Any, factors: Any, M: int, many: bool, backward: bool) -> None:
     shape = config.CallShape(M, 4096, 4096, many, False, backward, True, dtype, dtype, factors, False, 1).shape_class()
     for plan in config.candidates(shape, config_target(target)):
-        check_fits(compile_call(target, M, (dtype, dtype, factors), many=many, backward=backward, plan=plan), target)
+        for compiled in compile_launches(target, M, (dtype, dtype, factors), many=many, backward=backward, plan=plan):
+            check_fits(compiled, target)
 
 
 WGRADS = [
