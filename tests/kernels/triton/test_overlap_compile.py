@@ -123,8 +123,9 @@ def test_ways_to_launch_that_a_gpu_has(target: int | str, count: int, monkeypatc
     assert ("overlapped" in ways("cpu")) == (count == 4)
 
 
+@FULL
 @pytest.mark.parametrize("mix", MIXES[:2], ids=str)
-@pytest.mark.parametrize("M", [16, pytest.param(64, marks=FULL)])
+@pytest.mark.parametrize("M", [16, 64])
 def test_few_rows_can_be_launched_so_too(M: int, mix: Mix) -> None:
     """Which the table does not do, and the triage times."""
     call = config.CallShape(M, 4096, 4096, False, False, False, True, *mix, False, 1)
