@@ -1,10 +1,15 @@
 #include "cpu/thread_pool.h"
 
+#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <chrono>
+#include <climits>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -17,9 +22,95 @@ namespace peftk {
 
 namespace {
 
-// How long a worker spins for the next job before it sleeps: about 50 µs, which covers the gap between a job's two
-// parallel loops and between one layer and the next.
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+// How long a thread spins before it sleeps: about 50 µs. This covers the gap between two parallel loops, between one
+// layer and the next, and the rest of a task on another thread. A thread that has lost its core takes milliseconds.
 constexpr int kSpins = 2000;
+
+// OpenMP's threads came late if the caller waited for them at a job's end for longer than kLate, and for longer than it
+// had worked: alone it would have been faster. Beyond kTurn they did not wait for other threads: the process has used
+// up its quota of time, which stops the caller too.
+constexpr microseconds kLate(500), kTurn(20'000);
+
+// The next jobs do not borrow them, until these jobs have taken kAvoid times as long as the caller had waited. If the
+// threads then come late again before kCalm times that wait has been spent with them, the time without them grows by
+// the same factor, up to a second. So on a quiet machine a delay costs little, and on a busy one hardly any time is
+// lost by waiting.
+constexpr int kAvoid = 4, kCalm = 8;
+constexpr std::chrono::seconds kAvoidMost(1);
+
+// Where OpenMP's threads came late, the caller works alone for this long before it wakes workers. So small jobs stay on
+// their thread.
+constexpr microseconds kAlone(400);
+
+// Our workers ask the scheduler for short slices, because then they soon get a core that a busy thread has (Linux 6.12
+// and later; without effect before). It changes neither their share of time nor how often they are interrupted.
+constexpr uint64_t kSlice = 100'000;  // ns, the least that Linux allows
+
+void ask_for_short_slices() {
+    struct {  // sched_attr of linux/sched/types.h, which glibc's headers contradict
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } attributes{};
+    attributes.size = sizeof attributes;
+    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0 || attributes.policy != SCHED_OTHER) {
+        return;
+    }
+    attributes.runtime = kSlice;
+    syscall(SYS_sched_setattr, 0, &attributes, 0);
+}
+
+// A turn of a spinning loop: yields to the core's other hardware thread.
+void spin_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+// Whoever rings has made the change before. A thread that goes to sleep counts itself before it looks for the change,
+// so either it sees the change, or the other thread sees that it sleeps; all of these accesses are sequentially
+// consistent.
+template <class Changed>
+void Bell::wait_until(Changed changed) {
+    for (int spin = 0; spin < kSpins; spin++) {
+        if (changed()) return;
+        spin_pause();
+    }
+    __atomic_fetch_add(&sleepers_, 1, __ATOMIC_SEQ_CST);
+    for (;;) {
+        const uint32_t rung = __atomic_load_n(&rung_, __ATOMIC_SEQ_CST);
+        if (changed()) break;
+        // returns at once if the bell has been rung since
+        syscall(SYS_futex, &rung_, FUTEX_WAIT_PRIVATE, rung, nullptr, nullptr, 0);
+    }
+    __atomic_fetch_sub(&sleepers_, 1, __ATOMIC_SEQ_CST);
+}
+
+void Bell::ring() {
+    __atomic_fetch_add(&rung_, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) == 0) return;
+    syscall(SYS_futex, &rung_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void Latch::wait() const {
+    bell_.wait_until([this] { return __atomic_load_n(&ended_, __ATOMIC_SEQ_CST) >= tasks_; });
+}
+
+void Latch::end_one() {
+    __atomic_fetch_add(&ended_, 1, __ATOMIC_SEQ_CST);
+    bell_.ring();
+}
+
+namespace {
 
 struct Job {
     void (*body)(void*, int64_t);
@@ -33,17 +124,20 @@ class Tasks {
 public:
     void start() { next_.store(0, std::memory_order_relaxed); }
 
-    void take(const Job& job) {
+    // Runs tasks until none is left, or until a task ends after `until`. Returns whether some may be left.
+    bool take(const Job& job, Clock::time_point until = Clock::time_point::max()) {
         const DefaultFloatingPoint mode;
         try {
             for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
                 job.body(job.context, task);
+                if (until != Clock::time_point::max() && Clock::now() > until) return true;
             }
         } catch (...) {
             // The caller rethrows the first failure. Tasks that have not started are skipped.
             next_.store(job.tasks, std::memory_order_relaxed);
             if (!failed_.exchange(true, std::memory_order_relaxed)) failure_ = std::current_exception();
         }
+        return false;
     }
 
     // Called by the caller of the job, when no thread takes tasks any more.
@@ -62,24 +156,10 @@ private:
 
 class Pool {
 public:
-    void run(const Job& job) {
-        grow(job.helpers);
-        job_ = job;
+    // alone: how long the caller works before it lets workers join.
+    void run(const Job& job, microseconds alone) {
         tasks_.start();
-        // Opens the job: its number is in the upper half, and no worker is inside yet.
-        const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
-        state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
-        if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-            // a worker that has just read the state holds the mutex until it waits
-            std::lock_guard<std::mutex> lock(mutex_);
-            wake_.notify_all();
-        }
-        tasks_.take(job_);
-        // Closes it: a worker that has not joined by now is not waited for.
-        state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
-        for (int spins = 0; state_.load(std::memory_order_acquire) & kInside; spins++) {
-            spin_pause(spins);
-        }
+        if (alone.count() == 0 || tasks_.take(job, Clock::now() + alone)) share(job);
         tasks_.rethrow();
     }
 
@@ -87,6 +167,19 @@ public:
 
 private:
     static constexpr uint64_t kOpen = 1u << 31, kInside = kOpen - 1;
+
+    void share(const Job& job) {
+        grow(job.helpers);
+        job_ = job;
+        // Opens the job: its number is in the upper half, and no worker is inside yet.
+        const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
+        state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
+        opened_.ring();
+        tasks_.take(job_);
+        // Closes it: a worker that has not joined by now is not waited for.
+        state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
+        left_.wait_until([this] { return (state_.load(std::memory_order_seq_cst) & kInside) == 0; });
+    }
 
     void grow(int wanted) {
         int now = workers_.load(std::memory_order_relaxed);
@@ -110,7 +203,8 @@ private:
             if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
                 const bool wanted = int(state & kInside) < job_.helpers;
                 if (wanted) tasks_.take(job_);
-                state_.fetch_sub(1, std::memory_order_acq_rel);
+                state_.fetch_sub(1, std::memory_order_seq_cst);
+                left_.ring();
                 return wanted;
             }
         }
@@ -118,54 +212,65 @@ private:
     }
 
     void work() {
-        uint64_t seen = 0;
-        for (;;) {
-            uint64_t state = wait_for_job(seen);
-            seen = state >> 32;
+        ask_for_short_slices();
+        for (uint64_t state = 0;;) {
+            const uint64_t seen = state >> 32;
+            opened_.wait_until([&] { return (state = state_.load(std::memory_order_seq_cst)) >> 32 != seen; });
             join(state);
         }
-    }
-
-    // Waits until the state has a job other than `seen`, and returns it.
-    uint64_t wait_for_job(uint64_t seen) {
-        for (int spin = 0; spin < kSpins; spin++) {
-            const uint64_t state = state_.load(std::memory_order_acquire);
-            if (state >> 32 != seen) return state;
-            spin_pause(spin);
-        }
-        std::unique_lock<std::mutex> lock(mutex_);
-        sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        uint64_t state;
-        while ((state = state_.load(std::memory_order_seq_cst)) >> 32 == seen) wake_.wait(lock);
-        sleepers_.fetch_sub(1, std::memory_order_relaxed);
-        return state;
     }
 
     Job job_{};
     Tasks tasks_;
     alignas(64) std::atomic<uint64_t> state_{0};  // job number · 2^32, kOpen, workers inside
-    std::atomic<int> workers_{0}, sleepers_{0};
-    std::mutex mutex_;
-    std::condition_variable wake_;
+    std::atomic<int> workers_{0};
+    Bell opened_, left_;  // rung when a job is opened, and when a worker leaves it
 };
 
-// Runs a job on torch's OpenMP threads. Between two of torch's operations these spin for milliseconds, and a second
-// pool would have to share the cores with them.
-void run_on_openmp(const Job& job, OpenMpParallel parallel) {
-    struct Team {
-        const Job& job;
-        Tasks tasks;
-    } team{job, {}};
-    const auto take = [](void* context) {
-        Team& its = *static_cast<Team*>(context);
-        its.tasks.take(its.job);
-    };
-    parallel(take, &team, unsigned(job.helpers) + 1, 0);
-    team.tasks.rethrow();
-}
+// Torch's OpenMP threads, and for how long they are not borrowed because they came late. All times are those of jobs.
+class Borrowed {
+public:
+    bool are_late() const { return avoid_ > Clock::duration::zero(); }
+    void spend(Clock::duration time) { avoid_ -= time; }  // of a job that did not borrow them
+
+    void run(const Job& job, OpenMpParallel parallel) {
+        struct Team {
+            const Job& job;
+            Tasks tasks;
+            pthread_t caller;
+            Clock::time_point finished;  // by the caller, who then waits for the others
+        } team{job, {}, pthread_self(), {}};
+        const auto take = [](void* context) {
+            Team& its = *static_cast<Team*>(context);
+            its.tasks.take(its.job);
+            if (pthread_equal(its.caller, pthread_self())) its.finished = Clock::now();
+        };
+        const Clock::time_point begin = Clock::now();
+        parallel(take, &team, unsigned(job.helpers) + 1, 0);
+        look_back(team.finished - begin, Clock::now() - team.finished);
+        team.tasks.rethrow();
+    }
+
+private:
+    // After a job that had them.
+    void look_back(Clock::duration worked, Clock::duration waited) {
+        if (waited <= std::max<Clock::duration>(worked, kLate) || waited > kTurn) {
+            in_time_ += worked + waited;
+            return;
+        }
+        if (in_time_ >= kCalm * waited) avoided_ = Clock::duration::zero();
+        avoided_ = std::min<Clock::duration>(kAvoid * std::max(waited, avoided_), kAvoidMost);
+        avoid_ = avoided_;
+        in_time_ = Clock::duration::zero();
+    }
+
+    Clock::duration avoid_{0}, avoided_{0};  // what is left of the time without them, and all of it
+    Clock::duration in_time_{0};             // how long they have been borrowed since then
+};
 
 // Never destroyed: at exit its workers sleep or end with the process.
 Pool* pool = nullptr;
+Borrowed borrowed;
 std::mutex workers_mutex;  // held by the caller that has the workers
 bool forked = false;
 
@@ -173,7 +278,8 @@ void lock_before_fork() { workers_mutex.lock(); }
 void unlock_in_parent() { workers_mutex.unlock(); }
 void reset_in_child() {
     pool = nullptr;  // its workers exist only in the parent
-    forked = true;   // so do OpenMP's threads, and libgomp would wait for them forever
+    borrowed = Borrowed();
+    forked = true;  // so do OpenMP's threads, and libgomp would wait for them forever
     workers_mutex.unlock();
 }
 
@@ -183,19 +289,20 @@ const int fork_handlers = pthread_atfork(lock_before_fork, unlock_in_parent, res
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
-    if (tasks > 1 && threads > 1 && workers_mutex.try_lock()) {
-        std::lock_guard<std::mutex> lock(workers_mutex, std::adopt_lock);
-        if (borrows_openmp()) {
-            // `threads`, even for fewer tasks: a team that changes its size with every job is slow to start
-            run_on_openmp({body, context, tasks, threads - 1}, openmp_parallel());
-            return;
-        }
-        if (!pool) pool = new Pool;
-        pool->run({body, context, tasks, int(tasks < threads ? tasks : threads) - 1});
+    if (tasks <= 1 || threads <= 1 || !workers_mutex.try_lock()) {
+        const DefaultFloatingPoint mode;
+        for (int64_t task = 0; task < tasks; task++) body(context, task);
         return;
     }
-    const DefaultFloatingPoint mode;
-    for (int64_t task = 0; task < tasks; task++) body(context, task);
+    std::lock_guard<std::mutex> lock(workers_mutex, std::adopt_lock);
+    // `threads`, even for fewer tasks: an OpenMP team that changes its size with every job is slow to start
+    Job job{body, context, tasks, threads - 1};
+    if (borrows_openmp() && !borrowed.are_late()) return borrowed.run(job, openmp_parallel());
+    job.helpers = int(std::min<int64_t>(tasks, threads)) - 1;
+    if (!pool) pool = new Pool;
+    const Clock::time_point begin = Clock::now();
+    pool->run(job, borrowed.are_late() ? kAlone : microseconds(0));
+    borrowed.spend(Clock::now() - begin);
 }
 
 bool borrows_openmp() { return !forked && openmp_parallel() != nullptr; }

@@ -10,13 +10,13 @@
 // one thread. If a body throws, tasks that have not started are skipped, and parallel_for throws the first exception
 // when all running tasks have ended.
 //
-// The workers are torch's OpenMP threads if torch has them: those spin between torch's operations, and a pool of our
-// own would compete with that spinning for the cores (docs/cpu.md). Otherwise the workers are our own threads. So they
-// are in a forked child, where libgomp's threads no longer exist and waiting for them would hang: the child starts
-// without workers and creates them when it needs them.
+// There are two kinds of workers. torch's OpenMP threads, if torch has them: those spin between torch's operations, and
+// threads of our own compete with that spinning for the cores. But they cannot be left behind: the caller waits for all
+// of them, also for one that has no core. So where they came late, jobs run for a while on threads of our own, which
+// are waited for only while they run a task (docs/cpu.md). Our own threads also serve where there is no OpenMP, and in
+// a forked child, where libgomp's threads no longer exist and waiting for them would hang: the child starts without
+// workers and creates them when it needs them.
 #pragma once
-
-#include <sched.h>
 
 #include <cstdint>
 
@@ -30,15 +30,16 @@ static inline void parallel_for(int64_t tasks, int threads, Body& body) {
     parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); }, &body);
 }
 
-// A turn of a spinning loop: yields to the core's other hardware thread, and after many turns to the scheduler.
-static inline void spin_pause(int64_t turn) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-    if (turn > 2000) sched_yield();
-}
+// Where threads wait for a change that another thread makes. They spin for a moment, then sleep.
+class Bell {
+public:
+    template <class Changed>
+    void wait_until(Changed changed);  // defined for thread_pool.cpp alone
+    void ring();                       // after the change
+
+private:
+    uint32_t rung_ = 0, sleepers_ = 0;
+};
 
 // Lets tasks of a job wait for `tasks` other tasks with lower numbers. This costs far less than a second job. It cannot
 // hang: tasks are handed out in ascending order, so all those tasks have been taken by running threads. A task that
@@ -51,23 +52,24 @@ public:
     class CountOnExit {
     public:
         explicit CountOnExit(Latch& latch) : latch_(latch) {}
-        ~CountOnExit() { __atomic_fetch_add(&latch_.ended_, 1, __ATOMIC_RELEASE); }
+        ~CountOnExit() { latch_.end_one(); }
         CountOnExit(const CountOnExit&) = delete;
 
     private:
         Latch& latch_;
     };
 
-    void wait() const {
-        for (int64_t turn = 0; __atomic_load_n(&ended_, __ATOMIC_ACQUIRE) < tasks_; turn++) spin_pause(turn);
-    }
+    void wait() const;
 
 private:
+    void end_one();
+
     const int64_t tasks_;
     int64_t ended_ = 0;
+    mutable Bell bell_;
 };
 
 int pool_workers();     // number of our own workers that this process has
-bool borrows_openmp();  // whether jobs run on torch's OpenMP threads instead of our own
+bool borrows_openmp();  // whether jobs run on torch's OpenMP threads unless those came late
 
 }  // namespace peftk

@@ -52,6 +52,24 @@ void fail(int tasks, int threads, int bad) {
     for (int d : done) expect(d <= 1, "no task twice");
 }
 
+// Tasks wait for others that take longer than a thread spins, and see what they wrote.
+void wait_for_slow_tasks(int threads) {
+    int written[2] = {}, seen[6] = {};
+    peftk::Latch slow(2);
+    auto body = [&](int64_t task) {
+        if (task < 2) {
+            const peftk::Latch::CountOnExit part(slow);
+            usleep(2000);
+            written[task] = 1;
+        } else {
+            slow.wait();
+            seen[task - 2] = written[0] + written[1];
+        }
+    };
+    peftk::parallel_for(8, threads, body);
+    for (int sum : seen) expect(sum == 2, "a task waits for the others");
+}
+
 void run_out_of_memory(int threads) {
     auto body = [&](int64_t) { peftk::scratch(peftk::kTileSlot, size_t(1) << 60); };
     bool caught = false;
@@ -69,6 +87,7 @@ void call(int rounds, unsigned seed) {
         count(tasks, threads);
         if (round % 5 == 0) fail(tasks, threads, int(rand_r(&seed) % 9) + 1);
         if (round % 50 == 0) run_out_of_memory(threads);
+        if (round % 50 == 1) wait_for_slow_tasks(threads);
         if (round % 100 == 0) usleep(300);  // long enough for the workers to fall asleep
     }
 }

@@ -1,0 +1,77 @@
+// Tests when jobs borrow OpenMP's threads, with a runtime of our own whose threads come late on demand.
+// tests/kernels/cpu/test_threads.py builds it. Prints what is wrong, if anything.
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+
+#include "cpu/openmp.h"
+#include "cpu/thread_pool.h"
+
+namespace {
+
+int wrong = 0, borrowed = 0, delay_ms = 0;
+
+void expect(bool fine, const char* what) {
+    if (fine) return;
+    wrong++;
+    fprintf(stderr, "wrong: %s\n", what);
+}
+
+// The caller does all the work, then waits for threads that have none left.
+void parallel(void (*body)(void*), void* context, unsigned, unsigned) {
+    borrowed++;
+    body(context);
+    usleep(unsigned(delay_ms) * 1000);
+}
+
+void job() {
+    int done[4] = {};
+    auto body = [&](int64_t task) {
+        usleep(100);
+        done[task]++;
+    };
+    peftk::parallel_for(4, 3, body);
+    for (int count : done) expect(count == 1, "every task is done once");
+}
+
+// Runs jobs until one borrows OpenMP's threads. Returns how long that took, in ms.
+double until_borrowed() {
+    const auto begin = std::chrono::steady_clock::now();
+    for (const int before = borrowed; borrowed == before;) job();
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
+}
+
+}  // namespace
+
+namespace peftk {
+OpenMpParallel openmp_parallel() { return parallel; }
+}  // namespace peftk
+
+int main() {
+    for (int i = 1; i <= 10; i++) {
+        job();
+        expect(borrowed == i, "threads in time are borrowed again");
+    }
+    delay_ms = 50;
+    job(), job();
+    expect(borrowed == 12, "a quota's wait is not a delay");
+    expect(peftk::pool_workers() == 0, "our own threads begin with the first delay");
+
+    delay_ms = 2;
+    job();
+    const double first = until_borrowed();
+    const double second = until_borrowed();
+    expect(first >= 4 * 2, "late threads are avoided");
+    expect(second >= 4 * 4 * 2, "threads that come late again are avoided for longer");
+    expect(peftk::pool_workers() > 0, "jobs of more than a moment have our own threads meanwhile");
+
+    delay_ms = 0;
+    until_borrowed();
+    for (int i = 0; i < 400; i++) job();  // long enough to forget
+    delay_ms = 2;
+    job();
+    delay_ms = 0;
+    expect(until_borrowed() < second, "threads that were in time for long are avoided shortly");
+    return wrong ? 1 : 0;
+}
