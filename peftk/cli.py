@@ -50,7 +50,7 @@ def demo(out: Path, quick: bool) -> None:
 
 
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
-SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model")
+SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model", "contended")
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 

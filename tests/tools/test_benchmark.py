@@ -16,13 +16,37 @@ from rich.console import Console
 from peftk import _cpu, cli
 from peftk.backends import choice
 from peftk.system import extras
-from peftk.tools.benchmark import lora_linear, suite, suite_cases
+from peftk.tools.benchmark import contended, lora_linear, suite, suite_cases
 from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
 from peftk.tools.benchmark.roofline import READ, Bound, Row, Work
-from peftk.tools.benchmark.suite import NOT_MEASURED, PASS, SHORT, WRONG
-from peftk.tools.benchmark.targets import BASE, COMPILE, FMA_PEAK, ONE_ADAPTER, PLAIN_MODEL, TARGETS, Target
+from peftk.tools.benchmark.suite import NOT_MEASURED, NOT_QUIET, PASS, SHORT, WRONG
+from peftk.tools.benchmark.targets import (
+    BASE,
+    COMPILE,
+    CONTENDED,
+    FMA_PEAK,
+    ONE_ADAPTER,
+    PLAIN_MODEL,
+    TARGETS,
+    Target,
+    beside,
+)
 
 WHERE = {"peftk": "0", "cpu": "some", "torch": "0", "load": None, "cores": 2}
+
+
+@pytest.fixture(autouse=True)
+def not_run(monkeypatch):
+    """The machine is as quiet as the list says, whatever runs beside the tests."""
+    share = [0.0]
+
+    class Watch:
+        def not_run(self):
+            return share[0]
+
+    monkeypatch.setattr(suite, "Watch", Watch)
+    monkeypatch.setattr(contended, "Watch", Watch)
+    return share
 
 
 def invoke(*arguments: str):
@@ -77,6 +101,10 @@ def test_targets_of_the_rest():
     for dtype, copies in (("fp32", 2), ("bf16", 4), ("fp16", 4)):
         merge = Shape("merge", dtype, 0, 4096, 4096, 16, 1)
         assert (targets[merge, COPY], targets[merge, PEFT]) == ((copies, True), (15, False))
+    for M in (1, 16):
+        for processes in (1, 2):
+            shape = Shape("contended", "fp32", M, 1024, 1024, 16, 1)
+            assert targets[shape, f"nn.Linear beside {processes}"] == (1.3, True)
     assert {t.shape.dtype: t.value for t in TARGETS if t.peer == PLAIN_MODEL} == {"fp32": 1.2, "bf16": 3.0}
     assert {t.shape.op for t in TARGETS} == set(suite_cases.OPS) == set(cli.SUITE_OPS)
 
@@ -141,6 +169,54 @@ def test_every_kind_of_row_runs_and_is_right():
     assert outcome.results[1].beyond_limit
     assert "7 of 8 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
     assert outcome.roofline.fp32_gflops > 0
+
+
+def test_no_verdict_on_a_machine_that_is_not_quiet(not_run):
+    not_run[0] = 0.23
+    shape = small("lora_linear")
+    outcome = run(Target("a", shape, LINEAR, 1e-6), Target("a", shape, FMA_PEAK, 1e6))
+    assert {(r.mark, r.not_run) for r in outcome.results} == {(NOT_QUIET, 0.23)}
+    assert outcome.all_correct
+    summary = suite.summary(outcome.results)
+    assert "0 of 2 targets met; 2 not quiet" in summary
+    assert "23.0% in the worst" in summary
+    assert suite.markdown(outcome, WHERE).count("not quiet 23%") == 2
+
+
+def test_how_quiet_it_was_may_be_unknown(not_run):
+    not_run[0] = None
+    outcome = run(Target("a", small("lora_linear"), LINEAR, 1e-6))
+    assert outcome.results[0].mark == PASS
+    assert "not known" in suite.summary(outcome.results)
+
+
+def test_contended_rows(monkeypatch):
+    """The ratio of two slowdowns, from means. Busy processes beside it slow down a side that waits for a core."""
+    shape = small("contended", dtype="fp32")
+    targets = [Target(CONTENDED, shape, beside(n), 1e6, at_most=True) for n in (1, 2)]
+    outcome = run(*targets)
+    assert outcome.all_correct
+    assert [(r.peer, r.mark) for r in outcome.results] == [(beside(1), PASS), (beside(2), PASS)]
+    assert [r.side for r in outcome.records] == [
+        LINEAR, "peftk cpu", *(f"{side} beside {n}" for n in (1, 2) for side in (LINEAR, "peftk cpu"))
+    ]  # fmt: skip
+
+    times = iter([{LINEAR: [1.0, 3.0], "peftk cpu": [1.0]}, {LINEAR: [1.0, 7.0], "peftk cpu": [3.0, 5.0]}] * 2)
+    monkeypatch.setattr(contended, "BUSY", (2,))
+    monkeypatch.setattr(contended, "_times", lambda case, seconds: next(times))
+    slowdowns = contended.measure(suite_cases.build(shape).case, 0.0).slowdowns
+    assert slowdowns == {beside(2): (4.0, 4.0, pytest.approx((4 / 1) / (4 / 2)))}
+    (result,) = run(targets[1]._replace(value=1.9)).results
+    assert (result.mark, result.median_us, result.peer_us) == (SHORT, 4.0, 4.0)
+
+
+def test_a_wrong_contended_side(monkeypatch):
+    peftk_layer = lora_linear.peftk_layer
+    monkeypatch.setattr(lora_linear, "peftk_layer", lambda linear, A, B, *rest: peftk_layer(linear, A, 1.05 * B, *rest))
+    outcome = run(Target(CONTENDED, small("contended", dtype="fp32"), beside(1), 1.3, at_most=True))
+    assert not outcome.all_correct
+    assert outcome.results[0].mark == WRONG
+    assert "peftk cpu is wrong by" in outcome.results[0].note
 
 
 def test_the_choice_is_what_is_measured(monkeypatch):

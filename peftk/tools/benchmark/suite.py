@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from peftk.system import extras
-from peftk.tools.benchmark import peers, suite_cases
+from peftk.tools.benchmark import contended, peers, suite_cases
 from peftk.tools.benchmark.common import PEFT, Record, Shape, measure
 from peftk.tools.benchmark.environment import busy
+from peftk.tools.benchmark.quiet import MOST, Watch, is_quiet
 from peftk.tools.benchmark.roofline import Roofline, Row, Work, measure_roofline
-from peftk.tools.benchmark.targets import COMPILED, FMA_PEAK, TARGETS, Target
+from peftk.tools.benchmark.targets import COMPILED, CONTENDED, FMA_PEAK, TARGETS, Target
 
-PASS, SHORT, WRONG, NOT_MEASURED = "pass", "short", "WRONG", "not measured"
-_COLOURS = {PASS: "green", SHORT: "yellow", WRONG: "bold red", NOT_MEASURED: "dim"}
+PASS, SHORT, NOT_QUIET, WRONG, NOT_MEASURED = "pass", "short", "not quiet", "WRONG", "not measured"
+_COLOURS = {PASS: "green", SHORT: "yellow", NOT_QUIET: "dim", WRONG: "bold red", NOT_MEASURED: "dim"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Result:
     median_us: float | None
     peer_us: float | None
     peft: float | None  # HF PEFT's time over the peer's, if it was measured
+    not_run: float | None  # share of time in which a thread that was ready did not run (quiet.py), if it is known
     note: str
 
 
@@ -125,7 +127,7 @@ def _print_header(console: Console, env: dict[str, Any], roofline: Roofline) -> 
         "peftk has its adapters; nn.Linear, torch.compile and the plain model have none.\n"
         "≥: how many times faster than the peer; ≤: how many times its time. limit: the best possible ratio, from\n"
         "this machine's speed of multiply-adds and of reading, measured in the same row. “short: limit”: the target\n"
-        "is beyond it.[/]\n",
+        "is beyond it. “not quiet 9%”: for 9 % of the time a thread that was ready had no core, so no verdict.[/]\n",
         highlight=False,
     )
     if warning := busy(env):
@@ -139,8 +141,13 @@ def _measure(shape: Shape, targets: list[Target], options: Options) -> tuple[lis
         row = suite_cases.build(shape)
     except (peers.UnavailableError, extras.MissingExtraError) as error:
         return [_not_measured(target, str(error)) for target in targets], []
+    if targets[0].section == CONTENDED:
+        outcome = contended.measure(row.case, options.seconds)
+        return [_contended_result(target, outcome) for target in targets], outcome.records
+    watch = Watch()
     records = measure(row.case, device=suite_cases.DEVICE, seconds=options.seconds, repeats=options.repeats)
-    return [_result(target, row, records) for target in targets], records
+    not_run = watch.not_run()
+    return [_result(target, row, records, not_run) for target in targets], records
 
 
 def _not_measured(target: Target, why: str) -> Result:
@@ -159,11 +166,38 @@ def _not_measured(target: Target, why: str) -> Result:
         median_us=None,
         peer_us=None,
         peft=None,
+        not_run=None,
         note=why,
     )
 
 
-def _result(target: Target, row: Row, records: list[Record]) -> Result:
+def _contended_result(target: Target, outcome: contended.Contended) -> Result:
+    """The times are means, the ratio is that of the slowdowns."""
+    peer, ours = outcome.records[:2]
+    blank = dataclasses.replace(_not_measured(target, ""), side=ours.side)
+    if not (ours.passed and peer.passed):
+        return _wrong(blank, ours, peer)
+    slowdown = outcome.slowdowns[target.peer]
+    return dataclasses.replace(
+        blank,
+        ratio=slowdown.ratio,
+        mark=_verdict(target, slowdown.ratio, outcome.not_run),
+        median_us=slowdown.ours_us,
+        peer_us=slowdown.peer_us,
+        not_run=outcome.not_run,
+    )
+
+
+def _verdict(target: Target, ratio: float, not_run: float | None) -> str:
+    return NOT_QUIET if not is_quiet(not_run) else PASS if target.met(ratio) else SHORT
+
+
+def _wrong(blank: Result, *records: Record) -> Result:
+    wrong = "; ".join(f"{r.side} is wrong by {r.error:.3g} × the bound" for r in records if not r.passed)
+    return dataclasses.replace(blank, mark=WRONG, note=wrong)
+
+
+def _result(target: Target, row: Row, records: list[Record], not_run: float | None) -> Result:
     ours = next(record for record in records if record.side.startswith("peftk") and record.side != target.peer)
     peer = next((record for record in records if record.side == target.peer), None)
     if peer is None:
@@ -172,8 +206,7 @@ def _result(target: Target, row: Row, records: list[Record]) -> Result:
         _not_measured(target, ""), side=ours.side, median_us=ours.median_us, peer_us=peer.median_us
     )
     if ours.median_us is None or peer.median_us is None:
-        wrong = "; ".join(f"{r.side} is wrong by {r.error:.3g} × the bound" for r in (ours, peer) if not r.passed)
-        return dataclasses.replace(blank, mark=WRONG, note=wrong)
+        return _wrong(blank, ours, peer)
     times = {record.side: record.median_us for record in records if record.median_us is not None}
     ratio = ours.median_us / peer.median_us if target.at_most else peer.median_us / ours.median_us
     limit = _limit(target, row, times)
@@ -182,7 +215,8 @@ def _result(target: Target, row: Row, records: list[Record]) -> Result:
         ratio=ratio,
         limit=limit,
         beyond_limit=None if limit is None else not target.met(limit),
-        mark=PASS if target.met(ratio) else SHORT,
+        mark=_verdict(target, ratio, not_run),
+        not_run=not_run,
         peft=times[PEFT] / peer.median_us if PEFT in times and target.peer != PEFT else None,
     )
 
@@ -238,6 +272,8 @@ def _target(result: Result) -> Target:
 
 
 def _mark(result: Result) -> str:
+    if result.mark == NOT_QUIET:
+        return f"{NOT_QUIET} {result.not_run:.0%}"
     return f"{SHORT}: limit" if result.mark == SHORT and result.beyond_limit else result.mark
 
 
@@ -251,8 +287,18 @@ def summary(results: Sequence[Result]) -> str:
     parts = [f"{counts[PASS]} of {len(results)} targets met"]
     if counts[SHORT]:
         parts.append(f"{counts[SHORT]} short" + (f", {beyond} of them beyond this machine's limit" if beyond else ""))
-    parts += [f"{counts[mark]} {mark}" for mark in (WRONG, NOT_MEASURED) if counts[mark]]
-    return "; ".join(parts)
+    parts += [f"{counts[mark]} {mark}" for mark in (NOT_QUIET, WRONG, NOT_MEASURED) if counts[mark]]
+    return f"{'; '.join(parts)}. {_quietness(results)}"
+
+
+def _quietness(results: Sequence[Result]) -> str:
+    shares = sorted(result.not_run for result in results if result.not_run is not None)
+    if not shares:
+        return "How quiet the machine was is not known"
+    return (
+        f"Threads that were ready did not run for {shares[len(shares) // 2]:.1%} of the time in the middle row and "
+        f"{shares[-1]:.1%} in the worst; no verdict above {MOST:.0%}"
+    )
 
 
 def markdown(outcome: Outcome, env: dict[str, Any]) -> str:

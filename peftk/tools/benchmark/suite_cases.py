@@ -99,6 +99,11 @@ def _model(shape: Shape) -> Row:
     return model.row(shape)
 
 
+def _contended(shape: Shape) -> Row:
+    case = _select_sides(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()), LINEAR)
+    return Row(dataclasses.replace(case, shape=shape))
+
+
 def _lora_work(shape: Shape) -> Work:
     """The work of LoRALinear, whose adapter is fp32."""
     base = linear_work(shape.M, shape.K, shape.N, shape.torch_dtype)
@@ -124,5 +129,6 @@ _BUILDERS: dict[str, Callable[[Shape], Row]] = {
     "adapter_cost": _adapter_cost,
     "merge": _merge,
     "model": _model,
+    "contended": _contended,
 }
 OPS = tuple(_BUILDERS)

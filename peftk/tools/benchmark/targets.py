@@ -24,6 +24,14 @@ ADAPTER = "Cost of adapters on top of peftk's own base layer, 4096 → 4096"
 MERGE = "Merge, 4096 → 4096"
 MODEL = "all-MiniLM-L6-v2, every linear layer adapted"
 OVERHEAD = "Cost of a call, 64 → 64"
+CONTENDED = "Beside busy processes: mean time over that alone, compared with nn.Linear's, 1024 → 1024"
+
+BUSY = (1, 2)  # processes
+
+
+def beside(processes: int) -> str:
+    """The peer of a target: nn.Linear beside so many busy processes."""
+    return f"{LINEAR} beside {processes}"
 
 
 class Target(NamedTuple):
@@ -86,6 +94,9 @@ def _targets() -> Iterable[Target]:
     for dtype in ("bf16", "fp32"):
         yield Target(OVERHEAD, _forward(dtype, 1, 64, 64), LINEAR, 1.5, at_most=True)
         yield Target(OVERHEAD, Shape("multi_lora_linear", dtype, 8, 64, 64, 16, 8), LINEAR, 2.0, at_most=True)
+    for M in (1, 16):
+        for processes in BUSY:
+            yield Target(CONTENDED, _forward("fp32", M, 1024, 1024, "contended"), beside(processes), 1.3, at_most=True)
 
 
 TARGETS = tuple(_targets())

@@ -1,0 +1,112 @@
+"""contended: one layer beside busy processes, which take turns on the cores. How much slower is it than alone?
+
+A call beside them takes a few times as long as alone, or some milliseconds if a thread has lost its core. So means are
+compared here, not medians, and the slowdown of peftk's layer with that of nn.Linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from peftk.tools.benchmark.common import Case, Record, Side
+from peftk.tools.benchmark.quiet import Watch
+from peftk.tools.benchmark.targets import BUSY, beside
+
+_WARM_UP = 20
+
+
+class Slowdown(NamedTuple):
+    """Means in µs beside busy processes, and the slowdown of peftk's side over that of the other."""
+
+    ours_us: float
+    peer_us: float
+    ratio: float
+
+
+class Contended(NamedTuple):
+    records: list[Record]
+    slowdowns: dict[str, Slowdown]  # by peer of the target
+    not_run: float | None  # while there was no busy process; see quiet.py
+
+
+def measure(case: Case, seconds: float) -> Contended:
+    """The sides take turns. case: nn.Linear and peftk's layer."""
+    peer, ours = case.sides
+    errors = {side.name: side.error() for side in case.sides}
+    if max(errors.values()) > 1.0:
+        return Contended([_record(case, side, side.name, errors, []) for side in case.sides], {}, None)
+    watch = Watch()
+    alone = _times(case, seconds)
+    not_run = watch.not_run()
+    records = [_record(case, side, side.name, errors, alone[side.name]) for side in case.sides]
+    slowdowns = {}
+    for processes in BUSY:
+        with busy(processes):
+            times = _times(case, seconds)
+        means = {name: statistics.fmean(samples) for name, samples in times.items()}
+        slower = {name: mean / statistics.fmean(alone[name]) for name, mean in means.items()}
+        name = beside(processes)
+        slowdowns[name] = Slowdown(means[ours.name], means[peer.name], slower[ours.name] / slower[peer.name])
+        records.append(_record(case, peer, name, errors, times[peer.name]))
+        records.append(_record(case, ours, name.replace(peer.name, ours.name), errors, times[ours.name]))
+    return Contended(records, slowdowns, not_run)
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Processes that keep a core busy each."""
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(processes):
+            running.append(subprocess.Popen(["sh", "-c", "echo; while :; do :; done"], stdout=subprocess.PIPE))
+        for process in running:
+            assert process.stdout is not None
+            process.stdout.readline()  # it has started
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
+def _times(case: Case, seconds: float) -> dict[str, list[float]]:
+    """All times in µs, by side."""
+    samples: dict[str, list[float]] = {side.name: [] for side in case.sides}
+    with torch.inference_mode():
+        for side in case.sides:
+            for _ in range(_WARM_UP):
+                side.run()
+        end = time.perf_counter() + seconds
+        order = list(case.sides)
+        while time.perf_counter() < end or not samples[order[0].name]:
+            order.reverse()
+            for side in order:
+                before = time.perf_counter_ns()
+                side.run()
+                samples[side.name].append((time.perf_counter_ns() - before) / 1000)
+    return samples
+
+
+def _record(case: Case, side: Side, name: str, errors: dict[str, float], samples: list[float]) -> Record:
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
+    return Record(
+        **case.shape._asdict(),
+        device="cpu",
+        side=name,
+        passed=errors[side.name] <= 1.0,
+        error=errors[side.name],
+        median_us=statistics.median(samples) if samples else None,
+        p10_us=deciles[0] if samples else None,
+        p90_us=deciles[-1] if samples else None,
+        repeats=len(samples),
+        baseline=case.sides[0].name,
+        over_baseline=None,
+        over_peft=None,
+    )
