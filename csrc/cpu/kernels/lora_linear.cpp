@@ -385,7 +385,10 @@ public:
         adapter_ = -1, loaded_ = false, lanes_done_ = true;
     }
 
-    // `count` rows at positions from `position` on; `tile` is [count, padded].
+    // In the backward the dropout mask applies only to the adapter's part, so that part has a separate sum, of W rows.
+    bool drops() const { return op_.dropout.on && op_.backward; }
+
+    // `count` rows at positions from `position` on, at most W if `drops`; `tile` is [count, padded].
     void finish(int64_t position, int64_t count, float* tile) {
         for (int64_t i = 0; i < count;) {
             while (position + i >= op_.order.end(adapter_)) {
@@ -434,9 +437,6 @@ private:
                       [&](auto type) { load_page<decltype(type)>(factor, next_factor(page), ranks, to); });
         }
     }
-
-    // In the backward the dropout mask applies only to the adapter's part, so that part has a separate sum.
-    bool drops() const { return op_.dropout.on && op_.backward; }
 
     // Whether `expand_lanes` adds this adapter to registers that its rows fill.
     bool fills_registers() const {
@@ -689,8 +689,9 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
         product_columns<float>(op, shape, columns, tile);
     }
     shrunk.wait();
-    for (int64_t i = 0; i < shape.rows; i += W) {
-        epilogue.finish(shape.first_row + i, min64(W, shape.rows - i), tile + i * padded);
+    const int64_t at_once = epilogue.drops() ? W : 8 * kRowsOfTwo;  // whole tiles of the expand
+    for (int64_t i = 0; i < shape.rows; i += at_once) {
+        epilogue.finish(shape.first_row + i, min64(at_once, shape.rows - i), tile + i * padded);
     }
 }
 
