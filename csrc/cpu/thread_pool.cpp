@@ -29,16 +29,16 @@ using std::chrono::microseconds;
 // layer and the next, and the rest of a task on another thread. A thread that has lost its core takes milliseconds.
 constexpr int kSpins = 2000;
 
-// OpenMP's threads came late if the caller waited for them at a job's end for longer than kLate, and for longer than it
-// had worked: alone it would have been faster. Beyond kTurn they did not wait for other threads: the process has used
-// up its quota of time, which stops the caller too.
+// OpenMP's threads came late if the caller waited for them, at a job's begin or end or for a task of theirs, for longer
+// than kLate, and for longer than it worked: alone it would have been faster. Beyond kTurn they did not wait for other
+// threads: the process has used up its quota of time, which stops the caller too.
 constexpr microseconds kLate(500), kTurn(20'000);
 
 // The next jobs do not borrow them, until these jobs have taken kAvoid times as long as the caller had waited. If the
 // threads then come late again before kCalm times that wait has been spent with them, the time without them grows by
 // the same factor, up to a second. So on a quiet machine a delay costs little, and on a busy one hardly any time is
 // lost by waiting.
-constexpr int kAvoid = 4, kCalm = 8;
+constexpr int kAvoid = 4, kCalm = 16;
 constexpr std::chrono::seconds kAvoidMost(1);
 
 // Where OpenMP's threads came late, the caller works alone for this long before it wakes workers. So small jobs stay on
@@ -65,6 +65,9 @@ void ask_for_short_slices() {
     syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
+// How long this thread has slept while it waited for others.
+thread_local Clock::duration slept{0};
+
 // A turn of a spinning loop: yields to the core's other hardware thread.
 void spin_pause() {
 #if defined(__x86_64__)
@@ -85,6 +88,7 @@ void Bell::wait_until(Changed changed) {
         if (changed()) return;
         spin_pause();
     }
+    const Clock::time_point begin = Clock::now();
     __atomic_fetch_add(&sleepers_, 1, __ATOMIC_SEQ_CST);
     for (;;) {
         const uint32_t rung = __atomic_load_n(&rung_, __ATOMIC_SEQ_CST);
@@ -93,6 +97,7 @@ void Bell::wait_until(Changed changed) {
         syscall(SYS_futex, &rung_, FUTEX_WAIT_PRIVATE, rung, nullptr, nullptr, 0);
     }
     __atomic_fetch_sub(&sleepers_, 1, __ATOMIC_SEQ_CST);
+    slept += Clock::now() - begin;
 }
 
 void Bell::ring() {
@@ -238,16 +243,22 @@ public:
             const Job& job;
             Tasks tasks;
             pthread_t caller;
-            Clock::time_point finished;  // by the caller, who then waits for the others
+            Clock::duration worked;  // by the caller
         } team{job, {}, pthread_self(), {}};
         const auto take = [](void* context) {
             Team& its = *static_cast<Team*>(context);
+            if (!pthread_equal(its.caller, pthread_self())) {
+                its.tasks.take(its.job);
+                return;
+            }
+            slept = Clock::duration::zero();
+            const Clock::time_point begin = Clock::now();
             its.tasks.take(its.job);
-            if (pthread_equal(its.caller, pthread_self())) its.finished = Clock::now();
+            its.worked = Clock::now() - begin - slept;
         };
         const Clock::time_point begin = Clock::now();
         parallel(take, &team, unsigned(job.helpers) + 1, 0);
-        look_back(team.finished - begin, Clock::now() - team.finished);
+        look_back(team.worked, Clock::now() - begin - team.worked);
         team.tasks.rethrow();
     }
 

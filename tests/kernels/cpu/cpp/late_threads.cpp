@@ -70,7 +70,7 @@ int main() {
 
     delay_ms = 0;
     until_borrowed();
-    for (int i = 0; i < 100; i++) job(300);  // long enough to forget
+    for (int i = 0; i < 200; i++) job(300);  // long enough to forget
     delay_ms = 2;
     job();
     delay_ms = 0;
