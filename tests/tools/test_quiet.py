@@ -45,9 +45,9 @@ def test_no_counters(tmp_path: Path) -> None:
 
 
 def test_share() -> None:
-    """Threads' waits and steal count together. Waits before the beginning do not count, nor threads that ended."""
+    """The longest wait and steal count. Waits before the beginning do not count, nor threads that ended."""
     begin = Counters(100.0, {"10": 5.0, "11": 7.0}, 1.0)
-    assert share(begin, Counters(110.0, {"10": 5.5, "12": 0.25}, 1.25)) == pytest.approx(0.1)
+    assert share(begin, Counters(110.0, {"10": 5.5, "12": 0.75}, 1.25)) == pytest.approx(0.1)
     assert share(begin, begin._replace(clock=110.0)) == 0
 
 

@@ -49,14 +49,14 @@ class Watch:
         self._begin = read()
 
     def not_run(self) -> float | None:
-        """The share of time since the beginning in which threads of this process, taken together, waited for a core,
-        and the share that was stolen. None if it is not known."""
+        """The share of time since the beginning in which the thread of this process that waited most for a core did
+        not run, and the share that was stolen. None if it is not known."""
         begin, end = self._begin, read()
         return None if begin is None or end is None else share(begin, end)
 
 
 def share(begin: Counters, end: Counters) -> float:
-    waited = sum(now - begin.waited.get(thread, 0.0) for thread, now in end.waited.items())
+    waited = max((now - begin.waited.get(thread, 0.0) for thread, now in end.waited.items()), default=0.0)
     return (waited + end.stolen - begin.stolen) / max(end.clock - begin.clock, 1e-9)
 
 

@@ -296,7 +296,7 @@ def _quietness(results: Sequence[Result]) -> str:
     if not shares:
         return "How quiet the machine was is not known"
     return (
-        f"Threads that were ready did not run for {shares[len(shares) // 2]:.1%} of the time in the middle row and "
+        f"A thread that was ready did not run for {shares[len(shares) // 2]:.1%} of the time in the middle row and "
         f"{shares[-1]:.1%} in the worst; no verdict above {MOST:.0%}"
     )
 
