@@ -23,9 +23,18 @@ constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 // time, and all its panels stay in L2.
 static inline int64_t panel_steps(bool across) { return across ? 256 : 64; }
 
+// The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
+// to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and are
+// then added to the tile, as in panel_tile.
+constexpr int64_t kStreamedRows = kRowsOfTwo;  // a single tile
+
+static inline bool is_streamed(bool across, int64_t rows) { return !across && rows <= kStreamedRows; }
+
 // Columns of a task.
 static inline int64_t panel_columns(bool across, int64_t rows, int64_t element) {
-    return across ? 2 * kPanelWidth : 1024 / element / (rows <= 32 ? 1 : rows <= 64 ? 2 : 4);
+    if (across) return 2 * kPanelWidth;
+    if (is_streamed(across, rows)) return (rows <= 4 ? 4096 : 2048) / element;
+    return 1024 / element / (rows <= 32 ? 1 : rows <= 64 ? 2 : 4);
 }
 
 // Steps of a part for a contraction over C. With constant inputs the error of these sums stays below 0.7 of the bound
@@ -198,12 +207,83 @@ static void pack_rows(const LinearOp& op, const PackedRows& packed, int64_t firs
     });
 }
 
+// sums [kRows, row] += b [kStep, kRows] times kStep rows of W, `along` elements from one to the next.
+template <int kRows, int kStep, class T>
+PEFTK_TILE void stream_rows(const float* b, const T* w, int64_t along, int64_t count, float* sums, int64_t row) {
+    Vec values[kStep][kRows];
+#pragma GCC unroll 8
+    for (int s = 0; s < kStep; s++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; i++) values[s][i] = set1(b[s * kRows + i]);
+    }
+    const auto add = [&](int64_t o, auto load_row) __attribute__((always_inline)) {
+        Vec sum[kRows];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; i++) sum[i] = load(sums + i * row + o);
+#pragma GCC unroll 8
+        for (int s = 0; s < kStep; s++) {
+            const Vec lanes = load_row(w + s * along + o);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; i++) sum[i] = fma(values[s][i], lanes, sum[i]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; i++) store(sums + i * row + o, sum[i]);
+    };
+    int64_t o = 0;
+    for (; o + W <= count; o += W) {
+        if (o * int64_t(sizeof(T)) % 64 == 0) {
+#pragma GCC unroll 8
+            for (int s = 0; s < kStep; s++) __builtin_prefetch(w + (s + kStep) * along + o, 0, 2);
+        }
+        add(o, [](const T* p) { return load(p); });
+    }
+    if (const int rest = int(count - o)) add(o, [rest](const T* p) { return load_n(p, rest); });
+}
+
+template <int kRows, class T>
+static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
+    constexpr int kStep = kRows > 4 ? 1 : 8 / kRows;  // as many values of the input as registers have room for
+    const int64_t part = panel_part(op.C), size = kRows * columns.padded;
+    const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
+    float* sums = scratch_of<float>(kWeightSlot, size);
+    memset(tile, 0, size_t(size) * sizeof(float));
+    for (int64_t first = 0; first < op.C; first += part) {
+        memset(sums, 0, size_t(size) * sizeof(float));
+        const int64_t end = min64(first + part, op.C);
+        int64_t s = first;
+        for (; s + kStep <= end; s += kStep) {  // with a single tile, blocks of the packed input follow each other
+            stream_rows<kRows, kStep>(packed.data + s * kRows, w + s * op.weight_c, op.weight_c, columns.count, sums,
+                                      columns.padded);
+        }
+        for (; s < end; s++) {
+            stream_rows<kRows, 1>(packed.data + s * kRows, w + s * op.weight_c, op.weight_c, columns.count, sums,
+                                  columns.padded);
+        }
+        for (int64_t i = 0; i < size; i += W) store(tile + i, add(load(tile + i), load(sums + i)));
+    }
+}
+
+static void product_streamed(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
+    with_type(op.weight_dtype, [&](auto type) {
+        typedef decltype(type) T;
+        switch (packed.tiles.rows) {
+            case 1: return stream<1, T>(op, packed, columns, tile);
+            case 2: return stream<2, T>(op, packed, columns, tile);
+            case 3: return stream<3, T>(op, packed, columns, tile);
+            case 4: return stream<4, T>(op, packed, columns, tile);
+            case 5: return stream<5, T>(op, packed, columns, tile);
+            default: return stream<6, T>(op, packed, columns, tile);
+        }
+    });
+}
+
 // tile [rows, padded] = the packed input times the block's columns of W.
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     const int64_t panels = ceil_div(columns.count, kPanelWidth), size = kPanelWidth * packed.block;
     const int64_t rows_at_once = kPanelRows / kRowsOfTwo, tiles = packed.tiles.count, part = panel_part(op.C);
     const int64_t element = size_of(op.weight_dtype);
     const bool across = op.weight_c == 1;  // whether a row of memory is a column of the result
+    if (is_streamed(across, packed.tiles.rows)) return product_streamed(op, packed, columns, tile);
     float* weight = scratch_of<float>(kWeightSlot, panels * size);
     if (op.C == 0) memset(tile, 0, size_t(packed.tiles.rows * columns.padded) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += packed.block) {
