@@ -21,7 +21,7 @@ def ways(device: str) -> dict[str, dict[str, Any]]:
     """`PLANS`, without those that the GPU cannot do: before sm_90, no launches overlap."""
     from peftk.triton_kernels import config, tuned
 
-    can_overlap = config.can_overlap(tuned.target(torch.device(device)))
+    can_overlap = device != "cuda" or config.can_overlap(tuned.target(torch.device(device)))
     return {name: changes for name, changes in PLANS.items() if can_overlap or not changes["overlap"]}
 
 
