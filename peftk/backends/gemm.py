@@ -66,8 +66,8 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
-    sorted_rows: Segments = _kernels(ids).segments(ids, adapters)
-    return sorted_rows
+    found: Segments = _kernels(ids).segments(ids, adapters)
+    return found
 
 
 def lora_linear(

@@ -17,7 +17,7 @@ from peftk.reference.lora_linear import (
 )
 from peftk.reference.merge import RAW, Factors, checksum, merge, unmerge
 from peftk.reference.receipt import MergeReceipt, code_as_bytes, pack_receipt
-from peftk.reference.segments import segments as sorted_rows
+from peftk.reference.segments import segments as reference_segments
 
 if TYPE_CHECKING:
     from peftk.backends.call import Call
@@ -55,7 +55,7 @@ def describe(call: Call) -> str:
 
 
 def segments(ids: Tensor, adapters: int) -> Segments:
-    return Segments(*sorted_rows(ids, adapters))
+    return Segments(*reference_segments(ids, adapters))
 
 
 def merge_(weight: Tensor, factors: Factors) -> MergeReceipt:

@@ -28,14 +28,14 @@ def lora_parameters(K: int, N: int, r: int) -> int:
     return r * (K + N)
 
 
-def bottleneck_parameters(d: int, a: int) -> int:
-    """2·d·a + a + d for an adapter with bottleneck a on hidden states of width d. Houlsby et al. 2019, section 2.1."""
-    return parallel_parameters(d, d, a)
+def bottleneck_parameters(d: int, R: int) -> int:
+    """2·d·R + R + d for an adapter with bottleneck R on hidden states of width d. Houlsby et al. 2019, section 2.1."""
+    return parallel_parameters(d, d, R)
 
 
-def parallel_parameters(K: int, N: int, a: int) -> int:
-    """a·(K + N) + a + N for an adapter with bottleneck a beside a block K → N. He et al. 2021."""
-    return a * (K + N) + a + N
+def parallel_parameters(K: int, N: int, R: int) -> int:
+    """R·(K + N) + R + N for an adapter with bottleneck R beside a block K → N. He et al. 2021."""
+    return R * (K + N) + R + N
 
 
 def bitfit_parameters(n_layers: int, d: int) -> int:
@@ -306,15 +306,15 @@ def _added_by(module: nn.Module) -> tuple[str, str, int | None]:
                 return "LoRA", "r·(K + N) + N", lora_parameters(K, N, r) + N
             return "LoRA", "r·(K + N)", lora_parameters(K, N, r)
         case (
-            SeriesAdapter(in_features=d, bottleneck=a)
-            | NormAdapter(in_features=d, bottleneck=a)
-            | StreamAdapter(in_features=d, bottleneck=a)
+            SeriesAdapter(in_features=d, bottleneck=R)
+            | NormAdapter(in_features=d, bottleneck=R)
+            | StreamAdapter(in_features=d, bottleneck=R)
         ):
-            return "series adapter", "2·d·a + a + d", bottleneck_parameters(d, a)
-        case ParallelAdapter(in_features=K, out_features=N, bottleneck=a):
-            return "parallel adapter", "a·(K + N) + a + N", parallel_parameters(K, N, a)
-        case ParallelAdapterLinear(in_features=K, out_features=N, bottleneck=a):
-            return "parallel adapter", "a·(K + N) + a + N", parallel_parameters(K, N, a)
+            return "series adapter", "2·d·R + R + d", bottleneck_parameters(d, R)
+        case ParallelAdapter(in_features=K, out_features=N, bottleneck=R):
+            return "parallel adapter", "R·(K + N) + R + N", parallel_parameters(K, N, R)
+        case ParallelAdapterLinear(in_features=K, out_features=N, bottleneck=R):
+            return "parallel adapter", "R·(K + N) + R + N", parallel_parameters(K, N, R)
         case LlamaAdapter(num_heads=heads):
             length, d = module.prompt.shape
             return "LLaMA-Adapter", "L·d + heads", prompt_parameters(length, d, heads)
