@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,17 +26,19 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// How long a thread spins before it sleeps: about 50 µs. This covers the gap between two parallel loops, between one
-// layer and the next, and the rest of a task on another thread. A thread that has lost its core takes milliseconds.
+// How long a thread spins before it sleeps: about 50 µs on a Zen 3, since a pause takes longer on some processors than
+// on others. This covers the gap between two parallel loops, between one layer and the next, and the rest of a task on
+// another thread. A thread that has lost its core takes milliseconds.
 constexpr int kSpins = 2000;
 
 // OpenMP's threads came late if the caller waited for them, at a job's begin or end or for a task of theirs, for longer
-// than kLate, and for longer than it worked: alone it would have been faster. Beyond kTurn they did not wait for other
-// threads: the process has used up its quota of time, which stops the caller too.
+// than kLate, and for longer than it worked: alone it would have been faster. The time in which one of them computed
+// more than the caller is no waiting. A wait beyond kTurn is not judged: most likely the process has used up its quota
+// of time, which stops the caller too.
 constexpr microseconds kLate(500), kTurn(20'000);
 
 // The next jobs do not borrow them, until these jobs have taken kAvoid times as long as the caller had waited. If the
-// threads then come late again before kCalm times that wait has been spent with them, the time without them grows by
+// threads then come late again before kCalm times the new wait has been spent with them, the time without them grows by
 // the same factor, up to a second. So on a quiet machine a delay costs little, and on a busy one hardly any time is
 // lost by waiting.
 constexpr int kAvoid = 4, kCalm = 16;
@@ -46,10 +49,11 @@ constexpr std::chrono::seconds kAvoidMost(1);
 constexpr microseconds kAlone(400);
 
 // Our workers ask the scheduler for short slices, because then they soon get a core that a busy thread has (Linux 6.12
-// and later; without effect before). It changes neither their share of time nor how often they are interrupted.
+// and later; without effect before). It does not change their share of time.
 constexpr uint64_t kSlice = 100'000;  // ns, the least that Linux allows
 
 void ask_for_short_slices() {
+#if defined(SYS_sched_setattr) && defined(SYS_sched_getattr)
     struct {  // sched_attr of linux/sched/types.h, which glibc's headers contradict
         uint32_t size, policy;
         uint64_t flags;
@@ -63,6 +67,15 @@ void ask_for_short_slices() {
     }
     attributes.runtime = kSlice;
     syscall(SYS_sched_setattr, 0, &attributes, 0);
+#endif
+}
+
+// What this thread has had of a processor.
+Clock::duration processor_time() {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::duration_cast<Clock::duration>(std::chrono::seconds(time.tv_sec) +
+                                                       std::chrono::nanoseconds(time.tv_nsec));
 }
 
 // How long this thread has slept while it waited for others.
@@ -100,10 +113,10 @@ void Bell::wait_until(Changed changed) {
     slept += Clock::now() - begin;
 }
 
-void Bell::ring() {
+void Bell::ring(int most) {
     __atomic_fetch_add(&rung_, 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&sleepers_, __ATOMIC_SEQ_CST) == 0) return;
-    syscall(SYS_futex, &rung_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    syscall(SYS_futex, &rung_, FUTEX_WAKE_PRIVATE, most, nullptr, nullptr, 0);
 }
 
 void Latch::wait() const {
@@ -111,8 +124,7 @@ void Latch::wait() const {
 }
 
 void Latch::end_one() {
-    __atomic_fetch_add(&ended_, 1, __ATOMIC_SEQ_CST);
-    bell_.ring();
+    if (__atomic_add_fetch(&ended_, 1, __ATOMIC_SEQ_CST) == tasks_) bell_.ring();
 }
 
 namespace {
@@ -135,7 +147,9 @@ public:
         try {
             for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) {
                 job.body(job.context, task);
-                if (until != Clock::time_point::max() && Clock::now() > until) return true;
+                if (until != Clock::time_point::max() && Clock::now() > until) {
+                    return next_.load(std::memory_order_relaxed) < job.tasks;
+                }
             }
         } catch (...) {
             // The caller rethrows the first failure. Tasks that have not started are skipped.
@@ -179,7 +193,7 @@ private:
         // Opens the job: its number is in the upper half, and no worker is inside yet.
         const uint64_t number = (state_.load(std::memory_order_relaxed) >> 32) + 1;
         state_.store(number << 32 | kOpen, std::memory_order_seq_cst);
-        opened_.ring();
+        opened_.ring(job.helpers);
         tasks_.take(job_);
         // Closes it: a worker that has not joined by now is not waited for.
         state_.fetch_and(~uint64_t(kOpen), std::memory_order_acq_rel);
@@ -243,12 +257,18 @@ public:
             const Job& job;
             Tasks tasks;
             pthread_t caller;
-            Clock::duration worked;  // by the caller
-        } team{job, {}, pthread_self(), {}};
+            Clock::duration worked;               // by the caller
+            std::atomic<Clock::rep> most_worked;  // by another thread
+        } team{job, {}, pthread_self(), {}, {0}};
         const auto take = [](void* context) {
             Team& its = *static_cast<Team*>(context);
             if (!pthread_equal(its.caller, pthread_self())) {
+                const Clock::duration before = processor_time();
                 its.tasks.take(its.job);
+                const Clock::rep worked = (processor_time() - before).count();
+                Clock::rep most = its.most_worked.load(std::memory_order_relaxed);
+                while (worked > most && !its.most_worked.compare_exchange_weak(most, worked)) {
+                }
                 return;
             }
             slept = Clock::duration::zero();
@@ -258,14 +278,16 @@ public:
         };
         const Clock::time_point begin = Clock::now();
         parallel(take, &team, unsigned(job.helpers) + 1, 0);
-        look_back(team.worked, Clock::now() - begin - team.worked);
+        const Clock::duration computed = Clock::duration(team.most_worked.load()) - team.worked;
+        look_back(team.worked, Clock::now() - begin - team.worked - std::max(computed, Clock::duration::zero()));
         team.tasks.rethrow();
     }
 
 private:
     // After a job that had them.
     void look_back(Clock::duration worked, Clock::duration waited) {
-        if (waited <= std::max<Clock::duration>(worked, kLate) || waited > kTurn) {
+        if (waited > kTurn) return;
+        if (waited <= std::max<Clock::duration>(worked, kLate)) {
             in_time_ += worked + waited;
             return;
         }

@@ -18,6 +18,7 @@
 // workers and creates them when it needs them.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
 namespace peftk {
@@ -35,7 +36,7 @@ class Bell {
 public:
     template <class Changed>
     void wait_until(Changed changed);  // defined for thread_pool.cpp alone
-    void ring();                       // after the change
+    void ring(int most = INT_MAX);     // after the change; wakes so many sleepers at most
 
 private:
     uint32_t rung_ = 0, sleepers_ = 0;

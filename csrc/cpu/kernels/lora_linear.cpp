@@ -4,11 +4,12 @@
 // length (the shrink). Rows are processed in the order of their adapters. A job has three kinds of tasks: some convert
 // the input to the form that the product reads; some shrink; and some compute blocks of output columns, from W to the
 // stored result. The last kind waits for the first before its product, and for the second before its epilogue. The
-// product has one of three forms:
+// product has one of four forms:
 //
 //   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything is read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
 //   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
+//   panels   instead of lanes and columns where a level has it (cpu/kernels/panels.h)
 //
 // There is no product if `out` already holds the base layer's part: the adapters' part is added to it.
 //

@@ -1,9 +1,9 @@
-// The panels form of the product, for more than a few rows: lanes are columns of the result, and both operands are
-// packed.
+// The panels form of the product: lanes are columns of the result, and both operands are packed.
 //
 // The input is packed once a call, in tiles of up to kRowsOfTwo rows: [steps, rows of the tile]. A task packs its part
-// of W, 256 steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is transposed if it is
-// contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant offsets from them.
+// of W, 256 or 64 steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is transposed if
+// it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant offsets from
+// them.
 //
 // Sums have two levels, as in `outer`; a part is longer where the contraction is longer (`panel_part`).
 #pragma once
@@ -37,8 +37,7 @@ static inline int64_t panel_columns(bool across, int64_t rows, int64_t element) 
     return 1024 / element / (rows <= 32 ? 1 : rows <= 64 ? 2 : 4);
 }
 
-// Steps of a part for a contraction over C. With constant inputs the error of these sums stays below 0.7 of the bound
-// of docs/numerics.md for every C up to 65,536, as docs/cpu.md shows.
+// Steps of a part for a contraction over C, if the task has so many at a time. docs/cpu.md has the errors.
 static inline int64_t panel_part(int64_t C) { return C < 128 ? 32 : C < 512 ? 64 : C < 2048 ? 128 : 256; }
 
 // The tiles that `rows` rows are divided into: of about the same height, since a low tile has too few sums to hide the
@@ -52,10 +51,6 @@ struct RowTiles {
           height(count ? rows / count : 0),
           higher(rows - count * height) {}
     int64_t first(int64_t tile) const { return tile * height + min64(tile, higher); }
-    int64_t of_row(int64_t row) const {
-        const int64_t in_higher = higher * (height + 1);
-        return row < in_higher ? row / (height + 1) : higher + (row - in_higher) / height;
-    }
 };
 
 // Consecutive chunks of cache lines, `next` bytes from one to the next, that the next tiles read.
@@ -243,10 +238,10 @@ PEFTK_TILE void stream_rows(const float* b, const T* w, int64_t along, int64_t c
 template <int kRows, class T>
 static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     constexpr int kStep = kRows > 4 ? 1 : 8 / kRows;  // as many values of the input as registers have room for
-    const int64_t part = panel_part(op.C), size = kRows * columns.padded;
+    const int64_t part = min64(panel_part(op.C), packed.block), size = kRows * columns.padded;  // as in product_panels
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
-    memset(tile, 0, size_t(size) * sizeof(float));
+    if (op.C == 0) memset(tile, 0, size_t(size) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += part) {
         memset(sums, 0, size_t(size) * sizeof(float));
         const int64_t end = min64(first + part, op.C);
@@ -259,7 +254,9 @@ static void stream(const LinearOp& op, const PackedRows& packed, const Columns& 
             stream_rows<kRows, 1>(packed.data + s * kRows, w + s * op.weight_c, op.weight_c, columns.count, sums,
                                   columns.padded);
         }
-        for (int64_t i = 0; i < size; i += W) store(tile + i, add(load(tile + i), load(sums + i)));
+        for (int64_t i = 0; i < size; i += W) {
+            store(tile + i, first == 0 ? load(sums + i) : add(load(tile + i), load(sums + i)));
+        }
     }
 }
 
@@ -283,7 +280,7 @@ static void product_panels(const LinearOp& op, const PackedRows& packed, const C
     const int64_t rows_at_once = kPanelRows / kRowsOfTwo, tiles = packed.tiles.count, part = panel_part(op.C);
     const int64_t element = size_of(op.weight_dtype);
     const bool across = op.weight_c == 1;  // whether a row of memory is a column of the result
-    if (is_streamed(across, packed.tiles.rows)) return product_streamed(op, packed, columns, tile);
+    if (is_streamed(across, op.M)) return product_streamed(op, packed, columns, tile);
     float* weight = scratch_of<float>(kWeightSlot, panels * size);
     if (op.C == 0) memset(tile, 0, size_t(packed.tiles.rows * columns.padded) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += packed.block) {
@@ -297,7 +294,7 @@ static void product_panels(const LinearOp& op, const PackedRows& packed, const C
                 pack_panel(data + o * op.weight_o, op.weight_o, count, steps, round_up(count, W), weight + p * size);
             }
         });
-        // While this part is multiplied, the next one comes into L2: its chunks of lines, evenly over the tiles.
+        // While this part is multiplied, chunks of lines of the next one come into L2, all of them from 19 rows on.
         const int64_t next = first + steps < op.C ? first + steps : 0, next_o = next ? 0 : columns.count;
         const char* ahead = static_cast<const char*>(
             at(op.weight, op.weight_dtype, (columns.first + next_o) * op.weight_o + next * op.weight_c));

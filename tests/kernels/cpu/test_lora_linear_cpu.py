@@ -380,6 +380,19 @@ def test_rounding_is_to_nearest_even_with_subnormals_and_nan(level: str, dtype: 
     assert torch.equal(y[0].nan_to_num(7.0), values.to(dtype).nan_to_num(7.0))
 
 
+@pytest.mark.parametrize(("M", "threads_"), [(241, 7), (513, 2), (517, 7)])
+def test_blocks_of_few_rows_have_the_bits_of_high_ones(level: str, threads: None, M: int, threads_: int) -> None:
+    """The last rows of a share, or those beyond 512, with W contiguous along its columns: equal rows stay equal."""
+    N, K = 64, 1024
+    x, weight = torch.randn(1, K).expand(M, K).contiguous(), torch.randn(K, N).t()
+    torch.set_num_threads(1)
+    alone = cpu.lora_linear(x, weight, None, None)[0]
+    assert alone.eq(alone[0]).all()
+    torch.set_num_threads(threads_)
+    assert torch.equal(cpu.lora_linear(x, weight, None, None)[0], alone)
+    assert torch.equal(cpu.lora_linear(x[:3].clone(), weight, None, None)[0], alone[:3])
+
+
 def test_subnormals_count_whatever_the_callers_mode(threads: None) -> None:
     x, weight = torch.full((64, 64), 1e-30), torch.full((512, 64), 1e-10)
     torch.set_num_threads(4)

@@ -92,7 +92,7 @@ Adapter random_adapter(Random& random, const Case& its, bool may_be_missing) {
     return adapter;
 }
 
-// Seeds alternate between the three forms, and between many rows, long sums and work for several threads.
+// Seeds alternate between the forms, and between many rows, long sums and work for several threads.
 Case random_case(uint64_t seed) {
     Random random(seed);
     Case c;
