@@ -25,7 +25,7 @@ from peftk.tools.selftest.work import Work, build_case
 from peftk.tools.triage.group import Group
 from peftk.tools.triage.prepare import compile_share
 from peftk.tools.triage.worker import compilations
-from peftk.triton_kernels import lora_linear, lora_wgrad, merge
+from peftk.triton_kernels import lora_linear, lora_wgrad, merge, tuned
 
 BF16 = torch.bfloat16
 TARGET = 90
@@ -85,7 +85,7 @@ def launch() -> None:
     driver.set_active(stub)
     mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros).start()  # what no kernel writes is no noise
     with mock.patch.object(triton, "_DEVICE", "cpu"), compilations() as compiled:
-        for module in (lora_linear, lora_wgrad, merge):
+        for module in (lora_linear, lora_wgrad, merge, tuned):
             mock.patch.object(module, "target", return_value=TARGET).start()
         for call in CALLS:
             call("cpu")
