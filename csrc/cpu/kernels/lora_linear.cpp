@@ -45,7 +45,7 @@ constexpr bool kHavePanels = true;
 #else
 constexpr bool kHavePanels = false;
 constexpr int64_t kDotTokens32 = kMaxDotTokens, kDotTokens16 = kMaxDotTokens;
-static inline int64_t panel_columns(bool, int64_t, int64_t) { return 0; }
+static inline int64_t panel_columns(const LinearOp&) { return 0; }
 #endif
 
 struct Shape {
@@ -158,7 +158,7 @@ int64_t prepared_rows(const Shape& shape) { return shape.form == kPanels ? kRows
 void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
 #ifdef PEFTK_PANELS
     if (shape.form == kPanels) {
-        return pack_rows(op, PackedRows(shape.in, shape.rows, op.weight_c == 1), shape.first_row, part);
+        return pack_rows(op, PackedRows(op, shape.in, shape.rows), shape.first_row, part);
     }
 #endif
     const int64_t first = part * W;
@@ -678,7 +678,7 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
     float* tile = scratch_of<float>(kTileSlot, shape.rows * padded);
     if (shape.form == kPanels) {
 #ifdef PEFTK_PANELS
-        product_panels(op, PackedRows(shape.in, shape.rows, op.weight_c == 1), columns, tile);
+        product_panels(op, PackedRows(op, shape.in, shape.rows), columns, tile);
 #endif
     } else if (shape.form == kDot) {
         product_dot(op, shape, columns, tile);
@@ -711,7 +711,7 @@ int64_t block_columns(const LinearOp& op, Form form, int threads) {
     // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
     int64_t columns = form == kDot        ? 16 * kDotRows
                       : form == kLanes    ? kBlockRows
-                      : form == kPanels   ? panel_columns(op.weight_c == 1, op.M, size_of(op.weight_dtype))
+                      : form == kPanels   ? panel_columns(op)
                       : form == kOverBase ? kBaseColumns
                                           : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))

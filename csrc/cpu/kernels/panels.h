@@ -13,6 +13,9 @@
 namespace peftk {
 namespace PEFTK_LEVEL {
 
+// Whether a row of W in memory is a column of the result. Otherwise it is a step of the contraction.
+static inline bool along_contraction(const LinearOp& op) { return op.weight_c == 1; }
+
 constexpr int64_t kPanelRows = 144;  // rows of the packed input that stay in L2 for all panels of a task
 constexpr int64_t kPanelWidth = 2 * W;
 constexpr int64_t kPanelChunk = 32;                // steps in which a tile prefetches one chunk of consecutive lines:
@@ -21,20 +24,21 @@ constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 // Steps that a task packs and multiplies at a time. Where W is contiguous along the contraction, a panel of 256 steps
 // stays in L1. Where it is contiguous along the columns, a task has many columns, to read much of each row of W at a
 // time, and all its panels stay in L2.
-static inline int64_t panel_steps(bool across) { return across ? 256 : 64; }
+static inline int64_t panel_steps(const LinearOp& op) { return along_contraction(op) ? 256 : 64; }
 
 // The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
 // to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and are
 // then added to the tile, as in panel_tile.
 constexpr int64_t kStreamedRows = kRowsOfTwo;  // a single tile
 
-static inline bool is_streamed(bool across, int64_t rows) { return !across && rows <= kStreamedRows; }
+static inline bool is_streamed(const LinearOp& op) { return !along_contraction(op) && op.M <= kStreamedRows; }
 
 // Columns of a task.
-static inline int64_t panel_columns(bool across, int64_t rows, int64_t element) {
-    if (across) return 2 * kPanelWidth;
-    if (is_streamed(across, rows)) return (rows <= 4 ? 4096 : 2048) / element;
-    return 1024 / element / (rows <= 32 ? 1 : rows <= 64 ? 2 : 4);
+static inline int64_t panel_columns(const LinearOp& op) {
+    if (along_contraction(op)) return 2 * kPanelWidth;
+    const int64_t element = size_of(op.weight_dtype);
+    if (is_streamed(op)) return (op.M <= 4 ? 4096 : 2048) / element;
+    return 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
 
 // Steps of a part for a contraction over C, if the task has so many at a time. docs/cpu.md has the errors.
@@ -120,8 +124,8 @@ struct PackedRows {
     RowTiles tiles;
     int64_t block;
 
-    PackedRows(void* data, int64_t rows, bool across)
-        : data(static_cast<float*>(data)), tiles(rows), block(panel_steps(across)) {}
+    PackedRows(const LinearOp& op, void* data, int64_t rows)
+        : data(static_cast<float*>(data)), tiles(rows), block(panel_steps(op)) {}
 
     // Where the block begins that has `steps` steps from `first` on.
     float* at(int64_t tile, int64_t first, int64_t steps) const {
@@ -157,7 +161,7 @@ static void pack_tile(const T* const* rows, int64_t count, int64_t C, const Pack
 // Packs one panel of an operand that is contiguous along the contraction: `count` columns, `along` elements from one to
 // the next, to [steps, width].
 template <class T>
-static void pack_panel(const T* data, int64_t along, int64_t count, int64_t steps, int64_t width, float* to) {
+static void pack_transposed(const T* data, int64_t along, int64_t count, int64_t steps, int64_t width, float* to) {
     for (int64_t j = 0; j < width; j += W) {
         const T* rows[W];
         for (int64_t i = 0; i < W; i++) rows[i] = data + min64(j + i, count - 1) * along;
@@ -176,7 +180,7 @@ static void pack_panel(const T* data, int64_t along, int64_t count, int64_t step
 // Packs the panels of an operand that is contiguous along its columns: `count` columns, `along` elements from one step
 // to the next. Panel p begins at to + p * size.
 template <class T>
-static void pack_panels_across(const T* data, int64_t along, int64_t count, int64_t steps, float* to, int64_t size) {
+static void pack_copied(const T* data, int64_t along, int64_t count, int64_t steps, float* to, int64_t size) {
     for (int64_t s = 0; s < steps; s++) {
         const T* from = data + s * along;
         for (int64_t o = 0; o < count; o += W) {
@@ -274,54 +278,68 @@ static void product_streamed(const LinearOp& op, const PackedRows& packed, const
     });
 }
 
+// Packs the block's columns of W, steps first … first + steps - 1. Panel p begins at to + p * size.
+static void pack_weight(const LinearOp& op, const Columns& columns, int64_t first, int64_t steps, float* to,
+                        int64_t size) {
+    with_type(op.weight_dtype, [&](auto type) {
+        typedef decltype(type) T;
+        const T* data = static_cast<const T*>(op.weight) + columns.first * op.weight_o + first * op.weight_c;
+        if (!along_contraction(op)) return pack_copied(data, op.weight_c, columns.count, steps, to, size);
+        for (int64_t o = 0; o < columns.count; o += kPanelWidth, to += size) {
+            const int64_t count = min64(kPanelWidth, columns.count - o);
+            pack_transposed(data + o * op.weight_o, op.weight_o, count, steps, round_up(count, W), to);
+        }
+    });
+}
+
+// What comes into L2 while steps up to `end` are multiplied: chunks of lines of the next steps, or of the next columns'
+// first steps. All of them do from 19 rows on.
+class NextSteps {
+public:
+    NextSteps(const LinearOp& op, const PackedRows& packed, const Columns& columns, int64_t end) {
+        const int64_t element = size_of(op.weight_dtype), next = end < op.C ? end : 0;
+        const int64_t first = columns.first + (next ? 0 : columns.count);
+        const void* from = at(op.weight, op.weight_dtype, first * op.weight_o + next * op.weight_c);
+        const bool along = along_contraction(op);
+        data_ = static_cast<const char*>(from);
+        row_ = (along ? op.weight_o : op.weight_c) * element;
+        rows_ = along ? columns.count : packed.block;
+        chunks_ = rows_ * ceil_div((along ? packed.block : columns.count) * element, kChunkBytes);
+    }
+
+    // The share of tile number `tile` of `tiles`.
+    PanelAhead share(int64_t tile, int64_t tiles) const {
+        const int64_t chunk = tile * chunks_ / tiles;
+        const bool any = chunk < (tile + 1) * chunks_ / tiles;
+        return {data_ + chunk % rows_ * row_ + chunk / rows_ * kChunkBytes, any ? row_ : 0};
+    }
+
+private:
+    const char* data_;
+    int64_t row_, rows_, chunks_;  // bytes from row to row; rows; chunks of all rows
+};
+
 // tile [rows, padded] = the packed input times the block's columns of W.
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
+    if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
     const int64_t panels = ceil_div(columns.count, kPanelWidth), size = kPanelWidth * packed.block;
-    const int64_t rows_at_once = kPanelRows / kRowsOfTwo, tiles = packed.tiles.count, part = panel_part(op.C);
-    const int64_t element = size_of(op.weight_dtype);
-    const bool across = op.weight_c == 1;  // whether a row of memory is a column of the result
-    if (is_streamed(across, op.M)) return product_streamed(op, packed, columns, tile);
+    const int64_t rows_at_once = kPanelRows / kRowsOfTwo, part = panel_part(op.C), padded = columns.padded;
+    const RowTiles& tiles = packed.tiles;
     float* weight = scratch_of<float>(kWeightSlot, panels * size);
-    if (op.C == 0) memset(tile, 0, size_t(packed.tiles.rows * columns.padded) * sizeof(float));
+    if (op.C == 0) memset(tile, 0, size_t(tiles.rows * padded) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += packed.block) {
         const int64_t steps = min64(packed.block, op.C - first);
-        with_type(op.weight_dtype, [&](auto type) {
-            typedef decltype(type) T;
-            const T* data = static_cast<const T*>(op.weight) + columns.first * op.weight_o + first * op.weight_c;
-            if (!across) return pack_panels_across(data, op.weight_c, columns.count, steps, weight, size);
-            for (int64_t p = 0; p < panels; p++) {
-                const int64_t o = p * kPanelWidth, count = min64(kPanelWidth, columns.count - o);
-                pack_panel(data + o * op.weight_o, op.weight_o, count, steps, round_up(count, W), weight + p * size);
-            }
-        });
-        // While this part is multiplied, chunks of lines of the next one come into L2, all of them from 19 rows on.
-        const int64_t next = first + steps < op.C ? first + steps : 0, next_o = next ? 0 : columns.count;
-        const char* ahead = static_cast<const char*>(
-            at(op.weight, op.weight_dtype, (columns.first + next_o) * op.weight_o + next * op.weight_c));
-        const int64_t ahead_row = (across ? op.weight_o : op.weight_c) * element;
-        const int64_t ahead_rows = across ? columns.count : packed.block;
-        const int64_t row_bytes = (across ? packed.block : columns.count) * element;
-        const int64_t chunks = ahead_rows * ceil_div(row_bytes, kChunkBytes), all = panels * tiles;
+        pack_weight(op, columns, first, steps, weight, size);
+        const NextSteps next(op, packed, columns, first + steps);
         int64_t done = 0;
-        for (int64_t low = 0; low < tiles; low += rows_at_once) {
-            const int64_t high = min64(low + rows_at_once, tiles);
+        for (int64_t low = 0; low < tiles.count; low += rows_at_once) {
             for (int64_t p = 0; p < panels; p++) {
-                const int64_t o = p * kPanelWidth, width = min64(kPanelWidth, columns.padded - o);
-                for (int64_t t = low; t < high; t++, done++) {
-                    const int64_t row = packed.tiles.first(t), rows = packed.tiles.first(t + 1) - row;
-                    const int64_t chunk = done * chunks / all;
-                    const bool any = chunk < (done + 1) * chunks / all;
-                    const PanelAhead fetch{ahead + chunk % ahead_rows * ahead_row + chunk / ahead_rows * kChunkBytes,
-                                           any ? ahead_row : 0};
-                    float* sums = tile + row * columns.padded + o;
-                    const float* in = packed.at(t, first, steps);
-                    if (width == kPanelWidth) {
-                        panel_rows<kRowsOfTwo, 2>(rows, in, weight + p * size, steps, part, sums, columns.padded,
-                                                  first == 0, fetch);
-                    } else {
-                        panel_rows<kRowsOfTwo, 1>(rows, in, weight + p * size, steps, part, sums, columns.padded,
-                                                  first == 0, fetch);
-                    }
+                const int64_t o = p * kPanelWidth;
+                const auto multiply = padded - o >= kPanelWidth ? panel_rows<kRowsOfTwo, 2> : panel_rows<kRowsOfTwo, 1>;
+                for (int64_t t = low; t < min64(low + rows_at_once, tiles.count); t++, done++) {
+                    const int64_t row = tiles.first(t);
+                    multiply(tiles.first(t + 1) - row, packed.at(t, first, steps), weight + p * size, steps, part,
+                             tile + row * padded + o, padded, first == 0, next.share(done, panels * tiles.count));
                 }
             }
         }
