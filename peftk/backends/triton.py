@@ -5,8 +5,10 @@ For CPU tensors instead if TRITON_INTERPRET=1 was set before import.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from peftk.backends import (
     triton_version,  # noqa: F401 - before the kernels
 )
 from peftk.backends import segments as sorted_rows
-from peftk.backends.call import LORA_LINEAR, Call, are_rows_aligned
+from peftk.backends.call import LORA_LINEAR, Call, Op, are_rows_aligned
 from peftk.backends.contract import Backend
 from peftk.launch.adapter_args import NO_ADAPTER, AdapterArgs, Tensors, adapter_args, contiguous
 from peftk.launch.merge_layers import InPlace
@@ -209,6 +211,25 @@ def _without_memory(forms: _Forms) -> list[Tensor | None]:
     return [None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device="meta") for form in forms]
 
 
+def _call(forms: _Forms, op: Op, device: str, **adapters: Any) -> Call:
+    """forms: of x and weight, and others. adapters: the fields of Call about them."""
+    x, weight = forms[:2]
+    assert x is not None
+    assert weight is not None
+    (N, K), strides, dtype, starts_on_16 = weight
+    return Call(
+        op=op,
+        device=device,
+        x_dtype=x[2],
+        weight_dtype=dtype,
+        M=math.prod(x[0]) // K,
+        K=K,
+        N=N,
+        aligned=are_rows_aligned(strides, dtype.itemsize, starts_on_16=starts_on_16),
+        **adapters,
+    )
+
+
 _DIRECT = {"triton": False, "gemm": True}  # whose direct calls run here; and whether torch's product comes first
 
 
@@ -234,19 +255,13 @@ def _direct_layout(
     if A is None and adapter is not None:
         return None  # a bias alone
     copied = (A is not None and A.stride(1) != 1) or any(t is not None and not t.is_contiguous() for t in (bias, a, b))
-    M, (N, K) = x.numel() // x.shape[-1], weight.shape
-    call = Call(
-        op=LORA_LINEAR,
-        device=device,
-        x_dtype=x.dtype,
-        weight_dtype=weight.dtype,
+    call = _call(
+        forms,
+        LORA_LINEAR,
+        device,
         adapter_dtype=None if adapter is None else adapter.tensors()[0].dtype,
-        M=M,
-        K=K,
-        N=N,
         rank=0 if adapter is None else adapter.rank,
         adapters=int(adapter is not None),
-        aligned=are_rows_aligned(weight.stride(), weight.itemsize, starts_on_16=bool(forms[1] and forms[1][3])),
     )
     chosen = choice.choose(call).backend
     if copied or chosen not in _DIRECT:
@@ -291,21 +306,8 @@ def _direct_multi(
     if bias is not None and not bias.is_contiguous():
         return None
     dtype, rank, count, slices = about
-    M, (N, K) = x.numel() // x.shape[-1], weight.shape
-    call = Call(
-        op=LORA_LINEAR._replace(many=True),
-        device=device,
-        x_dtype=x.dtype,
-        weight_dtype=weight.dtype,
-        adapter_dtype=dtype,
-        M=M,
-        K=K,
-        N=N,
-        rank=rank,
-        adapters=count,
-        slices=slices,
-        aligned=are_rows_aligned(weight.stride(), weight.itemsize, starts_on_16=bool(forms[1] and forms[1][3])),
-    )
+    op = LORA_LINEAR._replace(many=True)
+    call = _call(forms, op, device, adapter_dtype=dtype, rank=rank, adapters=count, slices=slices)
     return _DIRECT.get(choice.choose(call).backend)
 
 

@@ -23,6 +23,7 @@ class Times(NamedTuple):
     median_us: float
     p10_us: float
     p90_us: float
+    mean_us: float
     repeats: int
 
 
@@ -65,7 +66,7 @@ def interleave(
     finally:
         if collecting:
             gc.enable()
-    return {name: _summary(samples[name]) for name in names}
+    return {name: summary(samples[name]) for name in names}
 
 
 def wall(wait: Run) -> Clock:
@@ -102,11 +103,10 @@ def cuda_events() -> Clock:
     return clock
 
 
-def _summary(samples: list[float]) -> Times:
-    if len(samples) == 1:
-        return Times(samples[0], samples[0], samples[0], 1)
-    deciles = statistics.quantiles(samples, n=10, method="inclusive")
-    return Times(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+def summary(samples: list[float]) -> Times:
+    """Of at least one time in µs."""
+    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples
+    return Times(statistics.median(samples), deciles[0], deciles[-1], statistics.fmean(samples), len(samples))
 
 
 def _nothing() -> None:

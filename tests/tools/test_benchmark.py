@@ -16,6 +16,7 @@ from rich.console import Console
 from peftk import _cpu, cli
 from peftk.backends import choice
 from peftk.system import extras
+from peftk.system.timing import summary
 from peftk.tools.benchmark import contended, lora_linear, suite, suite_cases
 from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
 from peftk.tools.benchmark.roofline import READ, Bound, Row, Work
@@ -201,7 +202,8 @@ def test_contended_rows(monkeypatch):
         LINEAR, "peftk cpu", *(f"{side} beside {n}" for n in (1, 2) for side in (LINEAR, "peftk cpu"))
     ]  # fmt: skip
 
-    times = iter([{LINEAR: [1.0, 3.0], "peftk cpu": [1.0]}, {LINEAR: [1.0, 7.0], "peftk cpu": [3.0, 5.0]}] * 2)
+    samples = [{LINEAR: [1.0, 3.0], "peftk cpu": [1.0]}, {LINEAR: [1.0, 7.0], "peftk cpu": [3.0, 5.0]}]
+    times = iter([{side: summary(its) for side, its in sides.items()} for sides in samples] * 2)
     monkeypatch.setattr(contended, "BUSY", (2,))
     monkeypatch.setattr(contended, "_times", lambda case, seconds: next(times))
     slowdowns = contended.measure(suite_cases.build(shape).case, 0.0).slowdowns

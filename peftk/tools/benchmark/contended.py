@@ -7,14 +7,14 @@ compared here, not medians, and the slowdown of peftk's layer with that of nn.Li
 from __future__ import annotations
 
 import contextlib
-import statistics
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+from peftk.system.timing import Times, interleave
 from peftk.tools.benchmark.common import Case, Record, Side
 from peftk.tools.benchmark.quiet import Watch
 from peftk.tools.benchmark.targets import BUSY, beside
@@ -41,7 +41,7 @@ def measure(case: Case, seconds: float) -> Contended:
     peer, ours = case.sides
     errors = {side.name: side.error() for side in case.sides}
     if max(errors.values()) > 1.0:
-        return Contended([_record(case, side, side.name, errors, []) for side in case.sides], {}, None)
+        return Contended([_record(case, side, side.name, errors, None) for side in case.sides], {}, None)
     watch = Watch()
     alone = _times(case, seconds)
     not_run = watch.not_run()
@@ -50,10 +50,11 @@ def measure(case: Case, seconds: float) -> Contended:
     for processes in BUSY:
         with busy(processes):
             times = _times(case, seconds)
-        means = {name: statistics.fmean(samples) for name, samples in times.items()}
-        slower = {name: mean / statistics.fmean(alone[name]) for name, mean in means.items()}
+        slower = {side: its.mean_us / alone[side].mean_us for side, its in times.items()}
         name = beside(processes)
-        slowdowns[name] = Slowdown(means[ours.name], means[peer.name], slower[ours.name] / slower[peer.name])
+        slowdowns[name] = Slowdown(
+            times[ours.name].mean_us, times[peer.name].mean_us, slower[ours.name] / slower[peer.name]
+        )
         records.append(_record(case, peer, name, errors, times[peer.name]))
         records.append(_record(case, ours, name.replace(peer.name, ours.name), errors, times[ours.name]))
     return Contended(records, slowdowns, not_run)
@@ -76,36 +77,25 @@ def busy(processes: int) -> Iterator[None]:
             process.communicate()
 
 
-def _times(case: Case, seconds: float) -> dict[str, list[float]]:
-    """All times in µs, by side."""
-    samples: dict[str, list[float]] = {side.name: [] for side in case.sides}
+def _times(case: Case, seconds: float) -> dict[str, Times]:
     with torch.inference_mode():
         for side in case.sides:
             for _ in range(_WARM_UP):
                 side.run()
-        end = time.perf_counter() + seconds
-        order = list(case.sides)
-        while time.perf_counter() < end or not samples[order[0].name]:
-            order.reverse()
-            for side in order:
-                before = time.perf_counter_ns()
-                side.run()
-                samples[side.name].append((time.perf_counter_ns() - before) / 1000)
-    return samples
+        return interleave({side.name: side.run for side in case.sides}, seconds=seconds, repeats=sys.maxsize)
 
 
-def _record(case: Case, side: Side, name: str, errors: dict[str, float], samples: list[float]) -> Record:
-    deciles = statistics.quantiles(samples, n=10, method="inclusive") if len(samples) > 1 else samples * 9
+def _record(case: Case, side: Side, name: str, errors: dict[str, float], times: Times | None) -> Record:
     return Record(
         **case.shape._asdict(),
         device="cpu",
         side=name,
         passed=errors[side.name] <= 1.0,
         error=errors[side.name],
-        median_us=statistics.median(samples) if samples else None,
-        p10_us=deciles[0] if samples else None,
-        p90_us=deciles[-1] if samples else None,
-        repeats=len(samples),
+        median_us=None if times is None else times.median_us,
+        p10_us=None if times is None else times.p10_us,
+        p90_us=None if times is None else times.p90_us,
+        repeats=0 if times is None else times.repeats,
         baseline=case.sides[0].name,
         over_baseline=None,
         over_peft=None,
