@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cpu/floating_point.h"
+#include "cpu/lateness.h"
 #include "cpu/openmp.h"
 
 namespace peftk {
@@ -30,19 +31,6 @@ using std::chrono::microseconds;
 // on others. This covers the gap between two parallel loops, between one layer and the next, and the rest of a task on
 // another thread. A thread that has lost its core takes milliseconds.
 constexpr int kSpins = 2000;
-
-// OpenMP's threads came late if the caller waited for them, at a job's begin or end or for a task of theirs, for longer
-// than kLate, and for longer than it worked: alone it would have been faster. The time in which one of them computed
-// more than the caller is no waiting. A wait beyond kTurn is not judged: most likely the process has used up its quota
-// of time, which stops the caller too.
-constexpr microseconds kLate(500), kTurn(20'000);
-
-// The next jobs do not borrow them, until these jobs have taken kAvoid times as long as the caller had waited. If the
-// threads then come late again before kCalm times the new wait has been spent with them, the time without them grows by
-// the same factor, up to a second. So on a quiet machine a delay costs little, and on a busy one hardly any time is
-// lost by waiting.
-constexpr int kAvoid = 4, kCalm = 16;
-constexpr std::chrono::seconds kAvoidMost(1);
 
 // Where OpenMP's threads came late, the caller works alone for this long before it wakes workers. So small jobs stay on
 // their thread.
@@ -246,64 +234,40 @@ private:
     Bell opened_, left_;  // rung when a job is opened, and when a worker leaves it
 };
 
-// Torch's OpenMP threads, and for how long they are not borrowed because they came late. All times are those of jobs.
-class Borrowed {
-public:
-    bool are_late() const { return avoid_ > Clock::duration::zero(); }
-    void spend(Clock::duration time) { avoid_ -= time; }  // of a job that did not borrow them
-
-    void run(const Job& job, OpenMpParallel parallel) {
-        struct Team {
-            const Job& job;
-            Tasks tasks;
-            pthread_t caller;
-            Clock::duration worked;               // by the caller
-            std::atomic<Clock::rep> most_worked;  // by another thread
-        } team{job, {}, pthread_self(), {}, {0}};
-        const auto take = [](void* context) {
-            Team& its = *static_cast<Team*>(context);
-            if (!pthread_equal(its.caller, pthread_self())) {
-                const Clock::duration before = processor_time();
-                its.tasks.take(its.job);
-                const Clock::rep worked = (processor_time() - before).count();
-                Clock::rep most = its.most_worked.load(std::memory_order_relaxed);
-                while (worked > most && !its.most_worked.compare_exchange_weak(most, worked)) {
-                }
-                return;
-            }
-            slept = Clock::duration::zero();
-            const Clock::time_point begin = Clock::now();
+// Runs a job on torch's OpenMP threads and looks whether they came late.
+void borrow(const Job& job, OpenMpParallel parallel, Lateness& lateness) {
+    struct Team {
+        const Job& job;
+        Tasks tasks;
+        pthread_t caller;
+        Clock::duration worked;               // by the caller
+        std::atomic<Clock::rep> most_worked;  // by another thread
+    } team{job, {}, pthread_self(), {}, {0}};
+    const auto take = [](void* context) {
+        Team& its = *static_cast<Team*>(context);
+        if (!pthread_equal(its.caller, pthread_self())) {
+            const Clock::duration before = processor_time();
             its.tasks.take(its.job);
-            its.worked = Clock::now() - begin - slept;
-        };
-        const Clock::time_point begin = Clock::now();
-        parallel(take, &team, unsigned(job.helpers) + 1, 0);
-        const Clock::duration computed = Clock::duration(team.most_worked.load()) - team.worked;
-        look_back(team.worked, Clock::now() - begin - team.worked - std::max(computed, Clock::duration::zero()));
-        team.tasks.rethrow();
-    }
-
-private:
-    // After a job that had them.
-    void look_back(Clock::duration worked, Clock::duration waited) {
-        if (waited > kTurn) return;
-        if (waited <= std::max<Clock::duration>(worked, kLate)) {
-            in_time_ += worked + waited;
+            const Clock::rep worked = (processor_time() - before).count();
+            Clock::rep most = its.most_worked.load(std::memory_order_relaxed);
+            while (worked > most && !its.most_worked.compare_exchange_weak(most, worked)) {
+            }
             return;
         }
-        if (in_time_ >= kCalm * waited) avoided_ = Clock::duration::zero();
-        avoided_ = std::min<Clock::duration>(kAvoid * std::max(waited, avoided_), kAvoidMost);
-        avoid_ = avoided_;
-        in_time_ = Clock::duration::zero();
-    }
-
-    Clock::duration avoid_{0}, avoided_{0};  // what is left of the time without them, and all of it
-    Clock::duration in_time_{0};             // how long they have been borrowed since then
-};
+        slept = Clock::duration::zero();
+        const Clock::time_point begin = Clock::now();
+        its.tasks.take(its.job);
+        its.worked = Clock::now() - begin - slept;
+    };
+    const Clock::time_point begin = Clock::now();
+    parallel(take, &team, unsigned(job.helpers) + 1, 0);
+    lateness.look_back(Clock::now() - begin, team.worked, Clock::duration(team.most_worked.load()));
+    team.tasks.rethrow();
+}
 
 // Never destroyed: at exit its workers sleep or end with the process.
 Pool* pool = nullptr;
-Borrowed borrowed;
+Lateness lateness;         // of torch's OpenMP threads; its times are those of jobs
 std::mutex workers_mutex;  // held by the caller that has the workers
 bool forked = false;
 
@@ -311,7 +275,7 @@ void lock_before_fork() { workers_mutex.lock(); }
 void unlock_in_parent() { workers_mutex.unlock(); }
 void reset_in_child() {
     pool = nullptr;  // its workers exist only in the parent
-    borrowed = Borrowed();
+    lateness = Lateness();
     forked = true;  // so do OpenMP's threads, and libgomp would wait for them forever
     workers_mutex.unlock();
 }
@@ -330,12 +294,12 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void
     std::lock_guard<std::mutex> lock(workers_mutex, std::adopt_lock);
     // `threads`, even for fewer tasks: an OpenMP team that changes its size with every job is slow to start
     Job job{body, context, tasks, threads - 1};
-    if (borrows_openmp() && !borrowed.are_late()) return borrowed.run(job, openmp_parallel());
+    if (borrows_openmp() && !lateness.are_late()) return borrow(job, openmp_parallel(), lateness);
     job.helpers = int(std::min<int64_t>(tasks, threads)) - 1;
     if (!pool) pool = new Pool;
     const Clock::time_point begin = Clock::now();
-    pool->run(job, borrowed.are_late() ? kAlone : microseconds(0));
-    borrowed.spend(Clock::now() - begin);
+    pool->run(job, lateness.are_late() ? kAlone : microseconds(0));
+    lateness.spend(Clock::now() - begin);
 }
 
 bool borrows_openmp() { return !forked && openmp_parallel() != nullptr; }

@@ -306,6 +306,11 @@ def test_the_pool_alone(tmp_path: Path, flags: tuple[str, ...]) -> None:
     assert not done.stderr
 
 
+def test_which_threads_are_late(tmp_path: Path) -> None:
+    done = subprocess.run([build_program(tmp_path, "lateness", ())], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("flags", [(), pytest.param(("-fsanitize=thread",), marks=FULL)])
 def test_threads_that_come_late(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """Three tries: on a busy machine a call that should be in time may take milliseconds."""
