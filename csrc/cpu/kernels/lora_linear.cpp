@@ -46,6 +46,7 @@ constexpr bool kHavePanels = true;
 constexpr bool kHavePanels = false;
 constexpr int64_t kDotTokens32 = kMaxDotTokens, kDotTokens16 = kMaxDotTokens;
 static inline int64_t panel_columns(const LinearOp&) { return 0; }
+static inline int64_t tile_height(const LinearOp&) { return 0; }
 #endif
 
 struct Shape {
@@ -152,7 +153,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
 // ---- the input's prepared forms -----------------------------------------------------------------------------------
 
 // Rows that one task prepares.
-int64_t prepared_rows(const Shape& shape) { return shape.form == kPanels ? kRowsOfTwo : W; }
+int64_t prepared_rows(const LinearOp& op, const Shape& shape) { return shape.form == kPanels ? tile_height(op) : W; }
 
 // Prepares W rows of the block, from row W · part on; in the panels form, tile number `part`.
 void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
@@ -752,7 +753,7 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
         if (!op.dropout.on && group_count < 4 * int64_t(threads) && threads > 1) page_runs = ceil_div(op.max_rank, 16);
     }
     const bool in_place = !op.out || shape.form == kOverBase || (shape.form == kDot && shape.pairs);
-    const int64_t preparations = in_place ? 0 : ceil_div(rows, prepared_rows(shape));
+    const int64_t preparations = in_place ? 0 : ceil_div(rows, prepared_rows(op, shape));
     if (!in_place) {
         const int64_t row = shape.form == kLanes || shape.form == kPanels ? shape.steps : shape.in_row;
         shape.in = scratch_of<float>(kInputSlot, round_up(rows, W) * row);

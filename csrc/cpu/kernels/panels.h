@@ -1,9 +1,9 @@
 // The panels form of the product: lanes are columns of the result, and both operands are packed.
 //
 // The input is packed once a call, in tiles of up to kRowsOfTwo rows: [steps, rows of the tile]. A task packs its part
-// of W, 256 or 64 steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is transposed if
-// it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant offsets from
-// them.
+// of W, kPanelSteps steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is transposed
+// if it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant offsets
+// from them.
 //
 // Sums have two levels, as in `outer`; a part is longer where the contraction is longer (`panel_part`).
 #pragma once
@@ -21,19 +21,19 @@ constexpr int64_t kPanelWidth = 2 * W;
 constexpr int64_t kPanelChunk = 32;                // steps in which a tile prefetches one chunk of consecutive lines:
 constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 
-// Steps that a task packs and multiplies at a time. Where W is contiguous along the contraction, a panel of 256 steps
-// stays in L1. Where it is contiguous along the columns, a task has many columns, to read much of each row of W at a
-// time, and all its panels stay in L2.
-static inline int64_t panel_steps(const LinearOp& op) { return along_contraction(op) ? 256 : 64; }
+constexpr int64_t kPanelSteps = 256;  // that a task packs and multiplies at a time: a panel stays in L1
 
 // The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
-// to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and are
-// then added to the tile, as in panel_tile.
-constexpr int64_t kStreamedRows = kRowsOfTwo;  // a single tile
+// to be packed. One or two rows of W at a time are added to the sums, in place. The sums of a part begin at zero and
+// are then added to the total, as in panel_tile.
+constexpr int64_t kStreamedRows = 8, kStreamedTile = 4;
 
 static inline bool is_streamed(const LinearOp& op) { return !along_contraction(op) && op.M <= kStreamedRows; }
 
-// Columns of a task.
+// Rows of a tile of the packed input, at most.
+static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ? kStreamedTile : kRowsOfTwo; }
+
+// Columns of a task. Where W is contiguous along them they are many, to read much of each row of W at a time.
 static inline int64_t panel_columns(const LinearOp& op) {
     if (along_contraction(op)) return 2 * kPanelWidth;
     const int64_t element = size_of(op.weight_dtype);
@@ -41,26 +41,24 @@ static inline int64_t panel_columns(const LinearOp& op) {
     return 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
 
-// Steps of a part for a contraction over C, if the task has so many at a time. docs/cpu.md has the errors.
+// Steps of a part for a contraction over C. docs/cpu.md has the errors.
 static inline int64_t panel_part(int64_t C) { return C < 128 ? 32 : C < 512 ? 64 : C < 2048 ? 128 : 256; }
 
-// The tiles that `rows` rows are divided into: of about the same height, since a low tile has too few sums to hide the
-// latency of fma. The first ones are one row higher than the others.
+// The tiles of at most `most` rows that `rows` rows are divided into: of about the same height, since a low tile has
+// too few sums to hide the latency of fma. The first ones are one row higher than the others.
 struct RowTiles {
     int64_t rows, count, height, higher;
 
-    explicit RowTiles(int64_t rows)
-        : rows(rows),
-          count(ceil_div(rows, kRowsOfTwo)),
-          height(count ? rows / count : 0),
-          higher(rows - count * height) {}
+    explicit RowTiles(int64_t rows, int64_t most)
+        : rows(rows), count(ceil_div(rows, most)), height(count ? rows / count : 0), higher(rows - count * height) {}
     int64_t first(int64_t tile) const { return tile * height + min64(tile, higher); }
 };
 
-// Consecutive chunks of cache lines, `next` bytes from one to the next, that the next tiles read.
+// Chunks of cache lines that are read later. With every chunk the one `second` bytes further on comes too; it is
+// `next` bytes to the next.
 struct PanelAhead {
     const char* line;
-    int64_t next;
+    int64_t second, next;
 };
 
 template <int kRows, int kVectors>
@@ -91,6 +89,7 @@ PEFTK_TILE void panel_tile(const float* b, const float* l, int64_t steps, int64_
         for (int64_t chunk = end / kPanelChunk; chunk > 0; chunk--, ahead.line += ahead.next) {
             for (int s = 0; s < kPanelChunk / 4; s++) {
                 __builtin_prefetch(ahead.line + 64 * s, 0, 2);
+                __builtin_prefetch(ahead.line + 64 * s + ahead.second, 0, 2);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) step();
             }
@@ -118,14 +117,13 @@ static void panel_rows(int64_t rows, const float* b, const float* l, int64_t ste
     }
 }
 
-// The packed input, in blocks of `block` steps; a block has its tiles one after the other.
+// The packed input, in blocks of kPanelSteps steps; a block has its tiles one after the other.
 struct PackedRows {
     float* data;
     RowTiles tiles;
-    int64_t block;
 
     PackedRows(const LinearOp& op, void* data, int64_t rows)
-        : data(static_cast<float*>(data)), tiles(rows), block(panel_steps(op)) {}
+        : data(static_cast<float*>(data)), tiles(rows, tile_height(op)) {}
 
     // Where the block begins that has `steps` steps from `first` on.
     float* at(int64_t tile, int64_t first, int64_t steps) const {
@@ -136,8 +134,8 @@ struct PackedRows {
 // Packs one tile of `count` rows of C elements; rows has W addresses, of which the first `count` are used.
 template <class T>
 static void pack_tile(const T* const* rows, int64_t count, int64_t C, const PackedRows& packed, int64_t tile) {
-    for (int64_t first = 0; first < C; first += packed.block) {
-        const int64_t steps = min64(packed.block, C - first);
+    for (int64_t first = 0; first < C; first += kPanelSteps) {
+        const int64_t steps = min64(kPanelSteps, C - first);
         float* to = packed.at(tile, first, steps);
         for (int64_t s = 0; s < steps; s += W) {
             const int64_t n = min64(W, steps - s);
@@ -177,17 +175,13 @@ static void pack_transposed(const T* data, int64_t along, int64_t count, int64_t
     }
 }
 
-// Packs the panels of an operand that is contiguous along its columns: `count` columns, `along` elements from one step
-// to the next. Panel p begins at to + p * size.
+// Packs one panel of an operand that is contiguous along its columns: `count` columns, `along` elements from one step
+// to the next, to [steps, width].
 template <class T>
-static void pack_copied(const T* data, int64_t along, int64_t count, int64_t steps, float* to, int64_t size) {
-    for (int64_t s = 0; s < steps; s++) {
-        const T* from = data + s * along;
-        for (int64_t o = 0; o < count; o += W) {
-            const int64_t in_panel = o % kPanelWidth, first = o - in_panel;
-            const int64_t width = min64(kPanelWidth, round_up(count - first, W));
-            store(to + first / kPanelWidth * size + s * width + in_panel,
-                  count - o >= W ? load(from + o) : load_n(from + o, int(count - o)));
+static void pack_copied(const T* data, int64_t along, int64_t count, int64_t steps, int64_t width, float* to) {
+    for (int64_t s = 0; s < steps; s++, data += along, to += width) {
+        for (int64_t o = 0; o < width; o += W) {
+            store(to + o, count - o >= W ? load(data + o) : load_n(data + o, int(count - o)));
         }
     }
 }
@@ -239,107 +233,109 @@ PEFTK_TILE void stream_rows(const float* b, const T* w, int64_t along, int64_t c
     if (const int rest = int(count - o)) add(o, [rest](const T* p) { return load_n(p, rest); });
 }
 
-template <int kRows, class T>
-static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
-    constexpr int kStep = kRows > 4 ? 1 : 8 / kRows;  // as many values of the input as registers have room for
-    const int64_t part = min64(panel_part(op.C), packed.block), size = kRows * columns.padded;  // as in product_panels
+// The same for a tile of `rows` rows.
+template <int kRows, int kStep, class T>
+static void stream_tile(int64_t rows, const float* b, const T* w, int64_t along, int64_t count, float* sums,
+                        int64_t row) {
+    if (rows == kRows) {
+        stream_rows<kRows, kStep>(b, w, along, count, sums, row);
+    } else if constexpr (kRows > 1) {
+        stream_tile<kRows - 1, kStep>(rows, b, w, along, count, sums, row);
+    }
+}
+
+template <class T>
+static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* total) {
+    constexpr int kStep = 2;  // registers hold its values of four rows of the input
+    const int64_t part = panel_part(op.C), row = columns.padded, size = packed.tiles.rows * row;
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
-    if (op.C == 0) memset(tile, 0, size_t(size) * sizeof(float));
+    if (op.C == 0) memset(total, 0, size_t(size) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += part) {
         memset(sums, 0, size_t(size) * sizeof(float));
-        const int64_t end = min64(first + part, op.C);
-        int64_t s = first;
-        for (; s + kStep <= end; s += kStep) {  // with a single tile, blocks of the packed input follow each other
-            stream_rows<kRows, kStep>(packed.data + s * kRows, w + s * op.weight_c, op.weight_c, columns.count, sums,
-                                      columns.padded);
-        }
-        for (; s < end; s++) {
-            stream_rows<kRows, 1>(packed.data + s * kRows, w + s * op.weight_c, op.weight_c, columns.count, sums,
-                                  columns.padded);
+        const int64_t end = min64(first + part, op.C), block = first / kPanelSteps * kPanelSteps;
+        const int64_t steps = min64(kPanelSteps, op.C - block);
+        for (int64_t s = first; s < end; s += kStep) {
+            const auto add_rows =
+                end - s >= kStep ? stream_tile<kStreamedTile, kStep, T> : stream_tile<kStreamedTile, 1, T>;
+            for (int64_t t = 0; t < packed.tiles.count; t++) {
+                const int64_t i = packed.tiles.first(t), rows = packed.tiles.first(t + 1) - i;
+                add_rows(rows, packed.at(t, block, steps) + (s - block) * rows, w + s * op.weight_c, op.weight_c,
+                         columns.count, sums + i * row, row);
+            }
         }
         for (int64_t i = 0; i < size; i += W) {
-            store(tile + i, first == 0 ? load(sums + i) : add(load(tile + i), load(sums + i)));
+            store(total + i, first == 0 ? load(sums + i) : add(load(total + i), load(sums + i)));
         }
     }
 }
 
 static void product_streamed(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
+    with_type(op.weight_dtype, [&](auto type) { stream<decltype(type)>(op, packed, columns, tile); });
+}
+
+// Packs the panel of W that begins at the block's column o, steps first … first + steps - 1.
+static void pack_panel(const LinearOp& op, const Columns& columns, int64_t o, int64_t first, int64_t steps, float* to) {
+    const int64_t count = min64(kPanelWidth, columns.count - o), width = round_up(count, W);
     with_type(op.weight_dtype, [&](auto type) {
         typedef decltype(type) T;
-        switch (packed.tiles.rows) {
-            case 1: return stream<1, T>(op, packed, columns, tile);
-            case 2: return stream<2, T>(op, packed, columns, tile);
-            case 3: return stream<3, T>(op, packed, columns, tile);
-            case 4: return stream<4, T>(op, packed, columns, tile);
-            case 5: return stream<5, T>(op, packed, columns, tile);
-            default: return stream<6, T>(op, packed, columns, tile);
-        }
+        const T* data = static_cast<const T*>(op.weight) + (columns.first + o) * op.weight_o + first * op.weight_c;
+        if (along_contraction(op)) return pack_transposed(data, op.weight_o, count, steps, width, to);
+        pack_copied(data, op.weight_c, count, steps, width, to);
     });
 }
 
-// Packs the block's columns of W, steps first … first + steps - 1. Panel p begins at to + p * size.
-static void pack_weight(const LinearOp& op, const Columns& columns, int64_t first, int64_t steps, float* to,
-                        int64_t size) {
-    with_type(op.weight_dtype, [&](auto type) {
-        typedef decltype(type) T;
-        const T* data = static_cast<const T*>(op.weight) + columns.first * op.weight_o + first * op.weight_c;
-        if (!along_contraction(op)) return pack_copied(data, op.weight_c, columns.count, steps, to, size);
-        for (int64_t o = 0; o < columns.count; o += kPanelWidth, to += size) {
-            const int64_t count = min64(kPanelWidth, columns.count - o);
-            pack_transposed(data + o * op.weight_o, op.weight_o, count, steps, round_up(count, W), to);
-        }
-    });
-}
-
-// What comes into L2 while steps up to `end` are multiplied: chunks of lines of the next steps, or of the next columns'
-// first steps. All of them do from 19 rows on.
+// What comes into L2 while `tiles` tiles are multiplied with the steps from `first` to `end`: the next steps of the
+// columns, or the next columns' first steps, in chunks. A tile fetches one or two of them every kPanelChunk steps.
 class NextSteps {
 public:
-    NextSteps(const LinearOp& op, const PackedRows& packed, const Columns& columns, int64_t end) {
-        const int64_t element = size_of(op.weight_dtype), next = end < op.C ? end : 0;
-        const int64_t first = columns.first + (next ? 0 : columns.count);
-        const void* from = at(op.weight, op.weight_dtype, first * op.weight_o + next * op.weight_c);
+    NextSteps(const LinearOp& op, const Columns& columns, int64_t first, int64_t end, int64_t tiles) : tiles_(tiles) {
+        const int64_t element = size_of(op.weight_dtype), step = end < op.C ? end : 0;
+        const int64_t column = columns.first + (step ? 0 : columns.count);
+        data_ = static_cast<const char*>(at(op.weight, op.weight_dtype, column * op.weight_o + step * op.weight_c));
         const bool along = along_contraction(op);
-        data_ = static_cast<const char*>(from);
         row_ = (along ? op.weight_o : op.weight_c) * element;
-        rows_ = along ? columns.count : packed.block;
-        chunks_ = rows_ * ceil_div((along ? packed.block : columns.count) * element, kChunkBytes);
+        rows_ = along ? columns.count : kPanelSteps;
+        chunks_ = rows_ * ceil_div((along ? kPanelSteps : columns.count) * element, kChunkBytes);
+        at_once_ = tiles * ((end - first) / kPanelChunk) < chunks_ ? 2 : 1;
     }
 
-    // The share of tile number `tile` of `tiles`.
-    PanelAhead share(int64_t tile, int64_t tiles) const {
-        const int64_t chunk = tile * chunks_ / tiles;
-        const bool any = chunk < (tile + 1) * chunks_ / tiles;
-        return {data_ + chunk % rows_ * row_ + chunk / rows_ * kChunkBytes, any ? row_ : 0};
+    // The share of tile number `tile`.
+    PanelAhead share(int64_t tile) const {
+        const int64_t chunk = tile * chunks_ / tiles_;
+        const bool any = chunk < (tile + 1) * chunks_ / tiles_;
+        return {data_ + chunk % rows_ * row_ + chunk / rows_ * kChunkBytes, (at_once_ - 1) * row_,
+                any ? at_once_ * row_ : 0};
     }
 
 private:
     const char* data_;
-    int64_t row_, rows_, chunks_;  // bytes from row to row; rows; chunks of all rows
+    int64_t row_, rows_, chunks_, tiles_, at_once_;  // bytes from row to row; rows; chunks of all rows
 };
 
 // tile [rows, padded] = the packed input times the block's columns of W.
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
-    const int64_t panels = ceil_div(columns.count, kPanelWidth), size = kPanelWidth * packed.block;
-    const int64_t rows_at_once = kPanelRows / kRowsOfTwo, part = panel_part(op.C), padded = columns.padded;
+    const int64_t panels = ceil_div(columns.count, kPanelWidth), part = panel_part(op.C), padded = columns.padded;
+    const int64_t rows_at_once = kPanelRows / kRowsOfTwo;
     const RowTiles& tiles = packed.tiles;
-    float* weight = scratch_of<float>(kWeightSlot, panels * size);
+    // A panel is kept if other rows want it again; if not, the next one takes its place, which is in L1.
+    const int64_t size = kPanelWidth * kPanelSteps, keep = tiles.count > rows_at_once ? size : 0;
+    float* weight = scratch_of<float>(kWeightSlot, (panels - 1) * keep + size);
     if (op.C == 0) memset(tile, 0, size_t(tiles.rows * padded) * sizeof(float));
-    for (int64_t first = 0; first < op.C; first += packed.block) {
-        const int64_t steps = min64(packed.block, op.C - first);
-        pack_weight(op, columns, first, steps, weight, size);
-        const NextSteps next(op, packed, columns, first + steps);
+    for (int64_t first = 0; first < op.C; first += kPanelSteps) {
+        const int64_t steps = min64(kPanelSteps, op.C - first);
+        const NextSteps next(op, columns, first, first + steps, panels * tiles.count);
         int64_t done = 0;
         for (int64_t low = 0; low < tiles.count; low += rows_at_once) {
             for (int64_t p = 0; p < panels; p++) {
                 const int64_t o = p * kPanelWidth;
+                if (low == 0) pack_panel(op, columns, o, first, steps, weight + p * keep);
                 const auto multiply = padded - o >= kPanelWidth ? panel_rows<kRowsOfTwo, 2> : panel_rows<kRowsOfTwo, 1>;
                 for (int64_t t = low; t < min64(low + rows_at_once, tiles.count); t++, done++) {
                     const int64_t row = tiles.first(t);
-                    multiply(tiles.first(t + 1) - row, packed.at(t, first, steps), weight + p * size, steps, part,
-                             tile + row * padded + o, padded, first == 0, next.share(done, panels * tiles.count));
+                    multiply(tiles.first(t + 1) - row, packed.at(t, first, steps), weight + p * keep, steps, part,
+                             tile + row * padded + o, padded, first == 0, next.share(done));
                 }
             }
         }
