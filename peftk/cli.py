@@ -342,7 +342,7 @@ def tune(forget: bool, model: Path | None) -> None:
         return
     from rich.table import Table
 
-    from peftk.backends import measured
+    from peftk.backends import made_on, measured
     from peftk.tuning import tune
 
     console = _console()
@@ -358,7 +358,7 @@ def tune(forget: bool, model: Path | None) -> None:
     console.print("[bold]Bold[/]: `gemm` runs such calls from now on; `cpu` runs all others.")
     table = Table("operation", "K = N", *(f"M = {M}" for M in tune.TOKENS))
     for key, points in found.items():
-        margin = measured.margin(key)
+        margin = made_on.margin(key)
         for dim in tune.DIMS:
             gains = {point.M: point.gain for point in points if point.dim == dim}
             cells = (f"{gains[M]:.2f}" if M in gains else "small" for M in tune.TOKENS)

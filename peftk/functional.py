@@ -23,11 +23,12 @@ from peftk.adapters.bank import AdapterBank, PackedBank
 from peftk.adapters.dropout import dropout_of
 from peftk.adapters.table import AdapterTable
 from peftk.ops import layer_calls, merge
-from peftk.ops.dispatch import direct_lora_linear, is_recording
+from peftk.ops.dispatch import direct_lora_linear
 from peftk.reference.merge import Factors, factors
 from peftk.reference.receipt import MergeReceipt
 from peftk.reference.receipt import check as check_receipt
 from peftk.system.lasting import lasting
+from peftk.system.recording import is_recording
 
 __all__ = [
     "MergeReceipt",

@@ -35,8 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_measured_choice(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Uses the default choice of backend, whatever `peftk tune` has measured on this machine."""
+    """Uses the shipped choice of backend, whatever was measured on this machine, and measures nothing."""
     os.environ["PEFTK_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["PEFTK_FIRST_USE"] = "0"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -89,6 +89,7 @@ class Choice(NamedTuple):
     reason: str
     rejected: tuple[tuple[str, str], ...]  # (backend, why not), in the order they were tried
     kernel: str = ""  # the backend's description: kernels, launches, SIMD level
+    unmeasured: bool = False  # the call will first measure whether another backend is faster
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}"]

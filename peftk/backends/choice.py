@@ -2,8 +2,9 @@
 
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
 `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it can run). The choice depends on the
-call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`, which has the rules without a
-measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms, which excludes `gemm`.
+call, on what was measured on this machine, by `peftk tune` (`peftk.backends.measured`) or at the first use of such a
+shape (`peftk.backends.first_use`), on what is shipped for where nothing was (`shipped`; on a GPU a model of it), and on
+torch's switch for deterministic algorithms, which excludes `gemm`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from peftk.backends import measured, registry
+from peftk.backends import first_use, measured, registry
 from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
 from peftk.backends.contract import Backend
+from peftk.backends.made_on import Verdict
 
 # The first backend that can run the call is chosen. The reference runs every call, so there is always one.
 _ORDER = {
@@ -54,8 +56,12 @@ def choose(call: Call, forced: str | None = None) -> Choice:
 
 
 def backend_for(call: Call, forced: str | None = None) -> Backend:
-    """The backend that `choose` names."""
-    return registry.backend(choose(call, forced).backend)
+    """The backend that `choose` names, after a measurement if this is the first call of its class on this machine."""
+    chosen = choose(call, forced)
+    if chosen.unmeasured and first_use.measure(call):
+        _forget_choices()
+        chosen = choose(call, forced)
+    return registry.backend(chosen.backend)
 
 
 def choose_and_describe(call: Call, forced: str | None = None) -> Choice:
@@ -88,6 +94,17 @@ def forced() -> str | None:
 
 
 @remembered
+def keeps_to_our_kernels(dtype: torch.dtype, M: int, K: int, N: int) -> bool:
+    """Whether it is decided that a forward of this shape runs on our CPU kernels."""
+    call = Call(
+        op=LORA_LINEAR, device="cpu", x_dtype=dtype, weight_dtype=dtype, adapter_dtype=dtype, M=M, K=K, N=N, rank=1,
+        adapters=1,
+    )  # fmt: skip
+    chosen = _choose(call, None, False)
+    return chosen.backend == "cpu" and not chosen.unmeasured
+
+
+@remembered
 def direct_limit(device: str, dtype: torch.dtype) -> int:
     """Up to how many multiply-adds (M·K·N) a direct call in `dtype` runs whatever its shape."""
     if device != "cpu":
@@ -96,8 +113,12 @@ def direct_limit(device: str, dtype: torch.dtype) -> int:
 
 
 def forget() -> None:
-    """Clears cached choices, after a new measurement."""
+    """Makes the next calls read the measurements again and choose anew."""
     measured.forget_loaded()
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     for cached in _remembered:
         cached.cache_clear()
 
@@ -115,35 +136,35 @@ def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
             raise BackendError(f"backend {forced!r} was forced and cannot run {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
-    order, why = _backend_order(call, deterministic)
+    order, why, unmeasured = _backend_order(call, deterministic)
     for name in order:
         reason = cannot_run(name, call)
         if reason is None:
-            return Choice(
-                name, why.get(name, f"the preferred backend on {call.device} that can run this call"), tuple(rejected)
-            )
+            reason = why.get(name, f"the preferred backend on {call.device} that can run this call")
+            return Choice(name, reason, tuple(rejected), unmeasured=unmeasured)
         rejected.append((name, reason))
     raise BackendError(f"no backend can run {call}: {rejected}")
 
 
-def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends to try, in order, and reasons for some of them."""
+def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str], bool]:
+    """The backends to try, in order, reasons for some of them, and `Choice.unmeasured`."""
     if call.op == SEGMENTS:
-        return _SEGMENTS_ORDER, {}
+        return _SEGMENTS_ORDER, {}, False
     order = _ORDER.get(call.device, ("triton", "reference"))
     if call.device not in _ORDER or call.op.kind != "lora_linear":
-        return order, {}
-    gemm = False
+        return order, {}, False
     if deterministic:
-        reason = "with torch.use_deterministic_algorithms only our own kernels run"
+        verdict = Verdict(False, "with torch.use_deterministic_algorithms only our own kernels run")
     elif call.x_dtype != call.weight_dtype:
-        reason = "only our kernels multiply mixed dtypes without a copy"
+        verdict = Verdict(False, "only our kernels multiply mixed dtypes without a copy")
     elif call.device == "cpu" and call.M * call.K * call.N <= SMALL_CALL:
-        reason = "a small call goes directly to our kernels"
+        verdict = Verdict(False, "a small call goes directly to our kernels")
+    elif call.device == "cpu" and cannot_run("cpu", call) is not None:
+        verdict = Verdict(False, "our kernels cannot run it")
     else:
-        gemm, reason = measured.verdict(call)
-    order = ("gemm", *order) if gemm else order
-    return order, dict.fromkeys(order, reason)
+        verdict = measured.verdict(call)
+    order = ("gemm", *order) if verdict.gemm else order
+    return order, dict.fromkeys(order, verdict.reason), verdict.unmeasured
 
 
 def rounds_once(name: str) -> bool:

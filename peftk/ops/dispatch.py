@@ -23,15 +23,7 @@ from peftk.backends.call import BackendError, Op, are_rows_aligned, call_of
 from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
 from peftk.system import storage
-
-
-def is_recording() -> bool:
-    """Whether operations are being recorded: by torch.compile, torch.jit.trace, make_fx, or a torch dispatch mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+from peftk.system.recording import is_recording
 
 
 def _bias(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -76,6 +68,8 @@ def direct_lora_linear(
     adapter = (lora_A, lora_B, scaling, activation, bias_A, bias_B)
     for impl in _direct(device):
         y = impl.direct_lora_linear(x, weight, bias, *adapter, limit)
+        if y is None and limit and _keeps_to_our_kernels(x, weight):
+            y = impl.direct_lora_linear(x, weight, bias, *adapter, _NO_LIMIT)
         if y is not None:
             return y
     return None
@@ -94,9 +88,25 @@ def direct_multi_lora_linear(
     limit = choice.direct_limit(device, weight.dtype)
     for impl in _direct_multi(device):
         y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
+        if y is None and limit and _keeps_to_our_kernels(x, weight):
+            y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, _NO_LIMIT)
         if y is not None:
             return y
     return None
+
+
+_NO_LIMIT = 1 << 62
+
+
+def _keeps_to_our_kernels(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a call beyond the limit of direct ones has been decided for our CPU kernels."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == weight.dtype):
+        return False
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    N, K = weight.shape
+    M = x.numel() // max(K, 1)
+    return M * K * N > choice.SMALL_CALL and choice.keeps_to_our_kernels(x.dtype, M, K, N)
 
 
 def _may_be_direct(device: str) -> bool:

@@ -16,8 +16,8 @@ from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.flat import flat_tensors, pack
 from peftk.adapters.table import AdapterTable
 from peftk.ops import autograd, composed, custom_ops, dispatch
-from peftk.ops.dispatch import is_recording
 from peftk.system import autocast, storage
+from peftk.system.recording import is_recording
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

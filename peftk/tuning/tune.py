@@ -19,7 +19,7 @@ from torch import Tensor
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice, measured, registry
+from peftk.backends import choice, made_on, measured, registry
 from peftk.backends.call import LORA_LINEAR, Op
 from peftk.backends.contract import Backend, require
 from peftk.backends.measured import Point
@@ -62,7 +62,7 @@ def tune(progress: Callable[[str], None] = lambda _: None, *, seconds: float = 0
     for op in OPS:
         for dtype in DTYPES.values():
             progress(f"{op} {str(dtype).removeprefix('torch.')}")
-            grids[measured.key_of(op, dtype, "cpu")] = list(_measure(op, dtype, seconds))
+            grids[made_on.key_of(op, dtype, "cpu")] = list(_measure(op, dtype, seconds))
     measured.save(grids, "cpu")
     choice.forget()
     return grids
@@ -121,7 +121,7 @@ def gpu_gains(
     grids: dict[str, list[Point]] = {}
     for layer in _square_layers() if layers is None else layers:
         for op in (op._replace(many=layer.many) for op in OPS):
-            key = measured.key_of(op, layer.dtype, "cuda")
+            key = made_on.key_of(op, layer.dtype, "cuda")
             progress(f"{key} N={layer.N} K={layer.K}, against torch's product")
             for M in tokens:
                 if time.monotonic() <= until:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import peftk
 from peftk import cli
-from peftk.backends import choice, measured
+from peftk.backends import choice, made_on, measured, shipped
 from peftk.backends.call import Call, Op
 from peftk.tuning import model_shapes, tune
 from tests.support import calls
@@ -40,9 +40,13 @@ def write(points: dict[str, list[tuple[int, int, float]]]) -> None:
 
 def test_without_a_measurement_our_kernels_are_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(shipped, "cpu_vendor", lambda: "Somebody")
     chosen = choice.choose(call())
     assert chosen.backend == "cpu"
-    assert chosen.reason == "not measured on this machine (peftk tune); our kernels are the default"
+    assert chosen.reason == (
+        "not measured on this machine (peftk tune); our kernels are the default; "
+        "not measured at first use (PEFTK_FIRST_USE=0)"
+    )
     assert not cache.exists()
 
 
@@ -115,7 +119,7 @@ def test_a_process_keeps_its_choice(cache: Path) -> None:
 def test_other_versions_measure_again(cache: Path) -> None:
     write({"lora_linear float32": [(256, 4096, 9.0)]})
     entries = json.loads(cache.read_text())
-    entries[measured._machine("cpu")]["made_with"]["torch"] = "1.0"
+    entries[made_on.machine("cpu")]["made_with"]["torch"] = "1.0"
     cache.write_text(json.dumps(entries))
     choice.forget()
     chosen = choice.choose(call())
@@ -125,9 +129,9 @@ def test_other_versions_measure_again(cache: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}', '{"%s": {"made_with": {}, "gain": 1}}'])
 def test_a_broken_cache_is_ignored_with_a_warning(cache: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(measured, "_made_with", lambda device: {})
+    monkeypatch.setattr(made_on, "versions", lambda device: {})
     cache.parent.mkdir()
-    cache.write_text(text.replace("%s", measured._machine("cpu")))
+    cache.write_text(text.replace("%s", made_on.machine("cpu")))
     with pytest.warns(UserWarning, match=r"choice.json: expected what `peftk tune` writes"):
         chosen = choice.choose(call())
     assert chosen.backend == "cpu"
@@ -138,7 +142,7 @@ def test_machines_share_a_file(cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(json.dumps({"another machine": {"kept": True}}))
     write({"lora_linear float32": [(256, 4096, 9.0)]})
-    assert set(json.loads(cache.read_text())) == {"another machine", measured._machine("cpu")}
+    assert set(json.loads(cache.read_text())) == {"another machine", made_on.machine("cpu")}
     assert tune.forget()
     assert not tune.forget()
     assert json.loads(cache.read_text()) == {"another machine": {"kept": True}}
@@ -155,7 +159,7 @@ def test_tune_measures_writes_and_takes_effect(cache: Path, monkeypatch: pytest.
         # the smallest shape always runs on our kernels
         assert [(p.M, p.dim) for p in points] == [(8, 1024), (32, 512), (32, 1024)]
         assert all(0 < p.gain < 1e4 for p in points)
-    assert json.loads(cache.read_text())[measured._machine("cpu")]["threads"] == torch.get_num_threads()
+    assert json.loads(cache.read_text())[made_on.machine("cpu")]["threads"] == torch.get_num_threads()
     assert "measured at M=32" in choice.choose(call()).reason
 
 
@@ -212,8 +216,8 @@ def test_a_broken_file_is_replaced_or_deleted(cache: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("point", [("a", 512, 2.0), (0, 512, 2.0), (64, -512, 2.0), (64, 512, None), (64, 512)])
 def test_impossible_points_are_ignored_with_a_warning(cache: Path, point: tuple[object, ...]) -> None:
     cache.parent.mkdir()
-    entry = {"made_with": measured._made_with("cpu"), "gain": {"lora_linear float32": [point]}}
-    cache.write_text(json.dumps({measured._machine("cpu"): entry}))
+    entry = {"made_with": made_on.versions("cpu"), "gain": {"lora_linear float32": [point]}}
+    cache.write_text(json.dumps({made_on.machine("cpu"): entry}))
     choice.forget()
     with pytest.warns(UserWarning, match="expected what `peftk tune` writes"):
         chosen = choice.choose(call())
@@ -269,7 +273,7 @@ def test_on_a_gpu_a_model_decides_until_something_is_measured(gpu: None) -> None
 
 def test_without_a_gpu_nothing_is_asked_about_one() -> None:
     reason = measured.verdict(call(device="cuda"))
-    assert reason == (False, "torch finds no GPU here; our kernels are the default") or torch.cuda.is_available()
+    assert reason == (False, "torch finds no GPU here; our kernels are the default", False) or torch.cuda.is_available()
 
 
 LLAMA = {

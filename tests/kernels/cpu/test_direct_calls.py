@@ -12,6 +12,7 @@ import peftk
 from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import adapter_of
 from peftk.backends import choice, measured
+from peftk.backends.made_on import Verdict
 from peftk.nn import ParallelAdapterLinear, SeriesAdapter
 from peftk.ops import dispatch, layer_calls
 
@@ -182,10 +183,16 @@ def test_gradients_autocast_a_measured_choice_and_a_forced_backend_go_the_ordina
     assert dispatch.direct_lora_linear(*call) is not None
     assert dispatch.direct_lora_linear(tensor(10_000, K), *call[1:]) is not None
     monkeypatch.setattr(measured, "may_prefer_gemm", lambda op, dtype: True)
+    monkeypatch.setattr(measured, "verdict", lambda call: Verdict(call.M % 2 == 1, "odd"))
     choice.forget()
     most = choice.SMALL_CALL // (N * K)
     assert dispatch.direct_lora_linear(tensor(most, K), *call[1:]) is not None
-    assert dispatch.direct_lora_linear(tensor(most + 1, K), *call[1:]) is None
+    odd = most + 1 + most % 2
+    assert dispatch.direct_lora_linear(tensor(odd, K), *call[1:]) is None
+    assert dispatch.direct_lora_linear(tensor(odd + 1, K), *call[1:]) is not None
+    monkeypatch.setattr(measured, "verdict", lambda call: Verdict(False, "", unmeasured=True))
+    choice.forget()
+    assert dispatch.direct_lora_linear(tensor(odd + 1, K), *call[1:]) is None
     monkeypatch.undo()
     choice.forget()
     with torch.enable_grad():

@@ -308,7 +308,8 @@ def test_the_pool_alone(tmp_path: Path, flags: tuple[str, ...]) -> None:
 
 def test_which_threads_are_late(tmp_path: Path) -> None:
     done = subprocess.run([build_program(tmp_path, "lateness", ())], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("flags", [(), pytest.param(("-fsanitize=thread",), marks=FULL)])
