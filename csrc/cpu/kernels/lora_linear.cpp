@@ -791,7 +791,8 @@ void run(const LinearOp& op) {
     if (op.M == 0) return;
     const int64_t share = round_up(ceil_div(op.M, op.threads), W);
     const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * size_of(op.weight_dtype) : 0;
-    if (op.threads > 1 && share >= kMinRowsPerThread && shared_bytes <= kMaxWeightPerThread) {
+    const bool packs_weight = form_of(op) == kPanels;  // for its own rows, every thread would pack all of W
+    if (op.threads > 1 && !packs_weight && share >= kMinRowsPerThread && shared_bytes <= kMaxWeightPerThread) {
         // Every thread has enough rows of its own. It prepares its own input, so that only W, which is only read, moves
         // between the cores' caches.
         auto own = [&](int64_t task) {
