@@ -37,7 +37,7 @@ constexpr int64_t kSteps = 256;                   // of the contraction: a panel
 constexpr int64_t kColumnSteps = 64;              // the same in the columns form, whose panels together are wider
 constexpr int64_t kPad = 16;  // padding between rows of scratch, in elements, against cache-set conflicts
 
-constexpr int64_t kBaseColumns = 512;  // columns of `out` per task if only the adapters' part is added
+constexpr int64_t kBaseColumns = 128;  // columns per task if only the adapters' part is added: a tile stays in L1
 
 enum Form { kDot, kLanes, kColumns, kPanels, kOverBase };
 #ifdef PEFTK_PANELS
@@ -390,7 +390,10 @@ public:
     // In the backward the dropout mask applies only to the adapter's part, so that part has a separate sum, of W rows.
     bool drops() const { return op_.dropout.on && op_.backward; }
 
-    // `count` rows at positions from `position` on, at most W if `drops`; `tile` is [count, padded].
+    // How many rows `finish` takes at most; whole tiles of the expand, if possible.
+    int64_t rows_at_once() const { return drops() ? W : 8 * kRowsOfTwo; }
+
+    // `count` rows at positions from `position` on; `tile` is [count, padded].
     void finish(int64_t position, int64_t count, float* tile) {
         for (int64_t i = 0; i < count;) {
             while (position + i >= op_.order.end(adapter_)) {
@@ -637,10 +640,10 @@ private:
 void add_to_base(const LinearOp& op, const Shape& shape, const Columns& columns, const Latch& shrunk) {
     Epilogue epilogue(op, columns);
     shrunk.wait();
-    float* tile = scratch_of<float>(kTileSlot, W * columns.padded);
-    const int64_t end = shape.first_row + shape.rows;
-    for (int64_t i = max64(shape.first_row, op.order.end(-1)); i < end; i += W) {
-        const int64_t count = min64(W, end - i);
+    const int64_t at_once = epilogue.rows_at_once(), end = shape.first_row + shape.rows;
+    float* tile = scratch_of<float>(kTileSlot, at_once * columns.padded);
+    for (int64_t i = max64(shape.first_row, op.order.end(-1)); i < end; i += at_once) {
+        const int64_t count = min64(at_once, end - i);
         for (int64_t j = 0; j < count; j++) {
             const void* base = at(op.out, op.out_dtype, op.order.token(i + j) * op.out_row + columns.first);
             widen(base, op.out_dtype, columns.count, tile + j * columns.padded);
@@ -691,7 +694,7 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
         product_columns<float>(op, shape, columns, tile);
     }
     shrunk.wait();
-    const int64_t at_once = epilogue.drops() ? W : 8 * kRowsOfTwo;  // whole tiles of the expand
+    const int64_t at_once = epilogue.rows_at_once();
     for (int64_t i = 0; i < shape.rows; i += at_once) {
         epilogue.finish(shape.first_row + i, min64(at_once, shape.rows - i), tile + i * padded);
     }
