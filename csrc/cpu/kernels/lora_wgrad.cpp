@@ -25,7 +25,19 @@ struct Source {  // x̃ or dY
     const Dropout* dropout;  // null: none
     const float* factor;     // s·u or s·v, [M, v_row] by position
     int64_t ranks;           // of factor; 0: only column sums are wanted
+    bool column_sums;        // whether these are wanted
+
+    int64_t sums() const { return ranks + column_sums; }
 };
+
+// Whether the rows at positions begin … end - 1 of these columns can be read as they lie.
+bool in_place(const LinearOp& op, const Source& source, int64_t begin, int64_t end, int64_t count) {
+    if (source.dtype != kFloat32 || source.dropout || count % W != 0) return false;
+    for (int64_t i = begin; i < end; i++) {
+        if (op.order.token(i) != op.order.token(begin) + i - begin) return false;
+    }
+    return true;
+}
 
 // sum[j] += Σ_i rows[i][j], in parts of kRowPart rows.
 void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, float* sum) {
@@ -40,28 +52,36 @@ void add_rows(const float* rows, int64_t row, int64_t count, int64_t columns, fl
 }
 
 // sum[r][j] = Σ_i factor[i][r] source[i][first + j] over the rows at positions begin … end - 1. After these
-// source.ranks rows, sum has one more with the column sums Σ_i source[i][first + j].
+// source.ranks rows, sum has one more with the column sums Σ_i source[i][first + j] if they are wanted.
 void contract_span(const LinearOp& op, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t count,
                    float* sum) {
     const int64_t padded = round_up(count, W);
-    float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
     float* column_sum = sum + source.ranks * padded;
-    for (int64_t j = 0; j < padded; j += W) store(column_sum + j, zero());
+    for (int64_t j = 0; j < padded && source.column_sums; j += W) store(column_sum + j, zero());
     int64_t row = begin;
     do {
         const int64_t rows = min64(kRowChunk, end - row);
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t m = op.order.token(row + i);
-            float* to = chunk + i * padded;
-            widen(at(source.data, source.dtype, m * source.row + first), source.dtype, count, to);
-            if (source.dropout) apply_dropout(*source.dropout, m, source.columns, first, count, to);
+        const float* lanes = nullptr;
+        int64_t along = padded;
+        if (in_place(op, source, row, row + rows, count)) {
+            along = source.row;
+            lanes = static_cast<const float*>(source.data) + op.order.token(row) * along + first;
+        } else {
+            float* chunk = scratch_of<float>(kRowsSlot, kRowChunk * kColumnBlock);
+            for (int64_t i = 0; i < rows; i++) {
+                const int64_t m = op.order.token(row + i);
+                float* to = chunk + i * padded;
+                widen(at(source.data, source.dtype, m * source.row + first), source.dtype, count, to);
+                if (source.dropout) apply_dropout(*source.dropout, m, source.columns, first, count, to);
+            }
+            lanes = chunk;
         }
-        add_rows(chunk, padded, rows, padded, column_sum);
+        if (source.column_sums) add_rows(lanes, along, rows, padded, column_sum);
         const Panels panels(padded);
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t j = panels.first(p);
-            outer<float>(source.ranks, panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, chunk + j,
-                         padded, rows, sum + j, padded, row == begin);
+            outer<float>(source.ranks, panels.width(p), {source.factor + row * op.v_row, 1, op.v_row}, lanes + j, along,
+                         rows, sum + j, padded, row == begin);
         }
         row += rows;
     } while (row < end);
@@ -69,7 +89,7 @@ void contract_span(const LinearOp& op, const Source& source, int64_t begin, int6
 
 // The same over all rows of the adapter, in spans of kRowSpan rows.
 void contract(const LinearOp& op, int32_t a, const Source& source, int64_t first, int64_t count, float* sum) {
-    const int64_t begin = op.order.begin(a), end = op.order.end(a), size = (source.ranks + 1) * round_up(count, W);
+    const int64_t begin = op.order.begin(a), end = op.order.end(a), size = source.sums() * round_up(count, W);
     contract_span(op, source, begin, min64(begin + kRowSpan, end), first, count, sum);
     for (int64_t row = begin + kRowSpan; row < end; row += kRowSpan) {
         float* span = scratch_of<float>(kWeightSlot, size);
@@ -80,7 +100,7 @@ void contract(const LinearOp& op, int32_t a, const Source& source, int64_t first
 
 void grad_A(const LinearOp& op, int32_t a, const Source& x, void* to, int64_t first, int64_t count) {
     const int64_t padded = round_up(count, W), rank = x.ranks;
-    float* sum = scratch_of<float>(kTileSlot, (rank + 1) * padded);
+    float* sum = scratch_of<float>(kTileSlot, x.sums() * padded);
     contract(op, a, x, first, count, sum);
     const int dtype = op.adapters.dtype;
     for (int64_t r = 0; r < rank; r++) narrow(sum + r * padded, count, at(to, dtype, r * x.columns + first), dtype);
@@ -122,10 +142,10 @@ void adapter_grads(const LinearOp& op, const LinearBackwardArgs& args) {
     auto body = [&](int64_t task) {
         const int32_t a = int32_t(task / each);
         const int64_t block = task % each;
-        const Source x{forward.x, forward.x_stride, forward.K, forward.x_dtype, dropout, op.v, op.rank(a)};
-        const Source dy{
-            args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w, op.wants_w(a) ? op.rank(a) : 0};
+        const Source x{forward.x, forward.x_stride, forward.K, forward.x_dtype, dropout, op.v, op.rank(a), false};
         auto grad = [&](int which) { return reinterpret_cast<void*>(args.grads[4 * a + which]); };
+        const int64_t ranks_B = op.wants_w(a) ? op.rank(a) : 0;
+        const Source dy{args.dy, args.dy_stride, forward.N, args.dy_dtype, nullptr, op.w, ranks_B, grad(3) != nullptr};
         if (block < blocks_A) {
             const int64_t first = block * kColumnBlock;
             if (grad(0)) grad_A(op, a, x, grad(0), first, min64(kColumnBlock, forward.K - first));
