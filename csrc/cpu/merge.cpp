@@ -28,9 +28,9 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
     if (last > first + kWorthwhile) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-void pack_side(Level level, MergeSide& side, int64_t K, float* packed, int threads) {
-    auto group = [&](int64_t g) { PEFTK_CALL(level, merge_pack, (side.factors, K, g, packed)); };
-    parallel_for(group_count(K), threads, group);
+void pack_side(Level level, const MergePass& pass, MergeSide& side, float* packed, int threads) {
+    auto group = [&](int64_t g) { PEFTK_CALL(level, merge_pack, (side.factors, pass.dtype, pass.K, g, packed)); };
+    parallel_for(group_count(pass.K), threads, group);
     side.packed = packed;
 }
 
@@ -137,9 +137,7 @@ void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_e
         PEFTK_CALL(level, merge_rows, (pass, task));
         if (task.complete && pass.to.factors.adapters) {
             std::sort(task.raws.begin(), task.raws.end(), by_index);
-            // the rows are still in the L2 cache
-            task.checksum =
-                checksum_of_rows(level, pass.weight, pass.stride, task.first_row, task.rows, pass.K, pass.dtype);
+            task.raws.shrink_to_fit();
             pack_codes(level, pass, task);
         }
     } catch (...) {
@@ -167,6 +165,11 @@ const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_
     return std::lower_bound(first, last, index, [](const RawWeight& raw, int64_t at) { return raw.index < at; });
 }
 
+void reserve_raws(MergeTask& task, int64_t count) {
+    const size_t needed = task.raws.size() + size_t(count);
+    if (needed > task.raws.capacity()) task.raws.reserve(std::max(needed, 2 * task.raws.capacity()));
+}
+
 void add_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
 
 void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& on_result) {
@@ -188,8 +191,8 @@ void remerge(MergePass pass, int threads, const std::function<void(const MergeRe
         tasks[i].max_blocks = INT64_MAX;
     }
     if (pass.from.factors.adapters) find_task_codes(level, pass, tasks, threads);
-    pack_side(level, pass.from, pass.K, packed, threads);
-    pack_side(level, pass.to, pass.K, packed + group_count(pass.K) * kMergeGroup * pass.from.factors.R, threads);
+    pack_side(level, pass, pass.from, packed, threads);
+    pack_side(level, pass, pass.to, packed + group_count(pass.K) * kMergeGroup * pass.from.factors.R, threads);
     if (pass.to.factors.adapters) prefer_huge_pages(pass.to.halves, pass.N * bytes_per_row(pass.K));
 
     int stop = 0;
