@@ -114,8 +114,8 @@ void undo(Level level, MergePass pass, MergeTask& task) {
     std::swap(pass.from, pass.to);
     pass.undoing = true;
     pass.stop = &no_stop;
-    std::sort(task.raws.begin(), task.raws.end(), by_index);
-    task.raws_from = task.raws.data(), task.raws_from_end = task.raws_from + task.raws.size();
+    std::sort(task.raws_to, task.raws_to + task.raw_count, by_index);
+    task.raws_from = task.raws_to, task.raws_from_end = task.raws_to + task.raw_count;
     task.code_from = task.code_to;  // a block's codes are read before they are overwritten, and not needed after that
     task.max_blocks = task.blocks;
     PEFTK_CALL(level, merge_rows, (pass, task));
@@ -125,6 +125,9 @@ void undo(Level level, MergePass pass, MergeTask& task) {
 // Runs a task: either to the end with all its results, or W's rows are restored.
 void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_end) {
     task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
+    if (pass.to.factors.adapters) {
+        task.raws_to = static_cast<RawWeight*>(scratch(kRawsSlot, task.rows * pass.K * sizeof(RawWeight)));
+    }
     std::vector<RawWeight> raws_from;
     if (pass.from.factors.adapters) {
         int8_t* codes = codes_in_cache(kCodesFromSlot, pass, task.rows);
@@ -136,8 +139,8 @@ void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_e
     try {
         PEFTK_CALL(level, merge_rows, (pass, task));
         if (task.complete && pass.to.factors.adapters) {
-            std::sort(task.raws.begin(), task.raws.end(), by_index);
-            task.raws.shrink_to_fit();
+            std::sort(task.raws_to, task.raws_to + task.raw_count, by_index);
+            task.raws.assign(task.raws_to, task.raws_to + task.raw_count);
             pack_codes(level, pass, task);
         }
     } catch (...) {
@@ -152,6 +155,7 @@ void undo_all(Level level, const MergePass& pass, std::vector<MergeTask>& tasks)
     auto undo_one = [&](int64_t i) {
         MergeTask& task = tasks[i];
         if (!task.complete) return;
+        task.raws_to = task.raws.data();
         task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
         if (pass.to.factors.adapters) unpack_codes(level, pass, pass.to, task, task.far.data(), task.code_to);
         undo(level, pass, task);
@@ -165,13 +169,6 @@ const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_
     return std::lower_bound(first, last, index, [](const RawWeight& raw, int64_t at) { return raw.index < at; });
 }
 
-void reserve_raws(MergeTask& task, int64_t count) {
-    const size_t needed = task.raws.size() + size_t(count);
-    if (needed > task.raws.capacity()) task.raws.reserve(std::max(needed, 2 * task.raws.capacity()));
-}
-
-void add_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
-
 void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& on_result) {
     const Level level = level_in_use();
     const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
@@ -181,7 +178,7 @@ void remerge(MergePass pass, int threads, const std::function<void(const MergeRe
     // Allocates all that undoing needs, on this thread, before W changes.
     float* packed =
         static_cast<float*>(scratch(kFactorSlot, group_count(pass.K) * kMergeGroup * ranks * sizeof(float)));
-    scratch(kRowsSlot, kMergeTaskRows * ranks * sizeof(float));
+    scratch(kRowsSlot, 2 * kMergeTaskRows * ranks * sizeof(float));
     pass.code_stride = group_count(pass.K) * kMergeGroup;
     codes_in_cache(kCodesToSlot, pass, kMergeTaskRows);
     std::vector<MergeTask> tasks((pass.N + kMergeTaskRows - 1) / kMergeTaskRows);

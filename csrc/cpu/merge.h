@@ -60,8 +60,10 @@ struct MergeTask {
     int8_t* code_to;                             // the same
     const RawWeight *raws_from, *raws_from_end;  // ascending
     int64_t first_far, first_raw;                // of `from`: how many are in the rows before this task's
-    std::vector<RawWeight> raws;                 // of `to`
-    std::vector<int8_t> far;                     // of `to`
+    RawWeight* raws_to;                          // of `to`, in this thread's scratch, where each weight has room
+    int64_t raw_count;                           // how many `raws_to` has
+    std::vector<RawWeight> raws;                 // of `to`, ascending, when the task is complete
+    std::vector<int8_t> far;                     // of `to`, likewise
     uint64_t checksum;                           // of `to`, this task's share
 };
 
@@ -81,11 +83,8 @@ PEFTK_DECLARE(void, merge_unpack_codes,
               (const uint8_t* halves, int64_t K, const int8_t* far, int8_t* code, int64_t* far_count))
 PEFTK_DECLARE(void, merge_count_far, (const uint8_t* halves, int64_t bytes, int64_t* far_count))
 
-// Called by the kernels: finds the first of [first, last) whose index is at least `index`; makes room for so many more
-// raw weights of `to`; adds one.
+// Called by the kernels: finds the first of [first, last) whose index is at least `index`.
 const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_t index);
-void reserve_raws(MergeTask& task, int64_t count);
-void add_raw(MergeTask& task, int64_t index, uint32_t bits);
 
 struct MergeResult {
     bool finite;                  // if false, W is unchanged

@@ -85,12 +85,12 @@ struct Tile {
     const float *a, *b;
 };
 
-// Adds a row's raw weights, and all of its weights if their W' are not all finite. There is room for them.
+// Adds a row's raw weights, or all of its weights if their W' are not all finite.
 template <class T>
 static __attribute__((noinline)) void add_raws(MergeTask& task, const T* weight, const int8_t* code, int64_t index,
                                                int64_t columns, bool all) {
     for (int64_t j = 0; j < columns; j++) {
-        if (all || code[j] == merge_code::kRaw) add_raw(task, index + j, bits_of(weight[j]));
+        if (all || code[j] == merge_code::kRaw) task.raws_to[task.raw_count++] = {index + j, bits_of(weight[j])};
     }
 }
 
@@ -154,14 +154,21 @@ PEFTK_INLINE void unmerge_tile(const MergePass& pass, const Tile<T> tile) {
     typedef Stored<T> S;
     Vec d[kRows][kVectors];
     deltas<kRows>(pass.from.factors, tile.a, tile.b, d);
+    typename S::Bits back[kRows][kVectors / S::kParts];
     for (int i = 0; i < kRows; i++) {
         for (int g = 0; g < kVectors / S::kParts; g++) {
-            T* const weight = tile.weight + i * tile.stride + g * S::kParts * W;
             Vec values[S::kParts];
-            S::widen(read<typename S::Bits>(weight), values);
+            S::widen(read<typename S::Bits>(tile.weight + i * tile.stride + g * S::kParts * W), values);
             for (int v = 0; v < S::kParts; v++) values[v] = values[v] - d[i][g * S::kParts + v];
+            back[i][g] = S::round(values);
+        }
+    }
+    asm volatile("" ::: "memory");
+    for (int i = 0; i < kRows; i++) {
+        for (int g = 0; g < kVectors / S::kParts; g++) {
             const auto code = S::widen_codes(tile.code + i * tile.code_stride + g * S::kParts * W);
-            write(weight, merge_code::decode<typename S::Lane, S::kMagnitude>(S::round(values), code));
+            write(tile.weight + i * tile.stride + g * S::kParts * W,
+                  merge_code::decode<typename S::Lane, S::kMagnitude>(back[i][g], code));
         }
     }
 }
@@ -204,7 +211,6 @@ static bool merge_block(const MergePass& pass, MergeTask& task, Rows& rows, int6
                         int64_t columns) {
     const int64_t first = task.first_row + i;
     T* const weight = static_cast<T*>(pass.weight) + first * pass.stride + column;
-    if (pass.to.factors.adapters && !pass.undoing) reserve_raws(task, kRows * columns);  // before anything changes
     if (pass.from.factors.adapters) {
         int8_t* const code = const_cast<int8_t*>(task.code_from) + i * pass.code_stride + column;
         for_each_tile<T, kRows>(pass, pass.from, rows.b_from + i * pass.from.factors.R, code, weight, column, columns,
@@ -272,9 +278,8 @@ void widen(const void* adapter, Dtype dtype, int64_t offset, float* to, int64_t 
     }
 }
 
-// B's rows of a task, widened, tile by tile: each as [R][rows of the tile].
-void widen_rows(const MergeFactors& factors, const MergeTask& task, float* to) {
-    float* const rows = static_cast<float*>(scratch(kStartsSlot, task.rows * factors.R * sizeof(float)));
+// B's rows of a task, widened, tile by tile: each as [R][rows of the tile]. `rows` has room for as many values.
+void widen_rows(const MergeFactors& factors, const MergeTask& task, float* rows, float* to) {
     widen(factors.lora_B, factors.dtype, task.first_row * factors.R, rows, task.rows * factors.R);
     for (int64_t i = 0; i < task.rows;) {
         const int64_t tile_rows = i + kTileRows <= task.rows ? kTileRows : 1;
@@ -302,11 +307,13 @@ void merge_pack(const MergeFactors& factors, Dtype dtype, int64_t K, int64_t gro
 
 void merge_rows(const MergePass& pass, MergeTask& task) {
     const MergeFactors &from = pass.from.factors, &to = pass.to.factors;
-    float* b = static_cast<float*>(scratch(kRowsSlot, task.rows * (from.R + to.R) * sizeof(float)));
-    widen_rows(from, task, b);
-    widen_rows(to, task, b + task.rows * from.R);
+    const int64_t values = task.rows * (from.R + to.R);
+    float* b = static_cast<float*>(scratch(kRowsSlot, 2 * values * sizeof(float)));
+    widen_rows(from, task, b + values, b);
+    widen_rows(to, task, b + values, b + task.rows * from.R);
     Rows rows{b, b + task.rows * from.R, {}, {}};
     task.blocks = 0, task.complete = false;
+    if (!pass.undoing) task.raw_count = 0;
     for (int64_t i = 0; i < task.rows; i++) {
         rows.next[i] = first_raw(task.raws_from, task.raws_from_end, (task.first_row + i) * pass.K);
     }
