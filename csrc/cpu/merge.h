@@ -56,8 +56,7 @@ struct MergeTask {
     int64_t max_blocks;                          // at most this many are processed
     int64_t blocks;                              // how many have been processed
     bool complete;                               // whether all have been processed
-    const int8_t* code_from;                     // [rows, code_stride], one byte per code, in this thread's scratch
-    int8_t* code_to;                             // the same
+    int8_t *code_from, *code_to;                 // [rows, code_stride], one byte per code, in this thread's scratch
     const RawWeight *raws_from, *raws_from_end;  // ascending
     int64_t first_far, first_raw;                // of `from`: how many are in the rows before this task's
     RawWeight* raws_to;                          // of `to`, in this thread's scratch, where each weight has room

@@ -1,8 +1,8 @@
 // W' = round(fl(W + d)) and back, with d in one fixed chain of roundings (docs/merge.md): one pass over W, in place.
 //
-// A task's rows are processed in blocks, as high as one register tile and as wide as a panel, and a block tile by tile.
-// A tile's chains of fma, its W' and W″ and their codes are computed in registers (merge_lanes.h). Every multiply-add
-// below is an explicit fma; with -ffp-contract=off no other operations are contracted.
+// A task's rows are processed in blocks, as high as one register tile, and a block tile by tile: the chains of fma, W'
+// and W″, and their codes (merge_lanes.h). Every multiply-add below is an explicit fma; with -ffp-contract=off no other
+// operations are contracted.
 
 #include "cpu/merge.h"
 
@@ -103,8 +103,8 @@ PEFTK_INLINE bool merge_tile(const MergePass& pass, MergeTask& task, const Tile<
     constexpr int kRegisters = kVectors / S::kParts, kPair = kRows < 2 ? 1 : 2;
     Vec d[kRows][kVectors];
     deltas<kRows>(pass.to.factors, tile.a, tile.b, d);
-    // In two steps through the L1 cache: in one, a weight's chain of operations is too long for the processor to
-    // overlap.
+    // In two steps through the L1 cache, which the asm keeps apart: in one, a weight's chain of operations is too long
+    // for the processor to overlap.
     typename S::Bits merged[kRows][kRegisters], back[kRows][kRegisters];
     SignedLanes largest{};
     for (int i = 0; i < kRows; i++) {
@@ -181,7 +181,7 @@ struct Rows {
     const RawWeight* next[kMergeTaskRows];
 };
 
-// Calls run(tile, column in the panel, columns of W) for a block's tiles. The last one of a row is padded if it is
+// Calls run(tile, column in the block, columns of W) for a block's tiles. The last one of a row is padded if it is
 // narrower. The rows are too many for the processor's own prefetching.
 template <class T, int kRows, class Run>
 PEFTK_INLINE void for_each_tile(const MergePass& pass, const MergeSide& side, const float* b, int8_t* code, T* weight,
@@ -212,7 +212,7 @@ static bool merge_block(const MergePass& pass, MergeTask& task, Rows& rows, int6
     const int64_t first = task.first_row + i;
     T* const weight = static_cast<T*>(pass.weight) + first * pass.stride + column;
     if (pass.from.factors.adapters) {
-        int8_t* const code = const_cast<int8_t*>(task.code_from) + i * pass.code_stride + column;
+        int8_t* const code = task.code_from + i * pass.code_stride + column;
         for_each_tile<T, kRows>(pass, pass.from, rows.b_from + i * pass.from.factors.R, code, weight, column, columns,
                                 [&](const Tile<T>& tile, int64_t, int64_t) { unmerge_tile<T, kRows>(pass, tile); });
         for (int n = 0; n < kRows; n++) {
