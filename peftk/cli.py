@@ -50,7 +50,7 @@ def demo(out: Path, quick: bool) -> None:
 
 
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
-SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model", "contended")
+SUITE_OPS = (*OPS, "compile", "adapter_cost", "merge_model", "merged_context", "model", "contended")
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
@@ -59,7 +59,7 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 @click.option(
     "--op",
     "ops",
-    type=CommaList("OP,OP…", one_of(*dict.fromkeys(OPS + SUITE_OPS))),
+    type=CommaList("OP,OP…", one_of(*SUITE_OPS)),
     help=f"{', '.join(OPS)} [default: all but unmerge]; with --suite: {', '.join(SUITE_OPS)} [default: all]",
 )
 @click.option("--ranks", type=INTEGERS, help="LoRA ranks. multi_lora_linear mixes them in one batch.")
@@ -135,16 +135,15 @@ def _check_suite_options(
     suite: str | None, device: str, no_compile: bool, chosen: dict[str, Any], files: dict[str, Path | None]
 ) -> None:
     """Raises UsageError for an option that does not work with, or without, --suite."""
-    ops = chosen.get("ops", ())
     if suite is None:
-        misplaced = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": set(ops) - set(OPS)}
+        suite_only = set(chosen.get("ops", ())) - set(OPS)
+        misplaced = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": suite_only}
         reason = "only with --suite"
     else:
         misplaced = {
             "--device cuda": device != "cpu",
             "--backend": "backends" in chosen,
             "--plot": files["plot"],
-            "--op": set(ops) - set(SUITE_OPS),
         }
         reason = f"not with --suite {suite}"
     for option, given in misplaced.items():

@@ -28,9 +28,9 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
     if (last > first + kWorthwhile) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-void pack_side(Level level, MergeSide& side, int64_t K, float* packed, int threads) {
-    auto group = [&](int64_t g) { PEFTK_CALL(level, merge_pack, (side.factors, K, g, packed)); };
-    parallel_for(group_count(K), threads, group);
+void pack_side(Level level, const MergePass& pass, MergeSide& side, float* packed, int threads) {
+    auto group = [&](int64_t g) { PEFTK_CALL(level, merge_pack, (side.factors, pass.dtype, pass.K, g, packed)); };
+    parallel_for(group_count(pass.K), threads, group);
     side.packed = packed;
 }
 
@@ -114,8 +114,8 @@ void undo(Level level, MergePass pass, MergeTask& task) {
     std::swap(pass.from, pass.to);
     pass.undoing = true;
     pass.stop = &no_stop;
-    std::sort(task.raws.begin(), task.raws.end(), by_index);
-    task.raws_from = task.raws.data(), task.raws_from_end = task.raws_from + task.raws.size();
+    std::sort(task.raws_to, task.raws_to + task.raw_count, by_index);
+    task.raws_from = task.raws_to, task.raws_from_end = task.raws_to + task.raw_count;
     task.code_from = task.code_to;  // a block's codes are read before they are overwritten, and not needed after that
     task.max_blocks = task.blocks;
     PEFTK_CALL(level, merge_rows, (pass, task));
@@ -125,6 +125,9 @@ void undo(Level level, MergePass pass, MergeTask& task) {
 // Runs a task: either to the end with all its results, or W's rows are restored.
 void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_end) {
     task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
+    if (pass.to.factors.adapters) {
+        task.raws_to = static_cast<RawWeight*>(scratch(kRawsSlot, task.rows * pass.K * sizeof(RawWeight)));
+    }
     std::vector<RawWeight> raws_from;
     if (pass.from.factors.adapters) {
         int8_t* codes = codes_in_cache(kCodesFromSlot, pass, task.rows);
@@ -136,10 +139,8 @@ void run_task(Level level, const MergePass& pass, MergeTask& task, int64_t raw_e
     try {
         PEFTK_CALL(level, merge_rows, (pass, task));
         if (task.complete && pass.to.factors.adapters) {
-            std::sort(task.raws.begin(), task.raws.end(), by_index);
-            // the rows are still in the L2 cache
-            task.checksum =
-                checksum_of_rows(level, pass.weight, pass.stride, task.first_row, task.rows, pass.K, pass.dtype);
+            std::sort(task.raws_to, task.raws_to + task.raw_count, by_index);
+            task.raws.assign(task.raws_to, task.raws_to + task.raw_count);
             pack_codes(level, pass, task);
         }
     } catch (...) {
@@ -154,6 +155,7 @@ void undo_all(Level level, const MergePass& pass, std::vector<MergeTask>& tasks)
     auto undo_one = [&](int64_t i) {
         MergeTask& task = tasks[i];
         if (!task.complete) return;
+        task.raws_to = task.raws.data();
         task.code_to = codes_in_cache(kCodesToSlot, pass, task.rows);
         if (pass.to.factors.adapters) unpack_codes(level, pass, pass.to, task, task.far.data(), task.code_to);
         undo(level, pass, task);
@@ -167,8 +169,6 @@ const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_
     return std::lower_bound(first, last, index, [](const RawWeight& raw, int64_t at) { return raw.index < at; });
 }
 
-void add_raw(MergeTask& task, int64_t index, uint32_t bits) { task.raws.push_back({index, bits}); }
-
 void remerge(MergePass pass, int threads, const std::function<void(const MergeResult&)>& on_result) {
     const Level level = level_in_use();
     const int64_t ranks = pass.from.factors.R + pass.to.factors.R;
@@ -178,7 +178,7 @@ void remerge(MergePass pass, int threads, const std::function<void(const MergeRe
     // Allocates all that undoing needs, on this thread, before W changes.
     float* packed =
         static_cast<float*>(scratch(kFactorSlot, group_count(pass.K) * kMergeGroup * ranks * sizeof(float)));
-    scratch(kRowsSlot, kMergeTaskRows * ranks * sizeof(float));
+    scratch(kRowsSlot, 2 * kMergeTaskRows * ranks * sizeof(float));
     pass.code_stride = group_count(pass.K) * kMergeGroup;
     codes_in_cache(kCodesToSlot, pass, kMergeTaskRows);
     std::vector<MergeTask> tasks((pass.N + kMergeTaskRows - 1) / kMergeTaskRows);
@@ -188,8 +188,8 @@ void remerge(MergePass pass, int threads, const std::function<void(const MergeRe
         tasks[i].max_blocks = INT64_MAX;
     }
     if (pass.from.factors.adapters) find_task_codes(level, pass, tasks, threads);
-    pack_side(level, pass.from, pass.K, packed, threads);
-    pack_side(level, pass.to, pass.K, packed + group_count(pass.K) * kMergeGroup * pass.from.factors.R, threads);
+    pack_side(level, pass, pass.from, packed, threads);
+    pack_side(level, pass, pass.to, packed + group_count(pass.K) * kMergeGroup * pass.from.factors.R, threads);
     if (pass.to.factors.adapters) prefer_huge_pages(pass.to.halves, pass.N * bytes_per_row(pass.K));
 
     int stop = 0;

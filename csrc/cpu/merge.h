@@ -49,20 +49,21 @@ struct MergePass {
     int* stop;            // set to 1 if a block would not be finite
 };
 
-// A task: some rows of W, processed in blocks in a fixed order. A block is written to W only after all of it is known
-// to be finite. So whenever the task ends, W contains `to` in the first `blocks` blocks and `from` in the rest.
+// A task: some rows of W, processed in blocks in a fixed order. Whenever it ends, W contains `to` in the first `blocks`
+// blocks and `from` in the rest. Codes and raw weights undo a block whether or not it is finite.
 struct MergeTask {
     int64_t first_row, rows;
     int64_t max_blocks;                          // at most this many are processed
     int64_t blocks;                              // how many have been processed
     bool complete;                               // whether all have been processed
-    const int8_t* code_from;                     // [rows, code_stride], one byte per code, in this thread's scratch
-    int8_t* code_to;                             // the same
+    int8_t *code_from, *code_to;                 // [rows, code_stride], one byte per code, in this thread's scratch
     const RawWeight *raws_from, *raws_from_end;  // ascending
     int64_t first_far, first_raw;                // of `from`: how many are in the rows before this task's
-    std::vector<RawWeight> raws;                 // of `to`
-    std::vector<int8_t> far;                     // of `to`
-    uint64_t checksum;                           // this task's share
+    RawWeight* raws_to;                          // of `to`, in this thread's scratch, where each weight has room
+    int64_t raw_count;                           // how many `raws_to` has
+    std::vector<RawWeight> raws;                 // of `to`, ascending, when the task is complete
+    std::vector<int8_t> far;                     // of `to`, likewise
+    uint64_t checksum;                           // of `to`, this task's share
 };
 
 // Rows of a task: a multiple of the rows of a register tile at any level.
@@ -70,8 +71,9 @@ constexpr int64_t kMergeTaskRows = 24;
 // Columns of a group: the same at every level, so that all levels share one layout of packed A.
 constexpr int64_t kMergeGroup = 64;
 
-// One level's kernels. `packed` is A widened to fp32 as [groups][R][kMergeGroup], the last group padded with zeros.
-PEFTK_DECLARE(void, merge_pack, (const MergeFactors& factors, int64_t K, int64_t group, float* packed))
+// One level's kernels. `packed` is A widened to fp32 as [groups][R][kMergeGroup], the last group padded with zeros. A
+// level orders the columns of a group as W's dtype needs it.
+PEFTK_DECLARE(void, merge_pack, (const MergeFactors& factors, Dtype dtype, int64_t K, int64_t group, float* packed))
 PEFTK_DECLARE(void, merge_rows, (const MergePass& pass, MergeTask& task))
 // Convert a row of codes to halves and back. `code` has room for K rounded up to kMergeGroup; when packing, the codes
 // after K must be zero. Both add the number of far codes to `*far_count`, and write or read them at `far`.
@@ -80,9 +82,8 @@ PEFTK_DECLARE(void, merge_unpack_codes,
               (const uint8_t* halves, int64_t K, const int8_t* far, int8_t* code, int64_t* far_count))
 PEFTK_DECLARE(void, merge_count_far, (const uint8_t* halves, int64_t bytes, int64_t* far_count))
 
-// Called by the kernels: finds the first of [first, last) whose index is at least `index`; adds a raw weight of `to`.
+// Called by the kernels: finds the first of [first, last) whose index is at least `index`.
 const RawWeight* first_raw(const RawWeight* first, const RawWeight* last, int64_t index);
-void add_raw(MergeTask& task, int64_t index, uint32_t bits);
 
 struct MergeResult {
     bool finite;                  // if false, W is unchanged

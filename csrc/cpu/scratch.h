@@ -14,6 +14,7 @@ enum ScratchSlot : int {
     kCodesFromSlot,
     kCodesToSlot,
     kFarSlot,
+    kRawsSlot,
     kRowsSlot,
     kStartsSlot,
     kOrderSlot,

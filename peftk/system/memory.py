@@ -38,9 +38,11 @@ def _span(number: int, tensor: Tensor) -> _Span | None:
         return _Span("no address", id(tensor), id(tensor) + 1, number)
     if not tensor.numel():
         return None
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return _Span(str(tensor.device), start, start + (reach + 1) * tensor.itemsize, number)
+    start, bytes = tensor.data_ptr(), tensor.nbytes
+    if not tensor.is_contiguous():
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        bytes = (reach + 1) * tensor.itemsize
+    return _Span(str(tensor.device), start, start + bytes, number)
 
 
 def _share_a_byte(first: Tensor, second: Tensor) -> bool:

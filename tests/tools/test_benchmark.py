@@ -102,6 +102,11 @@ def test_targets_of_the_rest():
     for dtype, copies in (("fp32", 2), ("bf16", 4), ("fp16", 4)):
         merge = Shape("merge", dtype, 0, 4096, 4096, 16, 1)
         assert (targets[merge, COPY], targets[merge, PEFT]) == ((copies, True), (15, False))
+        assert targets[merge._replace(op="unmerge"), COPY] == (copies, True)
+    for dtype, copies in (("fp32", 2), ("bf16", 4)):
+        whole = Shape("merge_model", dtype, 0, 384, 384, 16, 1)
+        assert targets[whole, COPY] == (copies, True)
+        assert targets[whole._replace(op="merged_context"), COPY] == (2 * copies, True)
     for M in (1, 16):
         for processes in (1, 2):
             shape = Shape("contended", "fp32", M, 1024, 1024, 16, 1)
@@ -156,6 +161,7 @@ def test_every_kind_of_row_runs_and_is_right():
         Target("c", small("adapter_cost", adapters=4), ONE_ADAPTER, 1e6, at_most=True),
         Target("d", small("merge", M=0), COPY, 1e6, at_most=True),
         Target("d", small("merge", M=0), PEFT, 1e-6),
+        Target("d", small("unmerge", M=0), COPY, 1e6, at_most=True),
         Target("e", small("multi_lora_linear", adapters=3), LINEAR, 1e6, at_most=True),
     ]
     outcome = run(*targets)
@@ -168,7 +174,7 @@ def test_every_kind_of_row_runs_and_is_right():
         assert result.limit is None or result.limit > 0
         assert (result.limit is None) == (result.op == "multi_lora_linear")
     assert outcome.results[1].beyond_limit
-    assert "7 of 8 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
+    assert "8 of 9 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
     assert outcome.roofline.fp32_gflops > 0
 
 
@@ -254,6 +260,13 @@ def test_model_row():
     assert outcome.results[0].mark in (PASS, SHORT)
 
 
+def test_rows_of_the_merged_model():
+    outcome = run(*(t for t in TARGETS if t.shape.op in ("merge_model", "merged_context") and t.shape.dtype == "bf16"))
+    assert outcome.all_correct
+    assert [(r.op, r.peer) for r in outcome.results] == [("merge_model", COPY), ("merged_context", COPY)]
+    assert all(r.limit > 0 for r in outcome.results)
+
+
 @pytest.mark.full
 def test_compile_row():
     """More shapes than Dynamo compiles of one function by default: each must still be compiled."""
@@ -333,7 +346,6 @@ def test_suite_finds_a_wrong_side(monkeypatch, tmp_path):
         (["--no-compile"], "--no-compile: only with --suite"),
         (["--markdown", "x.md"], "--markdown: only with --suite"),
         (["--op", "model"], "--op model: only with --suite"),
-        (["--suite", "cpu", "--op", "unmerge"], "--op unmerge: not with --suite cpu"),
         (["--suite", "cpu", "--backend", "cpu"], "--backend: not with --suite cpu"),
         (["--suite", "cpu", "--plot", "x.png"], "--plot: not with --suite cpu"),
         (["--suite", "cpu", "--device", "cuda"], "--device cuda: not with --suite cpu"),

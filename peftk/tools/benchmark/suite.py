@@ -248,6 +248,7 @@ def table(section: str, results: Sequence[Result]) -> Table:
 def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
     """Headers and cells, without columns that are empty or the same in all rows of the section."""
     columns = {
+        "op": [r.op for r in results],
         "dtype": [r.dtype for r in results],
         "layer": [f"{r.K}×{r.N}" for r in results],
         "tokens": [str(r.M or "") for r in results],
@@ -261,8 +262,9 @@ def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
         "limit": [_number(r.limit, 3 if r.at_most else 2) for r in results],
         "": [_mark(r) for r in results],
     }
-    if len(set(columns["layer"])) == 1:
-        del columns["layer"]
+    for header in ("op", "layer"):
+        if len(set(columns[header])) == 1:
+            del columns[header]
     return {header: cells for header, cells in columns.items() if any(cells)}
 
 

@@ -99,6 +99,12 @@ def _model(shape: Shape) -> Row:
     return model.row(shape)
 
 
+def _merge_model(shape: Shape) -> Row:
+    from peftk.tools.benchmark import merge_model
+
+    return merge_model.row(shape)
+
+
 def _contended(shape: Shape) -> Row:
     case = _select_sides(lora_linear.case(shape._replace(op="lora_linear"), DEVICE, ()), LINEAR)
     return Row(dataclasses.replace(case, shape=shape))
@@ -128,6 +134,9 @@ _BUILDERS: dict[str, Callable[[Shape], Row]] = {
     "train": _train,
     "adapter_cost": _adapter_cost,
     "merge": _merge,
+    "unmerge": _merge,
+    "merge_model": _merge_model,
+    "merged_context": _merge_model,
     "model": _model,
     "contended": _contended,
 }

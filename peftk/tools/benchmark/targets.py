@@ -21,7 +21,8 @@ COMPILED = "Forward compared with torch.compile of the plain layer, 4096 → 409
 SIZES = "Forward at other sizes: never slower than nn.Linear"
 TRAIN = "Training step: forward and backward, 4096 → 4096"
 ADAPTER = "Cost of adapters on top of peftk's own base layer, 4096 → 4096"
-MERGE = "Merge, 4096 → 4096"
+MERGE = "Merge and unmerge, 4096 → 4096"
+MERGE_MODEL = "Merge of all-MiniLM-L6-v2, every linear layer; merged_context: in and out again"
 MODEL = "all-MiniLM-L6-v2, every linear layer adapted"
 OVERHEAD = "Cost of a call, 64 → 64"
 CONTENDED = "Beside busy processes: mean time over that alone, compared with nn.Linear's, 1024 → 1024"
@@ -89,6 +90,11 @@ def _targets() -> Iterable[Target]:
     for dtype, copies in _COPIES.items():
         yield Target(MERGE, _square("merge", dtype, 0), COPY, copies, at_most=True)
         yield Target(MERGE, _square("merge", dtype, 0), PEFT, 15.0)
+        yield Target(MERGE, _square("unmerge", dtype, 0), COPY, copies, at_most=True)
+    for op, passes in (("merge_model", 1), ("merged_context", 2)):
+        for dtype in ("fp32", "bf16"):
+            shape = Shape(op, dtype, 0, 384, 384, 16, 1)
+            yield Target(MERGE_MODEL, shape, COPY, passes * _COPIES[dtype], at_most=True)
     yield Target(MODEL, Shape("model", "fp32", 0, 384, 384, 16, 1), PLAIN_MODEL, 1.2)
     yield Target(MODEL, Shape("model", "bf16", 0, 384, 384, 16, 1), PLAIN_MODEL, 3.0)
     for dtype in ("bf16", "fp32"):
