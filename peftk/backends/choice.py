@@ -3,7 +3,7 @@
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
 `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it can run). The choice depends on the
 call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`, which has the rules without a
-measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms, which excludes `gemm`.
+measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms and `peftk.deterministic`, which exclude `gemm`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from peftk.backends import measured, registry
+from peftk.backends import determinism, measured, registry
 from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
 from peftk.backends.contract import Backend
 
@@ -49,8 +49,15 @@ def choose(call: Call, forced: str | None = None) -> Choice:
 
     A backend is forced by `forced`, else by an enclosing `forcing`, else by PEFTK_BACKEND.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
+    forced = forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None
+    return _choose(call, forced, determinism.is_deterministic(), _is_invariant(call))
+
+
+def _is_invariant(call: Call) -> bool:
+    """Whether the mode asks for a result whose rows do not depend on the batch: of a forward."""
+    return (
+        call.op.kind in ("lora_linear", "adapter_block") and not call.op.backward and determinism.is_batch_invariant()
+    )
 
 
 def backend_for(call: Call, forced: str | None = None) -> Backend:
@@ -103,39 +110,51 @@ def forget() -> None:
 
 
 def unforced(call: Call) -> str:
-    """The name of the backend for `call` where none is forced, and torch is not asked for deterministic algorithms."""
-    return _choose(call, None, False).backend
+    """The name of the backend for `call` where none is forced, and deterministic algorithms are not asked for."""
+    return _choose(call, None, False, False).backend
 
 
 @remembered
-def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
+def _choose(call: Call, forced: str | None, deterministic: bool, invariant: bool) -> Choice:
     if forced is not None:
-        reason = cannot_run(forced, call)
+        reason = cannot_run(forced, call) or _varies(forced, invariant)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was forced and cannot run {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
-    order, why = _backend_order(call, deterministic)
+    order, why = _backend_order(call, deterministic, invariant)
     for name in order:
-        reason = cannot_run(name, call)
+        reason = cannot_run(name, call) or _varies(name, invariant)
         if reason is None:
             return Choice(
                 name, why.get(name, f"the preferred backend on {call.device} that can run this call"), tuple(rejected)
             )
         rejected.append((name, reason))
+    if invariant:
+        reasons = "; ".join(f"{name} {why}" for name, why in rejected)
+        raise BackendError(f"{call.op}: no backend can run this call with batch_invariant=True: {reasons}")
     raise BackendError(f"no backend can run {call}: {rejected}")
 
 
-def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+def _varies(name: str, invariant: bool) -> str | None:
+    """Why the backend is out in batch-invariant mode; None if it is not, or without the mode."""
+    if not invariant or registry.backend(name).batch_invariant:
+        return None
+    return "computes a row in ways that depend on the batch, which peftk.deterministic(batch_invariant=True) rules out"
+
+
+def _backend_order(call: Call, deterministic: bool, invariant: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     """The backends to try, in order, and reasons for some of them."""
     if call.op == SEGMENTS:
         return _SEGMENTS_ORDER, {}
     order = _ORDER.get(call.device, ("triton", "reference"))
+    if invariant:
+        return order, dict.fromkeys(order, "with batch_invariant=True only kernels run whose rows ignore the batch")
     if call.device not in _ORDER or call.op.kind != "lora_linear":
         return order, {}
     gemm = False
     if deterministic:
-        reason = "with torch.use_deterministic_algorithms only our own kernels run"
+        reason = "with torch.use_deterministic_algorithms or peftk.deterministic only our own kernels run"
     elif call.x_dtype != call.weight_dtype:
         reason = "only our kernels multiply mixed dtypes without a copy"
     elif call.device == "cpu" and call.M * call.K * call.N <= SMALL_CALL:
