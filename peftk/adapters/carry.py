@@ -108,8 +108,8 @@ def _outer_without(link: Link | None, manager: object) -> Link | None:
 class RouteContext(contextlib.ContextDecorator):
     """The context manager of a route. As a decorator, it is entered whenever the function, generator or coroutine runs.
 
-    key: the server whose layers the route is for, or what else may ask for the value. make: called when the `with` begins, returns the route. on_exit:
-    called with the route when the `with` has ended.
+    key: the server whose layers the route is for, or what else may ask for the value. make: called when the `with`
+    begins, returns the route. on_exit: called with the route when the `with` has ended.
     """
 
     def __init__(self, key: object, make: Callable[[], Any], on_exit: Callable[[Any], None]) -> None:

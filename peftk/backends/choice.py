@@ -3,7 +3,8 @@
 `reference` (plain torch, any device) · `cpu` (C++ SIMD) · `gemm` (torch's matrix product, our adapters on top) ·
 `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it can run). The choice depends on the
 call, on what `peftk tune` has measured on this machine (`peftk.backends.measured`, which has the rules without a
-measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms and `peftk.deterministic`, which exclude `gemm`.
+measurement too: AMX tiles, a model of GPUs), and on torch's switch for deterministic algorithms and
+`peftk.deterministic`, which exclude `gemm`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`peftk.deterministic`: which choices the surrounding code allows. It is carried to threads and tasks as a route is."""
+"""`peftk.deterministic`: which choices the surrounding code allows. Threads and tasks have it as a route."""
 
 from __future__ import annotations
 

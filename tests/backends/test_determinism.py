@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import peftk
-from peftk import BackendError, LoRALinear, MultiLoRALinear, _cpu
+from peftk import BackendError, LoRALinear, MultiLoRALinear
 from peftk.backends import choice, determinism, measured
 from peftk.backends.call import Call, Op
 from tests.support.served_model import two_adapters
@@ -207,10 +207,8 @@ class Served:
                 activation="gelu" if number == 2 else "identity",
             )
         self.x = torch.randn(24, K).to(self.dtype)
-        ids = torch.arange(-1, 3)
-        self.alone = torch.stack(
-            [bits(torch.cat([self.layer(row, i) for i in ids[:, None]])) for row in self.x[:, None]]
-        )
+        ids = torch.arange(-1, 3)[:, None]
+        self.alone = torch.stack([bits(torch.cat([self.layer(row, i) for i in ids])) for row in self.x[:, None]])
 
     def check(self, its: random.Random) -> None:
         """A batch of random rows with random adapters gives each row the bits that it has alone."""
