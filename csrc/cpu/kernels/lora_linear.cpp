@@ -52,13 +52,12 @@ static inline int64_t panel_columns(const LinearOp&) { return 0; }
 
 struct Shape {
     Form form;
-    bool pairs;            // both sides are bf16, and the level has the instruction for pairs
-    int64_t steps;         // of the contraction: C, or the number of pairs
-    int64_t in_row;        // dot, columns, transposed: row stride of the prepared input, in steps
-    int64_t rows;          // rows of this block
-    int64_t first_row;     // position of its first row
-    void* in;              // prepared input of this block
-    InvariantParts parts;  // in batch-invariant mode
+    bool pairs;         // both sides are bf16, and the level has the instruction for pairs
+    int64_t steps;      // of the contraction: C, or the number of pairs
+    int64_t in_row;     // dot, columns, transposed: row stride of the prepared input, in steps
+    int64_t rows;       // rows of this block
+    int64_t first_row;  // position of its first row
+    void* in;           // prepared input of this block
 };
 
 #ifdef PEFTK_DP
@@ -204,7 +203,7 @@ void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
         for (int i = 0; i < count; i++) {
             float* to = static_cast<float*>(shape.in) + (first + i) * shape.in_row;
             if (shape.form == kTransposed) {
-                interleave_parts(shape.steps, shape.parts, to,
+                interleave_parts(shape.steps, shape.pairs, to,
                                  [&](int64_t s, int64_t n, float* out) { copy_steps(op, shape, rows[i], s, n, out); });
                 continue;
             }
@@ -257,8 +256,10 @@ template <class T, class X>
 void product_transposed(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
     TransposedRows<T, X> its{};
     its.x = static_cast<const X*>(shape.in), its.x_row = shape.in_row;
-    its.w_row = op.weight_o, its.C = op.C, its.steps = shape.steps, its.parts = shape.parts;
-    its.sums = scratch_of<float>(kWeightSlot, shape.parts.groups * shape.rows * W * W);
+    its.w_row = op.weight_o, its.C = op.C, its.steps = shape.steps;
+    int64_t groups = 0;
+    visit_groups(shape.steps, shape.pairs, [&](int64_t, int64_t count, int64_t) { groups += count; });
+    its.sums = scratch_of<float>(kWeightSlot, groups * shape.rows * kSumsOfGroup);
     its.c_row = columns.padded;
     for (int64_t o = 0; o < columns.count; o += W) {
         its.w = static_cast<const T*>(op.weight) + (columns.first + o) * op.weight_o;
@@ -294,12 +295,12 @@ void copy_weight_rows(const LinearOp& op, const Shape& shape, const Columns& col
 template <class T>
 void product_lanes(const LinearOp& op, const Shape& shape, const Columns& columns, float* acc, int64_t acc_row) {
     constexpr int64_t row = kSteps + kPad;
-    // fp32 has shorter parts than that (`outer`), pairs have not
-    const int64_t most = op.batch_invariant && shape.pairs ? shape.parts.length : kSteps;
     const Panels panels(shape.rows);
     float* weight = scratch_of<float>(kWeightSlot, columns.count * row);
     int64_t first = 0;
     do {
+        // fp32 has shorter parts than this (`outer`), pairs have not
+        const int64_t most = op.batch_invariant && shape.pairs ? invariant_part(shape.steps, true, first) : kSteps;
         const int64_t steps = min64(most, shape.steps - first);
         copy_weight_rows(op, shape, columns, first, steps, weight, row);
         // While this part is multiplied, the next panel of the input and the next part of W are prefetched into L2.
@@ -789,7 +790,6 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
     shape.in_row = round_up(shape.steps, 2 * W) + kPad;
     shape.first_row = first;
     shape.rows = rows;
-    if (op.batch_invariant) shape.parts = invariant_parts(shape.steps, shape.pairs);
 
     Group* groups = nullptr;
     int64_t group_count = 0, page_runs = 1;

@@ -25,12 +25,7 @@ constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 // Steps that a task packs and multiplies at a time. Where W is contiguous along the contraction, a panel of 256 steps
 // stays in L1. Where it is contiguous along the columns, a task has many columns, to read much of each row of W at a
 // time, and all its panels stay in L2.
-static inline int64_t panel_steps(const LinearOp& op) {
-    if (!along_contraction(op)) return 64;
-    if (!op.batch_invariant) return 256;
-    const int64_t part = invariant_parts(op.C, false).length;
-    return 256 / part * part;
-}
+static inline int64_t panel_steps(const LinearOp& op) { return along_contraction(op) ? 256 : 64; }
 
 // The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
 // to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and are
@@ -47,9 +42,9 @@ static inline int64_t panel_columns(const LinearOp& op) {
     return 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
 
-// Steps of a part, if the task has so many at a time. docs/cpu.md has the errors.
-static inline int64_t panel_part(const LinearOp& op) {
-    if (op.batch_invariant && along_contraction(op)) return invariant_parts(op.C, false).length;
+// Steps of the part that begins at step `first`, if the task has so many at a time. docs/cpu.md has the errors.
+static inline int64_t panel_part(const LinearOp& op, int64_t first) {
+    if (op.batch_invariant && along_contraction(op)) return invariant_part(op.C, false, first);
     return op.C < 128 ? 32 : op.C < 512 ? 64 : op.C < 2048 ? 128 : 256;
 }
 
@@ -251,7 +246,7 @@ PEFTK_TILE void stream_rows(const float* b, const T* w, int64_t along, int64_t c
 template <int kRows, class T>
 static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     constexpr int kStep = kRows > 4 ? 1 : 8 / kRows;  // as many values of the input as registers have room for
-    const int64_t part = min64(panel_part(op), packed.block), size = kRows * columns.padded;  // as in product_panels
+    const int64_t part = min64(panel_part(op, 0), packed.block), size = kRows * columns.padded;  // as in product_panels
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
     if (op.C == 0) memset(tile, 0, size_t(size) * sizeof(float));
@@ -332,12 +327,12 @@ private:
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
     const int64_t panels = ceil_div(columns.count, kPanelWidth), size = kPanelWidth * packed.block;
-    const int64_t rows_at_once = kPanelRows / kRowsOfTwo, part = panel_part(op), padded = columns.padded;
+    const int64_t rows_at_once = kPanelRows / kRowsOfTwo, padded = columns.padded;
     const RowTiles& tiles = packed.tiles;
     float* weight = scratch_of<float>(kWeightSlot, panels * size);
     if (op.C == 0) memset(tile, 0, size_t(tiles.rows * padded) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += packed.block) {
-        const int64_t steps = min64(packed.block, op.C - first);
+        const int64_t steps = min64(packed.block, op.C - first), part = panel_part(op, first);
         pack_weight(op, columns, first, steps, weight, size);
         const NextSteps next(op, packed, columns, first + steps);
         int64_t done = 0;

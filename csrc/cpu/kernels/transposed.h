@@ -20,24 +20,40 @@ PEFTK_INLINE void transpose_steps(const T* from, int64_t from_stride, Vec* to) {
 #endif
 constexpr int kTransposedChains = 8;  // sums that a tile has at once, to hide the latency of fma
 
-// The parts of a contraction in batch-invariant mode, in steps: `groups` times W parts of `length`, and what is left,
-// in parts of up to `length`.
-struct InvariantParts {
-    int64_t groups, length;
-    int64_t grouped() const { return groups * W * length; }
-};
-
-// steps: of the contraction, elements or pairs. Long parts, which cost many rows little, but W or more of them.
-static inline InvariantParts invariant_parts(int64_t steps, bool pairs) {
+// The parts of a contraction in batch-invariant mode, in steps, the longest first: as many groups of W parts of 256 as
+// there is room for, then of 128, 64 and 32; what is left has parts of 64, or 32 in a short contraction. Long parts
+// cost many rows little. In the lanes form, `outer` has parts of 32 in fp32.
 #ifdef PEFTK_PANELS
-    constexpr int64_t kShortest = 48, kLongest = 256;
+static constexpr int64_t longest_part(bool) { return 256; }
 #else
-    if (!pairs) return {steps / (W * OuterPart<float>::kSteps), OuterPart<float>::kSteps};
-    constexpr int64_t kShortest = W, kLongest = OuterPart<Pair>::kSteps;
+static constexpr int64_t longest_part(bool pairs) { return pairs ? OuterPart<Pair>::kSteps : OuterPart<float>::kSteps; }
 #endif
-    const int64_t groups = ceil_div(steps, W * kLongest), length = steps / max64(W * groups, 1) / W * W;
-    if (length >= kShortest) return {groups, length};
-    return {0, pairs ? kLongest : steps < 128 ? 32 : 64};
+constexpr int64_t kShortestPart = 32;
+template <class X>
+constexpr bool kIsPair = false;
+template <>
+constexpr bool kIsPair<Pair> = true;
+
+// Calls visit(first, count, length) for each length: `count` groups of W parts from step `first` on. Returns the first
+// step that is left.
+template <class Visit>
+PEFTK_INLINE int64_t visit_groups(int64_t steps, bool pairs, Visit visit) {
+    int64_t first = 0;
+    for (int64_t length = longest_part(pairs); length >= kShortestPart; length /= 2) {
+        const int64_t count = (steps - first) / (W * length);
+        visit(first, count, length);
+        first += count * W * length;
+    }
+    return first;
+}
+
+// The length of the part that begins at `first`.
+static inline int64_t invariant_part(int64_t steps, bool pairs, int64_t first) {
+    int64_t found = steps < 128 || longest_part(pairs) == kShortestPart ? kShortestPart : 64;
+    visit_groups(steps, pairs, [&](int64_t begin, int64_t count, int64_t length) {
+        if (first >= begin && first < begin + count * W * length) found = length;
+    });
+    return found;
 }
 
 // W rows or parts of the weight, `stride` elements from one to the next, as a register of lanes for each of kSteps
@@ -82,68 +98,85 @@ struct TransposedRows {
     const T* w;
     int64_t w_row, count;
     int64_t C, steps;  // the contraction, in elements and in steps
-    InvariantParts parts;
-    float* sums;  // scratch: [groups, tokens, W rows, W parts]
-    float* c;     // [tokens, c_row]
+    float* sums;       // scratch: [groups, tokens, W rows, W parts]
+    float* c;          // [tokens, c_row]
     int64_t c_row;
 };
+constexpr int64_t kSumsOfGroup = W * W;
 
-// Prepares a row of C elements: groups of parts as [length, W parts], then what is left as it is.
-template <class T, class Copy>
-static void interleave_parts(int64_t steps, const InvariantParts& parts, T* to, Copy copy) {
-    float* out = reinterpret_cast<float*>(to);
-    for (int64_t first = 0; first < parts.grouped(); first += W * parts.length) {
-        transpose_rows(W, parts.length, out + first, W, [&](int part, int64_t s, int n, float* block) {
-            copy(first + part * parts.length + s, n, block);
-        });
-    }
-    if (parts.grouped() < steps) copy(parts.grouped(), steps - parts.grouped(), out + parts.grouped());
+// Prepares a row of the input: groups of parts as [length, W parts], what is left as it is.
+template <class Copy>
+static void interleave_parts(int64_t steps, bool pairs, float* to, Copy copy) {
+    const int64_t left = visit_groups(steps, pairs, [&](int64_t begin, int64_t count, int64_t length) {
+        for (int64_t first = begin; first < begin + count * W * length; first += W * length) {
+            transpose_rows(W, length, to + first, W, [&](int part, int64_t s, int n, float* block) {
+                copy(first + part * length + s, n, block);
+            });
+        }
+    });
+    if (left < steps) copy(left, steps - left, to + left);
 }
 
-// The sums of all grouped parts for kRows rows of the weight, from number `row` on.
-template <class T, class X, int kTokens, int kRows>
-PEFTK_TILE void sum_groups(const TransposedRows<T, X>& its, int64_t row) {
+// One group of W parts of kLength steps, from step `first` on, for kRows rows of the weight, from number `row` on.
+template <class T, class X, int kTokens, int kRows, int kLength>
+PEFTK_TILE void sum_group(const TransposedRows<T, X>& its, int64_t row, int64_t first, float* sums) {
     typedef TransposedBlock<T, X> Block;
     constexpr int64_t kEach = Block::kElements / Block::kSteps;  // elements of a step
-    const int64_t length = its.parts.length, stride = length * kEach, x_row = its.x_row, w_row = its.w_row;
-    for (int64_t g = 0; g < its.parts.groups; g++) {
-        const X* x = its.x + g * W * length;
-        const T *w = its.w + row * w_row + g * W * stride, *ahead = w + kRows * w_row;
-        Vec acc[kRows][kTokens];
+    const int64_t x_row = its.x_row, w_row = its.w_row;
+    const X* x = its.x + first;
+    const T *w = its.w + row * w_row + first * kEach, *ahead = w + kRows * w_row;
+    Vec acc[kRows][kTokens];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTokens; i++) acc[r][i] = zero();
+    }
+    for (int64_t s = 0; s < kLength; s += Block::kSteps) {
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 8
-            for (int i = 0; i < kTokens; i++) acc[r][i] = zero();
-        }
-        for (int64_t s = 0; s < length; s += Block::kSteps) {
-#pragma GCC unroll 4
-            for (int r = 0; r < kRows; r++) {
-                // as many lines of the next rows as this block has, one after the other
+            // as many lines of the next rows as this block has, one after the other
 #pragma GCC unroll 16
-                for (int64_t e = 0; e < W * Block::kElements; e += 64 / int64_t(sizeof(T))) {
-                    __builtin_prefetch(ahead + r * w_row + W * kEach * s + e, 0, 3);
-                }
-                const Block block(w + r * w_row + s * kEach, stride);
+            for (int64_t e = 0; e < W * Block::kElements; e += 64 / int64_t(sizeof(T))) {
+                __builtin_prefetch(ahead + r * w_row + W * kEach * s + e, 0, 3);
+            }
+            const Block block(w + r * w_row + s * kEach, kLength * kEach);
 #pragma GCC unroll 16
-                for (int j = 0; j < Block::kSteps; j++) {
+            for (int j = 0; j < Block::kSteps; j++) {
 #pragma GCC unroll 8
-                    for (int i = 0; i < kTokens; i++) {
-                        acc[r][i] = accumulate(load_lanes(x + i * x_row + (s + j) * W), block.lanes[j], acc[r][i]);
-                    }
+                for (int i = 0; i < kTokens; i++) {
+                    acc[r][i] = accumulate(load_lanes(x + i * x_row + (s + j) * W), block.lanes[j], acc[r][i]);
                 }
             }
         }
+    }
 #pragma GCC unroll 8
-        for (int i = 0; i < kTokens; i++) {
+    for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 4
-            for (int r = 0; r < kRows; r++) store(its.sums + ((g * kTokens + i) * W + row + r) * W, acc[r][i]);
-        }
+        for (int r = 0; r < kRows; r++) store(sums + i * kSumsOfGroup + (row + r) * W, acc[r][i]);
     }
 }
 
-// One part of `steps` steps from `first` on, with rows of the weight in the lanes. It is added to c.
+template <class T, class X, int kTokens, int kRows>
+static void sum_groups(const TransposedRows<T, X>& its, int64_t row) {
+    float* sums = its.sums;
+    visit_groups(its.steps, kIsPair<X>, [&](int64_t begin, int64_t count, int64_t length) {
+        for (int64_t g = 0; g < count; g++, begin += W * length, sums += kTokens * kSumsOfGroup) {
+            if constexpr (longest_part(kIsPair<X>) > kShortestPart) {
+                switch (length) {
+                    case 256: sum_group<T, X, kTokens, kRows, 256>(its, row, begin, sums); continue;
+                    case 128: sum_group<T, X, kTokens, kRows, 128>(its, row, begin, sums); continue;
+                    case 64: sum_group<T, X, kTokens, kRows, 64>(its, row, begin, sums); continue;
+                }
+            }
+            sum_group<T, X, kTokens, kRows, kShortestPart>(its, row, begin, sums);
+        }
+    });
+}
+
+// One part of `steps` steps from `first` on, with rows of the weight in the lanes. It is added to c. x: of its first
+// step; x_step: to the next one.
 template <class T, class X, int kTokens>
-PEFTK_TILE void sum_part(const TransposedRows<T, X>& its, int64_t first, int64_t steps) {
+PEFTK_TILE void sum_part(const TransposedRows<T, X>& its, const X* x, int64_t x_step, int64_t first, int64_t steps) {
     typedef TransposedBlock<T, X> Block;
     constexpr int64_t kEach = Block::kElements / Block::kSteps;
     Vec acc[kTokens];
@@ -152,7 +185,7 @@ PEFTK_TILE void sum_part(const TransposedRows<T, X>& its, int64_t first, int64_t
     const auto multiply = [&](const Block& block, int j, int64_t s) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int i = 0; i < kTokens; i++) {
-            acc[i] = accumulate(broadcast(its.x + i * its.x_row + s), block.lanes[j], acc[i]);
+            acc[i] = accumulate(broadcast(x + i * its.x_row + (s - first) * x_step), block.lanes[j], acc[i]);
         }
     };
     int64_t s = first;
@@ -178,25 +211,42 @@ PEFTK_TILE void sum_part(const TransposedRows<T, X>& its, int64_t first, int64_t
     }
 }
 
+// Adds the sums of a group to c [kTokens, W], part by part.
+template <int kTokens>
+static void add_group(const float* sums, bool fresh, float* c, int64_t c_row) {
+    for (int i = 0; i < kTokens; i++) {
+        Vec parts[W];
+        transpose(sums + i * kSumsOfGroup, W, parts);
+        Vec total = fresh ? parts[0] : add(load(c + i * c_row), parts[0]);
+#pragma GCC unroll 16
+        for (int part = 1; part < W; part++) total = add(total, parts[part]);
+        store(c + i * c_row, total);
+    }
+}
+
 template <class T, class X, int kTokens>
 static void transposed_tile(const TransposedRows<T, X>& its) {
     constexpr int kRows = kTransposedChains >= 4 * kTokens ? 4 : kTransposedChains >= 2 * kTokens ? 2 : 1;
-    int64_t row = 0;
-    for (; row + kRows <= its.count; row += kRows) sum_groups<T, X, kTokens, kRows>(its, row);
-    for (; row < its.count; row++) sum_groups<T, X, kTokens, 1>(its, row);
-    for (int i = 0; i < kTokens; i++) {
-        Vec total = zero();
-        for (int64_t g = 0; g < its.parts.groups; g++) {
-            Vec sums[W];
-            transpose(its.sums + (g * kTokens + i) * W * W, W, sums);
-#pragma GCC unroll 16
-            for (int part = 0; part < W; part++) total = g + part == 0 ? sums[0] : add(total, sums[part]);
-        }
-        store(its.c + i * its.c_row, total);
+    float* sums = its.sums;
+    for (int i = 0; i < kTokens; i++) store(its.c + i * its.c_row, zero());
+    if (its.count == W) {
+        for (int64_t row = 0; row < W; row += kRows) sum_groups<T, X, kTokens, kRows>(its, row);
     }
-    const int64_t length = its.parts.length;
-    for (int64_t first = its.parts.grouped(); first < its.steps; first += length) {
-        sum_part<T, X, kTokens>(its, first, min64(length, its.steps - first));
+    int64_t first = visit_groups(its.steps, kIsPair<X>, [&](int64_t begin, int64_t count, int64_t length) {
+        for (int64_t g = 0; g < count; g++, begin += W * length, sums += kTokens * kSumsOfGroup) {
+            if (its.count == W) {
+                add_group<kTokens>(sums, begin == 0, its.c, its.c_row);
+                continue;
+            }
+            for (int64_t part = 0; part < W; part++) {
+                sum_part<T, X, kTokens>(its, its.x + begin + part, W, begin + part * length, length);
+            }
+        }
+    });
+    while (first < its.steps) {
+        const int64_t length = min64(invariant_part(its.steps, kIsPair<X>, first), its.steps - first);
+        sum_part<T, X, kTokens>(its, its.x + first, 1, first, length);
+        first += length;
     }
 }
 
