@@ -9,6 +9,7 @@ from peftk import functional
 from peftk.adapters.bank import AdapterBank, PackedBank
 from peftk.adapters.carry import carry_route
 from peftk.backends.call import BackendError
+from peftk.backends.determinism import deterministic, is_batch_invariant
 from peftk.checkpoints.files import CheckpointError
 from peftk.checkpoints.peft import LoadedAdapter
 from peftk.checkpoints.store import load_adapter, save_adapter
@@ -60,10 +61,12 @@ __all__ = [
     "combine_checkpoints",
     "count_parameters",
     "decelerate",
+    "deterministic",
     "explain",
     "freeze",
     "functional",
     "inject",
+    "is_batch_invariant",
     "load_adapter",
     "merge_adapter",
     "merged",

@@ -51,12 +51,13 @@ class Linear:
         bias_dtype: int = 0,
         dropout_p: float = 0.0,
         seed: int = 0,
+        batch_invariant: bool = False,
         threads: int,
     ) -> Linear:
         """x [M, K] with contiguous rows and row stride x_stride; weight [N, K] with strides weight_n and weight_k.
 
-        One of weight_n and weight_k is 1. bias [N] is contiguous. seed: 64 bits, read if dropout_p > 0. threads: the
-        most threads to use.
+        One of weight_n and weight_k is 1. bias [N] is contiguous. seed: 64 bits, read if dropout_p > 0.
+        batch_invariant: a row's bits do not depend on the other rows. threads: the most threads to use.
         """
 
     @staticmethod
@@ -166,6 +167,7 @@ def direct_lora_linear(
     bias_B: Tensor | None,
     limit: float,
     threads: int,
+    batch_invariant: bool,
     /,
 ) -> Tensor | None:
     """y [..., N] if all tensors are plain and dense on the CPU and M·N·K ≤ limit, else None. weight None: y = x + …"""
@@ -177,6 +179,7 @@ def direct_multi_lora_linear(
     ids: Tensor,
     limit: float,
     threads: int,
+    batch_invariant: bool,
     pages: int,
     rows: int,
     scaling: int,

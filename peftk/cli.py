@@ -50,7 +50,16 @@ def demo(out: Path, quick: bool) -> None:
 
 
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
-SUITE_OPS = (*OPS, "compile", "adapter_cost", "merge_model", "merged_context", "model", "contended")
+SUITE_OPS = (
+    *OPS,
+    "compile",
+    "adapter_cost",
+    "merge_model",
+    "merged_context",
+    "model",
+    "contended",
+    "batch_invariant",
+)
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 

@@ -97,6 +97,7 @@ TESTS = {
     "csrc/cuda/*merge*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_merge_on_host.py"],
     "csrc/cuda/segments*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_segments_on_host.py"],
     "csrc/cuda/*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_lora_linear_on_host.py"],
+    "csrc/cpu/kernels/transposed.h": ["backends/test_determinism.py", *KERNELS],
     "csrc/*": KERNELS,
     "triton_kernels/segments.py": [
         "kernels/triton/interpreted/segments.py",
@@ -138,6 +139,7 @@ TESTS = {
         "ops/test_gradients.py",
     ],
     "peftk/backends/cpu.py": KERNELS,
+    "peftk/backends/determinism.py": ["backends/test_determinism.py"],
     "peftk/backends/cuda.py": ["kernels/cuda/test_on_host.py"],
     "peftk/backends/gemm.py": [
         "backends/test_gemm.py",

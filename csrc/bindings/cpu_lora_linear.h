@@ -28,11 +28,11 @@ static inline void define_linear(pybind11::module_& module) {
         define_class<Linear>(module, "Linear", "The arguments that forward and backward share: x and the base layer.");
     define(linear, "of",
            "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, bias=0, bias_dtype=0, "
-           "dropout_p=0.0, seed=0, threads)",
+           "dropout_p=0.0, seed=0, batch_invariant=False, threads)",
            "x [M, K], weight [N, K] with its strides along N and K, bias [N].",
            [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
               int64_t weight_n, int64_t weight_k, int weight_dtype, uintptr_t bias, int bias_dtype, double dropout_p,
-              uint64_t seed, int threads) {
+              uint64_t seed, bool batch_invariant, int threads) {
                Linear linear{};
                linear.M = M, linear.N = N, linear.K = K;
                linear.x = address<void>(x), linear.x_stride = x_stride, linear.x_dtype = dtype_of("x_dtype", x_dtype);
@@ -40,6 +40,7 @@ static inline void define_linear(pybind11::module_& module) {
                linear.weight_dtype = dtype_of("weight_dtype", weight_dtype);
                linear.bias = address<void>(bias), linear.bias_dtype = dtype_of("bias_dtype", bias_dtype);
                linear.dropout = dropout_of(dropout_p, seed);
+               linear.batch_invariant = batch_invariant;
                linear.threads = threads;
                return linear;
            });

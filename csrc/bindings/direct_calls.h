@@ -98,15 +98,16 @@ static inline PyObject* run_kernel(PyObject* x_object, const View& x, LinearArgs
     return y;
 }
 
-// (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads) → y or None
+// (x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads,
+// batch_invariant) → y or None
 static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 11) return PyErr_Format(PyExc_TypeError, "expected 11 arguments, got %zd", count);
+    if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
     return with_python_errors([&]() -> PyObject* {
         View x;
         LinearArgs args{};
         const double scaling = PyFloat_AsDouble(in[5]), limit = PyFloat_AsDouble(in[9]);
         const int activation = int(PyLong_AsLong(in[6]));
-        args.threads = int(PyLong_AsLong(in[10]));
+        args.threads = int(PyLong_AsLong(in[10])), args.batch_invariant = in[11] == Py_True;
         if (PyErr_Occurred()) return nullptr;
         if (backend_is_forced() || !read_view(in[0], &x) || !read_linear(x, in[1], in[2], limit, &args) ||
             !read_adapter(in[3], in[4], float(scaling), activation, in[7], in[8], args.N, args.K, x.device,
@@ -117,20 +118,20 @@ static PyObject* direct_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t c
     });
 }
 
-// (x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype) → y or None
+// (x, weight, bias, ids, limit, threads, batch_invariant, pages, rows, scaling, biases, count, dtype) → y or None
 static PyObject* direct_multi_lora_linear(PyObject*, PyObject* const* in, Py_ssize_t count) {
-    if (count != 12) return PyErr_Format(PyExc_TypeError, "expected 12 arguments, got %zd", count);
+    if (count != 13) return PyErr_Format(PyExc_TypeError, "expected 13 arguments, got %zd", count);
     return with_python_errors([&]() -> PyObject* {
         View x;
         LinearArgs args{};
         const double limit = PyFloat_AsDouble(in[4]);
-        args.threads = int(PyLong_AsLong(in[5]));
+        args.threads = int(PyLong_AsLong(in[5])), args.batch_invariant = in[6] == Py_True;
         Adapters& adapters = args.adapters;
-        adapters.pages = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[6]));
-        adapters.rows = static_cast<const int32_t*>(PyLong_AsVoidPtr(in[7]));
-        adapters.scaling = static_cast<const float*>(PyLong_AsVoidPtr(in[8]));
-        adapters.biases = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[9]));
-        adapters.count = int(PyLong_AsLong(in[10])), adapters.dtype = Dtype(PyLong_AsLong(in[11]));
+        adapters.pages = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[7]));
+        adapters.rows = static_cast<const int32_t*>(PyLong_AsVoidPtr(in[8]));
+        adapters.scaling = static_cast<const float*>(PyLong_AsVoidPtr(in[9]));
+        adapters.biases = static_cast<const int64_t*>(PyLong_AsVoidPtr(in[10]));
+        adapters.count = int(PyLong_AsLong(in[11])), adapters.dtype = Dtype(PyLong_AsLong(in[12]));
         if (PyErr_Occurred()) return nullptr;
         if (backend_is_forced() || !read_view(in[0], &x) || !read_linear(x, in[1], in[2], limit, &args) ||
             !read_ids(x, in[3], args.M, &args.ids)) {
@@ -159,10 +160,12 @@ static inline void bind_direct_calls(PyObject* module) {
          "plain_tensors(tensor, parameter, storage_bytes, storage_offset, device_type, is_neg, /)\n--\n\n"},
         {"dense", fast_method(dense), METH_FASTCALL, "dense(*tensors)\n--\n\n"},
         {"direct_lora_linear", fast_method(direct_lora_linear), METH_FASTCALL,
-         "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, /)"
+         "direct_lora_linear(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, limit, threads, "
+         "batch_invariant, /)"
          "\n--\n\n"},
         {"direct_multi_lora_linear", fast_method(direct_multi_lora_linear), METH_FASTCALL,
-         "direct_multi_lora_linear(x, weight, bias, ids, limit, threads, pages, rows, scaling, biases, count, dtype, /)"
+         "direct_multi_lora_linear(x, weight, bias, ids, limit, threads, batch_invariant, pages, rows, scaling, "
+         "biases, count, dtype, /)"
          "\n--\n\n"},
         {nullptr, nullptr, 0, nullptr},
     };

@@ -45,6 +45,7 @@ struct Linear {
     const void* bias;  // [N] or null; not read by the backward
     int bias_dtype;
     Dropout dropout;
+    bool batch_invariant;  // a row's bits must not depend on the other rows, nor on how many there are
     int threads;
 };
 
@@ -91,9 +92,9 @@ static inline double work_of(const LinearArgs& args, bool product) {
     return product ? product_work(args) : adapters_work(args);
 }
 
-// How a call is computed. Depends only on the shapes, dtypes and strides of `linear`.
+// How a call is computed. Depends only on the shapes, dtypes and strides of `linear`, and on `batch_invariant`.
 struct Plan {
-    const char* form;  // dot, lanes, columns or panels
+    const char* form;  // dot, lanes, columns, panels or transposed
     bool pairs;        // whether bf16 pairs are multiplied by the processor's instruction for them
     int threads;       // at most
 };

@@ -1,5 +1,7 @@
 """Carries a route from the `with` that enters it to the layers that run inside, through threads, tasks and checkpoints.
 
+A mode (`peftk.deterministic`) travels in the same way, as a route with a key of its own.
+
 A context variable holds the route, so threads and asyncio tasks that run different batches do not see each other's.
 There are cases that a context variable does not cover; each has its own solution here (docs/routes.md):
 
@@ -106,8 +108,8 @@ def _outer_without(link: Link | None, manager: object) -> Link | None:
 class RouteContext(contextlib.ContextDecorator):
     """The context manager of a route. As a decorator, it is entered whenever the function, generator or coroutine runs.
 
-    key: the server whose layers the route is for. make: called when the `with` begins, returns the route. on_exit:
-    called with the route when the `with` has ended.
+    key: the server whose layers the route is for, or what else may ask for the value. make: called when the `with`
+    begins, returns the route. on_exit: called with the route when the `with` has ended.
     """
 
     def __init__(self, key: object, make: Callable[[], Any], on_exit: Callable[[Any], None]) -> None:
@@ -117,7 +119,7 @@ class RouteContext(contextlib.ContextDecorator):
 
     def __enter__(self) -> None:
         if self._inside:
-            raise RuntimeError("route: expected a new one for each `with`, got one that is already entered")
+            raise RuntimeError("context manager: expected a new one for each `with`, got one that is already entered")
         _install()
         self._value = self._make()
         self._frame = _enter(self, self._key, self._value, innermost(), _owning_frame(sys._getframe(1)))

@@ -4,7 +4,7 @@
 `triton` (GPUs; CPU tensors under TRITON_INTERPRET=1) · `cuda` (CUDA C++, where it can run). The choice depends on the
 call, on what was measured on this machine, by `peftk tune` (`peftk.backends.measured`) or at the first use of such a
 shape (`peftk.backends.first_use`), on what is shipped for where nothing was (`shipped`; on a GPU a model of it), and on
-torch's switch for deterministic algorithms, which excludes `gemm`.
+torch's switch for deterministic algorithms and `peftk.deterministic`, which exclude `gemm`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from peftk.backends import first_use, measured, registry
+from peftk.backends import determinism, first_use, measured, registry
 from peftk.backends.call import LORA_LINEAR, SEGMENTS, BackendError, Call, Choice
 from peftk.backends.contract import Backend
 from peftk.backends.made_on import Verdict
@@ -51,8 +51,15 @@ def choose(call: Call, forced: str | None = None) -> Choice:
 
     A backend is forced by `forced`, else by an enclosing `forcing`, else by PEFTK_BACKEND.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _choose(call, forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None, deterministic)
+    forced = forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None
+    return _choose(call, forced, determinism.is_deterministic(), _is_invariant(call))
+
+
+def _is_invariant(call: Call) -> bool:
+    """Whether the mode asks for a result whose rows do not depend on the batch: of a forward."""
+    return (
+        call.op.kind in ("lora_linear", "adapter_block") and not call.op.backward and determinism.is_batch_invariant()
+    )
 
 
 def backend_for(call: Call, forced: str | None = None) -> Backend:
@@ -100,7 +107,7 @@ def keeps_to_our_kernels(dtype: torch.dtype, M: int, K: int, N: int) -> bool:
         op=LORA_LINEAR, device="cpu", x_dtype=dtype, weight_dtype=dtype, adapter_dtype=dtype, M=M, K=K, N=N, rank=1,
         adapters=1,
     )  # fmt: skip
-    chosen = _choose(call, None, False)
+    chosen = _choose(call, None, False, False)
     return chosen.backend == "cpu" and not chosen.unmeasured
 
 
@@ -124,37 +131,52 @@ def _forget_choices() -> None:
 
 
 def unforced(call: Call) -> str:
-    """The name of the backend for `call` where none is forced, and torch is not asked for deterministic algorithms."""
-    return _choose(call, None, False).backend
+    """The name of the backend for `call` where none is forced, and deterministic algorithms are not asked for."""
+    return _choose(call, None, False, False).backend
 
 
 @remembered
-def _choose(call: Call, forced: str | None, deterministic: bool) -> Choice:
+def _choose(call: Call, forced: str | None, deterministic: bool, invariant: bool) -> Choice:
     if forced is not None:
-        reason = cannot_run(forced, call)
+        reason = cannot_run(forced, call) or _varies(forced, invariant)
         if reason is not None:
             raise BackendError(f"backend {forced!r} was forced and cannot run {call.op}: {reason}")
         return Choice(forced, "forced by argument or PEFTK_BACKEND", ())
     rejected: list[tuple[str, str]] = []
-    order, why, unmeasured = _backend_order(call, deterministic)
+    order, why, unmeasured = _backend_order(call, deterministic, invariant)
     for name in order:
-        reason = cannot_run(name, call)
+        reason = cannot_run(name, call) or _varies(name, invariant)
         if reason is None:
             reason = why.get(name, f"the preferred backend on {call.device} that can run this call")
             return Choice(name, reason, tuple(rejected), unmeasured=unmeasured)
         rejected.append((name, reason))
+    if invariant:
+        reasons = "; ".join(f"{name} {why}" for name, why in rejected)
+        raise BackendError(f"{call.op}: no backend can run this call with batch_invariant=True: {reasons}")
     raise BackendError(f"no backend can run {call}: {rejected}")
 
 
-def _backend_order(call: Call, deterministic: bool) -> tuple[tuple[str, ...], dict[str, str], bool]:
+def _varies(name: str, invariant: bool) -> str | None:
+    """Why the backend is out in batch-invariant mode; None if it is not, or without the mode."""
+    if not invariant or registry.backend(name).batch_invariant:
+        return None
+    return "computes a row in ways that depend on the batch, which peftk.deterministic(batch_invariant=True) rules out"
+
+
+def _backend_order(call: Call, deterministic: bool, invariant: bool) -> tuple[tuple[str, ...], dict[str, str], bool]:
     """The backends to try, in order, reasons for some of them, and `Choice.unmeasured`."""
     if call.op == SEGMENTS:
         return _SEGMENTS_ORDER, {}, False
     order = _ORDER.get(call.device, ("triton", "reference"))
+    if invariant:
+        reason = "with batch_invariant=True only kernels run whose rows ignore the batch"
+        return order, dict.fromkeys(order, reason), False
     if call.device not in _ORDER or call.op.kind != "lora_linear":
         return order, {}, False
     if deterministic:
-        verdict = Verdict(False, "with torch.use_deterministic_algorithms only our own kernels run")
+        verdict = Verdict(
+            False, "with torch.use_deterministic_algorithms or peftk.deterministic only our own kernels run"
+        )
     elif call.x_dtype != call.weight_dtype:
         verdict = Verdict(False, "only our kernels multiply mixed dtypes without a copy")
     elif call.device == "cpu" and call.M * call.K * call.N <= SMALL_CALL:

@@ -164,6 +164,7 @@ class Backend(NamedTuple):
     merge_layers: MergeLayers | None = None
     sort: Sort | None = None
     rounds_once: bool = True  # to y's dtype; if False, the base layer's part is rounded as well
+    batch_invariant: bool = False  # it honours `determinism.is_batch_invariant`
     checks_ids: bool = False  # it raises ValueError itself for an id outside the table
 
 

@@ -20,6 +20,7 @@ from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
+from peftk.backends import determinism
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
@@ -34,7 +35,9 @@ _NO_ADAPTER = _cpu.Adapters.none(dtype=DTYPES[torch.float32])
 def backend() -> Backend:
     from peftk.backends import cpu
 
-    return Backend(cpu, forward=cpu, backward=cpu, direct=cpu, direct_multi=cpu, merge=cpu, checks_ids=True)
+    return Backend(
+        cpu, forward=cpu, backward=cpu, direct=cpu, direct_multi=cpu, merge=cpu, batch_invariant=True, checks_ids=True
+    )
 
 
 def cannot_run(call: Call) -> str | None:
@@ -68,6 +71,7 @@ def describe(call: Call) -> str:
         weight_n=call.K,
         weight_k=1,
         weight_dtype=DTYPES[call.weight_dtype],
+        batch_invariant=determinism.is_batch_invariant(),
         threads=threads,
     )
     form, pairs, threads = _cpu.plan(linear, backward=call.op.backward)
@@ -134,7 +138,8 @@ def direct_lora_linear(
     weight None: the identity, y = x + the adapter, of any size.
     """
     adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
-    return _cpu.direct_lora_linear(x, weight, bias, *adapter, limit, torch.get_num_threads())
+    threads, invariant = torch.get_num_threads(), determinism.is_batch_invariant()
+    return _cpu.direct_lora_linear(x, weight, bias, *adapter, limit, threads, invariant)
 
 
 def direct_multi_lora_linear(
@@ -143,8 +148,8 @@ def direct_multi_lora_linear(
     """`direct_lora_linear` for many adapters; ids as users pass them. Raises ValueError for an id outside the table."""
     if table.dtype not in DTYPES:  # fp64
         return None
-    threads = torch.get_num_threads()
-    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, *_table_addresses(table))
+    threads, invariant = torch.get_num_threads(), determinism.is_batch_invariant()
+    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, invariant, *_table_addresses(table))
 
 
 def multi_lora_linear(
@@ -373,6 +378,7 @@ def _linear_args(
         bias_dtype=0 if bias is None else DTYPES[bias.dtype],
         dropout_p=p,
         seed=seed,
+        batch_invariant=determinism.is_batch_invariant(),
         threads=torch.get_num_threads(),
     )
 

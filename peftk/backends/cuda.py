@@ -16,7 +16,7 @@ from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import PAGE, Adapter, pages_of
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice
+from peftk.backends import choice, determinism
 from peftk.backends.call import LORA_LINEAR, MERGE, SEGMENTS, UNMERGE, Call
 from peftk.backends.contract import Backend
 from peftk.launch import workspace
@@ -161,7 +161,7 @@ def direct_multi_lora_linear(
 
 def _surroundings(device: torch.device) -> tuple[Tensor | None, int, int] | None:
     """The current stream's counters, if it has any, the number of processors, and the stream; None in a capture."""
-    if streams.capturing(device) or torch.are_deterministic_algorithms_enabled():
+    if streams.capturing(device) or determinism.is_deterministic():
         return None
     stream = streams.handle(device)
     return workspace.of_stream(device, stream), workspace.processors(device), stream

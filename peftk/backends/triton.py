@@ -20,6 +20,7 @@ from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import (
     choice,
+    determinism,
     gemm,
     gpu_shape,
     triton_version,  # noqa: F401 - before the kernels
@@ -150,7 +151,7 @@ def direct_lora_linear(
     tensors = (x, weight, bias, lora_A, lora_B, bias_A, bias_B)
     if weight is None or not storage.dense(*tensors):
         return None
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = determinism.is_deterministic()
     forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     found = _direct_layout(forms, activation, x.device.type, os.environ.get("PEFTK_BACKEND"), deterministic)
     if found is None:
@@ -186,7 +187,7 @@ def direct_multi_lora_linear(
     """The same for many adapters, with the ids of a route, or those of a user for each row."""
     if not storage.dense(x, weight, bias, ids) or table.device != x.device or checks.ids_are_checked(x.device):
         return None
-    deterministic, forced = torch.are_deterministic_algorithms_enabled(), os.environ.get("PEFTK_BACKEND")
+    deterministic, forced = determinism.is_deterministic(), os.environ.get("PEFTK_BACKEND")
     tensors = (x, weight, bias)
     forms = tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for t in tensors])
     on_product = _direct_multi(forms, ids.shape, ids.dtype, _about(table), x.device.type, forced, deterministic)

@@ -24,7 +24,7 @@ from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import AnyBank
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_tensors
-from peftk.backends import choice
+from peftk.backends import choice, determinism
 from peftk.backends.call import BackendError
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
 from peftk.system import autocast, storage
@@ -126,6 +126,8 @@ def _explain_errors(op: str, tensors: Sequence[Tensor | None], backend: str | No
     forced = backend or choice.forced() or os.environ.get("PEFTK_BACKEND") or "reference"
     if forced != "reference":
         raise BackendError(f"backend {forced!r} was forced and cannot run {op}: it got {got}")
+    if determinism.is_batch_invariant():
+        raise BackendError(f"{op}: no backend can run this call with batch_invariant=True: it got {got}")
     try:
         yield
     except (RuntimeError, TypeError) as error:

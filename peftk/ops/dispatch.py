@@ -18,7 +18,7 @@ from peftk.adapters import checks
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice, registry
+from peftk.backends import choice, determinism, registry
 from peftk.backends.call import BackendError, Op, are_rows_aligned, call_of
 from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
@@ -113,7 +113,9 @@ def _may_be_direct(device: str) -> bool:
     """Whether calls may go to a backend directly."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False  # before `_direct`: the compiler would trace into the import
-    return not (storage.forward_ad_active() or torch.is_autocast_enabled(device))
+    if storage.forward_ad_active() or torch.is_autocast_enabled(device):
+        return False
+    return device == "cpu" or not determinism.is_batch_invariant()  # the ordinary way refuses it
 
 
 @functools.cache

@@ -49,6 +49,7 @@ struct LinearOp {
     Adapters adapters;
     Order order;
     Dropout dropout;
+    bool batch_invariant;
     int threads;
     bool backward;
     int64_t max_rank;  // over the adapters that have rows
@@ -106,6 +107,7 @@ static inline LinearOp forward_op(const LinearArgs& args, const Order& order) {
     op.out = args.y, op.out_row = args.y_stride, op.out_dtype = args.x_dtype;
     op.z = args.z, op.z_row = args.z_stride;
     op.adapters = args.adapters, op.order = order, op.dropout = args.dropout;
+    op.batch_invariant = args.batch_invariant;
     op.threads = useful_threads(work_of(args, !args.over_base), args.threads);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);

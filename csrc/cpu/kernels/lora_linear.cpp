@@ -4,17 +4,19 @@
 // length (the shrink). Rows are processed in the order of their adapters. A job has three kinds of tasks: some convert
 // the input to the form that the product reads; some shrink; and some compute blocks of output columns, from W to the
 // stored result. The last kind waits for the first before its product, and for the second before its epilogue. The
-// product has one of four forms:
+// product has one of these forms:
 //
 //   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything is read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
 //   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
 //   panels   instead of lanes and columns where a level has it (cpu/kernels/panels.h)
+//   transposed  instead of dot in batch-invariant mode: the sums of lanes, or panels (cpu/kernels/transposed.h)
 //
 // There is no product if `out` already holds the base layer's part: the adapters' part is added to it.
 //
 // The form depends only on shape, dtypes and strides, so the number of threads does not change a bit of the result.
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/transposed.h"
 #ifdef PEFTK_PANELS
 #include "cpu/kernels/panels.h"
 #endif
@@ -39,7 +41,7 @@ constexpr int64_t kPad = 16;  // padding between rows of scratch, in elements, a
 
 constexpr int64_t kBaseColumns = 128;  // columns per task if only the adapters' part is added: a tile stays in L1
 
-enum Form { kDot, kLanes, kColumns, kPanels, kOverBase };
+enum Form { kDot, kLanes, kColumns, kPanels, kTransposed, kOverBase };
 #ifdef PEFTK_PANELS
 constexpr bool kHavePanels = true;
 #else
@@ -53,7 +55,7 @@ struct Shape {
     Form form;
     bool pairs;         // both sides are bf16, and the level has the instruction for pairs
     int64_t steps;      // of the contraction: C, or the number of pairs
-    int64_t in_row;     // dot, columns: row stride of the prepared input, in steps
+    int64_t in_row;     // dot, columns, transposed: row stride of the prepared input, in steps
     int64_t rows;       // rows of this block
     int64_t first_row;  // position of its first row
     void* in;           // prepared input of this block
@@ -155,6 +157,18 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
 // Rows that one task prepares.
 int64_t prepared_rows(const LinearOp& op, const Shape& shape) { return shape.form == kPanels ? tile_height(op) : W; }
 
+// Copies steps first … first + steps - 1 of a row of the input, in fp32 or pairs.
+void copy_steps(const LinearOp& op, [[maybe_unused]] const Shape& shape, const void* row, int64_t first, int64_t steps,
+                float* to) {
+#ifdef PEFTK_DP
+    if (shape.pairs) {
+        const int64_t n = min64(2 * steps, op.C - 2 * first);
+        return copy_pairs(static_cast<const bf16*>(row) + 2 * first, n, reinterpret_cast<Pair*>(to));
+    }
+#endif
+    widen(at(row, op.in_dtype, first), op.in_dtype, steps, to);
+}
+
 // Prepares W rows of the block, from row W · part on; in the panels form, tile number `part`.
 void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
 #ifdef PEFTK_PANELS
@@ -189,6 +203,11 @@ void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
     } else {
         for (int i = 0; i < count; i++) {
             float* to = static_cast<float*>(shape.in) + (first + i) * shape.in_row;
+            if (shape.form == kTransposed) {
+                interleave_parts(shape.steps, shape.pairs, to,
+                                 [&](int64_t s, int64_t n, float* out) { copy_steps(op, shape, rows[i], s, n, out); });
+                continue;
+            }
 #ifdef PEFTK_DP
             if (shape.pairs) {
                 copy_pairs(static_cast<const bf16*>(rows[i]), op.C, reinterpret_cast<Pair*>(to));
@@ -234,6 +253,29 @@ void product_dot(const LinearOp& op, const Shape& shape, const Columns& columns,
     });
 }
 
+template <class T, class X>
+void product_transposed(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
+    TransposedRows<T, X> its{};
+    its.x = static_cast<const X*>(shape.in), its.x_row = shape.in_row;
+    its.w_row = op.weight_o, its.C = op.C, its.steps = shape.steps;
+    int64_t groups = 0;
+    visit_groups(shape.steps, shape.pairs, [&](int64_t, int64_t count, int64_t) { groups += count; });
+    its.sums = scratch_of<float>(kWeightSlot, groups * shape.rows * kSumsOfGroup);
+    its.c_row = columns.padded;
+    for (int64_t o = 0; o < columns.count; o += W) {
+        its.w = static_cast<const T*>(op.weight) + (columns.first + o) * op.weight_o;
+        its.count = min64(W, columns.count - o), its.c = tile + o;
+        transposed_rows<T, X>(shape.rows, its);
+    }
+}
+
+void product_transposed(const LinearOp& op, const Shape& shape, const Columns& columns, float* tile) {
+#ifdef PEFTK_DP
+    if (shape.pairs) return product_transposed<bf16, Pair>(op, shape, columns, tile);
+#endif
+    with_type(op.weight_dtype, [&](auto type) { product_transposed<decltype(type), float>(op, shape, columns, tile); });
+}
+
 // Copies steps first … first + steps - 1 of the block's rows of W to [count, row], in fp32 or pairs.
 void copy_weight_rows(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                       float* to, int64_t row) {
@@ -258,7 +300,9 @@ void product_lanes(const LinearOp& op, const Shape& shape, const Columns& column
     float* weight = scratch_of<float>(kWeightSlot, columns.count * row);
     int64_t first = 0;
     do {
-        const int64_t steps = min64(kSteps, shape.steps - first);
+        // fp32 has shorter parts than this (`outer`), pairs have not
+        const int64_t most = op.batch_invariant && shape.pairs ? invariant_part(shape.steps, true, first) : kSteps;
+        const int64_t steps = min64(most, shape.steps - first);
         copy_weight_rows(op, shape, columns, first, steps, weight, row);
         // While this part is multiplied, the next panel of the input and the next part of W are prefetched into L2.
         const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
@@ -686,6 +730,8 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
 #endif
     } else if (shape.form == kDot) {
         product_dot(op, shape, columns, tile);
+    } else if (shape.form == kTransposed) {
+        product_transposed(op, shape, columns, tile);
     } else if (shape.pairs) {
 #ifdef PEFTK_DP
         product_columns<Pair>(op, shape, columns, tile);
@@ -704,8 +750,10 @@ bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFlo
 
 Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
-    const int64_t most = size_of(op.weight_dtype) == 4 ? kDotTokens32 : kDotTokens16;
-    if (op.weight_c == 1 && op.M <= most) return kDot;
+    const int64_t most = op.batch_invariant              ? kTransposedTokens
+                         : size_of(op.weight_dtype) == 4 ? kDotTokens32
+                                                         : kDotTokens16;
+    if (op.weight_c == 1 && op.M <= most) return op.batch_invariant ? kTransposed : kDot;
     return kHavePanels ? kPanels : op.weight_c != 1 ? kColumns : kLanes;
 }
 
@@ -713,11 +761,12 @@ Form form_of(const LinearOp& op) {
 int64_t block_columns(const LinearOp& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : form == kPanels ? 2 * W : W;
     // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
-    int64_t columns = form == kDot        ? 16 * kDotRows
-                      : form == kLanes    ? kBlockRows
-                      : form == kPanels   ? panel_columns(op)
-                      : form == kOverBase ? kBaseColumns
-                                          : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
+    int64_t columns = form == kDot          ? 16 * kDotRows
+                      : form == kLanes      ? kBlockRows
+                      : form == kTransposed ? 6 * W
+                      : form == kPanels     ? panel_columns(op)
+                      : form == kOverBase   ? kBaseColumns
+                                            : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
     while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
         columns = round_up(columns / 2, least);
     return columns;
@@ -817,8 +866,9 @@ void lora_linear_plan(const Linear& linear, bool backward, Plan* plan) {
     op.M = linear.M, op.O = backward ? linear.K : linear.N;
     op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype;
     op.weight_c = backward ? linear.weight_n : linear.weight_k;
+    op.batch_invariant = linear.batch_invariant;
     op.threads = useful_threads(product_work(linear), linear.threads);
-    const char* names[] = {"dot", "lanes", "columns", "panels"};
+    const char* names[] = {"dot", "lanes", "columns", "panels", "transposed"};
     const Form form = form_of(op);
     *plan = {names[form], takes_pairs(op), int(min64(op.threads, ceil_div(op.O, block_columns(op, form, op.threads))))};
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/transposed.h"
 
 namespace peftk {
 namespace PEFTK_LEVEL {
@@ -41,8 +42,11 @@ static inline int64_t panel_columns(const LinearOp& op) {
     return 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
 
-// Steps of a part for a contraction over C. docs/cpu.md has the errors.
-static inline int64_t panel_part(int64_t C) { return C < 128 ? 32 : C < 512 ? 64 : C < 2048 ? 128 : 256; }
+// Steps of the part that begins at step `first`. docs/cpu.md has the errors.
+static inline int64_t panel_part(const LinearOp& op, int64_t first) {
+    if (op.batch_invariant && along_contraction(op)) return invariant_part(op.C, false, first);
+    return op.C < 128 ? 32 : op.C < 512 ? 64 : op.C < 2048 ? 128 : 256;
+}
 
 // The tiles of at most `most` rows that `rows` rows are divided into: of about the same height, since a low tile has
 // too few sums to hide the latency of fma. The first ones are one row higher than the others.
@@ -247,7 +251,7 @@ static void stream_tile(int64_t rows, const float* b, const T* w, int64_t along,
 template <class T>
 static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* total) {
     constexpr int kStep = 2;  // registers hold its values of four rows of the input
-    const int64_t part = panel_part(op.C), row = columns.padded, size = packed.tiles.rows * row;
+    const int64_t part = panel_part(op, 0), row = columns.padded, size = packed.tiles.rows * row;  // as in product_panels
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
     if (op.C == 0) memset(total, 0, size_t(size) * sizeof(float));
@@ -316,7 +320,7 @@ private:
 // tile [rows, padded] = the packed input times the block's columns of W.
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
-    const int64_t panels = ceil_div(columns.count, kPanelWidth), part = panel_part(op.C), padded = columns.padded;
+    const int64_t panels = ceil_div(columns.count, kPanelWidth), padded = columns.padded;
     const int64_t rows_at_once = kPanelRows / kRowsOfTwo;
     const RowTiles& tiles = packed.tiles;
     // A panel is kept if other rows want it again; if not, the next one takes its place, which is in L1.
@@ -324,7 +328,7 @@ static void product_panels(const LinearOp& op, const PackedRows& packed, const C
     float* weight = scratch_of<float>(kWeightSlot, (panels - 1) * keep + size);
     if (op.C == 0) memset(tile, 0, size_t(tiles.rows * padded) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += kPanelSteps) {
-        const int64_t steps = min64(kPanelSteps, op.C - first);
+        const int64_t steps = min64(kPanelSteps, op.C - first), part = panel_part(op, first);
         const NextSteps next(op, columns, first, first + steps, panels * tiles.count);
         int64_t done = 0;
         for (int64_t low = 0; low < tiles.count; low += rows_at_once) {

@@ -13,6 +13,7 @@
 #include "common/dtype.h"
 
 #define PEFTK_INLINE static inline __attribute__((always_inline))
+#define PEFTK_MEMBER inline __attribute__((always_inline))
 
 // #if cannot compare names, so each level has a number.
 #define PEFTK_NUMBER_portable 0

@@ -117,5 +117,38 @@ PEFTK_INLINE Vec load_once(const float* p) {
 }
 PEFTK_INLINE void fma_in_place(Vec& sum, Vec a, Vec b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 
+// For the transposed form (cpu/kernels/transposed.h): four steps of W rows need only four registers. The last four rows
+// are the upper halves.
+#define PEFTK_TRANSPOSES_STEPS
+constexpr int kTransposedSteps = 4, kTransposedTokens = 6;
+PEFTK_INLINE __m256 load_halves(const float* low, const float* high) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+PEFTK_INLINE __m256 load_halves(const f16* low, const f16* high) {
+    const __m128i last = _mm_loadl_epi64((const __m128i*)high);
+    return widen(_mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i*)low), last), f16{});
+}
+PEFTK_INLINE __m256 load_halves(const bf16* low, const bf16* high) {  // of pairs
+    const __m256i first = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low));
+    return _mm256_castsi256_ps(_mm256_inserti128_si256(first, _mm_loadu_si128((const __m128i*)high), 1));
+}
+template <class T>
+PEFTK_INLINE void transpose_steps(const T* from, int64_t from_stride, Vec* to) {
+    __m256 a[4], b[4];
+    for (int i = 0; i < 4; i++) a[i] = load_halves(from + i * from_stride, from + (i + 4) * from_stride);
+    for (int i = 0; i < 4; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        to[2 * i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        to[2 * i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    }
+}
+PEFTK_INLINE Vec widen_even(Vec pairs) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+PEFTK_INLINE Vec widen_odd(Vec pairs) { return _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
+
 }  // namespace PEFTK_LEVEL
 }  // namespace peftk

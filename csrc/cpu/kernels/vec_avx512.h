@@ -69,10 +69,8 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrow(v, T{}));
 }
 
-template <class T>
-PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = load(from + i * from_stride);
+PEFTK_INLINE void transpose(__m512* a, Vec* to) {
+    __m512 b[16];
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
@@ -94,6 +92,12 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
         to[j + 12] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
     }
 }
+template <class T>
+PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
+    __m512 a[16];
+    for (int i = 0; i < 16; i++) a[i] = load(from + i * from_stride);
+    transpose(a, to);
+}
 
 #if defined(__AVX512BF16__)
 #define PEFTK_DP 1
@@ -102,6 +106,12 @@ PEFTK_INLINE Vec dp(Vec acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc
 PEFTK_INLINE __m512i load_pairs(const void* p) { return _mm512_loadu_si512(p); }
 PEFTK_INLINE __m512i load_pairs_n(const bf16* p, int n) { return _mm512_maskz_loadu_epi16((1ull << n) - 1, p); }
 PEFTK_INLINE __m512i set1_pair(uint32_t pair) { return _mm512_set1_epi32(int(pair)); }
+PEFTK_INLINE void transpose_pairs(const bf16* from, int64_t from_stride, __m512i* to) {
+    __m512 a[16], columns[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_castsi512_ps(load_pairs(from + i * from_stride));
+    transpose(a, columns);
+    for (int i = 0; i < 16; i++) to[i] = _mm512_castps_si512(columns[i]);
+}
 // Interleaves two rows of 16 bf16, at consecutive contraction indices, to 16 pairs.
 PEFTK_INLINE __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));

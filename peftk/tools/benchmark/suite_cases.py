@@ -11,7 +11,7 @@ from torch import Tensor
 from peftk.nn import MultiLoRALinear
 from peftk.reference import bounds
 from peftk.system import extras
-from peftk.tools.benchmark import lora_linear, merge, multi_lora_linear, peers, train
+from peftk.tools.benchmark import batch_invariant, lora_linear, merge, multi_lora_linear, peers, train
 from peftk.tools.benchmark.common import LINEAR, PEFT, Case, Shape, Side, layer, rounds_once
 from peftk.tools.benchmark.roofline import Row, Work, adapter_work, add, linear_work, probes
 from peftk.tools.benchmark.targets import BASE, COMPILE, ONE_ADAPTER
@@ -110,6 +110,10 @@ def _contended(shape: Shape) -> Row:
     return Row(dataclasses.replace(case, shape=shape))
 
 
+def _batch_invariant(shape: Shape) -> Row:
+    return Row(batch_invariant.case(shape, DEVICE))
+
+
 def _lora_work(shape: Shape) -> Work:
     """The work of LoRALinear, whose adapter is fp32."""
     base = linear_work(shape.M, shape.K, shape.N, shape.torch_dtype)
@@ -139,5 +143,6 @@ _BUILDERS: dict[str, Callable[[Shape], Row]] = {
     "merged_context": _merge_model,
     "model": _model,
     "contended": _contended,
+    batch_invariant.OP: _batch_invariant,
 }
 OPS = tuple(_BUILDERS)

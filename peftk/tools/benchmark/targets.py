@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from peftk.tools.benchmark import batch_invariant
 from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
 
 COMPILE, FMA_PEAK = "torch.compile", "FMA peak"
@@ -26,6 +27,8 @@ MERGE_MODEL = "Merge of all-MiniLM-L6-v2, every linear layer; merged_context: in
 MODEL = "all-MiniLM-L6-v2, every linear layer adapted"
 OVERHEAD = "Cost of a call, 64 → 64"
 CONTENDED = "Beside busy processes: mean time over that alone, compared with nn.Linear's, 1024 → 1024"
+
+INVARIANT = "Batch-invariant mode compared with the default mode, 4096 → 4096"
 
 BUSY = (1, 2)  # processes
 
@@ -103,6 +106,11 @@ def _targets() -> Iterable[Target]:
     for M in (1, 16):
         for processes in BUSY:
             yield Target(CONTENDED, _forward("fp32", M, 1024, 1024, "contended"), beside(processes), 1.3, at_most=True)
+
+    for dtype in ("bf16", "fp32"):
+        for M in TOKENS:
+            shape, value = _square(batch_invariant.OP, dtype, M), 1.05 if M >= 64 else 1.15
+            yield Target(INVARIANT, shape, batch_invariant.DEFAULT, value, at_most=True)
 
 
 TARGETS = tuple(_targets())

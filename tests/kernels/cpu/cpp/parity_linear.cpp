@@ -34,7 +34,7 @@ struct Case {
     int64_t M, N, K, max_rank = 0;
     Matrix x, weight, bias, dy;
     Matrix base_y, base_dx;  // not empty: the base layer's output, to which the adapters are added
-    bool wants_dx = true;
+    bool wants_dx = true, batch_invariant = false;
     std::vector<Adapter> adapters;
     std::vector<int32_t> ids;  // empty: null
     int adapter_dtype;
@@ -134,6 +134,7 @@ Case random_case(uint64_t seed) {
             c.ids.push_back(m % run ? c.ids.back() : taken[random.between(0, taken.size() - 1)]);
         }
     }
+    c.batch_invariant = random.chance(0.4);
     if (random.chance(0.3)) c.dropout = random.chance(0.5) ? 0.5 : 0.1, c.dropout_seed = random.word();
     if (random.chance(0.2)) {
         c.base_y = row_major(random, x_dtype, c.M, c.N, false), c.base_y.fill(random, 1);
@@ -343,6 +344,7 @@ void call(const Case& c, Level level, int threads, Outputs& outputs) {
     args.dropout.threshold = uint32_t(c.dropout * 0x1p32);
     args.dropout.scale = float(1 / (1 - c.dropout));
     args.dropout.seed = c.dropout_seed;
+    args.batch_invariant = c.batch_invariant;
     args.threads = threads;
     const Order order = order_by_adapter(args.ids, args.M, args.adapters);
     PEFTK_CALL(level, lora_linear, (args, order));
