@@ -50,7 +50,10 @@ def demo(out: Path, quick: bool) -> None:
 
 
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
-SUITE_OPS = ("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "model", "contended")
+SUITE_OPS = (
+    *("lora_linear", "compile", "multi_lora_linear", "train", "adapter_cost", "merge", "contended"),
+    *("model", "model_compiled", "model_train", "model_memory", "decode"),
+)
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
