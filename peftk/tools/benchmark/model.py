@@ -22,7 +22,7 @@ from peftk.system import extras
 from peftk.tools import minilm
 from peftk.tools.benchmark import engines, peers
 from peftk.tools.benchmark.common import PEFT, Case, Shape, Side
-from peftk.tools.benchmark.roofline import Row, Work, adapter_work, add, linear_work, probes
+from peftk.tools.benchmark.roofline import Bound, Row, Work, adapter_work, add, linear_work, probes
 from peftk.tools.benchmark.targets import COMPILE, PEFTK, PLAIN_MODEL, TOKENS_OF_A_SENTENCE
 
 REST = "rest of the model"
@@ -76,20 +76,31 @@ class _Models:
         return Side(name, run, lambda: _difference(embedding(run()), expected) / self.bound)
 
     def row(self, shape: Shape, sides: tuple[Side, ...], rest: str | None = None) -> Row:
-        base, adapter = linears_work(minilm.linears(plain(shape)), shape)
-        weights = torch.zeros(sum(w.weight.numel() for w in minilm.linears(self.plain).values()), dtype=shape.torch_dtype)
-        bound, probing = probes(add(base, adapter), shape.torch_dtype, weights)
+        linears = minilm.linears(self.plain)
+        base, adapter = linears_work(linears, shape)
+        bound, probing = probes_of(linears, add(base, adapter), shape)
         effect = _difference(self.exact[True], self.exact[False]) / self.bound
         return Row(Case(shape, (*sides, *probing), effect), bound, rest=rest, adapter=adapter)
 
 
-def linears_work(linears: dict[str, nn.Linear], shape: Shape) -> tuple[Work, Work]:
+def linears_work(
+    linears: dict[str, nn.Linear], shape: Shape, adapter_dtype: torch.dtype = torch.float32
+) -> tuple[Work, Work]:
     """The work of all linear layers, and that of the shape's adapters on them."""
     sizes = [(shape.M, linear.in_features, linear.out_features) for linear in linears.values()]
     return (
         add(*(linear_work(*size, shape.torch_dtype) for size in sizes)),
-        add(*(adapter_work(*size, shape.rank, shape.adapters, torch.float32) for size in sizes)),
+        add(*(adapter_work(*size, shape.rank, shape.adapters, adapter_dtype) for size in sizes)),
     )
+
+
+def probes_of(linears: dict[str, nn.Linear], work: Work, shape: Shape) -> tuple[Bound, list[Side]]:
+    """The bound of this work, and its probes; the one that reads has as many bytes as all weights."""
+    return probes(work, shape.torch_dtype, torch.zeros(_count(linears), dtype=shape.torch_dtype))
+
+
+def _count(linears: dict[str, nn.Linear]) -> int:
+    return sum(linear.weight.numel() for linear in linears.values())
 
 
 @functools.cache

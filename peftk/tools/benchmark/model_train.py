@@ -7,19 +7,21 @@ makes a step for each adapter, and peftk (`accelerate`) one for all. Dropout is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import peftk
+from peftk.methods.inject import lora_layers
 from peftk.system import extras
 from peftk.tools import minilm
 from peftk.tools.benchmark.common import PEFT, Case, Shape, Side
-from peftk.tools.benchmark.model import hidden, linears_work, plain, token_ids, with_peft
-from peftk.tools.benchmark.roofline import Row, add, probes
-from peftk.tools.benchmark.targets import ONE_BY_ONE, PEFTK
+from peftk.tools.benchmark.model import hidden, linears_work, plain, probes_of, token_ids, with_peft
+from peftk.tools.benchmark.roofline import Row, add
+from peftk.tools.benchmark.targets import DROPOUT, ONE_BY_ONE, PEFTK, WITH_DROPOUT
 
 # Of the gradients of all adapters, in the norm, relative to fp64. A gradient has passed 72 products in a row, forward and
 # backward, whose roundings add up like √72: 8·2⁻²⁴ = 5e-7 in fp32, with room for sums in another order; 8·2⁻⁹ = 1.6e-2 in
@@ -32,21 +34,72 @@ Gradients = Mapping[str, Tensor]
 def row(shape: Shape) -> Row:
     """Raises extras.MissingExtraError if the model or HF PEFT is not installed."""
     extras.require("bench", PEFT, ["peft"])
-    return _one(shape) if shape.adapters == 1 else _many(shape)
+    sides = _one(shape) if shape.adapters == 1 else _many(shape)
+    linears = minilm.linears(plain(shape))
+    base, adapter = linears_work(linears, shape)
+    # forward and dX; the adapter has two more products
+    bound, probing = probes_of(linears, add(base, base, adapter, adapter, adapter), shape)
+    return Row(_case(shape, (*sides, *probing)), bound)
 
 
-def _one(shape: Shape) -> Row:
+def memory_row(shape: Shape) -> Row:
+    """One adapter, without its dropout and with it. Raises as `row`."""
+    extras.require("bench", PEFT, ["peft"])
+    return Row(_case(shape, (*_one(shape), *_with_dropout(shape))))
+
+
+def _case(shape: Shape, sides: tuple[Side, ...]) -> Case:
+    # compared are the adapters' gradients, so a wrong adapter cannot be too small to be seen
+    return Case(shape, sides, float("inf"), inference=False)
+
+
+def _one(shape: Shape) -> tuple[Side, ...]:
+    adapted, peft, exact, ids = *_pair(shape), _gradients_of_one(shape), token_ids(shape)
+    return (_side(PEFT, _Step(peft, ids), exact, shape), _side(PEFTK, _Step(adapted, ids), exact, shape))
+
+
+def _with_dropout(shape: Shape) -> tuple[Side, ...]:
+    """The same with the adapter's dropout. A side is checked without it, as every side draws a mask of its own."""
+    adapted, peft, exact, ids = *_pair(shape), _gradients_of_one(shape), token_ids(shape)
+
+    def side(name: str, model: nn.Module, switch_on: Callable[[], None]) -> Side:
+        plainly = _side(f"{name}{WITH_DROPOUT}", _Step(model, ids), exact, shape)
+
+        def error() -> float:
+            found = plainly.error()
+            switch_on()
+            return found
+
+        return dataclasses.replace(plainly, error=error)
+
+    def in_peftk() -> None:
+        for _, layer in lora_layers(adapted):
+            layer.lora_dropout = DROPOUT
+            layer.train()
+
+    def in_peft() -> None:
+        for module in list(peft.modules()):
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = nn.Dropout(DROPOUT)  # it is in training mode
+
+    return side(PEFT, peft, in_peft), side(PEFTK, adapted, in_peftk)
+
+
+def _pair(shape: Shape) -> tuple[nn.Module, nn.Module]:
+    """peftk's model and HF PEFT's, with the same adapter, which both train."""
     adapted = minilm.with_lora(plain(shape), shape.rank, seed=shape.rank)
     peft = with_peft(adapted, plain(shape))
-    _train(peft, ("lora_A", "lora_B"))
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return adapted, peft
+
+
+def _gradients_of_one(shape: Shape) -> Gradients:
     exact = minilm.with_lora(plain(shape).double(), shape.rank, seed=shape.rank)
-    ids = token_ids(shape)
-    expected = _Step(exact, ids).gradients()
-    sides = (_side(PEFT, _Step(peft, ids), expected, shape), _side(PEFTK, _Step(adapted, ids), expected, shape))
-    return _row(shape, sides)
+    return _Step(exact, token_ids(shape)).gradients()
 
 
-def _many(shape: Shape) -> Row:
+def _many(shape: Shape) -> tuple[Side, ...]:
     names = [f"user{number}" for number in range(shape.adapters)]
     ids = token_ids(shape)
     owners = [name for name in names for _ in range(len(ids) // len(names))]
@@ -58,7 +111,7 @@ def _many(shape: Shape) -> Row:
     fast = peftk.accelerate(model(shape.torch_dtype))
     fast.set_requires_grad(names)
     theirs, ours = _OneByOne(model(shape.torch_dtype), ids, names), _Step(fast, ids, adapter_names=owners)
-    return _row(shape, (_side(ONE_BY_ONE, theirs, exact, shape), _side(PEFTK, ours, exact, shape)))
+    return _side(ONE_BY_ONE, theirs, exact, shape), _side(PEFTK, ours, exact, shape)
 
 
 class _Step:
@@ -74,6 +127,10 @@ class _Step:
         self.optimizer.zero_grad()
         (hidden(self.model, self.ids, **self.kwargs).float().square().sum() / 1000).backward()
         self.optimizer.step()
+
+    def forget(self) -> None:
+        """The gradients."""
+        self.optimizer.zero_grad()
 
     def gradients(self) -> Gradients:
         self()
@@ -94,19 +151,21 @@ class _OneByOne:
             self.model.set_adapter(name)
             step()
 
+    def forget(self) -> None:
+        for step in self.steps.values():
+            step.forget()
+
     def gradients(self) -> Gradients:
-        self()
-        return {place: p.grad for step in self.steps.values() for place, p in step.trained.items()}  # type: ignore[misc]
+        found: dict[str, Tensor] = {}
+        for name, step in self.steps.items():
+            self.model.set_adapter(name)
+            found |= step.gradients()
+        return found
 
 
 def _place(name: str) -> str:
     """One name for a parameter of peftk's model and of HF PEFT's."""
     return name.removeprefix("base_model.model.").replace(".default.weight", "")
-
-
-def _train(model: nn.Module, words: tuple[str, ...]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(word in name for word in words))
 
 
 def _peft_with_adapters(model: nn.Module, names: list[str], rank: int) -> Any:
@@ -128,7 +187,7 @@ def _peft_with_adapters(model: nn.Module, names: list[str], rank: int) -> Any:
 
 
 def _side(name: str, step: _Step | _OneByOne, expected: Gradients, shape: Shape) -> Side:
-    return Side(name, step, lambda: _error(step.gradients(), expected) / BOUNDS[shape.dtype])
+    return Side(name, step, lambda: _error(step.gradients(), expected) / BOUNDS[shape.dtype], step.forget)
 
 
 def _error(found: Gradients, expected: Gradients) -> float:
@@ -137,12 +196,3 @@ def _error(found: Gradients, expected: Gradients) -> float:
         return float("inf")
     difference = sum(float((found[name].double() - exact).square().sum()) for name, exact in expected.items())
     return (difference / sum(float(exact.square().sum()) for exact in expected.values())) ** 0.5
-
-
-def _row(shape: Shape, sides: tuple[Side, ...]) -> Row:
-    base, adapter = linears_work(minilm.linears(plain(shape)), shape)
-    work = add(base, base, adapter, adapter, adapter)  # forward and dX; the adapter's two more products
-    weights = torch.zeros(work.bytes // shape.torch_dtype.itemsize // 8, dtype=shape.torch_dtype)
-    bound, probing = probes(work, shape.torch_dtype, weights)
-    # a step's gradients are those of the adapters, so a wrong adapter cannot be too small to be seen
-    return Row(Case(shape, (*sides, *probing), float("inf"), inference=False), bound)

@@ -208,10 +208,10 @@ def _contended_result(target: Target, outcome: contended.Contended) -> Result:
 
 def _memory_result(target: Target, peaks: peak_memory.Peaks) -> Result:
     """Bytes do not depend on what else the machine does, so there is always a verdict."""
-    ours = next(record for record in peaks.records if record.side.startswith(PEFTK))
-    peer = next((record for record in peaks.records if record.side == target.peer), None)
-    if peer is None:
-        return _not_measured(target, _how_to_install(target.peer))
+    peer, ours = (
+        next(record for record in peaks.records if record.side == name)
+        for name in (target.peer, target.peer.replace(PEFT, PEFTK))
+    )
     blank = dataclasses.replace(_not_measured(target, ""), side=ours.side)
     if not (ours.passed and peer.passed):
         return _wrong(blank, ours, peer)

@@ -141,7 +141,7 @@ _BUILDERS: dict[str, Callable[[Shape], Row]] = {
     "model": _whole_model("model", "row"),
     "model_compiled": _whole_model("model", "compiled_row"),
     "model_train": _whole_model("model_train", "row"),
-    "model_memory": _whole_model("model_train", "row"),
+    "model_memory": _whole_model("model_train", "memory_row"),
     "decode": _whole_model("decode", "row"),
     "contended": _contended,
 }

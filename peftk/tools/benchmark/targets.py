@@ -14,6 +14,8 @@ from peftk.tools.benchmark.engines import ONNX_RUNTIME, OPENVINO
 COMPILE, FMA_PEAK, READ = "torch.compile", "FMA peak", "read of W"
 BASE, ONE_ADAPTER, PLAIN_MODEL, PEFTK = "peftk base layer", "peftk 1 adapter", "plain model", "peftk"
 ONE_BY_ONE = f"{PEFT}, one by one"
+DROPOUT = 0.05
+WITH_DROPOUT = f", dropout {DROPOUT:g}"
 
 NOISE = 0.03  # allowed by "never slower": medians of equal sides differ by this much
 
@@ -136,7 +138,9 @@ def _model_targets() -> Iterable[Target]:
         yield Target(MODEL_TRAIN, _minilm("model_train", dtype, 16), PEFT, 1.0)
     yield Target(MODEL_TRAIN, _minilm("model_train", "fp32", 16, adapters=8), ONE_BY_ONE, 2.5)
     for dtype in DTYPES:
-        yield Target(MODEL_MEMORY, _minilm("model_memory", dtype, 16), PEFT, 0.8, at_most=True)
+        shape = _minilm("model_memory", dtype, 16)
+        yield Target(MODEL_MEMORY, shape, PEFT, 1.0, at_most=True)
+        yield Target(MODEL_MEMORY, shape, PEFT + WITH_DROPOUT, 0.8, at_most=True)
     for dtype in DTYPES:
         for sequences in (1, 8, 64):
             shape = Shape("decode", dtype, sequences, 512, 512, 8, sequences)
