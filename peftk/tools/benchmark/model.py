@@ -1,9 +1,9 @@
 """model, model_compiled: all-MiniLM-L6-v2 with a LoRA on every linear layer, in inference, beside the plain model.
 
 `model` is eager: the plain model, HF PEFT with the same adapter, and the model whose linear layers return zeros, whose
-time is what no linear layer can save. `model_compiled` runs torch.compile of the plain model and of the adapted one, and
-beside them the adapted one in eager mode and, in fp32, other engines with the plain model. Sentences have 21 tokens, none
-of them padding.
+time is what no linear layer can save. `model_compiled` runs torch.compile of the plain model and of the adapted one,
+beside them the adapted one in eager mode and, in fp32, other engines with the plain model. Sentences have 21 tokens,
+none of them padding.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A step is forward, backward and optimizer (AdamW). With one adapter, both sides are a model with a LoRA on every linear
 layer. With several, every adapter has the same number of sentences: HF PEFT, which refuses a mixed batch in training,
-makes a step for each adapter, and peftk (`accelerate`) one for all. Dropout is off, so that both compute the same.
+makes a step for each adapter, and peftk (`accelerate`) one for all. Dropout is off, so that both compute the same;
+`model_memory` has rows with the adapter's own besides.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from peftk.tools.benchmark.model import hidden, linears_work, plain, probes_of, 
 from peftk.tools.benchmark.roofline import Row, add
 from peftk.tools.benchmark.targets import DROPOUT, ONE_BY_ONE, PEFTK, WITH_DROPOUT
 
-# Of the gradients of all adapters, in the norm, relative to fp64. A gradient has passed 72 products in a row, forward and
-# backward, whose roundings add up like √72: 8·2⁻²⁴ = 5e-7 in fp32, with room for sums in another order; 8·2⁻⁹ = 1.6e-2 in
-# bf16, whose activations and products round as well.
-BOUNDS = {"fp32": 1e-5, "bf16": 5e-2}
+# Of the gradients of all adapters, in the norm, relative to fp64. A gradient has passed 72 products in a row, forward
+# and backward, whose roundings add up like √72: 8·2⁻²⁴ = 5e-7 in fp32, with room for sums in another order; 8·2⁻⁹ =
+# 1.6e-2 in bf16, where what is between the products rounds as well.
+BOUNDS = {"fp32": 3e-6, "bf16": 2e-2}
 
 Gradients = Mapping[str, Tensor]
 

@@ -1,7 +1,7 @@
 """The peak of the memory that a run allocates, exactly: torch's CPU allocator tells the profiler of every allocation.
 
-Counted is what torch allocates beyond what it held before the run: activations saved for the backward, gradients, results
-and what the operators need in between. Scratch memory inside of a kernel (oneDNN's, MKL's, peftk's own) is not counted.
+Counted is what torch allocates beyond what it held before the run: activations saved for the backward, gradients,
+results and what the operators need in between. Scratch memory inside of a kernel (oneDNN's, MKL's, peftk's own) is not.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ class Peaks(NamedTuple):
 
 
 def measure(case: Case) -> Peaks:
-    """The peak of each side that is right. A side runs before, so that an optimizer has its state."""
+    """The peak of each side that is right. Its check has run it once, so its optimizer has its state."""
     errors = {side.name: side.error() for side in case.sides}
     for side in case.sides:
-        side.run()
         side.reset()
     peaks = {side.name: peak_bytes(side.run) for side in case.sides if errors[side.name] <= 1.0}
     return Peaks([record_of(case, "cpu", side.name, errors, {}) for side in case.sides], peaks)
