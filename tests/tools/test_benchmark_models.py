@@ -6,9 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from peftk.ops import custom_ops
 from peftk.system import extras
 from peftk.tools import minilm
-from peftk.tools.benchmark import engines, model_train, peak_memory, suite, suite_cases
+from peftk.tools.benchmark import engines, model, model_train, peak_memory, suite, suite_cases
 from peftk.tools.benchmark.common import PEFT, Case, Shape, Side
 from peftk.tools.benchmark.suite import NOT_MEASURED, PASS, SHORT, WRONG
 from peftk.tools.benchmark.targets import (
@@ -63,6 +64,20 @@ def test_compiled(dtype):
     assert [(r.side, r.mark) for r in outcome.results] == [(f"{PEFTK} compiled", PASS)] * 2
     (left_out,) = run(Target(MODEL_COMPILED, one, PEFTK, 1.0), compile=False).results
     assert (left_out.mark, left_out.note) == (NOT_MEASURED, "skipped by --no-compile")
+
+
+@pytest.mark.full
+def test_a_compiled_model_is_one_graph_of_direct_ops():
+    """A layer that fell back to the op with gradients would make it slower than in eager mode."""
+    one = shape("model")
+    adapted, ids = minilm.with_lora(model.plain(one), 16, seed=1), model.token_ids(one)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        explained = torch._dynamo.explain(adapted)(input_ids=ids)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    ops = [node.target for node in explained.graphs[0].graph.nodes]
+    assert ops.count(custom_ops.lora_linear_forward) == 36
+    assert torch.ops.peftk.lora_linear.default not in ops
 
 
 def test_engines_that_are_not_installed_are_left_out(monkeypatch):
