@@ -114,7 +114,7 @@ def _llama(dtype: torch.dtype = torch.float32) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: Any = transformers.LlamaForCausalLM(config)
-    return model.bfloat16().to(dtype).eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.bfloat16().to(dtype).eval().requires_grad_(False)
 
 
 def _adapters(names: list[str], rank: int, folder: Path) -> dict[str, Path]:

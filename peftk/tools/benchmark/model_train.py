@@ -80,8 +80,9 @@ def _with_dropout(shape: Shape) -> tuple[Side, ...]:
 
     def in_peft() -> None:
         for module in list(peft.modules()):
-            if hasattr(module, "lora_dropout"):
-                module.lora_dropout["default"] = nn.Dropout(DROPOUT)  # it is in training mode
+            found = getattr(module, "lora_dropout", None)
+            if isinstance(found, nn.ModuleDict):
+                found["default"] = nn.Dropout(DROPOUT)  # it is in training mode
 
     return side(PEFT, peft, in_peft), side(PEFTK, adapted, in_peftk)
 
@@ -173,7 +174,7 @@ def _peft_with_adapters(model: nn.Module, names: list[str], rank: int) -> Any:
     """HF PEFT's model with random adapters that are the same in every call, exact in bf16."""
     import peft
 
-    config = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "init_lora_weights": False}
+    config: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "init_lora_weights": False}
     with minilm.quiet_peft():
         found: Any = peft.get_peft_model(model, peft.LoraConfig(**config), adapter_name=names[0])
         for name in names[1:]:

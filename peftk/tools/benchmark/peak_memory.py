@@ -10,7 +10,7 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 from peftk.system.timing import Run
 from peftk.tools.benchmark.common import Case, Record, record_of
