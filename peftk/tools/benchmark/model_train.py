@@ -174,7 +174,12 @@ def _peft_with_adapters(model: nn.Module, names: list[str], rank: int) -> Any:
     """HF PEFT's model with random adapters that are the same in every call, exact in bf16."""
     import peft
 
-    config: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "init_lora_weights": False}
+    config: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": "all-linear",
+        "init_lora_weights": False,
+    }
     with minilm.quiet_peft():
         found: Any = peft.get_peft_model(model, peft.LoraConfig(**config), adapter_name=names[0])
         for name in names[1:]:
