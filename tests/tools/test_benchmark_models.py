@@ -52,6 +52,7 @@ def test_inference(dtype):
     assert outcome.all_correct
     assert [r.mark for r in outcome.results] == [PASS, PASS]
     assert all(r.limit > 0 for r in outcome.results)
+    assert "| PEFT |" not in suite.markdown(outcome, WHERE)  # it has rows of its own
     assert outcome.results[0].ratio > outcome.results[0].peer_us / outcome.results[0].median_us  # net
 
 

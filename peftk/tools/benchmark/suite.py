@@ -296,7 +296,8 @@ def table(section: str, results: Sequence[Result]) -> Table:
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Headers and cells, without columns that are empty or the same in all rows of the section."""
+    """Headers and cells, without columns that are empty or the same in all rows of the section, or say what rows say."""
+    has_peft_rows = any(r.peer == PEFT for r in results)
     columns = {
         "dtype": [r.dtype for r in results],
         "layer": [f"{r.K}×{r.N}" for r in results],
@@ -307,7 +308,7 @@ def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
         "against": [r.peer for r in results],
         "its µs": [_number(r.peer_us, 1) if r.peer_bytes is None else "" for r in results],
         "its MB": [_megabytes(r.peer_bytes) for r in results],
-        "PEFT": [_number(r.peft, 1) if r.peft is not None else "" for r in results],
+        "PEFT": [_number(r.peft, 1) if r.peft is not None and not has_peft_rows else "" for r in results],
         "ratio": [_number(r.ratio, 3 if r.at_most else 2) for r in results],
         "target": [str(_target(r)) for r in results],
         "limit": [_number(r.limit, 3 if r.at_most else 2) for r in results],
