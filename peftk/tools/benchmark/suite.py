@@ -296,7 +296,7 @@ def table(section: str, results: Sequence[Result]) -> Table:
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Headers and cells, without columns that are empty or the same in all rows of the section, or say what rows say."""
+    """Headers and cells, without columns that are empty, the same in all rows of the section, or said by rows of it."""
     has_peft_rows = any(r.peer == PEFT for r in results)
     columns = {
         "dtype": [r.dtype for r in results],
