@@ -52,13 +52,8 @@ def demo(out: Path, quick: bool) -> None:
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")
 SUITE_OPS = (
     *OPS,
-    "compile",
-    "adapter_cost",
-    "merge_model",
-    "merged_context",
-    "model",
-    "contended",
-    "batch_invariant",
+    *("compile", "adapter_cost", "contended", "batch_invariant"),
+    *("merge_model", "merged_context", "model", "model_compiled", "model_train", "model_memory", "decode"),
 )
 BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 

@@ -202,6 +202,7 @@ TESTS = {
     "peftk/ops/saved.py": ["ops/test_gradients.py", "nn/test_layers.py", "nn/test_every_layer.py"],
     "peftk/models/combine.py": ["models/test_combine.py"],
     "peftk/ops/custom_ops.py": [
+        "ops/test_compiled_inference.py",
         "ops/test_gradients.py",
         "nn/test_layers.py",
         "ops/test_functional.py",

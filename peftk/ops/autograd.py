@@ -32,7 +32,7 @@ def lora_linear(
     dropout: Dropout | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    if torch.is_grad_enabled() and _wants_grad(x, bias, *(() if adapter is None else adapter.tensors())):
+    if torch.is_grad_enabled() and wants_grad(x, bias, *(() if adapter is None else adapter.tensors())):
         lora_A, lora_B, _, _, bias_A, bias_B = flat_adapter(adapter)
         tensors = (lora_A, lora_B, bias_A, bias_B)
         y: Tensor = _LoraLinear.apply(x, weight, bias, adapter, dropout, backend, *tensors)
@@ -52,7 +52,7 @@ def multi_lora_linear(
 ) -> Tensor:
     if torch.is_grad_enabled():
         tensors = flat_tensors(table.adapters)
-        if _wants_grad(x, bias, *tensors):
+        if wants_grad(x, bias, *tensors):
             y: Tensor = _MultiLoraLinear.apply(x, weight, bias, table, ids, dropout, backend, *tensors)
             return y
     return dispatch.multi_lora_linear(x, weight, bias, table, ids, dropout=dropout, backend=backend)[0]
@@ -100,7 +100,7 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapper
 
 
-def _wants_grad(*tensors: Tensor | None) -> bool:
+def wants_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -8,11 +8,14 @@ are kept (`kept_tables`), and a bank that only serves is named by its number (`h
 
 torch caches compiled backwards on disk, under a key made from the forward only. If you change the arguments of a
 backward op, rename its forward op too. Otherwise a cached backward calls the new op with the old arguments.
+
+Ops that no gradient passes (`_op_without_gradients`) are what a compiled model runs in inference. They take the direct
+way to a kernel that eager calls take, and return y alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,21 @@ from peftk.adapters.table import AdapterTable
 from peftk.ops import dispatch
 from peftk.ops.saved import Reads, load_saved, load_with_adapter, save, save_with_adapter
 from peftk.reference.lora_linear import accumulate_dtype, reads_z
+
+_LIBRARY = torch.library.Library("peftk", "FRAGMENT")
+
+
+def _op_without_gradients(function: Callable[..., Tensor]) -> torch._ops.OpOverload:
+    """The op `peftk::NAME` that runs `function`.
+
+    `torch.library.custom_op` puts a Python function for autograd and a check of the result around it, which cost more
+    than a small linear layer. These ops are called where nothing requires a gradient, and return new tensors.
+    """
+    name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
+    _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    op: torch._ops.OpOverload = getattr(torch.ops.peftk, name).default
+    return op
 
 
 @torch.library.custom_op("peftk::lora_linear", mutates_args=())
@@ -55,11 +73,45 @@ def lora_linear(
 
 @lora_linear.register_fake
 def _(x, weight, bias, lora_A, lora_B, scaling, activation, bias_A, bias_B, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
+    y = _y(x, weight)
     if lora_A is None:
         return y, x.new_empty(0)
     rows = x.numel() // x.shape[-1]
     return y, x.new_empty((rows, lora_A.shape[0]), dtype=accumulate_dtype(x, weight, lora_A))
+
+
+@_op_without_gradients
+def lora_linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Returns y [..., N]. It has no gradients."""
+    if seed is None and backend is None:
+        y = dispatch.direct_lora_linear(
+            x, weight, bias, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B
+        )
+        if y is not None:
+            return y
+    checks.for_kernels(
+        x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, bias_A=bias_A, bias_B=bias_B, seed=seed
+    )
+    adapter = adapter_of(lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
+    return dispatch.lora_linear(x, weight, bias, adapter, dropout=dropout_from(dropout_p, seed), backend=backend)[0]
+
+
+@torch.library.register_fake(lora_linear_forward, lib=_LIBRARY)
+def _(x, weight, *others):  # type: ignore[no-untyped-def]
+    return _y(x, weight)
 
 
 @torch.library.custom_op("peftk::lora_linear_backward", mutates_args=())
@@ -98,6 +150,11 @@ def _(dy, x, weight, lora_A, lora_B, scaling, activation, bias_A, bias_B, z, dro
         t.new_empty(t.shape) if need and t is not None else dy.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
     )
+
+
+def _y(x: Tensor, weight: Tensor | None) -> Tensor:
+    """An empty tensor of y's shape [..., N]; without a weight, N = K."""
+    return x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
 
 
 def _dx(dy: Tensor, weight: Tensor | None) -> Tensor:
@@ -163,7 +220,7 @@ def multi_lora_linear(
 
 @multi_lora_linear.register_fake
 def _(x, weight, bias, tensors, layout, scalings, columns, ids, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
+    y = _y(x, weight)
     adapters = unpack(tensors, layout, scalings)
     width = table.z_pages(adapters, max(len(columns) - 1, 1))[-1] * PAGE
     return y, x.new_empty((ids.shape[0], width), dtype=accumulate_dtype(x, weight, *tensors))
@@ -231,7 +288,7 @@ def _multi_backward(ctx: Any, dy: Tensor, dz: Tensor | None) -> tuple[Any, ...]:
 multi_lora_linear.register_autograd(_multi_backward, setup_context=_multi_setup_context)
 
 
-@torch.library.custom_op("peftk::bank_lora_linear", mutates_args=())
+@_op_without_gradients
 def bank_lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -246,23 +303,28 @@ def bank_lora_linear(
 
     ids: slots, as `peftk.functional.multi_lora_linear` takes them.
     """
-    checks.for_kernels(x=x, weight=weight, bias=bias, ids=ids, seed=seed)
     found = handles.bank(bank)
     checks.same_device("bank", found, x.device, "x")
     if found.shape != (x.shape[-1] if weight is None else weight.shape[0], x.shape[-1]):
         checks.bank(found.adapters, found.columns, x.shape[-1] if weight is None else weight.shape[0], x.shape[-1])
-    adapters, routed = found.table(), route.flat(ids)
+    adapters = found.table()
     assert adapters is not None  # all adapters are the bank's own
+    if weight is not None and seed is None and backend is None:
+        y = dispatch.direct_multi_lora_linear(x, weight, bias, adapters, ids)
+        if y is not None:
+            return y
+    checks.for_kernels(x=x, weight=weight, bias=bias, ids=ids, seed=seed)
+    routed = route.flat(ids)
     flat, dropout = route.flat_ids(ids, x) if routed is None else routed, dropout_from(dropout_p, seed)
     return dispatch.multi_lora_linear(x, weight, bias, adapters, flat, dropout=dropout, backend=backend)[0]
 
 
-@bank_lora_linear.register_fake
+@torch.library.register_fake(bank_lora_linear, lib=_LIBRARY)
 def _(x, weight, bias, bank, ids, dropout_p, seed, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], x.shape[-1] if weight is None else weight.shape[0]))
+    return _y(x, weight)
 
 
-@torch.library.custom_op("peftk::slots_of", mutates_args=())
+@_op_without_gradients
 def slots_of(ids: Tensor, bank: int) -> Tensor:
     """`AdapterBank.slots_of` for the numbers that the bank's adapters have when this runs."""
     checks.for_kernels(ids=ids)
@@ -270,9 +332,9 @@ def slots_of(ids: Tensor, bank: int) -> Tensor:
     return slots.clone() if slots is ids else slots
 
 
-@slots_of.register_fake
+@torch.library.register_fake(slots_of, lib=_LIBRARY)
 def _(ids, bank):  # type: ignore[no-untyped-def]
     return torch.empty_like(ids)
 
 
-__all__ = ["bank_lora_linear", "lora_linear", "multi_lora_linear", "slots_of"]
+__all__ = ["bank_lora_linear", "lora_linear", "lora_linear_forward", "multi_lora_linear", "slots_of"]

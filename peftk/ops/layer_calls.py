@@ -71,7 +71,10 @@ def _single_adapter(
             checks.adapter(weight, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
         return composed.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
     if recording:
-        return custom_ops.lora_linear(x, weight, bias, *flat_adapter(adapter), *p_and_seed, backend)[0]
+        arguments = (x, weight, bias, *flat_adapter(adapter), *p_and_seed, backend)
+        if _is_inference(x, bias, *tensors):
+            return custom_ops.lora_linear_forward(*arguments)
+        return custom_ops.lora_linear(*arguments)[0]
     return autograd.lora_linear(x, weight, bias, adapter, dropout=dropout, backend=backend)
 
 
@@ -99,21 +102,25 @@ def slots_of(bank: AdapterBank | PackedBank | AdapterTable, ids: Tensor) -> Tens
     """The slots of the numbers in `ids`, as `AdapterBank.slots_of`. In an AdapterTable they are the same."""
     if isinstance(bank, AdapterTable):
         return ids
-    if _by_number() and isinstance(ids, Tensor):
+    if _is_compiled_here() and isinstance(ids, Tensor):
         return custom_ops.slots_of(ids, bank.handle)
     return bank.slots_of(ids)
 
 
-def _by_number() -> bool:
-    """Whether a graph is compiled for this process, whose ops may find a bank by its number."""
+def _is_compiled_here() -> bool:
+    """Whether a graph is compiled for this process: its ops may find a bank by its number, and it does not outlive what
+    it was compiled for, as whether gradients are needed."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def _is_inference(*tensors: Tensor | None) -> bool:
+    """Whether a compiled call with these tensors needs no gradients."""
+    return _is_compiled_here() and not (torch.is_grad_enabled() and autograd.wants_grad(*tensors))
 
 
 def _serves(bank: AnyBank, x: Tensor, bias: Tensor | None) -> bool:
     """Whether a compiled call reads the bank's own adapters only, and needs no gradients."""
-    if not isinstance(bank, AdapterBank | PackedBank) or bank.lent or not _by_number():
-        return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+    return isinstance(bank, AdapterBank | PackedBank) and not bank.lent and _is_inference(x, bias)
 
 
 def multi_adapter_block(

@@ -78,7 +78,7 @@ def load_hf_peft(model: nn.Module, paths: Mapping[str, str | Path]) -> nn.Module
     import peft
 
     (first, path), *others = paths.items()
-    with _quiet_peft():
+    with quiet_peft():
         peft_model = peft.PeftModel.from_pretrained(model, path, adapter_name=first)
         for name, other_path in others:
             peft_model.load_adapter(other_path, adapter_name=name)
@@ -101,7 +101,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Hides a deprecation warning of transformers about peft."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

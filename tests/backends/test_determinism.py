@@ -18,6 +18,7 @@ import peftk
 from peftk import BackendError, LoRALinear, MultiLoRALinear
 from peftk.backends import choice, determinism, measured
 from peftk.backends.call import Call, Op
+from peftk.backends.made_on import Verdict
 from tests.support.served_model import two_adapters
 from tests.support.tiers import TIERS
 
@@ -46,7 +47,7 @@ def bits(y: Tensor) -> Tensor:
 
 @pytest.fixture
 def gemm_is_faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(measured, "verdict", lambda call: (True, "measured"))
+    monkeypatch.setattr(measured, "verdict", lambda call: Verdict(True, "measured"))
     choice.forget()
     yield
     monkeypatch.undo()

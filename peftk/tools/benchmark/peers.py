@@ -57,19 +57,32 @@ def compiled_layer(linear: nn.Linear, x: Tensor) -> Callable[[Tensor], Tensor]:
     """
     import torch._inductor.config as inductor
 
+    torch._dynamo.reset()  # Dynamo compiles a function for eight shapes, and runs it uncompiled for a ninth
+    # patched, because options passed to compile are applied after Dynamo, which already needs `freezing`
+    tuned = {"max_autotune": True, "freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+    with inductor.patch(tuned):
+        return _compiled(linear, lambda layer: layer(x), fullgraph=True)
+
+
+def compiled_model(model: nn.Module, run: Callable[[nn.Module], object]) -> Any:
+    """The model, compiled by torch.compile as users call it, for the shapes that `run` passes. For inference mode.
+
+    Raises UnavailableError if there is no C++ compiler, or if the compilation fails.
+    """
+    return _compiled(model, run)
+
+
+def _compiled(module: nn.Module, run: Callable[[Any], object], *, fullgraph: bool = False) -> Any:
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     if shutil.which(compiler) is None:
         raise UnavailableError(
             f"torch.compile needs a C++ compiler, {compiler!r} is not installed (apt-get install g++)"
         )
-    torch._dynamo.reset()  # Dynamo compiles a function for eight shapes, and runs it uncompiled for a ninth
-    # patched, because options passed to compile are applied after Dynamo, which already needs `freezing`
-    tuned = {"max_autotune": True, "freezing": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-    compiled: Callable[[Tensor], Tensor] = torch.compile(linear, fullgraph=True, dynamic=False)
+    compiled = torch.compile(module, fullgraph=fullgraph, dynamic=False)
     chatter = contextlib.redirect_stderr(io.StringIO())  # hides the autotuner's tables
-    with torch.inference_mode(), inductor.patch(tuned), chatter:
+    with torch.inference_mode(), chatter:
         try:
-            compiled(x)
+            run(compiled)
         except RuntimeError as error:
             raise UnavailableError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
     return compiled

@@ -16,9 +16,8 @@ from peftk import _cpu
 from peftk.launch.merge_args import DTYPES
 from peftk.system.timing import interleave
 from peftk.tools.benchmark.common import Case, Side
-from peftk.tools.benchmark.targets import FMA_PEAK
+from peftk.tools.benchmark.targets import FMA_PEAK, READ
 
-READ = "read of W"
 _SERIAL_BELOW = 1 << 17  # multiply-adds; below this a second thread costs more than it saves, as in our kernels
 
 
@@ -111,10 +110,11 @@ class Row:
     """A case and its bounds.
 
     extra: the additional work of peftk's side, if the peer is also peftk's. rest: the name of a side whose time no
-    linear layer can save.
+    linear layer can save. adapter: the adapter's part of peftk's work.
     """
 
     case: Case
     bound: Bound | None = None
     extra: Work | None = None
     rest: str | None = None
+    adapter: Work | None = None

@@ -16,12 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from peftk.system import extras
-from peftk.tools.benchmark import contended, peers, suite_cases
+from peftk.tools.benchmark import contended, engines, peak_memory, peers, suite_cases
 from peftk.tools.benchmark.common import PEFT, Record, Shape, measure
 from peftk.tools.benchmark.environment import busy
 from peftk.tools.benchmark.quiet import MOST, Watch, is_quiet
 from peftk.tools.benchmark.roofline import Roofline, Row, Work, measure_roofline
-from peftk.tools.benchmark.targets import COMPILED, CONTENDED, FMA_PEAK, TARGETS, Target
+from peftk.tools.benchmark.targets import (
+    COMPILED,
+    CONTENDED,
+    FMA_PEAK,
+    MODEL_COMPILED,
+    MODEL_MEMORY,
+    PEFTK,
+    READ,
+    TARGETS,
+    Target,
+)
 
 PASS, SHORT, NOT_QUIET, WRONG, NOT_MEASURED = "pass", "short", "not quiet", "WRONG", "not measured"
 _COLOURS = {PASS: "green", SHORT: "yellow", NOT_QUIET: "dim", WRONG: "bold red", NOT_MEASURED: "dim"}
@@ -45,6 +55,7 @@ class Result:
     at_most: bool  # ratio is this side's time over the peer's; else the peer's over this side's
     target: float
     noise: float
+    net: bool  # ratio without the time of the adapter's own multiply-adds
     limit: float | None
     beyond_limit: bool | None  # no kernel can reach the target on this machine
     mark: str
@@ -53,6 +64,8 @@ class Result:
     peft: float | None  # HF PEFT's time over the peer's, if it was measured
     not_run: float | None  # share of time in which a thread that was ready did not run (quiet.py), if it is known
     note: str
+    peak_bytes: int | None = None  # of the memory that a step allocates; such a row has no times
+    peer_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +138,8 @@ def _print_header(console: Console, env: dict[str, Any], roofline: Roofline) -> 
     console.print(
         "[dim]Every side is first checked against fp64 arithmetic. Then the sides of a row take turns; medians.\n"
         "peftk has its adapters; nn.Linear, torch.compile and the plain model have none.\n"
-        "≥: how many times faster than the peer; ≤: how many times its time. limit: the best possible ratio, from\n"
+        "≥: how many times faster than the peer; ≤: how many times its time; net: peftk's time without that of the\n"
+        "adapter's own multiply-adds, at the measured speed of multiply-adds. limit: the best possible ratio, from\n"
         "this machine's speed of multiply-adds and of reading, measured in the same row. “short: limit”: the target\n"
         "is beyond it. “not quiet 9%”: for 9 % of the time a thread that was ready had no core, so no verdict.[/]\n",
         highlight=False,
@@ -135,7 +149,7 @@ def _print_header(console: Console, env: dict[str, Any], roofline: Roofline) -> 
 
 
 def _measure(shape: Shape, targets: list[Target], options: Options) -> tuple[list[Result], list[Record]]:
-    if targets[0].section == COMPILED and not options.compile:
+    if targets[0].section in (COMPILED, MODEL_COMPILED) and not options.compile:
         return [_not_measured(target, "skipped by --no-compile") for target in targets], []
     try:
         row = suite_cases.build(shape)
@@ -144,6 +158,9 @@ def _measure(shape: Shape, targets: list[Target], options: Options) -> tuple[lis
     if targets[0].section == CONTENDED:
         outcome = contended.measure(row.case, options.seconds)
         return [_contended_result(target, outcome) for target in targets], outcome.records
+    if targets[0].section == MODEL_MEMORY:
+        peaks = peak_memory.measure(row.case)
+        return [_memory_result(target, peaks) for target in targets], peaks.records
     watch = Watch()
     records = measure(row.case, device=suite_cases.DEVICE, seconds=options.seconds, repeats=options.repeats)
     not_run = watch.not_run()
@@ -160,6 +177,7 @@ def _not_measured(target: Target, why: str) -> Result:
         at_most=target.at_most,
         target=target.value,
         noise=target.noise,
+        net=target.net,
         limit=None,
         beyond_limit=None,
         mark=NOT_MEASURED,
@@ -188,6 +206,22 @@ def _contended_result(target: Target, outcome: contended.Contended) -> Result:
     )
 
 
+def _memory_result(target: Target, peaks: peak_memory.Peaks) -> Result:
+    """Bytes do not depend on what else the machine does, so there is always a verdict."""
+    peer, ours = (
+        next(record for record in peaks.records if record.side == name)
+        for name in (target.peer, target.peer.replace(PEFT, PEFTK))
+    )
+    blank = dataclasses.replace(_not_measured(target, ""), side=ours.side)
+    if not (ours.passed and peer.passed):
+        return _wrong(blank, ours, peer)
+    bytes_ours, bytes_peer = peaks.bytes[ours.side], peaks.bytes[peer.side]
+    ratio = bytes_ours / bytes_peer
+    return dataclasses.replace(
+        blank, ratio=ratio, mark=_verdict(target, ratio, None), peak_bytes=bytes_ours, peer_bytes=bytes_peer
+    )
+
+
 def _verdict(target: Target, ratio: float, not_run: float | None) -> str:
     return NOT_QUIET if not is_quiet(not_run) else PASS if target.met(ratio) else SHORT
 
@@ -198,17 +232,18 @@ def _wrong(blank: Result, *records: Record) -> Result:
 
 
 def _result(target: Target, row: Row, records: list[Record], not_run: float | None) -> Result:
-    ours = next(record for record in records if record.side.startswith("peftk") and record.side != target.peer)
+    ours = next(record for record in records if record.side.startswith(PEFTK) and record.side != target.peer)
     peer = next((record for record in records if record.side == target.peer), None)
     if peer is None:
-        return _not_measured(target, f"{target.peer} is not installed: pip install 'peftk[bench]'")
+        return _not_measured(target, _how_to_install(target.peer))
     blank = dataclasses.replace(
         _not_measured(target, ""), side=ours.side, median_us=ours.median_us, peer_us=peer.median_us
     )
     if ours.median_us is None or peer.median_us is None:
         return _wrong(blank, ours, peer)
     times = {record.side: record.median_us for record in records if record.median_us is not None}
-    ratio = ours.median_us / peer.median_us if target.at_most else peer.median_us / ours.median_us
+    own_us = ours.median_us - _excused_us(target, row, times)
+    ratio = own_us / peer.median_us if target.at_most else peer.median_us / own_us
     limit = _limit(target, row, times)
     return dataclasses.replace(
         blank,
@@ -221,6 +256,18 @@ def _result(target: Target, row: Row, records: list[Record], not_run: float | No
     )
 
 
+def _how_to_install(peer: str) -> str:
+    extra = engines.EXTRA if peer in (engines.ONNX_RUNTIME, engines.OPENVINO) else "bench"
+    return f"{peer} is not installed: pip install 'peftk[{extra}]'"
+
+
+def _excused_us(target: Target, row: Row, times: dict[str, float]) -> float:
+    """The time of the adapter's own multiply-adds at the measured speed, if the target is net of it."""
+    if not target.net or row.bound is None or row.adapter is None:
+        return 0.0
+    return row.bound.min_time_us(Work(row.adapter.multiply_adds, 0), times)
+
+
 def _limit(target: Target, row: Row, times: dict[str, float]) -> float | None:
     """The best possible ratio to the peer's measured time, for any kernel."""
     bound, peer = row.bound, times[target.peer]
@@ -228,9 +275,12 @@ def _limit(target: Target, row: Row, times: dict[str, float]) -> float | None:
         return None
     if row.extra is not None:  # only the additional work counts: the peer is peftk's too
         return 1 + bound.min_time_us(row.extra, times) / peer
-    # compared with the FMA peak, only multiply-adds count
-    work = bound.work if target.peer != FMA_PEAK else Work(bound.work.multiply_adds, 0)
+    # compared with one of the probes, only what it does counts
+    work = Work(
+        0 if target.peer == READ else bound.work.multiply_adds, 0 if target.peer == FMA_PEAK else bound.work.bytes
+    )
     least = bound.min_time_us(work, times) + (times[row.rest] if row.rest is not None else 0.0)
+    least -= _excused_us(target, row, times)
     return least / peer if target.at_most else peer / least
 
 
@@ -246,17 +296,20 @@ def table(section: str, results: Sequence[Result]) -> Table:
 
 
 def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Headers and cells, without columns that are empty or the same in all rows of the section."""
+    """Headers and cells, without columns that are empty, the same in all rows of the section, or said by rows of it."""
+    has_peft_rows = any(r.peer == PEFT for r in results)
     columns = {
         "op": [r.op for r in results],
         "dtype": [r.dtype for r in results],
         "layer": [f"{r.K}×{r.N}" for r in results],
         "tokens": [str(r.M or "") for r in results],
         "adapter": [f"r{r.rank}" if r.adapters == 1 else f"{r.adapters} of r{r.rank}" for r in results],
-        "peftk, µs": [_number(r.median_us, 1) for r in results],
+        "peftk, µs": [_number(r.median_us, 1) if r.peak_bytes is None else "" for r in results],
+        "peftk, MB": [_megabytes(r.peak_bytes) for r in results],
         "against": [r.peer for r in results],
-        "its µs": [_number(r.peer_us, 1) for r in results],
-        "PEFT": [_number(r.peft, 1) if r.peft is not None else "" for r in results],
+        "its µs": [_number(r.peer_us, 1) if r.peer_bytes is None else "" for r in results],
+        "its MB": [_megabytes(r.peer_bytes) for r in results],
+        "PEFT": [_number(r.peft, 1) if r.peft is not None and not has_peft_rows else "" for r in results],
         "ratio": [_number(r.ratio, 3 if r.at_most else 2) for r in results],
         "target": [str(_target(r)) for r in results],
         "limit": [_number(r.limit, 3 if r.at_most else 2) for r in results],
@@ -270,7 +323,7 @@ def _columns(results: Sequence[Result]) -> dict[str, list[str]]:
 
 def _target(result: Result) -> Target:
     shape = Shape(*(getattr(result, name) for name in Shape._fields))
-    return Target(result.section, shape, result.peer, result.target, result.at_most, result.noise)
+    return Target(result.section, shape, result.peer, result.target, result.at_most, result.noise, result.net)
 
 
 def _mark(result: Result) -> str:
@@ -281,6 +334,10 @@ def _mark(result: Result) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.1f}"
 
 
 def summary(results: Sequence[Result]) -> str:

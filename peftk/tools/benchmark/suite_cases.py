@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -30,7 +31,8 @@ def _forward(shape: Shape) -> Row:
     if shape.K * shape.N < _MIN_WEIGHTS:
         return Row(case)
     base = layer(shape.M, shape.K, shape.N, shape.torch_dtype, DEVICE)
-    return _with_bounds(_select_sides(case, LINEAR), _lora_work(shape), base.linear.weight)
+    row = _with_bounds(_select_sides(case, LINEAR), _lora_work(shape), base.linear.weight)
+    return dataclasses.replace(row, adapter=_lora_adapter_work(shape))
 
 
 def _compile(shape: Shape) -> Row:
@@ -93,16 +95,14 @@ def _merge(shape: Shape) -> Row:
     return Row(dataclasses.replace(case, sides=(*case.sides, *sides)), bound)
 
 
-def _model(shape: Shape) -> Row:
-    from peftk.tools.benchmark import model
+def _whole_model(module: str, function: str) -> Callable[[Shape], Row]:
+    """Of a module that imports transformers."""
 
-    return model.row(shape)
+    def build_row(shape: Shape) -> Row:
+        row: Row = getattr(importlib.import_module(f"peftk.tools.benchmark.{module}"), function)(shape)
+        return row
 
-
-def _merge_model(shape: Shape) -> Row:
-    from peftk.tools.benchmark import merge_model
-
-    return merge_model.row(shape)
+    return build_row
 
 
 def _contended(shape: Shape) -> Row:
@@ -115,9 +115,13 @@ def _batch_invariant(shape: Shape) -> Row:
 
 
 def _lora_work(shape: Shape) -> Work:
-    """The work of LoRALinear, whose adapter is fp32."""
-    base = linear_work(shape.M, shape.K, shape.N, shape.torch_dtype)
-    return add(base, adapter_work(*shape[2:], torch.float32))
+    """The work of LoRALinear."""
+    return add(linear_work(shape.M, shape.K, shape.N, shape.torch_dtype), _lora_adapter_work(shape))
+
+
+def _lora_adapter_work(shape: Shape) -> Work:
+    """Its adapter is fp32."""
+    return adapter_work(*shape[2:], torch.float32)
 
 
 def _with_bounds(case: Case, work: Work, weight: Tensor) -> Row:
@@ -139,9 +143,13 @@ _BUILDERS: dict[str, Callable[[Shape], Row]] = {
     "adapter_cost": _adapter_cost,
     "merge": _merge,
     "unmerge": _merge,
-    "merge_model": _merge_model,
-    "merged_context": _merge_model,
-    "model": _model,
+    "merge_model": _whole_model("merge_model", "row"),
+    "merged_context": _whole_model("merge_model", "row"),
+    "model": _whole_model("model", "row"),
+    "model_compiled": _whole_model("model", "compiled_row"),
+    "model_train": _whole_model("model_train", "row"),
+    "model_memory": _whole_model("model_train", "memory_row"),
+    "decode": _whole_model("decode", "row"),
     "contended": _contended,
     batch_invariant.OP: _batch_invariant,
 }
