@@ -23,7 +23,8 @@ def deterministic(*, batch_invariant: bool = False) -> RouteContext:
             many rows there are, on the adapters beside it, on padding, or on the row's place. That holds for peftk's
             layers; what else a model computes (attention, norms) is as torch computes it. The bits are not those
             without the mode. CPU only. A call that no such kernel can run (on other devices, in fp64, with another
-            backend forced, with tensors that only torch can read) raises BackendError. Of backwards it promises nothing. `docs/numerics.md` says what it costs.
+            backend forced, with tensors that only torch can read) raises BackendError. Nothing is promised of
+            backwards. `docs/numerics.md` says what it costs.
 
     Modes nest: an inner one adds to what the outer one asks. Threads, pools and tasks that are started inside have the
     mode as they have a route (`docs/routes.md`), and so has a graph of torch.compile that is called inside.
