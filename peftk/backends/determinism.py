@@ -22,9 +22,9 @@ def deterministic(*, batch_invariant: bool = False) -> RouteContext:
             dropout, the bits of a row depend on nothing but the row, the weights and the row's own adapter: not on how
             many rows there are, on the adapters beside it, on padding, or on the row's place. That holds for peftk's
             layers; what else a model computes (attention, norms) is as torch computes it. The bits are not those
-            without the mode. CPU only. A call that no such kernel can run (on other devices, in fp64, with a forced
-            backend, with tensors that only torch can read) raises BackendError. Backwards run as without it.
-            `docs/numerics.md` says what it costs.
+            without the mode. CPU only. A call that no such kernel can run (on other devices, in fp64, with another
+            backend forced, with tensors that only torch can read) raises BackendError. Nothing is promised of
+            backwards. `docs/numerics.md` says what it costs.
 
     Modes nest: an inner one adds to what the outer one asks. Threads, pools and tasks that are started inside have the
     mode as they have a route (`docs/routes.md`), and so has a graph of torch.compile that is called inside.
