@@ -251,7 +251,7 @@ static void stream_tile(int64_t rows, const float* b, const T* w, int64_t along,
 template <class T>
 static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* total) {
     constexpr int kStep = 2;  // registers hold its values of four rows of the input
-    const int64_t part = panel_part(op, 0), row = columns.padded, size = packed.tiles.rows * row;  // as in product_panels
+    const int64_t part = panel_part(op, 0), row = columns.padded, size = packed.tiles.rows * row;
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
     if (op.C == 0) memset(total, 0, size_t(size) * sizeof(float));
