@@ -186,6 +186,7 @@ TESTS = {
     "peftk/adapters/pages.py": ["adapters/test_bank.py", "adapters/test_live_table.py"],
     "peftk/system/precision.py": ["kernels/triton/interpreted/field.py"],
     "peftk/system/streams.py": ["adapters/test_live_table.py"],
+    "peftk/system/recording.py": ["backends/test_first_use.py", "system/test_storage.py"],
     "peftk/adapters/checks.py": [
         "ops/test_functional.py",
         "nn/test_layers.py",

@@ -52,14 +52,8 @@ def choose(call: Call, forced: str | None = None) -> Choice:
     A backend is forced by `forced`, else by an enclosing `forcing`, else by PEFTK_BACKEND.
     """
     forced = forced or _forced.get() or os.environ.get("PEFTK_BACKEND") or None
-    return _choose(call, forced, determinism.is_deterministic(), _is_invariant(call))
-
-
-def _is_invariant(call: Call) -> bool:
-    """Whether the mode asks for a result whose rows do not depend on the batch: of a forward."""
-    return (
-        call.op.kind in ("lora_linear", "adapter_block") and not call.op.backward and determinism.is_batch_invariant()
-    )
+    invariant = determinism.ever_entered and determinism.is_batch_invariant()
+    return _choose(call, forced, determinism.is_deterministic(), invariant)
 
 
 def backend_for(call: Call, forced: str | None = None) -> Backend:
@@ -137,6 +131,7 @@ def unforced(call: Call) -> str:
 
 @remembered
 def _choose(call: Call, forced: str | None, deterministic: bool, invariant: bool) -> Choice:
+    invariant = invariant and call.op.kind in ("lora_linear", "adapter_block") and not call.op.backward
     if forced is not None:
         reason = cannot_run(forced, call) or _varies(forced, invariant)
         if reason is not None:

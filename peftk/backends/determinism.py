@@ -8,7 +8,7 @@ from peftk.adapters import carry
 from peftk.adapters.carry import RouteContext
 
 _KEY = object()
-_ever_entered = False  # a call that asks costs little before that
+ever_entered = False  # until then no call needs to ask further
 
 
 def deterministic(*, batch_invariant: bool = False) -> RouteContext:
@@ -40,16 +40,16 @@ def deterministic(*, batch_invariant: bool = False) -> RouteContext:
 
 
 def _entered(batch_invariant: bool) -> bool:
-    global _ever_entered
-    _ever_entered = True
+    global ever_entered
+    ever_entered = True
     return batch_invariant or is_batch_invariant()
 
 
 def is_deterministic() -> bool:
     """Whether only our own kernels may run: within `deterministic`, or after torch.use_deterministic_algorithms."""
-    return torch.are_deterministic_algorithms_enabled() or (_ever_entered and carry.route_for(_KEY) is not None)
+    return torch._C._get_deterministic_algorithms() or (ever_entered and carry.route_for(_KEY) is not None)
 
 
 def is_batch_invariant() -> bool:
     """Whether this is within `deterministic(batch_invariant=True)`."""
-    return _ever_entered and carry.route_for(_KEY) is True
+    return ever_entered and carry.route_for(_KEY) is True

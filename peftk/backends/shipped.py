@@ -13,13 +13,12 @@ import torch
 from peftk.system.processor import cpu_vendor
 
 _16_BIT = (torch.bfloat16, torch.float16)
-_ALL = (torch.float32, torch.float64, *_16_BIT)
 _AMX_TOKENS = 32
 
 
 class Row(NamedTuple):
-    """vendor: as in /proc/cpuinfo; empty: any. level: of SIMD, or "amx"; empty: any. gemm_from: tokens from which
-    torch's product is taken; None: never. known: nothing is measured."""
+    """vendor: as in /proc/cpuinfo. level: of SIMD, or "amx". Each of the first three, if empty: any. gemm_from: tokens
+    from which torch's product is taken; None: never. known: nothing is measured."""
 
     vendor: str
     level: str
@@ -34,7 +33,7 @@ _TABLE = (
     Row("", "amx", (torch.bfloat16,), _AMX_TOKENS, False, "many bf16 tokens go to AMX tiles, which torch's GEMM uses"),
     Row("", "avx2", _16_BIT, None, True, "torch has no fast 16-bit product for AVX2: it took 4 to 9 times as long"),
     Row("AuthenticAMD", "avx2", (torch.float32,), None, False, "on a Zen 3 our kernels were faster in most shapes"),
-    Row("", "", _ALL, None, False, "our kernels are the default"),
+    Row("", "", (), None, False, "our kernels are the default"),
 )
 
 
@@ -44,4 +43,5 @@ def row_for(dtype: torch.dtype) -> Row:
 
     levels = ("", cpu.simd_level(), *(("amx",) if torch.cpu._is_amx_tile_supported() else ()))
     vendors = ("", cpu_vendor())
-    return next(row for row in _TABLE if dtype in row.dtypes and row.level in levels and row.vendor in vendors)
+    fits = (row for row in _TABLE if row.level in levels and row.vendor in vendors)
+    return next(row for row in fits if not row.dtypes or dtype in row.dtypes)

@@ -15,6 +15,7 @@ way to a kernel that eager calls take, and return y alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def _op_without_gradients(function: Callable[..., Tensor]) -> torch._ops.OpOverl
     name, schema = function.__name__, torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    op: torch._ops.OpOverload = getattr(torch.ops.peftk, name).default
+    op: torch._ops.OpOverload = operator.attrgetter(f"{name}.default")(torch.ops.peftk)
     return op
 
 

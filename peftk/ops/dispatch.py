@@ -102,6 +102,8 @@ def _keeps_to_our_kernels(x: Tensor, weight: Tensor | None) -> bool:
     """Whether a call beyond the limit of direct ones has been decided for our CPU kernels."""
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == weight.dtype):
         return False
+    if x.is_nested or weight.is_nested:
+        return False
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
     N, K = weight.shape
@@ -115,7 +117,8 @@ def _may_be_direct(device: str) -> bool:
         return False  # before `_direct`: the compiler would trace into the import
     if storage.forward_ad_active() or torch.is_autocast_enabled(device):
         return False
-    return device == "cpu" or not determinism.is_batch_invariant()  # the ordinary way refuses it
+    # the ordinary way refuses it on a GPU
+    return device == "cpu" or not determinism.ever_entered or not determinism.is_batch_invariant()
 
 
 @functools.cache

@@ -148,12 +148,13 @@ def _unmerge(weights: Sequence[Tensor], receipts: Sequence[MergeReceipt], backen
             try:
                 for impl, layers in groups:
                     deferred.deliver()
+                    done = [(impl, layer) for layer in layers]
                     if len(layers) == 1:
                         require(impl.merge).unmerge_(weights[layers[0]], receipts[layers[0]])
                     else:
                         merged = [weights[i] for i in layers]
                         require(impl.merge_layers).unmerge_layers_(merged, [receipts[i] for i in layers])
-                    unmerged += [(impl, layer) for layer in layers]
+                    unmerged += done
                 deferred.deliver()
             except BaseException:
                 for impl, layer in unmerged:

@@ -8,6 +8,7 @@ import itertools
 import random
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -104,6 +105,37 @@ def test_from_one_merge_to_another(level: str, dtype: torch.dtype) -> None:
         check_receipt(again, expected_receipt)
         cpu.unmerge_(merged, again)
         assert same_bits(merged, weight)
+
+
+def test_nobody_sees_the_base_layer_between_two_merges() -> None:
+    """Not even a thread that reads W meanwhile: each weight is as it was merged before, or as it is now."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 2048, generator=generator)
+    first, second = (
+        (torch.randn(8, 2048, generator=generator), torch.randn(384, 8, generator=generator), 1.0) for _ in range(2)
+    )
+    base = weight.clone()
+    receipt = functional.merge_(weight, *first, backend="cpu")
+    merged = [weight.clone()]
+    receipt = functional.remerge_(weight, receipt, *second, backend="cpu")
+    merged.append(weight.clone())
+    seen, ended = [], threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            now = weight.clone()
+            seen.append(int(((now == base) & (now != merged[0]) & (now != merged[1])).sum()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        while len(seen) < 40 and thread.is_alive():
+            for factors in (first, second):
+                receipt = functional.remerge_(weight, receipt, *factors, backend="cpu")
+    finally:
+        ended.set()
+        thread.join()
+    assert not any(seen)
 
 
 @pytest.mark.full

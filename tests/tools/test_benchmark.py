@@ -15,6 +15,7 @@ from rich.console import Console
 
 from peftk import _cpu, cli
 from peftk.backends import choice
+from peftk.backends.made_on import Verdict
 from peftk.system import extras
 from peftk.system.timing import summary
 from peftk.tools.benchmark import contended, lora_linear, suite, suite_cases
@@ -200,7 +201,7 @@ def test_every_kind_of_row_runs_and_is_right():
         assert result.limit is None or result.limit > 0
         assert (result.limit is None) == (result.op == "multi_lora_linear")
     assert outcome.results[1].beyond_limit
-    assert "8 of 9 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
+    assert "9 of 10 targets met; 1 short, 1 of them beyond this machine's limit" in suite.summary(outcome.results)
     assert outcome.roofline.fp32_gflops > 0
 
 
@@ -255,7 +256,7 @@ def test_a_wrong_contended_side(monkeypatch):
 
 def test_the_choice_is_what_is_measured(monkeypatch):
     """After `peftk tune`, torch's product may be chosen. Its 16-bit results round twice, and get the bound for that."""
-    monkeypatch.setattr(choice.measured, "verdict", lambda call: (True, "as if measured"))
+    monkeypatch.setattr(choice.measured, "verdict", lambda call: Verdict(True, "as if measured"))
     choice.forget()
     try:
         shape = small("lora_linear", M=64)

@@ -185,55 +185,63 @@ struct Rows {
 // narrower. The rows are too many for the processor's own prefetching.
 template <class T, int kRows, class Run>
 PEFTK_INLINE void for_each_tile(const MergePass& pass, const MergeSide& side, const float* b, int8_t* code, T* weight,
-                                int64_t column, int64_t columns, const Run& run) {
+                                int64_t stride, int64_t column, int64_t columns, const Run& run) {
     for (int64_t c = 0; c < columns; c += kColumns) {
         const int64_t at = column + c, here = smaller(kColumns, columns - c);
         const float* a = side.packed + (at / kMergeGroup * side.factors.R) * kMergeGroup + at % kMergeGroup;
         for (int i = 0; i < kRows; i++) {
             for (size_t byte = 0; byte < kColumns * sizeof(T); byte += 64) {
-                __builtin_prefetch(reinterpret_cast<const char*>(weight + i * pass.stride + c) + kAhead + byte);
+                __builtin_prefetch(reinterpret_cast<const char*>(weight + i * stride + c) + kAhead + byte);
             }
         }
         if (here == kColumns) {
-            run(Tile<T>{weight + c, pass.stride, code + c, pass.code_stride, a, b}, c, here);
+            run(Tile<T>{weight + c, stride, code + c, pass.code_stride, a, b}, c, here);
             continue;
         }
         T padded[kRows][kColumns] = {};
-        for (int i = 0; i < kRows; i++) memcpy(padded[i], weight + i * pass.stride + c, here * sizeof(T));
+        for (int i = 0; i < kRows; i++) memcpy(padded[i], weight + i * stride + c, here * sizeof(T));
         run(Tile<T>{padded[0], kColumns, code + c, pass.code_stride, a, b}, c, here);
-        for (int i = 0; i < kRows; i++) memcpy(weight + i * pass.stride + c, padded[i], here * sizeof(T));
+        for (int i = 0; i < kRows; i++) memcpy(weight + i * stride + c, padded[i], here * sizeof(T));
     }
 }
 
-// Processes one block: rows i … i + kRows - 1 of the task. Returns whether all of it is finite.
+// Processes one block: rows i … i + kRows - 1 of the task. Returns whether all of it is finite. From one merge to
+// another it goes through a copy, so that W never holds the base layer meanwhile.
 template <class T, int kRows>
 static bool merge_block(const MergePass& pass, MergeTask& task, Rows& rows, int64_t i, int64_t column,
                         int64_t columns) {
     const int64_t first = task.first_row + i;
-    T* const weight = static_cast<T*>(pass.weight) + first * pass.stride + column;
+    T* const in_place = static_cast<T*>(pass.weight) + first * pass.stride + column;
+    const bool copies = pass.from.factors.adapters && pass.to.factors.adapters;
+    alignas(64) T copy[kRows][kBlockColumns];
+    T* const weight = copies ? copy[0] : in_place;
+    const int64_t stride = copies ? kBlockColumns : pass.stride;
+    for (int n = 0; n < kRows && copies; n++) memcpy(copy[n], in_place + n * pass.stride, columns * sizeof(T));
     if (pass.from.factors.adapters) {
         int8_t* const code = task.code_from + i * pass.code_stride + column;
-        for_each_tile<T, kRows>(pass, pass.from, rows.b_from + i * pass.from.factors.R, code, weight, column, columns,
+        for_each_tile<T, kRows>(pass, pass.from, rows.b_from + i * pass.from.factors.R, code, weight, stride, column,
+                                columns,
                                 [&](const Tile<T>& tile, int64_t, int64_t) { unmerge_tile<T, kRows>(pass, tile); });
         for (int n = 0; n < kRows; n++) {
             const int64_t start = (first + n) * pass.K + column;
             const RawWeight*& raw = rows.next[i + n];
             for (; raw < task.raws_from_end && raw->index < start + columns; raw++) {
-                set_bits(weight + n * pass.stride + (raw->index - start), raw->bits);
+                set_bits(weight + n * stride + (raw->index - start), raw->bits);
             }
         }
     }
     bool finite = true;
     if (pass.to.factors.adapters) {
         int8_t* const code = task.code_to + i * pass.code_stride + column;
-        for_each_tile<T, kRows>(pass, pass.to, rows.b_to + i * pass.to.factors.R, code, weight, column, columns,
+        for_each_tile<T, kRows>(pass, pass.to, rows.b_to + i * pass.to.factors.R, code, weight, stride, column, columns,
                                 [&](const Tile<T>& tile, int64_t c, int64_t here) {
                                     finite &= merge_tile<T, kRows>(pass, task, tile, first * pass.K + column + c, here);
                                 });
         for (int n = 0; n < kRows; n++) {
-            rows.sums[i + n] += sum_of_bits(weight + n * pass.stride, pass.dtype, column, columns);
+            rows.sums[i + n] += sum_of_bits(weight + n * stride, pass.dtype, column, columns);
         }
     }
+    for (int n = 0; n < kRows && copies; n++) memcpy(in_place + n * pass.stride, copy[n], columns * sizeof(T));
     task.blocks++;
     return finite;
 }
