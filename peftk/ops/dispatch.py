@@ -100,11 +100,9 @@ _NO_LIMIT = 1 << 62
 
 def _keeps_to_our_kernels(x: Tensor, weight: Tensor | None) -> bool:
     """Whether a call beyond the limit of direct ones has been decided for our CPU kernels."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == weight.dtype):
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and storage.dense(x, weight)):
         return False
-    if x.is_nested or weight.is_nested:
-        return False
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    if x.dtype != weight.dtype or x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
     N, K = weight.shape
     M = x.numel() // max(K, 1)

@@ -15,7 +15,7 @@ import peftk
 from peftk.adapters import checks, route
 from peftk.adapters.adapter import Wanted, adapter_of
 from peftk.adapters.table import AdapterTable, build
-from peftk.backends import choice, gemm
+from peftk.backends import choice, determinism, gemm
 from peftk.backends import triton as backend
 from peftk.backends.call import Call
 from peftk.launch import workspace
@@ -293,6 +293,7 @@ def chosen(request: pytest.FixtureRequest, launcher: Launcher, monkeypatch: pyte
     monkeypatch.setattr(choice, "choose", lambda call, forced=None: choice.Choice(request.param, "", ()))
     monkeypatch.setattr(gemm, "_on_top", lambda device: "triton")
     monkeypatch.setattr(checks, "ids_are_checked", lambda device: False)
+    monkeypatch.setattr(determinism, "ever_entered", False)
     monkeypatch.setattr(backend, "segments", lambda ids, count: Segments(*reference_segments.segments(ids, count)))
     choice.forget()
     return backend if request.param == "triton" else gemm
@@ -481,6 +482,7 @@ def test_the_cost_of_a_call(
     for direct_way in ("_direct", "_direct_multi"):
         monkeypatch.setattr(dispatch, direct_way, lambda device: (backend,))
     monkeypatch.setattr(checks, "ids_are_checked", lambda device: False)
+    monkeypatch.setattr(determinism, "ever_entered", False)
     monkeypatch.setattr(backend, "segments", lambda ids, count: Segments(*reference_segments.segments(ids, count)))
     ids = torch.zeros(M, dtype=torch.int32)
     of_route = routed(ids.clone())

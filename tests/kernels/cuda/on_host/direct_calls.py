@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peftk
 from peftk import _cuda
 from peftk.adapters.adapter import adapter_of
-from peftk.backends import choice
+from peftk.backends import choice, determinism
 from peftk.backends import cuda as backend
 from peftk.backends.call import Call
 from peftk.launch import workspace
@@ -211,6 +211,7 @@ def layers() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
 def test_the_cost_of_a_call(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Function calls of Python and of C: two of C allocate, y, and z with partial sums; most are torch's attributes."""
     layer, many, x, ids = layers()
+    monkeypatch.setattr(determinism, "ever_entered", False)
     with torch.inference_mode():
         ordinary = layer(x), many(x, ids)
         monkeypatch.setattr(dispatch, "_direct", lambda device: (backend,))
