@@ -138,7 +138,7 @@ def direct_lora_linear(
     weight None: the identity, y = x + the adapter, of any size.
     """
     adapter = (lora_A, lora_B, scaling, CODES[activation], bias_A, bias_B)
-    threads, invariant = torch.get_num_threads(), determinism.is_batch_invariant()
+    threads, invariant = torch.get_num_threads(), determinism.ever_entered and determinism.is_batch_invariant()
     return _cpu.direct_lora_linear(x, weight, bias, *adapter, limit, threads, invariant)
 
 
@@ -148,7 +148,7 @@ def direct_multi_lora_linear(
     """`direct_lora_linear` for many adapters; ids as users pass them. Raises ValueError for an id outside the table."""
     if table.dtype not in DTYPES:  # fp64
         return None
-    threads, invariant = torch.get_num_threads(), determinism.is_batch_invariant()
+    threads, invariant = torch.get_num_threads(), determinism.ever_entered and determinism.is_batch_invariant()
     return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, invariant, *_table_addresses(table))
 
 
