@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from peftk import _cpu, cli
-from peftk.backends import choice
+from peftk.backends import choice, first_use
 from peftk.backends.made_on import Verdict
 from peftk.system import extras
 from peftk.system.timing import summary
-from peftk.tools.benchmark import contended, lora_linear, suite, suite_cases
+from peftk.tools.benchmark import common, contended, lora_linear, suite, suite_cases
 from peftk.tools.benchmark.common import COPY, LINEAR, PEFT, Shape
 from peftk.tools.benchmark.engines import ONNX_RUNTIME, OPENVINO
 from peftk.tools.benchmark.roofline import Bound, Row, Work
@@ -252,6 +252,20 @@ def test_a_wrong_contended_side(monkeypatch):
     assert not outcome.all_correct
     assert outcome.results[0].mark == WRONG
     assert "peftk cpu is wrong by" in outcome.results[0].note
+
+
+def test_what_first_use_measures_is_known_before_a_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PEFTK_FIRST_USE", "1")
+    monkeypatch.setattr(first_use, "_gain", lambda call: 9.0)
+    choice.forget()
+    try:
+        shape = small("lora_linear", dtype="fp32", M=64)
+        assert common.backends_to_time(shape, "cpu", ()) == ["gemm"]
+        assert not common.rounds_once(shape, "cpu", "gemm")
+    finally:
+        monkeypatch.undo()
+        choice.forget()
 
 
 def test_the_choice_is_what_is_measured(monkeypatch):

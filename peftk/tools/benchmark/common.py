@@ -192,7 +192,7 @@ def backends_to_time(shape: Shape, device: str, requested: Sequence[str]) -> lis
     Raises BackendError if a requested backend cannot run, or if none can.
     """
     calls = _calls(shape, device)
-    candidates = requested or ((choice.choose(calls[0]).backend,) if device == "cpu" else ("cuda", "triton"))
+    candidates = requested or ((_chosen(calls[0]),) if device == "cpu" else ("cuda", "triton"))
     refused = {}
     for name in candidates:
         reasons = [choice.cannot_run(name, call) for call in calls]
@@ -206,7 +206,13 @@ def backends_to_time(shape: Shape, device: str, requested: Sequence[str]) -> lis
 
 def rounds_once(shape: Shape, device: str, name: str) -> bool:
     """Whether peftk's side `name` must round only once. It need not if `gemm` runs one of its calls."""
-    return all(map(choice.rounds_once, {name, *(choice.choose(call).backend for call in _calls(shape, device))}))
+    return all(map(choice.rounds_once, {name, *map(_chosen, _calls(shape, device))}))
+
+
+def _chosen(call: Call) -> str:
+    """The backend that runs the call, once what its first use measures is known."""
+    choice.backend_for(call)
+    return choice.choose(call).backend
 
 
 def _calls(shape: Shape, device: str) -> list[Call]:
