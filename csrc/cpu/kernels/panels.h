@@ -25,7 +25,7 @@ constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 constexpr int64_t kPanelSteps = 256;  // that a task packs and multiplies at a time: a panel stays in L1
 
 // The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
-// to be packed. One or two rows of W at a time are added to the sums, in place. The sums of a part begin at zero and
+// to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and
 // are then added to the total, as in panel_tile.
 constexpr int64_t kStreamedRows = 8, kStreamedTile = 4;
 
@@ -248,9 +248,10 @@ static void stream_tile(int64_t rows, const float* b, const T* w, int64_t along,
     }
 }
 
-template <class T>
+// kStep: rows of W at a time. Registers hold its values of all rows of a tile of the input.
+template <int kStep, class T>
 static void stream(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* total) {
-    constexpr int kStep = 2;  // registers hold its values of four rows of the input
+    constexpr int kMost = 8 / kStep < kStreamedTile ? 8 / kStep : kStreamedTile;
     const int64_t part = panel_part(op, 0), row = columns.padded, size = packed.tiles.rows * row;
     const T* w = static_cast<const T*>(op.weight) + columns.first * op.weight_o;
     float* sums = scratch_of<float>(kWeightSlot, size);
@@ -259,14 +260,15 @@ static void stream(const LinearOp& op, const PackedRows& packed, const Columns& 
         memset(sums, 0, size_t(size) * sizeof(float));
         const int64_t end = min64(first + part, op.C), block = first / kPanelSteps * kPanelSteps;
         const int64_t steps = min64(kPanelSteps, op.C - block);
-        for (int64_t s = first; s < end; s += kStep) {
-            const auto add_rows =
-                end - s >= kStep ? stream_tile<kStreamedTile, kStep, T> : stream_tile<kStreamedTile, 1, T>;
+        for (int64_t s = first; s < end;) {
+            const bool all = end - s >= kStep;
+            const auto add_rows = all ? stream_tile<kMost, kStep, T> : stream_tile<kMost, 1, T>;
             for (int64_t t = 0; t < packed.tiles.count; t++) {
                 const int64_t i = packed.tiles.first(t), rows = packed.tiles.first(t + 1) - i;
                 add_rows(rows, packed.at(t, block, steps) + (s - block) * rows, w + s * op.weight_c, op.weight_c,
                          columns.count, sums + i * row, row);
             }
+            s += all ? kStep : 1;
         }
         for (int64_t i = 0; i < size; i += W) {
             store(total + i, first == 0 ? load(sums + i) : add(load(total + i), load(sums + i)));
@@ -275,7 +277,14 @@ static void stream(const LinearOp& op, const PackedRows& packed, const Columns& 
 }
 
 static void product_streamed(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
-    with_type(op.weight_dtype, [&](auto type) { stream<decltype(type)>(op, packed, columns, tile); });
+    with_type(op.weight_dtype, [&](auto type) {
+        typedef decltype(type) T;
+        switch (packed.tiles.rows) {
+            case 1: return stream<8, T>(op, packed, columns, tile);
+            case 2: return stream<4, T>(op, packed, columns, tile);
+            default: return stream<2, T>(op, packed, columns, tile);
+        }
+    });
 }
 
 // Packs the panel of W that begins at the block's column o, steps first … first + steps - 1.
