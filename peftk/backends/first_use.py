@@ -86,6 +86,9 @@ def _why_not_measured(call: Call, row: shipped.Row) -> str:
         return "not measured at first use (PEFTK_FIRST_USE=0)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "not measured where kernels are interpreted"
+    M, N, K = _shape_of(call)
+    if N * K > _WEIGHTS or M * N * K > _WORK:
+        return "too large to be measured at first use"
     if _class_of(call) in entry.gains:
         return "too slow or too noisy to be measured at first use"
     if entry.seconds >= ALL_SECONDS:
@@ -94,22 +97,34 @@ def _why_not_measured(call: Call, row: shipped.Row) -> str:
 
 
 def measure(call: Call) -> bool:
-    """Measures the class of `call`, unless another process has done so. Returns whether `verdict` may have changed."""
-    global _not_kept
-    if is_recording() or _is_capturing():
+    """Measures the class of `call`, unless another process has done so. Returns whether `verdict` may have changed.
+
+    It waits for nobody: while another thread or process measures, the table decides.
+    """
+    lock = _lock
+    if is_recording() or _is_capturing() or not lock.acquire(blocking=False):
         return False
-    with _lock:
+    try:
+        with _locked_file() as locked:
+            return locked and _measure_alone(call)
+    except _NotKeptError as error:
+        _set_not_kept(f"a measurement at first use could not be kept ({error})")
+        return True
+    finally:
+        lock.release()
+
+
+def _measure_alone(call: Call) -> bool:
+    entry = _read()
+    if _class_of(call) not in entry.gains and entry.seconds < ALL_SECONDS:
+        began = time.perf_counter()
         try:
-            with _locked_file():
-                entry = _read()
-                if _class_of(call) not in entry.gains and entry.seconds < ALL_SECONDS:
-                    began = time.perf_counter()
-                    gain = _gain(call)
-                    spent = entry.seconds + time.perf_counter() - began
-                    _save(_Entry(spent, {**entry.gains, _class_of(call): gain}))
-        except OSError as error:
-            _not_kept = f"a measurement at first use could not be kept ({error})"
-        _load.cache_clear()
+            gain = _gain(call)
+        except (RuntimeError, MemoryError):  # no memory for it, say; the call itself may well run
+            gain = None
+        spent = entry.seconds + time.perf_counter() - began
+        _save(_Entry(spent, {**entry.gains, _class_of(call): gain}))
+    _load.cache_clear()
     return True
 
 
@@ -120,16 +135,26 @@ def delete() -> bool:
 
 def forget_loaded() -> None:
     """Makes the next call read the cache file again, and try to write it."""
-    global _not_kept
-    _not_kept = ""
-    _load.cache_clear()
+    _set_not_kept("")
 
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+class _NotKeptError(Exception):
+    """The cache cannot be written."""
+
+
 _not_kept = ""  # why the results cannot be kept
+
+
+def _set_not_kept(why: str) -> None:
+    global _not_kept
+    _not_kept = why
+    _load.cache_clear()
+
+
 _lock = threading.Lock()
 
 
@@ -162,17 +187,33 @@ def _parse(entry: dict[str, Any]) -> _Entry:
 
 def _save(entry: _Entry) -> None:
     content = {"seconds": round(entry.seconds, 3), "threads": torch.get_num_threads(), "gain": entry.gains}
-    cache.save(_FILE, made_on.machine("cpu"), made_on.versions("cpu"), content)
+    try:
+        cache.save(_FILE, made_on.machine("cpu"), made_on.versions("cpu"), content)
+    except OSError as error:
+        raise _NotKeptError(error) from error
 
 
 @contextlib.contextmanager
-def _locked_file() -> Iterator[None]:
-    """One process at a time. Raises OSError if the cache cannot be written."""
-    file = cache.path(_FILE).with_suffix(".lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
+def _locked_file() -> Iterator[bool]:
+    """Whether this process has the lock. A forked child has the file open too, so it is unlocked, not just closed."""
+    try:
+        file = cache.path(_FILE).with_suffix(".lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("w")
+    except OSError as error:
+        raise _NotKeptError(error) from error
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            raise _NotKeptError(error) from error
+        try:
+            yield True
+        finally:
+            fcntl.flock(opened, fcntl.LOCK_UN)
 
 
 def _class_of(call: Call) -> str:
@@ -190,12 +231,11 @@ def _shape_of(call: Call) -> _Shape:
 @torch.inference_mode()
 def _gain(call: Call) -> float | None:
     ours, library = _side("cpu", call), _side("gemm", call)
-    first = _seconds(ours), _seconds(library)
-    if min(first) > CLASS_SECONDS / 8:
+    if max(_seconds(ours), _seconds(library)) > CLASS_SECONDS / 4:
         return None
-    if max(first) > CLASS_SECONDS / 4:
-        return round(first[0] / first[1], 3)
     times = interleave({"ours": ours, "library": library}, seconds=CLASS_SECONDS / 4, repeats=30)
+    if times["ours"].repeats < 3:
+        return None
     gains = [
         times["ours"].median_us / times["library"].median_us,
         times["ours"].p10_us / times["library"].p10_us,
@@ -216,7 +256,7 @@ def _side(name: str, call: Call) -> Callable[[], Any]:
     x, weight, adapter = full(M, K), full(N, K), Adapter((full(_RANK, K),), (full(N, _RANK),), 1.0)
     if not call.op.backward:
         return lambda: require(implementation.forward).lora_linear(x, weight, None, adapter)
-    dy, z = full(M, N), torch.zeros(M, _RANK, device="cpu")
+    dy, z = full(M, N), torch.zeros(M, _RANK, dtype=torch.float32, device="cpu")
     return lambda: require(implementation.backward).lora_linear_backward(dy, x, weight, adapter, z)
 
 

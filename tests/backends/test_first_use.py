@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -170,7 +171,7 @@ def test_a_result_that_cannot_be_kept_does_not_count(
         raise OSError("no space left")
 
     gains += [2.0]
-    monkeypatch.setattr(first_use, "_save", full)
+    monkeypatch.setattr(first_use.cache, "save", full)
     assert used(call()) == "cpu"
     assert "no space left" in choice.choose(call()).reason
 
@@ -187,26 +188,118 @@ def test_a_broken_file_is_replaced(cache: Path, gains: list[float | None], conte
     assert used(call()) == "gemm"
 
 
-def test_two_threads_measure_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, go_on, counted = threading.Event(), threading.Event(), []
+def test_nobody_waits_for_another_threads_measurement(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
 
     def gain(call: Call) -> float:
-        counted.append(call)
         begun.set()
         assert go_on.wait(10)
         return 1.3
 
     monkeypatch.setattr(first_use, "_gain", gain)
     found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(used(call()))) for _ in range(2)]
-    threads[0].start()
+    thread = threading.Thread(target=lambda: found.append(used(call())))
+    thread.start()
     assert begun.wait(10)
-    threads[1].start()
+    assert used(call()) == "cpu"  # as the table says
     go_on.set()
-    for thread in threads:
-        thread.join()
-    assert found == ["gemm", "gemm"]
-    assert len(counted) == 1
+    thread.join()
+    assert found == [used(call())] == ["gemm"]
+
+
+def test_nobody_waits_for_another_processs_measurement(cache: Path, gains: list[float | None]) -> None:
+    with cache.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert used(call()) == "cpu"
+    gains += [1.3]
+    assert used(call()) == "gemm"
+
+
+def test_a_fork_during_a_measurement(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child waits for nobody, and while it lives the parent can measure again."""
+    (said, say), (ended, end) = os.pipe(), os.pipe()
+    children: list[int] = []
+    other = call(M=16)
+
+    def in_child() -> None:
+        try:
+            os.write(say, used(other).encode())
+            os.read(ended, 1)
+        finally:
+            os._exit(0)
+
+    def gain(measured: Call) -> float:
+        if not children:
+            children.append(os.fork())
+            if children[0] == 0:
+                in_child()
+            assert os.read(said, 10) == b"cpu"  # as the table says
+        return 1.3
+
+    monkeypatch.setattr(first_use, "_gain", gain)
+    try:
+        assert used(call()) == "gemm"
+        assert used(other) == "gemm"  # measured beside the child
+    finally:
+        os.write(end, b".")
+        os.waitpid(children[0], 0)
+        for descriptor in (said, say, ended, end):
+            os.close(descriptor)
+
+
+def test_a_call_within_a_measurement(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a handler of a signal."""
+    within: list[str] = []
+
+    def gain(measured: Call) -> float:
+        within.append(used(measured))
+        return 1.3
+
+    monkeypatch.setattr(first_use, "_gain", gain)
+    assert used(call()) == "gemm"
+    assert within == ["cpu"]
+
+
+def test_what_a_measurement_raises(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's timeout is not ours to catch. Without memory the table decides."""
+
+    def fails_with(error: BaseException) -> None:
+        def gain(call: Call) -> float:
+            raise error
+
+        monkeypatch.setattr(first_use, "_gain", gain)
+
+    fails_with(TimeoutError("the user's"))
+    with pytest.raises(TimeoutError, match="the user's"):
+        used(call())
+    fails_with(RuntimeError("no memory"))
+    assert used(call()) == "cpu"
+    assert "too slow or too noisy" in choice.choose(call()).reason
+
+
+@pytest.mark.parametrize(("op", "K", "N"), [("lora_linear", 1 << 20, 100), ("lora_linear_backward", 4096, 128256)])
+def test_what_is_too_large(cache: Path, gains: list[float | None], op: str, K: int, N: int) -> None:
+    assert used(call(op, K=K, N=N)) == "cpu"
+    assert "too large to be measured at first use" in choice.choose(call(op, K=K, N=N)).reason
+    assert not cache.exists()
+
+
+def test_a_single_sample_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use, "_seconds", lambda run: 0.015)
+    assert first_use._gain(call(M=16)) is None
+
+
+def test_z_is_fp32_whatever_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(
+        registry.backend("cpu").backward, "lora_linear_backward", lambda dy, x, weight, adapter, z: seen.append(z.dtype)
+    )
+    torch.set_default_dtype(torch.float16)
+    try:
+        first_use._side("cpu", call("lora_linear_backward"))()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [torch.float32]
 
 
 def test_a_child_of_a_fork_does_not_wait_for_the_parents_lock(cache: Path, gains: list[float | None]) -> None:

@@ -32,7 +32,7 @@ struct Source {  // x̃ or dY
 
 // Whether the rows at positions begin … end - 1 of these columns can be read as they lie.
 bool in_place(const LinearOp& op, const Source& source, int64_t begin, int64_t end, int64_t count) {
-    if (source.dtype != kFloat32 || source.dropout || count % W != 0) return false;
+    if (source.dtype != kFloat32 || source.dropout || count % W != 0 || begin == end) return false;
     for (int64_t i = begin; i < end; i++) {
         if (op.order.token(i) != op.order.token(begin) + i - begin) return false;
     }

@@ -101,6 +101,12 @@ struct TransposedRows {
     float* sums;       // scratch: [groups, tokens, W rows, W parts]
     float* c;          // [tokens, c_row]
     int64_t c_row;
+
+    // Whether the weight has all elements of a group. With pairs and an odd contraction, the last step has only one.
+    PEFTK_MEMBER bool has_all(int64_t first, int64_t length) const {
+        constexpr int64_t kEach = TransposedBlock<T, X>::kElements / TransposedBlock<T, X>::kSteps;
+        return (first + W * length) * kEach <= C;
+    }
 };
 constexpr int64_t kSumsOfGroup = W * W;
 
@@ -161,6 +167,7 @@ static void sum_groups(const TransposedRows<T, X>& its, int64_t row) {
     float* sums = its.sums;
     visit_groups(its.steps, kIsPair<X>, [&](int64_t begin, int64_t count, int64_t length) {
         for (int64_t g = 0; g < count; g++, begin += W * length, sums += kTokens * kSumsOfGroup) {
+            if (!its.has_all(begin, length)) continue;
             if constexpr (longest_part(kIsPair<X>) > kShortestPart) {
                 switch (length) {
                     case 256: sum_group<T, X, kTokens, kRows, 256>(its, row, begin, sums); continue;
@@ -234,7 +241,7 @@ static void transposed_tile(const TransposedRows<T, X>& its) {
     }
     int64_t first = visit_groups(its.steps, kIsPair<X>, [&](int64_t begin, int64_t count, int64_t length) {
         for (int64_t g = 0; g < count; g++, begin += W * length, sums += kTokens * kSumsOfGroup) {
-            if (its.count == W) {
+            if (its.count == W && its.has_all(begin, length)) {
                 add_group<kTokens>(sums, begin == 0, its.c, its.c_row);
                 continue;
             }
