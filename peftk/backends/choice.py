@@ -44,6 +44,7 @@ def remembered(function: _F) -> _F:
 
 # Up to this many multiply-adds (M·N·K), overhead dominates a call on a CPU: `cpu` runs it whatever was measured.
 SMALL_CALL = 1 << 22
+NO_LIMIT = 1 << 62
 
 
 def choose(call: Call, forced: str | None = None) -> Choice:
@@ -110,7 +111,7 @@ def direct_limit(device: str, dtype: torch.dtype) -> int:
     """Up to how many multiply-adds (M·K·N) a direct call in `dtype` runs whatever its shape."""
     if device != "cpu":
         return 0
-    return SMALL_CALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else 1 << 62
+    return SMALL_CALL if measured.may_prefer_gemm(LORA_LINEAR, dtype) else NO_LIMIT
 
 
 def forget() -> None:

@@ -62,8 +62,7 @@ def verdict(call: Call, problem: str) -> Verdict:
     """The choice for a call for which `peftk tune` has measured nothing; problem: why not."""
     gain = _load().gains.get(_class_of(call))
     if gain is not None:
-        key = made_on.key_of(call.op, call.x_dtype, "cpu")
-        return made_on.verdict_of(key, gain, f"measured at first use at {_shape_of(call)}")
+        return made_on.verdict_of(_key_of(call), gain, f"measured at first use at {_shape_of(call)}")
     row = shipped.row_for(call.x_dtype)
     why_not = _why_not_measured(call, row)
     reason = f"{problem}; {row.why}; {why_not or 'the first call measures both'}"
@@ -216,8 +215,12 @@ def _locked_file() -> Iterator[bool]:
             fcntl.flock(opened, fcntl.LOCK_UN)
 
 
+def _key_of(call: Call) -> str:
+    return made_on.key_of(call.op, call.x_dtype, "cpu")
+
+
 def _class_of(call: Call) -> str:
-    return f"{made_on.key_of(call.op, call.x_dtype, 'cpu')}, {_shape_of(call)}"
+    return f"{_key_of(call)}, {_shape_of(call)}"
 
 
 def _shape_of(call: Call) -> _Shape:
@@ -240,7 +243,7 @@ def _gain(call: Call) -> float | None:
         times["ours"].median_us / times["library"].median_us,
         times["ours"].p10_us / times["library"].p10_us,
     ]
-    margin = made_on.margin(made_on.key_of(call.op, call.x_dtype, "cpu"))
+    margin = made_on.margin(_key_of(call))
     agree = min(gains) >= margin or max(gains) < margin
     return round(gains[0], 3) if agree else None
 

@@ -69,7 +69,7 @@ def direct_lora_linear(
     for impl in _direct(device):
         y = impl.direct_lora_linear(x, weight, bias, *adapter, limit)
         if y is None and limit and _keeps_to_our_kernels(x, weight):
-            y = impl.direct_lora_linear(x, weight, bias, *adapter, _NO_LIMIT)
+            y = impl.direct_lora_linear(x, weight, bias, *adapter, choice.NO_LIMIT)
         if y is not None:
             return y
     return None
@@ -89,13 +89,10 @@ def direct_multi_lora_linear(
     for impl in _direct_multi(device):
         y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, limit)
         if y is None and limit and _keeps_to_our_kernels(x, weight):
-            y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, _NO_LIMIT)
+            y = impl.direct_multi_lora_linear(x, weight, bias, table, ids, choice.NO_LIMIT)
         if y is not None:
             return y
     return None
-
-
-_NO_LIMIT = 1 << 62
 
 
 def _keeps_to_our_kernels(x: Tensor, weight: Tensor | None) -> bool:

@@ -12,12 +12,12 @@ def cpu_name() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-@functools.cache
 def cpu_vendor() -> str:
     """The vendor as x86 processors name it (AuthenticAMD, GenuineIntel), or an empty string."""
     return _cpuinfo("vendor_id")
 
 
+@functools.cache  # with many cores the file is long, and the system takes ms to write it
 def _cpuinfo(name: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import peftk
 from peftk import BackendError, LoRALinear, MultiLoRALinear
 from peftk.backends import choice, determinism, measured
-from peftk.backends.call import Call, Op
+from peftk.backends.call import Call
 from peftk.backends.made_on import Verdict
+from tests.support import calls
 from tests.support.served_model import two_adapters
 from tests.support.tiers import TIERS
 
@@ -27,18 +28,7 @@ INT = {4: torch.int32, 2: torch.int16}
 
 
 def call(op: str = "lora_linear", device: str = "cpu", dtype: torch.dtype = torch.float32, M: int = 512) -> Call:
-    return Call(
-        op=Op.parse(op),
-        device=device,
-        x_dtype=dtype,
-        weight_dtype=dtype,
-        adapter_dtype=dtype,
-        M=M,
-        K=2048,
-        N=2048,
-        rank=8,
-        adapters=1,
-    )
+    return calls.call(op, device=device, dtype=dtype, M=M, K=2048, N=2048)
 
 
 def bits(y: Tensor) -> Tensor:
