@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftk
 from peftk.backends import choice, first_use, made_on, measured, registry, shipped
 from peftk.backends.call import Call
+from peftk.system.timing import Times
 from tests.support import calls
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -287,6 +288,23 @@ def test_what_is_too_large(cache: Path, gains: list[float | None], op: str, K: i
 def test_a_single_sample_does_not_count(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_use, "_seconds", lambda run: 0.015)
     assert first_use._gain(call(M=16)) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "library", "repeats", "gain"),
+    [
+        (Times(4.0, 2.0, 5.0, 4.0, 9), Times(2.0, 1.0, 5.0, 2.0, 9), 9, 2.0),
+        (Times(4.0, 2.0, 5.0, 4.0, 9), Times(2.0, 1.0, 5.0, 2.0, 9), 1, None),  # too few
+        (Times(4.0, 1.0, 5.0, 4.0, 9), Times(2.0, 1.0, 5.0, 2.0, 9), 9, None),  # median and fast end do not agree
+    ],
+)
+def test_which_times_count(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, ours: Times, library: Times, repeats: int, gain: float | None
+) -> None:
+    times = {"ours": ours._replace(repeats=repeats), "library": library._replace(repeats=repeats)}
+    monkeypatch.setattr(first_use, "_seconds", lambda run: 0.0)
+    monkeypatch.setattr(first_use, "interleave", lambda sides, **_: times)
+    assert first_use._gain(call(M=16)) == gain
 
 
 def test_z_is_fp32_whatever_the_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
