@@ -45,6 +45,14 @@ class _LayerAdapter(NamedTuple):
 _NOTHING = _LayerAdapter(None, None, 1.0, None)
 
 
+class PreparedAdapter(NamedTuple):
+    """A checkpoint that was read and checked for a model (`MultiAdapter.prepare`), in the dtype of the layers' banks."""
+
+    path: str | os.PathLike[str]
+    parts: dict[str, _LayerAdapter]  # by the linear's name
+    nbytes: int
+
+
 class _Slots:
     """The numbers of a server's adapters, as in `AdapterBank`. In all layers of the server they are the same."""
 
@@ -130,9 +138,9 @@ class _Slots:
         self.__dict__.update({**state, "lock": threading.Lock()})
 
 
-class _Loaded:
-    """A reference to a loaded adapter, held by the server while it has a name, and by routes. When nothing refers to it
-    any more, its slot is freed."""
+class HeldAdapter:
+    """Keeps a loaded adapter in its slot. The server has one while the adapter has a name, and so have routes, and who
+    called `MultiAdapter.hold`. When nothing refers to it any more, the slot is freed. number: what goes into ids."""
 
     def __init__(self, slots: _Slots, number: int) -> None:
         self.slots, self.number = slots, number
@@ -186,7 +194,7 @@ class MultiAdapter:
         self._base = unwrapped(model)
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.adapter_dtype = adapter_dtype
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[str, HeldAdapter] = {}
         self._slots = _Slots(max_adapters)
         self._layers = self._slots.layers
         self._key = routes.ServerKey()
@@ -214,20 +222,76 @@ class MultiAdapter:
         it; RuntimeError while one is captured. Nothing has changed then. Batches with other adapters may run during the
         load.
         """
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"name: expected a non-empty string, got {name!r}")
+        _check_name(name)
         with self._slots.lock:
-            self._load(name, path)
+            self._check_new(name)
+            self._free_number()  # raises, before the files are read
+            with trial.lazy_trial(self._base):
+                self._place(name, self._prepared(path))
         self._slots.clear()
 
-    def _load(self, name: str, path: str | os.PathLike[str]) -> None:
+    def prepare(self, path: str | os.PathLike[str]) -> PreparedAdapter:
+        """Reads a checkpoint and checks that it fits the model, as `load` does, but gives it no slot.
+
+        `place` puts it in, many times faster than `load`. The server does not change, and may be used meanwhile.
+
+        Raises CheckpointError for a checkpoint that is damaged or does not fit the model.
+        """
+        with trial.lazy_trial(self._base):
+            return self._prepared(path)
+
+    def place(self, name: str, prepared: PreparedAdapter) -> None:
+        """Loads an adapter that `prepare` of this server returned, under a name. Raises as `load`."""
+        _check_name(name)
+        with self._slots.lock:
+            self._check_new(name)
+            with trial.lazy_trial(self._base):
+                self._place(name, prepared)
+        self._slots.clear()
+
+    def adapt(self) -> None:
+        """Replaces every linear that the model calls now, not when the first checkpoint that adapts it is loaded.
+
+        So a base row is computed in the same way, and with the same bits, whatever was loaded before.
+        """
+        with self._slots.lock, trial.lazy_trial(self._base):
+            called = trial.result(self._base).called
+            linears = {
+                name: module
+                for name, module in self._base.named_modules()
+                if name in called and name not in self._layers and _is_replaceable(self._base, name, module)
+            }
+            new = {name: self._layer(name) for name in linears}
+            for name, layer in new.items():
+                self._put_in(name, layer)
+
+    def hold(self, name: str) -> HeldAdapter:
+        """An object that keeps the adapter in its slot as long as it is referred to, also after `unload`.
+
+        Raises ValueError for an unknown name.
+        """
+        self._number(name)
+        return self._loaded[name]
+
+    @property
+    def free_slots(self) -> int:
+        """How many adapters can be loaded now."""
+        self._slots.clear()
+        return self._slots.numbers.count(-1)
+
+    def _check_new(self, name: str) -> None:
         if name in self._loaded:
             raise ValueError(f"name: expected a new one, got {name!r}, which is loaded; unload it first")
-        number = self._free_number()
-        with trial.lazy_trial(self._base):
-            adapters = self._adapters_of(peft_checkpoint.load(path))
-            self._check_graphs(path, adapters)
-            new = {module: self._layer(module) for module in adapters if module not in self._layers}
+
+    def _prepared(self, path: str | os.PathLike[str]) -> PreparedAdapter:
+        parts = self._adapters_of(peft_checkpoint.load(path))
+        tensors = (tensor for part in parts.values() for tensor in (part.lora_A, part.lora_B, part.bias))
+        return PreparedAdapter(path, parts, sum(tensor.nbytes for tensor in tensors if tensor is not None))
+
+    def _place(self, name: str, prepared: PreparedAdapter) -> None:
+        number, adapters = self._free_number(), prepared.parts
+        self._check_graphs(prepared.path, adapters)
+        new = {module: self._layer(module) for module in adapters if module not in self._layers}
         # everything is checked; from here on only memory can run out, and then every layer drops the name again
         layers = {**self._layers, **new}
         try:
@@ -241,11 +305,14 @@ class MultiAdapter:
                     layer.bank.remove(name)
             raise
         for module, layer in new.items():
-            replace_module(self._base, module, layer)
-            self._layers[module] = layer
-            self._add_hooks(module)
+            self._put_in(module, layer)
         self._slots.take(number)
-        self._loaded[name] = _Loaded(self._slots, number)
+        self._loaded[name] = HeldAdapter(self._slots, number)
+
+    def _put_in(self, module: str, layer: MultiLoRALinear) -> None:
+        replace_module(self._base, module, layer)
+        self._layers[module] = layer
+        self._add_hooks(module)
 
     def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, _LayerAdapter]) -> None:
         """Raises CheckpointError if an adapter has ranks or linears that are too many, or that no graph would see."""
@@ -392,6 +459,21 @@ class MultiAdapter:
             uniform=ids.numel() < 2 if numbers is None else len(numbers) < 2,
         )
 
+    def route_tokens(self, slots: Tensor, held: Sequence[HeldAdapter], *, picked: Tensor | None = None) -> RouteContext:
+        """A route for an engine that packs the tokens of many requests into one row, in every step anew.
+
+        Args:
+            slots: int32 [1, T] on the model's device, a slot (`number % max_adapters`) per token; -1 for the base
+                model. It is not checked.
+            held: the adapters that it names; the route keeps them.
+            picked: int32 [P], the slots of the tokens for which the model computes logits, if these are not all.
+        """
+
+        def make() -> Route:
+            return Route(slots, keep_alive=held, picked=picked)
+
+        return RouteContext(self._key, make, routes.clean_up)
+
     def _numbers(self, names: Sequence[str | None]) -> list[int]:
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names: expected one name or None per sequence, got {names!r}")
@@ -432,11 +514,13 @@ class MultiAdapter:
                 self._check_linear(path, module, modules[module][1])  # only a linear can add a bias
                 before = served.get(module, _NOTHING)
                 served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
+        stored = {}
         for name, added in served.items():
-            for part, tensor in (("lora_A", added.lora_A), ("lora_B", added.lora_B), ("bias", added.bias)):
-                if tensor is not None:
-                    files.converted(path, f"{name}.{part}", tensor, dtype or values[f"{name}.weight"].dtype)
-        return {modules[name][0]: added for name, added in served.items()}
+            kind = dtype or values[f"{name}.weight"].dtype
+            parts = (("lora_A", added.lora_A), ("lora_B", added.lora_B), ("bias", added.bias))
+            A, B, bias = (None if t is None else files.converted(path, f"{name}.{part}", t, kind) for part, t in parts)
+            stored[modules[name][0]] = _LayerAdapter(A, B, added.scaling, bias)
+        return stored
 
     def _check_linear(self, path: os.PathLike[str], name: str, module: nn.Module) -> None:
         """Raises CheckpointError unless the module is a MultiLoRALinear or can be replaced by one."""
@@ -475,6 +559,20 @@ class MultiAdapter:
         self.__dict__.update(state)
         for number in set(self._slots.numbers) - {-1} - {loaded.number for loaded in self._loaded.values()}:
             self._slots.give_back(number)
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a non-empty string, got {name!r}")
+
+
+def _is_replaceable(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module is a linear that a MultiLoRALinear can replace."""
+    try:
+        as_linear(module)
+    except TypeError:
+        return False
+    return trial.reader(model, name, module) is None
 
 
 def _lengths(lengths: Any, cu_seqlens: Any, ids: Tensor, batch_dim: int | None) -> Tensor | None:
