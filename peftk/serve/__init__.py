@@ -8,7 +8,7 @@ with Engine(model, store, tokenizer=tokenizer) as engine:
 from peftk.serve.adapter_store import AdapterStore, Lease, StoreStats
 from peftk.serve.engine import Engine, EngineStats
 from peftk.serve.generation import Generation
-from peftk.serve.requests import Completion, QueueFull, Request, Token
+from peftk.serve.requests import Completion, QueueFullError, Request, Token
 
 __all__ = [
     "AdapterStore",
@@ -17,7 +17,7 @@ __all__ = [
     "EngineStats",
     "Generation",
     "Lease",
-    "QueueFull",
+    "QueueFullError",
     "Request",
     "StoreStats",
     "Token",

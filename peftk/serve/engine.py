@@ -19,7 +19,7 @@ from peftk.serve.adapter_store import AdapterStore, Lease
 from peftk.serve.continuous import PAGE_TOKENS, ContinuousBatching, Output, Sizes, Step
 from peftk.serve.fair_queue import FairQueue
 from peftk.serve.generation import Generation
-from peftk.serve.requests import Completion, QueueFull, Request, Token
+from peftk.serve.requests import Completion, QueueFullError, Request, Token
 from peftk.serve.sampling import Sampler, sample
 from peftk.serve.text import TextStream
 
@@ -157,7 +157,7 @@ class Engine:
         """Hands in a request and returns at once.
 
         Raises ValueError for an unknown adapter, a prompt that is too long or has ids outside of the vocabulary, or text
-        without a tokenizer; QueueFull if too many requests wait; RuntimeError after `close` or if the model's thread
+        without a tokenizer; QueueFullError if too many requests wait; RuntimeError after `close` or if the model's thread
         has died. Nothing has changed then. What fails later, as a damaged checkpoint, is raised by the Generation.
         """
         return self._enqueue(self._work(request), wait=False)
@@ -251,7 +251,7 @@ class Engine:
                 self._wake.wait_for(lambda: len(self._waiting) < self.max_waiting or not self._open)
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(
+                raise QueueFullError(
                     f"engine: expected fewer than max_waiting = {self.max_waiting} requests to wait, got as many"
                 )
             work.generation.submitted = time.monotonic()

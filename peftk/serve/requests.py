@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 _MOST_STOPS = 16
 
 
-class QueueFull(RuntimeError):
+class QueueFullError(RuntimeError):
     """Raised by an engine that has as many waiting requests as it may have. Nothing has changed; try again later."""
 
 
