@@ -156,7 +156,9 @@ class RoutedForward:
         elif ids.dim() == 2:
             count, length = ids.shape[0] * self.expand, ids.shape[1]
             if route.picked is not None:  # [T, K] may be rows that an expert picked
-                found = {(1, route.picked.numel()): route.picked[None], (1, length): ids}.get(tuple(shape))
+                found = {(1, route.picked.numel()): route.picked[None], (1, length): ids}.get(
+                    (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
+                )
                 if found is not None:
                     return found
             elif shape in ((count, length), (count * length,)):

@@ -156,9 +156,10 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Hands in a request and returns at once.
 
-        Raises ValueError for an unknown adapter, a prompt that is too long or has ids outside of the vocabulary, or text
-        without a tokenizer; QueueFullError if too many requests wait; RuntimeError after `close` or if the model's thread
-        has died. Nothing has changed then. What fails later, as a damaged checkpoint, is raised by the Generation.
+        Raises ValueError for an unknown adapter, a prompt that is too long or has ids outside of the vocabulary, or
+        text without a tokenizer; QueueFullError if too many requests wait; RuntimeError after `close` or if the model's
+        thread has died. Nothing has changed then. What fails later, as a damaged checkpoint, is raised by the
+        Generation.
         """
         return self._enqueue(self._work(request), wait=False)
 
@@ -420,7 +421,7 @@ class Engine:
         work.generation.end(error)
 
     def _leave(self, work: _Work, *, in_model: bool) -> None:
-        """Takes a request out, wherever it is. Until the model has left it too, its tokens count as the base model's."""
+        """Takes a request out, wherever it is. A step that still has it computes it with the base model."""
         self._works.pop(work.generation, None)
         self._waiting.remove(work.tenant, work)
         if self._running.pop(work.id, None) is not None and in_model:
