@@ -214,7 +214,7 @@ class AdapterBank:
         free slot. Raises ValueError or TypeError for a name in use, a taken slot, or a dtype or device that is not the
         bank's.
         """
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.live is not None:
             factors = (adapter.lora_A, adapter.lora_B, adapter.scaling)
             self.add(name, *factors, activation=adapter.activation, bias_B=adapter.bias_B, number=number)
             return
