@@ -86,7 +86,7 @@ class ContinuousBatching:
         check_transformers()
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        config = ContinuousBatchingConfig(
+        self._config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=-(-sizes.cache_tokens // PAGE_TOKENS),
             max_batch_tokens=sizes.step_tokens,
@@ -96,14 +96,19 @@ class ContinuousBatching:
             use_cuda_graph=False,
             safety_margin=0.0,
         )
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+        self._generation = GenerationConfig(do_sample=False, eos_token_id=-1)
         self._around, self._sample = around, sample
         self._model = model
         self._attention: str = self._model.config._attn_implementation
-        self._manager: Any = self._model.init_continuous_batching(generation, config)
+        self._manager: Any = None
+        self.start()
+
+    def start(self) -> None:
+        """Starts the model's thread, anew after one that has ended; none of its requests are left then."""
         try:
-            if packed_attention.serves(model):
-                packed_attention.use(model)
+            self._manager = self._model.init_continuous_batching(self._generation, self._config)
+            if packed_attention.serves(self._model):
+                packed_attention.use(self._model)
             self._manager.warmup()  # makes the batch processor
             self._step = self._manager._generation_step
             self._manager._generation_step = self._run_step

@@ -366,13 +366,24 @@ class Engine:
             if output is not None:
                 with self._lock:
                     self._deliver(output)
-            elif not self._batching.running:
-                with self._lock:
-                    error = RuntimeError("engine: expected the model's thread to run, got one that has ended")
-                    error.__cause__ = self._batching.failure()
-                    for work in list(self._works.values()):
-                        self._fail(work, error)
-                time.sleep(0.05)
+            elif not self._batching.running and not self._stopping:
+                self._recover()
+
+    def _recover(self) -> None:
+        """Starts the model's thread again, which a step has ended. What ran in it fails, what waits goes on."""
+        with self._lock:
+            reason = self._batching.failure()
+            for work in list(self._running.values()):
+                error = RuntimeError(f"engine: expected the model to run, got {reason!r}")
+                error.__cause__ = reason
+                self._fail(work, error)
+            self._batching.stop()
+            try:
+                self._batching.start()
+            except Exception as error:
+                self._open = False
+                for work in list(self._works.values()):
+                    self._fail(work, error)
 
     def _deliver(self, output: Output) -> None:
         work = self._running.get(output.id)
