@@ -335,8 +335,8 @@ def tune(forget: bool, model: Path | None) -> None:
 
     Takes a minute or two. The results are kept by processor in blocking.json and choice.json, in the folder
     $PEFTK_CACHE_DIR, else $XDG_CACHE_HOME/peftk or ~/.cache/peftk. With a GPU, also measures the fastest tile sizes of
-    the Triton kernels. That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the same folder. --model
-    takes three minutes at most, keeps what was tuned before, and may be called for several models.
+    the Triton kernels. That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the
+    same folder. --model takes three minutes at most, keeps what was tuned before, and may be called for several models.
     """
     if model is not None and forget:
         raise click.UsageError("--model: not with --forget")
