@@ -27,7 +27,8 @@ PEFTK_TILE void few_tile(const float* w, int64_t w_row, const float* l, int64_t 
         for (int v = 0; v < 2; v++) lanes[v] = load_once(l + (2 * s + v) * W);
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; i++) {
-            const Vec value = set1((i < 3 ? w : second)[i % 3 * w_row + s]);
+            const float* row = i < 3 ? w + i * w_row : second + (i - 3) * w_row;
+            const Vec value = set1(row[s]);
 #pragma GCC unroll 2
             for (int v = 0; v < 2; v++) fma_in_place(acc[i][v], value, lanes[v]);
         }
