@@ -155,8 +155,8 @@ def write(
     """Writes both files into a temporary folder and then moves them to `path`, both or none.
 
     A failure leaves an earlier checkpoint as it was, and creates no folder. Raises ValueError if the path is a file or
-    a weight has no values, TypeError if a weight is not a dense tensor. If a weight is a DTensor, every rank of its mesh
-    must call this; the first one writes.
+    a weight has no values, TypeError if a weight is not a dense tensor. If a weight is a DTensor, every rank of its
+    mesh must call this; the first one writes.
     """
     mesh = sharded.mesh_of(weights.values())
     gathered = {name: sharded.whole(tensor) for name, tensor in weights.items()}

@@ -2,8 +2,8 @@
 
     python -m tests.support.ranks WORLD MODULE RESULTS
 
-A check is a function `check_…(mesh)` of the module. The first that fails on any rank ends the run, since the others wait
-for that rank.
+A check is a function `check_…(mesh)` of the module. The first that fails on any rank ends the run, since the other
+ranks wait for that one.
 """
 
 from __future__ import annotations
