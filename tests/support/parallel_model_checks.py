@@ -218,7 +218,7 @@ def check_routes(mesh: DeviceMesh) -> None:
         assert torch.equal(servers[0].tokens, servers[1].tokens)  # type: ignore[attr-defined]
 
 
-def _shared_folder(mesh: DeviceMesh) -> str:
+def shared_folder(mesh: DeviceMesh) -> str:
     found = [tempfile.mkdtemp() if mesh.get_local_rank() == 0 else ""]
     torch.distributed.broadcast_object_list(found, 0)
     return found[0]
@@ -228,7 +228,7 @@ def check_save_and_load(mesh: DeviceMesh) -> None:
     """A sharded model writes what one process writes, and reads it again."""
     alone = injected(torch.float32)
     sharded = parallelize(copy.deepcopy(alone), mesh)
-    folder = _shared_folder(mesh)
+    folder = shared_folder(mesh)
     peftk.save_adapter(sharded, f"{folder}/sharded")
     assert sorted(os.listdir(f"{folder}/sharded")) == ["adapter_config.json", "adapter_model.safetensors"]
     plain = llama(torch.float32)

@@ -1,9 +1,9 @@
 """Runs the checks of a module on several ranks over gloo: one process that imports once and forks the ranks.
 
-    python -m tests.support.ranks WORLD MODULE RESULTS
+    python -m tests.support.ranks WORLD RESULTS MODULE...
 
-A check is a function `check_…(mesh)` of the module. The first that fails on any rank ends the run, since the other
-ranks wait for that one.
+A check is a function `check_…(mesh)` of one of the modules. The first that fails on any rank ends the run, since the
+other ranks wait for that one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -22,17 +23,19 @@ from tests.support.paths import ROOT
 TIMEOUT = 240  # seconds for a whole run
 
 
-def names(module: object) -> list[str]:
-    return [name for name in vars(module) if name.startswith("check_")]
+def checks_of(module: str) -> dict[str, Callable[[object], None]]:
+    """The checks that a module defines, in order."""
+    found = vars(importlib.import_module(module))
+    return {name: check for name, check in found.items() if name.startswith("check_") and check.__module__ == module}
 
 
-def run(module: str, world: int) -> dict[str, str]:
+def run(world: int, *modules: str) -> dict[str, str]:
     """What became of each check that began: "" or the traceback of the first rank that failed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PEFTK_FIRST_USE": "0"}
         done = subprocess.run(
-            [sys.executable, "-m", "tests.support.ranks", str(world), module, str(results)],
+            [sys.executable, "-m", "tests.support.ranks", str(world), str(results), *modules],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         found: dict[str, str] = json.loads(results.read_text()) if results.exists() else {}
@@ -41,7 +44,7 @@ def run(module: str, world: int) -> dict[str, str]:
         return found
 
 
-def _rank(rank: int, world: int, module: str, folder: str) -> None:
+def _rank(rank: int, world: int, modules: list[str], folder: str) -> None:
     import datetime
 
     import torch.distributed as dist
@@ -51,11 +54,11 @@ def _rank(rank: int, world: int, module: str, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
-    mesh, checks = init_device_mesh("cpu", (world,)), importlib.import_module(module)
+    mesh = init_device_mesh("cpu", (world,))
     found: dict[str, str] = {}
-    for name in names(checks):
+    for name, check in [named for module in modules for named in checks_of(module).items()]:
         try:
-            getattr(checks, name)(mesh)
+            check(mesh)
             found[name] = ""
         except BaseException:
             found[name] = f"rank {rank} of {world}:\n{traceback.format_exc()}"
@@ -67,17 +70,18 @@ def _rank(rank: int, world: int, module: str, folder: str) -> None:
     os._exit(0)
 
 
-def _main(world: int, module: str, results: str) -> int:
+def _main(world: int, results: str, modules: list[str]) -> int:
     import signal
     import time
 
-    importlib.import_module(module)
+    for module in modules:
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world):
             child = os.fork()
             if child == 0:
-                _rank(rank, world, module, folder)
+                _rank(rank, world, modules, folder)
             children.append(child)
         codes, deadline = {}, time.monotonic() + TIMEOUT - 20
         while len(codes) < world:
@@ -101,4 +105,4 @@ def _main(world: int, module: str, results: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    sys.exit(_main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
