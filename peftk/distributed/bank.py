@@ -66,16 +66,35 @@ class ShardedBank(AdapterBank):
         self._next = list(whole._next)
         self.reused, self.translates = whole.reused, self.translates or whole.translates
 
-    def add(self, name: str, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, **rest: Any) -> int:
+    def add(
+        self,
+        name: str,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        scaling: float,
+        *,
+        activation: str = "identity",
+        bias_A: Tensor | None = None,
+        bias_B: Tensor | None = None,
+        slot: int | None = None,
+        number: int | None = None,
+    ) -> int:
         """As `AdapterBank.add`, for a whole adapter A [R, K], B [N, R]."""
-        biases = {key: rest.pop(key, None) for key in ("bias_A", "bias_B")}
-        activation = rest.get("activation", "identity")
-        self._check_whole(lora_A, lora_B, scaling, activation, biases["bias_A"], biases["bias_B"])
-        for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), *biases.items()):
+        self._check_whole(lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
             if tensor is not None and self.device.type != "meta":
                 checks.dense(key, tensor)
-        parts = {key: self._part(key, bias) for key, bias in biases.items()}
-        return super().add(name, self._part("lora_A", lora_A), self._part("lora_B", lora_B), scaling, **parts, **rest)
+        return super().add(
+            name,
+            self._part("lora_A", lora_A),
+            self._part("lora_B", lora_B),
+            scaling,
+            activation=activation,
+            bias_A=self._part("bias_A", bias_A),
+            bias_B=self._part("bias_B", bias_B),
+            slot=slot,
+            number=number,
+        )
 
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """As `lend` of banks; `adapter` is a method of the module whose Parameters it reads, which are distributed."""

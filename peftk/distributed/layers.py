@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
@@ -159,11 +160,11 @@ def _colwise(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """y of this rank's rows of W, from all of x."""
     sharding: Sharding = module.__dict__[_KEY]
     x = _arrived(x, sharding, Replicate())
-    with _shared_masks(sharding.mesh):
+    with _shared_masks(module):
         y = _run(module, x, *args, **kwargs)
     if not sharding.whole and sharding.output == Shard(-1):
         return y
-    shape = (*y.shape[:-1], sharding.sizes[0])
+    shape = torch.Size((*y.shape[:-1], sharding.sizes[0]))
     stride = torch.empty(shape, device="meta").stride()
     found = DTensor.from_local(y, sharding.mesh, [Shard(y.dim() - 1)], run_check=False, shape=shape, stride=stride)
     return _left(found, sharding, y.dim())
@@ -175,7 +176,7 @@ def _rowwise(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     x = _arrived(x, sharding, Shard(-1))
     if isinstance(module, ParallelAdapterLinear):
         return _rowwise_with_activation(module, x, sharding)
-    with _shared_masks(sharding.mesh):
+    with _shared_masks(module):
         y = _run(module, x, *args, **kwargs)
     return _left(_summed(y, sharding), sharding, y.dim(), _base_bias(module))
 
@@ -217,7 +218,7 @@ def _arrived(x: Any, sharding: Sharding, wanted: Placement) -> Tensor:
             raise ValueError(f"x: expected shape [..., {here}], this rank's part of {K}, got {list(x.shape)}")
         if sharding.input == wanted and not (torch.is_grad_enabled() and x.requires_grad and wanted.is_replicate()):
             return x
-        shape = (*x.shape[:-1], K)
+        shape = torch.Size((*x.shape[:-1], K))
         if split:
             stride = torch.empty(shape, device="meta").stride()
             x = DTensor.from_local(x, sharding.mesh, [Shard(x.dim() - 1)], run_check=False, shape=shape, stride=stride)
@@ -281,9 +282,11 @@ def _rowwise_with_activation(module: ParallelAdapterLinear, x: Tensor, sharding:
     return DTensor.from_local(total, sharding.mesh, [Replicate()], run_check=False)
 
 
-def _shared_masks(mesh: DeviceMesh) -> Any:
+def _shared_masks(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Seeds of dropout are the first rank's, so all ranks drop the same elements, as one process would."""
-    return seeds_agreed(functools.partial(_from_first, mesh))
+    if not module.training:
+        return contextlib.nullcontext()
+    return seeds_agreed(functools.partial(_from_first, module.__dict__[_KEY].mesh))
 
 
 def _from_first(mesh: DeviceMesh, seed: Tensor) -> Tensor:

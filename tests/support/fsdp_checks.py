@@ -32,9 +32,9 @@ from tests.support.tensor_parallel_checks import close, part, randomise
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
-def batch() -> Tensor:
+def batch(rows: int = 4) -> Tensor:
     torch.manual_seed(4)
-    return torch.randint(0, VOCABULARY, (4, 6))
+    return torch.randint(0, VOCABULARY, (rows, 6))
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
@@ -118,10 +118,11 @@ def check_fsdp_accelerated_mixed_batch(mesh: DeviceMesh) -> None:
     for name, parameter in alone.named_parameters():
         parameter.requires_grad_("lora_" in name)
     sharded = shard(copy.deepcopy(alone), mesh)
-    names = ["a", "__base__", "b", "b"]
-    mine = names[mesh.get_local_rank() * 4 // mesh.size() :][: 4 // mesh.size()]
-    train(alone, batch(), functools.partial(causal_loss, adapter_names=names))
-    train(sharded, part(batch(), 0, mesh), functools.partial(causal_loss, adapter_names=mine))
+    of_rank = (["a", "__base__"], ["b", "b"])
+    names = [name for rank in range(mesh.size()) for name in of_rank[rank % 2]]
+    mine, ids = of_rank[mesh.get_local_rank() % 2], batch(2 * mesh.size())
+    train(alone, ids, functools.partial(causal_loss, adapter_names=names))
+    train(sharded, part(ids, 0, mesh), functools.partial(causal_loss, adapter_names=mine))
     same(sharded, alone)
 
 
