@@ -41,7 +41,7 @@ from peftk.reference import philox
 from peftk.reference.lora_linear import accumulate_dtype
 from peftk.system import autocast
 
-_KEY = "_peftk_sharding"
+_KEY = "_tensor_parallel"  # peftk.decelerate deletes what begins with _peftk
 
 
 class Sharding(NamedTuple):
@@ -198,9 +198,9 @@ def _run(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _run_multi(module: MultiLoRALinear, seen: MultiLoRALinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The same for a layer of a server, which a checkpoint's recomputation must find again under the same identity."""
-    kept = module.__dict__.setdefault("_peftk_view", seen)
+    kept = module.__dict__.setdefault("_tensor_parallel_view", seen)
     seen.out_features, seen.in_features = seen.bank.shape
-    kept.__dict__.update({**seen.__dict__, "_peftk_view": None})
+    kept.__dict__.update({**seen.__dict__, "_tensor_parallel_view": None})
     y = type(module).forward(kept, x, *args, **kwargs)
     module.row_order_checked = kept.row_order_checked
     return y

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import unittest.mock
 from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -173,6 +175,32 @@ def check_accelerated_dropout(mesh: DeviceMesh) -> None:
     same_gradients(sharded, alone)
 
 
+def check_accelerated_later(mesh: DeviceMesh) -> None:
+    """A PEFT model may be split first and accelerated then, and decelerated; PEFT merges what is split."""
+    alone = _peft_model(accelerated=False).eval()
+    sharded = parallelize(copy.deepcopy(alone), mesh)
+    with torch.no_grad():
+        expected = alone(tokens()).logits
+        close(peftk.accelerate(sharded)(tokens()).logits, expected, "accelerated")
+        sharded.merge_adapter()
+        close(sharded(tokens()).logits, expected, "merged")
+        sharded.unmerge_adapter()
+        close(sharded(tokens()).logits, expected, "unmerged")
+        close(peftk.decelerate(sharded)(tokens()).logits, expected, "decelerated")
+
+
+def check_clipping(mesh: DeviceMesh) -> None:
+    """The norm of all gradients counts every shard once."""
+    alone = injected()
+    sharded = parallelize(copy.deepcopy(alone), mesh)
+    norms = []
+    for model in (alone, sharded):
+        model(tokens(), labels=tokens()).loss.backward()
+        norms.append(nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1))
+    close(whole(norms[1]), norms[0], "the norm")
+    same_gradients(sharded, alone)
+
+
 def _checkpoints(folder: str) -> list[str]:
     """Three LoRA checkpoints of different ranks and targets, the same on every rank."""
     names = []
@@ -210,6 +238,12 @@ def check_routes(mesh: DeviceMesh) -> None:
             server.load("first", paths[1])
         same(["second", "all", "first"])
         same([None, None, None])
+        fewer = peftk.MultiAdapter(llama(torch.float32).eval(), max_adapters=3)
+        fewer.load("first", paths[1])
+        parallelize(fewer.model, mesh)
+        with pytest.raises((TypeError, peftk.CheckpointError), match="DTensor"):
+            fewer.load("all", paths[0])
+        assert fewer.names == ["first"]
         for server in servers:
             with torch.no_grad(), server.route(["all", "second", None]):
                 server.tokens = server.model.generate(  # type: ignore[attr-defined,operator]
@@ -229,7 +263,9 @@ def check_save_and_load(mesh: DeviceMesh) -> None:
     alone = injected(torch.float32)
     sharded = parallelize(copy.deepcopy(alone), mesh)
     folder = shared_folder(mesh)
-    peftk.save_adapter(sharded, f"{folder}/sharded")
+    with unittest.mock.patch("safetensors.torch.save_file", wraps=safetensors.torch.save_file) as saved:
+        peftk.save_adapter(sharded, f"{folder}/sharded")
+    assert saved.call_count == (mesh.get_local_rank() == 0)
     assert sorted(os.listdir(f"{folder}/sharded")) == ["adapter_config.json", "adapter_model.safetensors"]
     plain = llama(torch.float32)
     peftk.load_adapter(plain, f"{folder}/sharded")

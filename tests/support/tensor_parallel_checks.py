@@ -216,6 +216,20 @@ def check_layouts(mesh: DeviceMesh) -> None:
             close(found.full_tensor(), y, repr(style))
 
 
+def check_gradients_of_split_rows(mesh: DeviceMesh) -> None:
+    """Outputs and inputs split by rows of the batch, as in sequence parallelism: a bias has a sum for a gradient."""
+    x, dy = torch.randn(4 * mesh.size(), K, dtype=torch.float64), torch.randn(4 * mesh.size(), N, dtype=torch.float64)
+    for make in (lambda: BitFitLinear.from_linear(linear()), lambda: lora(lora_bias=True)):
+        for style in (RowwiseParallel(output_layouts=Shard(0)), ColwiseParallel(input_layouts=Shard(0))):
+            alone, sharded = make(), parallelize_module(make(), mesh, style)
+            rowwise = isinstance(style, RowwiseParallel)
+            xs = [x.clone().requires_grad_(), part(x, 1 if rowwise else 0, mesh).clone().requires_grad_()]
+            alone(xs[0]).backward(dy)
+            sharded(xs[1]).backward(part(dy, 0 if rowwise else 1, mesh))
+            same_gradients(sharded, alone)
+            close(xs[1].grad, part(xs[0].grad, 1 if rowwise else 0, mesh), "dx")  # type: ignore[arg-type]
+
+
 def check_mlp(mesh: DeviceMesh) -> None:
     """Colwise, then rowwise: nothing is exchanged between them."""
     torch.manual_seed(0)
