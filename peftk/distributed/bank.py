@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from peftk.adapters import checks
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import AdapterBank
-from peftk.distributed.layout import ROWWISE, Layout, distribute, local, range_of, role_of
+from peftk.distributed.layout import ROWWISE, Layout, complete, distribute, local, range_of, role_of
 from peftk.distributed.view import view
 from peftk.nn.multi_lora_linear import MultiLoRALinear
 
@@ -22,9 +22,6 @@ class ShardedBank(AdapterBank):
     """An `AdapterBank` of a layer that is split: it takes whole adapters and keeps this rank's part of each.
 
     Every rank must add the same adapters in the same order. The numbers are those of the bank that it replaces.
-
-    Raises ValueError for an adapter with an activation in a row-parallel layer: xA is complete only after a sum over
-    the ranks, and the activation would have to wait for it.
     """
 
     def __init__(self, layer: MultiLoRALinear, mesh: DeviceMesh, layout: Layout, source: int | None) -> None:
@@ -80,18 +77,20 @@ class ShardedBank(AdapterBank):
         number: int | None = None,
     ) -> int:
         """As `AdapterBank.add`, for a whole adapter A [R, K], B [N, R]."""
-        self._check_whole(lora_A, lora_B, scaling, activation, bias_A, bias_B)
+        N, K = self.whole_shape
+        checks.adapter_shapes(N, K, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
         for key, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("bias_A", bias_A), ("bias_B", bias_B)):
             if tensor is not None and self.device.type != "meta":
                 checks.dense(key, tensor)
+        layout = self._layout_of(activation)
         return super().add(
             name,
-            self._part("lora_A", lora_A),
-            self._part("lora_B", lora_B),
+            self._part("lora_A", lora_A, layout),
+            self._part("lora_B", lora_B, layout),
             scaling,
             activation=activation,
-            bias_A=self._part("bias_A", bias_A),
-            bias_B=self._part("bias_B", bias_B),
+            bias_A=self._part("bias_A", bias_A, layout),
+            bias_B=self._part("bias_B", bias_B, layout),
             slot=slot,
             number=number,
         )
@@ -102,8 +101,7 @@ class ShardedBank(AdapterBank):
         if not isinstance(owner, nn.Module):
             raise TypeError(f"adapter: expected a method of a module with the Parameters, got {adapter!r}")
         self.free_number(name, slot)
-        whole = adapter()
-        self._check_activation(whole.activation)
+        layout = self._layout_of(adapter().activation)
         before = dict(owner._parameters)
         try:
             for key, parameter in before.items():
@@ -111,30 +109,22 @@ class ShardedBank(AdapterBank):
                     owner._parameters[key] = distribute(
                         parameter, self.mesh, self.layout.dims[role_of(key)], self.source
                     )
-            return super().lend(name, functools.partial(_local_adapter, owner, self.layout), slot)
+            return super().lend(name, functools.partial(_local_adapter, owner, layout), slot)
         except BaseException:
             owner._parameters.update(before)
             raise
 
-    def _check_whole(self, lora_A: Any, lora_B: Any, scaling: float, activation: str, bias_A: Any, bias_B: Any) -> None:
-        N, K = self.whole_shape
-        checks.adapter_shapes(N, K, lora_A, lora_B, scaling, activation=activation, bias_A=bias_A, bias_B=bias_B)
-        self._check_activation(activation)
+    def _layout_of(self, activation: str) -> Layout:
+        """What follows a sum and an activation in a row-parallel layer is the same on every rank (`mixed.py`)."""
+        return complete(self.layout) if self.layout is ROWWISE and activation != "identity" else self.layout
 
-    def _check_activation(self, activation: str) -> None:
-        if self.layout is ROWWISE and activation != "identity":
-            raise ValueError(
-                f"activation: expected 'identity' in a row-parallel layer, where xA is complete only after a sum over "
-                f"the ranks, got {activation!r}"
-            )
-
-    def _part(self, role: str, tensor: Tensor | None) -> Tensor | None:
+    def _part(self, role: str, tensor: Tensor | None, layout: Layout) -> Tensor | None:
         """This rank's part of one tensor of an adapter."""
         if tensor is None:
             return None
-        if role in self.layout.first and self.mesh.get_local_rank() != 0:
+        if role in layout.first and self.mesh.get_local_rank() != 0:
             return torch.zeros_like(tensor)
-        dim = self.layout.dims[role]
+        dim = layout.dims[role]
         if dim is None:
             return tensor
         return self.ranges[1 if role == "lora_A" else 0].of(tensor, dim)

@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.nn import functional
 
-from peftk.adapters import activations
+from peftk.adapters import activations, checks
+from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import dropout_of, seeds_agreed
+from peftk.distributed import mixed
 from peftk.distributed.bank import ShardedBank
 from peftk.distributed.layout import (
     COLWISE,
@@ -25,6 +27,7 @@ from peftk.distributed.layout import (
     Range,
     bias_after_sum,
     check_splits,
+    complete,
     distribute,
     local,
     range_of,
@@ -97,12 +100,6 @@ def check(module: nn.Module, name: str, mesh: DeviceMesh, layout: Layout, output
         raise NotImplementedError(f"{name}: expected plain LoRA, got {type(next(iter(variants.values()))).__name__}")
     if isinstance(module, ParallelAdapterLinear) and layout is ROWWISE and not output.is_replicate():
         raise NotImplementedError(f"{name}: expected output_layouts=Replicate() beside an activation, got {output}")
-    if isinstance(module, MultiLoRALinear) and layout is ROWWISE:
-        for adapter in module.bank.adapters:
-            if adapter is not None and adapter.activation != "identity":
-                raise NotImplementedError(
-                    f"{name}: expected adapters without an activation in a row-parallel layer, got {adapter.activation}"
-                )
     N, K = _sizes(module)
     check_splits(f"{name}: {'out' if layout is COLWISE else 'in'}_features", N if layout is COLWISE else K, mesh)
 
@@ -176,6 +173,8 @@ def _rowwise(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     x = _arrived(x, sharding, Shard(-1))
     if isinstance(module, ParallelAdapterLinear):
         return _rowwise_with_activation(module, x, sharding)
+    if isinstance(module, MultiLoRALinear) and (adapters := mixed.by_number(module)):
+        return _rowwise_with_activations(module, x, adapters, *args, **kwargs)
     with _shared_masks(module):
         y = _run(module, x, *args, **kwargs)
     return _left(_summed(y, sharding), sharding, y.dim(), _base_bias(module))
@@ -261,7 +260,7 @@ def _rowwise_with_activation(module: ParallelAdapterLinear, x: Tensor, sharding:
 
     What follows the sums is the same on every rank, in fp32, so the gradients of B, a and β are complete.
     """
-    plain = Layout(sharding.layout.dims, summed=frozenset(), first=frozenset())
+    plain = complete(sharding.layout)
     weight, A, B, a, beta = (
         local(module._parameters[name], plain, role_of(name))  # type: ignore[arg-type]
         for name in ("weight", "lora_A", "lora_B", "bias_A", "bias_B")
@@ -280,6 +279,27 @@ def _rowwise_with_activation(module: ParallelAdapterLinear, x: Tensor, sharding:
     if not sharding.whole:
         return total
     return DTensor.from_local(total, sharding.mesh, [Replicate()], run_check=False)
+
+
+def _rowwise_with_activations(
+    module: MultiLoRALinear, x: Tensor, adapters: dict[int, Adapter], ids: Tensor | None = None
+) -> Tensor:
+    """The same for a mixed batch: base layer and linear adapters by the kernels, the others after sums of xAᵀ."""
+    sharding: Sharding = module.__dict__[_KEY]
+    if ids is None and module.server_key is None:
+        return _left(_summed(_run(module, x), sharding), sharding, x.dim(), _base_bias(module))
+    if ids is None or sharding.whole or not sharding.output.is_replicate():
+        raise NotImplementedError(
+            "activation: expected 'identity' for all adapters of a row-parallel layer with routes, or whose output is "
+            "not a plain, replicated tensor, got others; pass ids, or split the layer by columns"
+        )
+    checks.ids(ids, x)
+    y = _run(module, x, mixed.without(ids, adapters))
+    y = _left(_summed(y, sharding), sharding, y.dim(), _base_bias(module))
+    term = mixed.added(
+        x, ids, adapters, sharding.sizes[0], lambda part: _left(_summed(part, sharding), sharding, part.dim())
+    )
+    return (y.to(term.dtype) + term).to(y.dtype)
 
 
 def _shared_masks(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -42,6 +42,11 @@ ROWWISE = Layout(
 )
 
 
+def complete(layout: Layout) -> Layout:
+    """The same split where what follows a sum is the same on every rank, as after an activation of a rowwise layer."""
+    return Layout(layout.dims, summed=frozenset(), first=frozenset())
+
+
 def role_of(path: str) -> str:
     """What a Parameter is in its layer, from its name there.
 

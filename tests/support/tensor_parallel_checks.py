@@ -319,6 +319,34 @@ def check_trained_adapters(mesh: DeviceMesh) -> None:
         same_gradients(layers[1], layers[0])
 
 
+def check_mixed_activations(mesh: DeviceMesh) -> None:
+    """LoRA, parallel adapters and a bias in one batch, stored and trainable ones, split both ways."""
+    torch.manual_seed(0)
+    tensors = [(torch.randn(r, K) / 5, torch.randn(N, r), torch.randn(r), torch.randn(N)) for r in (2, 5, 20, 3)]
+    for style in BOTH:
+        layers = [peftk.MultiLoRALinear.from_linear(linear(torch.float32), max_adapters=5) for _ in range(2)]
+        for layer in layers:
+            for name, activation in (("a", "gelu"), ("b", "identity")):
+                A, B, a, beta = tensors[len(layer.bank.names)]
+                layer.add_adapter(name, A, B, 0.5, activation=activation, bias_A=a, bias=beta)
+        parallelize_module(layers[1], mesh, style())
+        for layer in layers:
+            for name, activation, trainable in (("c", "relu", False), ("d", "silu", True)):
+                A, B, a, beta = tensors[len(layer.bank.names)]
+                layer.add_adapter(name, A, B, 0.5, activation=activation, bias_A=a, bias=beta, trainable=trainable)
+        torch.manual_seed(3)
+        rowwise = style is RowwiseParallel
+        for ids in (torch.tensor([3, 0, -1, 2, 1, 3]), torch.randint(-1, 4, (6, 3)), torch.full((6,), 1)):
+            x, dy = torch.randn(6, 3, K), torch.randn(6, 3, N)
+            xs = [x.clone().requires_grad_(), (part(x, 2, mesh) if rowwise else x).clone().requires_grad_()]
+            y, found = layers[0](xs[0], ids), layers[1](xs[1], ids)
+            close(found, y if rowwise else part(y, 2, mesh), "y")
+            y.backward(dy)
+            found.backward(dy if rowwise else part(dy, 2, mesh))
+            close(xs[1].grad, part(xs[0].grad, 2, mesh) if rowwise else xs[0].grad, "dx")  # type: ignore[arg-type]
+            same_gradients(layers[1], layers[0])
+
+
 def check_refused(mesh: DeviceMesh) -> None:
     def refused(layer: nn.Module, style: Any, error: type[Exception], words: str) -> None:
         before = {name: id(parameter) for name, parameter in layer.named_parameters()}
@@ -336,13 +364,13 @@ def check_refused(mesh: DeviceMesh) -> None:
     refused(tiny, RowwiseParallel(), ValueError, "in_features")
     many = peftk.MultiLoRALinear.from_linear(linear(torch.float32), max_adapters=2)
     A, B = torch.randn(R, K), torch.randn(N, R)
+    parallelize_module(many, mesh, RowwiseParallel(output_layouts=Shard(0)))
     many.add_adapter("a", A, B, activation="relu")
-    refused(many, RowwiseParallel(), NotImplementedError, "activation")
-    parallelize_module(many, mesh, ColwiseParallel())
-    many.add_adapter("b", A, B, activation="relu")
     with pytest.raises(ValueError, match="lora_A"):
         many.add_adapter("c", A[:, :-1], B)
-    assert list(many.bank.names) == ["a", "b"]
+    assert list(many.bank.names) == ["a"]
+    with pytest.raises(NotImplementedError, match="activation"):
+        many(part(torch.randn(4, K), 1, mesh), torch.tensor([0, -1, 0, 0]))
     with pytest.raises(TypeError, match="weight: expected a dense tensor, got a DTensor"):
         sharded.merge()
     with pytest.raises(ValueError, match="x: expected shape"):
