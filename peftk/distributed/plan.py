@@ -133,6 +133,11 @@ def _check(model: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
         raise NotImplementedError(
             f"{name}: expected attention without a LlamaAdapter, whose gates are per head, got one"
         )
+    trained = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    own = set(module.modules())
+    for other, owner in model.named_modules():
+        if owner not in own and any(id(parameter) in trained for parameter in owner._parameters.values()):
+            raise NotImplementedError(f"{name}: expected Parameters that no other module trains, got {other}'s too")
     if isinstance(module, nn.Linear):
         layers.check_plain(module, name, mesh, isinstance(style, ColwiseParallel))
     width = getattr(around, "head_dim", None)

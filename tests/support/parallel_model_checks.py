@@ -320,6 +320,11 @@ def check_refused_models(mesh: DeviceMesh) -> None:
     peftk.inject(attached, peftk.LoraConfig(target_modules=["q_proj"]))
     peftk.inject(attached, peftk.SeriesAdapterConfig(bottleneck=4, where=["q_proj"]))
     refused(attached, "attached")
+    tied = llama(tie_word_embeddings=True)
+    refused(tied, "no other module trains")
+    tied.lm_head.weight.requires_grad_(False)
+    whole_logits = tied(tokens()).logits
+    close(parallelize(tied, mesh)(tokens()).logits, whole_logits, "tied and frozen")
     odd = llama()
     odd.model.layers[0].self_attn.head_dim = 3 * WIDTH
     refused(odd, "heads")
