@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.support.paths import ROOT
 
-TIMEOUT = 240  # seconds for a whole run
+TIMEOUT = 600  # seconds for a whole run
 
 
 def checks_of(module: str) -> dict[str, Callable[[object], None]]:
@@ -52,7 +52,7 @@ def _rank(rank: int, world: int, modules: list[str], folder: str) -> None:
 
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
     mesh = init_device_mesh("cpu", (world,))
     found: dict[str, str] = {}
