@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[Sequence[str], Callable[[dict[str, Tensor]], Any]]] = {
         ),
     ),
     "compiled": (
-        ("x", "weight", "A"),
+        ("weight",),
         lambda t: torch.compile(layer(t), backend="eager")(t["x"]),
     ),
 }
@@ -130,7 +130,6 @@ def check_dtensors_in_every_place(mesh: DeviceMesh) -> None:
         for chosen in [*((place,) for place in places), tuple(places)]:
             for grad in (False, True):
                 given = {name: sharded(t) if name in chosen else t for name, t in tensors().items()}
-                torch._dynamo.reset()
                 found, error = None, None
                 try:
                     with torch.set_grad_enabled(grad):
