@@ -1,4 +1,4 @@
-"""The C++ module of CPU kernels. Only `peftk.backends.cpu` calls its kernels, and the benchmark its two peaks.
+"""The C++ module of CPU kernels. Only `peftk.backends.cpu` and `blocking` call it, and the benchmark its two peaks.
 
 An address is that of a tensor's first element, or 0 for no tensor. Strides and counts are in elements. Dtype codes: 0
 float32, 1 bfloat16, 2 float16. Objects hold addresses, so their creator must keep the tensors alive until the last call
@@ -28,6 +28,16 @@ def simd_level() -> str:
 
 def use_simd_level(name: str) -> None:
     """Sets the SIMD level of the whole process. Raises ValueError if it is unknown or cannot run here."""
+
+def blocking() -> tuple[int, int, int, int]:
+    """How the product is cut (csrc/cpu/blocking.h): rows, l2_rows, steps, blocks."""
+
+def use_blocking(rows: int, l2_rows: int, steps: int, blocks: int) -> None:
+    """Sets how the product is cut, for the whole process; it changes no bit of a result.
+
+    rows, l2_rows: multiples of 16 up to 4096; steps: a multiple of 256 up to 4096; blocks: 1 … 8. Raises ValueError for
+    others.
+    """
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 

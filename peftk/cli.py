@@ -331,12 +331,12 @@ def _use_interpreter() -> None:
     help="Only the GPU, and only the shapes of one model: its config.json of transformers, or the folder with it.",
 )
 def tune(forget: bool, model: Path | None) -> None:
-    """Measures at which shapes torch's matrix product is faster than our kernels on this CPU, for later processes.
+    """Measures this CPU for later processes: how our kernels best cut a product, and where torch's product is faster.
 
-    Takes seconds. The results are kept by processor in choice.json, in the folder $PEFTK_CACHE_DIR, else
-    $XDG_CACHE_HOME/peftk or ~/.cache/peftk. With a GPU, also measures the fastest tile sizes of the Triton kernels.
-    That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the same folder. --model
-    takes three minutes at most, keeps what was tuned before, and may be called for several models.
+    Takes a minute or two. The results are kept by processor in blocking.json and choice.json, in the folder
+    $PEFTK_CACHE_DIR, else $XDG_CACHE_HOME/peftk or ~/.cache/peftk. With a GPU, also measures the fastest tile sizes of
+    the Triton kernels. That takes minutes, because all are compiled; the results are kept by GPU in gpu.json, in the
+    same folder. --model takes three minutes at most, keeps what was tuned before, and may be called for several models.
     """
     if model is not None and forget:
         raise click.UsageError("--model: not with --forget")
@@ -346,7 +346,7 @@ def tune(forget: bool, model: Path | None) -> None:
     from rich.table import Table
 
     from peftk.backends import made_on, measured
-    from peftk.tuning import tune
+    from peftk.tuning import blocking, tune
 
     console = _console()
     try:
@@ -354,9 +354,12 @@ def tune(forget: bool, model: Path | None) -> None:
             console.print("Forgotten." if tune.forget() else "Nothing was measured on this machine.")
             return
         with console.status("") as status:
+            cut = blocking.search(lambda what: status.update(f"[dim]{what}"))
             found = tune.tune(lambda what: status.update(f"[dim]{what}"))
     except OSError as error:
         raise click.ClickException(f"the cache cannot be written: {error}") from error
+    values = ", ".join(f"{name} {value}" for name, value in cut.best._asdict().items())
+    console.print(f"Blocking: {values}; {cut.gain:.2f} × the shipped one's speed, {cut.compared} others compared.")
     console.print("torch's GEMM with peftk's adapters on top: how many times as fast as peftk's own kernels.")
     console.print("[bold]Bold[/]: `gemm` runs such calls from now on; `cpu` runs all others.")
     table = Table("operation", "K = N", *(f"M = {M}" for M in tune.TOKENS))

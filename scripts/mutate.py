@@ -128,6 +128,8 @@ TESTS = {
         "kernels/triton/interpreted/behaviour.py",
         "kernels/triton/interpreted/counted.py",
     ],
+    "peftk/distributed/*": ["distributed/test_on_ranks.py"],
+    "peftk/system/sharded.py": ["distributed/test_on_ranks.py"],
     "peftk/models/accounting.py": ["models/test_accounting.py"],
     "peftk/adapters/handles.py": ["ops/test_compiled_tables.py"],
     "peftk/adapters/kept_tables.py": ["ops/test_compiled_tables.py"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,19 @@ class Dropout(NamedTuple):
     seed: Tensor  # int64, one element, on x's device; the mask comes from it (`peftk.reference.philox`)
 
 
+_agreed: contextvars.ContextVar[Callable[[Tensor], Tensor] | None] = contextvars.ContextVar("peftk_seed", default=None)
+
+
+@contextlib.contextmanager
+def seeds_agreed(agree: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the `with`, seeds drawn in this thread pass through `agree`: ranks that share an x share its mask."""
+    token = _agreed.set(agree)
+    try:
+        yield
+    finally:
+        _agreed.reset(token)
+
+
 def dropout_of(p: float, seed: Tensor | None, device: torch.device) -> Dropout | None:
     """The Dropout for a probability and a seed from a user; seed None draws one from torch's generator. None for p = 0.
 
@@ -27,7 +43,13 @@ def dropout_of(p: float, seed: Tensor | None, device: torch.device) -> Dropout |
     checks.dropout(p, seed, device)
     if p == 0.0:
         return None
-    return Dropout(p, torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device) if seed is None else seed)
+    return Dropout(p, _drawn(device) if seed is None else seed)
+
+
+def _drawn(device: torch.device) -> Tensor:
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    agree = None if torch.compiler.is_compiling() else _agreed.get()
+    return seed if agree is None else agree(seed)
 
 
 def flat_dropout(dropout: Dropout | None) -> tuple[float, Tensor | None]:

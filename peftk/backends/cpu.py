@@ -20,7 +20,7 @@ from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import determinism
+from peftk.backends import blocking, determinism
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
 from peftk.reference.merge import Factors
@@ -476,3 +476,6 @@ def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> Adapte
 def _addresses(grads: AdapterGrads) -> tuple[int, int, int, int]:
     A, B, bias_A, bias_B = (0 if g is None else g.data_ptr() for g in grads)
     return A, B, bias_A, bias_B
+
+
+blocking.use_found()

@@ -33,9 +33,9 @@ def versions(device: str) -> dict[str, str]:
     made_with = {"torch": torch.__version__, "peftk": __version__}
     if device != "cpu":
         return {**made_with, "triton": importlib.metadata.version("triton")}
-    from peftk.backends import cpu
+    from peftk import _cpu
 
-    return {**made_with, "simd_level": cpu.simd_level()}
+    return {**made_with, "simd_level": _cpu.simd_level()}
 
 
 def key_of(op: Op, dtype: torch.dtype, device: str) -> str:

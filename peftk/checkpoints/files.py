@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peftk.adapters import checks
-from peftk.system import interrupts
+from peftk.system import interrupts, sharded
 
 CONFIG_FILE = "adapter_config.json"
 FORMATS = ("peft", "adapterhub", "peftk")
@@ -165,8 +165,17 @@ def write(
     """Writes both files into a temporary folder and then moves them to `path`, both or none.
 
     A failure leaves an earlier checkpoint as it was, and creates no folder. Raises ValueError if the path is a file or
-    a weight has no values, TypeError if a weight is not a dense tensor.
+    a weight has no values, TypeError if a weight is not a dense tensor. If a weight is a DTensor, every rank of its
+    mesh must call this; the first one writes.
     """
+    mesh = sharded.mesh_of(weights.values())
+    gathered = {name: sharded.whole(tensor) for name, tensor in weights.items()}
+    sharded.on_first_rank(mesh, lambda: _write(path, config, weights_file, gathered))
+
+
+def _write(
+    path: str | os.PathLike[str], config: Mapping[str, Any], weights_file: str, weights: Mapping[str, Tensor]
+) -> None:
     target = folder(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"path: expected a folder, got the file {target}")

@@ -121,7 +121,7 @@ def without_layers(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> nn.M
         parent = name.rpartition(".")[0]
         if parent not in copies:
             module = model.get_submodule(parent)
-            copies[parent] = twin = module.__new__(type(module))
+            copies[parent] = twin = object.__new__(type(module))  # not its own: FSDP2's makes another class
             twin.__dict__.update(module.__dict__, _modules=dict(module._modules))
             if parent:
                 parent_of(parent)[parent.rpartition(".")[2]] = twin

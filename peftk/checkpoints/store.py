@@ -25,7 +25,7 @@ from peftk.checkpoints.files import CheckpointError, plain_name
 from peftk.methods.inject import lora_layers
 from peftk.methods.plan import Config, apply_configs, check_without_peft, unwrapped
 from peftk.methods.trial import lazy_trial
-from peftk.system import interrupts
+from peftk.system import interrupts, sharded
 
 
 def save_adapter(model: nn.Module, path: AnyPath, *, format: str | None = None) -> None:
@@ -121,7 +121,8 @@ def _fill(model: nn.Module, contents: Contents, path: AnyPath) -> None:
     state = dict(named_values(model))
     places: list[tuple[Tensor, Tensor, Tensor]] = []  # (target, new value, present value)
     for name, value in contents.tensors.items():
-        checks.dense(name, state[name])
+        if not sharded.is_sharded(state[name]):
+            checks.dense(name, state[name])
         checks.writable(name, state[name])
         place = state[name].detach()
         if isinstance(state[name], nn.Parameter):
@@ -132,10 +133,10 @@ def _fill(model: nn.Module, contents: Contents, path: AnyPath) -> None:
     with torch.no_grad(), interrupts.deferred():
         try:
             for place, value, _ in places:
-                place.copy_(value)
+                sharded.copy(place, value)
         except BaseException:
             for place, _, before in places:
-                place.copy_(before)
+                sharded.copy(place, before)
             raise
         for name, layer in lora_layers(model):
             if plain_name(name) in contents.alphas:

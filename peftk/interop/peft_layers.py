@@ -7,6 +7,7 @@ They are subclasses of PEFT's classes with the same names. Their only state of t
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -311,6 +312,7 @@ class LoraModel(PeftLoraModel):
     def _mixed_batch(self, hooks: contextlib.AbstractContextManager[None], names: Sequence[str]) -> Iterator[None]:
         if torch.is_grad_enabled():
             for module in self.modules():
+                _reduce_unused(module)
                 if type(module) is not Linear and isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                     _add_names_hook(module)
         hooks.__enter__()
@@ -319,6 +321,14 @@ class LoraModel(PeftLoraModel):
                 yield
         finally:
             hooks.__exit__(None, None, None)  # without the exception, as PEFT would not remove its hooks then
+
+
+def _reduce_unused(module: nn.Module) -> None:
+    """Tells FSDP2 that ranks may train different adapters: else ranks would reduce different lists of gradients."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is not None and isinstance(module, kind) and hasattr(module, "set_reduce_scatter_unused_params"):
+        module.set_reduce_scatter_unused_params(True, recurse=False)  # from torch 2.13 on
 
 
 def _add_names_hook(module: nn.Module) -> None:

@@ -296,7 +296,7 @@ def _shadow(
         if isinstance(module, FrozenLinear):
             memo[id(module)] = _PlainLinear(module, memo)
         else:
-            memo[id(module)] = type(module).__new__(type(module))
+            memo[id(module)] = object.__new__(type(module))
     for module in modules:
         if not isinstance(module, FrozenLinear):
             memo[id(module)].__dict__.update(

@@ -29,6 +29,17 @@ def keep_mask(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:
     return (flat >= threshold(p)).reshape(rows, columns)
 
 
+def keep_mask_of_columns(rows: int, columns: int, first: int, last: int, p: float, seed: Tensor) -> Tensor:
+    """The columns [first, last) of `keep_mask(rows, columns, p, seed)`, without computing the others."""
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]
+    element = row * columns + torch.arange(first, last, dtype=torch.int64, device=seed.device)
+    block, words = element // 4, -(-(last - first) // 4) + 1
+    begin = block[:, :1]
+    blocks = begin + torch.arange(words, dtype=torch.int64, device=seed.device)
+    drawn = torch.stack(_philox(blocks.reshape(-1), seed.reshape(())), dim=1).reshape(rows, 4 * words)
+    return drawn.gather(1, element - 4 * begin) >= threshold(p)
+
+
 def _philox(blocks: Tensor, seed: Tensor) -> list[Tensor]:
     c = [blocks & _MASK, (blocks >> 32) & _MASK, torch.zeros_like(blocks), torch.zeros_like(blocks)]
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
+
+from peftk.system.sharded import is_sharded_type
 
 try:
     import peftk._cpu as _cpu
@@ -81,7 +82,7 @@ def by_torch(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor):
         return False
     if tensor_type not in _EXACT and _overrides(tensor_type):
-        return not (nn.parameter.is_lazy(tensor) or tensor.is_nested or _distributed(tensor_type))
+        return not (nn.parameter.is_lazy(tensor) or tensor.is_nested or is_sharded_type(tensor_type))
     if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -124,11 +125,6 @@ def _left_vmap(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) and functorch.maybe_get_level(tensor) > (
         functorch.maybe_current_level() or 0
     )
-
-
-def _distributed(tensor_type: type[Tensor]) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # not imported: there are no DTensors
-    return module is not None and issubclass(tensor_type, module.DTensor)
 
 
 def _has_storage(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice, made_on, measured, registry
+from peftk.backends import blocking, choice, made_on, measured, registry
 from peftk.backends.call import LORA_LINEAR, Op
 from peftk.backends.contract import Backend, require
 from peftk.backends.measured import Point
@@ -145,7 +145,7 @@ def _gpu_gain(op: Op, layer: Layer, M: int, device: torch.device, timer: Callabl
 
 def forget() -> bool:
     """Deletes this machine's measurements, of CPU and GPU. Returns whether there were any."""
-    existed = measured.delete()
+    existed = any([measured.delete(), blocking.delete()])
     if has_gpu():
         from peftk.triton_kernels import tuned
 

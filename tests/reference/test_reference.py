@@ -16,6 +16,16 @@ from peftk.reference import philox
 from peftk.reference.merge import _delta, factors
 
 
+def test_philox_columns_are_those_of_the_whole_mask() -> None:
+    seed = torch.tensor([987654321012])
+    for rows, columns in ((5, 13), (1, 8), (4, 3)):
+        whole = philox.keep_mask(rows, columns, 0.4, seed)
+        for first in range(columns):
+            for last in range(first + 1, columns + 1):
+                part = philox.keep_mask_of_columns(rows, columns, first, last, 0.4, seed)
+                assert torch.equal(part, whole[:, first:last]), (rows, columns, first, last)
+
+
 def test_philox_known_answers() -> None:
     # Random123's kat_vectors for philox4x32-10: counter 0, key 0; and counter, key all ones
     words = philox._philox(torch.zeros(1, dtype=torch.int64), torch.tensor(0))

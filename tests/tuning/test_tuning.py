@@ -14,7 +14,7 @@ import peftk
 from peftk import cli
 from peftk.backends import choice, made_on, measured, shipped
 from peftk.backends.call import Call, Op
-from peftk.tuning import model_shapes, tune
+from peftk.tuning import blocking, model_shapes, tune
 from tests.support import calls
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -23,6 +23,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PEFTK_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(blocking, "CHOICES", {})  # no search
     choice.forget()
     yield tmp_path / "cache" / "choice.json"
     monkeypatch.undo()

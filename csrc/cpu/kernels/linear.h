@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/activation.h"
+#include "cpu/blocking.h"
 #include "cpu/kernels/rows.h"
 #include "cpu/scratch.h"
 #include "cpu/thread_pool.h"
@@ -50,6 +51,7 @@ struct LinearOp {
     Order order;
     Dropout dropout;
     bool batch_invariant;
+    Blocking blocking;
     int threads;
     bool backward;
     int64_t max_rank;  // over the adapters that have rows
@@ -108,6 +110,7 @@ static inline LinearOp forward_op(const LinearArgs& args, const Order& order) {
     op.z = args.z, op.z_row = args.z_stride;
     op.adapters = args.adapters, op.order = order, op.dropout = args.dropout;
     op.batch_invariant = args.batch_invariant;
+    op.blocking = blocking_in_use();
     op.threads = useful_threads(work_of(args, !args.over_base), args.threads);
     op.max_rank = max_rank(args.adapters, order);
     op.v_row = round_up(op.max_rank, 16);

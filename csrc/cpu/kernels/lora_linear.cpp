@@ -18,7 +18,7 @@
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/transposed.h"
 #ifdef PEFTK_PANELS
-#include "cpu/kernels/panels.h"
+#include "cpu/kernels/few_rows.h"
 #endif
 
 namespace peftk {
@@ -32,7 +32,6 @@ struct Group {
     int64_t first;
 };
 
-constexpr int64_t kRowBlock = 512;                // rows that share a pass over W; their packed form stays in the cache
 constexpr int64_t kMinRowsPerThread = 4 * W;      // rows per thread from which each thread reads all of W on its own
 constexpr int64_t kMaxWeightPerThread = 1 << 22;  // bytes of W up to which each thread reads all of it
 constexpr int64_t kSteps = 256;                   // of the contraction: a panel of the lanes operand stays in L1
@@ -49,6 +48,7 @@ constexpr bool kHavePanels = false;
 constexpr int64_t kDotTokens32 = kMaxDotTokens, kDotTokens16 = kMaxDotTokens;
 static inline int64_t panel_columns(const LinearOp&) { return 0; }
 static inline int64_t tile_height(const LinearOp&) { return 0; }
+static inline bool are_few(const LinearOp&) { return true; }
 #endif
 
 struct Shape {
@@ -712,7 +712,11 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
             product_lanes<Pair>(op, shape, columns, acc, acc_row);
 #endif
         } else {
+#ifdef PEFTK_PANELS
+            product_few(op, shape.rows, static_cast<const float*>(shape.in), columns, acc, acc_row);
+#else
             product_lanes<float>(op, shape, columns, acc, acc_row);
+#endif
         }
         shrunk.wait();
         if (op.max_rank > 0) epilogue.expand_lanes(shape.first_row, shape.rows, acc, acc_row);
@@ -754,7 +758,7 @@ Form form_of(const LinearOp& op) {
                          : size_of(op.weight_dtype) == 4 ? kDotTokens32
                                                          : kDotTokens16;
     if (op.weight_c == 1 && op.M <= most) return op.batch_invariant ? kTransposed : kDot;
-    return kHavePanels ? kPanels : op.weight_c != 1 ? kColumns : kLanes;
+    return op.weight_c == 1 && are_few(op) ? kLanes : kHavePanels ? kPanels : kColumns;
 }
 
 // Columns of a task: many, to reuse what a task loads, but few enough to balance the tasks among the threads.
@@ -762,7 +766,7 @@ int64_t block_columns(const LinearOp& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : form == kPanels ? 2 * W : W;
     // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
     int64_t columns = form == kDot          ? 16 * kDotRows
-                      : form == kLanes      ? kBlockRows
+                      : form == kLanes      ? op.blocking.blocks * kBlockRows
                       : form == kTransposed ? 6 * W
                       : form == kPanels     ? panel_columns(op)
                       : form == kOverBase   ? kBaseColumns
@@ -848,14 +852,14 @@ void run(const LinearOp& op) {
         // Every thread has enough rows of its own. It prepares its own input, so that only W, which is only read, moves
         // between the cores' caches.
         auto own = [&](int64_t task) {
-            for (int64_t first = task * share; first < min64(op.M, (task + 1) * share); first += kRowBlock) {
-                run_rows(op, first, min64(kRowBlock, min64(op.M, (task + 1) * share) - first), 1);
+            for (int64_t first = task * share; first < min64(op.M, (task + 1) * share); first += op.blocking.rows) {
+                run_rows(op, first, min64(op.blocking.rows, min64(op.M, (task + 1) * share) - first), 1);
             }
         };
         return parallel_for(ceil_div(op.M, share), op.threads, own);
     }
-    for (int64_t first = 0; first < op.M; first += kRowBlock) {
-        run_rows(op, first, min64(kRowBlock, op.M - first), op.threads);
+    for (int64_t first = 0; first < op.M; first += op.blocking.rows) {
+        run_rows(op, first, min64(op.blocking.rows, op.M - first), op.threads);
     }
 }
 
@@ -866,7 +870,7 @@ void lora_linear_plan(const Linear& linear, bool backward, Plan* plan) {
     op.M = linear.M, op.O = backward ? linear.K : linear.N;
     op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype;
     op.weight_c = backward ? linear.weight_n : linear.weight_k;
-    op.batch_invariant = linear.batch_invariant;
+    op.batch_invariant = linear.batch_invariant, op.blocking = blocking_in_use();
     op.threads = useful_threads(product_work(linear), linear.threads);
     const char* names[] = {"dot", "lanes", "columns", "panels", "transposed"};
     const Form form = form_of(op);

@@ -1,9 +1,9 @@
 // The panels form of the product: lanes are columns of the result, and both operands are packed.
 //
 // The input is packed once a call, in tiles of up to kRowsOfTwo rows: [steps, rows of the tile]. A task packs its part
-// of W, kPanelSteps steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is transposed
-// if it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant offsets
-// from them.
+// of W, a few hundred steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is
+// transposed if it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant
+// offsets from them.
 //
 // Sums have two levels, as in `outer`; a part is longer where the contraction is longer (`panel_part`).
 #pragma once
@@ -17,12 +17,13 @@ namespace PEFTK_LEVEL {
 // Whether a row of W in memory is a column of the result. Otherwise it is a step of the contraction.
 static inline bool along_contraction(const LinearOp& op) { return op.weight_c == 1; }
 
-constexpr int64_t kPanelRows = 144;  // rows of the packed input that stay in L2 for all panels of a task
 constexpr int64_t kPanelWidth = 2 * W;
 constexpr int64_t kPanelChunk = 32;                // steps in which a tile prefetches one chunk of consecutive lines:
 constexpr int64_t kChunkBytes = 16 * kPanelChunk;  // a line every 4 steps
 
-constexpr int64_t kPanelSteps = 256;  // that a task packs and multiplies at a time: a panel stays in L1
+// Steps that a task packs and multiplies at a time: a panel stays in L1. In batch-invariant mode the parts of such a
+// block are all as long as its first one, which holds for 256.
+static inline int64_t panel_steps(const LinearOp& op) { return op.batch_invariant ? 256 : op.blocking.steps; }
 
 // The product for at most kStreamedRows rows where W is contiguous along the columns: nothing of W is used often enough
 // to be packed. A few rows of W at a time are added to the sums, in place. The sums of a part begin at zero and
@@ -36,10 +37,10 @@ static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ?
 
 // Columns of a task. Where W is contiguous along them they are many, to read much of each row of W at a time.
 static inline int64_t panel_columns(const LinearOp& op) {
-    if (along_contraction(op)) return 2 * kPanelWidth;
+    if (along_contraction(op)) return op.blocking.blocks * 2 * kPanelWidth;
     const int64_t element = size_of(op.weight_dtype);
     if (is_streamed(op)) return (op.M <= 4 ? 4096 : 2048) / element;
-    return 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
+    return op.blocking.blocks * 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
 
 // Steps of the part that begins at step `first`. docs/cpu.md has the errors.
@@ -121,13 +122,14 @@ static void panel_rows(int64_t rows, const float* b, const float* l, int64_t ste
     }
 }
 
-// The packed input, in blocks of kPanelSteps steps; a block has its tiles one after the other.
+// The packed input, in blocks of panel_steps steps; a block has its tiles one after the other.
 struct PackedRows {
     float* data;
     RowTiles tiles;
+    int64_t block_steps;
 
     PackedRows(const LinearOp& op, void* data, int64_t rows)
-        : data(static_cast<float*>(data)), tiles(rows, tile_height(op)) {}
+        : data(static_cast<float*>(data)), tiles(rows, tile_height(op)), block_steps(panel_steps(op)) {}
 
     // Where the block begins that has `steps` steps from `first` on.
     float* at(int64_t tile, int64_t first, int64_t steps) const {
@@ -138,8 +140,8 @@ struct PackedRows {
 // Packs one tile of `count` rows of C elements; rows has W addresses, of which the first `count` are used.
 template <class T>
 static void pack_tile(const T* const* rows, int64_t count, int64_t C, const PackedRows& packed, int64_t tile) {
-    for (int64_t first = 0; first < C; first += kPanelSteps) {
-        const int64_t steps = min64(kPanelSteps, C - first);
+    for (int64_t first = 0; first < C; first += packed.block_steps) {
+        const int64_t steps = min64(packed.block_steps, C - first);
         float* to = packed.at(tile, first, steps);
         for (int64_t s = 0; s < steps; s += W) {
             const int64_t n = min64(W, steps - s);
@@ -258,8 +260,8 @@ static void stream(const LinearOp& op, const PackedRows& packed, const Columns& 
     if (op.C == 0) memset(total, 0, size_t(size) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += part) {
         memset(sums, 0, size_t(size) * sizeof(float));
-        const int64_t end = min64(first + part, op.C), block = first / kPanelSteps * kPanelSteps;
-        const int64_t steps = min64(kPanelSteps, op.C - block);
+        const int64_t end = min64(first + part, op.C), block = first / panel_steps(op) * panel_steps(op);
+        const int64_t steps = min64(panel_steps(op), op.C - block);
         for (int64_t s = first; s < end;) {
             const bool all = end - s >= kStep;
             const auto add_rows = all ? stream_tile<kMost, kStep, T> : stream_tile<kMost, 1, T>;
@@ -308,8 +310,8 @@ public:
         data_ = static_cast<const char*>(at(op.weight, op.weight_dtype, column * op.weight_o + step * op.weight_c));
         const bool along = along_contraction(op);
         row_ = (along ? op.weight_o : op.weight_c) * element;
-        rows_ = along ? columns.count : kPanelSteps;
-        chunks_ = rows_ * ceil_div((along ? kPanelSteps : columns.count) * element, kChunkBytes);
+        rows_ = along ? columns.count : panel_steps(op);
+        chunks_ = rows_ * ceil_div((along ? panel_steps(op) : columns.count) * element, kChunkBytes);
         at_once_ = tiles * ((end - first) / kPanelChunk) < chunks_ ? 2 : 1;
     }
 
@@ -330,14 +332,14 @@ private:
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
     const int64_t panels = ceil_div(columns.count, kPanelWidth), padded = columns.padded;
-    const int64_t rows_at_once = kPanelRows / kRowsOfTwo;
+    const int64_t rows_at_once = max64(1, op.blocking.l2_rows / kRowsOfTwo);
     const RowTiles& tiles = packed.tiles;
     // A panel is kept if other rows want it again; if not, the next one takes its place, which is in L1.
-    const int64_t size = kPanelWidth * kPanelSteps, keep = tiles.count > rows_at_once ? size : 0;
+    const int64_t size = kPanelWidth * panel_steps(op), keep = tiles.count > rows_at_once ? size : 0;
     float* weight = scratch_of<float>(kWeightSlot, (panels - 1) * keep + size);
     if (op.C == 0) memset(tile, 0, size_t(tiles.rows * padded) * sizeof(float));
-    for (int64_t first = 0; first < op.C; first += kPanelSteps) {
-        const int64_t steps = min64(kPanelSteps, op.C - first), part = panel_part(op, first);
+    for (int64_t first = 0; first < op.C; first += panel_steps(op)) {
+        const int64_t steps = min64(panel_steps(op), op.C - first), part = panel_part(op, first);
         const NextSteps next(op, columns, first, first + steps, panels * tiles.count);
         int64_t done = 0;
         for (int64_t low = 0; low < tiles.count; low += rows_at_once) {
