@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -71,6 +72,6 @@ async def _drive(engine: Engine, jobs: Sequence[Job], arrivals: Sequence[float],
         seconds=time.perf_counter() - began,
         new_tokens=tokens(jobs),
         first_token=tuple(one[1] - one[0] for one in times),
-        between_tokens=tuple(b - a for one in times for a, b in zip(one[1:], one[2:], strict=False)),
+        between_tokens=tuple(b - a for one in times for a, b in itertools.pairwise(one[1:])),
         answers=tuple(map(tuple, answers)),
     )
