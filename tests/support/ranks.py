@@ -63,7 +63,8 @@ def _rank(rank: int, world: int, modules: list[str], folder: str) -> None:
             found[name] = ""
         except BaseException:
             found[name] = f"rank {rank} of {world}:\n{traceback.format_exc()}"
-        Path(f"{folder}/{rank}.json").write_text(json.dumps({"time": time.monotonic(), "found": found}))
+        Path(f"{folder}/{rank}").write_text(json.dumps({"time": time.monotonic(), "found": found}))
+        os.replace(f"{folder}/{rank}", f"{folder}/{rank}.json")  # at once, since the process may be killed
         if found[name]:
             os._exit(1)
         dist.barrier()
