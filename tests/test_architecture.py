@@ -17,6 +17,7 @@ ORDER = (
     "tools",
     "tuning",
     "explanation",
+    "serve",
     "distributed",
     "models",
     "checkpoints",

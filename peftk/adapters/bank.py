@@ -21,7 +21,9 @@ slots; `AdapterBank.slots_of` turns numbers into slots, which is needed only onc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -122,6 +124,7 @@ class AdapterBank:
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
         self._version = 0  # counts changes of the slots: adapters added, removed or moved
         self._cached_table: _CachedTable | None = None
+        self._slotted: AdapterTable | None = None  # on a CPU: the last table, from which the next one is made
         self.live: LiveTable | None = None  # on a GPU
         self._live_numbers: Tensor | None = None  # the numbers on the device, for CUDA graphs
         self._mirrors: list[tuple[weakref.ref[LiveTable], int]] = []  # tables of packed banks, and which slice is ours
@@ -205,6 +208,25 @@ class AdapterBank:
         self.order.finish()
         return number
 
+    def keep(self, name: str, adapter: Adapter, number: int) -> None:
+        """Adds an adapter without copying it, on a CPU; elsewhere it is copied into pages.
+
+        Its tensors have the shapes of the bank and never change: the caller sees to that. number: a new number of a
+        free slot. Raises ValueError or TypeError for a name in use, a taken slot, or a dtype or device that is not the
+        bank's.
+        """
+        if self.device.type != "cpu" or self.live is not None:
+            factors = (adapter.lora_A, adapter.lora_B, adapter.scaling)
+            self.add(name, *factors, activation=adapter.activation, bias_B=adapter.bias_B, number=number)
+            return
+        slot = number % len(self.slots)
+        if name in self.names or self.slots[slot] is not None:
+            self.free_number(name, slot)  # raises
+        if any(tensor.dtype != self.dtype or tensor.device != self.device for tensor in adapter.tensors()):
+            raise ValueError(f"adapter: expected tensors of {self.dtype} on {self.device}, got others")
+        self.slots[slot] = adapter
+        self._register(name, number)
+
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """Adds an adapter without copying it (trainable Parameters); `adapter()` returns it with its current tensors.
 
@@ -218,8 +240,8 @@ class AdapterBank:
             raise RuntimeError("bank: expected trainable adapters before a CUDA graph captures it, got one after that")
         with self.order.write():
             self._clear_removed()
+            self.lent += 1  # before the slot: who sees a lent adapter in a slot sees this too
             self.slots[number % len(self.slots)] = adapter
-            self.lent += 1
             self._register(name, number)
             state = _lent_state([now])
             if state is not None and not _is_computed(now):
@@ -265,8 +287,8 @@ class AdapterBank:
                 with self.order.write():
                     self._clear_removed()
             self.numbers[slot] = -1
-            self.lent -= not isinstance(self.slots[slot], Adapter)
-            self.slots[slot] = None
+            was_lent, self.slots[slot] = not isinstance(self.slots[slot], Adapter), None
+            self.lent -= was_lent
             self._version += 1
             self._pages.pop(slot, None)
             self._owners.pop(slot, None)
@@ -349,7 +371,9 @@ class AdapterBank:
 
     def _new_table(self) -> AdapterTable | None:
         version = self._version  # read first: if another thread changes the slots meanwhile, the table counts as stale
-        slots = list(self.slots)
+        slots = tuple(self.slots)
+        if not self.lent and self.live is None and self.device.type == "cpu":
+            return self._slotted_table(version, slots)
         adapters = tuple(_adapter_in(slot) for slot in slots)  # only once: a computed tensor is a new one each time
         lent = {number: slot for number, slot in enumerate(slots) if slot is not None and not isinstance(slot, Adapter)}
         now = {number: adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None}
@@ -376,6 +400,23 @@ class AdapterBank:
             self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
 
+    def _slotted_table(self, version: int, adapters: tuple[Any, ...]) -> AdapterTable:
+        """The table on a CPU, where all adapters are the bank's own: the one before with what has changed.
+
+        A server's step waits for it, once per layer after every load: so it takes the same time for any number of
+        slots, but for one pass over them.
+        """
+        before = self._slotted
+        old = (None,) * len(adapters) if before is None else before.adapters
+        changed = list(itertools.compress(range(len(adapters)), map(operator.is_not, adapters, old)))
+        needed = max((pages_of(adapters[slot].rank) for slot in changed if adapters[slot] is not None), default=0)
+        if before is None or needed > before.room[0]:
+            before, changed = None, [slot for slot, adapter in enumerate(adapters) if adapter is not None]
+        room = needed if before is None else before.room[0]
+        built = table.slotted(adapters, changed, room, before, dtype=self.dtype, device=self.device)
+        self._slotted, self._cached_table = built, _CachedTable(version, [], [], built)
+        return built
+
     @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts the tensors that the bank owns. Lent tensors are moved by the module that owns them.
@@ -387,11 +428,16 @@ class AdapterBank:
         for slot, adapter in enumerate(self.slots):
             if isinstance(adapter, Adapter):
                 biases = [None if b is None else fn(b) for b in (adapter.bias_A, adapter.bias_B)]
-                pages = self._pages[slot]
+                pages = self._pages.get(slot)
+                if pages is None:  # it was kept
+                    factors = tuple(map(fn, adapter.pages_A)), tuple(map(fn, adapter.pages_B))
+                    self.slots[slot] = Adapter(*factors, adapter.scaling, adapter.activation, *biases)
+                    continue
                 views = self._views(pages, adapter.rank)
                 self._owners.pop(slot).detach()
                 self._set_slot(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
         self._version += 1
+        self._slotted = None
         self._renew_live()
 
     # ---- the live table
@@ -540,12 +586,17 @@ class AdapterBank:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy builds a table with its own addresses, owns its own pages, and makes adapters from views of its pool.
-        slots = [
-            (slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B) if isinstance(slot, Adapter) else slot
-            for slot in self.slots
-        ]
-        cached = {"_cached_table": None, "_cached_numbers": None, "live": None, "_live_numbers": None}
+        slots = [self._slot_state(number) for number in range(len(self.slots))]
+        cached = {"_cached_table": None, "_slotted": None, "_cached_numbers": None, "live": None, "_live_numbers": None}
         return {**self.__dict__, **cached, "_owners": {}, "_mirrors": [], "_removed": [], "slots": slots}
+
+    def _slot_state(self, number: int) -> Any:
+        slot = self.slots[number]
+        if not isinstance(slot, Adapter):
+            return slot
+        if number not in self._pages:  # it was kept: a copy is without the table's entry, which has its addresses
+            return dataclasses.replace(slot)
+        return slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

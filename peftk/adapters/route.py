@@ -52,6 +52,8 @@ class Route:
         batch_dim: the dimension of x with the sequences; None means 0, unless a layer knows it.
         lengths: of the sequences, int64 [B] on user_ids' device, if x has them one after the other in one row.
         uniform: whether all ids are known to be equal, so that any order of rows is right.
+        picked: of an engine that packs requests into one row, with ids [1, T]: slots of the tokens for which there are
+            logits, int32 [P]. Layers get x [1, T, K], or [1, P, K] behind the last block. Their order is the engine's.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Route:
         batch_dim: int | None = None,
         lengths: Tensor | None = None,
         uniform: bool = False,
+        picked: Tensor | None = None,
     ) -> None:
         self.user_ids, self.keep_alive, self.batch_dim, self.uniform = user_ids, keep_alive, batch_dim, uniform
+        self.picked = picked
         self.capturing = streams.capturing(user_ids.device)
         self._slots, self._lengths, self._constant = slots, lengths, constant
         self.tokens = None if lengths is None else int(lengths.sum())
@@ -77,6 +81,11 @@ class Route:
         self._accepted: dict[tuple[int, int | None, bool], dict[_Key, Tensor]] = {}
         if self.capturing:
             self.hold_for_graphs()
+
+    @property
+    def order_is_known(self) -> bool:
+        """Whether the order of rows needs no check."""
+        return self.uniform or self.picked is not None
 
     def hold_for_graphs(self) -> None:
         """Keeps what a graph reads that is being captured."""
@@ -146,7 +155,12 @@ class RoutedForward:
                 return ids.view(shape)
         elif ids.dim() == 2:
             count, length = ids.shape[0] * self.expand, ids.shape[1]
-            if shape in ((count, length), (count * length,)):
+            if route.picked is not None:  # [T, K] may be rows that an expert picked
+                if shape == (1, length):
+                    return ids
+                if shape == (1, route.picked.numel()):
+                    return route.picked[None]
+            elif shape in ((count, length), (count * length,)):
                 return ids.repeat_interleave(self.expand, dim=0).reshape(shape)
         elif flat or len(shape) > dim:
             count, length = ids.shape[0], self.length if flat and self.length is not None else 1
@@ -302,7 +316,7 @@ class BatchHooks:
 
     def _should_check_order(self, module: nn.Module, forward: RoutedForward) -> bool:
         """Whether to check row order in this call: there are layers for which it has not been checked."""
-        if self.server_key.checks_left == 0 or forward.route.uniform or not forward.matched:
+        if self.server_key.checks_left == 0 or forward.route.order_is_known or not forward.matched:
             return False
         self.server_key.checks_left -= 1
         return any(
@@ -412,7 +426,7 @@ def rows(layer: RoutedLayer, server_key: ServerKey, x: Tensor) -> Rows | None:
     if forward is None:
         return None
     slots = forward.rows(x, layer.batch_dim)
-    if (order is not None or not layer.row_order_checked) and not forward.route.uniform:
+    if (order is not None or not layer.row_order_checked) and not forward.route.order_is_known:
         _check_row_order(layer, server_key, x, forward, order)
     return Rows(slots, bank, order)
 

@@ -7,6 +7,7 @@ peftk, "config" and "model_type" for AdapterHub. Pickled weights are not read, s
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -100,7 +101,8 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
         hint = " (pickled files are not read: loading one can run code)" if found == pickled else ""
         raise CheckpointError(f"{path}: expected {name}, got {found} there{hint}")
     try:
-        tensors = safetensors.torch.load_file(file)
+        # read, not mapped: a file that is truncated while it is mapped ends the process
+        tensors = dict(sorted(safetensors.torch.load(file.read_bytes()).items()))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: expected a complete safetensors file, got an error: {error}") from error
     if not tensors:
@@ -111,6 +113,14 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
         if tensor.dtype not in (*checks.FLOATS, *_INTEGERS):
             raise CheckpointError(f"{file}: {key}: expected fp32, bf16, fp16, fp64 or integers, got {tensor.dtype}")
     return tensors
+
+
+def digest(path: Path, weights_file: str) -> str:
+    """sha256 over the contents of a checkpoint's two files, as a hexadecimal number. Raises OSError."""
+    total = hashlib.sha256()
+    for name in (CONFIG_FILE, weights_file):
+        total.update(hashlib.sha256((path / name).read_bytes()).digest())
+    return total.hexdigest()
 
 
 def finite_floats(where: object, name: str, tensor: Tensor) -> None:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftk.adapters import checks
+from peftk.adapters import checks, table
 from peftk.adapters import route as routes
+from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import NO_NUMBER
 from peftk.adapters.carry import RouteContext
 from peftk.adapters.route import Route
@@ -32,17 +33,15 @@ from peftk.system import streams
 from peftk.system.lasting import lasting
 from peftk.system.streams import StreamOrder
 
-
-class _LayerAdapter(NamedTuple):
-    """One adapter in one linear: it adds s·BAx + β."""
-
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
-    bias: Tensor | None
+_NOTHING = Adapter((), (), 1.0)
 
 
-_NOTHING = _LayerAdapter(None, None, 1.0, None)
+class PreparedAdapter(NamedTuple):
+    """A checkpoint that was read and checked for a model, as its banks take it (`MultiAdapter.prepare`)."""
+
+    path: str | os.PathLike[str]
+    parts: dict[str, Adapter]  # by the linear's name: s·BAx + β
+    nbytes: int
 
 
 class _Slots:
@@ -130,9 +129,9 @@ class _Slots:
         self.__dict__.update({**state, "lock": threading.Lock()})
 
 
-class _Loaded:
-    """A reference to a loaded adapter, held by the server while it has a name, and by routes. When nothing refers to it
-    any more, its slot is freed."""
+class HeldAdapter:
+    """Keeps a loaded adapter in its slot. The server has one while the adapter has a name, and so have routes, and who
+    called `MultiAdapter.hold`. When nothing refers to it any more, the slot is freed. number: what goes into ids."""
 
     def __init__(self, slots: _Slots, number: int) -> None:
         self.slots, self.number = slots, number
@@ -186,7 +185,7 @@ class MultiAdapter:
         self._base = unwrapped(model)
         self.max_adapters, self.max_rank = max_adapters, max_rank
         self.adapter_dtype = adapter_dtype
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[str, HeldAdapter] = {}
         self._slots = _Slots(max_adapters)
         self._layers = self._slots.layers
         self._key = routes.ServerKey()
@@ -214,44 +213,101 @@ class MultiAdapter:
         it; RuntimeError while one is captured. Nothing has changed then. Batches with other adapters may run during the
         load.
         """
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"name: expected a non-empty string, got {name!r}")
+        _check_name(name)
         with self._slots.lock:
-            self._load(name, path)
+            self._check_new(name)
+            self._free_number()  # raises, before the files are read
+            with trial.lazy_trial(self._base):
+                self._place(name, self._prepared(path))
         self._slots.clear()
 
-    def _load(self, name: str, path: str | os.PathLike[str]) -> None:
+    def prepare(self, path: str | os.PathLike[str]) -> PreparedAdapter:
+        """Reads a checkpoint and checks that it fits the model, as `load` does, but gives it no slot.
+
+        `place` puts it in, many times faster than `load`. The server does not change, and may be used meanwhile.
+
+        Raises CheckpointError for a checkpoint that is damaged or does not fit the model.
+        """
+        with trial.lazy_trial(self._base):
+            return self._prepared(path)
+
+    def place(self, name: str, prepared: PreparedAdapter) -> None:
+        """Loads an adapter that `prepare` of this server returned, under a name. Raises as `load`."""
+        _check_name(name)
+        with self._slots.lock:
+            self._check_new(name)
+            with trial.lazy_trial(self._base):
+                self._place(name, prepared)
+        self._slots.clear()
+
+    def adapt(self) -> None:
+        """Replaces every linear that the model calls now, not when the first checkpoint that adapts it is loaded.
+
+        So a base row is computed in the same way, and with the same bits, whatever was loaded before.
+        """
+        with self._slots.lock, trial.lazy_trial(self._base):
+            called = trial.result(self._base).called
+            linears = {
+                name: module
+                for name, module in self._base.named_modules()
+                if name in called and name not in self._layers and _is_replaceable(self._base, name, module)
+            }
+            new = {name: self._layer(name) for name in linears}
+            for name, layer in new.items():
+                self._put_in(name, layer)
+
+    def hold(self, name: str) -> HeldAdapter:
+        """An object that keeps the adapter in its slot as long as it is referred to, also after `unload`.
+
+        Raises ValueError for an unknown name.
+        """
+        self._number(name)
+        return self._loaded[name]
+
+    @property
+    def free_slots(self) -> int:
+        """How many adapters can be loaded now."""
+        self._slots.clear()
+        return self._slots.numbers.count(-1)
+
+    def _check_new(self, name: str) -> None:
         if name in self._loaded:
             raise ValueError(f"name: expected a new one, got {name!r}, which is loaded; unload it first")
-        number = self._free_number()
-        with trial.lazy_trial(self._base):
-            adapters = self._adapters_of(peft_checkpoint.load(path))
-            self._check_graphs(path, adapters)
-            new = {module: self._layer(module) for module in adapters if module not in self._layers}
+
+    def _prepared(self, path: str | os.PathLike[str]) -> PreparedAdapter:
+        parts = self._adapters_of(peft_checkpoint.load(path))
+        return PreparedAdapter(path, parts, sum(t.nbytes for part in parts.values() for t in part.tensors()))
+
+    def _place(self, name: str, prepared: PreparedAdapter) -> None:
+        number, adapters = self._free_number(), prepared.parts
+        self._check_graphs(prepared.path, adapters)
+        new = {module: self._layer(module) for module in adapters if module not in self._layers}
         # everything is checked; from here on only memory can run out, and then every layer drops the name again
         layers = {**self._layers, **new}
         try:
             for module, layer in layers.items():
                 # in a layer that this checkpoint does not adapt, the adapter adds nothing
-                part = adapters.get(module, _NOTHING)
-                layer.bank.add(name, part.lora_A, part.lora_B, part.scaling, bias_B=part.bias, number=number)
+                layer.bank.keep(name, adapters.get(module, _NOTHING), number)
         except BaseException:
             for layer in layers.values():
                 if name in layer.bank.names:
                     layer.bank.remove(name)
             raise
         for module, layer in new.items():
-            replace_module(self._base, module, layer)
-            self._layers[module] = layer
-            self._add_hooks(module)
+            self._put_in(module, layer)
         self._slots.take(number)
-        self._loaded[name] = _Loaded(self._slots, number)
+        self._loaded[name] = HeldAdapter(self._slots, number)
 
-    def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, _LayerAdapter]) -> None:
+    def _put_in(self, module: str, layer: MultiLoRALinear) -> None:
+        replace_module(self._base, module, layer)
+        self._layers[module] = layer
+        self._add_hooks(module)
+
+    def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, Adapter]) -> None:
         """Raises CheckpointError if an adapter has ranks or linears that are too many, or that no graph would see."""
         captured = self._slots.captured or any(layer.bank.order.captured for layer in self._layers.values())
         for module, part in adapters.items():
-            rank = 0 if part.lora_A is None else part.lora_A.shape[0]
+            rank = part.rank
             if module not in self._layers and captured:
                 raise CheckpointError(
                     f"{path}: {module}: expected a linear with adapters when a CUDA graph of the model was captured, "
@@ -392,6 +448,21 @@ class MultiAdapter:
             uniform=ids.numel() < 2 if numbers is None else len(numbers) < 2,
         )
 
+    def route_tokens(self, slots: Tensor, held: Sequence[HeldAdapter], *, picked: Tensor | None = None) -> RouteContext:
+        """A route for an engine that packs the tokens of many requests into one row, in every step anew.
+
+        Args:
+            slots: int32 [1, T] on the model's device, a slot (`number % max_adapters`) per token; -1 for the base
+                model. It is not checked.
+            held: the adapters that it names; the route keeps them.
+            picked: int32 [P], the slots of the tokens for which the model computes logits, if these are not all.
+        """
+
+        def make() -> Route:
+            return Route(slots, keep_alive=held, picked=picked)
+
+        return RouteContext(self._key, make, routes.clean_up)
+
     def _numbers(self, names: Sequence[str | None]) -> list[int]:
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"names: expected one name or None per sequence, got {names!r}")
@@ -402,7 +473,7 @@ class MultiAdapter:
             raise ValueError(f"name: expected a loaded adapter ({', '.join(self._loaded) or 'none'}), got {name!r}")
         return self._loaded[name].number
 
-    def _adapters_of(self, loaded: LoadedCheckpoint) -> dict[str, _LayerAdapter]:
+    def _adapters_of(self, loaded: LoadedCheckpoint) -> dict[str, Adapter]:
         """What a checkpoint adds to each linear, by its name. Raises CheckpointError if it does not fit the model."""
         path, dtype = loaded.path, self.adapter_dtype
         modules = {files.plain_name(name): (name, module) for name, module in self._base.named_modules()}
@@ -420,23 +491,31 @@ class MultiAdapter:
             )
         values = dict(named_values(self._base))
         fitting.same_base(loaded, values)
-        served = {}
+        biases: dict[str, Tensor] = {}  # β in fp64
         for name, adapter in loaded.adapters.items():
-            bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
-            served[name] = _LayerAdapter(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
-        for name, bias in loaded.biases.items():
-            base = values[name].detach()
+            if adapter.lora_bias is not None:
+                biases[name] = adapter.scaling * adapter.lora_bias.double()
+        for key, bias in loaded.biases.items():
+            base = values[key].detach()
             change = bias.double() - base.cpu().double()
             if bool(change.any()):  # else it is the model's bias, bit for bit
-                module = name.rpartition(".")[0]
-                self._check_linear(path, module, modules[module][1])  # only a linear can add a bias
-                before = served.get(module, _NOTHING)
-                served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
-        for name, added in served.items():
-            for part, tensor in (("lora_A", added.lora_A), ("lora_B", added.lora_B), ("bias", added.bias)):
-                if tensor is not None:
-                    files.converted(path, f"{name}.{part}", tensor, dtype or values[f"{name}.weight"].dtype)
-        return {modules[name][0]: added for name, added in served.items()}
+                name = key.rpartition(".")[0]
+                self._check_linear(path, name, modules[name][1])  # only a linear can add a bias
+                biases[name] = change if name not in biases else biases[name] + change
+        parts: dict[str, Adapter] = {}
+        for name in dict.fromkeys((*loaded.adapters, *biases)):
+            factors, weight = loaded.adapters.get(name), values[f"{name}.weight"]
+            tensors = {
+                "lora_A": None if factors is None else factors.lora_A,
+                "lora_B": None if factors is None else factors.lora_B,
+                "bias": biases.get(name),
+            }
+            stored = {
+                key: None if tensor is None else files.converted(path, f"{name}.{key}", tensor, dtype or weight.dtype)
+                for key, tensor in tensors.items()
+            }
+            parts[modules[name][0]] = _stored(stored, 1.0 if factors is None else factors.scaling)
+        return parts
 
     def _check_linear(self, path: os.PathLike[str], name: str, module: nn.Module) -> None:
         """Raises CheckpointError unless the module is a MultiLoRALinear or can be replaced by one."""
@@ -475,6 +554,32 @@ class MultiAdapter:
         self.__dict__.update(state)
         for number in set(self._slots.numbers) - {-1} - {loaded.number for loaded in self._loaded.values()}:
             self._slots.give_back(number)
+
+
+def _stored(tensors: dict[str, Tensor | None], scaling: float) -> Adapter:
+    """The adapter of lora_A [R, K], lora_B [N, R] and bias [N], in memory of its own, as pages of a bank lie in it."""
+    A, B, bias = (None if t is None else t.detach() for t in tensors.values())
+    bias = None if bias is None else bias.clone()
+    if A is None or B is None:
+        return Adapter((), (), scaling, bias_B=bias)
+    A, B = A.clone(memory_format=torch.contiguous_format), B.t().clone(memory_format=torch.contiguous_format).t()
+    found = Adapter((A,), (B,), scaling, bias_B=bias)
+    table.lasting_entry(found, dtype=A.dtype, device=A.device)
+    return found
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"name: expected a non-empty string, got {name!r}")
+
+
+def _is_replaceable(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module is a linear that a MultiLoRALinear can replace."""
+    try:
+        as_linear(module)
+    except TypeError:
+        return False
+    return trial.reader(model, name, module) is None
 
 
 def _lengths(lengths: Any, cu_seqlens: Any, ids: Tensor, batch_dim: int | None) -> Tensor | None:
