@@ -17,6 +17,7 @@ ORDER = (
     "tools",
     "tuning",
     "explanation",
+    "serve",
     "models",
     "checkpoints",
     "interop",

@@ -220,9 +220,7 @@ def add_adapters_(y: Tensor, x: Tensor, table: AdapterTable, ids: Tensor) -> Non
     rounded twice, by that library and here. Raises ValueError for shapes that do not fit the table.
     """
     if x.dim() != 2 or y.shape[:-1] != x.shape[:-1] or ids.shape != x.shape[:1]:
-        raise ValueError(
-            f"y: expected [M, N] beside x [M, K] and ids [M], got {[list(t.shape) for t in (y, x, ids)]}"
-        )
+        raise ValueError(f"y: expected [M, N] beside x [M, K] and ids [M], got {[list(t.shape) for t in (y, x, ids)]}")
     shape = y.shape[1], x.shape[1]
     if table.derived.get(add_adapters_) != shape:
         checks.bank(table.adapters, table.columns, *shape)

@@ -120,7 +120,5 @@ class FusedLoRA(KnowsItsRanks):
 
     def _apply_sync(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if isinstance(self.base_layer.quant_method, Kept):
-            return self.punica_wrapper.linear(
-                x, self.base_layer.weight, bias, self.lora_a_stacked, self.lora_b_stacked
-            )
+            return self.punica_wrapper.linear(x, self.base_layer.weight, bias, self.lora_a_stacked, self.lora_b_stacked)
         return super()._apply_sync(x, bias)  # type: ignore[misc]

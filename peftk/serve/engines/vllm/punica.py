@@ -29,7 +29,9 @@ class PeftkPunica(Base):
     and `apply_lora_full_linear`. Results are added to y in place; a row is rounded once more then.
     """
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any) -> None:
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
+    ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self.stacks = Stacks()
         # Padding rows of a batch, and all rows before the first `update_metadata`, use the base layer alone.
@@ -139,9 +141,7 @@ class PeftkPunica(Base):
         add(y, x, self._slots[rows][: len(x)], lora_A, lora_B, scale, self.stacks.number)
 
 
-def add_(
-    y: Tensor, x: Tensor, slots: Tensor, lora_A: Factors, lora_B: Factors, scale: float, number: int
-) -> None:
+def add_(y: Tensor, x: Tensor, slots: Tensor, lora_A: Factors, lora_B: Factors, scale: float, number: int) -> None:
     """y [M, N] += x A B · scale in place. slots: int32 [M]. number: of the Stacks."""
     dispatch.add_adapters_(y, x if scale == 1 else x * scale, stacks.of(number).table(lora_A, lora_B), slots)
 

@@ -50,7 +50,9 @@ class Stacks:
 
     def learn(self, lora_A: Factors, lora_B: Factors, slot: int) -> None:
         """Reads the ranks of an adapter that was written into a slot: up to the last that is not zero."""
-        self._set_ranks(lora_A, lora_B, slot, [_rank(A[slot, 0], B[slot, 0]) for A, B in zip(lora_A, lora_B, strict=True)])
+        self._set_ranks(
+            lora_A, lora_B, slot, [_rank(A[slot, 0], B[slot, 0]) for A, B in zip(lora_A, lora_B, strict=True)]
+        )
 
     def forget(self, lora_A: Factors, lora_B: Factors, slot: int) -> None:
         """A slot that was cleared: its adapter adds nothing and costs nothing."""

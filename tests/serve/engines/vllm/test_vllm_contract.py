@@ -60,7 +60,8 @@ def test_arguments_are_vllms(name: str, op: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize(
-    "op", ["moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2", "_select_full_linear_output"]
+    "op",
+    ["moe_lora_align_block_size", "add_lora_fused_moe", "add_lora_w13", "add_lora_w2", "_select_full_linear_output"],
 )
 def test_mixtures_of_experts_stay_vllms(name: str, op: str) -> None:
     assert getattr(ours(name), op) is getattr(ours(name).__mro__[2], op)
@@ -72,11 +73,17 @@ def test_the_entry_point_is_declared_and_registers() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     (point,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="peftk")
-    before = type(current_platform).__dict__["get_punica_wrapper"], utils._all_lora_classes, utils.LogitsProcessorWithLoRA
+    before = (
+        type(current_platform).__dict__["get_punica_wrapper"],
+        utils._all_lora_classes,
+        utils.LogitsProcessorWithLoRA,
+    )
     try:
         for _ in range(2):  # vLLM may load plug-ins several times
             point.load()()
-            assert resolve_obj_by_qualname(current_platform.get_punica_wrapper()) is ours(OURS[current_platform.is_cuda()])
+            assert resolve_obj_by_qualname(current_platform.get_punica_wrapper()) is ours(
+                OURS[current_platform.is_cuda()]
+            )
             assert len(utils._all_lora_classes) == len(before[1])
             assert all(issubclass(new, old) for new, old in zip(utils._all_lora_classes, before[1], strict=True))
             assert utils.LogitsProcessorWithLoRA.__mro__.count(before[2]) == 1

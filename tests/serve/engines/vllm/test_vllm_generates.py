@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.serve.engines.vllm import generate
+from tests.support import vllm_generate
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.engines
@@ -70,7 +70,7 @@ def by_peft(folder: Path, prompt: int, adapter: int | None) -> list[int]:
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "model").eval()
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, folder / f"lora{adapter}").eval()
-    ids = torch.tensor([generate.PROMPTS[prompt]])
+    ids = torch.tensor([vllm_generate.PROMPTS[prompt]])
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -85,7 +85,7 @@ def by_peft(folder: Path, prompt: int, adapter: int | None) -> list[int]:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def found(request: pytest.FixtureRequest, models: Path) -> dict[str, list[list[int]]]:
-    command = [sys.executable, "-m", generate.__name__, str(models), request.param]
+    command = [sys.executable, "-m", vllm_generate.__name__, str(models), request.param]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"dtype": request.param}
@@ -104,5 +104,5 @@ def test_a_slot_that_is_used_again_serves_the_new_adapter(found, models: Path) -
 def test_peft_gives_the_same(found, models: Path) -> None:
     if found["dtype"] != "float32":
         pytest.skip("the order of a bfloat16 sum decides between tokens")
-    assert found["mix"] == [by_peft(models, *one) for one in enumerate(generate.IN_THE_MIX)]
+    assert found["mix"] == [by_peft(models, *one) for one in enumerate(vllm_generate.IN_THE_MIX)]
     assert found["mix"][0] != by_peft(models, 0, None)  # the adapters matter

@@ -1,6 +1,6 @@
 """Generates with vLLM and prints a JSON; a process of its own, since vLLM is configured for good in each.
 
-    python -m tests.serve.engines.vllm.generate FOLDER DTYPE
+    python -m tests.support.vllm_generate FOLDER DTYPE
 
 FOLDER holds `model` and one folder for each adapter. One batch with every adapter and the base model, twice; each of its
 requests alone; and an adapter that is loaded anew into the slot of another one (there are fewer slots than adapters).
@@ -13,7 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
 
 PROMPTS = [[5 + i, 9, 40 - i, 3, 17, 60, 2 + 2 * i] for i in range(7)]
 IN_THE_MIX = [0, None, 1, 2, None, 0, 2]  # the adapter of each prompt
