@@ -73,7 +73,8 @@ def start(name: str, options: argparse.Namespace) -> subprocess.Popen[str]:
 
 def ask(process: subprocess.Popen[str]) -> tuple[float, float]:
     """One generation of a side."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     process.stdin.write("again\n")
     process.stdin.flush()
     for line in process.stdout:

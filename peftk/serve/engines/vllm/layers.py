@@ -1,9 +1,9 @@
 """What of vLLM the plug-in replaces: classes, by vLLM's out-of-tree registry where there is one, never files.
 
-Base layers (`PluggableLayer.register_oot`): on a CPU vLLM hands each weight to oneDNN and drops it. With LoRA, where our
-kernel multiplies base layer and adapters at once, the weight stays as it is. LoRA layers (two names of `vllm.lora.utils`,
-for which there is no registry): they tell the wrapper the rank of what is loaded, and call it once instead of twice.
-tests/serve/engines/vllm checks all names against the vLLM that is installed.
+Base layers (`PluggableLayer.register_oot`): on a CPU vLLM hands each weight to oneDNN and drops it. With LoRA, where
+our kernel multiplies base layer and adapters at once, the weight stays as it is. LoRA layers (two names of
+`vllm.lora.utils`, for which there is no registry): they tell the wrapper the rank of what is loaded, and call it once
+instead of twice. tests/serve/engines/vllm checks all names against the vLLM that is installed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class KeepsItsWeight:
 class Keeping:
     """For vLLM's unquantized methods. They call `cpu_linear` of the layer."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         # a plain Parameter: vLLM's has a __torch_function__ of its own, for loading
         layer.weight = nn.Parameter(layer.weight.data.as_subclass(torch.Tensor), requires_grad=False)
         layer.cpu_linear = layer_calls.base_linear

@@ -1,8 +1,8 @@
 """What vLLM's LoRA layers call, on peftk's kernels. Imports no vLLM: `cpu` and `gpu` put it before vLLM's classes.
 
 vLLM calls such an object a punica wrapper, after Chen et al. 2023 (arXiv 2310.18547). It knows which slot each row of
-the batch uses, and gets vLLM's stacked factors in every call. All of it is one operation here, y += s·(xA)B with a slot a
-row, -1 for the base layer alone; where only A or only B is given, the other one is the identity.
+the batch uses, and gets vLLM's stacked factors in every call. All of it is one operation here, y += s·(xA)B with a slot
+a row, -1 for the base layer alone; where only A or only B is given, the other one is the identity.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class PeftkPunica(Base):
     def apply_lora_full_linear(
         self, y: Tensor, x: Tensor, weight_stacked: Tensor, bias_stacked: Tensor, module_enabled: Tensor
     ) -> None:
-        """y = x Wᵀ + bias for the prompts whose adapter has a whole layer of its own; weight_stacked [slots, 1, N, K]."""
+        """y = x Wᵀ + bias for prompts whose adapter has a whole layer of its own; weight_stacked [slots, 1, N, K]."""
         full = torch.zeros(x.shape[0], weight_stacked.shape[-2], dtype=torch.float32, device=x.device)
         self._add(full, x, (weight_stacked,), (), "prompts")
         y.copy_(self._select_full_linear_output(y, full, bias_stacked, module_enabled))

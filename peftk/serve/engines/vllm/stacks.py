@@ -2,7 +2,7 @@
 
 vLLM keeps the adapters of a linear in slots of one tensor each, A [slots, 1, r, K] and B [slots, 1, N, r], padded with
 zeros to the largest rank r; packed projections (query, key and value; gate and up) have one pair a slice. A table
-(`peftk.adapters.table`) holds their addresses, so nothing is copied. Slots stay where they are. So a table is made once,
+(`peftk.adapters.table`) holds their addresses, so nothing is copied. Slots stay where they are: a table is made once,
 with the largest rank in every slot, and when vLLM loads an adapter only its rank is written, in place: a captured CUDA
 graph sees it too. A slot nobody has told us about keeps the largest rank, which is right as well: the rest is zeros.
 """

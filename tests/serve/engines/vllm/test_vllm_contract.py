@@ -1,4 +1,4 @@
-"""What the plug-in takes for granted of the vLLM that is installed. A failure names what another version has changed."""
+"""What the plug-in takes for granted of the vLLM that is installed. A failure names what another version changed."""
 
 from __future__ import annotations
 
