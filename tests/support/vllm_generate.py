@@ -3,7 +3,7 @@
     python -m tests.support.vllm_generate FOLDER DTYPE
 
 FOLDER holds `model` and one folder for each adapter. One batch with every adapter and the base model, twice; each of
-its requests alone; and an adapter that is loaded anew into the slot of another one (there are fewer slots than adapters).
+its requests alone; and an adapter that takes the slot of another one (there are fewer slots than adapters).
 """
 
 from __future__ import annotations

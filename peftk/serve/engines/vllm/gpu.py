@@ -5,5 +5,5 @@ from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 from peftk.serve.engines.vllm.punica import PeftkPunica
 
 
-class PeftkPunicaGPU(PeftkPunica, PunicaWrapperGPU):  # type: ignore[misc]  # marked @final for mypy
+class PeftkPunicaGPU(PeftkPunica, PunicaWrapperGPU):  # vLLM marks it @final, which Python does not mind
     pass
