@@ -49,14 +49,18 @@ class Stacks:
         return found
 
     def learn(self, lora_A: Factors, lora_B: Factors, slot: int) -> None:
-        """Reads the ranks of an adapter that was written into a slot: up to the last that is not zero."""
-        self._set_ranks(
-            lora_A, lora_B, slot, [_rank(A[slot, 0], B[slot, 0]) for A, B in zip(lora_A, lora_B, strict=True)]
-        )
+        """Reads the ranks of an adapter that was written into a slot: up to the last that is not zero.
+
+        Of factors whose ranks are spread over processes, so that A has fewer than B, nothing is learned.
+        """
+        if _belong_together(lora_A, lora_B):
+            ranks = [_rank(A[slot, 0], B[slot, 0]) for A, B in zip(lora_A, lora_B, strict=True)]
+            self._set_ranks(lora_A, lora_B, slot, ranks)
 
     def forget(self, lora_A: Factors, lora_B: Factors, slot: int) -> None:
         """A slot that was cleared: its adapter adds nothing and costs nothing."""
-        self._set_ranks(lora_A, lora_B, slot, [0] * len(lora_A))
+        if _belong_together(lora_A, lora_B):
+            self._set_ranks(lora_A, lora_B, slot, [0] * len(lora_A))
 
     def ranks(self, lora_A: Factors, lora_B: Factors) -> list[list[int]]:
         """The rank of each slot, for each slice."""
@@ -84,6 +88,10 @@ def of(number: int) -> Stacks:
 def _addresses(lora_A: Factors, lora_B: Factors) -> tuple[int, ...]:
     """Stacks are never moved, and a table keeps them alive, so an address and N stand for one stack."""
     return (len(lora_A), *map(Tensor.data_ptr, (*lora_A, *lora_B)), *(B.shape[-2] for B in lora_B))
+
+
+def _belong_together(lora_A: Factors, lora_B: Factors) -> bool:
+    return all(A.shape[2] == B.shape[3] for A, B in zip(lora_A, lora_B, strict=True))
 
 
 def _build(lora_A: Factors, lora_B: Factors) -> AdapterTable:

@@ -153,6 +153,17 @@ def test_shrink_and_expand_apart_are_the_same() -> None:
     close(y[:, 4:], delta(x, A, B, TOKENS) / 2)
 
 
+def test_nothing_is_learned_of_ranks_that_are_spread_over_processes() -> None:
+    A, B = stacks(torch.float32)
+    half = tuple(a[:, :, : R // 2].contiguous() for a in A)
+    wrapper, x = punica(), torch.randn(len(TOKENS), K)
+    wrapper.stacks.forget(half, B, 0)
+    wrapper.stacks.learn(half, B, 0)
+    v = torch.zeros(3, len(TOKENS), R // 2)
+    wrapper.add_shrink(v, x, half, 1.0)
+    close(v[0], delta(x, half[:1], (torch.eye(R // 2).expand(SLOTS, 1, -1, -1),), TOKENS))
+
+
 def test_embedding() -> None:
     _, B = stacks(torch.bfloat16)
     x = torch.randn(len(TOKENS), R).bfloat16()
