@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full test-long test-gpu mutants lint format bench build clean distclean
+.PHONY: help demo test test-full test-long test-gpu test-engines mutants lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-full  more cases of the same: half an hour on two cores"
 	@echo "make test-long  what takes hours and of which make test-full has a sample: no part of the CI"
 	@echo "make test-gpu   what needs a CUDA GPU: the marked tests, then peftk selftest --device cuda; no part of the CI"
+	@echo "make test-engines  under vLLM, where ENGINES=path/to/python has it (docs/vllm.md): no part of the CI"
 	@echo "make mutants    a hundred small mistakes in the sources, one at a time: do the tests notice? hours; no part of the CI"
 	@echo "make bench      latency per rank, beside nn.Linear and HF PEFT"
 	@echo "make lint       ruff, mypy, clang-format: check only"
@@ -52,6 +53,12 @@ test-full: $(BUILT)
 test-gpu: $(BUILT)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/peftk selftest --device cuda
+
+# vLLM needs an environment of its own: other versions than ours of several packages.
+test-engines: ENGINES ?= $(BIN)/python
+test-engines: export OMP_WAIT_POLICY ?= passive
+test-engines: $(BUILT)
+	$(ENGINES) -m pytest -m engines -rs tests/serve $(ARGS)
 
 mutants: $(BUILT)
 	$(BIN)/python scripts/mutate.py run $(ARGS)

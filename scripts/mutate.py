@@ -64,7 +64,8 @@ GROUPS = {
     "Python": (
         46,
         ["peftk/*.py"],
-        ["*/tools/*", "*/cli.py", "*/explanation.py", "*/extras.py", "*/timing.py", "*/version.py", "*/__init__.py"],
+        ["*/tools/*", "*/cli.py", "*/explanation.py", "*/extras.py", "*/timing.py", "*/version.py", "*/__init__.py"]
+        + [f"*/vllm/{name}.py" for name in ("layers", "cpu", "gpu")],  # their tests need vLLM
     ),
 }
 
@@ -130,6 +131,7 @@ TESTS = {
     ],
     "peftk/distributed/*": ["distributed/test_on_ranks.py"],
     "peftk/system/sharded.py": ["distributed/test_on_ranks.py"],
+    "peftk/serve/engines/vllm/*": ["serve/engines/vllm/test_punica.py"],
     "peftk/models/accounting.py": ["models/test_accounting.py"],
     "peftk/adapters/handles.py": ["ops/test_compiled_tables.py"],
     "peftk/adapters/kept_tables.py": ["ops/test_compiled_tables.py"],
@@ -140,7 +142,7 @@ TESTS = {
         "nn/test_attached.py",
         "ops/test_gradients.py",
     ],
-    "peftk/backends/cpu.py": KERNELS,
+    "peftk/backends/cpu.py": [*KERNELS, "ops/test_packed.py"],
     "peftk/backends/determinism.py": ["backends/test_determinism.py"],
     "peftk/backends/cuda.py": ["kernels/cuda/test_on_host.py"],
     "peftk/backends/gemm.py": [

@@ -48,8 +48,8 @@ def cannot_run(call: Call) -> str | None:
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
-    if call.slices > 1:
-        return "no C++ kernel for packed outputs whose slices have their own adapters"
+    if call.slices > 1 and call.op.backward:
+        return "no C++ backward for packed outputs whose slices have their own adapters"
     return None
 
 
@@ -163,23 +163,31 @@ def multi_lora_linear(
     save_z: bool = False,
     base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """base: as in `lora_linear`."""
+    """base: as in `lora_linear`, or with any row stride; weight and bias are then not read and may be None.
+
+    Packed outputs are one call a slice, each of which writes its columns of y.
+    """
     x, weight, ids = rows(x), _dense_weight(weight), _ids(ids)
     M, K = x.shape
-    N = K if weight is None else weight.shape[0]
-    base = x.clone(memory_format=torch.contiguous_format) if weight is None else base
-    y = x.new_empty(M, N) if base is None else base
+    if base is None and weight is None:
+        base = x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(M, weight.shape[0]) if base is None and weight is not None else base
+    assert y is not None
     # zeros: rows of smaller rank write only a part
     z = x.new_zeros(M, table.z_width, dtype=torch.float32) if save_z else None
-    _cpu.lora_linear(
-        _linear_args((M, N, K), x, x.dtype, weight, bias, dropout, over_base=base is not None),
-        _table_args(table),
-        ids=ids.data_ptr(),
-        y=y.data_ptr(),
-        y_stride=N,
-        z=0 if z is None else z.data_ptr(),
-        z_stride=0 if z is None else z.shape[1],
-    )
+    packed = _packed_rows(table)
+    for slice in range(table.slices):
+        start, end = table.columns_of(slice * table.count, y.shape[1])
+        W, b = (None, None) if base is not None or weight is None else (weight[start:end], _part(bias, start, end))
+        _cpu.lora_linear(
+            _linear_args((M, end - start, K), x, x.dtype, W, b, dropout, over_base=base is not None),
+            _table_args(table, slice, packed),
+            ids=ids.data_ptr(),
+            y=y.data_ptr() + start * y.element_size(),
+            y_stride=y.stride(0),
+            z=0 if z is None else z.data_ptr() + table.z_from(slice * table.count) * z.element_size(),
+            z_stride=0 if z is None else z.shape[1],
+        )
     return y, z
 
 
@@ -430,23 +438,53 @@ def _adapter_args(adapter: Adapter | None) -> _cpu.Adapters:
     )
 
 
-def _table_args(table: AdapterTable) -> _cpu.Adapters:
-    """A table as kernel arguments. It has one slice: `cannot_run` refuses packed outputs."""
-    pages, rows, scaling, biases, count, dtype = _table_addresses(table)
+def _part(bias: Tensor | None, start: int, end: int) -> Tensor | None:
+    return None if bias is None else bias[start:end]
+
+
+def _packed_rows(table: AdapterTable) -> Tensor:
+    """`table.rows`, or for packed outputs rows in which a slot is taken in every slice if it is in one.
+
+    An id has its adapters in some slices and none in others; the kernel, which is called for each, refuses an id
+    without an adapter.
+    """
+    if table.slices == 1:
+        return table.rows
+    kept: Tensor | None = table.derived.get(_packed_rows)
+    if kept is None or table.live is not None:
+        kept = table.derived[_packed_rows] = _build_packed_rows(table)
+    return kept
+
+
+def _build_packed_rows(table: AdapterTable) -> Tensor:
+    taken = table.rows[:, 3].view(table.slices, table.count)
+    anywhere = taken.amax(0).expand_as(taken)
+    if torch.equal(taken, anywhere):
+        return table.rows
+    found = table.rows.clone()
+    found[:, 3] = anywhere.reshape(-1)
+    return found
+
+
+def _table_args(table: AdapterTable, slice: int = 0, packed_rows: Tensor | None = None) -> _cpu.Adapters:
+    """One slice of a table as kernel arguments. packed_rows: of `_packed_rows`; the caller keeps them alive."""
+    pages, rows, scaling, biases, _, dtype = _table_addresses(table)
+    rows = rows if packed_rows is None else packed_rows.data_ptr()
+    first = slice * table.count
     return _cpu.Adapters.of_table(
         pages=pages,
-        rows=rows,
-        scaling=scaling,
-        biases=biases,
+        rows=rows + first * table.rows.stride(0) * table.rows.element_size(),
+        scaling=scaling + first * table.scaling.element_size(),
+        biases=biases + first * table.biases.stride(0) * table.biases.element_size(),
         slice_count=1,
-        count=count,
-        z_pages=table.slice_pages[-1],
+        count=table.count,
+        z_pages=table.slice_pages[slice + 1] - table.slice_pages[slice],
         dtype=dtype,
     )
 
 
 def _table_addresses(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
-    """Addresses of pages, rows, scaling and biases; the number of adapters; the dtype's code."""
+    """Addresses of pages, rows, scaling and biases; the number of adapters in all slices; the dtype's code."""
     return (
         table.pages.data_ptr(),
         table.rows.data_ptr(),

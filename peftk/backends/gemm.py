@@ -99,6 +99,18 @@ def multi_lora_linear(
     return _kernels(x).multi_lora_linear(x, weight, None, table, ids, dropout=dropout, save_z=save_z, base=y)
 
 
+def add_adapters_(y: Tensor, x: Tensor, table: AdapterTable, ids: Tensor) -> None:
+    """y [M, N] += the adapters' part, for a base layer that somebody else has computed. x has y's dtype.
+
+    y's rows may have any stride.
+    """
+    kernels = _kernels(x)
+    base = y if y.is_contiguous() or kernels.__name__.endswith(".cpu") else y.contiguous()
+    kernels.multi_lora_linear(x, None, None, table, ids, base=base)
+    if base is not y:
+        y.copy_(base)
+
+
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,

@@ -274,6 +274,7 @@ class MultiAdapter:
         if name in self._loaded:
             raise ValueError(f"name: expected a new one, got {name!r}, which is loaded; unload it first")
 
+    @lasting()
     def _prepared(self, path: str | os.PathLike[str]) -> PreparedAdapter:
         parts = self._adapters_of(peft_checkpoint.load(path))
         return PreparedAdapter(path, parts, sum(t.nbytes for part in parts.values() for t in part.tensors()))

@@ -18,7 +18,7 @@ from peftk.adapters import checks
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import choice, determinism, registry
+from peftk.backends import choice, determinism, gemm, registry
 from peftk.backends.call import BackendError, Op, are_rows_aligned, call_of
 from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
@@ -211,6 +211,23 @@ def multi_lora_linear(
     with choice.forcing(backend):
         y, z = require(impl.forward).multi_lora_linear(rows, weight, bias, table, ids, dropout=dropout, save_z=save_z)
     return _as_output(y, x), z
+
+
+def add_adapters_(y: Tensor, x: Tensor, table: AdapterTable, ids: Tensor) -> None:
+    """y [M, N] += s·(xA)B of each row's adapter, in place, where another library has computed the base layer.
+
+    x [M, K], ids int32 [M]; y's rows are contiguous, at any distance. For inference: autograd does not see it. y is
+    rounded twice, by that library and here. Raises ValueError for shapes that do not fit the table.
+    """
+    if x.dim() != 2 or y.shape[:-1] != x.shape[:-1] or ids.shape != x.shape[:1]:
+        raise ValueError(f"y: expected [M, N] beside x [M, K] and ids [M], got {[list(t.shape) for t in (y, x, ids)]}")
+    shape = y.shape[1], x.shape[1]
+    if table.derived.get(add_adapters_) != shape:
+        checks.bank(table.adapters, table.columns, *shape)
+        table.derived[add_adapters_] = shape
+    x = x if x.dtype == y.dtype else x.to(y.dtype)
+    if x.numel() and y.numel():
+        gemm.add_adapters_(y, x, table, ids)
 
 
 def multi_lora_linear_backward(

@@ -10,6 +10,8 @@ import torch
 
 import peftk
 from peftk import functional
+from peftk.backends import cpu, reference
+from peftk.ops import dispatch
 from tests.support import numerics
 from tests.support.cases import Case, expected, expected_grads
 
@@ -66,13 +68,50 @@ def test_every_slice_has_the_adapters_of_its_bank() -> None:
         numerics.check(torch.autograd.grad(y, x, dy)[0], dx, magnitude, terms)
 
 
-def test_without_gradients_too() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "gemm", "reference", None])
+def test_without_gradients_too(backend: str | None) -> None:
     """A call with one bank would take the direct C++ path, which does not support slices."""
     x, weight, bias, ids = inputs()
     each = banks(*SIZES)
     with torch.no_grad():
-        packed = functional.multi_lora_linear(x, weight, bias, peftk.PackedBank(each), ids)
+        packed = functional.multi_lora_linear(x, weight, bias, peftk.PackedBank(each), ids, backend=backend)
     check(packed, x, weight, bias, each, ids)
+
+
+def test_the_backward_of_what_our_kernels_ran_forward() -> None:
+    """It reads z, in which each slice has its own columns."""
+    x, weight, bias, ids = inputs()
+    table = peftk.PackedBank(banks(*SIZES)).table()
+    assert table is not None
+    for weight_ in (weight, weight.t().contiguous().t()):
+        (y, z), (expected_y, expected_z) = (
+            backend.multi_lora_linear(x, weight_, bias, table, ids.int(), save_z=True) for backend in (cpu, reference)
+        )
+        torch.testing.assert_close(y, expected_y)
+        for row, id in enumerate(ids.tolist()):
+            for entry in range(id, len(table.adapters), table.count) if id >= 0 else ():
+                adapter, start = table.adapters[entry], table.z_from(entry)
+                columns = slice(start, start + (0 if adapter is None else adapter.rank))
+                torch.testing.assert_close(z[row, columns], expected_z[row, columns])
+
+
+def test_added_to_a_base_layer_that_another_library_computed() -> None:
+    x, weight, bias, ids = inputs()
+    packed = peftk.PackedBank(banks(*SIZES))
+    table = packed.table()
+    assert table is not None
+    wide = torch.full((len(x), sum(SIZES) + 3), torch.nan)
+    y = wide[:, : sum(SIZES)]  # rows that are not next to each other
+    y.copy_(x @ weight.t() + bias)
+    dispatch.add_adapters_(y, x, table, ids.int())
+    check(y, x, weight, bias, packed.banks, ids)
+    assert wide[:, sum(SIZES) :].isnan().all()
+    with pytest.raises(ValueError, match=r"y: expected \[M, N\] beside x \[M, K\] and ids \[M\]"):
+        dispatch.add_adapters_(y, x, table, ids[:2].int())
+    with pytest.raises(ValueError, match="bank: expected slices of 39 columns together like weight, got 40"):
+        dispatch.add_adapters_(y[:, 1:], x, table, ids.int())
+    with pytest.raises(ValueError, match=r"ids\[1\]: .* an empty slot|adapter"):
+        dispatch.add_adapters_(y, x, table, torch.ones(6, dtype=torch.int32))
 
 
 def test_a_bank_that_changes_is_seen() -> None:

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def checks_of(module: str) -> dict[str, Callable[[object], None]]:
 
 
 def run(world: int, *modules: str) -> dict[str, str]:
-    """What became of each check that began: "" or the traceback of the first rank that failed."""
+    """What became of each check that began: "" or the traceback of the rank that failed first."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PEFTK_FIRST_USE": "0"}
@@ -62,7 +63,8 @@ def _rank(rank: int, world: int, modules: list[str], folder: str) -> None:
             found[name] = ""
         except BaseException:
             found[name] = f"rank {rank} of {world}:\n{traceback.format_exc()}"
-        Path(f"{folder}/{rank}.json").write_text(json.dumps(found))
+        Path(f"{folder}/{rank}").write_text(json.dumps({"time": time.monotonic(), "found": found}))
+        os.replace(f"{folder}/{rank}", f"{folder}/{rank}.json")  # at once, since the process may be killed
         if found[name]:
             os._exit(1)
         dist.barrier()
@@ -72,7 +74,6 @@ def _rank(rank: int, world: int, modules: list[str], folder: str) -> None:
 
 def _main(world: int, results: str, modules: list[str]) -> int:
     import signal
-    import time
 
     for module in modules:
         importlib.import_module(module)
@@ -96,9 +97,9 @@ def _main(world: int, results: str, modules: list[str]) -> int:
             if not child:
                 time.sleep(0.01)
         found: dict[str, str] = {}
-        for rank in range(world):
-            path = Path(f"{folder}/{rank}.json")
-            for name, error in (json.loads(path.read_text()) if path.exists() else {}).items():
+        written = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+        for last in sorted(written, key=lambda each: float(each["time"])):  # another rank may then fail to reach it
+            for name, error in last["found"].items():
                 found[name] = found.get(name) or error
         Path(results).write_text(json.dumps(found))
         return int(any(codes.values()))

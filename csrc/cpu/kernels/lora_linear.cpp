@@ -69,19 +69,29 @@ constexpr bool kHavePairs = false;
 
 // ---- shrink -------------------------------------------------------------------------------------------------------
 
-// out [count, out_row] = in[i] · factorᵀ for a group of rows and some ranks. `after`: the factor that is read next.
+// out [count, 16] = in[i] · factorᵀ for a group of rows and some ranks. `after`: the factor that is read next.
 void project(const LinearOp& op, const Group& group, const void* const* rows, bool widened, const Factor& factor,
-             int ranks, const void* after, float* out, int64_t out_row) {
+             int ranks, const void* after, float* out) {
+    const auto dot_of = [&](auto row_type, auto factor_type) {
+        typedef decltype(row_type) T;
+        typedef decltype(factor_type) U;
+        const auto* x = reinterpret_cast<const T* const*>(rows);
+        const U* data = static_cast<const U*>(factor.data);
+        int done = 0;
+        if constexpr (kStreams == 1) {  // a single row: with more ranks at once fewer chains of fma wait for each other
+            for (; group.count == 1 && ranks - done >= 8; done += 8) {
+                const U* w = data + done * factor.rank;
+                dot_rows<T, U, 1, 8>(1, x, w, factor.rank, op.C, out + done, 16, w);
+            }
+        }
+        dot(group.count, x, ranks - done, data + done * factor.rank, factor.rank, op.C, out + done, 16,
+            static_cast<const U*>(after));
+    };
     if (widened) {
-        with_type(op.adapters.dtype, [&](auto type) {
-            typedef decltype(type) T;
-            dot(group.count, reinterpret_cast<const float* const*>(rows), ranks, static_cast<const T*>(factor.data),
-                factor.rank, op.C, out, out_row, static_cast<const T*>(after));
-        });
+        with_type(op.adapters.dtype, [&](auto type) { dot_of(float{}, type); });
     } else {
 #ifdef PEFTK_DP
-        dot(group.count, reinterpret_cast<const bf16* const*>(rows), ranks, static_cast<const bf16*>(factor.data),
-            factor.rank, op.C, out, out_row, static_cast<const bf16*>(after));
+        dot_of(bf16{}, bf16{});
 #endif
     }
 }
@@ -120,7 +130,7 @@ void shrink(const LinearOp& op, const Group& group, const Group& after, int64_t 
         const bool more = page + 1 < ceil_div(op.rank(a), 16);
         if (wants_v) {
             const Factor next = more ? op.shrink_factor(a, page + 1) : op.shrink_factor(after.adapter, 0);
-            project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, next.data, out, 16);
+            project(op, group, rows, !pairs, op.shrink_factor(a, page), ranks, next.data, out);
         }
         for (int i = 0; i < group.count; i++) {
             const int64_t position = group.first + i, m = op.order.token(position);
@@ -590,18 +600,32 @@ private:
     template <class T>
     void add_page_of_columns(const float* v, const Factor& factor, const Factor& next, int ranks,
                              const PartialSum& sums) {
+        constexpr int kAtOnce = 4;  // registers of columns: as many chains of fma, and v is read once for all
         const T* from = static_cast<const T*>(factor.data) + columns_.first;
         const T* ahead = static_cast<const T*>(next.data) + columns_.first * next.along;
-        for (int64_t o = 0; o < columns_.count; o += W) {
-            if (o % (64 / int64_t(sizeof(T))) == 0) {
-                for (int r = 0; r < ranks; r++) __builtin_prefetch(ahead + r * next.rank + o * next.along, 0, 2);
+        int64_t o = 0;
+        for (; o + kAtOnce * W <= columns_.count; o += kAtOnce * W) {
+            Vec sum[kAtOnce];
+#pragma GCC unroll 4
+            for (int j = 0; j < kAtOnce; j++) sum[j] = sums.begin(o + j * W);
+            for (int r = 0; r < ranks; r++) {
+                for (int64_t line = 0; line < kAtOnce * W; line += 64 / int64_t(sizeof(T))) {
+                    __builtin_prefetch(ahead + r * next.rank + (o + line) * next.along, 0, 2);
+                }
+                const Vec value = set1(v[r]);
+                const T* row = from + r * factor.rank + o;
+#pragma GCC unroll 4
+                for (int j = 0; j < kAtOnce; j++) sum[j] = fma(value, load(row + j * W), sum[j]);
             }
+#pragma GCC unroll 4
+            for (int j = 0; j < kAtOnce; j++) sums.end(o + j * W, sum[j]);
+        }
+        for (; o < columns_.count; o += W) {
+            const int n = int(min64(W, columns_.count - o));
             Vec sum = sums.begin(o);
-            if (columns_.count - o >= W) {
-                for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load(from + r * factor.rank + o), sum);
-            } else {
-                const int n = int(columns_.count - o);
-                for (int r = 0; r < ranks; r++) sum = fma(set1(v[r]), load_n(from + r * factor.rank + o, n), sum);
+            for (int r = 0; r < ranks; r++) {
+                const T* row = from + r * factor.rank + o;
+                sum = fma(set1(v[r]), n == W ? load(row) : load_n(row, n), sum);
             }
             sums.end(o, sum);
         }
@@ -771,6 +795,9 @@ int64_t block_columns(const LinearOp& op, Form form, int threads) {
                       : form == kPanels     ? panel_columns(op)
                       : form == kOverBase   ? kBaseColumns
                                             : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
+    // Rows of adapters of their own: each task begins with every adapter anew, and reads longer pieces of their
+    // factors.
+    if (op.adapters.count > 1 && op.M <= 8 * int64_t(op.adapters.count)) columns *= 4;
     while (threads > 1 && columns > least && ceil_div(op.O, columns) < 4 * int64_t(threads))
         columns = round_up(columns / 2, least);
     return columns;

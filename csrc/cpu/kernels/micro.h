@@ -327,10 +327,11 @@ static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_
     }
 }
 
-// kTokens: tokens of the tallest tile.
+// kTokens: tokens of the tallest tile. Not inlined either: bf16 layers of 576 × 576 with 4 and 8 tokens ran 10 and 13 %
+// faster then on a Zen 3, and none slower by more than 1 %.
 template <class T, class U, int kTokens, int kRows>
-static void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
-                     int64_t out_row, const U* ahead) {
+PEFTK_TILE void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
+                         int64_t out_row, const U* ahead) {
     Vec total[kMaxDotTokens * kRows];
     const int64_t length = (tokens <= kTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
     const int64_t tiles = (tokens + kTokens - 1) / kTokens;
