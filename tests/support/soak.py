@@ -26,11 +26,13 @@ import peftk
 from peftk.checkpoints import files
 from peftk.checkpoints.files import CheckpointError
 from peftk.checkpoints.peft import WEIGHTS_FILE
+from peftk.methods.inject import lora_layers
 from peftk.serve import AdapterStore, Completion, Engine, Generation, QueueFullError, Request
 from tests.support import served_llama
 
 PROMPTS = ((5, 6, 7), tuple(range(3, 30)), (90, 3) * 20, (42,))
 NEW_TOKENS = 12
+RANKS = (4, 5, 8, 16, 20)
 BROKEN = "broken"
 NEAR_TIE = 1e-3  # of two logits: such an output may fall either way
 
@@ -39,17 +41,27 @@ class Contents:
     """Checkpoints on disk, and what each generates alone for each prompt, by digest."""
 
     def __init__(self, folder: pathlib.Path, count: int) -> None:
-        self.paths = [
-            served_llama.write_adapter(folder / f"content{number}", 4 + number % 7, number) for number in range(count)
-        ]
-        self.digests = [files.digest(path, WEIGHTS_FILE) for path in self.paths]
+        self.paths = [folder / f"content{number}" for number in range(count)]
+        self.digests: list[str] = []
         self.alone: dict[tuple[str | None, int], tuple[int, ...] | None] = {}
-        for path, digest in [(None, None), *zip(self.paths, self.digests, strict=True)]:
-            model = served_llama.model()
-            if path is not None:
-                peftk.load_adapter(model, path)
-            for number, tokens in enumerate(_generated(model)):
-                self.alone[digest, number] = tokens
+        self._keep(None, served_llama.model())
+        models = [served_llama.model() for _ in RANKS]
+        for rank, model in zip(RANKS, models, strict=True):
+            peftk.inject(model, peftk.LoraConfig(r=rank, target_modules=served_llama.EVERY_LINEAR))
+        for number, path in enumerate(self.paths):
+            model = models[number % len(RANKS)]
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                for _, layer in lora_layers(model):
+                    for factor in (layer.lora_A, layer.lora_B):
+                        factor.copy_(torch.randn(factor.shape, generator=generator) / 4)
+            peftk.save_adapter(model, path)
+            self.digests.append(files.digest(path, WEIGHTS_FILE))
+            self._keep(self.digests[-1], model)
+
+    def _keep(self, digest: str | None, model: torch.nn.Module) -> None:
+        for number, tokens in enumerate(_generated(model)):
+            self.alone[digest, number] = tokens
 
 
 def _generated(model: torch.nn.Module) -> list[tuple[int, ...] | None]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-STRENGTH = 0.3  # the size of BA, in that of W
+STRENGTH = 0.2  # the size of BA, in that of W
 
 
 def write(folder: Path, model: nn.Module, ranks: Sequence[int]) -> list[str]:

@@ -1,13 +1,15 @@
 """Whether generated tokens are those of their adapter alone.
 
 Every token must be the likeliest one of a model that has only this adapter, in fp32, given the tokens before it: up to
-what bf16 changes in the logits, since near ties fall either way. A sum of a layer rounds to 2⁻⁹, some hundred of them
-follow one another: √200·2⁻⁹ of the largest logit, and as much for the peer.
+what bf16 changes in the logits, since near ties fall either way. A layer's result is rounded to 2⁻⁹ of it, and some 200
+of them follow one another: √200·2⁻⁹ of the largest logit for each of the two that are compared.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,6 @@ class Alone:
 
     def __init__(self, language: Language, folder: Path, limit: int) -> None:
         """limit: the most jobs of one answer that are looked at, evenly spread."""
-        import copy
-
         self._server = MultiAdapter(copy.deepcopy(language.model).float(), max_adapters=1)
         self._folder, self._limit = folder, limit
         self._logits: dict[tuple[Job, tuple[int, ...]], Any] = {}
@@ -41,9 +41,10 @@ class Alone:
         return max(self._gap(job, answer, job.adapter) for job, answer in pairs)
 
     def sensitivity(self, jobs: Sequence[Job], answers: Sequence[tuple[int, ...]]) -> float:
-        """The least error that any of these answers has if it is taken for the base model's."""
+        """The median of the errors that these answers have if they are taken for the base model's."""
         step = max(1, -(-len(jobs) // self._limit))
-        return min(self._gap(job, answer, None) for job, answer in list(zip(jobs, answers, strict=True))[::step])
+        pairs = list(zip(jobs, answers, strict=True))[::step]
+        return statistics.median(self._gap(job, answer, None) for job, answer in pairs)
 
     def _gap(self, job: Job, answer: tuple[int, ...], adapter: str | None) -> float:
         key = (job._replace(adapter=adapter), answer)
