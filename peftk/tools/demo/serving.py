@@ -126,7 +126,7 @@ def _serve(stage: Stage, language: Language, folder: Path) -> dict[str, Any]:
         began = time.perf_counter()
         completions = engine.generate(requests)
         seconds = time.perf_counter() - began
-        alone = [engine.generate([request])[0].text for request in requests]
+        alone = [engine.generate([request])[0].tokens for request in requests]
     store.close()
     answers = {"base": completions[0].text} | {
         name: completion.text for name, completion in zip(NAMES, completions[1:], strict=True)
@@ -137,11 +137,11 @@ def _serve(stage: Stage, language: Language, folder: Path) -> dict[str, Any]:
         answer_table.add_row(name, escape(" ".join(text.split())))
     stage.say(f"\n“{styles.HELD_OUT}”, asked of all of them at once:")
     stage.console.print(answer_table)
-    tokens = sum(len(completion.tokens) for completion in completions)
-    stage.say(f"{tokens} tokens in {seconds:.1f} s: [bold]{tokens / seconds:.0f} tokens/s[/]")
-    differ = sum(text != completion.text for text, completion in zip(alone, completions, strict=True))
+    count = sum(len(completion.tokens) for completion in completions)
+    stage.say(f"{count} tokens in {seconds:.1f} s: [bold]{count / seconds:.0f} tokens/s[/]")
+    differ = sum(tokens != mixed.tokens for tokens, mixed in zip(alone, completions, strict=True))
     stage.check("answers that are not those of the adapter alone", differ, 0)
     own = sum(styles.shows(name, answers[name]) for name in NAMES)
     if not stage.quick:
         stage.check("adapters that did not learn their style", len(NAMES) - own, 1)
-    return {"answers": answers, "tokens": tokens, "tokens_per_second": tokens / seconds, "own_style": own}
+    return {"answers": answers, "tokens": count, "tokens_per_second": count / seconds, "own_style": own}
