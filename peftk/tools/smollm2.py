@@ -76,7 +76,7 @@ def random_llama(dtype: torch.dtype = torch.bfloat16, *, hidden: int = 256, laye
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
+        model: Any = transformers.LlamaForCausalLM(config)
     return Language(RANDOM, _frozen(model.to(dtype)), None)
 
 
@@ -99,13 +99,14 @@ def _dequantize(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(temporary)
         found = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         config = found.config
         if hasattr(config, "quantization_config"):  # which says that the weights are packed: these are not
             del config.quantization_config
-        plain = type(found)(config).to(torch.bfloat16)
+        plain: Any = type(found)(config)
+        plain.to(torch.bfloat16)
         plain.load_state_dict(found.state_dict())
         plain.save_pretrained(temporary)
         os.replace(temporary, folder)
