@@ -47,7 +47,9 @@ def load(path: Path, dtype: torch.dtype | None) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     pooling = None if "gguf_file" in options else _pooling(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    if "gguf_file" not in options:
+    if "gguf_file" in options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
         options["use_safetensors"] = True  # of the weights, which could be a pickle otherwise
     options["dtype"] = dtype or "auto"
     if pooling is None:
