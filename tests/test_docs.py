@@ -107,6 +107,8 @@ def claimed(text: str) -> Any:
 def test_python_of_the_documentation_runs(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.stem == "serving":
+        pytest.importorskip("transformers", "5.24", reason="the engine is for transformers 5.24")
     monkeypatch.chdir(tmp_path)
     for name in ("alice", "bob"):
         checkpoint(name, page)

@@ -21,6 +21,7 @@ slots; `AdapterBank.slots_of` turns numbers into slots, which is needed only onc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +123,7 @@ class AdapterBank:
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
         self._version = 0  # counts changes of the slots: adapters added, removed or moved
         self._cached_table: _CachedTable | None = None
+        self._slotted: AdapterTable | None = None  # on a CPU: the last table, from which the next one is made
         self.live: LiveTable | None = None  # on a GPU
         self._live_numbers: Tensor | None = None  # the numbers on the device, for CUDA graphs
         self._mirrors: list[tuple[weakref.ref[LiveTable], int]] = []  # tables of packed banks, and which slice is ours
@@ -204,6 +206,25 @@ class AdapterBank:
             self._write_live(number % len(self.slots), adapter)
         self.order.finish()
         return number
+
+    def keep(self, name: str, adapter: Adapter, number: int) -> None:
+        """Adds an adapter without copying it, on a CPU; elsewhere it is copied into pages.
+
+        Its tensors have the shapes of the bank and never change: the caller sees to that. number: a new number of a
+        free slot. Raises ValueError or TypeError for a name in use, a taken slot, or a dtype or device that is not the
+        bank's.
+        """
+        if self.device.type != "cpu" or self.live is not None:
+            factors = (adapter.lora_A, adapter.lora_B, adapter.scaling)
+            self.add(name, *factors, activation=adapter.activation, bias_B=adapter.bias_B, number=number)
+            return
+        slot = number % len(self.slots)
+        if name in self.names or self.slots[slot] is not None:
+            self.free_number(name, slot)  # raises
+        if any(tensor.dtype != self.dtype or tensor.device != self.device for tensor in adapter.tensors()):
+            raise ValueError(f"adapter: expected tensors of {self.dtype} on {self.device}, got others")
+        self.slots[slot] = adapter
+        self._register(name, number)
 
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """Adds an adapter without copying it (trainable Parameters); `adapter()` returns it with its current tensors.
@@ -367,7 +388,9 @@ class AdapterBank:
             self.order.read()
         if lent_state is None:
             return None
-        if self.live is None or computed:
+        if self.live is None and not lent and self.device.type == "cpu":
+            built = self._slotted = self._slotted_table(adapters)
+        elif self.live is None or computed:
             built = table.build(adapters, dtype=self.dtype, device=self.device)
         else:
             built = self.live.table(adapters)
@@ -375,6 +398,18 @@ class AdapterBank:
         if not computed and not self._removed:  # don't keep a graph alive, and empty removed slots after a capture
             self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
+
+    def _slotted_table(self, adapters: tuple[Adapter | None, ...]) -> AdapterTable:
+        before = self._slotted
+        room = (
+            max((pages_of(a.rank) for a in adapters if a is not None), default=0) if before is None else before.room[0]
+        )
+        if before is not None:
+            new = [a for a, old in zip(adapters, before.adapters, strict=True) if a is not old and a is not None]
+            most = max((pages_of(a.rank) for a in new), default=0)
+            if most > room:
+                before, room = None, most
+        return table.slotted(adapters, room, before, dtype=self.dtype, device=self.device)
 
     @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -387,11 +422,16 @@ class AdapterBank:
         for slot, adapter in enumerate(self.slots):
             if isinstance(adapter, Adapter):
                 biases = [None if b is None else fn(b) for b in (adapter.bias_A, adapter.bias_B)]
-                pages = self._pages[slot]
+                pages = self._pages.get(slot)
+                if pages is None:  # it was kept
+                    factors = tuple(map(fn, adapter.pages_A)), tuple(map(fn, adapter.pages_B))
+                    self.slots[slot] = Adapter(*factors, adapter.scaling, adapter.activation, *biases)
+                    continue
                 views = self._views(pages, adapter.rank)
                 self._owners.pop(slot).detach()
                 self._set_slot(slot, Adapter(*views, adapter.scaling, adapter.activation, *biases), pages)
         self._version += 1
+        self._slotted = None
         self._renew_live()
 
     # ---- the live table
@@ -540,12 +580,17 @@ class AdapterBank:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy builds a table with its own addresses, owns its own pages, and makes adapters from views of its pool.
-        slots = [
-            (slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B) if isinstance(slot, Adapter) else slot
-            for slot in self.slots
-        ]
-        cached = {"_cached_table": None, "_cached_numbers": None, "live": None, "_live_numbers": None}
+        slots = [self._slot_state(number) for number in range(len(self.slots))]
+        cached = {"_cached_table": None, "_slotted": None, "_cached_numbers": None, "live": None, "_live_numbers": None}
         return {**self.__dict__, **cached, "_owners": {}, "_mirrors": [], "_removed": [], "slots": slots}
+
+    def _slot_state(self, number: int) -> Any:
+        slot = self.slots[number]
+        if not isinstance(slot, Adapter):
+            return slot
+        if number not in self._pages:  # it was kept: a copy is without the table's entry, which has its addresses
+            return dataclasses.replace(slot)
+        return slot.rank, slot.scaling, slot.activation, slot.bias_A, slot.bias_B
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

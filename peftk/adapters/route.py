@@ -156,9 +156,10 @@ class RoutedForward:
         elif ids.dim() == 2:
             count, length = ids.shape[0] * self.expand, ids.shape[1]
             if route.picked is not None:  # [T, K] may be rows that an expert picked
-                found = {(1, route.picked.numel()): route.picked[None], (1, length): ids}.get(tuple(shape))
-                if found is not None:
-                    return found
+                if shape == (1, length):
+                    return ids
+                if shape == (1, route.picked.numel()):
+                    return route.picked[None]
             elif shape in ((count, length), (count * length,)):
                 return ids.repeat_interleave(self.expand, dim=0).reshape(shape)
         elif flat or len(shape) > dim:

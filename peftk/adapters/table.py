@@ -232,6 +232,60 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
     )
 
 
+@lasting()
+def slotted(
+    adapters: tuple[Adapter | None, ...],
+    room: int,
+    before: AdapterTable | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AdapterTable:
+    """As `build`, but every slot has room for that many pages, so that the others stay when a slot changes.
+
+    No adapter may have more pages, and their tensors may not move. before: the table of the bank before its last
+    changes, with the same room: it is copied, and only what has changed is written, whatever the number of slots.
+    """
+    if before is None:
+        rows = torch.zeros(len(adapters), 4, dtype=torch.int32)
+        rows[:, 0] = torch.arange(0, len(adapters) * room, room) if room else 0
+        pages = torch.zeros(len(adapters) * room, 5, dtype=torch.int64)
+        scaling, biases = torch.zeros(len(adapters)), torch.zeros(len(adapters), 2, dtype=torch.int64)
+        old: Sequence[Adapter | None] = (None,) * len(adapters)
+    else:
+        rows, pages = before.rows.clone(), before.pages.clone()
+        scaling, biases = before.scaling.clone(), before.biases.clone()
+        old = before.adapters
+    arrays = rows.numpy(), pages.numpy(), scaling.numpy(), biases.numpy()
+    for slot, (adapter, other) in enumerate(zip(adapters, old, strict=True)):
+        if adapter is not other:
+            entry = EMPTY if adapter is None else lasting_entry(adapter, dtype=dtype, device=device)
+            arrays[0][slot, 1:] = entry.row
+            if entry.pages:
+                arrays[1][slot * room : slot * room + len(entry.pages)] = entry.pages
+            arrays[2][slot] = entry.scaling
+            arrays[3][slot] = entry.biases
+    return AdapterTable(
+        adapters=adapters,
+        dtype=dtype,
+        device=device,
+        max_rank=room * PAGE,
+        pages=pages,
+        rows=rows,
+        scaling=scaling,
+        biases=biases,
+        room=(room,),
+    )
+
+
+def lasting_entry(adapter: Adapter, *, dtype: torch.dtype, device: torch.device) -> Entry:
+    """`entry_of`, kept with the adapter, whose tensors must never move."""
+    found: Entry | None = adapter.__dict__.get("_entry")
+    if found is None:
+        found = adapter.__dict__["_entry"] = entry_of(adapter, 0, dtype=dtype, device=device)
+    return found
+
+
 class Entry(NamedTuple):
     """What the table holds about one adapter: `row` without the first page."""
 

@@ -102,7 +102,7 @@ def read_weights(path: Path, name: str, *, pickled: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected {name}, got {found} there{hint}")
     try:
         # read, not mapped: a file that is truncated while it is mapped ends the process
-        tensors = safetensors.torch.load(file.read_bytes())
+        tensors = dict(sorted(safetensors.torch.load(file.read_bytes()).items()))
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: expected a complete safetensors file, got an error: {error}") from error
     if not tensors:

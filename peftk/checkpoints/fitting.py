@@ -141,9 +141,12 @@ def without_layers(model: nn.Module, layers: Mapping[str, FrozenLinear]) -> nn.M
 
 def _linear(layer: FrozenLinear) -> nn.Module:
     """A linear (or Conv1D) with the layer's weight and bias."""
-    with torch.device("meta"):
-        kind = conv1d() if layer.fan_in_fan_out else nn.Linear
-        sizes = (layer.in_features, layer.out_features)
-        linear: nn.Module = kind(*(reversed(sizes) if layer.fan_in_fan_out else sizes))
+    if layer.fan_in_fan_out:
+        with torch.device("meta"):
+            linear: nn.Module = conv1d()(layer.out_features, layer.in_features)
+    else:  # without nn.Linear's initialization: a server makes one per layer for every checkpoint
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.__dict__.update(in_features=layer.in_features, out_features=layer.out_features)
     linear._parameters.update({"weight": layer._parameters["weight"], "bias": layer._parameters.get("bias")})
     return linear

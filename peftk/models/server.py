@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftk.adapters import checks
+from peftk.adapters import checks, table
 from peftk.adapters import route as routes
+from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import NO_NUMBER
 from peftk.adapters.carry import RouteContext
 from peftk.adapters.route import Route
@@ -32,24 +33,14 @@ from peftk.system import streams
 from peftk.system.lasting import lasting
 from peftk.system.streams import StreamOrder
 
-
-class _LayerAdapter(NamedTuple):
-    """One adapter in one linear: it adds s·BAx + β."""
-
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    scaling: float
-    bias: Tensor | None
-
-
-_NOTHING = _LayerAdapter(None, None, 1.0, None)
+_NOTHING = Adapter((), (), 1.0)
 
 
 class PreparedAdapter(NamedTuple):
-    """A checkpoint that was read and checked for a model (`MultiAdapter.prepare`), in the dtype of the layers' banks."""
+    """A checkpoint that was read and checked for a model, as its banks take it (`MultiAdapter.prepare`)."""
 
     path: str | os.PathLike[str]
-    parts: dict[str, _LayerAdapter]  # by the linear's name
+    parts: dict[str, Adapter]  # by the linear's name: s·BAx + β
     nbytes: int
 
 
@@ -285,8 +276,7 @@ class MultiAdapter:
 
     def _prepared(self, path: str | os.PathLike[str]) -> PreparedAdapter:
         parts = self._adapters_of(peft_checkpoint.load(path))
-        tensors = (tensor for part in parts.values() for tensor in (part.lora_A, part.lora_B, part.bias))
-        return PreparedAdapter(path, parts, sum(tensor.nbytes for tensor in tensors if tensor is not None))
+        return PreparedAdapter(path, parts, sum(t.nbytes for part in parts.values() for t in part.tensors()))
 
     def _place(self, name: str, prepared: PreparedAdapter) -> None:
         number, adapters = self._free_number(), prepared.parts
@@ -297,8 +287,7 @@ class MultiAdapter:
         try:
             for module, layer in layers.items():
                 # in a layer that this checkpoint does not adapt, the adapter adds nothing
-                part = adapters.get(module, _NOTHING)
-                layer.bank.add(name, part.lora_A, part.lora_B, part.scaling, bias_B=part.bias, number=number)
+                layer.bank.keep(name, adapters.get(module, _NOTHING), number)
         except BaseException:
             for layer in layers.values():
                 if name in layer.bank.names:
@@ -314,11 +303,11 @@ class MultiAdapter:
         self._layers[module] = layer
         self._add_hooks(module)
 
-    def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, _LayerAdapter]) -> None:
+    def _check_graphs(self, path: str | os.PathLike[str], adapters: dict[str, Adapter]) -> None:
         """Raises CheckpointError if an adapter has ranks or linears that are too many, or that no graph would see."""
         captured = self._slots.captured or any(layer.bank.order.captured for layer in self._layers.values())
         for module, part in adapters.items():
-            rank = 0 if part.lora_A is None else part.lora_A.shape[0]
+            rank = part.rank
             if module not in self._layers and captured:
                 raise CheckpointError(
                     f"{path}: {module}: expected a linear with adapters when a CUDA graph of the model was captured, "
@@ -484,7 +473,7 @@ class MultiAdapter:
             raise ValueError(f"name: expected a loaded adapter ({', '.join(self._loaded) or 'none'}), got {name!r}")
         return self._loaded[name].number
 
-    def _adapters_of(self, loaded: LoadedCheckpoint) -> dict[str, _LayerAdapter]:
+    def _adapters_of(self, loaded: LoadedCheckpoint) -> dict[str, Adapter]:
         """What a checkpoint adds to each linear, by its name. Raises CheckpointError if it does not fit the model."""
         path, dtype = loaded.path, self.adapter_dtype
         modules = {files.plain_name(name): (name, module) for name, module in self._base.named_modules()}
@@ -502,25 +491,31 @@ class MultiAdapter:
             )
         values = dict(named_values(self._base))
         fitting.same_base(loaded, values)
-        served = {}
+        biases: dict[str, Tensor] = {}  # β in fp64
         for name, adapter in loaded.adapters.items():
-            bias = None if adapter.lora_bias is None else adapter.scaling * adapter.lora_bias.double()
-            served[name] = _LayerAdapter(adapter.lora_A, adapter.lora_B, adapter.scaling, bias)
-        for name, bias in loaded.biases.items():
-            base = values[name].detach()
+            if adapter.lora_bias is not None:
+                biases[name] = adapter.scaling * adapter.lora_bias.double()
+        for key, bias in loaded.biases.items():
+            base = values[key].detach()
             change = bias.double() - base.cpu().double()
             if bool(change.any()):  # else it is the model's bias, bit for bit
-                module = name.rpartition(".")[0]
-                self._check_linear(path, module, modules[module][1])  # only a linear can add a bias
-                before = served.get(module, _NOTHING)
-                served[module] = before._replace(bias=change if before.bias is None else before.bias + change)
-        stored = {}
-        for name, added in served.items():
-            kind = dtype or values[f"{name}.weight"].dtype
-            parts = (("lora_A", added.lora_A), ("lora_B", added.lora_B), ("bias", added.bias))
-            A, B, bias = (None if t is None else files.converted(path, f"{name}.{part}", t, kind) for part, t in parts)
-            stored[modules[name][0]] = _LayerAdapter(A, B, added.scaling, bias)
-        return stored
+                name = key.rpartition(".")[0]
+                self._check_linear(path, name, modules[name][1])  # only a linear can add a bias
+                biases[name] = change if name not in biases else biases[name] + change
+        parts: dict[str, Adapter] = {}
+        for name in dict.fromkeys((*loaded.adapters, *biases)):
+            factors, weight = loaded.adapters.get(name), values[f"{name}.weight"]
+            tensors = {
+                "lora_A": None if factors is None else factors.lora_A,
+                "lora_B": None if factors is None else factors.lora_B,
+                "bias": biases.get(name),
+            }
+            stored = {
+                key: None if tensor is None else files.converted(path, f"{name}.{key}", tensor, dtype or weight.dtype)
+                for key, tensor in tensors.items()
+            }
+            parts[modules[name][0]] = _stored(stored, 1.0 if factors is None else factors.scaling)
+        return parts
 
     def _check_linear(self, path: os.PathLike[str], name: str, module: nn.Module) -> None:
         """Raises CheckpointError unless the module is a MultiLoRALinear or can be replaced by one."""
@@ -559,6 +554,18 @@ class MultiAdapter:
         self.__dict__.update(state)
         for number in set(self._slots.numbers) - {-1} - {loaded.number for loaded in self._loaded.values()}:
             self._slots.give_back(number)
+
+
+def _stored(tensors: dict[str, Tensor | None], scaling: float) -> Adapter:
+    """The adapter of lora_A [R, K], lora_B [N, R] and bias [N], in memory of its own, as pages of a bank lie in it."""
+    A, B, bias = (None if t is None else t.detach() for t in tensors.values())
+    bias = None if bias is None else bias.clone()
+    if A is None or B is None:
+        return Adapter((), (), scaling, bias_B=bias)
+    A, B = A.clone(memory_format=torch.contiguous_format), B.t().clone(memory_format=torch.contiguous_format).t()
+    found = Adapter((A,), (B,), scaling, bias_B=bias)
+    table.lasting_entry(found, dtype=A.dtype, device=A.device)
+    return found
 
 
 def _check_name(name: str) -> None:

@@ -346,7 +346,7 @@ class AdapterStore:
     # ---- from disk to host memory
 
     def _loading(self, version: _Version) -> concurrent.futures.Future[PreparedAdapter | None]:
-        """A Future for a version's load: done if it is in memory, else the one of the read that is running, or a new one."""
+        """A Future for a version's load: done if it is in memory, else that of a read that runs or begins."""
         if version.digest is not None:
             if version.digest in self._host:
                 self._host.move_to_end(version.digest)
@@ -364,7 +364,7 @@ class AdapterStore:
             digest, prepared = self._content(version)
             if self.bank_bytes is not None and prepared.nbytes > self.bank_bytes:
                 raise CheckpointError(
-                    f"{version.path}: expected an adapter of at most bank_bytes = {self.bank_bytes}, got {prepared.nbytes}"
+                    f"{version.path}: expected at most bank_bytes = {self.bank_bytes} bytes, got {prepared.nbytes}"
                 )
         except BaseException:
             with self._changed:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftk.serve import packed_attention
 
@@ -40,7 +39,7 @@ class StepRequest(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The requests of a step in the order of their tokens. picked: int32 [P], the tokens for which logits are computed."""
+    """The requests of a step in the order of their tokens. picked: int32 [P], the tokens for which there are logits."""
 
     requests: Sequence[StepRequest]
     picked: Tensor
@@ -79,7 +78,7 @@ class ContinuousBatching:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         sizes: Sizes,
         around: Callable[[Step], contextlib.AbstractContextManager[None]],
         sample: Callable[[Tensor, Sequence[str]], Tensor],
@@ -87,7 +86,7 @@ class ContinuousBatching:
         check_transformers()
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        config = ContinuousBatchingConfig(
+        self._config = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,
             num_blocks=-(-sizes.cache_tokens // PAGE_TOKENS),
             max_batch_tokens=sizes.step_tokens,
@@ -97,14 +96,19 @@ class ContinuousBatching:
             use_cuda_graph=False,
             safety_margin=0.0,
         )
-        generation = GenerationConfig(do_sample=False, eos_token_id=-1)
+        self._generation = GenerationConfig(do_sample=False, eos_token_id=-1)
         self._around, self._sample = around, sample
-        self._model: Any = model
-        self._attention = self._model.config._attn_implementation
-        self._manager = self._model.init_continuous_batching(generation, config)
+        self._model = model
+        self._attention: str = self._model.config._attn_implementation
+        self._manager: Any = None
+        self.start()
+
+    def start(self) -> None:
+        """Starts the model's thread, anew after one that has ended; none of its requests are left then."""
         try:
-            if packed_attention.serves(model):
-                packed_attention.use(model)
+            self._manager = self._model.init_continuous_batching(self._generation, self._config)
+            if packed_attention.serves(self._model):
+                packed_attention.use(self._model)
             self._manager.warmup()  # makes the batch processor
             self._step = self._manager._generation_step
             self._manager._generation_step = self._run_step
@@ -114,7 +118,7 @@ class ContinuousBatching:
             self._restore()
             raise
 
-    def add(self, id: str, tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> None:
+    def add(self, id: str, tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Iterable[int]) -> None:
         """Hands in a request. Its outputs come from `next_output`, one for each new token."""
         added = self._manager.add_request(
             list(tokens), id, max_new_tokens=max_new_tokens, streaming=True, eos_token_id=list(eos_token_ids)
@@ -143,7 +147,7 @@ class ContinuousBatching:
         return self._manager.is_running()
 
     def stop(self) -> None:
-        """Ends the model's thread; requests that are left get an output with an error. The model is as it was before."""
+        """Ends the model's thread; requests that are left get an output with an error. The model is as it was."""
         self._manager.stop(block=True, hard_stop=True)
         self._restore()
 
@@ -158,7 +162,7 @@ class ContinuousBatching:
             self._step()
 
     def _sample_rows(self, scores: Tensor, output_ids: Tensor) -> None:
-        """Instead of ModelRunner._sample: scores [1, n, V] fp32; writes the new tokens into output_ids [1, n…] int32."""
+        """Instead of ModelRunner._sample: scores [1, n, V] fp32; writes the new tokens into output_ids [1, ≥ n]."""
         requests = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         ids = [request.state.request_id for request in requests if request.has_new_token]
         if ids:

@@ -156,9 +156,10 @@ class Engine:
     def submit(self, request: Request) -> Generation:
         """Hands in a request and returns at once.
 
-        Raises ValueError for an unknown adapter, a prompt that is too long or has ids outside of the vocabulary, or text
-        without a tokenizer; QueueFullError if too many requests wait; RuntimeError after `close` or if the model's thread
-        has died. Nothing has changed then. What fails later, as a damaged checkpoint, is raised by the Generation.
+        Raises ValueError for an unknown adapter, a prompt that is too long or has ids outside of the vocabulary, or
+        text without a tokenizer; QueueFullError if too many requests wait; RuntimeError after `close` or if the model's
+        thread has died. Nothing has changed then. What fails later, as a damaged checkpoint, is raised by the
+        Generation.
         """
         return self._enqueue(self._work(request), wait=False)
 
@@ -374,13 +375,24 @@ class Engine:
             if output is not None:
                 with self._lock:
                     self._deliver(output)
-            elif not self._batching.running:
-                with self._lock:
-                    error = RuntimeError("engine: expected the model's thread to run, got one that has ended")
-                    error.__cause__ = self._batching.failure()
-                    for work in list(self._works.values()):
-                        self._fail(work, error)
-                time.sleep(0.05)
+            elif not self._batching.running and not self._stopping:
+                self._recover()
+
+    def _recover(self) -> None:
+        """Starts the model's thread again, which a step has ended. What ran in it fails, what waits goes on."""
+        with self._lock:
+            reason = self._batching.failure()
+            for work in list(self._running.values()):
+                error = RuntimeError(f"engine: expected the model to run, got {reason!r}")
+                error.__cause__ = reason
+                self._fail(work, error)
+            self._batching.stop()
+            try:
+                self._batching.start()
+            except Exception as error:
+                self._open = False
+                for work in list(self._works.values()):
+                    self._fail(work, error)
 
     def _deliver(self, output: Output) -> None:
         work = self._running.get(output.id)
@@ -429,7 +441,7 @@ class Engine:
         work.generation.end(error)
 
     def _leave(self, work: _Work, *, in_model: bool) -> None:
-        """Takes a request out, wherever it is. Until the model has left it too, its tokens count as the base model's."""
+        """Takes a request out, wherever it is. A step that still has it computes it with the base model."""
         self._works.pop(work.generation, None)
         self._waiting.remove(work.tenant, work)
         if self._running.pop(work.id, None) is not None and in_model:

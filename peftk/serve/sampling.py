@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class Sampler:
     """Chooses tokens for one request."""
 
     def __init__(self, request: Request, device: torch.device) -> None:
-        self._warpers = None
+        self._warpers: Any = None
         self._generator: torch.Generator | None = None
         if request.temperature > 0:
             from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

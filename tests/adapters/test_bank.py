@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
 
 import pytest
 import torch
 
 from peftk import functional
+from peftk.adapters import table
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.bank import AdapterBank
 
@@ -31,7 +34,7 @@ def test_an_adapter_of_any_rank_reads_back_unchanged(rank: int) -> None:
     assert torch.equal(slot.lora_B, B)
     table = made.table()
     assert table.rows[0].tolist() == [0, rank, 0, 1]
-    assert table.pages.shape == (-(-rank // 16), 5)
+    assert table.pages.shape == (-(-rank // 16) * len(made.slots), 5)  # every slot has room for it
 
 
 def test_pages_and_slots_are_reused() -> None:
@@ -137,3 +140,46 @@ def test_a_table_no_longer_has_the_only_adapter_after_its_removal() -> None:
     assert made.table().adapters[0] is None
     with pytest.raises(ValueError, match="ids"):
         functional.multi_lora_linear(x, weight, None, made, ids)
+
+
+def test_a_kept_adapter_is_not_copied_and_computes_as_an_added_one() -> None:
+    made, (A, B) = bank(), factors(20)
+    kept = Adapter((A,), (B,), 2.0)
+    made.add("added", A, B, 2.0)
+    made.keep("kept", kept, 1)
+    assert made.adapters[1].pages_A[0] is A
+    x, W = torch.randn(2, 8), torch.randn(6, 8)
+    added, other = functional.multi_lora_linear(x[:1].repeat(2, 1), W, None, made, torch.tensor([0, 1]))
+    assert torch.equal(added, other)
+    for same in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        same.adapters[1].pages_A[0].zero_()  # memory of its own, which its table reads
+        y = functional.multi_lora_linear(x, W, None, same, torch.tensor([0, 1]))
+        torch.testing.assert_close(y[1], x[1] @ W.t())
+    with pytest.raises(ValueError, match="in use"):
+        made.keep("kept", kept, 2)
+    with pytest.raises(ValueError, match="expected a free one"):
+        made.keep("other", kept, 1)
+    with pytest.raises(ValueError, match=r"float32"):
+        made.keep("other", Adapter((A.double(),), (B.double(),), 1.0), 2)
+    assert made.names == {"added": 0, "kept": 1}
+
+
+def test_a_table_is_that_of_the_adapters_whatever_came_and_went() -> None:
+    """On a CPU a table is made from the one before. It must say what one that is built anew says."""
+    generator = random.Random(0)
+    made, tables = bank(), []
+    for turn in range(60):
+        if made.names and (generator.random() < 0.4 or None not in made.slots):
+            made.remove(generator.choice(list(made.names)))
+        else:
+            made.add(f"a{turn}", *factors(generator.choice([1, 16, 17, 40])), turn + 1.0)
+        found, fresh = made.table(), table.build(made.adapters, dtype=made.dtype, device=made.device)
+        tables.append((found, [t.clone() for t in (found.pages, found.rows, found.scaling)]))
+        assert torch.equal(found.rows[:, 1:], fresh.rows[:, 1:])
+        assert torch.equal(found.scaling, fresh.scaling)
+        for slot, adapter in enumerate(made.adapters):
+            count = 0 if adapter is None else len(adapter.pages_A)
+            first, other = int(found.rows[slot, 0]), int(fresh.rows[slot, 0])
+            assert torch.equal(found.pages[first : first + count], fresh.pages[other : other + count])
+    for old, before in tables:  # running calls still read it
+        assert all(torch.equal(a, b) for a, b in zip((old.pages, old.rows, old.scaling), before, strict=True))

@@ -421,15 +421,15 @@ def test_running_out_of_memory_during_a_load_changes_no_layer(
     peftk.save_adapter(model, tmp_path / "carol")
     layers = [m for m in base.modules() if isinstance(m, MultiLoRALinear)]
     names = [dict(layer.bank.names) for layer in layers]
-    add, calls = AdapterBank.add, []
+    keep, calls = AdapterBank.keep, []
 
-    def add_until_memory_ends(self: AdapterBank, *args: object, **kwargs: object) -> int:
+    def keep_until_memory_ends(self: AdapterBank, *args: object) -> None:
         calls.append(self)
         if len(calls) == 3:
             raise MemoryError
-        return add(self, *args, **kwargs)
+        keep(self, *args)
 
-    monkeypatch.setattr(AdapterBank, "add", add_until_memory_ends)
+    monkeypatch.setattr(AdapterBank, "keep", keep_until_memory_ends)
     with pytest.raises(MemoryError):
         server.load("carol", tmp_path / "carol")
     monkeypatch.undo()
