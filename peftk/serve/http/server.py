@@ -50,32 +50,34 @@ def run(served: Served, bound: socket.socket, limits: Limits, keys: Keys, ready:
 
     ready: called once it listens.
     """
-    config = uvicorn.Config(
-        make_app(served, limits, keys),
-        http=timed_protocol(limits),
-        ws="none",
-        loop="asyncio",
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]  # seconds, for loop.call_later
-        timeout_graceful_shutdown=limits.drain_seconds,  # type: ignore[arg-type]  # seconds, for asyncio.wait_for
-        limit_concurrency=limits.connections,
-        h11_max_incomplete_event_size=_HEAD_BYTES,
-    )
     # uvicorn raises the signal again when it has ended; that must not end the process in another way
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _Server(config, ready).run(sockets=[bound])
+        Server(served, limits, keys, ready).run(sockets=[bound])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+class Server(uvicorn.Server):
+    """uvicorn with a model. `served` is closed at its end."""
+
+    def __init__(self, served: Served, limits: Limits, keys: Keys, ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            make_app(served, limits, keys),
+            http=timed_protocol(limits),
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=limits.idle_seconds,  # type: ignore[arg-type]  # seconds, for loop.call_later
+            timeout_graceful_shutdown=limits.drain_seconds,  # type: ignore[arg-type]  # seconds, for asyncio.wait_for
+            limit_concurrency=limits.connections,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+        )
         super().__init__(config)
         self._ready = ready
 
