@@ -110,6 +110,7 @@ def command(*arguments: str | pathlib.Path, env: dict[str, str] | None = None) -
 def in_thread(served: Served, limits: Limits | None = None, keys: Keys | None = None) -> Iterator[Running]:
     """The same server in a thread of this process, until the block ends."""
     bound, ready = http.bind("127.0.0.1", 0), threading.Event()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that what nobody reads is soon too much
     server = http.Server(served, limits or Limits(), keys or Keys(admin=ADMIN), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from tests.support import http_server, served_llama
+from tests.support import http_server
 from tests.support.http_server import ADMIN, body, text_alone
 
 openai = pytest.importorskip("openai", reason="needs OpenAI's client")
@@ -138,8 +138,6 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(model_folder, adapt
             thread.join(20)
         assert refused
         assert [status for status, _ in answers] == [200] * 3
-        texts = {served_llama.tokenizer().decode([token]) for token in range(3)}
-        assert texts
         assert sorted(answer["choices"][0]["text"] for _, answer in answers) == sorted(
             text_alone(adapters / f"a{number}", new=150) for number in range(3)
         )
