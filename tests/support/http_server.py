@@ -42,10 +42,12 @@ def write_model(folder: pathlib.Path) -> None:
 
 
 class Running:
-    """A running server. url: where. process: in which; None for this one."""
+    """A running server. url: where. It has either a process or, in this one, uvicorn's server."""
 
-    def __init__(self, url: str, process: subprocess.Popen[str] | None = None) -> None:
-        self.url, self.process = url, process
+    def __init__(
+        self, url: str, *, process: subprocess.Popen[str] | None = None, server: http.Server | None = None
+    ) -> None:
+        self.url, self.process, self.server = url, process, server
 
     @property
     def address(self) -> tuple[str, int]:
@@ -99,7 +101,7 @@ def command(*arguments: str | pathlib.Path, env: dict[str, str] | None = None) -
         line = process.stdout.readline()
         found = re.search(r" at (http://\S+)", line)
         assert found, f"{line}\n{process.communicate(timeout=20)}"
-        yield Running(found[1], process)
+        yield Running(found[1], process=process)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -116,7 +118,7 @@ def in_thread(served: Served, limits: Limits | None = None, keys: Keys | None = 
     thread.start()
     try:
         assert ready.wait(20)
-        yield Running(http.url_of(bound))
+        yield Running(http.url_of(bound), server=server)
     finally:
         server.should_exit = True
         thread.join(20)
