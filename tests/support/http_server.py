@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peftk.serve import AdapterStore, Engine
@@ -126,7 +127,7 @@ def in_thread(served: Served, limits: Limits | None = None, keys: Keys | None = 
         assert not thread.is_alive()
 
 
-def llama(adapters: pathlib.Path, **sizes: int) -> Served:
+def llama(adapters: pathlib.Path | None, **sizes: int) -> Served:
     """The tiny Llama under the name "base", with the adapters of a folder. sizes: of the engine and the store."""
     model = served_llama.model()
     tokenizer = served_llama.tokenizer()
@@ -146,3 +147,11 @@ def text_alone(path: pathlib.Path | None, prompt: tuple[int, ...] = (5, 6, 7), n
     """The text that an adapter generates alone."""
     tokens = served_llama.alone(path, prompt, new)
     return str(served_llama.tokenizer().decode(tokens, skip_special_tokens=True))
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)

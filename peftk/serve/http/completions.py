@@ -37,7 +37,7 @@ def router(served: Served, limits: Limits, metrics: Metrics) -> APIRouter:
             ids = [_ids(engine, prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
             return [_request(engine, limits, body, adapter, tokens, body.max_tokens) for tokens in ids]
 
-        return await _answer(wire.COMPLETION, body, engine, metrics, requests)
+        return await _answer(wire.COMPLETION, body, served, metrics, requests)
 
     @routes.post("/v1/chat/completions")
     async def chat(body: wire.ChatBody) -> Response:
@@ -49,7 +49,7 @@ def router(served: Served, limits: Limits, metrics: Metrics) -> APIRouter:
             most = body.max_completion_tokens or body.max_tokens
             return [_request(engine, limits, body, adapter, tokens, most)]
 
-        return await _answer(wire.CHAT, body, engine, metrics, requests)
+        return await _answer(wire.CHAT, body, served, metrics, requests)
 
     return routes
 
@@ -103,16 +103,17 @@ def _request(
     )
 
 
-async def _submitted(engine: Engine, requests: Callable[[], list[Request]]) -> list[Generation]:
+async def _submitted(served: Served, model: str, requests: Callable[[], list[Request]]) -> list[Generation]:
     """All requests handed in, or none. In a thread, as tokenizing a long prompt takes a while."""
 
     def submit() -> list[Generation]:
+        assert served.engine is not None
         generations: list[Generation] = []
         try:
-            generations += map(engine.submit, requests())
+            generations += map(served.engine.submit, requests())
         except BaseException as error:
             _cancel(generations)
-            raise errors.of(error) from error
+            raise served.error(error, model) from error
         return generations
 
     work = asyncio.get_running_loop().run_in_executor(None, submit)
@@ -132,10 +133,10 @@ def _cancel(generations: Sequence[Generation]) -> None:
 
 
 async def _answer(
-    kind: wire.Kind, body: Any, engine: Engine, metrics: Metrics, requests: Callable[[], list[Request]]
+    kind: wire.Kind, body: Any, served: Served, metrics: Metrics, requests: Callable[[], list[Request]]
 ) -> Response:
-    generations = await _submitted(engine, requests)
-    events = _events(generations, metrics)
+    generations = await _submitted(served, body.model, requests)
+    events = _events(generations, served, body.model, metrics)
     head = kind.head(body.model, stream=body.stream)
     if body.stream:
         return await _EventStream.begin(_chunks(kind, head, events, len(generations), body.stream_options))
@@ -148,7 +149,7 @@ async def _answer(
     return JSONResponse({**head, "choices": choices, "usage": _usage(ordered)})
 
 
-async def _events(generations: Sequence[Generation], metrics: Metrics) -> _Events:
+async def _events(generations: Sequence[Generation], served: Served, model: str, metrics: Metrics) -> _Events:
     """The tokens of generations as they come, each with its generation's index, and at last each's Completion.
 
     Raises APIError as soon as one fails. When the loop over it ends, however it does, all are cancelled.
@@ -169,7 +170,7 @@ async def _events(generations: Sequence[Generation], metrics: Metrics) -> _Event
         while left:
             index, event = await queue.get()
             if isinstance(event, BaseException):
-                raise errors.of(event) from event
+                raise served.error(event, model) from event
             if isinstance(event, Completion):
                 left -= 1
                 metrics.completed(event)

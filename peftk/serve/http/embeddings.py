@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from peftk.serve.embedder import EmbeddingJob
-from peftk.serve.http import errors, wire
+from peftk.serve.http import wire
 from peftk.serve.http.errors import APIError
 from peftk.serve.http.limits import Limits
 from peftk.serve.http.served import Served
@@ -36,11 +36,11 @@ def router(served: Served, limits: Limits) -> APIRouter:
             work.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
             raise
         except Exception as error:
-            raise errors.of(error) from error
+            raise served.error(error, body.model) from error
         try:
             found = await asyncio.wrap_future(job.future)
         except Exception as error:
-            raise errors.of(error) from error
+            raise served.error(error, body.model) from error
         finally:
             job.cancel()
         data = [

@@ -8,6 +8,7 @@ import time
 from peftk.serve.adapter_store import AdapterStore
 from peftk.serve.embedder import Embedder
 from peftk.serve.engine import Engine
+from peftk.serve.http import errors
 from peftk.serve.http.errors import APIError
 
 
@@ -37,6 +38,12 @@ class Served:
         if model not in self.store:
             raise APIError(404, "The model does not exist.", param="model", code="model_not_found")
         return model
+
+    def error(self, error: BaseException, model: str) -> APIError:
+        """What a client that named a model is told about an error of the engine or the embedder."""
+        if isinstance(error, ValueError):
+            self.adapter(model)  # it may have gone since the client's request was looked at
+        return errors.of(error)
 
     @property
     def alive(self) -> bool:

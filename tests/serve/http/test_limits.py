@@ -6,13 +6,12 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from peftk.serve.http.limits import Limits
 from tests.support import http_server
-from tests.support.http_server import ADMIN, body, text_alone
+from tests.support.http_server import ADMIN, body, text_alone, wait_until
 
 TIGHT = Limits(
     body_bytes=20_000, prompts=4, new_tokens=200, prompt_tokens=50, request_seconds=20,
@@ -40,13 +39,6 @@ def answer_of(client: socket.socket) -> tuple[int, bytes]:
         got += part
     head, _, rest = got.partition(b"\r\n\r\n")
     return int(head.split()[1]) if head else 0, rest
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
 
 
 def post(path: str = "/v1/completions", *headers: str) -> bytes:
