@@ -34,11 +34,12 @@ def tokenizer():
     """Token i is the word w<i>; the file says to pad and truncate, as that of MiniLM does."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w1"))
+    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.enable_truncation(8)
     made.enable_padding(length=8)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w1", pad_token="w0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
 
 
 @pytest.fixture(scope="module")

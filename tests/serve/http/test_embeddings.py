@@ -77,7 +77,7 @@ def test_the_files_say_how_to_pool(loaded):
 @pytest.mark.parametrize("form", ["float", "base64"])
 def test_vectors_are_those_of_sentence_transformers(client, form):
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="what it is compared with")
-    model = sentence_transformers.SentenceTransformer(minilm.get_model_path(), device="cpu", local_files_only=True)
+    model = sentence_transformers.SentenceTransformer(str(minilm.get_model_path()), device="cpu", local_files_only=True)
     expected = torch.from_numpy(model.encode(TEXTS))
     answer = client.embeddings.create(model="minilm", input=TEXTS, encoding_format=form)
     vectors = [item.embedding for item in answer.data]

@@ -141,7 +141,7 @@ def test_a_client_that_leaves_cancels_its_request(folder, stream):
         stats = served.engine.stats
         for number in range(4):
             sent = json.dumps(body(f"a{number}", prompt=[[5], [6, 7]], new=250, stream=stream)).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             with server.connect() as client:
                 client.sendall(head.encode() + f"Content-Length: {len(sent)}\r\n\r\n".encode() + sent)
                 if stream:
@@ -171,7 +171,7 @@ def test_clients_that_leave_disturb_no_other(folder):
 
         def leave(number):
             sent = json.dumps(body(f"a{number % 5}", new=200, stream=bool(number % 2))).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
             with server.connect() as client:
                 data = head.encode() + f"{len(sent)}\r\n\r\n".encode() + sent
                 client.sendall(data[: (0, 30, len(data) - 5, len(data))[number % 4]])
