@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -239,8 +240,8 @@ class AdapterBank:
             raise RuntimeError("bank: expected trainable adapters before a CUDA graph captures it, got one after that")
         with self.order.write():
             self._clear_removed()
+            self.lent += 1  # before the slot: who sees a lent adapter in a slot sees this too
             self.slots[number % len(self.slots)] = adapter
-            self.lent += 1
             self._register(name, number)
             state = _lent_state([now])
             if state is not None and not _is_computed(now):
@@ -286,8 +287,8 @@ class AdapterBank:
                 with self.order.write():
                     self._clear_removed()
             self.numbers[slot] = -1
-            self.lent -= not isinstance(self.slots[slot], Adapter)
-            self.slots[slot] = None
+            was_lent, self.slots[slot] = not isinstance(self.slots[slot], Adapter), None
+            self.lent -= was_lent
             self._version += 1
             self._pages.pop(slot, None)
             self._owners.pop(slot, None)
@@ -370,7 +371,9 @@ class AdapterBank:
 
     def _new_table(self) -> AdapterTable | None:
         version = self._version  # read first: if another thread changes the slots meanwhile, the table counts as stale
-        slots = list(self.slots)
+        slots = tuple(self.slots)
+        if not self.lent and self.live is None and self.device.type == "cpu":
+            return self._slotted_table(version, slots)
         adapters = tuple(_adapter_in(slot) for slot in slots)  # only once: a computed tensor is a new one each time
         lent = {number: slot for number, slot in enumerate(slots) if slot is not None and not isinstance(slot, Adapter)}
         now = {number: adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None}
@@ -388,9 +391,7 @@ class AdapterBank:
             self.order.read()
         if lent_state is None:
             return None
-        if self.live is None and not lent and self.device.type == "cpu":
-            built = self._slotted = self._slotted_table(adapters)
-        elif self.live is None or computed:
+        if self.live is None or computed:
             built = table.build(adapters, dtype=self.dtype, device=self.device)
         else:
             built = self.live.table(adapters)
@@ -399,17 +400,22 @@ class AdapterBank:
             self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
 
-    def _slotted_table(self, adapters: tuple[Adapter | None, ...]) -> AdapterTable:
+    def _slotted_table(self, version: int, adapters: tuple[Any, ...]) -> AdapterTable:
+        """The table on a CPU, where all adapters are the bank's own: the one before with what has changed.
+
+        A server's step waits for it, once per layer after every load: so it takes the same time for any number of
+        slots, but for one pass over them.
+        """
         before = self._slotted
-        room = (
-            max((pages_of(a.rank) for a in adapters if a is not None), default=0) if before is None else before.room[0]
-        )
-        if before is not None:
-            new = [a for a, old in zip(adapters, before.adapters, strict=True) if a is not old and a is not None]
-            most = max((pages_of(a.rank) for a in new), default=0)
-            if most > room:
-                before, room = None, most
-        return table.slotted(adapters, room, before, dtype=self.dtype, device=self.device)
+        old = (None,) * len(adapters) if before is None else before.adapters
+        changed = list(itertools.compress(range(len(adapters)), map(operator.is_not, adapters, old)))
+        needed = max((pages_of(adapters[slot].rank) for slot in changed if adapters[slot] is not None), default=0)
+        if before is None or needed > before.room[0]:
+            before, changed = None, [slot for slot, adapter in enumerate(adapters) if adapter is not None]
+        room = needed if before is None else before.room[0]
+        built = table.slotted(adapters, changed, room, before, dtype=self.dtype, device=self.device)
+        self._slotted, self._cached_table = built, _CachedTable(version, [], [], built)
+        return built
 
     @lasting()
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:

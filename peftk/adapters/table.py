@@ -235,6 +235,7 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
 @lasting()
 def slotted(
     adapters: tuple[Adapter | None, ...],
+    changed: Sequence[int],
     room: int,
     before: AdapterTable | None,
     *,
@@ -243,28 +244,26 @@ def slotted(
 ) -> AdapterTable:
     """As `build`, but every slot has room for that many pages, so that the others stay when a slot changes.
 
-    No adapter may have more pages, and their tensors may not move. before: the table of the bank before its last
-    changes, with the same room: it is copied, and only what has changed is written, whatever the number of slots.
+    No adapter may have more pages, and their tensors may not move. before: a table of the same bank with the same room,
+    which is copied, so that only the changed slots are written; None if these are all that are taken.
     """
     if before is None:
         rows = torch.zeros(len(adapters), 4, dtype=torch.int32)
-        rows[:, 0] = torch.arange(0, len(adapters) * room, room) if room else 0
+        rows[:, 0] = torch.arange(len(adapters)) * room
         pages = torch.zeros(len(adapters) * room, 5, dtype=torch.int64)
         scaling, biases = torch.zeros(len(adapters)), torch.zeros(len(adapters), 2, dtype=torch.int64)
-        old: Sequence[Adapter | None] = (None,) * len(adapters)
     else:
         rows, pages = before.rows.clone(), before.pages.clone()
         scaling, biases = before.scaling.clone(), before.biases.clone()
-        old = before.adapters
-    arrays = rows.numpy(), pages.numpy(), scaling.numpy(), biases.numpy()
-    for slot, (adapter, other) in enumerate(zip(adapters, old, strict=True)):
-        if adapter is not other:
-            entry = EMPTY if adapter is None else lasting_entry(adapter, dtype=dtype, device=device)
-            arrays[0][slot, 1:] = entry.row
-            if entry.pages:
-                arrays[1][slot * room : slot * room + len(entry.pages)] = entry.pages
-            arrays[2][slot] = entry.scaling
-            arrays[3][slot] = entry.biases
+    in_rows, in_pages, in_scaling, in_biases = rows.numpy(), pages.numpy(), scaling.numpy(), biases.numpy()
+    for slot in changed:
+        adapter = adapters[slot]
+        entry = EMPTY if adapter is None else lasting_entry(adapter, dtype=dtype, device=device)
+        in_rows[slot, 1:] = entry.row
+        if entry.pages:
+            in_pages[slot * room : slot * room + len(entry.pages)] = entry.pages
+        in_scaling[slot] = entry.scaling
+        in_biases[slot] = entry.biases
     return AdapterTable(
         adapters=adapters,
         dtype=dtype,

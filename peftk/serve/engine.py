@@ -305,14 +305,12 @@ class Engine:
             if full:
                 continue  # but those behind may begin to load
             try:
-                pinned = work.lease is None or work.lease.pin()
+                if work.lease is None or work.lease.pin():
+                    self._start(work)
+                elif work.lease.loaded.done():
+                    full = retry = True  # the bank has no place; who came later does not take the next one
             except Exception as error:
                 self._fail(work, error)
-                continue
-            if pinned:
-                self._start(work)
-            elif work.lease is not None and work.lease.loaded.done():
-                full = retry = True  # the bank has no place; who came later does not take the next one
         deadlines = [w.deadline for w in self._works.values() if w.deadline is not None]
         until = [max(min(deadlines) - time.monotonic(), 0.0)] if deadlines else []
         return min([*until, *([_RETRY] if retry else [])], default=None)
@@ -344,10 +342,7 @@ class Engine:
         self._samplers[work.id] = Sampler(work.request, self._device)
         end_tokens = () if work.request.ignore_eos else self._end_tokens
         self._counts["prompt_tokens"] += len(work.prompt)
-        try:
-            self._batching.add(work.id, work.prompt, work.request.max_new_tokens, end_tokens)
-        except Exception as error:
-            self._fail(work, error)
+        self._batching.add(work.id, work.prompt, work.request.max_new_tokens, end_tokens)
         self._wake.notify_all()  # there is a place in the queue
 
     # ---- in the model's thread
@@ -374,7 +369,12 @@ class Engine:
             output = self._batching.next_output(0.1)
             if output is not None:
                 with self._lock:
-                    self._deliver(output)
+                    work = self._running.get(output.id)
+                    if work is not None:  # else it has ended, by a stop string or its owner
+                        try:
+                            self._deliver(work, output)
+                        except Exception as error:
+                            self._fail(work, error)
             elif not self._batching.running and not self._stopping:
                 self._recover()
 
@@ -394,10 +394,7 @@ class Engine:
                 for work in list(self._works.values()):
                     self._fail(work, error)
 
-    def _deliver(self, output: Output) -> None:
-        work = self._running.get(output.id)
-        if work is None:
-            return  # it has ended, by a stop string or its owner
+    def _deliver(self, work: _Work, output: Output) -> None:
         if output.error is not None:
             self._fail(work, RuntimeError(f"request: expected the model to compute it, got {output.error}"))
             return

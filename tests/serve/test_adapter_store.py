@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="the engine is for transformers 5.24")
 
+from peftk.checkpoints import files
 from peftk.checkpoints.files import CheckpointError
 from peftk.serve import AdapterStore
 from tests.support import served_llama
@@ -242,11 +243,23 @@ def test_a_damaged_checkpoint_fails_who_asked_and_can_be_repaired(made, folder, 
         torch.testing.assert_close(logits(store, lease), expected(folder / "a0"))
 
 
-def test_a_file_that_is_truncated_after_it_was_read_changes_nothing(made, folder, tmp_path):
+def test_a_file_that_is_truncated_while_it_is_read_fails_who_asked(made, folder, tmp_path, monkeypatch):
+    """If it was mapped, the next look at its tensors would end the process."""
     path = shutil.copytree(folder / "a0", tmp_path / "alice")
-    store = made(tmp_path)
+    store, read = made(tmp_path), files.read_weights
+
+    def read_and_truncate(*args, **kwargs):
+        tensors = read(*args, **kwargs)
+        os.truncate(path / "adapter_model.safetensors", 0)
+        return tensors
+
+    monkeypatch.setattr(files, "read_weights", read_and_truncate)
+    with pytest.raises(CheckpointError):
+        store.pin("alice")
+    monkeypatch.undo()
+    shutil.copytree(folder / "a0", path, dirs_exist_ok=True)
     with store.pin("alice") as lease:
-        os.truncate(path / "adapter_model.safetensors", 0)  # a mapped file would end the process here
+        os.truncate(path / "adapter_model.safetensors", 0)
         torch.testing.assert_close(logits(store, lease), expected(folder / "a0"))
 
 
