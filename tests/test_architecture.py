@@ -131,7 +131,7 @@ def test_no_cycles():
 
 def test_import_is_light():
     """`import peftk` loads no tool and no optional package."""
-    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton")
+    absent = ("peftk.tools", "peftk.cli", "transformers", "peft", "matplotlib", "rich", "triton", "fastapi")
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
