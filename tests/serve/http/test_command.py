@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 
@@ -51,11 +52,10 @@ def test_weights_in_a_pickle_are_not_read(model_folder, tmp_path):
 
 def test_code_beside_a_model_is_not_run(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
-    config = (tmp_path / "model/config.json").read_text()
-    mapped = '{"auto_map": {"AutoModelForCausalLM": "code.Model", "AutoConfig": "code.Config"}, "model_type": "own",'
-    (tmp_path / "model/config.json").write_text(
-        config.replace('"model_type": "llama"', '"model_type": "own"').replace("{", mapped, 1)
-    )
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    mapped = {"AutoModelForCausalLM": "code.Model", "AutoConfig": "code.Config"}
+    changed = {**config, "auto_map": mapped, "model_type": "own"}
+    (tmp_path / "model/config.json").write_text(json.dumps(changed))
     (tmp_path / "model/code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises((ValueError, OSError)):
         loading.load(tmp_path / "model", None)

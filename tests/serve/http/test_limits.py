@@ -263,8 +263,10 @@ def test_a_full_queue_says_when_to_come_back(adapters):
         assert {status for status, _ in statuses} == {200, 429}
         assert all(int(headers["retry-after"]) >= 1 for status, headers in statuses if status == 429)
         # of several prompts all are taken or none
+        before = served.engine.stats().finished
         assert server.call("/v1/completions", body("a0", prompt=["w5"] * 4, new=200))[0] == 429
         wait_until(lambda: served.engine.stats().running == served.engine.stats().waiting == 0)
+        assert served.engine.stats().finished == before
         assert server.call("/v1/completions", body("a0"))[0] == 200
 
 
