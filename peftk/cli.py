@@ -1,4 +1,4 @@
-"""The command line: peftk demo, bench, tune, selftest. Each command imports the heavy modules that it needs."""
+"""The command line: peftk demo, bench, tune, selftest, serve. Each command imports the heavy modules that it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from peftk.system import extras
-from peftk.tools.options import FILE, FOLDER, INTEGERS, CommaList, dims_of, make_folders, one_of
+from peftk.tools.options import FILE, FOLDER, INTEGERS, POSITIVE, SECONDS, CommaList, dims_of, make_folders, one_of
 
 if TYPE_CHECKING:
     from peftk.tuning.model_shapes import ModelShapes
@@ -444,6 +444,66 @@ def _tune_gpu(console: Console, model: ModelShapes | None = None) -> None:
     if found.left:
         console.print(f"No time was left for {found.left} measurements; a second run finds its kernels compiled.")
     console.print(f"Written: {found.file}", highlight=False)
+
+
+@main.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--adapters",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Every folder in it with a LoRA checkpoint of HF PEFT is an adapter of that name.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--name", help="Name of the base model for clients [default: that of its folder or file]")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of the weights [default: the files']")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: torch's]")
+@click.option(
+    "--api-key-file",
+    type=FILE,
+    help="File with the key that every request must show [default: $PEFTK_API_KEY, or none]",
+)
+@click.option(
+    "--admin-token-file",
+    type=FILE,
+    help="File with the token for loading and unloading adapters [default: $PEFTK_ADMIN_TOKEN; none: these are off]",
+)
+@click.option("--bank-slots", type=POSITIVE, default=64, show_default=True, help="Adapters in the bank at a time.")
+@click.option("--bank-bytes", type=POSITIVE, help="Their size [default: any]")
+@click.option("--host-bytes", type=POSITIVE, default=4 << 30, show_default=True, help="Of checkpoints in host memory.")
+@click.option("--max-running", type=POSITIVE, default=64, show_default=True, help="Prompts generated at a time.")
+@click.option("--max-waiting", type=POSITIVE, default=1024, show_default=True, help="Prompts or texts in the queue.")
+@click.option("--cache-tokens", type=POSITIVE, default=32768, show_default=True, help="Size of the KV cache.")
+@click.option(
+    "--step-tokens", type=POSITIVE, default=1024, show_default=True, help="Of one step, or one batch of texts."
+)
+@click.option(
+    "--max-new-tokens", type=POSITIVE, default=4096, show_default=True, help="The most that max_tokens may be."
+)
+@click.option("--max-prompt-tokens", type=POSITIVE, help="Of one prompt [default: as there is room for]")
+@click.option("--max-body", type=POSITIVE, default=4 << 20, show_default=True, help="Bytes of a request.")
+@click.option("--max-connections", type=POSITIVE, default=1024, show_default=True)
+@click.option("--request-seconds", type=SECONDS, default=600.0, show_default=True, help="A request's time limit.")
+@click.option(
+    "--drain-seconds", type=SECONDS, default=60.0, show_default=True, help="For running requests after SIGTERM."
+)
+def serve(model: Path, adapters: Path | None, **options: Any) -> None:
+    """Serves MODEL over HTTP as OpenAI's API does, with many LoRA adapters at once; a request's `model` names one.
+
+    MODEL is a folder of transformers (safetensors) or a .gguf file. A causal language model answers /v1/completions and
+    /v1/chat/completions, an encoder /v1/embeddings; both /v1/models, /health, /metrics, and with an admin token
+    /v1/load_lora_adapter and /v1/unload_lora_adapter. SIGTERM lets running requests finish. docs/http.md has the rest.
+
+    Keys are read from files or the environment, since every user of a machine sees the arguments of its processes.
+    """
+    try:
+        extras.require("serve", "peftk serve", ["fastapi", "uvicorn", "prometheus_client", "transformers"])
+        from peftk.serve.http import command
+
+        command.run(model, adapters, command.Options(**options))
+    except (extras.MissingExtraError, ImportError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _console(*, record: bool = False) -> Console:

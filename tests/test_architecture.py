@@ -142,6 +142,7 @@ def test_import_is_light():
         "matplotlib",
         "rich",
         "triton",
+        "fastapi",
     )
     code = f"import sys, peftk; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -216,8 +216,16 @@ class AdapterBank:
         bank's.
         """
         if self.device.type != "cpu" or self.live is not None:
-            factors = (adapter.lora_A, adapter.lora_B, adapter.scaling)
-            self.add(name, *factors, activation=adapter.activation, bias_B=adapter.bias_B, number=number)
+            self.add(
+                name,
+                adapter.lora_A,
+                adapter.lora_B,
+                adapter.scaling,
+                activation=adapter.activation,
+                bias_A=adapter.bias_A,
+                bias_B=adapter.bias_B,
+                number=number,
+            )
             return
         slot = number % len(self.slots)
         if name in self.names or self.slots[slot] is not None:

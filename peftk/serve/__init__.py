@@ -6,6 +6,7 @@ with Engine(model, store, tokenizer=tokenizer) as engine:
 """
 
 from peftk.serve.adapter_store import AdapterStore, Lease, StoreStats
+from peftk.serve.embedder import Embedder, EmbedderStats, EmbeddingJob, Embeddings
 from peftk.serve.engine import Engine, EngineStats
 from peftk.serve.generation import Generation
 from peftk.serve.requests import Completion, QueueFullError, Request, Token
@@ -13,6 +14,10 @@ from peftk.serve.requests import Completion, QueueFullError, Request, Token
 __all__ = [
     "AdapterStore",
     "Completion",
+    "Embedder",
+    "EmbedderStats",
+    "EmbeddingJob",
+    "Embeddings",
     "Engine",
     "EngineStats",
     "Generation",

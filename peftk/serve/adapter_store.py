@@ -320,6 +320,13 @@ class AdapterStore:
                 read_p99_ms=_percentile(self._read_times, 99),
             )
 
+    def residency(self) -> dict[str, str]:
+        """For each name whose adapter is in memory, as far as it was read: "bank" or "host"."""
+        with self._lock:
+            digests = {name: version.digest for name, version in self._versions.items()}
+            tiers = {**dict.fromkeys(self._host, "host"), **dict.fromkeys(self._bank, "bank")}
+            return {name: tiers[digest] for name, digest in digests.items() if digest in tiers}
+
     def close(self) -> None:
         """Ends the store's thread. Leases stay valid; no new ones are made."""
         with self._lock:

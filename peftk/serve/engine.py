@@ -185,6 +185,16 @@ class Engine:
             raise
         return [generation.result() for generation in generations]
 
+    @property
+    def alive(self) -> bool:
+        """Whether it is open and the model's thread runs."""
+        return self._open and self._batching.running
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a prompt can have, together with those to generate."""
+        return min(self.cache_tokens // PAGE_TOKENS * PAGE_TOKENS, self._context or self.cache_tokens)
+
     def stats(self) -> EngineStats:
         """What it does now and has done. The adapters' are in `store.stats()`."""
         with self._lock:
@@ -236,10 +246,9 @@ class Engine:
         if not tokens or not all(0 <= token < self._vocabulary for token in tokens):
             raise ValueError(f"prompt: expected tokens from 0 to {self._vocabulary - 1}, got others, or none")
         total = len(tokens) + request.max_new_tokens
-        most = min(self.cache_tokens // PAGE_TOKENS * PAGE_TOKENS, self._context or self.cache_tokens)
-        if total > most:
+        if total > self.room:
             raise ValueError(
-                f"prompt: expected at most {most} tokens together with max_new_tokens, got {len(tokens)} + "
+                f"prompt: expected at most {self.room} tokens together with max_new_tokens, got {len(tokens)} + "
                 f"{request.max_new_tokens}"
             )
         generation = Generation(request, self._cancel)
