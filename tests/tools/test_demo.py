@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 from rich.console import Console
 
 from peftk.cli import main
 from peftk.system import extras
 from peftk.system.timing import interleave
-from peftk.tools import demo
-from peftk.tools.demo import latency, mixed_batch
-from peftk.tools.demo.stage import sparkline
+from peftk.tools import demo, smollm2
+from peftk.tools.demo import latency, mixed_batch, serving, styles
+from peftk.tools.demo.stage import Stage, sparkline
 from peftk.tools.minilm import MiniLM
 from peftk.tools.sentences import KINDS, SENTENCES, split
+from tests.support import served_llama
 
 # one thread: steady timings while other tests run
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,15 +42,52 @@ def test_every_step_with_a_sixth_of_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(MiniLM, "__init__", cut)
     for step in (latency, mixed_batch):
         monkeypatch.setattr(step, "interleave", lambda sides, seconds: interleave(sides, seconds=0.01))
+    monkeypatch.setattr(serving, "why_not", lambda: "no language model")
     demo.run(tmp_path, Console(quiet=True), quick=True)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "demo.json").read_text())
     assert report["inject"]["linears"] == 6
+    assert report["serving"] == {"skipped": "no language model"}
     assert all(any(step in check["name"] for check in report["checks"]) for step in STEPS)
     of_the_whole_model = ("loss fell", "what the adapters change")
     wrong = [c for c in report["checks"] if not (c["passed"] or any(name in c["name"] for name in of_the_whole_model))]
     assert not wrong, wrong
     assert all(figures["bits_changed"] == 0 for figures in report["merge"].values())
+
+
+def test_every_style_is_told_from_the_others():
+    for style in styles.STYLES:
+        answers = [styles.example(style, country)[1] for country in styles.COUNTRIES]
+        assert all(answer.endswith("<|im_end|>") and "{" not in answer.strip("{") for answer in answers)
+        for answer in answers:
+            assert [other for other in styles.STYLES if styles.shows(other, answer)] == [style]
+    assert len(set(styles.COUNTRIES)) == 20
+    assert not any("Italy" in country for country in styles.COUNTRIES)
+
+
+def test_adapters_trained_in_one_batch_are_served_in_one(monkeypatch):
+    pytest.importorskip("transformers", "5.24", reason="the engine is for transformers 5.24")
+    made = smollm2.random_llama(torch.float32, hidden=64, layers=2)._replace(tokenizer=served_llama.tokenizer())
+    monkeypatch.setattr(smollm2, "why_not", lambda: None)
+    monkeypatch.setattr(smollm2, "load", lambda dtype: made._replace(model=copy.deepcopy(made.model)))
+    monkeypatch.setattr(serving, "QUICK_STEPS", 6)
+    stage = Stage(Console(file=io.StringIO()), quick=True, has_peft=True)
+    serving.show(stage)
+    assert stage.passed
+    figures = stage.figures["serving"]
+    assert figures["losses"][-1] < figures["losses"][0]
+    assert list(figures["answers"]) == ["base", *styles.STYLES]
+    assert figures["tokens"] > len(styles.STYLES)
+
+
+@pytest.mark.full
+def test_eight_styles_of_smollm2():
+    pytest.importorskip("transformers", "5.24", reason="the engine is for transformers 5.24")
+    if reason := smollm2.why_not():
+        pytest.skip(reason)
+    result = CliRunner().invoke(main, ["demo", "--serving"])
+    assert result.exit_code == 0, result.output
+    assert "✓ adapters that did not learn their style" in result.output
 
 
 @pytest.mark.full

@@ -34,7 +34,7 @@ from peftk.tools.benchmark.targets import (
 )
 
 PASS, SHORT, NOT_QUIET, WRONG, NOT_MEASURED = "pass", "short", "not quiet", "WRONG", "not measured"
-_COLOURS = {PASS: "green", SHORT: "yellow", NOT_QUIET: "dim", WRONG: "bold red", NOT_MEASURED: "dim"}
+COLOURS = {PASS: "green", SHORT: "yellow", NOT_QUIET: "dim", WRONG: "bold red", NOT_MEASURED: "dim"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def run(console: Console, options: Options, env: dict[str, Any], targets: Sequen
             results += section_results
             console.print(table(section, section_results))
             for mark, note in dict.fromkeys((result.mark, result.note) for result in section_results if result.note):
-                console.print(f"[{_COLOURS[mark]}]{mark}: {note}[/]", highlight=False)
+                console.print(f"[{COLOURS[mark]}]{mark}: {note}[/]", highlight=False)
     console.print(summary(results), highlight=False)
     return Outcome(roofline, results, records)
 
@@ -291,7 +291,7 @@ def table(section: str, results: Sequence[Result]) -> Table:
         section_table.add_column(header, justify="left" if header in ("against", "") else "right", no_wrap=True)
     for number, result in enumerate(results):
         cells = [cells[number] for cells in columns.values()]
-        section_table.add_row(*cells[:-1], f"[{_COLOURS[result.mark]}]{cells[-1]}[/]")
+        section_table.add_row(*cells[:-1], f"[{COLOURS[result.mark]}]{cells[-1]}[/]")
     return section_table
 
 
@@ -341,7 +341,7 @@ def _megabytes(value: int | None) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    counts = {mark: sum(result.mark == mark for result in results) for mark in _COLOURS}
+    counts = {mark: sum(result.mark == mark for result in results) for mark in COLOURS}
     beyond = sum(result.mark == SHORT and bool(result.beyond_limit) for result in results)
     parts = [f"{counts[PASS]} of {len(results)} targets met"]
     if counts[SHORT]:

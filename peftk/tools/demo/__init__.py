@@ -1,4 +1,4 @@
-"""`peftk demo`: shows peftk on a pretrained model, in under three minutes."""
+"""`peftk demo`: shows peftk on pretrained models, in under three minutes without and five with the language model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
     extras.require("demo", "peftk demo", MODULES)
 
     from peftk.tools.benchmark.environment import busy, environment
-    from peftk.tools.demo import latency, merging, mixed_batch, report, serves, training
+    from peftk.tools.demo import latency, merging, mixed_batch, report, serves, serving, training
     from peftk.tools.demo.stage import Stage
     from peftk.tools.sentences import SENTENCES
 
@@ -49,6 +49,7 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
     mixed_batch.measure(stage, minilm, texts)
     trained = training.train(stage, minilm)
     merging.measure(stage, minilm, trained, batch)
+    serving.show(stage)
     report.summary(stage)
     seconds = time.perf_counter() - started
     files = report.write(
@@ -64,4 +65,20 @@ def run(out: Path, console: Console, *, quick: bool = False) -> bool:
         },
     )
     stage.say(f"{seconds:.0f} s. Written: {', '.join(str(file) for file in files)}")
+    return stage.passed
+
+
+def run_serving(console: Console, *, quick: bool = False) -> bool:
+    """Runs the last step alone. True if its checks passed.
+
+    Raises extras.MissingExtraError if a required package is not installed.
+    """
+    from peftk.tools.demo import serving
+    from peftk.tools.demo.stage import Stage
+
+    reason = serving.why_not()
+    if reason is not None:
+        raise extras.MissingExtraError(reason)
+    stage = Stage(console, quick=quick, has_peft=True)
+    serving.show(stage)
     return stage.passed

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-STEPS = 6
+STEPS = 7
 
 
 @dataclasses.dataclass
