@@ -17,7 +17,7 @@ pytest.importorskip("transformers", "5.24", reason="the engine is for transforme
 from peftk import cli
 from peftk.tools import smollm2
 from peftk.tools.benchmark.environment import environment
-from peftk.tools.benchmark.serving import drive, plot, sides, suite, targets, traffic, turns, vllm
+from peftk.tools.benchmark.serving import drive, plot, sides, suite, targets, traffic, turns, vllm_side
 from peftk.tools.benchmark.suite import NOT_MEASURED, WRONG
 
 
@@ -33,7 +33,7 @@ def run(language):
 
 
 def test_a_tiny_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.delenv(vllm.PYTHON, raising=False)
+    monkeypatch.delenv(vllm_side.PYTHON, raising=False)
     outcome, text = run(tiny)
     assert outcome.all_correct
     assert [(r.adapters, r.peer) for r in outcome.results] == [(t.adapters, t.peer) for t in sorted_targets()]
@@ -41,7 +41,7 @@ def test_a_tiny_run(tiny, tmp_path, monkeypatch):
     assert {(8, targets.ENGINE), (8, targets.UNMODIFIED), (8, targets.PADDED), (64, targets.ENGINE)} <= measured
     vllm_row = next(r for r in outcome.results if r.peer == targets.VLLM)
     assert vllm_row.mark == NOT_MEASURED
-    assert vllm.PYTHON in vllm_row.note
+    assert vllm_side.PYTHON in vllm_row.note
     assert {(load.loop, load.adapters) for load in outcome.loads} == {("closed", n) for n in (1, 8, 64)} | {
         ("open", 64)
     }

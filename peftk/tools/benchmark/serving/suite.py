@@ -17,8 +17,9 @@ from peftk.serve import AdapterStore, Engine
 from peftk.system import extras
 from peftk.tools import smollm2
 from peftk.tools.benchmark.environment import busy
+from peftk.tools.benchmark.peers import UnavailableError
 from peftk.tools.benchmark.quiet import MOST, Watch, is_quiet
-from peftk.tools.benchmark.serving import adapters, drive, sides, targets, turns, vllm
+from peftk.tools.benchmark.serving import adapters, drive, sides, targets, turns, vllm_side
 from peftk.tools.benchmark.serving.check import Alone
 from peftk.tools.benchmark.serving.sides import Side
 from peftk.tools.benchmark.serving.targets import TARGETS, Target
@@ -213,13 +214,15 @@ def _throughput(
         made.append((sides.padded(targets.PADDED, language, folder, names), asked))
         for name, reason, make in (
             (targets.PEFT, None if extras.is_installed("peft") else "peft is not installed", sides.hf_peft),
-            (targets.VLLM, vllm.why_not(), vllm.side),
+            (targets.VLLM, vllm_side.why_not(), vllm_side.side),
             (targets.LLAMA_CPP, "not run by this suite: its adapters need files of their own kind", None),
         ):
-            if reason is None and make is not None:
+            try:
+                if make is None or reason is not None:
+                    raise UnavailableError(reason)
                 made.append((make(name, language, folder, names), asked))
-            else:
-                missing.append(Throughput(len(names), name, None, None, 0, None, reason or ""))
+            except UnavailableError as error:
+                missing.append(Throughput(len(names), name, None, None, 0, None, str(error)))
     try:
         errors = {}
         for side, ask in made:

@@ -1,4 +1,4 @@
-"""The process of `vllm.py`: reads lists of jobs, a line each, and writes the new tokens. Imports nothing of peftk."""
+"""The process of `vllm_side.py`: reads lists of jobs, a line each, writes the new tokens. Imports nothing of peftk."""
 
 from __future__ import annotations
 

@@ -9,9 +9,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from peftk.tools.benchmark.peers import UnavailableError
 from peftk.tools.benchmark.serving.sides import Side, Tokens
 from peftk.tools.benchmark.serving.traffic import Job
 from peftk.tools.smollm2 import Language
@@ -29,7 +31,7 @@ def why_not() -> str | None:
 
 
 def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> Side:
-    """Its processor time is not seen: it is another process's. Raises RuntimeError if vLLM does not start."""
+    """Its processor time is not seen: it is another process's. Raises UnavailableError if vLLM does not start."""
     model = tempfile.mkdtemp(prefix="peftk-vllm-")
     language.model.save_pretrained(model)
     asked = {"model": model, "adapters": {adapter: str(folder / adapter) for adapter in names}}
@@ -41,9 +43,10 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         "VLLM_PLUGINS": "",  # without peftk's
     }
     environment.pop("PYTHONPATH", None)
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(
         [os.environ[PYTHON], Path(__file__).with_name("vllm_process.py"), json.dumps(asked)],
-        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment,
     )  # fmt: skip
 
     def read() -> str:
@@ -51,7 +54,7 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         for line in process.stdout:
             if line.startswith("peftk:"):
                 return line.removeprefix("peftk:")
-        raise RuntimeError("vLLM has ended")
+        raise UnavailableError(f"vLLM has ended: {_last_line(said)}")
 
     def answer(jobs: Sequence[Job]) -> list[Tokens]:
         assert process.stdin is not None
@@ -61,11 +64,18 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
 
     def close() -> None:
         process.communicate("")
+        said.close()
         shutil.rmtree(model, ignore_errors=True)
 
     try:
         read()
-    except RuntimeError:
+    except UnavailableError:
         close()
         raise
     return Side(name, answer, close)
+
+
+def _last_line(said: IO[str]) -> str:
+    """What it said before it ended."""
+    said.seek(0)
+    return next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it has said nothing")
