@@ -469,6 +469,8 @@ def test_bad_arguments_are_refused():
         Engine(model, store)
     store.close()
     with Engine(model, cache_tokens=512) as engine:
+        with pytest.raises(ValueError, match="model: expected one that no open engine uses"):
+            Engine(model, engine.store, cache_tokens=512)
         with pytest.raises(ValueError, match="tokenizer"):
             engine.submit(Request("text"))
         assert len(engine.generate([[5, 6]], max_new_tokens=3, ignore_eos=True)[0].tokens) == 3
