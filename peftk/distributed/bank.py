@@ -95,6 +95,13 @@ class ShardedBank(AdapterBank):
             number=number,
         )
 
+    def keep(self, name: str, adapter: Adapter, number: int) -> None:
+        """As `keep` of banks, for a whole adapter; this rank's part of it is copied."""
+        self.add(
+            name, adapter.lora_A, adapter.lora_B, adapter.scaling,
+            activation=adapter.activation, bias_A=adapter.bias_A, bias_B=adapter.bias_B, number=number,
+        )  # fmt: skip
+
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """As `lend` of banks; `adapter` is a method of the module whose Parameters it reads, which are distributed."""
         owner = getattr(adapter, "__self__", None)
