@@ -81,6 +81,7 @@ class Lease:
         self.store, self.name, self.version, self.on_cancel = store, name, version, on_cancel
         self.loaded: concurrent.futures.Future[PreparedAdapter | None] = concurrent.futures.Future()
         self.held: HeldAdapter | None = None  # once it is pinned
+        self._pinned: str | None = None  # its digest
 
     @property
     def number(self) -> int:
@@ -92,7 +93,7 @@ class Lease:
     @property
     def digest(self) -> str | None:
         """sha256 of the checkpoint's contents; None before it was read."""
-        return self.version.digest
+        return self._pinned or self.version.digest
 
     def pin(self) -> bool:
         """Gives the adapter a place in the bank and keeps it there until `release`.
@@ -432,7 +433,7 @@ class AdapterStore:
                 self._counts["loads"] += 1
             resident.pins += 1
             self._bank.move_to_end(digest)
-            lease.held = self.server.hold(digest)
+            lease.held, lease._pinned = self.server.hold(digest), digest
             lease.loaded = concurrent.futures.Future()  # which does not keep the tensors in host memory
             lease.loaded.set_result(None)
             return True

@@ -100,6 +100,8 @@ class ContinuousBatching:
         self._around, self._sample = around, sample
         self._model = model
         self._attention: str = self._model.config._attn_implementation
+        if self._attention == packed_attention.NAME:
+            raise ValueError("model: expected one that no open engine uses, got one that another Engine serves")
         self._manager: Any = None
         self.start()
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from peftk.adapters import checks
 from peftk.serve.adapter_store import AdapterStore, Lease
 from peftk.serve.fair_queue import FairQueue
-from peftk.serve.requests import QueueFullError
+from peftk.serve.requests import QueueFullError, is_int, is_number
 
 _RETRY = 0.005  # seconds after which a place in the bank is asked for again that a running batch still reads
 _LOOK_AHEAD = 512  # waiting texts among which those of like length are looked for
@@ -152,9 +152,11 @@ class Embedder:
 
         adapter: a name of the store, None for the base model. timeout: seconds after which it fails with TimeoutError.
 
-        Raises ValueError for an unknown adapter, no texts, an empty or too long one or ids outside of the vocabulary;
-        QueueFullError if too many texts wait; RuntimeError after `close`. Nothing has changed then.
+        Raises TypeError for other texts or another timeout, ValueError for an unknown adapter, no texts, an empty or
+        too long one or ids outside of the vocabulary; QueueFullError if too many texts wait; RuntimeError after
+        `close`. Nothing has changed then.
         """
+        _check_types(texts, timeout)
         if adapter is not None and adapter not in self.store:
             raise ValueError(f"adapter: expected a name of the store or None, got {adapter!r}")
         ids = [self.tokenizer(text)["input_ids"] if isinstance(text, str) else list(text) for text in texts]
@@ -278,7 +280,7 @@ class Embedder:
         ends = [job.deadline - now for job in self._jobs if job.deadline is not None]
         if any(job.lease is not None and job.lease.held is None for job in self._jobs):
             ends.append(_RETRY)
-        return max(min(ends), 0.0) if ends else None
+        return min(max(min(ends), 0.0), threading.TIMEOUT_MAX) if ends else None
 
     @torch.inference_mode()
     def _vectors(self, batch: Sequence[_Text]) -> Tensor:
@@ -330,3 +332,13 @@ class Embedder:
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify_all()
+
+
+def _check_types(texts: Any, timeout: Any) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise TypeError(f"texts: expected a sequence of texts, got {type(texts).__name__}")
+    for text in texts:
+        if not isinstance(text, str) and not (isinstance(text, Sequence) and all(map(is_int, text))):
+            raise TypeError(f"texts: expected strings, or sequences of ints, got {text!r:.40}")
+    if timeout is not None and not is_number(timeout):
+        raise TypeError(f"timeout: expected seconds or None, got {timeout!r:.40}")

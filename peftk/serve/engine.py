@@ -291,7 +291,7 @@ class Engine:
             while not self._stopping:
                 self._wake.wait(self._admit())
 
-    def _admit(self) -> float | None:
+    def _admit(self) -> float:
         """Ends what is overdue, starts what can start; returns the seconds after which to look again at the latest."""
         now = time.monotonic()
         for work in [w for w in self._works.values() if w.deadline is not None and w.deadline <= now]:
@@ -309,11 +309,13 @@ class Engine:
                     self._start(work)
                 elif work.lease.loaded.done():
                     full = retry = True  # the bank has no place; who came later does not take the next one
+                else:
+                    self._look_again_after(work.lease)  # it left memory while it waited, and is read again
             except Exception as error:
                 self._fail(work, error)
         deadlines = [w.deadline for w in self._works.values() if w.deadline is not None]
         until = [max(min(deadlines) - time.monotonic(), 0.0)] if deadlines else []
-        return min([*until, *([_RETRY] if retry else [])], default=None)
+        return min([*until, *([_RETRY] if retry else []), threading.TIMEOUT_MAX])
 
     def _prefetched(self, work: _Work) -> bool:
         """Whether a waiting request's adapter is in memory; its load begins here."""
@@ -322,11 +324,15 @@ class Engine:
         try:
             if work.lease is None:
                 work.lease = self.store.lease(work.request.adapter, on_cancel=work.generation.cancel)
-                work.lease.loaded.add_done_callback(lambda _: self._notify())
+                self._look_again_after(work.lease)
         except Exception as error:
             self._fail(work, error)
             return False
         return work.lease.loaded.done()
+
+    def _look_again_after(self, lease: Lease) -> None:
+        """Wakes the admission when the lease's adapter is in memory."""
+        lease.loaded.add_done_callback(lambda _: self._notify())
 
     def _notify(self) -> None:
         with self._wake:
@@ -397,6 +403,9 @@ class Engine:
     def _deliver(self, work: _Work, output: Output) -> None:
         if output.error is not None:
             self._fail(work, RuntimeError(f"request: expected the model to compute it, got {output.error}"))
+            return
+        if self._samplers[work.id].lost:
+            self._fail(work, RuntimeError("request: expected finite logits of the model, got NaN or infinite ones"))
             return
         for token in output.tokens[len(work.tokens) :]:
             work.first_token = work.first_token or time.monotonic()

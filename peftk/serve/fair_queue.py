@@ -52,5 +52,7 @@ class FairQueue(Generic[T]):
         """Notes that a tenant was given work. Tenants without waiting items are forgotten once others are ahead."""
         self._level = max(self._level, min((self._work[t] for t in self._waiting), default=self._level))
         self._work[tenant] = max(self._work.get(tenant, 0.0), self._level) + work
+        if not self._waiting:  # all are served: who comes next starts level with this one
+            self._level = max(self._work.values())
         for other in [t for t, done in self._work.items() if t not in self._waiting and done <= self._level]:
             del self._work[other]

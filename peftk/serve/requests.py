@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            if not isinstance(self.prompt, Sequence) or not all(_is_int(token) for token in self.prompt):
+            if not isinstance(self.prompt, Sequence) or not all(is_int(token) for token in self.prompt):
                 raise TypeError(f"prompt: expected a string or a sequence of ints, got {type(self.prompt).__name__}")
             object.__setattr__(self, "prompt", tuple(self.prompt))
         if not self.prompt:
@@ -58,17 +58,17 @@ class Request:
                 raise TypeError(f"{name}: expected a non-empty string or None, got {value!r}")
         for name, least in (("max_new_tokens", 1), ("top_k", 0)):
             value = getattr(self, name)
-            if not _is_int(value):
+            if not is_int(value):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
             if value < least:
                 raise ValueError(f"{name}: expected {least} or more, got {value}")
         for name, low, high in (("temperature", 0.0, 1e4), ("top_p", 0.0, 1.0)):
             value = getattr(self, name)
-            if not _is_number(value):
+            if not is_number(value):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
             if not low <= value <= high or (name == "top_p" and value == 0):
                 raise ValueError(f"{name}: expected {'above ' * (name == 'top_p')}{low} to {high}, got {value}")
-        if self.seed is not None and not _is_int(self.seed):
+        if self.seed is not None and not is_int(self.seed):
             raise TypeError(f"seed: expected an int or None, got {self.seed!r}")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
@@ -78,7 +78,7 @@ class Request:
             raise ValueError(f"stop: expected at most {_MOST_STOPS} strings, got {len(self.stop)}")
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos: expected a bool, got {self.ignore_eos!r}")
-        if self.timeout is not None and not _is_number(self.timeout):
+        if self.timeout is not None and not is_number(self.timeout):
             raise TypeError(f"timeout: expected seconds or None, got {self.timeout!r}")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout: expected more than 0 seconds, got {self.timeout}")
@@ -115,9 +115,11 @@ class Completion:
     total: float
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether it is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

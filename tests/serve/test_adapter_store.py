@@ -220,6 +220,31 @@ def test_files_that_changed_in_place_are_read_anew(made, folder, tmp_path):
         torch.testing.assert_close(logits(store, old), expected(folder / "a0"))
 
 
+def test_a_pinned_lease_keeps_its_digest_when_its_files_change_while_they_are_read_again(made, folder, tmp_path):
+    path = shutil.copytree(folder / "a0", tmp_path / "alice")
+    store = made(bank_slots=1, host_bytes=1)
+    for name, where in (("alice", path), ("twin", folder / "a0"), ("other", folder / "a1")):
+        store.add(name, where)
+    with store.pin("alice") as first:
+        digest = first.digest
+    twin = store.lease("twin")
+    twin.loaded.result(10)
+    store.pin("other").release()  # bank and host memory have only this one now
+    go, real = threading.Event(), store._content
+    store._content = lambda version: go.wait(20) and real(version)
+    again = store.lease("alice")  # is read again
+    assert twin.pin()
+    pinned = store.lease("alice")
+    assert pinned.pin()  # by its twin's place
+    served_llama.write_adapter(path, 16, 2)
+    go.set()
+    again.loaded.result(20)
+    assert again.digest != digest == pinned.digest
+    pinned.release()
+    twin.release()
+    assert store.stats().pinned == 0
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty", "config"])
 def test_a_damaged_checkpoint_fails_who_asked_and_can_be_repaired(made, folder, tmp_path, damage):
     path = shutil.copytree(folder / "a0", tmp_path / "alice")

@@ -161,6 +161,28 @@ def test_bad_texts_are_refused(make, texts, adapter, message):
     assert embedder.embed([[5]]).tokens == 1
 
 
+@pytest.mark.parametrize("timeout", [float("nan"), "1", 10**400, True])
+def test_a_timeout_that_is_no_number_is_refused(make, timeout):
+    embedder = make()
+    with pytest.raises(TypeError, match="timeout: expected seconds"):
+        embedder.submit([[5]], "a0", timeout)
+    assert embedder.embed([[5]], "a0").tokens == 1
+
+
+@pytest.mark.parametrize("texts", ["w5", 5, [None], [[5.5]], [[True]], [["w5"]]])
+def test_what_is_no_sequence_of_texts_is_refused(make, texts):
+    with pytest.raises(TypeError, match="texts: expected"):
+        make().submit(texts)
+
+
+def test_a_timeout_that_is_farther_than_threads_can_wait_is_none(make):
+    embedder = make()
+    job = embedder.submit([[5]], timeout=1e300)
+    with embedder._wake:
+        assert embedder._until() <= threading.TIMEOUT_MAX
+    assert job.future.result(30).tokens == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"pooling": "max"}, "pooling"), ({"max_tokens": 65}, "max_tokens"), ({"batch_tokens": 0}, "batch_tokens")],

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers", "5.24", reason="the engine is for transformers 5.24")
 
@@ -194,6 +195,34 @@ def test_sampling_depends_on_the_seed_and_nothing_else(shared):
     assert shared.generate([request], top_k=1)[0].tokens == expected(shared.store.folder, greedy(PROMPT, "a1", 10))
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest_token(shared, folder, temperature):
+    cold, plain = greedy(PROMPT, "a1", temperature=temperature), greedy(PROMPT, "a1")
+    assert [c.tokens for c in shared.generate([cold, plain])] == [expected(folder, plain)] * 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_adapter_that_gives_no_finite_logits_fails_only_its_requests(made, folder, tmp_path, temperature):
+    shutil.copytree(folder / "a0", tmp_path / "huge")
+    weights = tmp_path / "huge" / "adapter_model.safetensors"
+    save_file({k: v * 1e30 for k, v in load_file(weights).items()}, weights)
+    shutil.copytree(folder / "a1", tmp_path / "a1")
+    engine = made(tmp_path)
+    good = [greedy(PROMPT, name, 12) for name in ("a1", None)]
+    lost = engine.submit(greedy(PROMPT, "huge", 12, temperature=temperature))
+    assert [c.tokens for c in engine.generate(good)] == [expected(folder, request) for request in good]
+    with pytest.raises(RuntimeError, match="finite logits"):
+        lost.result(60)
+    again = [greedy([*PROMPT, number], "a1", 30) for number in range(3, 20)]  # on the pages that it had
+    assert [c.tokens for c in engine.generate(again)] == [expected(folder, request) for request in again]
+
+
+def test_a_deadline_that_is_farther_than_threads_can_wait_is_none(shared, folder):
+    far = greedy(PROMPT, "a1", timeout=1e300)
+    for _ in range(2):  # the second one needs the thread that would have waited for the first one's
+        assert shared.submit(far).result(60).tokens == expected(folder, far)
+
+
 def test_cancelled_requests_keep_what_they_have(made, folder):
     engine = made()
     generation = engine.stream(PROMPT, adapter="a0", max_new_tokens=200, ignore_eos=True)
@@ -304,6 +333,22 @@ def test_a_slow_load_does_not_hold_up_others(made, folder, monkeypatch):
     assert slow.result(30).tokens == expected(folder, greedy(PROMPT, "a1", 4))
 
 
+def test_an_adapter_that_left_memory_while_its_request_waited_is_read_again(folder):
+    store = AdapterStore(served_llama.model(), folder, bank_slots=1, host_bytes=1)
+    with Engine(store.server.model, store, max_running=1, cache_tokens=1024) as engine:
+        engine.generate([greedy(PROMPT, "a0")])  # in the bank from now on
+        engine.generate([greedy(PROMPT, None, 1, tenant="first")])
+        with engine._lock:  # all three wait when the admission looks at them
+            running = engine.submit(greedy(PROMPT, None, 200))
+            first = engine.submit(greedy(PROMPT, "a1", tenant="one"))
+            second = engine.submit(greedy(PROMPT, "a0", tenant="one"))  # has a lease, of what the bank has still
+        assert running.result(60).finish_reason == "length"
+        assert first.result(60).tokens == expected(folder, first.request)  # has put a0 out of bank and host memory
+        assert second.result(60).tokens == expected(folder, second.request)
+    assert store.stats().reads == 3
+    store.close()
+
+
 def test_a_name_is_replaced_while_it_is_used(made, folder):
     engine = made()
     engine.store.add("alice", folder / "a0")
@@ -397,6 +442,8 @@ def test_a_dead_model_fails_its_requests_with_the_reason(made, monkeypatch):
         ({"prompt": [5], "max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"prompt": [5], "temperature": -1}, ValueError, "temperature"),
         ({"prompt": [5], "temperature": float("nan")}, TypeError, "temperature"),
+        ({"prompt": [5], "temperature": 10**400}, TypeError, "temperature"),
+        ({"prompt": [5], "timeout": 10**400}, TypeError, "timeout"),
         ({"prompt": [5], "top_p": 0}, ValueError, "top_p"),
         ({"prompt": [5], "top_k": -1}, ValueError, "top_k"),
         ({"prompt": [5], "stop": [""]}, TypeError, "stop"),
@@ -422,6 +469,8 @@ def test_bad_arguments_are_refused():
         Engine(model, store)
     store.close()
     with Engine(model, cache_tokens=512) as engine:
+        with pytest.raises(ValueError, match="model: expected one that no open engine uses"):
+            Engine(model, engine.store, cache_tokens=512)
         with pytest.raises(ValueError, match="tokenizer"):
             engine.submit(Request("text"))
         assert len(engine.generate([[5, 6]], max_new_tokens=3, ignore_eos=True)[0].tokens) == 3

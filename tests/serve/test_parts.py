@@ -74,6 +74,15 @@ def test_tenants_are_served_in_turn_by_the_work_that_they_got():
     assert not queue.remove("many", "m0")
 
 
+def test_tenants_that_have_nothing_to_wait_for_are_forgotten():
+    queue: FairQueue[int] = FairQueue()
+    for number in range(100):
+        queue.add(f"tenant {number}", number)
+        queue.remove(f"tenant {number}", number)
+        queue.served(f"tenant {number}", 10)
+    assert len(queue._work) <= 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_packed_attention_is_that_of_each_request_alone(dtype, heads):
