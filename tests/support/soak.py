@@ -144,6 +144,8 @@ class Soak:
         end = time.monotonic() + self.seconds
         next_sample = 0.0
         with self._reads_that_may_fail():
+            for action in choices:  # each at least once, however busy the machine is
+                action()
             while (now := time.monotonic()) < end:
                 self.random.choices(list(choices), list(choices.values()))[0]()
                 self._collect()
