@@ -208,6 +208,19 @@ class AdapterBank:
         self.order.finish()
         return number
 
+    def copy(self, name: str, adapter: Adapter, number: int) -> None:
+        """`add` with the tensors of an Adapter. number: a new number of a free slot."""
+        self.add(
+            name,
+            adapter.lora_A,
+            adapter.lora_B,
+            adapter.scaling,
+            activation=adapter.activation,
+            bias_A=adapter.bias_A,
+            bias_B=adapter.bias_B,
+            number=number,
+        )
+
     def keep(self, name: str, adapter: Adapter, number: int) -> None:
         """Adds an adapter without copying it, on a CPU; elsewhere it is copied into pages.
 
@@ -216,16 +229,7 @@ class AdapterBank:
         bank's.
         """
         if self.device.type != "cpu" or self.live is not None:
-            self.add(
-                name,
-                adapter.lora_A,
-                adapter.lora_B,
-                adapter.scaling,
-                activation=adapter.activation,
-                bias_A=adapter.bias_A,
-                bias_B=adapter.bias_B,
-                number=number,
-            )
+            self.copy(name, adapter, number)
             return
         slot = number % len(self.slots)
         if name in self.names or self.slots[slot] is not None:

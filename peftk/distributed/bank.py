@@ -49,12 +49,7 @@ class ShardedBank(AdapterBank):
                 continue
             name = names.get(number, "unloaded")
             if isinstance(found, Adapter):
-                lora_A = torch.cat(found.pages_A) if found.pages_A else None
-                lora_B = torch.cat(found.pages_B, dim=1) if found.pages_B else None
-                self.add(
-                    name, lora_A, lora_B, found.scaling,
-                    activation=found.activation, bias_A=found.bias_A, bias_B=found.bias_B, number=number,
-                )  # fmt: skip
+                self.copy(name, found, number)
             else:
                 self.lend(name, found, slot)
                 self.names[name] = self.numbers[slot] = number
@@ -97,10 +92,7 @@ class ShardedBank(AdapterBank):
 
     def keep(self, name: str, adapter: Adapter, number: int) -> None:
         """As `AdapterBank.keep`, for a whole adapter: this rank's part of it is copied."""
-        factors = (adapter.lora_A, adapter.lora_B, adapter.scaling)
-        self.add(
-            name, *factors, activation=adapter.activation, bias_A=adapter.bias_A, bias_B=adapter.bias_B, number=number
-        )
+        self.copy(name, adapter, number)
 
     def lend(self, name: str, adapter: Callable[[], Adapter], slot: int | None = None) -> int:
         """As `lend` of banks; `adapter` is a method of the module whose Parameters it reads, which are distributed."""

@@ -19,13 +19,6 @@ from peftk.serve import AdapterStore
 from tests.support import served_llama
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    served_llama.write_adapters(path)
-    return path
-
-
 @pytest.fixture
 def made():
     """Makes stores, and closes them."""

@@ -24,13 +24,6 @@ NAMES = [None, "a0", "a1", "a2", "a3", "a4"]
 PROMPT = (5, 6, 7, 8)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("adapters")
-    served_llama.write_adapters(path)
-    return path
-
-
 @pytest.fixture
 def made(folder):
     """Makes engines, and closes them and their stores."""

@@ -35,13 +35,18 @@ def write_adapter(path: pathlib.Path, rank: int, seed: int, targets: Sequence[st
     """Writes a checkpoint that changes the model's output clearly."""
     changed = model()
     peftk.inject(changed, peftk.LoraConfig(r=rank, target_modules=list(targets)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora_layers(changed):
-            for factor in (layer.lora_A, layer.lora_B):
-                factor.copy_(torch.randn(factor.shape, generator=generator) / 4)
+    randomise(changed, seed)
     peftk.save_adapter(changed, path)
     return path
+
+
+def randomise(injected: nn.Module, seed: int) -> None:
+    """Fills the adapters of an injected model, strongly enough to change what it generates."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in lora_layers(injected):
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.copy_(torch.randn(factor.shape, generator=generator) / 4)
 
 
 def write_adapters(folder: pathlib.Path) -> list[str]:

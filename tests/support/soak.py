@@ -26,7 +26,6 @@ import peftk
 from peftk.checkpoints import files
 from peftk.checkpoints.files import CheckpointError
 from peftk.checkpoints.peft import WEIGHTS_FILE
-from peftk.methods.inject import lora_layers
 from peftk.serve import AdapterStore, Completion, Engine, Generation, QueueFullError, Request
 from tests.support import served_llama
 
@@ -50,11 +49,7 @@ class Contents:
             peftk.inject(model, peftk.LoraConfig(r=rank, target_modules=served_llama.EVERY_LINEAR))
         for number, path in enumerate(self.paths):
             model = models[number % len(RANKS)]
-            generator = torch.Generator().manual_seed(number)
-            with torch.no_grad():
-                for _, layer in lora_layers(model):
-                    for factor in (layer.lora_A, layer.lora_B):
-                        factor.copy_(torch.randn(factor.shape, generator=generator) / 4)
+            served_llama.randomise(model, number)
             peftk.save_adapter(model, path)
             self.digests.append(files.digest(path, WEIGHTS_FILE))
             self._keep(self.digests[-1], model)
