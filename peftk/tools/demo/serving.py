@@ -120,7 +120,11 @@ def _serve(stage: Stage, language: Language, folder: Path) -> dict[str, Any]:
 
     asked = styles.prompt(styles.HELD_OUT)
     store = AdapterStore(language.model, folder)
-    with Engine(language.model, store, tokenizer=language.tokenizer) as engine:
+    # batch-invariant, or two tokens that are nearly as likely could change places with what runs beside them
+    with (
+        peftk.deterministic(batch_invariant=True),
+        Engine(language.model, store, tokenizer=language.tokenizer) as engine,
+    ):
         requests = [Request(asked, name, NEW_TOKENS) for name in (None, *NAMES)]
         engine.generate(requests)  # reads the adapters
         began = time.perf_counter()
