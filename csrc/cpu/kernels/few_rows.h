@@ -1,4 +1,4 @@
-// The lanes form at levels that have panels: for a few rows, packing W would cost more than it gains.
+// The lanes form at AVX2: for a few rows, packing W would cost more than it gains.
 //
 // Lanes are rows of the input, two registers of them, packed [steps, 2W]. Six rows of W at a time are read where they
 // lie, and their elements are broadcast. Only for fp32: to widen 16 bits costs as much as to pack them. The sums are
@@ -73,7 +73,7 @@ static void few_rows(int64_t rows, const float* w, int64_t w_row, const float* l
 // acc [columns, acc_row] = the block's columns of W times `rows` rows of the input, packed [rows / 2W, C, 2W].
 static void product_few(const LinearOp& op, int64_t rows, const float* in, const Columns& columns, float* acc,
                         int64_t acc_row) {
-    const RowTiles tiles(columns.count, kRowsOfTwo);
+    const RowTiles tiles(columns.count, kPanelRows);
     const int64_t lanes = round_up(rows, 2 * W);
     if (op.C == 0) memset(acc, 0, size_t(columns.count * acc_row) * sizeof(float));
     for (int64_t first = 0; first < op.C; first += panel_steps(op)) {
@@ -84,7 +84,7 @@ static void product_few(const LinearOp& op, int64_t rows, const float* in, const
         for (int64_t lane = 0; lane < lanes; lane += 2 * W) {
             for (int64_t t = 0; t < tiles.count; t++, done++) {
                 const int64_t o = tiles.first(t);
-                few_rows<kRowsOfTwo>(tiles.first(t + 1) - o, w + o * op.weight_o, op.weight_o,
+                few_rows<kPanelRows>(tiles.first(t + 1) - o, w + o * op.weight_o, op.weight_o,
                                      in + lane * op.C + first * 2 * W, steps, part, acc + o * acc_row + lane, acc_row,
                                      first == 0, next.share(done));
             }

@@ -9,7 +9,7 @@
 //   dot      few rows, W contiguous along the contraction: lanes along the contraction, everything is read in place
 //   lanes    many rows, W contiguous along the contraction: lanes are rows of the input, W's elements are broadcast
 //   columns  W contiguous along the output: lanes are columns of W, the input's elements are broadcast
-//   panels   instead of lanes and columns where a level has it (cpu/kernels/panels.h)
+//   panels   instead of lanes and columns where a level has it, but for pairs (cpu/kernels/panels.h)
 //   transposed  instead of dot in batch-invariant mode: the sums of lanes, or panels (cpu/kernels/transposed.h)
 //
 // There is no product if `out` already holds the base layer's part: the adapters' part is added to it.
@@ -17,8 +17,10 @@
 // The form depends only on shape, dtypes and strides, so the number of threads does not change a bit of the result.
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/transposed.h"
-#ifdef PEFTK_PANELS
+#ifdef PEFTK_FEW_ROWS
 #include "cpu/kernels/few_rows.h"
+#elif defined(PEFTK_PANELS)
+#include "cpu/kernels/panels.h"
 #endif
 
 namespace peftk {
@@ -48,7 +50,9 @@ constexpr bool kHavePanels = false;
 constexpr int64_t kDotTokens32 = kMaxDotTokens, kDotTokens16 = kMaxDotTokens;
 static inline int64_t panel_columns(const LinearOp&) { return 0; }
 static inline int64_t tile_height(const LinearOp&) { return 0; }
-static inline bool are_few(const LinearOp&) { return true; }
+#endif
+#ifndef PEFTK_FEW_ROWS
+static inline bool are_few(const LinearOp&) { return false; }
 #endif
 
 struct Shape {
@@ -736,9 +740,9 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
             product_lanes<Pair>(op, shape, columns, acc, acc_row);
 #endif
         } else {
-#ifdef PEFTK_PANELS
+#if defined(PEFTK_FEW_ROWS)
             product_few(op, shape.rows, static_cast<const float*>(shape.in), columns, acc, acc_row);
-#else
+#elif !defined(PEFTK_PANELS)
             product_lanes<float>(op, shape, columns, acc, acc_row);
 #endif
         }
@@ -764,7 +768,7 @@ void compute_block(const LinearOp& op, const Shape& shape, const Columns& column
 #ifdef PEFTK_DP
         product_columns<Pair>(op, shape, columns, tile);
 #endif
-    } else {
+    } else if constexpr (!kHavePanels) {
         product_columns<float>(op, shape, columns, tile);
     }
     shrunk.wait();
@@ -782,7 +786,8 @@ Form form_of(const LinearOp& op) {
                          : size_of(op.weight_dtype) == 4 ? kDotTokens32
                                                          : kDotTokens16;
     if (op.weight_c == 1 && op.M <= most) return op.batch_invariant ? kTransposed : kDot;
-    return op.weight_c == 1 && are_few(op) ? kLanes : kHavePanels ? kPanels : kColumns;
+    if (!kHavePanels || takes_pairs(op)) return op.weight_c == 1 ? kLanes : kColumns;
+    return are_few(op) ? kLanes : kPanels;
 }
 
 // Columns of a task: many, to reuse what a task loads, but few enough to balance the tasks among the threads.

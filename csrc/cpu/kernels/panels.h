@@ -1,12 +1,14 @@
 // The panels form of the product: lanes are columns of the result, and both operands are packed.
 //
-// The input is packed once a call, in tiles of up to kRowsOfTwo rows: [steps, rows of the tile]. A task packs its part
+// The input is packed once a call, in tiles of up to kPanelRows rows: [steps, rows of the tile]. A task packs its part
 // of W, a few hundred steps of the contraction at a time, in panels of two registers: [steps, 2W], where W is
 // transposed if it is contiguous along the contraction. So a tile reads two streams of consecutive memory, and constant
 // offsets from them.
 //
 // Sums have two levels, as in `outer`; a part is longer where the contraction is longer (`panel_part`).
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/kernels/linear.h"
 #include "cpu/kernels/transposed.h"
@@ -33,7 +35,7 @@ constexpr int64_t kStreamedRows = 8, kStreamedTile = 4;
 static inline bool is_streamed(const LinearOp& op) { return !along_contraction(op) && op.M <= kStreamedRows; }
 
 // Rows of a tile of the packed input, at most.
-static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ? kStreamedTile : kRowsOfTwo; }
+static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ? kStreamedTile : kPanelRows; }
 
 // Columns of a task. Where W is contiguous along them they are many, to read much of each row of W at a time.
 static inline int64_t panel_columns(const LinearOp& op) {
@@ -74,7 +76,7 @@ PEFTK_TILE void panel_tile(const float* b, const float* l, int64_t steps, int64_
         Vec lanes[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; v++) lanes[v] = load_once(l + v * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
             const Vec value = set1(b[i]);
 #pragma GCC unroll 2
@@ -85,7 +87,7 @@ PEFTK_TILE void panel_tile(const float* b, const float* l, int64_t steps, int64_
     };
     for (; steps > 0; steps -= part, fresh = false) {
         // every loop over the tile must be unrolled, since a variable index would put the tile into memory
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; v++) acc[i][v] = zero();
@@ -101,7 +103,7 @@ PEFTK_TILE void panel_tile(const float* b, const float* l, int64_t steps, int64_
         }
         for (int64_t s = end % kPanelChunk; s > 0; s--) step();
         asm volatile("" : "+r"(c)::"memory");  // the totals are in memory, not in registers that the loop needs
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) {
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; v++) {
@@ -150,11 +152,11 @@ static void pack_tile(const T* const* rows, int64_t count, int64_t C, const Pack
             // A store writes W lanes; the next ones overwrite those beyond `count`. At the end none may be beyond the
             // tile.
             const int64_t whole = steps * count < W ? 0 : min64(n, max64(0, (steps * count - W) / count + 1 - s));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int64_t j = 0; j < W; j++) {
                 if (j < whole) store(to + (s + j) * count, columns[j]);
             }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int64_t j = 0; j < W; j++) {
                 if (j >= whole && j < n) store_n(to + (s + j) * count, columns[j], int(count));
             }
@@ -169,11 +171,23 @@ static void pack_transposed(const T* data, int64_t along, int64_t count, int64_t
     for (int64_t j = 0; j < width; j += W) {
         const T* rows[W];
         for (int64_t i = 0; i < W; i++) rows[i] = data + min64(j + i, count - 1) * along;
-        for (int64_t s = 0; s < steps; s += W) {
+        int64_t s = 0;
+        if constexpr (std::is_same<T, bf16>::value) {  // two at a time, which takes half the shuffles
+            for (; s + 2 * W <= steps; s += 2 * W) {
+                Vec pairs[W];
+                transpose_pairs_of(rows, s, pairs);
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < W; i++) {
+                    store(to + (s + 2 * i) * width + j, widen_even(pairs[i]));
+                    store(to + (s + 2 * i + 1) * width + j, widen_odd(pairs[i]));
+                }
+            }
+        }
+        for (; s < steps; s += W) {
             const int64_t n = min64(W, steps - s);
             Vec columns[W];
             transpose_rows_of(rows, s, int(n), columns);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int64_t i = 0; i < W; i++) {
                 if (i < n) store(to + (s + i) * width + j, columns[i]);
             }
@@ -210,28 +224,28 @@ static void pack_rows(const LinearOp& op, const PackedRows& packed, int64_t firs
 template <int kRows, int kStep, class T>
 PEFTK_TILE void stream_rows(const float* b, const T* w, int64_t along, int64_t count, float* sums, int64_t row) {
     Vec values[kStep][kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int s = 0; s < kStep; s++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) values[s][i] = set1(b[s * kRows + i]);
     }
     const auto add = [&](int64_t o, auto load_row) __attribute__((always_inline)) {
         Vec sum[kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) sum[i] = load(sums + i * row + o);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int s = 0; s < kStep; s++) {
             const Vec lanes = load_row(w + s * along + o);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < kRows; i++) sum[i] = fma(values[s][i], lanes, sum[i]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kRows; i++) store(sums + i * row + o, sum[i]);
     };
     int64_t o = 0;
     for (; o + W <= count; o += W) {
         if (o * int64_t(sizeof(T)) % 64 == 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int s = 0; s < kStep; s++) __builtin_prefetch(w + (s + kStep) * along + o, 0, 2);
         }
         add(o, [](const T* p) { return load(p); });
@@ -332,7 +346,7 @@ private:
 static void product_panels(const LinearOp& op, const PackedRows& packed, const Columns& columns, float* tile) {
     if (is_streamed(op)) return product_streamed(op, packed, columns, tile);
     const int64_t panels = ceil_div(columns.count, kPanelWidth), padded = columns.padded;
-    const int64_t rows_at_once = max64(1, op.blocking.l2_rows / kRowsOfTwo);
+    const int64_t rows_at_once = max64(1, op.blocking.l2_rows / kPanelRows);
     const RowTiles& tiles = packed.tiles;
     // A panel is kept if other rows want it again; if not, the next one takes its place, which is in L1.
     const int64_t size = kPanelWidth * panel_steps(op), keep = tiles.count > rows_at_once ? size : 0;
@@ -346,7 +360,7 @@ static void product_panels(const LinearOp& op, const PackedRows& packed, const C
             for (int64_t p = 0; p < panels; p++) {
                 const int64_t o = p * kPanelWidth;
                 if (low == 0) pack_panel(op, columns, o, first, steps, weight + p * keep);
-                const auto multiply = padded - o >= kPanelWidth ? panel_rows<kRowsOfTwo, 2> : panel_rows<kRowsOfTwo, 1>;
+                const auto multiply = padded - o >= kPanelWidth ? panel_rows<kPanelRows, 2> : panel_rows<kPanelRows, 1>;
                 for (int64_t t = low; t < min64(low + rows_at_once, tiles.count); t++, done++) {
                     const int64_t row = tiles.first(t);
                     multiply(tiles.first(t + 1) - row, packed.at(t, first, steps), weight + p * keep, steps, part,

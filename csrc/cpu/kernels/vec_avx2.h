@@ -95,8 +95,9 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
 
 // For the panels form (cpu/kernels/panels.h).
 #define PEFTK_PANELS
-constexpr int64_t kDotTokens32 = 6,
-                  kDotTokens16 = 10;  // up to so many tokens *dot* is faster, by the size of W's elements
+#define PEFTK_FEW_ROWS
+constexpr int kPanelRows = 6;
+constexpr int64_t kDotTokens32 = 6, kDotTokens16 = 10;  // up to so many *dot* is faster, by the size of W's elements
 // W rows from element `first` on, of which n are read, transposed.
 template <class T>
 PEFTK_INLINE void transpose_rows_of(const T* const* rows, int64_t first, int n, Vec* to) {
@@ -108,6 +109,16 @@ PEFTK_INLINE void transpose_rows_of(const T* const* rows, int64_t first, int n, 
     }
     transpose(a, to);
 }
+// The same for 2W elements of each row, as pairs.
+PEFTK_INLINE void transpose_pairs_of(const bf16* const* rows, int64_t first, Vec* to) {
+    __m256 a[8];
+    for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + first));
+    transpose(a, to);
+}
+PEFTK_INLINE Vec widen_even(Vec pairs) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+}
+PEFTK_INLINE Vec widen_odd(Vec pairs) { return _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
 // The compiler may neither load this again for each use nor move sums between registers: gcc 12 did both, in loops that
 // then took half as long again.
 PEFTK_INLINE Vec load_once(const float* p) {
@@ -145,10 +156,6 @@ PEFTK_INLINE void transpose_steps(const T* from, int64_t from_stride, Vec* to) {
         to[2 * i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
     }
 }
-PEFTK_INLINE Vec widen_even(Vec pairs) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
-}
-PEFTK_INLINE Vec widen_odd(Vec pairs) { return _mm256_and_ps(pairs, _mm256_castsi256_ps(_mm256_set1_epi32(-65536))); }
 
 }  // namespace PEFTK_LEVEL
 }  // namespace peftk

@@ -99,6 +99,39 @@ PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     transpose(a, to);
 }
 
+// For the panels form (cpu/kernels/panels.h).
+#define PEFTK_PANELS
+constexpr int kPanelRows = 14;
+constexpr int64_t kDotTokens32 = 12, kDotTokens16 = 16;  // up to so many *dot* is faster, by the size of W's elements
+template <class T>
+PEFTK_INLINE void transpose_rows_of(const T* const* rows, int64_t first, int n, Vec* to) {
+    __m512 a[16];
+    if (n == W) {
+        for (int i = 0; i < 16; i++) a[i] = load(rows[i] + first);
+    } else {
+        for (int i = 0; i < 16; i++) a[i] = load_n(rows[i] + first, n);
+    }
+    transpose(a, to);
+}
+// The same for 2W elements of each row, as pairs.
+PEFTK_INLINE void transpose_pairs_of(const bf16* const* rows, int64_t first, Vec* to) {
+    __m512 a[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(rows[i] + first);
+    transpose(a, to);
+}
+PEFTK_INLINE Vec widen_even(Vec pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+PEFTK_INLINE Vec widen_odd(Vec pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
+}
+PEFTK_INLINE Vec load_once(const float* p) {
+    Vec value = load(p);
+    asm("" : "+v"(value));
+    return value;
+}
+PEFTK_INLINE void fma_in_place(Vec& sum, Vec a, Vec b) { asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
 #if defined(__AVX512BF16__)
 #define PEFTK_DP 1
 // The instruction treats subnormal inputs and sums as zero.

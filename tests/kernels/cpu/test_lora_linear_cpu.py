@@ -445,9 +445,11 @@ def test_describe_names_the_form(level: str, threads: None) -> None:
     form = {"dtype": half, "K": 1024, "N": 1024, "rank": 16}
     simd = f"{level} (bf16 pairs)" if level == "avx512_bf16" else level
     assert cpu.describe(call(**form)) == f"C++ lora_linear kernels: dot form, {simd}, 2 threads"
-    many, transposed = ("panels", "panels") if level == "avx2" else ("lanes", "columns")
+    many, transposed = ("panels", "panels") if level in ("avx2", "avx512") else ("lanes", "columns")
     assert f"{many} form" in cpu.describe(call(**form, M=64))
     assert f"{transposed} form" in cpu.describe(call("multi_lora_linear_backward", **form))
+    widened = "panels" if level.startswith("avx") else "lanes"  # pairs need 16 bits on both sides
+    assert f"{widened} form" in cpu.describe(call(**form | {"dtype": torch.float32}, M=72))
     assert f"dot form, {level}, 1 thread" in cpu.describe(call(**{**form, "K": 64}, x_dtype=torch.float32, M=1))
     assert "merge" in cpu.describe(call("merge", **form))
 
