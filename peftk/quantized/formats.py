@@ -1,25 +1,25 @@
 """The packed forms of a weight W [N, K]: what they hold, and their exact values in fp32, in plain torch.
 
-Every format is codes with scales: W[n, k] = s · (code − zero), or s · codebook[code]. `block` is the rows and columns of
-W that share a scale s. Each product below is one fp32 operation, so `values` has the bits of the library that owns the
-format. docs/quantized.md has pictures.
+Every format is codes with scales: W[n, k] = s · (code − zero), or s · codebook[code]. `block` is the rows and columns
+of W that share a scale s. Each product below is one fp32 operation, so `values` has the bits of the library that owns
+the format. docs/quantized.md has pictures.
 
 | format | packed | scales | block |
 |---|---|---|---|
 | int8 | int8 [N, K] | s [N, K / g], fp32, bf16 or fp16 | (1, g); g = K: one scale a row |
-| int8_absmax | int8 [N, K] | m [N, 1], fp32: W = (code · m) · fl(1/127), as bitsandbytes' Linear8bitLt | (1, K) |
+| int8_absmax | int8 [N, K] | m [N, 1], fp32: W = (code · m) · fl(1/127), bitsandbytes' 8 bits | (1, K) |
 | int4 | uint8 [N, K / 2], *halves* | s [N, K / g]; zeros uint8 [N, K / g], or none: 8 | (1, g), g a multiple of 32 |
-| nf4, fp4 | uint8 [⌈NK / 2⌉], *pairs*, high half first | m [⌈NK / g⌉], fp32 | (1, g), over all of W's elements in a row |
+| nf4, fp4 | uint8 [⌈NK / 2⌉], *pairs*, high half first | m [⌈NK / g⌉], fp32 | (1, g), through all of W |
 | fp8_e4m3 | float8_e4m3fn [N, K] | s [⌈N / n⌉, ⌈K / k⌉], fp32 | (n, k): (N, K), (1, K), (128, 128), … |
 | mxfp4 | uint8 [N, K / 2], *pairs*, low half first | e uint8 [N, K / 32]: s = 2^(e − 127), e = 255: nan | (1, 32) |
 | q8_0 | uint8 [N, K / 32 · 34]: GGUF's blocks of fp16 s and 32 int8 | in the blocks | (1, 32) |
 | q4_0 | uint8 [N, K / 32 · 18]: GGUF's blocks of fp16 s and 16 bytes, *halves* | in the blocks; zero 8 | (1, 32) |
 
-*halves*: in each 32 elements, byte i holds element i in its low and element i + 16 in its high four bits. *pairs*: byte
-i holds elements 2i and 2i + 1.
+*halves*: in each 32 elements, byte i holds element i in its low and element i + 16 in its high four bits. *pairs*:
+byte i holds elements 2i and 2i + 1.
 
-Sources: Dettmers et al. 2022 (int8), 2023 (nf4) and bitsandbytes; the OCP Microscaling specification 1.0 (mxfp4) and FP8
-specification 1.0; ggml's quants (q8_0, q4_0).
+Sources: Dettmers et al. 2022 (int8), 2023 (nf4) and bitsandbytes; the OCP specifications Microscaling 1.0 (mxfp4) and
+FP8 1.0; ggml's quants (q8_0, q4_0).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the tensors of a format must be. dtypes: those that are allowed; a shape of None: the tensor must be absent."""
+    """What the tensors of a format must be. A shape of None: the tensor must be absent."""
 
     packed_dtype: torch.dtype
     packed: tuple[int, ...]

@@ -1,7 +1,7 @@
 """From the layouts of other libraries to a `QuantizedWeight`: each with one conversion, or none where the layout fits.
 
-Nothing is rounded: `dequantize()` of the result has the bits that the library computes in fp32, and, rounded once, those
-that it computes in 16 bits.
+Nothing is rounded: `dequantize()` of the result has the bits that the library computes in fp32, and, rounded once,
+those that it computes in 16 bits.
 """
 
 from __future__ import annotations

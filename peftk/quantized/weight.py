@@ -18,7 +18,7 @@ class QuantizedWeight(Tensor):
     """W [N, K] in one of the formats of `peftk.quantized.formats`: packed codes, their scales and zeros.
 
     A frozen operand: peftk's operations read it packed where a kernel knows the format, and any other torch operation
-    reads `dequantize()`, rounded to `dtype`. It cannot be changed in place, except by `copy_` from one of the same form.
+    reads `dequantize()`, rounded to `dtype`. It cannot be changed in place, except by `copy_` from one of its form.
     `.to(device)` moves the packed tensors; `.to(dtype)` changes what other operations see, and no packed bit.
 
     format: int8, int8_absmax, int4, nf4, fp4, fp8_e4m3, mxfp4, q8_0 or q4_0. shape: (N, K). block: the rows and columns
@@ -75,7 +75,8 @@ class QuantizedWeight(Tensor):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantizedWeight({self.format}, {list(self.shape)}, block={self.block}, {self.dtype}, device={self.device})"
+        rest = f"block={self.block}, {self.dtype}, device={self.device}"
+        return f"QuantizedWeight({self.format}, {list(self.shape)}, {rest})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [name for name in ("packed", "scales", "zeros") if getattr(self, name) is not None]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import torch
 
+from peftk.adapters.adapter import Adapter
 from peftk.quantized.formats import FORMATS
 from peftk.quantized.quantize import quantize
 from peftk.quantized.weight import QuantizedWeight
+from tests.support.cases import Case, random_case
 
 # (format, group) of `quantize`
 QUANTIZED = [
@@ -61,3 +66,31 @@ def random_weight(
     packed = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=torch.uint8)
     exponents = torch.randint(119, 123, (N, K // 32), generator=generator, dtype=torch.uint8)
     return QuantizedWeight(format, (N, K), packed, exponents, block=(1, 32))
+
+
+def quantized_case(format: str, seed: int, **weight: object) -> tuple[Case, Case]:
+    """A random case over a weight in this format, and the same case over the dequantized one."""
+    choose = random.Random(seed)
+    case = next(case for n in range(100) if not (case := random_case(seed + 1000 * n, max_rows=80)).columns)
+    N, K = choose.choice([(64, 128), (96, 64), (33, 256), (160, 320)])
+    found = random_weight(format, N, K, seed=seed, **weight)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(like.dtype)
+
+    adapters = []
+    for adapter in case.adapters:
+        if adapter is None:
+            adapters.append(None)
+            continue
+        if not adapter.pages_A:  # biases alone
+            adapters.append(Adapter((), (), 1.0, "identity", None, normal(N, like=adapter.tensors()[0])))
+            continue
+        r, dtype = adapter.rank, adapter.pages_A[0]
+        A, B = normal(r, K, like=dtype) * K**-0.5, normal(N, r, like=dtype) * r**-0.5
+        biases = normal(r, like=dtype), normal(N, like=dtype)
+        adapters.append(Adapter((A,), (B,), adapter.scaling, adapter.activation, *biases))
+    x, bias = normal(len(case.x), K, like=case.x), normal(N, like=torch.zeros(0))
+    made = dataclasses.replace(case, x=x, weight=found, bias=bias, adapters=tuple(adapters))
+    return made, dataclasses.replace(made, weight=found.dequantize())
