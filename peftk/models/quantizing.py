@@ -13,6 +13,7 @@ from peftk.methods.reads import weight_of
 from peftk.methods.targets import ALL_LINEAR, target_linears
 from peftk.nn.quantized_linear import QuantizedLinear
 from peftk.nn.replace import as_linear, fan_in_fan_out
+from peftk.quantized.weight import QuantizedWeight
 
 
 class QuantizedLayer(NamedTuple):
@@ -25,8 +26,7 @@ class QuantizedLayer(NamedTuple):
     bytes_after: int
 
     def __str__(self) -> str:
-        bits = 8 * self.bytes_after
-        return f"{self.name}: {self.format}, error {self.error:.2%}, {self.bytes_before} → {bits // 8} bytes"
+        return f"{self.name}: {self.format}, error {self.error:.2%}, {self.bytes_before} → {self.bytes_after} bytes"
 
 
 def quantize(
@@ -70,6 +70,7 @@ def quantize(
 def _report(name: str, linear: nn.Module, layer: QuantizedLinear) -> QuantizedLayer:
     plain, packed = as_linear(linear).weight.detach(), layer.weight
     before = (plain.t() if fan_in_fan_out(linear) else plain).float()
+    assert isinstance(packed, QuantizedWeight)
     norm = float(torch.linalg.vector_norm(before))
     lost = float(torch.linalg.vector_norm(before - packed.dequantize()))
     return QuantizedLayer(

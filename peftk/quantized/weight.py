@@ -74,7 +74,7 @@ class QuantizedWeight(Tensor):
             self.format, self.shape, packed, scales, zeros, block=self.block, dtype=dtype or self.dtype
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         rest = f"block={self.block}, {self.dtype}, device={self.device}"
         return f"QuantizedWeight({self.format}, {list(self.shape)}, {rest})"
 
@@ -93,7 +93,9 @@ class QuantizedWeight(Tensor):
         return _rebuild, (*tensors, self.block, self.dtype, getattr(self, "_is_param", False))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default):
             return args[0].map(lambda part: part)
