@@ -28,8 +28,10 @@ from peftk.methods.series import SeriesAdapterConfig
 from peftk.models.accounting import ParameterCount, count_parameters
 from peftk.models.combine import combine, combine_checkpoints
 from peftk.models.merging import merge_adapter, merged, switch_adapter, unmerge_adapter
+from peftk.models.quantizing import quantize
 from peftk.models.server import MultiAdapter
 from peftk.nn import LoRALinear, MultiLoRALinear
+from peftk.quantized.weight import QuantizedWeight
 from peftk.system.precision import precision
 from peftk.system.version import __version__
 from peftk.tuning.tune import tune
@@ -52,6 +54,7 @@ __all__ = [
     "PackedBank",
     "ParallelAdapterConfig",
     "ParameterCount",
+    "QuantizedWeight",
     "SeriesAdapterConfig",
     "TopLayersConfig",
     "__version__",
@@ -71,6 +74,7 @@ __all__ = [
     "merge_adapter",
     "merged",
     "precision",
+    "quantize",
     "save_adapter",
     "switch_adapter",
     "tune",

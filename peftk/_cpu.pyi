@@ -41,6 +41,28 @@ def use_blocking(rows: int, l2_rows: int, steps: int, blocks: int) -> None:
 
 # ---- lora_linear -----------------------------------------------------------------------------------------------------
 
+class Packing:
+    """How the elements of a packed W are stored."""
+
+    @staticmethod
+    def of(
+        codes: int,
+        *,
+        row_bytes: int,
+        groups: int = 0,
+        group_shift: int = 0,
+        scales: int = 0,
+        scale_dtype: int = 0,
+        scale_factor: float,
+        zeros: int = 0,
+        table: int = 0,
+    ) -> Packing:
+        """codes: how a row lies in row_bytes bytes (`Codes` in csrc/cpu/lora_linear.h), in steps of 32 elements.
+
+        A row has `groups` scales; element k has number k >> group_shift, times scale_factor where codes are bytes.
+        scales and zeros [N, groups] are contiguous; without zeros, 4-bit codes have 8. table: 16 floats.
+        """
+
 class Linear:
     """The arguments that forward and backward share: x and the base layer."""
 
@@ -57,6 +79,7 @@ class Linear:
         weight_n: int,
         weight_k: int,
         weight_dtype: int,
+        packing: Packing | None = None,
         bias: int = 0,
         bias_dtype: int = 0,
         dropout_p: float = 0.0,
@@ -66,7 +89,8 @@ class Linear:
     ) -> Linear:
         """x [M, K] with contiguous rows and row stride x_stride; weight [N, K] with strides weight_n and weight_k.
 
-        One of weight_n and weight_k is 1. bias [N] is contiguous. seed: 64 bits, read if dropout_p > 0.
+        One of weight_n and weight_k is 1. With `packing`, weight holds codes, weight_n = K, weight_k = 1 and
+        weight_dtype is float32. bias [N] is contiguous. seed: 64 bits, read if dropout_p > 0.
         batch_invariant: a row's bits do not depend on the other rows. threads: the most threads to use.
         """
 

@@ -98,6 +98,11 @@ TESTS = {
     "csrc/cuda/*merge*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_merge_on_host.py"],
     "csrc/cuda/segments*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_segments_on_host.py"],
     "csrc/cuda/*": ["kernels/cuda/test_on_host.py", "kernels/cuda/test_lora_linear_on_host.py"],
+    "csrc/cpu/kernels/packed*": ["kernels/cpu/test_packed_weight.py"],
+    "peftk/backends/packed.py": ["kernels/cpu/test_packed_weight.py"],
+    "peftk/quantized/*": ["quantized/test_formats.py", "quantized/test_operations.py"],
+    "peftk/nn/quantized_linear.py": ["models/test_quantizing.py"],
+    "peftk/models/quantizing.py": ["models/test_quantizing.py"],
     "csrc/cpu/kernels/transposed.h": ["backends/test_determinism.py", *KERNELS],
     "csrc/*": KERNELS,
     "triton_kernels/segments.py": [

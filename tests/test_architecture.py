@@ -30,6 +30,7 @@ ORDER = (
     "launch",
     "reference",
     "adapters",
+    "quantized",
     "system",
 )
 COMPILED = ("_cpu", "_cuda")  # C++ modules, below all others

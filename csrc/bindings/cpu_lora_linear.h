@@ -21,23 +21,47 @@ static inline Dropout dropout_of(double p, uint64_t seed) {
 }
 
 template <>
+constexpr bool kHasClass<Packing> = true;
+
+static inline void define_packing(pybind11::module_& module) {
+    const auto packing = define_class<Packing>(module, "Packing", "How the elements of a packed W are stored.");
+    define(packing, "of",
+           "(codes, *, row_bytes, groups=0, group_shift=0, scales=0, scale_dtype=0, scale_factor, zeros=0, table=0)",
+           "codes: int8, halves, pairs, blocks8 or blocks4; scales and zeros [N, groups], table [16]: addresses.",
+           [](int codes, int64_t row_bytes, int64_t groups, int group_shift, uintptr_t scales, int scale_dtype,
+              double scale_factor, uintptr_t zeros, uintptr_t table) {
+               if (codes <= kPlain || codes > kBlocks4) {
+                   throw std::invalid_argument("codes: expected 1 to 5, got " + std::to_string(codes));
+               }
+               Packing packing;
+               packing.codes = codes, packing.row_bytes = row_bytes;
+               packing.groups = groups, packing.group_shift = group_shift;
+               packing.scales = address<void>(scales), packing.scale_dtype = dtype_of("scale_dtype", scale_dtype);
+               packing.scale_factor = float(scale_factor);
+               packing.zeros = address<uint8_t>(zeros), packing.table = address<float>(table);
+               return packing;
+           });
+}
+
+template <>
 constexpr bool kHasClass<Linear> = true;
 
 static inline void define_linear(pybind11::module_& module) {
     const auto linear =
         define_class<Linear>(module, "Linear", "The arguments that forward and backward share: x and the base layer.");
     define(linear, "of",
-           "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, bias=0, bias_dtype=0, "
-           "dropout_p=0.0, seed=0, batch_invariant=False, threads)",
-           "x [M, K], weight [N, K] with its strides along N and K, bias [N].",
+           "(*, M, N, K, x, x_stride, x_dtype, weight, weight_n, weight_k, weight_dtype, packing=None, bias=0, "
+           "bias_dtype=0, dropout_p=0.0, seed=0, batch_invariant=False, threads)",
+           "x [M, K], weight [N, K] with its strides along N and K, or packed, bias [N].",
            [](int64_t M, int64_t N, int64_t K, uintptr_t x, int64_t x_stride, int x_dtype, uintptr_t weight,
-              int64_t weight_n, int64_t weight_k, int weight_dtype, uintptr_t bias, int bias_dtype, double dropout_p,
-              uint64_t seed, bool batch_invariant, int threads) {
+              int64_t weight_n, int64_t weight_k, int weight_dtype, const Packing* packing, uintptr_t bias,
+              int bias_dtype, double dropout_p, uint64_t seed, bool batch_invariant, int threads) {
                Linear linear{};
                linear.M = M, linear.N = N, linear.K = K;
                linear.x = address<void>(x), linear.x_stride = x_stride, linear.x_dtype = dtype_of("x_dtype", x_dtype);
                linear.weight = address<void>(weight), linear.weight_n = weight_n, linear.weight_k = weight_k;
                linear.weight_dtype = dtype_of("weight_dtype", weight_dtype);
+               if (packing) linear.packing = *packing;
                linear.bias = address<void>(bias), linear.bias_dtype = dtype_of("bias_dtype", bias_dtype);
                linear.dropout = dropout_of(dropout_p, seed);
                linear.batch_invariant = batch_invariant;
@@ -68,6 +92,7 @@ static inline LinearArgs linear_args(const Linear& linear, const Adapters& adapt
 }
 
 static inline void bind_lora_linear(pybind11::module_& module) {
+    define_packing(module);
     define_linear(module);
     define(module, "plan", "(linear, *, backward)",
            "(form of the product, whether it uses pairs of bf16, number of threads)",

@@ -30,6 +30,30 @@ struct Dropout {
     uint64_t seed = 0;
 };
 
+// How the elements of a packed W are stored (peftk/quantized/formats.py has the layouts).
+enum Codes : int {
+    kPlain,   // not packed
+    kInt8,    // one signed byte an element
+    kHalves,  // 4 bits: byte i of 16 has elements i and i + 16
+    kPairs,   // 4 bits: byte i has elements 2i, in its high half, and 2i + 1
+    kBlocks8,  // 34 bytes for 32 elements: an fp16 scale and 32 signed bytes
+    kBlocks4,  // 18 bytes for 32 elements: an fp16 scale and 16 bytes of halves
+};
+
+// What the elements of a packed W mean: scale * code, scale * (code - zero) of halves, scale * table[code] of pairs.
+// Rows have a multiple of 32 elements, but for kInt8 with one scale a row.
+struct Packing {
+    int codes = kPlain;
+    int64_t row_bytes = 0;
+    int64_t groups = 0;           // a row has so many scales
+    int group_shift = 0;          // element k has scale k >> group_shift
+    const void* scales = nullptr;  // [N, groups], scale_dtype; in the blocks if there are blocks
+    int scale_dtype = kFloat32;
+    float scale_factor = 1;          // of every scale of kInt8
+    const uint8_t* zeros = nullptr;  // [N, groups], or null: 8
+    const float* table = nullptr;    // [16]
+};
+
 // The arguments that forward and backward share: x and the base layer. Strides are in elements. W has unit stride
 // along K or along N.
 struct Linear {
@@ -42,6 +66,7 @@ struct Linear {
     const void* weight;
     int64_t weight_n, weight_k;
     int weight_dtype;
+    Packing packing;   // a packed W has unit stride along K, and weight_dtype fp32, to which it is decoded
     const void* bias;  // [N] or null; not read by the backward
     int bias_dtype;
     Dropout dropout;

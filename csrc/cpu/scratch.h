@@ -15,6 +15,7 @@ enum ScratchSlot : int {
     kCodesToSlot,
     kFarSlot,
     kRawsSlot,
+    kDecodedSlot,
     kRowsSlot,
     kStartsSlot,
     kOrderSlot,

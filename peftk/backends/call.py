@@ -49,6 +49,13 @@ OPS = (
 _BY_NAME = {str(op): op for op in OPS}
 
 
+class Packing(NamedTuple):
+    """The form of a quantized W (`peftk.quantized`): its format, and how many elements of a row share a scale."""
+
+    format: str
+    group: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
     """What the choice of a backend depends on: shapes, dtypes and device of a call, but no values."""
@@ -66,6 +73,7 @@ class Call:
     dropout: bool = False
     slices: int = 1  # of packed outputs
     aligned: bool = True  # W's rows are contiguous and start at multiples of 16 bytes
+    packing: Packing | None = None  # of a quantized W
 
 
 def are_rows_aligned(strides: tuple[int, ...], itemsize: int, *, starts_on_16: bool) -> bool:

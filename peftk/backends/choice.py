@@ -173,6 +173,8 @@ def _backend_order(call: Call, deterministic: bool, invariant: bool) -> tuple[tu
         verdict = Verdict(
             False, "with torch.use_deterministic_algorithms or peftk.deterministic only our own kernels run"
         )
+    elif call.packing is not None:
+        verdict = Verdict(False, "a library's product would need a copy of W that is not packed")
     elif call.x_dtype != call.weight_dtype:
         verdict = Verdict(False, "only our kernels multiply mixed dtypes without a copy")
     elif call.device == "cpu" and call.M * call.K * call.N <= SMALL_CALL:
@@ -196,4 +198,6 @@ def cannot_run(name: str, call: Call) -> str | None:
         backend = registry.backend(name)
     except BackendError as error:
         return str(error)
+    if call.packing is not None and call.packing.format not in backend.quantized:
+        return f"does not read weights packed as {call.packing.format}"
     return backend.about.cannot_run(call)

@@ -9,7 +9,7 @@ the functions compute.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -166,6 +166,7 @@ class Backend(NamedTuple):
     rounds_once: bool = True  # to y's dtype; if False, the base layer's part is rounded as well
     batch_invariant: bool = False  # it honours `determinism.is_batch_invariant`
     checks_ids: bool = False  # it raises ValueError itself for an id outside the table
+    quantized: Collection[str] = ()  # the formats of a quantized W (`peftk.quantized`) that it reads
 
 
 _Part = TypeVar("_Part")

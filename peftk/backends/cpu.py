@@ -20,9 +20,10 @@ from peftk.adapters.activations import CODES
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.backends import blocking, determinism
+from peftk.backends import blocking, determinism, packed
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import DTYPES, NotFiniteError, in_rows, rows
+from peftk.quantized.weight import QuantizedWeight
 from peftk.reference.merge import Factors
 from peftk.reference.receipt import MergeReceipt, code_as_halves
 
@@ -36,7 +37,15 @@ def backend() -> Backend:
     from peftk.backends import cpu
 
     return Backend(
-        cpu, forward=cpu, backward=cpu, direct=cpu, direct_multi=cpu, merge=cpu, batch_invariant=True, checks_ids=True
+        cpu,
+        forward=cpu,
+        backward=cpu,
+        direct=cpu,
+        direct_multi=cpu,
+        merge=cpu,
+        batch_invariant=True,
+        checks_ids=True,
+        quantized=packed.FORMATS,
     )
 
 
@@ -45,6 +54,8 @@ def cannot_run(call: Call) -> str | None:
         return f"runs on cpu tensors, not on {call.device}"
     if call.op.kind == "segments":
         return "does not sort rows: its kernels read them in any order"
+    if call.packing is not None and (reason := packed.cannot_read(call.packing, call.K, call.slices)):
+        return reason
     for name, dtype in (("x", call.x_dtype), ("weight", call.weight_dtype), ("adapter", call.adapter_dtype)):
         if dtype is not None and dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, {name} is {str(dtype).removeprefix('torch.')}"
@@ -70,13 +81,15 @@ def describe(call: Call) -> str:
         weight=0,
         weight_n=call.K,
         weight_k=1,
-        weight_dtype=DTYPES[call.weight_dtype],
+        weight_dtype=DTYPES[torch.float32 if call.packing else call.weight_dtype],
+        packing=packed.plan(call.packing, call.K),
         batch_invariant=determinism.is_batch_invariant(),
         threads=threads,
     )
     form, pairs, threads = _cpu.plan(linear, backward=call.op.backward)
     level = f"{simd_level()} (bf16 pairs)" if pairs else simd_level()
-    return f"C++ lora_linear kernels: {form} form, {level}, {_thread_count(threads)}"
+    form = f"{form} form" if call.packing is None else f"{form} form, {call.packing.format} decoded in it"
+    return f"C++ lora_linear kernels: {form}, {level}, {_thread_count(threads)}"
 
 
 def _thread_count(threads: int) -> str:
@@ -178,7 +191,9 @@ def multi_lora_linear(
     packed = _packed_rows(table)
     for slice in range(table.slices):
         start, end = table.columns_of(slice * table.count, y.shape[1])
-        W, b = (None, None) if base is not None or weight is None else (weight[start:end], _part(bias, start, end))
+        W, b = None, None
+        if base is None and weight is not None:
+            W, b = (weight, bias) if table.slices == 1 else (weight[start:end], _part(bias, start, end))
         _cpu.lora_linear(
             _linear_args((M, end - start, K), x, x.dtype, W, b, dropout, over_base=base is not None),
             _table_args(table, slice, packed),
@@ -371,6 +386,7 @@ def _linear_args(
             threads=torch.get_num_threads(),
         )
     weight_n, weight_k = weight.stride()
+    codes, packing = packed.arguments(weight) if isinstance(weight, QuantizedWeight) else (weight, None)
     return _cpu.Linear.of(
         M=M,
         N=N,
@@ -378,10 +394,11 @@ def _linear_args(
         x=0 if x is None else x.data_ptr(),
         x_stride=K if x is None else x.stride(0),
         x_dtype=DTYPES[x_dtype],
-        weight=weight.data_ptr(),
+        weight=codes.data_ptr(),
         weight_n=weight_n,
         weight_k=weight_k,
-        weight_dtype=DTYPES[weight.dtype],
+        weight_dtype=DTYPES[weight.dtype if packing is None else torch.float32],
+        packing=packing,
         bias=0 if bias is None else bias.data_ptr(),
         bias_dtype=0 if bias is None else DTYPES[bias.dtype],
         dropout_p=p,

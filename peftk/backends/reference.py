@@ -9,6 +9,7 @@ from torch import Tensor
 from peftk.backends.contract import Backend
 from peftk.launch.merge_args import NotFiniteError, write
 from peftk.launch.segments import Segments
+from peftk.quantized.formats import FORMATS
 from peftk.reference.lora_linear import (
     lora_linear,
     lora_linear_backward,
@@ -43,7 +44,7 @@ __all__ = [
 def backend() -> Backend:
     from peftk.backends import reference
 
-    return Backend(reference, forward=reference, backward=reference, merge=reference, sort=reference)
+    return Backend(reference, forward=reference, backward=reference, merge=reference, sort=reference, quantized=FORMATS)
 
 
 def cannot_run(call: Call) -> str | None:

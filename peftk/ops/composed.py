@@ -4,7 +4,8 @@
 
 Every step is a torch operation, so torch can differentiate it in forward and reverse mode any number of times, vmap it,
 and dispatch it to tensor subclasses. A weight of a tensor subclass (a quantized one of torchao, for example) is
-multiplied by `nn.functional.linear` in x's dtype, as its own library does, under torch.autocast if that is on.
+multiplied by `nn.functional.linear` in x's dtype, as its own library does, under torch.autocast if that is on; one of
+ours is dequantized.
 Everything else is computed as in `peftk.reference`: in fp32 (fp64 for fp64 inputs), rounded once at the end.
 """
 
@@ -26,6 +27,7 @@ from peftk.adapters.dropout import Dropout
 from peftk.adapters.flat import flat_tensors
 from peftk.backends import choice, determinism
 from peftk.backends.call import BackendError
+from peftk.quantized.weight import QuantizedWeight, tensors_of
 from peftk.reference.lora_linear import accumulate_dtype, adapter_term, base_term, with_dropout
 from peftk.system import autocast, storage
 
@@ -36,6 +38,10 @@ def should_run(recording: bool, x: Tensor, *tensors: Tensor | None) -> bool:
     recording: whether operations are being recorded (`torch.compile`, …). Raises RuntimeError if tangents would be
     lost.
     """
+    if any(isinstance(tensor, QuantizedWeight) for tensor in tensors):
+        if recording:
+            return True  # torch's graph dequantizes it
+        tensors = tuple(part for tensor in tensors for part in tensors_of(tensor))
     if storage.has_tangent(x, *tensors):
         checks.keeps_tangents(x, *tensors)
         return True
@@ -98,7 +104,7 @@ def multi_lora_linear(
 
 
 def _base(rows: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
-    if weight is None or not storage.overrides_operations(weight):
+    if weight is None or isinstance(weight, QuantizedWeight) or not storage.overrides_operations(weight):
         with autocast.off(rows.device):
             return base_term(rows, weight, bias, acc)
     y = functional.linear(rows, weight).to(acc)

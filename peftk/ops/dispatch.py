@@ -19,9 +19,10 @@ from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
 from peftk.backends import choice, determinism, gemm, registry
-from peftk.backends.call import BackendError, Op, are_rows_aligned, call_of
+from peftk.backends.call import BackendError, Op, Packing, are_rows_aligned, call_of
 from peftk.backends.contract import Backend, Direct, DirectMulti, require
 from peftk.launch.adapter_args import contiguous
+from peftk.quantized.weight import QuantizedWeight, tensors_of
 from peftk.system import storage
 from peftk.system.recording import is_recording
 
@@ -178,7 +179,7 @@ def lora_linear_backward(
 
     x, z: may be None if no requested gradient reads them (`peftk.reference.lora_linear.lora_linear_backward`).
     """
-    read = (x, weight if need_dx else None, z, *(() if adapter is None else adapter.tensors()))
+    read = (x, *tensors_of(weight if need_dx else None), z, *(() if adapter is None else adapter.tensors()))
     backend = _backward_backend(dy, read, dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     if adapter is not None:
@@ -247,7 +248,7 @@ def multi_lora_linear_backward(
 
     x, z: as in `lora_linear_backward`.
     """
-    backend = _backward_backend(dy, (x, weight if need_dx else None, z, ids), dropout, backend)
+    backend = _backward_backend(dy, (x, *tensors_of(weight if need_dx else None), z, ids), dropout, backend)
     rows, x_rows, K = _backward_rows(dy, x, weight)
     now = table.current()
     if now is not table:
@@ -329,11 +330,14 @@ def _backend_for(
         dropout=dropout is not None,
         slices=slices,
         aligned=weight is None or _aligned(weight),
+        packing=Packing(weight.format, weight.block[1]) if isinstance(weight, QuantizedWeight) else None,
     )
     return choice.backend_for(call, backend)
 
 
 def _aligned(weight: Tensor) -> bool:
+    if isinstance(weight, QuantizedWeight):
+        return False
     starts_on_16 = weight.data_ptr() % 16 == 0
     return are_rows_aligned(weight.stride(), weight.element_size(), starts_on_16=starts_on_16)
 

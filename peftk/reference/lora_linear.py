@@ -4,6 +4,7 @@
 
 Shapes: x [M, K], weight W [N, K], bias [N], lora_A A [R, K], lora_B B [N, R], bias_A a [R], bias_B β [N], y [M, N].
 W = None is the identity, N = K: a series adapter. x̃ is x after dropout (`peftk.reference.philox`), divided by 1 - p.
+A quantized W (`peftk.quantized`) is first dequantized to fp32, exactly as its format says; bounds are against that W.
 Everything is computed in `accumulate_dtype` (fp32, or fp64 if an input is fp64) and rounded once, to x's dtype.
 The forward can save z = x̃Aᵀ + a for the backward.
 
@@ -22,6 +23,7 @@ from peftk.adapters import activations
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
+from peftk.quantized.weight import QuantizedWeight
 from peftk.reference import philox
 from peftk.system import autocast
 
@@ -165,12 +167,16 @@ def _in_features(dy: Tensor, weight: Tensor | None) -> int:
 
 def base_term(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
     """xWᵀ + bias in `acc`; a new tensor, also without a weight."""
-    y = x.to(acc).clone() if weight is None else x.to(acc) @ weight.to(acc).t()
+    y = x.to(acc).clone() if weight is None else x.to(acc) @ _wide(weight, acc).t()
     return y if bias is None else y + bias.to(acc)
 
 
 def _base_dx(dy: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
-    return dy.to(acc).clone() if weight is None else dy.to(acc) @ weight.to(acc)
+    return dy.to(acc).clone() if weight is None else dy.to(acc) @ _wide(weight, acc)
+
+
+def _wide(weight: Tensor, acc: torch.dtype) -> Tensor:
+    return (weight.dequantize() if isinstance(weight, QuantizedWeight) else weight).to(acc)
 
 
 def _dropout_factor(rows: Tensor, K: int, dropout: Dropout | None, acc: torch.dtype) -> Tensor | None:

@@ -25,9 +25,12 @@ from peftk import _cpu
 from peftk.adapters.adapter import Adapter
 from peftk.adapters.dropout import Dropout
 from peftk.backends import cpu
+from peftk.backends.packed import FORMATS
 from peftk.ops import dispatch
+from peftk.quantized.weight import QuantizedWeight
 from tests.support.cases import DTYPES, Case, normal, random_case
 from tests.support.merge_cases import MergeCase, copies, merge_case
+from tests.support.quantized_cases import quantized_case
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
@@ -38,6 +41,8 @@ def guarded_copy(value: Any, behind: bool) -> Any:
 
     behind: a protected page follows the last element; else it precedes the first one.
     """
+    if isinstance(value, QuantizedWeight):
+        return value.map(lambda part: guarded_copy(part, behind))
     if isinstance(value, Tensor) and value.numel():
         return _guarded_tensor(value, behind)
     if isinstance(value, tuple):
@@ -109,6 +114,8 @@ def iter_linear_cases() -> Iterator[Case]:
     """Random cases, and every remainder of K and N modulo the vector width, in all dtypes, with few rows and many."""
     for seed in range(60):
         yield random_case(50_000 + seed, max_rows=70, max_width=90)
+    for seed, format in enumerate(FORMATS * 3):
+        yield quantized_case(format, seed)[0]
     rng = random.Random(0)
     for number, (width, M) in enumerate(itertools.product(range(1, 36), (1, 5, 19))):
         dtypes = [DTYPES[number // 3**i % 3] for i in range(3)]

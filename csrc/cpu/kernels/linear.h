@@ -39,6 +39,7 @@ struct LinearOp {
     const void* weight;
     int64_t weight_o, weight_c;  // strides
     int weight_dtype;
+    Packing packing;
     const void* bias;
     int bias_dtype;
     bool over_base;  // out already holds the base layer's part
@@ -60,6 +61,21 @@ struct LinearOp {
     int64_t v_row;
     const Factor* transposed;  // backward: the pages of B, contiguous along N, by page number
     const int64_t* grads;      // backward: [count, 4], see LinearBackwardArgs
+
+    bool packed() const { return packing.codes != kPlain; }
+    // The address of W's element of output column o and step c; of a packed W, of the byte or block that begins at or
+    // before it.
+    const char* weight_at(int64_t o, int64_t c) const {
+        const char* base = static_cast<const char*>(weight);
+        if (!packed()) return base + (o * weight_o + c * weight_c) * size_of(weight_dtype);
+        const int64_t row = weight_c == 1 ? o : c, k = weight_c == 1 ? c : o;
+        return base + row * packing.row_bytes + k * packing.row_bytes / row_elements();
+    }
+    // Elements, and bytes, from one row of W in memory to the next.
+    int64_t row_elements() const { return weight_c == 1 ? weight_o : weight_c; }
+    int64_t weight_row_bytes() const { return packed() ? packing.row_bytes : row_elements() * size_of(weight_dtype); }
+    // Bytes of an element, for choosing sizes of blocks: packed elements count as 16 bits.
+    int64_t weight_bytes() const { return packed() ? 2 : size_of(weight_dtype); }
 
     Adapter adapter(int32_t a) const { return adapter_at(adapters, a); }
     int64_t rank(int32_t a) const { return adapter(a).rank; }
@@ -103,7 +119,7 @@ static inline LinearOp forward_op(const LinearArgs& args, const Order& order) {
     op.M = args.M, op.C = args.K, op.O = args.N;
     op.in = args.x, op.in_row = args.x_stride, op.in_dtype = args.x_dtype;
     op.weight = args.weight, op.weight_o = args.weight_n, op.weight_c = args.weight_k;
-    op.weight_dtype = args.weight_dtype;
+    op.weight_dtype = args.weight_dtype, op.packing = args.packing;
     op.over_base = args.over_base;
     op.bias = args.over_base ? nullptr : args.bias, op.bias_dtype = args.bias_dtype;
     op.out = args.y, op.out_row = args.y_stride, op.out_dtype = args.x_dtype;

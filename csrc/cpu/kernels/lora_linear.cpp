@@ -16,6 +16,7 @@
 //
 // The form depends only on shape, dtypes and strides, so the number of threads does not change a bit of the result.
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/packed.h"
 #include "cpu/kernels/transposed.h"
 #ifdef PEFTK_FEW_ROWS
 #include "cpu/kernels/few_rows.h"
@@ -85,7 +86,7 @@ void project(const LinearOp& op, const Group& group, const void* const* rows, bo
         if constexpr (kStreams == 1) {  // a single row: with more ranks at once fewer chains of fma wait for each other
             for (; group.count == 1 && ranks - done >= 8; done += 8) {
                 const U* w = data + done * factor.rank;
-                dot_rows<T, U, 1, 8>(1, x, w, factor.rank, op.C, out + done, 16, w);
+                dot_rows<T, const U*, 1, 8>(1, x, w, factor.rank, op.C, out + done, 16, w);
             }
         }
         dot(group.count, x, ranks - done, data + done * factor.rank, factor.rank, op.C, out + done, 16,
@@ -228,7 +229,7 @@ void prepare(const LinearOp& op, const Shape& shape, int64_t part) {
                 continue;
             }
 #endif
-            if (shape.form == kDot && op.weight_dtype == kBFloat16) {
+            if (shape.form == kDot && reads_even_odd(op)) {
                 with_type(op.in_dtype,
                           [&](auto type) { split_even_odd(static_cast<const decltype(type)*>(rows[i]), op.C, to); });
                 continue;
@@ -255,6 +256,7 @@ void product_dot(const LinearOp& op, const Shape& shape, const Columns& columns,
     }
 #endif
     for (int64_t i = 0; i < shape.rows; i++) rows[i] = static_cast<const float*>(shape.in) + i * shape.in_row;
+    if (op.packed()) return packed_dot(op, shape.rows, rows, columns.first, columns.count, tile, columns.padded);
     if (op.weight_dtype == kBFloat16) {
         return dot(shape.rows, reinterpret_cast<const EvenOdd* const*>(rows), columns.count,
                    static_cast<const bf16*>(weight), op.weight_o, op.C, tile, columns.padded,
@@ -291,19 +293,19 @@ void product_transposed(const LinearOp& op, const Shape& shape, const Columns& c
 }
 
 // Copies steps first … first + steps - 1 of the block's rows of W to [count, row], in fp32 or pairs.
-void copy_weight_rows(const LinearOp& op, const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
+void copy_weight_rows(const LinearOp& op, [[maybe_unused]] const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
                       float* to, int64_t row) {
     for (int64_t o = 0; o < columns.count; o++) {
-        const int64_t c = shape.pairs ? 2 * first : first;
-        const void* from = at(op.weight, op.weight_dtype, (columns.first + o) * op.weight_o + c);
 #ifdef PEFTK_DP
         if (shape.pairs) {
+            const int64_t c = 2 * first;
+            const void* from = at(op.weight, op.weight_dtype, (columns.first + o) * op.weight_o + c);
             copy_pairs(static_cast<const bf16*>(from), min64(2 * steps, op.C - c),
                        reinterpret_cast<Pair*>(to + o * row));
             continue;
         }
 #endif
-        widen(from, op.weight_dtype, steps, to + o * row);
+        read_weight(op, columns.first + o, first, steps, to + o * row);
     }
 }
 
@@ -329,9 +331,8 @@ void product_lanes(const LinearOp& op, const Shape& shape, const Columns& column
             outer<T>(columns.count, panels.width(p), {reinterpret_cast<const T*>(weight), row, 1}, in, width, steps,
                      acc + lane, acc_row, first == 0, [&](int64_t i) {
                          const int64_t o = p == 0 ? columns.first + i : 0;
-                         const void* w = at(op.weight, op.weight_dtype, o * op.weight_o + next_c);
                          return Prefetch{next_in + i / tile * (next_bytes / tiles), next_bytes / (tiles * steps + 1),
-                                         static_cast<const char*>(w), op.weight_o * size_of(op.weight_dtype)};
+                                         op.weight_at(o, next_c), op.weight_row_bytes()};
                      });
         }
         first += steps;
@@ -347,9 +348,9 @@ void copy_weight_columns(const LinearOp& op, const Shape& shape, const Columns& 
         for (int64_t p = 0; p < panels.count(); p++) {
             const int64_t o = panels.first(p), width = panels.width(p) * W, count = min64(width, columns.count - o);
             float* out = to + o * steps + s * width;
-            const void* from = at(op.weight, op.weight_dtype, c * op.weight_c + columns.first + o);
 #ifdef PEFTK_DP
             if (shape.pairs) {
+                const void* from = at(op.weight, op.weight_dtype, c * op.weight_c + columns.first + o);
                 const bool both = c + 1 < op.C;
                 const bf16 *even = static_cast<const bf16*>(from), *odd = even + op.weight_c;
                 for (int64_t j = 0; j < count; j += W) {
@@ -361,7 +362,7 @@ void copy_weight_columns(const LinearOp& op, const Shape& shape, const Columns& 
                 continue;
             }
 #endif
-            widen(from, op.weight_dtype, count, out);
+            read_weight(op, c, columns.first + o, count, out);
         }
     }
 }
@@ -376,9 +377,8 @@ void product_columns(const LinearOp& op, const Shape& shape, const Columns& colu
         copy_weight_columns(op, shape, columns, first, steps, weight);
         // While these rows of W are multiplied, the next ones are prefetched into L2, a few during each tile.
         const int64_t next_c = (shape.pairs ? 2 : 1) * (first + steps < shape.steps ? first + steps : 0);
-        const char* next =
-            static_cast<const char*>(at(op.weight, op.weight_dtype, next_c * op.weight_c + columns.first));
-        const int64_t row_bytes = op.weight_c * size_of(op.weight_dtype);
+        const char* next = op.weight_at(columns.first, next_c);
+        const int64_t row_bytes = op.weight_row_bytes();
         const int64_t each = max64(steps / kPrefetchLines, 1);  // rows that the steps of a tile can prefetch
         const int64_t fetches = ceil_div((shape.pairs ? 2 : 1) * steps, each);
         for (int64_t p = 0; p < panels.count(); p++) {
@@ -782,9 +782,10 @@ bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFlo
 
 Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
-    const int64_t most = op.batch_invariant              ? kTransposedTokens
-                         : size_of(op.weight_dtype) == 4 ? kDotTokens32
-                                                         : kDotTokens16;
+    // In batch-invariant mode few rows of a packed W take the form of many.
+    const int64_t most = op.batch_invariant        ? (op.packed() ? 0 : kTransposedTokens)
+                         : op.weight_bytes() == 4 ? kDotTokens32
+                                                  : kDotTokens16;
     if (op.weight_c == 1 && op.M <= most) return op.batch_invariant ? kTransposed : kDot;
     if (!kHavePanels || takes_pairs(op)) return op.weight_c == 1 ? kLanes : kColumns;
     return are_few(op) ? kLanes : kPanels;
@@ -799,7 +800,7 @@ int64_t block_columns(const LinearOp& op, Form form, int threads) {
                       : form == kTransposed ? 6 * W
                       : form == kPanels     ? panel_columns(op)
                       : form == kOverBase   ? kBaseColumns
-                                            : kPrefetchLines * 64 / size_of(op.weight_dtype) / (op.M > 256 ? 2 : 1);
+                                            : kPrefetchLines * 64 / op.weight_bytes() / (op.M > 256 ? 2 : 1);
     // Rows of adapters of their own: each task begins with every adapter anew, and reads longer pieces of their
     // factors.
     if (op.adapters.count > 1 && op.M <= 8 * int64_t(op.adapters.count)) columns *= 4;
@@ -878,8 +879,9 @@ void run_rows(const LinearOp& op, int64_t first, int64_t rows, int threads) {
 void run(const LinearOp& op) {
     if (op.M == 0) return;
     const int64_t share = round_up(ceil_div(op.M, op.threads), W);
-    const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * size_of(op.weight_dtype) : 0;
-    const bool packs_weight = form_of(op) == kPanels;  // for its own rows, every thread would pack all of W
+    const int64_t shared_bytes = op.out && !op.over_base ? op.O * op.C * op.weight_bytes() : 0;
+    // For its own rows, every thread would pack all of W, or decode it.
+    const bool packs_weight = form_of(op) == kPanels || (op.packed() && shared_bytes > 0);
     if (op.threads > 1 && !packs_weight && share >= kMinRowsPerThread && shared_bytes <= kMaxWeightPerThread) {
         // Every thread has enough rows of its own. It prepares its own input, so that only W, which is only read, moves
         // between the cores' caches.
@@ -900,7 +902,7 @@ void lora_linear(const LinearArgs& args, const Order& order) { run(forward_op(ar
 void lora_linear_plan(const Linear& linear, bool backward, Plan* plan) {
     LinearOp op{};
     op.M = linear.M, op.O = backward ? linear.K : linear.N;
-    op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype;
+    op.in_dtype = linear.x_dtype, op.weight_dtype = linear.weight_dtype, op.packing = linear.packing;
     op.weight_c = backward ? linear.weight_n : linear.weight_k;
     op.batch_invariant = linear.batch_invariant, op.blocking = blocking_in_use();
     op.threads = useful_threads(product_work(linear), linear.threads);

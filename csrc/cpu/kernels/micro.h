@@ -8,6 +8,8 @@
 // Parts begin at fixed positions, whichever tile an output is in, so results do not depend on how the work is divided.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/kernels/vec.h"
 
 namespace peftk {
@@ -189,10 +191,19 @@ struct __attribute__((packed, may_alias)) EvenOdd {
     float value;
 };
 
-// A step of the dot product: kElements elements of both rows, in kRegisters registers each.
+// A step of the dot product: kElements elements of both rows, in kRegisters registers each. U: an element of the second
+// operand; or, if it is packed, one of its rows, in which case kDecodes is true, and a step of such a row is decoded
+// once for all tokens (cpu/kernels/packed.h).
+template <class U>
+struct PlainStep {
+    static constexpr bool kDecodes = false;
+    static constexpr int kLine = 64 / sizeof(U);  // elements of a cache line
+    PEFTK_INLINE void fetch(const U* row, int64_t k) { __builtin_prefetch(row + k, 0, 2); }
+};
+
 template <class T, class U>
-struct DotStep {
-    static constexpr int kElements = W, kRegisters = 1;
+struct DotStep : PlainStep<U> {
+    static constexpr int kElements = W, kRegisters = 1, kUnit = W;
     PEFTK_INLINE Vec first(const T* p, int) { return load(p); }
     PEFTK_INLINE Vec first_n(const T* p, int, int n) { return load_n(p, n); }
     PEFTK_INLINE Vec second(const U* p, int) { return load(p); }
@@ -200,8 +211,8 @@ struct DotStep {
 };
 
 template <>
-struct DotStep<EvenOdd, bf16> {
-    static constexpr int kElements = 2 * W, kRegisters = 2;
+struct DotStep<EvenOdd, bf16> : PlainStep<bf16> {
+    static constexpr int kElements = 2 * W, kRegisters = 2, kUnit = 2 * W;
     PEFTK_INLINE Vec first(const EvenOdd* p, int odd) { return load(reinterpret_cast<const float*>(p) + odd * W); }
     PEFTK_INLINE Vec first_n(const EvenOdd* p, int odd, int) { return first(p, odd); }
     PEFTK_INLINE Vec second(const bf16* p, int odd) { return odd ? load_odd(p) : load_even(p); }
@@ -214,8 +225,8 @@ struct DotStep<EvenOdd, bf16> {
 
 #ifdef PEFTK_DP
 template <>
-struct DotStep<bf16, bf16> {
-    static constexpr int kElements = 2 * W, kRegisters = 1;
+struct DotStep<bf16, bf16> : PlainStep<bf16> {
+    static constexpr int kElements = 2 * W, kRegisters = 1, kUnit = 2 * W;
     PEFTK_INLINE __m512i first(const bf16* p, int) { return load_pairs(p); }
     PEFTK_INLINE __m512i first_n(const bf16* p, int, int n) { return load_pairs_n(p, n); }
     PEFTK_INLINE __m512i second(const bf16* p, int) { return load_pairs(p); }
@@ -228,24 +239,28 @@ struct Part {
     int64_t first, last;  // elements
     bool starts, ends;
 };
-constexpr int64_t kDotPart = 64;       // steps: the rows of w stay in L1 while all tiles of tokens use them
-constexpr int64_t kLongPart = 32 * W;  // for a single tile: as many steps as the error of W parallel chains allows
+constexpr int64_t kDotPart = 64;       // times kUnit elements: the rows of w stay in L1 while all tiles of tokens use them
+constexpr int64_t kLongPart = 32 * W;  // for a single tile: as many as the error of W parallel chains allows
 
-template <class T, class U, int kTokens, int kRows>
-PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total, float* out,
-                         int64_t out_row, const U* ahead, int64_t ahead_row) {
-    typedef DotStep<T, U> Step;
+// The second operand's rows: a pointer to the first, w_row elements from one to the next; or a packed row, w_row rows.
+template <class Rows>
+using RowOf = std::remove_const_t<std::remove_pointer_t<Rows>>;
+
+template <class T, class Rows, int kTokens, int kRows>
+PEFTK_TILE void dot_tile(const T* const* x, Rows w, int64_t w_row, const Part& part, Vec* total, float* out,
+                         int64_t out_row, Rows ahead, int64_t ahead_row) {
+    typedef DotStep<T, RowOf<Rows>> Step;
     Vec acc[kTokens][kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) {
 #pragma GCC unroll 8
         for (int j = 0; j < kRows; j++) acc[i][j] = zero();
     }
-    const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
+    [[maybe_unused]] const auto add_products = [&](auto load_first, auto load_second) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int r = 0; r < Step::kRegisters; r++) {
             // Rows are loaded again for the second register: kept in registers, they would leave no room for the tile.
-            const U* rows = w;
+            Rows rows = w;
             if constexpr (Step::kRegisters > 1) asm volatile("" : "+r"(rows));
             // the side with fewer operands stays in registers
             if constexpr (kTokens <= kRows) {
@@ -271,23 +286,42 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
             }
         }
     };
+    [[maybe_unused]] const auto add_decoded = [&](auto load_first, auto decode) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kRows; j++) {
+            Vec second[Step::kRegisters];
+            decode(w + j * w_row, second);
+#pragma GCC unroll 8
+            for (int i = 0; i < kTokens; i++) {
+#pragma GCC unroll 8
+                for (int r = 0; r < Step::kRegisters; r++) acc[i][j] = fma(load_first(x[i], r), second[r], acc[i][j]);
+            }
+        }
+    };
     int64_t k = part.first;
     const auto add_step = [&]() __attribute__((always_inline)) {
-        add_products([&](const T* p, int r) { return Step::first(p + k, r); },
-                     [&](const U* p, int r) { return Step::second(p + k, r); });
+        const auto first = [&](const T* p, int r) { return Step::first(p + k, r); };
+        if constexpr (Step::kDecodes) {
+            add_decoded(first, [&](const Rows& row, Vec* to) { Step::decode(row, k, to); });
+        } else {
+            add_products(first, [&](Rows p, int r) { return Step::second(p + k, r); });
+        }
         k += Step::kElements;
     };
-    constexpr int kLine = 64 / sizeof(U);
-    while (k + kLine <= part.last) {
+    while (k + Step::kLine <= part.last) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kRows; j++) __builtin_prefetch(ahead + j * ahead_row + k, 0, 2);
+        for (int j = 0; j < kRows; j++) Step::fetch(ahead + j * ahead_row, k);
 #pragma GCC unroll 8
-        for (int i = 0; i < kLine / Step::kElements; i++) add_step();
+        for (int i = 0; i < Step::kLine / Step::kElements; i++) add_step();
     }
     while (k + Step::kElements <= part.last) add_step();
     if (const int rest = int(part.last - k)) {
-        add_products([&](const T* p, int r) { return Step::first_n(p + k, r, rest); },
-                     [&](const U* p, int r) { return Step::second_n(p + k, r, rest); });
+        const auto first = [&](const T* p, int r) { return Step::first_n(p + k, r, rest); };
+        if constexpr (Step::kDecodes) {
+            add_decoded(first, [&](const Rows& row, Vec* to) { Step::decode_n(row, k, rest, to); });
+        } else {
+            add_products(first, [&](Rows p, int r) { return Step::second_n(p + k, r, rest); });
+        }
     }
     if (!part.starts) {
 #pragma GCC unroll 8
@@ -312,74 +346,74 @@ PEFTK_TILE void dot_tile(const T* const* x, const U* w, int64_t w_row, const Par
 }
 
 // `ahead`: the rows that are needed next. Each tile prefetches its share of them.
-template <class T, class U, int kTokens, int kRows>
-static void dot_tokens(int64_t tokens, const T* const* x, const U* w, int64_t w_row, const Part& part, Vec* total,
-                       float* out, int64_t out_row, const U* ahead, int64_t ahead_row) {
+template <class T, class Rows, int kTokens, int kRows>
+static void dot_tokens(int64_t tokens, const T* const* x, Rows w, int64_t w_row, const Part& part, Vec* total,
+                       float* out, int64_t out_row, Rows ahead, int64_t ahead_row) {
     for (; tokens >= kTokens; tokens -= kTokens) {
-        dot_tile<T, U, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead, ahead_row);
+        dot_tile<T, Rows, kTokens, kRows>(x, w, w_row, part, total, out, out_row, ahead, ahead_row);
         x += kTokens;
         total += kTokens * kRows;
         out += kTokens * out_row;
-        ahead += w_row;
+        ahead = ahead + w_row;
     }
     if constexpr (kTokens > 1) {
-        dot_tokens<T, U, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, ahead_row);
+        dot_tokens<T, Rows, kTokens - 1, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, ahead_row);
     }
 }
 
 // kTokens: tokens of the tallest tile. Not inlined either: bf16 layers of 576 × 576 with 4 and 8 tokens ran 10 and 13 %
 // faster then on a Zen 3, and none slower by more than 1 %.
-template <class T, class U, int kTokens, int kRows>
-PEFTK_TILE void dot_rows(int64_t tokens, const T* const* x, const U* w, int64_t w_row, int64_t K, float* out,
-                         int64_t out_row, const U* ahead) {
+template <class T, class Rows, int kTokens, int kRows>
+PEFTK_TILE void dot_rows(int64_t tokens, const T* const* x, Rows w, int64_t w_row, int64_t K, float* out,
+                         int64_t out_row, Rows ahead) {
     Vec total[kMaxDotTokens * kRows];
-    const int64_t length = (tokens <= kTokens ? kLongPart : kDotPart) * DotStep<T, U>::kElements;
+    const int64_t length = (tokens <= kTokens ? kLongPart : kDotPart) * DotStep<T, RowOf<Rows>>::kUnit;
     const int64_t tiles = (tokens + kTokens - 1) / kTokens;
     int64_t first = 0;
     do {
         const bool ends = first + length >= K;
         const Part part{first, ends ? K : first + length, first == 0, ends};
-        dot_tokens<T, U, kTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
+        dot_tokens<T, Rows, kTokens, kRows>(tokens, x, w, w_row, part, total, out, out_row, ahead, tiles * w_row);
         first += length;
     } while (first < K);
 }
 
 // With one token, the speed is that of reading W. kStreams distant rows of w are read in parallel: each is a separate
 // stream of consecutive pages for the processor's prefetchers, which reach a higher bandwidth that way.
-template <class T, class U>
-static void dot_streams(const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out) {
+template <class T, class Rows>
+static void dot_streams(const T* const* x, int64_t rows, Rows w, int64_t w_row, int64_t K, float* out) {
     const int64_t spacing = rows / kStreams;
     for (int64_t i = 0; i < spacing; i++) {
         float sums[kStreams];
-        const U* first = w + i * w_row;
-        dot_rows<T, U, 1, kStreams>(1, x, first, spacing * w_row, K, sums, kStreams, first);
+        const Rows first = w + i * w_row;
+        dot_rows<T, Rows, 1, kStreams>(1, x, first, spacing * w_row, K, sums, kStreams, first);
         for (int s = 0; s < kStreams; s++) out[i + s * spacing] = sums[s];
     }
 }
 
 // out [tokens, out_row] = rows x[i] times `rows` rows of w, for at most kMaxDotTokens tokens. `after`: the rows that
 // the next call reads.
-template <class T, class U>
-static void dot(int64_t tokens, const T* const* x, int64_t rows, const U* w, int64_t w_row, int64_t K, float* out,
-                int64_t out_row, const U* after) {
+template <class T, class Rows>
+static void dot(int64_t tokens, const T* const* x, int64_t rows, Rows w, int64_t w_row, int64_t K, float* out,
+                int64_t out_row, Rows after) {
     constexpr int64_t kRest = kDotRows < 4 ? kDotRows : 4;  // a page of 16 ranks is 6 + 6 + 4
     if constexpr (kStreams > 1) {
         if (tokens == 1) {
             const int64_t streamed = rows / kStreams * kStreams;
             dot_streams(x, streamed, w, w_row, K, out);
-            rows -= streamed, w += streamed * w_row, out += streamed;
+            rows -= streamed, w = w + streamed * w_row, out += streamed;
         }
     }
-    for (; rows >= kDotRows; rows -= kDotRows, w += kDotRows * w_row, out += kDotRows) {
-        const U* ahead = rows > kDotRows ? w + kDotRows * w_row : after;
-        dot_rows<T, U, kDotTokens, kDotRows>(tokens, x, w, w_row, K, out, out_row, ahead);
+    for (; rows >= kDotRows; rows -= kDotRows, w = w + kDotRows * w_row, out += kDotRows) {
+        const Rows ahead = rows > kDotRows ? w + kDotRows * w_row : after;
+        dot_rows<T, Rows, kDotTokens, kDotRows>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
-    for (; rows >= kRest; rows -= kRest, w += kRest * w_row, out += kRest) {
-        const U* ahead = rows > kRest ? w + kRest * w_row : after;
-        dot_rows<T, U, kDotTokens, kRest>(tokens, x, w, w_row, K, out, out_row, ahead);
+    for (; rows >= kRest; rows -= kRest, w = w + kRest * w_row, out += kRest) {
+        const Rows ahead = rows > kRest ? w + kRest * w_row : after;
+        dot_rows<T, Rows, kDotTokens, kRest>(tokens, x, w, w_row, K, out, out_row, ahead);
     }
-    for (; rows > 0; rows--, w += w_row, out++) {
-        dot_rows<T, U, kDotTokens, 1>(tokens, x, w, w_row, K, out, out_row, rows > 1 ? w + w_row : after);
+    for (; rows > 0; rows--, w = w + w_row, out++) {
+        dot_rows<T, Rows, kDotTokens, 1>(tokens, x, w, w_row, K, out, out_row, rows > 1 ? w + w_row : after);
     }
 }
 

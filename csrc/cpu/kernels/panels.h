@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/kernels/linear.h"
+#include "cpu/kernels/packed.h"
 #include "cpu/kernels/transposed.h"
 
 namespace peftk {
@@ -32,7 +33,9 @@ static inline int64_t panel_steps(const LinearOp& op) { return op.batch_invarian
 // are then added to the total, as in panel_tile.
 constexpr int64_t kStreamedRows = 8, kStreamedTile = 4;
 
-static inline bool is_streamed(const LinearOp& op) { return !along_contraction(op) && op.M <= kStreamedRows; }
+static inline bool is_streamed(const LinearOp& op) {
+    return !along_contraction(op) && !op.packed() && op.M <= kStreamedRows;
+}
 
 // Rows of a tile of the packed input, at most.
 static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ? kStreamedTile : kPanelRows; }
@@ -40,7 +43,7 @@ static inline int64_t tile_height(const LinearOp& op) { return is_streamed(op) ?
 // Columns of a task. Where W is contiguous along them they are many, to read much of each row of W at a time.
 static inline int64_t panel_columns(const LinearOp& op) {
     if (along_contraction(op)) return op.blocking.blocks * 2 * kPanelWidth;
-    const int64_t element = size_of(op.weight_dtype);
+    const int64_t element = op.weight_bytes();
     if (is_streamed(op)) return (op.M <= 4 ? 4096 : 2048) / element;
     return op.blocking.blocks * 1024 / element / (op.M <= 32 ? 1 : op.M <= 64 ? 2 : 4);
 }
@@ -306,6 +309,16 @@ static void product_streamed(const LinearOp& op, const PackedRows& packed, const
 // Packs the panel of W that begins at the block's column o, steps first … first + steps - 1.
 static void pack_panel(const LinearOp& op, const Columns& columns, int64_t o, int64_t first, int64_t steps, float* to) {
     const int64_t count = min64(kPanelWidth, columns.count - o), width = round_up(count, W);
+    if (op.packed()) {
+        if (!along_contraction(op)) {
+            for (int64_t s = 0; s < steps; s++) read_weight(op, first + s, columns.first + o, count, to + s * width);
+            return;
+        }
+        const int64_t row = round_up(steps, W) + W;  // W more, against cache-set conflicts
+        float* decoded = scratch_of<float>(kDecodedSlot, count * row);
+        for (int64_t i = 0; i < count; i++) read_weight(op, columns.first + o + i, first, steps, decoded + i * row);
+        return pack_transposed(decoded, row, count, steps, width, to);
+    }
     with_type(op.weight_dtype, [&](auto type) {
         typedef decltype(type) T;
         const T* data = static_cast<const T*>(op.weight) + (columns.first + o) * op.weight_o + first * op.weight_c;
@@ -319,13 +332,14 @@ static void pack_panel(const LinearOp& op, const Columns& columns, int64_t o, in
 class NextSteps {
 public:
     NextSteps(const LinearOp& op, const Columns& columns, int64_t first, int64_t end, int64_t tiles) : tiles_(tiles) {
-        const int64_t element = size_of(op.weight_dtype), step = end < op.C ? end : 0;
+        const int64_t step = end < op.C ? end : 0;
         const int64_t column = columns.first + (step ? 0 : columns.count);
-        data_ = static_cast<const char*>(at(op.weight, op.weight_dtype, column * op.weight_o + step * op.weight_c));
+        data_ = op.weight_at(column, step);
         const bool along = along_contraction(op);
-        row_ = (along ? op.weight_o : op.weight_c) * element;
+        row_ = op.weight_row_bytes();
         rows_ = along ? columns.count : panel_steps(op);
-        chunks_ = rows_ * ceil_div((along ? panel_steps(op) : columns.count) * element, kChunkBytes);
+        const int64_t elements = along ? panel_steps(op) : columns.count;
+        chunks_ = rows_ * ceil_div(elements * row_ / op.row_elements(), kChunkBytes);
         at_once_ = tiles * ((end - first) / kPanelChunk) < chunks_ ? 2 : 1;
     }
 

@@ -69,6 +69,41 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     memcpy(p, full, n * sizeof(T));
 }
 
+// For packed weights (cpu/kernels/packed.h). A table of 16 floats is two registers.
+PEFTK_INLINE Vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+PEFTK_INLINE Vec set1(bf16 x) { return set1(to_float(x)); }
+PEFTK_INLINE Vec set1(f16 x) { return _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+typedef __m256i Codes4;
+PEFTK_INLINE Codes4 load_codes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+struct Lookup4 {
+    Vec first, second;
+    PEFTK_MEMBER Lookup4(const float* table, Vec scale)
+        : first(_mm256_mul_ps(_mm256_loadu_ps(table), scale)),
+          second(_mm256_mul_ps(_mm256_loadu_ps(table + 8), scale)) {}
+    PEFTK_MEMBER Vec low(Codes4 codes) const {
+        const Vec in_second = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // by the sign
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, codes), _mm256_permutevar8x32_ps(second, codes),
+                                in_second);
+    }
+    PEFTK_MEMBER Vec high(Codes4 codes) const { return low(_mm256_srli_epi32(codes, 4)); }
+};
+struct Linear4 {
+    Vec zero, scale;
+    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
+    PEFTK_MEMBER Vec value(Codes4 code) const {
+        return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(code), zero), scale);
+    }
+    PEFTK_MEMBER Vec low(Codes4 codes) const { return value(_mm256_and_si256(codes, _mm256_set1_epi32(15))); }
+    PEFTK_MEMBER Vec high(Codes4 codes) const { return value(_mm256_srli_epi32(codes, 4)); }
+};
+PEFTK_INLINE void zip(Vec even, Vec odd, Vec* to) {
+    const Vec low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    to[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    to[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+
 PEFTK_INLINE void transpose(__m256* a, Vec* to) {
     __m256 b[8];
     for (int i = 0; i < 8; i += 2) {

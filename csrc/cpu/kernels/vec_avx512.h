@@ -42,6 +42,33 @@ PEFTK_INLINE Vec load_n(const T* p, int n) {
     return widen(_mm256_maskz_loadu_epi16((1u << n) - 1, p), T{});
 }
 
+// For packed weights (cpu/kernels/packed.h). A table of 16 floats is one register.
+PEFTK_INLINE Vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+PEFTK_INLINE Vec set1(bf16 x) { return set1(to_float(x)); }
+PEFTK_INLINE Vec set1(f16 x) { return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+typedef __m512i Codes4;
+PEFTK_INLINE Codes4 load_codes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+struct Lookup4 {
+    Vec values;
+    PEFTK_MEMBER Lookup4(const float* table, Vec scale) : values(_mm512_mul_ps(_mm512_loadu_ps(table), scale)) {}
+    PEFTK_MEMBER Vec low(Codes4 codes) const { return _mm512_permutexvar_ps(codes, values); }
+    PEFTK_MEMBER Vec high(Codes4 codes) const { return low(_mm512_srli_epi32(codes, 4)); }
+};
+struct Linear4 : Lookup4 {
+    static constexpr float kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : Lookup4(kCodes, set1(1)) {
+        values = _mm512_mul_ps(_mm512_sub_ps(values, zero), scale);
+    }
+};
+PEFTK_INLINE void zip(Vec even, Vec odd, Vec* to) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    to[0] = _mm512_permutex2var_ps(even, first, odd);
+    to[1] = _mm512_permutex2var_ps(even, second, odd);
+}
+
 PEFTK_INLINE Vec load_even(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
 PEFTK_INLINE Vec load_odd(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));

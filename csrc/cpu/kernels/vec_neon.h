@@ -65,6 +65,43 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     memcpy(p, full, n * sizeof(T));
 }
 
+// For packed weights (cpu/kernels/packed.h). A table of 16 floats is four registers of bytes.
+PEFTK_INLINE uint8x8_t load_four(const uint8_t* p) {
+    uint32_t bits;
+    memcpy(&bits, p, 4);
+    return vcreate_u8(bits);
+}
+PEFTK_INLINE Vec load(const int8_t* p) {
+    const int8x8_t bytes = vreinterpret_s8_u8(load_four(reinterpret_cast<const uint8_t*>(p)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
+}
+PEFTK_INLINE Vec set1(bf16 x) { return set1(to_float(x)); }
+PEFTK_INLINE Vec set1(f16 x) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(x.bits))); }
+typedef uint32x4_t Codes4;
+PEFTK_INLINE Codes4 load_codes(const uint8_t* p) { return vmovl_u16(vget_low_u16(vmovl_u8(load_four(p)))); }
+struct Lookup4 {
+    uint8x16x4_t values;
+    PEFTK_MEMBER Lookup4(const float* table, Vec scale) {
+        for (int i = 0; i < 4; i++) {
+            values.val[i] = vreinterpretq_u8_f32(vmulq_f32(vld1q_f32(table + 4 * i), scale));
+        }
+    }
+    PEFTK_MEMBER Vec of(Codes4 code) const {
+        const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
+        return vreinterpretq_f32_u8(vqtbl4q_u8(values, vreinterpretq_u8_u32(bytes)));
+    }
+    PEFTK_MEMBER Vec low(Codes4 codes) const { return of(vandq_u32(codes, vdupq_n_u32(15))); }
+    PEFTK_MEMBER Vec high(Codes4 codes) const { return of(vshrq_n_u32(codes, 4)); }
+};
+struct Linear4 {
+    Vec zero, scale;
+    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
+    PEFTK_MEMBER Vec value(Codes4 code) const { return vmulq_f32(vsubq_f32(vcvtq_f32_u32(code), zero), scale); }
+    PEFTK_MEMBER Vec low(Codes4 codes) const { return value(vandq_u32(codes, vdupq_n_u32(15))); }
+    PEFTK_MEMBER Vec high(Codes4 codes) const { return value(vshrq_n_u32(codes, 4)); }
+};
+PEFTK_INLINE void zip(Vec even, Vec odd, Vec* to) { to[0] = vzip1q_f32(even, odd), to[1] = vzip2q_f32(even, odd); }
+
 template <class T>
 PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     const Vec r0 = load(from), r1 = load(from + from_stride);

@@ -52,6 +52,50 @@ PEFTK_INLINE void store_n(T* p, Vec v, int n) {
     for (int i = 0; i < n; i++) from_float(v[i], p + i);
 }
 
+// For packed weights (cpu/kernels/packed.h).
+PEFTK_INLINE Vec load(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+PEFTK_INLINE Vec set1(bf16 x) { return set1(to_float(x)); }
+PEFTK_INLINE Vec set1(f16 x) { return set1(to_float(x)); }
+struct Codes4 {
+    uint8_t code[W];
+};
+PEFTK_INLINE Codes4 load_codes(const uint8_t* p) {
+    Codes4 codes;
+    memcpy(codes.code, p, W);
+    return codes;
+}
+struct Lookup4 {
+    const float* table;
+    Vec scale;
+    PEFTK_MEMBER Lookup4(const float* table, Vec scale) : table(table), scale(scale) {}
+    PEFTK_MEMBER Vec of(int a, int b, int c, int d) const {
+        return Vec{table[a], table[b], table[c], table[d]} * scale;
+    }
+    PEFTK_MEMBER Vec low(Codes4 of_) const {
+        const uint8_t* c = of_.code;
+        return of(c[0] & 15, c[1] & 15, c[2] & 15, c[3] & 15);
+    }
+    PEFTK_MEMBER Vec high(Codes4 of_) const {
+        const uint8_t* c = of_.code;
+        return of(c[0] >> 4, c[1] >> 4, c[2] >> 4, c[3] >> 4);
+    }
+};
+struct Linear4 {
+    Vec zero, scale;
+    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
+    PEFTK_MEMBER Vec low(Codes4 of_) const {
+        const uint8_t* c = of_.code;
+        return (Vec{float(c[0] & 15), float(c[1] & 15), float(c[2] & 15), float(c[3] & 15)} - zero) * scale;
+    }
+    PEFTK_MEMBER Vec high(Codes4 of_) const {
+        const uint8_t* c = of_.code;
+        return (Vec{float(c[0] >> 4), float(c[1] >> 4), float(c[2] >> 4), float(c[3] >> 4)} - zero) * scale;
+    }
+};
+PEFTK_INLINE void zip(Vec even, Vec odd, Vec* to) {
+    to[0] = Vec{even[0], odd[0], even[1], odd[1]}, to[1] = Vec{even[2], odd[2], even[3], odd[3]};
+}
+
 template <class T>
 PEFTK_INLINE void transpose(const T* from, int64_t from_stride, Vec* to) {
     const T *r0 = from, *r1 = r0 + from_stride, *r2 = r1 + from_stride, *r3 = r2 + from_stride;

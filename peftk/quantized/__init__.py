@@ -1,0 +1,1 @@
+"""Weights in packed form: what each format holds, and how it is read."""
