@@ -235,8 +235,10 @@ class AdapterBank:
         slot = number % len(self.slots)
         if name in self.names or self.slots[slot] is not None:
             self.free_number(name, slot)  # raises
-        if any(tensor.dtype != self.dtype or tensor.device != self.device for tensor in adapter.tensors()):
-            raise ValueError(f"adapter: expected tensors of {self.dtype} on {self.device}, got others")
+        dtype, device = self.dtype, self.device
+        for tensor in adapter.tensors():
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(f"adapter: expected tensors of {dtype} on {device}, got others")
         self.slots[slot] = adapter
         self._register(name, number)
 
