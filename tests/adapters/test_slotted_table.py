@@ -102,12 +102,13 @@ def test_a_table_that_cannot_be_made_is_made_anew(monkeypatch):
     made.table()
     made.remove("a1")
     made.add("a1", *factors(7, 50), 1.0, slot=1)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
 
-        def fail(*_, **__):
-            raise MemoryError
+    def fail(*_, **__):
+        raise MemoryError
 
+    with monkeypatch.context() as patch:
         patch.setattr(slotted_table.table, "lasting_entry", fail)
-        made.table()
+        with pytest.raises(MemoryError):
+            made.table()
     torch.testing.assert_close(outputs(made.table(), 1), expected(50, 7))
     torch.testing.assert_close(outputs(made.table(), 0), expected(0))

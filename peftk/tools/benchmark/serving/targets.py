@@ -10,7 +10,10 @@ UNMODIFIED = "transformers, no adapters"
 PADDED = "peftk, generate() on a padded batch"
 PEFT = "HF PEFT, generate(adapter_names=…)"
 VLLM = "vLLM with LoRA"
+VLLM_PLUGIN = "vLLM with LoRA and peftk's plug-in"
+VLLM_PLAIN = "vLLM, no adapters"
 LLAMA_CPP = "llama.cpp, different adapters"
+LLAMA_CPP_SAME = "llama.cpp, one adapter for all"
 FASTEST_WITHOUT = "no adapters"  # the faster of the two
 LOAD = "adapter load, p99 in ms"
 
