@@ -213,7 +213,11 @@ def _throughput(
     missing: list[Throughput] = []
     if len(names) <= 8:
         made.append((sides.padded(targets.PADDED, language, folder, names), asked))
-        no_vllm, one = vllm_side.why_not(), [job._replace(adapter=names[0]) for job in asked]
+        again = {
+            targets.VLLM_PLUGIN: (targets.VLLM_PLUGIN_BASE, plain),
+            targets.LLAMA_CPP: (targets.LLAMA_CPP_SAME, [job._replace(adapter=names[0]) for job in asked]),
+        }
+        no_vllm = vllm_side.why_not()
         for name, reason, make, jobs_of_side in (
             (targets.PEFT, None if extras.is_installed("peft") else "peft is not installed", sides.hf_peft, asked),
             (targets.VLLM, no_vllm, vllm_side.side, asked),
@@ -228,9 +232,9 @@ def _throughput(
             except UnavailableError as error:
                 missing.append(Throughput(len(names), name, None, None, 0, None, str(error)))
             else:
-                if name == targets.LLAMA_CPP:  # the same server, which runs these in one batch
-                    same = dataclasses.replace(made[-1][0], name=targets.LLAMA_CPP_SAME, close=lambda: None)
-                    made.append((same, one))
+                if name in again:  # the same process, asked for something else
+                    other, jobs_of_side = again[name]
+                    made.append((dataclasses.replace(made[-1][0], name=other, close=lambda: None), jobs_of_side))
     try:
         errors = {}
         for side, ask in made:
