@@ -36,9 +36,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self): self.reply(200, {{}})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        lora = asked["lora"][0]["id"] if asked["lora"] else -1
+        (lora,) = asked["lora"]  # without one llama.cpp applies all
         if asked["prompt"][0] == 13: return self.reply(500, {{"error": "unlucky"}})
-        self.reply(200, {{"tokens": [asked["prompt"][0], lora, asked["n_predict"]]}})
+        self.reply(200, {{"tokens": [asked["prompt"][0], lora["id"] if lora["scale"] else -1, asked["n_predict"]]}})
     def log_message(self, *_): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(of("--port")[0])), Handler).serve_forever()
 """

@@ -73,11 +73,12 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         )  # fmt: skip
         stack.callback(_end, process)
         _wait(process, port, said)
-        numbers = {adapter: number for number, adapter in enumerate(names)}
+        numbers: dict[str | None, int] = {adapter: number for number, adapter in enumerate(names)}
         threads = stack.enter_context(concurrent.futures.ThreadPoolExecutor(len(names)))
 
         def ask(job: Job) -> Tokens:
-            lora = [] if job.adapter is None else [{"id": numbers[job.adapter], "scale": 1.0}]
+            # adapters that are not in the list are off; without a list all are on
+            lora = [{"id": numbers.get(job.adapter, 0), "scale": float(job.adapter is not None)}]
             asked = {
                 "prompt": job.prompt, "n_predict": job.new_tokens, "lora": lora, "temperature": 0, "ignore_eos": True,
                 "return_tokens": True, "cache_prompt": False,
