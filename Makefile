@@ -65,7 +65,7 @@ test-gpu: $(BUILT)
 test-engines: ENGINES ?= $(BIN)/python
 test-engines: export OMP_WAIT_POLICY ?= passive
 test-engines: $(BUILT)
-	$(ENGINES) -m pytest -m engines -rs tests/serve $(ARGS)
+	$(ENGINES) -m pytest -m engines -rs tests/serve tests/tools/test_benchmark_llama_cpp.py $(ARGS)
 
 mutants: $(BUILT)
 	$(BIN)/python scripts/mutate.py run $(ARGS)

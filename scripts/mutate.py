@@ -203,6 +203,7 @@ TESTS = {
         "checkpoints/test_adapterhub_interop.py",
     ],
     "peftk/adapters/live_table.py": ["adapters/test_live_table.py"],
+    "peftk/adapters/slotted_table.py": ["adapters/test_slotted_table.py", "adapters/test_bank.py"],
     "peftk/adapters/pages.py": ["adapters/test_bank.py", "adapters/test_live_table.py"],
     "peftk/system/precision.py": ["kernels/triton/interpreted/field.py"],
     "peftk/system/streams.py": ["adapters/test_live_table.py"],

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from peftk.adapters import checks, handles, live_table, table
 from peftk.adapters.adapter import PAGE, Adapter, FlatAdapter, flat_adapter, pages_of
 from peftk.adapters.live_table import LiveTable
 from peftk.adapters.pages import PagePool
+from peftk.adapters.slotted_table import SlottedTable
 from peftk.adapters.table import AdapterTable, WithoutTable
 from peftk.system import storage, streams
 from peftk.system.lasting import lasting, outside_pools
@@ -124,7 +124,8 @@ class AdapterBank:
         self._owners: dict[int, weakref.finalize[Any, Adapter]] = {}
         self._version = 0  # counts changes of the slots: adapters added, removed or moved
         self._cached_table: _CachedTable | None = None
-        self._slotted: AdapterTable | None = None  # on a CPU: the last table, from which the next one is made
+        self._slotted: SlottedTable | None = None  # on a CPU: what `table` returns, as long as all are the bank's own
+        self._changed: dict[int, None] = {}  # the slots that are others than in it
         self.live: LiveTable | None = None  # on a GPU
         self._live_numbers: Tensor | None = None  # the numbers on the device, for CUDA graphs
         self._mirrors: list[tuple[weakref.ref[LiveTable], int]] = []  # tables of packed banks, and which slice is ours
@@ -234,8 +235,10 @@ class AdapterBank:
         slot = number % len(self.slots)
         if name in self.names or self.slots[slot] is not None:
             self.free_number(name, slot)  # raises
-        if any(tensor.dtype != self.dtype or tensor.device != self.device for tensor in adapter.tensors()):
-            raise ValueError(f"adapter: expected tensors of {self.dtype} on {self.device}, got others")
+        dtype, device = self.dtype, self.device
+        for tensor in adapter.tensors():
+            if tensor.dtype != dtype or tensor.device != device:
+                raise ValueError(f"adapter: expected tensors of {dtype} on {device}, got others")
         self.slots[slot] = adapter
         self._register(name, number)
 
@@ -294,13 +297,15 @@ class AdapterBank:
         if self.numbers[slot] != number:
             return
         with self.order.lock:
-            self._removed.append(slot)
-            if not self.order.busy():
-                with self.order.write():
-                    self._clear_removed()
+            if self.live is not None:
+                self._removed.append(slot)
+                if not self.order.busy():
+                    with self.order.write():
+                        self._clear_removed()
             self.numbers[slot] = -1
             was_lent, self.slots[slot] = not isinstance(self.slots[slot], Adapter), None
             self.lent -= was_lent
+            self._changed[slot] = None
             self._version += 1
             self._pages.pop(slot, None)
             self._owners.pop(slot, None)
@@ -373,19 +378,20 @@ class AdapterBank:
         if (
             cached is not None
             and cached.version == self._version
-            and cached.lent_state == _lent_state([adapter() for adapter in cached.lent])
+            and (not cached.lent or cached.lent_state == _lent_state([adapter() for adapter in cached.lent]))
         ):
             if self.live is not None:
                 self.order.read()
             return cached.table
-        with self.order.lock if self.live is not None else contextlib.nullcontext():
+        del cached  # so that a table that nobody else has is written in place
+        with self.order.lock:
             return self._new_table()
 
     def _new_table(self) -> AdapterTable | None:
         version = self._version  # read first: if another thread changes the slots meanwhile, the table counts as stale
-        slots = tuple(self.slots)
         if not self.lent and self.live is None and self.device.type == "cpu":
-            return self._slotted_table(version, slots)
+            return self._slotted_table(version)
+        slots = tuple(self.slots)
         adapters = tuple(_adapter_in(slot) for slot in slots)  # only once: a computed tensor is a new one each time
         lent = {number: slot for number, slot in enumerate(slots) if slot is not None and not isinstance(slot, Adapter)}
         now = {number: adapter for number, adapter in enumerate(adapters) if number in lent and adapter is not None}
@@ -412,21 +418,25 @@ class AdapterBank:
             self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
 
-    def _slotted_table(self, version: int, adapters: tuple[Any, ...]) -> AdapterTable:
-        """The table on a CPU, where all adapters are the bank's own: the one before with what has changed.
-
-        A server's step waits for it, once per layer after every load: so it takes the same time for any number of
-        slots, but for one pass over them.
-        """
-        before = self._slotted
-        old = (None,) * len(adapters) if before is None else before.adapters
-        changed = list(itertools.compress(range(len(adapters)), map(operator.is_not, adapters, old)))
-        needed = max((pages_of(adapters[slot].rank) for slot in changed if adapters[slot] is not None), default=0)
-        if before is None or needed > before.room[0]:
-            before, changed = None, [slot for slot, adapter in enumerate(adapters) if adapter is not None]
-        room = needed if before is None else before.room[0]
-        built = table.slotted(adapters, changed, room, before, dtype=self.dtype, device=self.device)
-        self._slotted, self._cached_table = built, _CachedTable(version, [], [], built)
+    def _slotted_table(self, version: int) -> AdapterTable:
+        """The table on a CPU, where all adapters are the bank's own."""
+        cached = self._cached_table
+        if cached is not None and cached.version == version:  # of a thread that had the lock before
+            return cached.table
+        changed: dict[int, Any] = {}
+        while self._changed:  # removed before the slot is read: what changes after that is left for the next table
+            slot = self._changed.popitem()[0]
+            changed[slot] = self.slots[slot]
+        slotted, self._cached_table, cached = self._slotted, None, None
+        room = max((pages_of(adapter.rank) for adapter in changed.values() if adapter is not None), default=0)
+        if slotted is None or room > slotted.room:
+            changed = {slot: adapter for slot, adapter in enumerate(self.slots) if adapter is not None}
+            room = max((pages_of(adapter.rank) for adapter in changed.values()), default=0)
+            slotted = SlottedTable(len(self.slots), room, dtype=self.dtype, device=self.device)
+        self._slotted = None  # if this fails, the next one begins anew
+        built = slotted.with_changes(changed)
+        self._slotted = slotted
+        self._cached_table = _CachedTable(version, [], [], built)
         return built
 
     @lasting()
@@ -571,6 +581,7 @@ class AdapterBank:
         self._next[slot] = max(self._next[slot], number + len(self.slots))
         self.reused |= number >= len(self.slots)
         self.translates |= self.reused
+        self._changed[slot] = None
         self._version += 1
 
     def _set_slot(self, slot: int, adapter: Adapter, pages: list[int]) -> None:

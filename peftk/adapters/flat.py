@@ -10,12 +10,12 @@ from peftk.adapters import activations
 from peftk.adapters.adapter import NOTHING, Adapter, AdapterGrads, Wanted
 
 
-def flat_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
+def flat_tensors(adapters: Sequence[Adapter | None]) -> list[Tensor]:
     """All adapters' tensors in one list: for each adapter its pages of A, pages of B, and bias_A and bias_B if any."""
     return [tensor for adapter in adapters if adapter is not None for tensor in adapter.tensors()]
 
 
-def flat_wanted(adapters: tuple[Adapter | None, ...], needs: Sequence[bool]) -> list[Wanted]:
+def flat_wanted(adapters: Sequence[Adapter | None], needs: Sequence[bool]) -> list[Wanted]:
     """Which gradients each adapter needs. needs: whether each tensor of `flat_tensors` needs one."""
     if not any(needs):
         return [NOTHING] * len(adapters)
@@ -32,7 +32,7 @@ def flat_wanted(adapters: tuple[Adapter | None, ...], needs: Sequence[bool]) -> 
     return wanted
 
 
-def flat_grads(adapters: tuple[Adapter | None, ...], grads: list[AdapterGrads | None]) -> list[Tensor | None]:
+def flat_grads(adapters: Sequence[Adapter | None], grads: list[AdapterGrads | None]) -> list[Tensor | None]:
     """The gradients in the order of `flat_tensors`, those of A and B split into the adapter's pages."""
     flat: list[Tensor | None] = []
     for adapter, grad in zip(adapters, grads, strict=True):
@@ -50,7 +50,7 @@ _ACTIVATIONS = {code: name for name, code in activations.CODES.items()}
 _FIELDS = 4
 
 
-def pack(adapters: tuple[Adapter | None, ...]) -> tuple[list[Tensor], list[int], list[float]]:
+def pack(adapters: Sequence[Adapter | None]) -> tuple[list[Tensor], list[int], list[float]]:
     """A table's adapters as lists that a custom op can take: tensors, layout (4 integers per adapter) and scalings."""
     layout: list[int] = []
     scalings: list[float] = []

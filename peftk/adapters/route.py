@@ -136,11 +136,12 @@ class RoutedForward:
 
         Raises ValueError if the rows of x are not the route's sequences.
         """
-        route, device = self.route, x.device
-        if streams.capturing(device) != route.capturing:
-            route.hold_for_graphs()
-            return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
-        stream = streams.handle(device)
+        route, device, stream = self.route, x.device, 0
+        if route.capturing or x.is_cuda:
+            if streams.capturing(device) != route.capturing:
+                route.hold_for_graphs()
+                return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
+            stream = streams.handle(device)
         key = (x.shape, device, stream, batch_dim)
         found = self._rows.get(key)
         if found is None:
@@ -365,7 +366,7 @@ def current_forward(server_key: ServerKey) -> tuple[RoutedForward | None, RowOrd
     link = carry.innermost()
     if link is None:
         return None, None
-    route: Route | None = link.value_for(server_key)
+    route: Route | None = link.value if link.key is server_key else link.value_for(server_key)
     if route is None:
         _check_not_a_copy(link, server_key)
         return None, None

@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 class AdapterTable:
     """The adapters of a batch by id, and the tensors that kernels read about them; see `build` and `pack`.
 
-    columns: where the slices of packed outputs begin, and where the last one ends; () for a single slice. The tensors
-    do not change, unless they are those of a `live` table: they hold these adapters until that has overwritten one, and
-    `current` tells.
+    columns: where the slices of packed outputs begin, and where the last one ends; () for a single slice. Nothing of a
+    table changes as long as anyone refers to it (`peftk.adapters.slotted_table`), unless it is one of a `live` table:
+    its tensors hold these adapters until that has overwritten one, and `current` tells.
     """
 
-    adapters: tuple[Adapter | None, ...]
+    adapters: Sequence[Adapter | None]
     dtype: torch.dtype
     device: torch.device
     max_rank: int
@@ -105,7 +105,7 @@ class AdapterTable:
         valid = self.live is None or self.live.is_valid(self.overwritten)
         if valid and all(place(tensor) == where for tensor, where in self.movable):
             return self
-        each = [self.adapters[j * self.count : (j + 1) * self.count] for j in range(self.slices)]
+        each = [tuple(self.adapters[j * self.count : (j + 1) * self.count]) for j in range(self.slices)]
         tables = [build(adapters, dtype=self.dtype, device=self.device) for adapters in each]
         sizes = [end - start for start, end in itertools.pairwise(self.columns)]
         room = self._room()
@@ -229,51 +229,6 @@ def build(adapters: tuple[Adapter | None, ...], *, dtype: torch.dtype, device: t
         scaling=torch.tensor([0.0 if a is None else a.scaling for a in adapters], dtype=torch.float32, device=device),
         biases=torch.tensor(biases, dtype=torch.int64, device=device).reshape(-1, 2),
         movable=movable(adapters),
-    )
-
-
-@lasting()
-def slotted(
-    adapters: tuple[Adapter | None, ...],
-    changed: Sequence[int],
-    room: int,
-    before: AdapterTable | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> AdapterTable:
-    """As `build`, but every slot has room for that many pages, so that the others stay when a slot changes.
-
-    No adapter may have more pages, and their tensors may not move. before: a table of the same bank with the same room,
-    which is copied, so that only the changed slots are written; None if these are all that are taken.
-    """
-    if before is None:
-        rows = torch.zeros(len(adapters), 4, dtype=torch.int32)
-        rows[:, 0] = torch.arange(len(adapters)) * room
-        pages = torch.zeros(len(adapters) * room, 5, dtype=torch.int64)
-        scaling, biases = torch.zeros(len(adapters)), torch.zeros(len(adapters), 2, dtype=torch.int64)
-    else:
-        rows, pages = before.rows.clone(), before.pages.clone()
-        scaling, biases = before.scaling.clone(), before.biases.clone()
-    in_rows, in_pages, in_scaling, in_biases = rows.numpy(), pages.numpy(), scaling.numpy(), biases.numpy()
-    for slot in changed:
-        adapter = adapters[slot]
-        entry = EMPTY if adapter is None else lasting_entry(adapter, dtype=dtype, device=device)
-        in_rows[slot, 1:] = entry.row
-        if entry.pages:
-            in_pages[slot * room : slot * room + len(entry.pages)] = entry.pages
-        in_scaling[slot] = entry.scaling
-        in_biases[slot] = entry.biases
-    return AdapterTable(
-        adapters=adapters,
-        dtype=dtype,
-        device=device,
-        max_rank=room * PAGE,
-        pages=pages,
-        rows=rows,
-        scaling=scaling,
-        biases=biases,
-        room=(room,),
     )
 
 

@@ -162,7 +162,8 @@ def direct_multi_lora_linear(
     if table.dtype not in DTYPES:  # fp64
         return None
     threads, invariant = torch.get_num_threads(), determinism.ever_entered and determinism.is_batch_invariant()
-    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, invariant, *_table_addresses(table))
+    addresses = table.derived.get(_table_addresses) or _table_addresses(table)
+    return _cpu.direct_multi_lora_linear(x, weight, bias, ids, limit, threads, invariant, *addresses)
 
 
 def multi_lora_linear(
@@ -501,15 +502,13 @@ def _table_args(table: AdapterTable, slice: int = 0, packed_rows: Tensor | None 
 
 
 def _table_addresses(table: AdapterTable) -> tuple[int, int, int, int, int, int]:
-    """Addresses of pages, rows, scaling and biases; the number of adapters in all slices; the dtype's code."""
-    return (
-        table.pages.data_ptr(),
-        table.rows.data_ptr(),
-        table.scaling.data_ptr(),
-        table.biases.data_ptr(),
-        len(table.adapters),
-        DTYPES[table.dtype],
-    )
+    """Addresses of pages, rows, scaling and biases; the number of adapters in all slices; the dtype's code.
+
+    Kept with the table, whose tensors stay where they are: every layer of every step asks.
+    """
+    tensors = table.pages, table.rows, table.scaling, table.biases
+    found = table.derived[_table_addresses] = *(t.data_ptr() for t in tensors), len(table.adapters), DTYPES[table.dtype]
+    return found
 
 
 def _empty_grads(adapter: Adapter, dy: Tensor, K: int, wanted: Wanted) -> AdapterGrads:

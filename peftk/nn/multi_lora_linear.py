@@ -146,15 +146,17 @@ class MultiLoRALinear(FrozenLinear):
         Raises as `peftk.functional.multi_lora_linear`, and ValueError for rows that do not fit the route.
         """
         bank: AdapterBank | AdapterTable = self.bank
-        routed = None
+        weight, bias, routed = self.matrix, param(self, "bias"), None
         if ids is not None:
             ids = layer_calls.slots_of(self.bank, ids) if self.bank.translates else ids
         elif self.server_key is not None:
+            y = layer_calls.routed_linear(self, self.server_key, x, weight, bias)
+            if y is not None:
+                return y
             checks.stored("x", x)
             routed = route.rows(self, self.server_key, x)
             if routed is not None:
                 ids, bank = routed.slots, routed.bank
-        weight, bias = self.matrix, param(self, "bias")
         if ids is None:
             return layer_calls.base_linear(x, weight, bias)
         if weight.shape != (self.out_features, self.in_features):  # someone may have replaced it, but not the pages

@@ -180,6 +180,6 @@ class _MultiLoraLinear(torch.autograd.Function):
         return dx, None, dbias, None, None, None, None, *flat_grads(table.adapters, grads)
 
 
-def factor_tensors(adapters: tuple[Adapter | None, ...]) -> list[Tensor]:
+def factor_tensors(adapters: Sequence[Adapter | None]) -> list[Tensor]:
     """The pages of A and B of all adapters: `flat_tensors` without the biases."""
     return [page for adapter in adapters if adapter is not None for page in adapter.pages_A + adapter.pages_B]

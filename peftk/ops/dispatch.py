@@ -62,9 +62,26 @@ def direct_lora_linear(
     Takes the adapter's tensors rather than an Adapter, because making the object costs a tenth of such a call. The
     arguments are unchecked. Bad ones get None too, and the ordinary way then raises the error.
     """
-    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
-    if not _may_be_direct(device) or is_recording():
+    device = device_of(x)
+    if not may_be_direct(device):
         return None
+    adapter = (lora_A, lora_B, scaling, activation, bias_A, bias_B)
+    return shortest_lora_linear(device, x, weight, bias, *adapter)
+
+
+def shortest_lora_linear(
+    device: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    activation: str,
+    bias_A: Tensor | None,
+    bias_B: Tensor | None,
+) -> Tensor | None:
+    """`direct_lora_linear` on `device_of(x)`, which `may_be_direct`."""
     limit = 0 if weight is None else choice.direct_limit(device, weight.dtype)
     adapter = (lora_A, lora_B, scaling, activation, bias_A, bias_B)
     for impl in _direct(device):
@@ -79,12 +96,16 @@ def direct_lora_linear(
 def direct_multi_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
 ) -> Tensor | None:
-    """The same for a table of adapters. The caller has made sure that nothing is being recorded.
+    """The same for a table of adapters. Raises ValueError for an id outside the table."""
+    device = device_of(x)
+    return shortest_multi_lora_linear(device, x, weight, bias, table, ids) if may_be_direct(device) else None
 
-    Raises ValueError for an id outside the table.
-    """
-    device = "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
-    if not _may_be_direct(device) or table.direct != device:
+
+def shortest_multi_lora_linear(
+    device: str, x: Tensor, weight: Tensor, bias: Tensor | None, table: AdapterTable, ids: Tensor
+) -> Tensor | None:
+    """`direct_multi_lora_linear` on `device_of(x)`, which `may_be_direct`."""
+    if table.direct != device:
         return None
     limit = choice.direct_limit(device, weight.dtype)
     for impl in _direct_multi(device):
@@ -107,9 +128,14 @@ def _keeps_to_our_kernels(x: Tensor, weight: Tensor | None) -> bool:
     return M * K * N > choice.SMALL_CALL and choice.keeps_to_our_kernels(x.dtype, M, K, N)
 
 
-def _may_be_direct(device: str) -> bool:
-    """Whether calls may go to a backend directly."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+def device_of(x: Tensor) -> str:
+    """The type of device whose backends may take a call directly. What is no tensor is left to those of the CPU."""
+    return "cuda" if isinstance(x, Tensor) and x.is_cuda else "cpu"
+
+
+def may_be_direct(device: str) -> bool:
+    """Whether calls may go to a backend directly: nothing records them, and no mode changes what they compute."""
+    if torch.is_grad_enabled() or is_recording():
         return False  # before `_direct`: the compiler would trace into the import
     if storage.forward_ad_active() or torch.is_autocast_enabled(device):
         return False

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftk.adapters import checks, route
+from peftk.adapters import carry, checks, route
 from peftk.adapters.adapter import Adapter, flat_adapter
 from peftk.adapters.bank import AdapterBank, AnyBank, PackedBank
 from peftk.adapters.dropout import Dropout, flat_dropout
 from peftk.adapters.flat import flat_tensors, pack
+from peftk.adapters.route import RoutedLayer
 from peftk.adapters.table import AdapterTable
 from peftk.ops import autograd, composed, custom_ops, dispatch
 from peftk.system import autocast, storage
@@ -24,6 +25,30 @@ def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The base layer alone: y = xWᵀ + bias."""
     y = dispatch.direct_lora_linear(x, weight, bias, None, None, 1.0)
     return lora_linear(x, weight, bias, None) if y is None else y
+
+
+def routed_linear(
+    layer: RoutedLayer, server_key: route.ServerKey, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """A layer that gets its ids from the enclosing route, by the shortest way to a kernel; outside of a route the base
+    layer alone. None if this call cannot take it.
+
+    A decode step spends its time here, once per linear. So everything is asked once, and what does not depend on the
+    layer was found by the first one of the step: the rows' slots by the shape of x (`RoutedForward.rows`).
+    """
+    device = dispatch.device_of(x)
+    if not dispatch.may_be_direct(device) or carry.may_be_checkpointed(trains=layer.training):
+        return None
+    forward, order = route.current_forward(server_key)
+    if forward is None:
+        return dispatch.shortest_lora_linear(device, x, weight, bias, None, None, 1.0, "identity", None, None)
+    bank = layer.bank
+    if order is not None or weight.shape != bank.shape or not (layer.row_order_checked or forward.route.order_is_known):
+        return None
+    table = bank.table()
+    if table is None:
+        return None
+    return dispatch.shortest_multi_lora_linear(device, x, weight, bias, table, forward.rows(x, layer.batch_dim))
 
 
 def lora_linear(
@@ -89,9 +114,11 @@ def multi_lora_linear(
     backend: str | None = None,
 ) -> Tensor:
     """`peftk.functional.multi_lora_linear` for layers: checks only x and ids (slots of the bank)."""
-    table = None if is_recording() else _table(bank)
-    if table is not None and dropout is None and backend is None:
-        direct = dispatch.direct_multi_lora_linear(x, weight, bias, table, ids)
+    device = dispatch.device_of(x)
+    is_direct = dropout is None and backend is None and dispatch.may_be_direct(device)
+    table = _table(bank) if is_direct or not is_recording() else None
+    if is_direct and table is not None:
+        direct = dispatch.shortest_multi_lora_linear(device, x, weight, bias, table, ids)
         if direct is not None:
             return direct
     checks.input(x, weight)

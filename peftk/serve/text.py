@@ -16,6 +16,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._stop, self._held, self.stopped = tuple(stop), "", False
         self._decoder = None
+        self._incomplete: list[int] = []  # the last tokens, which end within a character
         if tokenizer is not None:
             from tokenizers.decoders import DecodeStream
 
@@ -26,7 +27,9 @@ class TextStream:
         """The text that is certain after this token. After a stop string, `stopped` is True and nothing more comes."""
         if self._decoder is None or self.stopped:
             return ""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        complete = self._decoder.step(self._tokenizer, token)
+        self._incomplete = [*self._incomplete, token] if complete is None else []
+        self._held += complete or ""
         ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if ends:
             self.stopped = True
@@ -37,8 +40,11 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """The text that was held back, when no token comes any more."""
+        """The text that was held back, when no token comes any more; U+FFFD for a character that has not ended."""
         text, self._held = self._held, ""
+        if self._incomplete and not self.stopped:
+            text += self._tokenizer.decode(self._incomplete, skip_special_tokens=True)
+        self._incomplete = []
         return text
 
 

@@ -151,10 +151,10 @@ def test_a_call_of_a_gpu_does_not_go_directly(monkeypatch: pytest.MonkeyPatch) -
     from peftk.ops import dispatch
 
     with torch.no_grad():
-        assert dispatch._may_be_direct("cuda")
+        assert dispatch.may_be_direct("cuda")
         with peftk.deterministic(batch_invariant=True):
-            assert dispatch._may_be_direct("cpu")
-            assert not dispatch._may_be_direct("cuda")
+            assert dispatch.may_be_direct("cpu")
+            assert not dispatch.may_be_direct("cuda")
 
 
 def test_explain_says_that_the_mode_decided() -> None:

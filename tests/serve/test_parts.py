@@ -44,6 +44,18 @@ def test_a_text_ends_before_its_first_stop_string(bytewise, seed):
     assert "".join(parts) + stream.finish() == (text[: min(ends)] if ends else text)
 
 
+@pytest.mark.parametrize("end", [[], [256]])
+def test_a_character_that_does_not_end_is_told_at_the_end(bytewise, end):
+    ids = bytewise("a€ü🙂b")["input_ids"]
+    for count in range(len(ids) + 1):
+        stream = TextStream(bytewise, ["zz"])
+        shown = "".join([stream.add(token) for token in [*ids[:count], *end]])
+        assert "\ufffd" not in shown
+        text = shown + stream.finish()
+        assert text == bytewise.decode(ids[:count]), count
+        assert stream.finish() == ""
+
+
 def test_special_tokens_are_not_text_and_without_a_tokenizer_there_is_none(bytewise):
     stream = TextStream(bytewise, [])
     ids = bytewise("ab")["input_ids"]

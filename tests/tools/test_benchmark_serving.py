@@ -106,7 +106,9 @@ def test_percentiles():
 
 def test_sides_take_turns():
     order = []
-    found = turns.rates({name: lambda name=name: order.append(name) for name in "abc"}, tokens=10, rounds=3)
+    found = turns.rates(
+        {name: turns.Timed(lambda name=name: order.append(name)) for name in "abc"}, tokens=10, rounds=3
+    )
     assert "".join(order) == "abcbcacab"
     assert all(len(rates) == 3 for rates in found.values())
     assert turns.median([turns.Rate(1, 4), turns.Rate(3, 5), turns.Rate(2, 9)]) == (2, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -10,11 +11,13 @@ from torch import Tensor
 
 import peftk
 from peftk.adapters.activations import CODES
-from peftk.adapters.adapter import adapter_of
+from peftk.adapters.adapter import Adapter, adapter_of
 from peftk.backends import choice, measured
 from peftk.backends.made_on import Verdict
+from peftk.models.server import PreparedAdapter
 from peftk.nn import ParallelAdapterLinear, SeriesAdapter
 from peftk.ops import dispatch, layer_calls
+from tests.support.python_cost import calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, K, R = 37, 29, 5
@@ -291,6 +294,48 @@ def test_layers_take_the_short_way(monkeypatch):
         monkeypatch.setattr(layer_calls, ordinary, None)
     got = served()
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def served():
+    """A server of a linear with two adapters."""
+    model = torch.nn.Sequential(torch.nn.Linear(K, N)).eval()
+    server = peftk.MultiAdapter(model, max_adapters=2)
+    server.adapt()
+    for name in ("a", "b"):
+        A, B = tensor(R, K, seed=ord(name)), tensor(N, R, seed=ord(name))
+        server.place(name, PreparedAdapter(name, {"0": Adapter((A,), (B,), 0.5)}, 0))
+    return server
+
+
+def test_a_routed_layer_computes_as_with_ids():
+    server, x = served(), tensor(2, 3, K)
+    layer = server.model[0]
+    with server.route(["b", None]):
+        routed = server.model(x)
+        assert torch.equal(routed, server.model(x))
+    assert torch.equal(routed, layer(x, server.ids(["b", None])))
+    assert not torch.equal(routed[0], layer(x)[0])
+    with server.route(["b", None]), pytest.raises(ValueError, match="route: expected x"):
+        layer(tensor(3, 3, K))
+    with server.route(["b", None]), pytest.raises(TypeError, match="x: expected a dense tensor"):
+        layer(x.to_sparse())
+    layer.weight.data = tensor(N + 1, K)
+    with server.route(["b", None]), pytest.raises(ValueError, match="weight: expected"):
+        layer(x)
+
+
+@pytest.mark.parametrize(("what", "python", "c"), [("route", 24, 17), ("base", 18, 13), ("ids", 17, 12)])
+def test_the_cost_of_a_call(what, python, c):
+    """Function calls of Python and of C; five of Python and three of C are torch's, of any module."""
+    server, ids = served(), torch.zeros(1, 3, dtype=torch.int32)
+    layer, x = server.model[0], tensor(1, 3, K)
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        if what == "route":
+            stack.enter_context(server.route_tokens(ids, [server.hold("a")], picked=ids[0]))
+        cost = calls((lambda: layer(x, ids)) if what == "ids" else (lambda: layer(x)))
+    of_c = sum(count for function, count in cost.items() if function.startswith("C "))
+    assert cost.total() - of_c <= python, cost
+    assert of_c <= c, cost
 
 
 def test_an_output_that_is_not_plain_is_left_to_the_ordinary_way():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ CACHE_TOKENS, STEP_TOKENS = 16384, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """answer: the new tokens of each job. close: frees what it holds."""
+    """answer: the new tokens of each job. close: frees what it holds. processor: the processor time in seconds that the
+    process which answers has used so far."""
 
     name: str
     answer: Callable[[Sequence[Job]], list[Tokens]]
     close: Callable[[], object] = lambda: None
+    processor: Callable[[], float] = time.process_time
 
 
 def copied(model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from peftk.tools import smollm2
 from peftk.tools.benchmark.environment import busy
 from peftk.tools.benchmark.peers import UnavailableError
 from peftk.tools.benchmark.quiet import MOST, Watch, is_quiet
-from peftk.tools.benchmark.serving import adapters, drive, sides, targets, turns, vllm_side
+from peftk.tools.benchmark.serving import adapters, drive, llama_cpp_side, sides, targets, turns, vllm_side
 from peftk.tools.benchmark.serving.check import Alone
 from peftk.tools.benchmark.serving.sides import Side
 from peftk.tools.benchmark.serving.targets import TARGETS, Target
@@ -212,17 +213,28 @@ def _throughput(
     missing: list[Throughput] = []
     if len(names) <= 8:
         made.append((sides.padded(targets.PADDED, language, folder, names), asked))
-        for name, reason, make in (
-            (targets.PEFT, None if extras.is_installed("peft") else "peft is not installed", sides.hf_peft),
-            (targets.VLLM, vllm_side.why_not(), vllm_side.side),
-            (targets.LLAMA_CPP, "not run by this suite: its adapters need files of their own kind", None),
+        again = {
+            targets.VLLM_PLUGIN: (targets.VLLM_PLUGIN_BASE, plain),
+            targets.LLAMA_CPP: (targets.LLAMA_CPP_SAME, [job._replace(adapter=names[0]) for job in asked]),
+        }
+        no_vllm = vllm_side.why_not()
+        for name, reason, make, jobs_of_side in (
+            (targets.PEFT, None if extras.is_installed("peft") else "peft is not installed", sides.hf_peft, asked),
+            (targets.VLLM, no_vllm, vllm_side.side, asked),
+            (targets.VLLM_PLUGIN, no_vllm, vllm_side.with_plugin, asked),
+            (targets.VLLM_PLAIN, no_vllm, vllm_side.without_adapters, plain),
+            (targets.LLAMA_CPP, llama_cpp_side.why_not(language), llama_cpp_side.side, asked),
         ):
             try:
-                if make is None or reason is not None:
+                if reason is not None:
                     raise UnavailableError(reason)
-                made.append((make(name, language, folder, names), asked))
+                made.append((make(name, language, folder, names), jobs_of_side))
             except UnavailableError as error:
                 missing.append(Throughput(len(names), name, None, None, 0, None, str(error)))
+            else:
+                if name in again:  # the same process, asked for something else
+                    other, jobs_of_side = again[name]
+                    made.append((dataclasses.replace(made[-1][0], name=other, close=lambda: None), jobs_of_side))
     try:
         errors = {}
         for side, ask in made:
@@ -231,8 +243,10 @@ def _throughput(
             if side is with_adapters and alone.sensitivity(ask, answers) < MIN_SENSITIVITY:
                 raise AssertionError("the adapters change too little for a check")
         watch = Watch()
-        correct: dict[str, turns.Answer] = {
-            side.name: functools.partial(side.answer, ask) for side, ask in made if errors[side.name] <= 1
+        correct = {
+            side.name: turns.Timed(functools.partial(side.answer, ask), side.processor)
+            for side, ask in made
+            if errors[side.name] <= 1
         }
         found = turns.rates(correct, tokens(asked), options.rounds)
         not_run = watch.not_run()
@@ -248,7 +262,7 @@ def _throughput(
                 len(names),
                 side.name,
                 rate and rate.wall,
-                None if rate is None or side.name == targets.VLLM else rate.processor,  # vLLM is another process
+                None if rate is None or not math.isfinite(rate.processor) else rate.processor,
                 options.rounds,
                 errors[side.name],
                 "" if rate else "an output is not that of its adapter alone",

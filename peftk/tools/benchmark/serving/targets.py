@@ -10,7 +10,11 @@ UNMODIFIED = "transformers, no adapters"
 PADDED = "peftk, generate() on a padded batch"
 PEFT = "HF PEFT, generate(adapter_names=…)"
 VLLM = "vLLM with LoRA"
+VLLM_PLUGIN = "vLLM with LoRA and peftk's plug-in"
+VLLM_PLUGIN_BASE = "vLLM and the plug-in, no adapters"
+VLLM_PLAIN = "vLLM without LoRA, no adapters"
 LLAMA_CPP = "llama.cpp, different adapters"
+LLAMA_CPP_SAME = "llama.cpp, one adapter for all"
 FASTEST_WITHOUT = "no adapters"  # the faster of the two
 LOAD = "adapter load, p99 in ms"
 

@@ -9,17 +9,16 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from peftk.tools.benchmark.peers import UnavailableError
+from peftk.tools.benchmark.serving.others import last_line, processor_of
 from peftk.tools.benchmark.serving.sides import Side, Tokens
 from peftk.tools.benchmark.serving.traffic import Job
 from peftk.tools.smollm2 import Language
 
 PYTHON = "PEFTK_VLLM_PYTHON"
-_READY = "ready"
 
 
 def why_not() -> str | None:
@@ -30,8 +29,21 @@ def why_not() -> str | None:
     return None if shutil.which(python) else f"{PYTHON} = {python} is no program"
 
 
-def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> Side:
-    """Its processor time is not seen: it is another process's. Raises UnavailableError if vLLM does not start."""
+def with_plugin(name: str, language: Language, folder: Path, names: Sequence[str]) -> Side:
+    """vLLM with peftk's plug-in (`peftk.serve.engines.vllm`), which that Python must have."""
+    return side(name, language, folder, names, plugin="peftk")
+
+
+def without_adapters(name: str, language: Language, folder: Path, names: Sequence[str]) -> Side:
+    """vLLM as it is without LoRA: on a CPU it compiles the model then. Jobs' adapters are not looked at."""
+    return side(name, language, folder, ())
+
+
+def side(name: str, language: Language, folder: Path, names: Sequence[str], *, plugin: str = "") -> Side:
+    """A process of vLLM with LoRA, if there are adapters, and with one plug-in or none.
+
+    Raises UnavailableError if vLLM does not start, or has no such plug-in.
+    """
     model = tempfile.mkdtemp(prefix="peftk-vllm-")
     language.model.save_pretrained(model)
     asked = {"model": model, "adapters": {adapter: str(folder / adapter) for adapter in names}}
@@ -40,7 +52,7 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "",  # without peftk's
+        "VLLM_PLUGINS": plugin,
     }
     environment.pop("PYTHONPATH", None)
     said = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -54,7 +66,8 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         for line in process.stdout:
             if line.startswith("peftk:"):
                 return line.removeprefix("peftk:")
-        raise UnavailableError(f"vLLM has ended: {_last_line(said)}")
+        said.seek(0)
+        raise UnavailableError(f"vLLM has ended: {last_line(said.readlines())}")
 
     def answer(jobs: Sequence[Job]) -> list[Tokens]:
         assert process.stdin is not None
@@ -68,14 +81,9 @@ def side(name: str, language: Language, folder: Path, names: Sequence[str]) -> S
         shutil.rmtree(model, ignore_errors=True)
 
     try:
-        read()
+        if json.loads(read())["plugin"] != bool(plugin):
+            raise UnavailableError(f"the Python in {PYTHON} has no peftk")
     except UnavailableError:
         close()
         raise
-    return Side(name, answer, close)
-
-
-def _last_line(said: IO[str]) -> str:
-    """What it said before it ended."""
-    said.seek(0)
-    return next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it has said nothing")
+    return Side(name, answer, close, lambda: processor_of(process.pid))
