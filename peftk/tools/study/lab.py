@@ -22,9 +22,7 @@ from peftk.tools.study.methods import Method
 from peftk.tools.study.runs import Run, Store
 from peftk.tools.study.settings import Settings
 from peftk.tools.study.sweep import Together
-from peftk.tools.study.training import Alone, Side
-
-KEPT_SEED = 0
+from peftk.tools.study.training import Side, alone
 
 
 class Lab:
@@ -83,10 +81,14 @@ class Lab:
     def _train(self, runs: Sequence[Run], on_step: Any) -> None:
         task = runs[0].task
         data, features = self.data(task), self.features(task)
-        side: Side = (Together if runs[0].method.kind == "lora" else _alone)(self.bert, data.task.classes, runs)
+        side: Side
+        if runs[0].method.kind == "lora":
+            side = Together(self.bert, data.task.classes, runs)
+        else:
+            side = alone(self.bert, data.task.classes, runs[0])
         records = training.train(side, data, features, self._watch, on_step)
         for number, run in enumerate(runs):
-            if run.seed == KEPT_SEED:
+            if run.seed == self.settings.first_seed:
                 file = self._weights(run)
                 file.parent.mkdir(exist_ok=True)
                 save_file(side.trained(number), file)
@@ -136,11 +138,6 @@ class Lab:
         task = side.runs[number].task
         target = training.score(side, number, self.data(task), self.features(task), "test")
         return {"target": target, "source": self.source_ability(side, number)}
-
-
-def _alone(bert: Any, classes: int, runs: Sequence[Run]) -> Side:
-    (run,) = runs
-    return Alone(bert, classes, run)
 
 
 def _groups(runs: Sequence[Run], together: int) -> Iterator[list[Run]]:

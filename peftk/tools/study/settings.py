@@ -13,7 +13,8 @@ class Settings:
     """steps: of every run, with batches of `batch` sentences. train, test, held_out: at most so many examples of a task;
     the held-out ones, on which learning rates are chosen, come from the training data. tokens: where sentences are cut.
 
-    seeds: of part 1. other_seeds: of parts 2 to 7. rates: how many learning rates of each method's grid are tried.
+    seeds: of part 1. other_seeds: of parts 2 to 7. rates: how many learning rates of each method's grid are tried;
+    tune_each: for every row, not for one row of each family. sizes: of the training set, in part 7.
     together: the most adapters in one mixed batch. watched: at how many steps of a run forgetting is measured.
     """
 
@@ -28,10 +29,20 @@ class Settings:
     seeds: int
     other_seeds: int
     rates: int
+    first_seed: int = 0
+    tune_each: bool = False
+    sizes: tuple[int, ...] = (100, 400, 1600, 8000)
     together: int = 8
     watched: int = 5
     timing_seconds: float = 40.0
-    model_layers: int = 6
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    @property
+    def fewer_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.other_seeds)
 
     @property
     def concludes(self) -> bool:
@@ -51,6 +62,7 @@ QUICK = Settings(
     other_seeds=1,
     rates=2,
     watched=2,
+    sizes=(24, 96),
     timing_seconds=15.0,
 )
 DEFAULT = Settings(
@@ -79,4 +91,5 @@ FULL = Settings(
     other_seeds=3,
     rates=3,
     watched=10,
+    tune_each=True,
 )

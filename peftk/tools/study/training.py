@@ -44,13 +44,10 @@ class Side(Protocol):
 
 
 class Alone:
-    """One run, of any method, on a model of its own. Layers below the lowest that changes are left out."""
+    """One run, of any method, on a model of its own, which begins with layer `first_layer`."""
 
-    def __init__(self, bert: nn.Module, classes: int, run: Run) -> None:
-        self.runs = (run,)
-        layers: Any = bert.get_submodule("encoder.layer")
-        self.first_layer = 0 if run.watched else run.method.first_layer(len(layers))
-        self.model = injected(above(bert, self.first_layer), classes, run)
+    def __init__(self, model: Classifier, run: Run, first_layer: int = 0) -> None:
+        self.runs, self.model, self.first_layer = (run,), model, first_layer
 
     def parameters(self, number: int) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -64,6 +61,13 @@ class Alone:
     def trained(self, number: int) -> dict[str, Tensor]:
         named = self.model.named_parameters()
         return {_in_whole_model(name, self.first_layer): p.detach().clone() for name, p in named if p.requires_grad}
+
+
+def alone(bert: nn.Module, classes: int, run: Run) -> Alone:
+    """A new run; layers below the lowest that changes are left out, unless the encoder is watched."""
+    layers: Any = bert.get_submodule("encoder.layer")
+    first_layer = 0 if run.watched else run.method.first_layer(len(layers))
+    return Alone(injected(above(bert, first_layer), classes, run), run, first_layer)
 
 
 def injected(bert: nn.Module, classes: int, run: Run) -> Classifier:
