@@ -20,8 +20,7 @@ LOOKS = {
     "LoRA": ("#2f7de1", "o"),
     "LLaMA-Adapter": ("#d0443e", "P"),
 }
-SERIES = ("#2f7de1", "#d97a12", "#17967a", "#c2479b", "#8a63d2", "#d0443e")
-MARKERS = "os^vDP"
+ANY = tuple(zip(("#2f7de1", "#d97a12", "#17967a", "#c2479b", "#8a63d2", "#d0443e"), "^sDvoP", strict=True))
 
 _STYLE = {
     "font.family": "sans-serif",

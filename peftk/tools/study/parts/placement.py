@@ -1,1 +1,140 @@
-TITLE="placement"
+"""Part 4: adapters of every contiguous span of layers are taken out of a trained model, as in figure 6 of Houlsby et al.
+
+Nothing is trained again: an adapter that is taken out has the scaling 0, and so is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from peftk.nn import SeriesAdapter
+from peftk.tools.study import figures, training
+from peftk.tools.study.document import Section, Table
+from peftk.tools.study.lab import Lab
+from peftk.tools.study.methods import Method
+from peftk.tools.study.part import Part
+from peftk.tools.study.statistics import signed
+from peftk.tools.study.training import Alone
+from peftk.tools.study.tuning import rates
+
+NAME, TITLE = "placement", "Which layers' adapters matter"
+METHOD = Method("series", 64)
+
+
+def measure(lab: Lab) -> dict[str, Any]:
+    return {"method": METHOD.label, "tasks": {task: _of_task(lab, task) for task in lab.settings.tasks}}
+
+
+def _of_task(lab: Lab, task: str) -> dict[str, Any]:
+    chosen = rates(lab, task, [METHOD])
+    run = lab.run(task, METHOD, chosen[METHOD]["rate"], lab.settings.first_seed)
+    lab.results([run], f"{task}, the model with adapters")
+    side, layers = Alone(lab.trained(run), run), lab.layers
+    data, features = lab.data(task), lab.features(task)
+    spans = []
+    for first in range(layers):
+        for last in range(first, layers):
+            with lab.stage.busy(f"{task}: without layers {first} to {last}"), without(side.model, first, last):
+                spans.append({"first": first, "last": last, "score": training.score(side, 0, data, features, "test")})
+    majority = max(map(data.test.labels.count, set(data.test.labels)))
+    constant = data.task.metric(data.test.labels, [max(set(data.test.labels), key=data.test.labels.count)] * len(data.test))
+    return {
+        "layers": layers,
+        "whole": training.score(side, 0, data, features, "test"),
+        "majority": round(majority / len(data.test), 6),
+        "constant": round(constant, 6),
+        "spans": spans,
+    }
+
+
+@contextlib.contextmanager
+def without(model: nn.Module, first: int, last: int) -> Iterator[None]:
+    """Inside, the series adapters of layers `first` to `last` are the identity."""
+    out = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, SeriesAdapter) and first <= int(re.findall(r"\.layer\.(\d+)\.", name)[0]) <= last
+    ]
+    scalings = [module.scaling for module in out]
+    for module in out:
+        module.scaling = 0.0
+    try:
+        yield
+    finally:
+        for module, scaling in zip(out, scalings, strict=True):
+            module.scaling = scaling
+
+
+def section(part: Part) -> Section:
+    tables, claims, drawn = [], [], {}
+    for task, found in part.result["tasks"].items():
+        title, metric, layers = part.task_title(task), part.metric(task), found["layers"]
+        change = {(span["first"], span["last"]): span["score"] - found["whole"] for span in found["spans"]}
+        single = {n: change[n, n] for n in range(layers)}
+        worst = min(single, key=lambda n: single[n])
+        lower, upper = change[0, layers // 2 - 1], change[layers // 2, layers - 1]
+        message = (
+            f"{title}: of single layers, layer {worst}'s adapters cost most ({signed(single[worst])}); without those of "
+            f"the lower half {signed(lower)}, of the upper half {signed(upper)}"
+        )
+        drawn[f"placement_{task}"] = _heat(part.message(message), metric, layers, change)
+        tables.append(
+            Table(
+                f"{title}: change of {metric} without the adapters of these layers",
+                ("first layer taken out", *(f"to layer {n}" for n in range(layers))),
+                [
+                    (str(a), *("" if b < a else signed(change[a, b]) for b in range(layers)))
+                    for a in range(layers)
+                ],
+            )
+        )
+        claims += [
+            f"{title}: found here: the adapters of the {'last layer alone cost' if worst == layers - 1 else f'layer {worst} cost'} "
+            f"most of all single layers, {signed(single[worst])} of {found['whole']:.3f}; the last layer's cost "
+            f"{signed(single[layers - 1])}, the lower half's together {signed(lower)}, the upper half's {signed(upper)}; "
+            f"without all adapters the score is {found['whole'] + change[0, layers - 1]:.3f}, where always the same answer "
+            f"has {found['constant']:.3f} (one model, no interval)."
+        ]
+    claims.append(
+        "Found in the paper (BERT, 12 layers, CoLA and MNLI): taking out any single layer's adapters changes little, those "
+        "of the lower layers matter less than those of the upper ones, and without all of them the score is that of the "
+        "majority class."
+    )
+    return part.section(
+        TITLE,
+        text=[
+            f"The form of figure 6 of Houlsby et al. 2019: out of one trained model ({part.result['method']}) the adapters "
+            "of every contiguous span of layers are taken out, without training again."
+        ],
+        claims=claims,
+        tables=tables,
+        figures=drawn,
+        caption="Layers are counted from 0, the lowest. One trained model a task.",
+    )
+
+
+def _heat(message: str, metric: str, layers: int, change: dict[tuple[int, int], float]) -> Any:
+    import numpy as np
+
+    figure, (axis,) = figures.new(message, size=(6.6, 4.6))
+    cells = np.full((layers, layers), np.nan)
+    for (first, last), value in change.items():
+        cells[first, last] = value
+    most = max(map(abs, change.values())) or 1.0
+    drawn = axis.pcolormesh(cells, cmap="RdBu", vmin=-most, vmax=most, edgecolors=figures.GROUND, linewidth=1.5)
+    for (first, last), value in change.items():
+        colour = "#ffffff" if abs(value) > 0.6 * most else "#111111"
+        axis.text(last + 0.5, first + 0.5, signed(value), ha="center", va="center", fontsize=8, color=colour)
+    ticks = [n + 0.5 for n in range(layers)]
+    axis.set_xticks(ticks, range(layers))
+    axis.set_yticks(ticks, range(layers))
+    axis.invert_yaxis()
+    axis.grid(False)
+    axis.set(xlabel="last layer taken out", ylabel="first layer taken out")
+    figure.colorbar(drawn, ax=axis, label=f"change of {metric} (no unit)")
+    return figure
