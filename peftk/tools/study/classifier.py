@@ -21,8 +21,9 @@ class Classifier(nn.Module):
     def __init__(self, bert: nn.Module, classes: int, seed: int) -> None:
         super().__init__()
         self.bert = bert
-        self.config: Any = bert.config
-        self.classifier = new_head(self.config.hidden_size, classes, seed)
+        config: Any = bert.config
+        self.config = config
+        self.classifier = new_head(config.hidden_size, classes, seed)
         self.eval()
 
     def forward(self, **batch: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def above(bert: nn.Module, layer: int) -> nn.Module:
 
 
 class Features:
-    """What the frozen lower layers return for every sentence of a set: once computed, kept for all runs that need it."""
+    """What the frozen lower layers return for every sentence of a set: computed once, kept for all runs."""
 
     def __init__(self, bert: nn.Module, data: Encoded) -> None:
         self._bert, self._data = bert, data

@@ -16,11 +16,12 @@ from peftk.system.timing import interleave
 from peftk.tools.benchmark.peak_memory import peak_bytes
 from peftk.tools.benchmark.quiet import Watch
 from peftk.tools.study.classifier import Classifier
+from peftk.tools.study.encoded import training_batches
 from peftk.tools.study.lab import Lab
 from peftk.tools.study.methods import Method
 from peftk.tools.study.runs import Run
 from peftk.tools.study.sweep import Together
-from peftk.tools.study.training import Alone, Side, Trainer, injected, training_batches
+from peftk.tools.study.training import Alone, Side, Trainer, injected
 
 FOR_EVER = 10**9  # steps: the learning rate stays about where it is
 SEED = 0

@@ -20,9 +20,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the study. caption: how its data was cut and what that allows. claims: sentences, each with its interval.
+    """A part of the study. caption: how its data was cut. claims: sentences, each with its interval.
 
-    figures: matplotlib figures by file name without ending; alternatives: what each shows, in words.
+    figures: matplotlib figures, by file name without ending.
     """
 
     name: str
@@ -76,7 +76,8 @@ def _markdown_table(table: Table) -> list[str]:
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2329; --ground: #ffffff; --faint: #d3d7dc; --quiet: #5d6673 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --ground: #14171c; --faint: #3a414b; --quiet: #9aa4b2 } }
-@media print { :root { --ink: #000; --ground: #fff; --faint: #bbb; --quiet: #444 } section { break-inside: avoid-page } }
+@media print { :root { --ink: #000; --ground: #fff; --faint: #bbb; --quiet: #444 }
+  table, img { break-inside: avoid } }
 body { color: var(--ink); background: var(--ground); font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 62rem; padding: 0 1rem }
 img { max-width: 100%; height: auto }

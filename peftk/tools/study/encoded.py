@@ -65,6 +65,7 @@ def cut(task: Task, train: Sequence[Example], test: Sequence[Example], tokenizer
     """Draws a part of each set, always the same. Held-out examples are training examples that no run trains on."""
     shuffled = [random.Random(ORDER_SEED).sample(list(part), len(part)) for part in (train, test)]
     held = min(settings.held_out, len(train) // 4)
+    parts: tuple[list[Example], ...]
     parts = shuffled[0][held:][: settings.train], shuffled[0][:held], shuffled[1][: settings.test]
     if task.classes == 1:
         parts = _standardised(parts)

@@ -1,9 +1,10 @@
-"""How the study's figures look: readable on light and on dark pages and in print, each with its message as the title."""
+"""How the study's figures look: readable on light and dark pages and in print, each with its message as the title."""
 
 from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ LOOKS = {
 }
 ANY = tuple(zip(("#2f7de1", "#d97a12", "#17967a", "#c2479b", "#8a63d2", "#d0443e"), "^sDvoP", strict=True))
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -50,15 +51,21 @@ class Curve(NamedTuple):
     look: tuple[str, str]
 
 
+def style() -> Any:
+    """A context manager in which all of a figure is drawn and written."""
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
 def new(message: str, columns: int = 1, size: tuple[float, float] = (7.2, 3.9)) -> tuple[Any, list[Any]]:
     """A figure with its message as the title, and its axes."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    figure.suptitle(message, fontsize=10.5, ha="left", x=0.01, wrap=True)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    lines = [line for text in message.split("\n") for line in textwrap.wrap(text, int(13 * size[0]))]
+    figure.suptitle("\n".join(lines), fontsize=10.5, ha="left", x=0.01)
     return figure, list(axes)
 
 
@@ -76,7 +83,7 @@ def curves(axis: Any, lines: Sequence[Curve]) -> None:
 def log_axis(axis: Any, ticks: Sequence[float], base: int = 2) -> None:
     """A logarithmic x axis with these ticks only, written as numbers."""
     axis.set_xscale("log", base=base)
-    axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axis.minorticks_off()
 
 
@@ -87,23 +94,19 @@ def legend_below(figure: Any, axis: Any, columns: int = 4) -> None:
 
 def svg(figure: Any) -> str:
     """The figure's SVG: the same bytes every time, and in dark colours where the reader's page is dark."""
-    import matplotlib
-
     file = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     rules = "".join(
         f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }} '
         for light, dark in DARK.items()
         for kind in ("fill", "stroke")
     )
-    style = f"<style>@media (prefers-color-scheme: dark) {{ {rules}text {{ fill: {DARK[INK]} }} }}</style>"
-    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + style, file.getvalue(), count=1)
+    dark = f"<style>@media (prefers-color-scheme: dark) {{ {rules}text {{ fill: {DARK[INK]} }} }}</style>"
+    text = re.sub(r"(<svg [^>]*>)", lambda found: found[1] + dark, file.getvalue(), count=1)
     return re.sub(r"[ \t]+$", "", text, flags=re.M)
 
 
 def png(figure: Any, file: Any) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure.savefig(file, format="png", dpi=130)

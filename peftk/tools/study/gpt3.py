@@ -1,4 +1,4 @@
-"""The parameters that methods train in GPT-3 175B, by closed forms, beside those that Hu et al. 2021 print in table 4."""
+"""The parameters that methods train in GPT-3 175B, by closed forms, beside those of table 4 of Hu et al. 2021."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the parts of the study get their runs: finished ones from the file, others by training them, and many at once."""
+"""Where the parts of the study get their runs: finished ones from the file, others by training them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftk.tools.study.training import Side, alone
 
 
 class Lab:
-    """The model, the tasks and the runs of a study. out: the folder of its files. data: None for the library's tasks."""
+    """The model, tasks and runs of a study. out: the folder of its files. data: None for the library's tasks."""
 
     def __init__(self, settings: Settings, data: Path | None, out: Path, stage: Stage) -> None:
         self.settings, self.out, self.stage = settings, out, stage
@@ -69,16 +69,22 @@ class Lab:
         groups = list(_groups(missing, self.settings.together))
         columns = (TextColumn("[dim]{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.stage.console, transient=True
+            *columns,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.stage.console,
+            transient=True,
+            disable=not self.stage.console.is_terminal,
         ) as bar:
             shown = bar.add_task(what or "training", total=sum(group[0].steps for group in groups))
             for group in groups:
                 more = f" and {len(group) - 1} more in the same batch" if len(group) > 1 else ""
                 bar.update(shown, description=f"{what}: {group[0]}{more}")
-                self._train(group, lambda: bar.advance(shown))
+                self.store.add(group, self._train(group, lambda: bar.advance(shown)))
         return [found for run in runs if (found := self.store.get(run)) is not None]
 
-    def _train(self, runs: Sequence[Run], on_step: Any) -> None:
+    def _train(self, runs: Sequence[Run], on_step: Any) -> list[dict[str, Any]]:
+        """The records; keeps the weights of the first seed's runs, which parts look into."""
         task = runs[0].task
         data, features = self.data(task), self.features(task)
         side: Side
@@ -92,10 +98,10 @@ class Lab:
                 file = self._weights(run)
                 file.parent.mkdir(exist_ok=True)
                 save_file(side.trained(number), file)
-        self.store.add(runs, records)
+        return records
 
     def trained(self, run: Run) -> Classifier:
-        """The whole model with what the run trained. Of the first seed; trains the run if its weights are not there."""
+        """The whole model with what a run of the first seed trained; trains it again if its weights are gone."""
         model = training.injected(self.minilm.copy(), self.data(run.task).task.classes, run)
         file = self._weights(run)
         if not file.exists():
@@ -118,7 +124,10 @@ class Lab:
     @functools.cached_property
     def _source(self) -> tuple[Encoded, Encoded, list[float]]:
         pairs = tasks.relatedness(self._folder)[: self.settings.test]
-        sides = [[tasks.Example(text, "", 0) for text in column] for column in ([p.text for p in pairs], [p.pair for p in pairs])]
+        sides = [
+            [tasks.Example(text, "", 0) for text in column]
+            for column in ([p.text for p in pairs], [p.pair for p in pairs])
+        ]
         first, second = (encode(self.minilm.tokenizer, side, self.settings.tokens) for side in sides)
         return first, second, [pair.label for pair in pairs]
 
@@ -141,7 +150,7 @@ class Lab:
 
 
 def _groups(runs: Sequence[Run], together: int) -> Iterator[list[Run]]:
-    """What trains at once: LoRA runs that differ in seed, rank, placement, learning rate or size of the training set."""
+    """What trains at once: LoRA runs that differ in seed, rank, placement, learning rate or training set."""
     mixed: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         if run.method.kind == "lora":

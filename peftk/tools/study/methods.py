@@ -11,8 +11,8 @@ import peftk
 
 LORA_ALPHA = 16
 
-# Learning rates from small to large, half a decade apart: those of full fine-tuning from the papers on BERT, those of the
-# others about ten times as large.
+# Learning rates from small to large, half a decade apart: those of full fine-tuning as in the papers on BERT, those of
+# the others about ten times as large.
 RATES = {
     "full": (3e-5, 1e-4, 3e-4),
     "top": (3e-5, 1e-4, 3e-4),
@@ -40,8 +40,7 @@ PLACE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """kind: a key of RATES. size: a rank, a bottleneck, a number of layers or of prompt tokens. where: "qkv" or a key of
-    PLACES."""
+    """kind: a key of RATES. size: a rank, bottleneck, number of layers or tokens. where: "qkv" or a key of PLACES."""
 
     kind: str
     size: int = 0

@@ -43,23 +43,27 @@ class Run:
         return f"{self.method.label}, learning rate {self.rate:g}, seed {self.seed}"
 
 
+def _record(file: Path, number: int, line: str) -> tuple[str, dict[str, Any]]:
+    try:
+        record = json.loads(line)
+        return json.dumps(record["run"], sort_keys=True), record
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}, line {number}: expected a finished run, got {line[:60]!r}") from error
+
+
 class Store:
-    """The file of finished runs. A line that a stopped process left unfinished is dropped."""
+    """The file of finished runs. A line that a stopped process left unfinished is dropped.
+
+    Raises DataError for a file of anything else.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._found: dict[str, dict[str, Any]] = {}
-        whole = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else [], 1):
-            try:
-                record = json.loads(line)
-                self._found[json.dumps(record["run"], sort_keys=True)] = record
-                whole.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                if number <= len(file.read_text(encoding="utf-8").splitlines()) - 1:
-                    raise DataError(f"{file}, line {number}: expected a finished run, got {line[:60]!r}") from error
-        if file.exists():
-            file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        whole, newline, unfinished = text.rpartition("\n")
+        self._found = dict(_record(file, *each) for each in enumerate(whole.splitlines(), 1))
+        if unfinished:
+            file.write_text(whole + newline, encoding="utf-8")
 
     def __len__(self) -> int:
         return len(self._found)

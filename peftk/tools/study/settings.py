@@ -10,8 +10,8 @@ ENOUGH_STEPS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """steps: of every run, with batches of `batch` sentences. train, test, held_out: at most so many examples of a task;
-    the held-out ones, on which learning rates are chosen, come from the training data. tokens: where sentences are cut.
+    """steps: of every run, with batches of `batch` sentences. train, test, held_out: at most so many examples of a
+    task; held-out ones are training data on which learning rates are chosen. tokens: where sentences are cut.
 
     seeds: of part 1. other_seeds: of parts 2 to 7. rates: how many learning rates of each method's grid are tried;
     tune_each: for every row, not for one row of each family. sizes: of the training set, in part 7.
@@ -67,16 +67,17 @@ QUICK = Settings(
 )
 DEFAULT = Settings(
     name="default",
-    tasks=("cola",),
+    tasks=("sst2",),
     steps=500,
-    batch=16,
-    train=8000,
+    batch=8,
+    train=6000,
     test=500,
-    held_out=500,
-    tokens=32,
+    held_out=300,
+    tokens=24,
     seeds=3,
     other_seeds=1,
     rates=3,
+    sizes=(100, 1000, 6000),
 )
 FULL = Settings(
     name="full",

@@ -178,4 +178,6 @@ def _split(dataset: str, config: str | None, part: str) -> Any:
     try:
         return datasets.load_dataset(dataset, config, split=part)
     except Exception as error:  # whatever a network or a cache raises
-        raise DataError(f"{dataset}: the datasets library could not load it ({error}); or give a folder by --data") from error
+        raise DataError(
+            f"{dataset}: the datasets library could not load it ({error}); --data takes a folder"
+        ) from error

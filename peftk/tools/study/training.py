@@ -6,6 +6,7 @@ gradient of a run is clipped to norm 1; there is no dropout. The same seed gives
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,8 +28,11 @@ TEST_BATCH = 64
 class Side(Protocol):
     """A model that trains some runs. first_layer: its inputs are what the layer below this one returns."""
 
-    runs: Sequence[Run]
     first_layer: int
+
+    @property
+    def runs(self) -> Sequence[Run]:
+        """All of one task, batch size and number of steps."""
 
     def parameters(self, number: int) -> list[nn.Parameter]:
         """What run `number` trains."""
@@ -198,4 +202,4 @@ def tenths(values: Sequence[float]) -> list[float]:
     """The means over the first, second, … tenth of the values."""
     count = min(10, len(values))
     cuts = [len(values) * n // count for n in range(count + 1)]
-    return [round(sum(values[a:b]) / (b - a), 5) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [round(sum(values[a:b]) / (b - a), 5) for a, b in itertools.pairwise(cuts)]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftk.tools.study.lab import Lab
-from peftk.tools.study.methods import Method
+from peftk.tools.study.methods import BITFIT, Method
 from peftk.tools.study.runs import Run
 
 # The row of each family for which its rate is chosen, unless it is chosen for every row.
 CHOSEN_FOR = {
+    "bitfit": BITFIT,
     "top": Method("top", 3),
     "series": Method("series", 8),
     "parallel": Method("parallel", 16),
@@ -19,7 +20,7 @@ CHOSEN_FOR = {
 }
 
 
-def tuned(lab: Lab, task: str, method: Method) -> Method:
+def tuned(lab: Lab, method: Method) -> Method:
     """The method for which this one's learning rate is chosen."""
     chosen = method if lab.settings.tune_each else CHOSEN_FOR.get(method.kind, method)
     return dataclasses.replace(chosen, size=min(chosen.size, lab.layers)) if chosen.kind == "top" else chosen
@@ -27,7 +28,7 @@ def tuned(lab: Lab, task: str, method: Method) -> Method:
 
 def rates(lab: Lab, task: str, methods: Sequence[Method]) -> dict[Method, dict[str, Any]]:
     """By method: the rate, the grid with each rate's held-out score, and whose grid it is."""
-    owners = {method: tuned(lab, task, method) for method in methods}
+    owners = {method: tuned(lab, method) for method in methods}
     grids: dict[Method, list[Run]] = {}
     for owner in dict.fromkeys(owners.values()):
         tried = owner.rates[-lab.settings.rates :]

@@ -1,4 +1,4 @@
-"""Part 7: for how much training data a small rank is enough (Schulman et al. 2025: as full, until its capacity is used)."""
+"""Part 7: for how much training data is a small rank enough?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def section(part: Part) -> Section:
     below = [n for n in sizes if differences[n].found and differences[n].mean < 0]
     if differences[sizes[0]].low is None:
         gap = differences[sizes[-1]]
-        message = f"{title}: at {sizes[-1]:,} examples r = 1 is {gap.mean:+.3f} from full fine-tuning (one seed, no interval)"
+        message = f"{title}: at {sizes[-1]:,} examples r = 1 is {gap.mean:+.3f} from full fine-tuning (one seed)"
     elif below:
         message = f"{title}: r = 1 stops being enough at {below[0]:,} training examples"
     else:
@@ -76,8 +76,8 @@ def section(part: Part) -> Section:
     return part.section(
         TITLE,
         text=[
-            "Schulman et al. 2025 found LoRA as good as full fine-tuning until its capacity is used up. Every run has the "
-            "same number of steps, whatever the size of its training set; LoRA is at query and value."
+            "Schulman et al. 2025 found LoRA as good as full fine-tuning until its capacity is used up. Every run has "
+            "the same number of steps, whatever the size of its training set; LoRA is at query and value."
         ],
         claims=[differences[n].words(f"With {n:,} examples: LoRA with r = 1", full) for n in sizes],
         tables=[table],

@@ -68,23 +68,31 @@ def section(part: Part) -> Section:
     return part.section(
         TITLE,
         text=[
-            "The form of Biderman et al. 2024. The ability of the source is the encoder's own: Pearson's r between SICK's "
-            "relatedness and the cosine of its sentence vectors, of the trial set's pairs, without a head. It was never "
-            "trained here; training on the target moves it."
+            "The form of Biderman et al. 2024. The ability of the source is the encoder's own: Pearson's r between "
+            "SICK's relatedness and the cosine of its sentence vectors, of the trial set's pairs, without a head. It was "
+            "never trained here; training on the target moves it."
         ],
         claims=[
-            paired([-loss for loss in losses[label]], [-loss for loss in losses[full]])
-            .words(f"Change of the source's r: {label}", full)
+            paired([-loss for loss in losses[label]], [-loss for loss in losses[full]]).words(
+                f"Change of the source's r: {label}", full
+            )
             for label in traces
             if label != full
         ],
         tables=[
             Table(
                 f"After training on {title}",
-                ("method", f"target: {metric}", "source before: r", "source after: r", "lost more than full fine-tuning"),
+                (
+                    "method",
+                    f"target: {metric}",
+                    "source before: r",
+                    "source after: r",
+                    "lost more than full fine-tuning",
+                ),
                 rows,
             )
         ],
         figures={"forgetting": figure},
-        caption="Along each line training goes on; the large symbol is its end. Perplexity of a language model: not measured.",
+        caption="Along each line training goes on; the large symbol is its end. No perplexity of a language model was "
+        "measured.",
     )

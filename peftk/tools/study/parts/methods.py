@@ -9,7 +9,7 @@ from peftk.tools.study import costs, figures, gpt3
 from peftk.tools.study.document import Section, Table
 from peftk.tools.study.lab import Lab
 from peftk.tools.study.methods import FULL, Method, compared
-from peftk.tools.study.part import Part, average, joined
+from peftk.tools.study.part import Part, average
 from peftk.tools.study.runs import Run
 from peftk.tools.study.statistics import NONE_FOUND, paired, spread
 from peftk.tools.study.training import injected
@@ -25,9 +25,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         cost = costs.of_methods(lab, lab.settings.tasks[0], methods)
     counts = [_count(lab, method) for method in methods]
     return {
-        "methods": [
-            {"label": m.label, "family": m.family, **c} for m, c in zip(methods, counts, strict=True)
-        ],
+        "methods": [{"label": m.label, "family": m.family, **c} for m, c in zip(methods, counts, strict=True)],
         "tasks": found,
         "costs": cost,
         "gpt3": [row._asdict() for row in gpt3.rows()],
@@ -80,27 +78,26 @@ def section(part: Part) -> Section:
         others = [m["label"] for m in methods if m["label"] != full]
         found = [label for label in others if differences[label].found]
         claims += [f"{title}: {differences[label].words(label, full)}" for label in found]
-        if len(found) < len(others):
-            claims.append(
-                f"{title}: between full fine-tuning and {joined([o for o in others if o not in found])} {NONE_FOUND}; "
-                "the intervals are in the table."
-            )
-        message = part.message(
-            f"{title}: {len(found)} of {len(others)} methods differ from full fine-tuning"
-            if found
-            else f"{title}: {NONE_FOUND} between full fine-tuning and any method"
-        )
-        drawn[f"methods_{task}"] = _figure(message, metric, methods, rows)
+        equal = [f"{label}, {differences[label]}" for label in others if label not in found]
+        if len(rows[full]["scores"]) < 2:
+            message = f"{title}: one seed shows no difference"
+        elif found:
+            message = f"{title}: {len(found)} of {len(others)} methods differ from full fine-tuning"
+        else:
+            message = f"{title}: {NONE_FOUND} between full fine-tuning and any method"
+        if equal and len(rows[full]["scores"]) > 1:
+            claims.append(f"{title}: {NONE_FOUND} between full fine-tuning and each of: {'; '.join(equal)}.")
+        drawn[f"methods_{task}"] = _figure(part.message(message), metric, methods, rows)
     claims += [_rates_claim(part, result)]
     tables += [_grids(result), _costs(result), _gpt3(result)]
     claims += gpt3.remainders()
     return part.section(
         TITLE,
         text=[
-            "What a method trains, what it scores and what it costs, in the form of table 4 of Hu et al. 2021. Every method "
-            "trains the head too; |Φ| counts it. The difference from full fine-tuning is paired over seeds: the same "
-            "sentences in the same order, the same start of the head. Intervals are Student's, for each row by itself: "
-            "of twenty true zeros one is expected outside."
+            "What a method trains, what it scores and what it costs, in the form of table 4 of Hu et al. 2021. Every "
+            "method trains the head too; |Φ| counts it. The difference from full fine-tuning is paired over seeds: the "
+            "same sentences in the same order, the same start of the head. Intervals are Student's, for each row by "
+            "itself: of twenty true zeros one is expected outside."
         ],
         claims=claims,
         tables=tables,
@@ -120,7 +117,7 @@ def _figure(message: str, metric: str, methods: list[dict[str, Any]], rows: dict
         axis.plot([average(scores)], [place], marker=marker, color=colour, markersize=5.5)
     axis.axvline(average(rows[FULL.label]["scores"]), color=figures.INK, linewidth=0.8, linestyle=":")
     axis.set_yticks(list(places), [method["label"] for method in methods])
-    axis.set_xlabel(f"{metric} (no unit); symbol: mean over seeds, bars: each seed, dotted: full fine-tuning")
+    axis.set_xlabel(f"{metric} (no unit), mean and seeds; dotted: full fine-tuning")
     return figure
 
 

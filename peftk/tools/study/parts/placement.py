@@ -1,4 +1,4 @@
-"""Part 4: adapters of every contiguous span of layers are taken out of a trained model, as in figure 6 of Houlsby et al.
+"""Part 4: adapters of every span of layers are taken out of a trained model, in the form of Houlsby et al.'s figure 6.
 
 Nothing is trained again: an adapter that is taken out has the scaling 0, and so is the identity.
 """
@@ -41,13 +41,12 @@ def _of_task(lab: Lab, task: str) -> dict[str, Any]:
         for last in range(first, layers):
             with lab.stage.busy(f"{task}: without layers {first} to {last}"), without(side.model, first, last):
                 spans.append({"first": first, "last": last, "score": training.score(side, 0, data, features, "test")})
-    majority = max(map(data.test.labels.count, set(data.test.labels)))
-    constant = data.task.metric(data.test.labels, [max(set(data.test.labels), key=data.test.labels.count)] * len(data.test))
+    labels = data.test.labels
+    most_frequent = max(set(labels), key=labels.count)
     return {
         "layers": layers,
         "whole": training.score(side, 0, data, features, "test"),
-        "majority": round(majority / len(data.test), 6),
-        "constant": round(constant, 6),
+        "constant": round(data.task.metric(labels, [most_frequent] * len(labels)), 6),
         "spans": spans,
     }
 
@@ -78,38 +77,37 @@ def section(part: Part) -> Section:
         single = {n: change[n, n] for n in range(layers)}
         worst = min(single, key=lambda n: single[n])
         lower, upper = change[0, layers // 2 - 1], change[layers // 2, layers - 1]
-        message = (
-            f"{title}: of single layers, layer {worst}'s adapters cost most ({signed(single[worst])}); without those of "
-            f"the lower half {signed(lower)}, of the upper half {signed(upper)}"
-        )
+        halves = f"without those of the lower half {signed(lower)}, of the upper half {signed(upper)}"
+        if single[worst] < 0:
+            message = (
+                f"{title}: of single layers, layer {worst}'s adapters cost most ({signed(single[worst])}); {halves}"
+            )
+        else:
+            message = f"{title}: the score needs no single layer's adapters; {halves}"
         drawn[f"placement_{task}"] = _heat(part.message(message), metric, layers, change)
         tables.append(
             Table(
                 f"{title}: change of {metric} without the adapters of these layers",
                 ("first layer taken out", *(f"to layer {n}" for n in range(layers))),
-                [
-                    (str(a), *("" if b < a else signed(change[a, b]) for b in range(layers)))
-                    for a in range(layers)
-                ],
+                [(str(a), *("" if b < a else signed(change[a, b]) for b in range(layers))) for a in range(layers)],
             )
         )
         claims += [
-            f"{title}: found here: the adapters of the {'last layer alone cost' if worst == layers - 1 else f'layer {worst} cost'} "
-            f"most of all single layers, {signed(single[worst])} of {found['whole']:.3f}; the last layer's cost "
-            f"{signed(single[layers - 1])}, the lower half's together {signed(lower)}, the upper half's {signed(upper)}; "
-            f"without all adapters the score is {found['whole'] + change[0, layers - 1]:.3f}, where always the same answer "
-            f"has {found['constant']:.3f} (one model, no interval)."
+            f"{title}, found here: without the adapters of single layers the score of {found['whole']:.3f} changes by "
+            f"{', '.join(signed(single[n]) for n in range(layers))} (layers 0 to {layers - 1}); {halves}. Without all "
+            f"adapters it is {found['whole'] + change[0, layers - 1]:.3f}, where always the same answer has "
+            f"{found['constant']:.3f} (one model, no interval)."
         ]
     claims.append(
-        "Found in the paper (BERT, 12 layers, CoLA and MNLI): taking out any single layer's adapters changes little, those "
-        "of the lower layers matter less than those of the upper ones, and without all of them the score is that of the "
-        "majority class."
+        "Found in the paper (BERT, 12 layers, CoLA and MNLI): taking out any single layer's adapters changes little, "
+        "those of the lower layers matter less than those of the upper ones, and without all of them the score is "
+        "that of the majority class."
     )
     return part.section(
         TITLE,
         text=[
-            f"The form of figure 6 of Houlsby et al. 2019: out of one trained model ({part.result['method']}) the adapters "
-            "of every contiguous span of layers are taken out, without training again."
+            f"The form of figure 6 of Houlsby et al. 2019: out of one trained model ({part.result['method']}) the "
+            "adapters of every contiguous span of layers are taken out, without training again."
         ],
         claims=claims,
         tables=tables,

@@ -84,11 +84,24 @@ def _together(part: Part) -> Table:
     for row in part.result["together"]:
         mixed, separate = row["mixed_ms"], row["separate_ms"]
         each = mixed / row["adapters"]
-        cells = (f"{mixed:.0f}", f"{separate:.0f}", f"{each:.0f}", f"{separate / mixed:.2f}", f"{row['difference']:.0e}")
+        cells = (
+            f"{mixed:.0f}",
+            f"{separate:.0f}",
+            f"{each:.0f}",
+            f"{separate / mixed:.2f}",
+            f"{row['difference']:.0e}",
+        )
         rows.append((f"{row['adapters']} adapters, {row['rows']} rows each", *cells))
     return Table(
-        f"A training step of many runs ({TIMED.label}, other seeds), as adapters of one mixed batch and one after another",
-        ("runs", "one batch, ms", "one after another, ms", "one batch, ms an adapter", "× faster", "largest difference of losses"),
+        f"A step of many runs ({TIMED.label}, other seeds), as adapters of one mixed batch and one after another",
+        (
+            "runs",
+            "one batch, ms",
+            "one after another, ms",
+            "one batch, ms an adapter",
+            "× faster",
+            "largest difference of losses",
+        ),
         rows,
     )
 

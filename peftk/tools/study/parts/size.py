@@ -62,7 +62,9 @@ def section(part: Part) -> Section:
     equal = [row for row in others if differences[row["label"]].low is not None and not differences[row["label"]].found]
     if equal:
         least = min(equal, key=lambda row: row["trained"])
-        message = f"{title}: {NONE_FOUND} between {least['label']} ({least['trained']:,} parameters) and full fine-tuning"
+        message = (
+            f"{title}: {NONE_FOUND} between {least['label']} ({least['trained']:,} parameters) and full fine-tuning"
+        )
     else:
         best = max(rows, key=lambda row: average(row["scores"]))
         message = f"{title}: {best['label']} scores highest, with {best['trained']:,} trained parameters"

@@ -51,7 +51,9 @@ def measure(lab: Lab) -> dict[str, Any]:
 
 def _weights(model: Classifier) -> dict[str, Tensor]:
     """W, or W₀ + s·BA, of every adapted linear, in fp64."""
-    changes = {name: layer.scaling * layer.lora_B.double() @ layer.lora_A.double() for name, layer in lora_layers(model)}
+    changes = {
+        name: layer.scaling * layer.lora_B.double() @ layer.lora_A.double() for name, layer in lora_layers(model)
+    }
     found = {}
     for name, module in model.named_modules():
         if ".encoder." in name and isinstance(module, (torch.nn.Linear, LoRALinear)):
@@ -103,14 +105,14 @@ def section(part: Part) -> Section:
     of_full = average(values(methods[0], "change"))
     size = matrices[0]["size"]
     message = (
-        f"{title}: full fine-tuning changes W in {of_full:.0f} of {size} directions on average, LoRA in at most r; "
-        f"intruders: {', '.join(f'{_brief(m)} {strangers[m]}' for m in methods)}"
+        f"{title}: full fine-tuning changes W in {of_full:.0f} of {size} directions on average, LoRA in at most r. "
+        f"Intruders: {', '.join(f'{_brief(method)}: {strangers[method]}' for method in methods)}"
     )
     figure, axes = figures.new(part.message(message), columns=2, size=(8.4, 3.9))
     for axis, key, label in zip(
         axes,
         ("change", "intruders"),
-        (f"singular vectors with {ENERGY:.0%} of ΔW's energy", f"intruders among the first {FIRST} of W′"),
+        (f"directions with {ENERGY:.0%} of ΔW", f"intruders of {FIRST}"),
         strict=True,
     ):
         for method, (colour, marker) in zip(methods, (figures.LOOKS[FULL.label], *figures.ANY), strict=False):
@@ -118,7 +120,8 @@ def section(part: Part) -> Section:
             look = {"color": colour, "marker": marker, "markersize": 5}
             axis.plot(range(len(KINDS)), means, linestyle=":", linewidth=0.8, label=_brief(method), **look)
         axis.set_xticks(range(len(KINDS)), list(KINDS), rotation=35, ha="right")
-        axis.set_ylabel(f"{label} (count)")
+        axis.set_ylabel(f"{label} (count, mean over layers)")
+    axes[1].set_ylim(0, FIRST)
     axes[0].set_yscale("log", base=2)
     ticks = [2**n for n in range(0, 10, 2)]
     axes[0].set_yticks(ticks, map(str, ticks))
@@ -135,9 +138,9 @@ def section(part: Part) -> Section:
     return part.section(
         TITLE,
         text=[
-            f"How many singular vectors hold {ENERGY:.0%} of the energy of W₀, ΔW and W′ = W₀ + ΔW, and how many of the "
-            f"first {FIRST} left singular vectors of W′ are intruders (Shuttleworth et al. 2024): no vector of W₀ has a "
-            f"cosine of {ALIKE} or more with them."
+            f"How many singular vectors hold {ENERGY:.0%} of the energy of W₀, ΔW and W′ = W₀ + ΔW, and how many of "
+            f"the first {FIRST} left singular vectors of W′ are intruders (Shuttleworth et al. 2024): no vector of "
+            f"W₀ has a cosine of {ALIKE} or more with them."
         ],
         claims=[
             f"{_brief(method)}: {strangers[method]} intruders in {len(values(method, 'intruders'))} matrices, "
