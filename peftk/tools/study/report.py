@@ -60,8 +60,8 @@ def head(folder: Path) -> Section:
         text=[
             "Trained models are all-MiniLM-L6-v2 (22.6 M parameters, 6 layers, width 384) with a head on the mean over "
             "a sentence's tokens. AdamW without weight decay, batches of one size for all methods, a learning rate "
-            "that rises over a tenth of the steps and then falls to 0, gradients clipped to norm 1, no dropout, fp32. LoRA: "
-            "α = 16 at every rank; its runs are adapters of one mixed batch.",
+            "that rises over a tenth of the steps and then falls to 0, gradients clipped to norm 1, no dropout, fp32. "
+            "LoRA: α = 16 at every rank; its runs are adapters of one mixed batch.",
             "This page is generated from the JSON files of the parts; no number in it was typed.",
         ],
         tables=[Table("The parts that were run", columns, rows)] if rows else [],

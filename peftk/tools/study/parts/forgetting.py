@@ -69,8 +69,8 @@ def section(part: Part) -> Section:
         TITLE,
         text=[
             "The form of Biderman et al. 2024. The ability of the source is the encoder's own: Pearson's r between "
-            "SICK's relatedness and the cosine of its sentence vectors, of the trial set's pairs, without a head. It was "
-            "never trained here; training on the target moves it."
+            "SICK's relatedness and the cosine of its sentence vectors, of the trial set's pairs, without a head. It "
+            "was never trained here; training on the target moves it."
         ],
         claims=[
             paired([-loss for loss in losses[label]], [-loss for loss in losses[full]]).words(

@@ -1,6 +1,6 @@
 """Part 4: adapters of every span of layers are taken out of a trained model, in the form of Houlsby et al.'s figure 6.
 
-Nothing is trained again: an adapter that is taken out has the scaling 0, and so is the identity.
+Nothing is trained again. An adapter that is taken out has B = 0 and β = 0, and so is the identity.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftk.nn import SeriesAdapter
@@ -59,14 +60,16 @@ def without(model: nn.Module, first: int, last: int) -> Iterator[None]:
         for name, module in model.named_modules()
         if isinstance(module, SeriesAdapter) and first <= int(re.findall(r"\.layer\.(\d+)\.", name)[0]) <= last
     ]
-    scalings = [module.scaling for module in out]
-    for module in out:
-        module.scaling = 0.0
-    try:
-        yield
-    finally:
-        for module, scaling in zip(out, scalings, strict=True):
-            module.scaling = scaling
+    ups = [p for module in out for p in (module.lora_B, module.bias_B)]
+    before = [p.detach().clone() for p in ups]
+    with torch.no_grad():
+        for p in ups:
+            p.zero_()
+        try:
+            yield
+        finally:
+            for p, values in zip(ups, before, strict=True):
+                p.copy_(values)
 
 
 def section(part: Part) -> Section:
