@@ -64,6 +64,7 @@ def new(message: str, columns: int = 1, size: tuple[float, float] = (7.2, 3.9)) 
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
+    message = message.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
     lines = [line for text in message.split("\n") for line in textwrap.wrap(text, int(13 * size[0]))]
     figure.suptitle("\n".join(lines), fontsize=10.5, ha="left", x=0.01)
     return figure, list(axes)

@@ -52,7 +52,16 @@ def head(folder: Path) -> Section:
                 *(env["cpu"], str(env["threads"]), env["peftk"], env["torch"]),
             )
         )
-    columns = ("part", "study", "steps a run", "minutes", "processor", "threads", "peftk", "torch")
+    columns = (
+        "part",
+        "study",
+        "steps a run",
+        "minutes beyond runs that were there",
+        "processor",
+        "threads",
+        "peftk",
+        "torch",
+    )
     return Section(
         "study",
         "The study: what the methods buy on real tasks",

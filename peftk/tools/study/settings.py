@@ -32,7 +32,7 @@ class Settings:
     first_seed: int = 0
     tune_each: bool = False
     sizes: tuple[int, ...] = (100, 400, 1600, 8000)
-    together: int = 8
+    together: int = 4
     watched: int = 5
     timing_seconds: float = 40.0
 

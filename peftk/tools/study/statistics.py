@@ -1,13 +1,28 @@
-"""Paired differences over seeds, with confidence intervals, and how they are said."""
+"""Paired differences over seeds or test examples, with confidence intervals, and how they are said."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 LEVEL = 0.95
+RESAMPLES = 500
 NONE_FOUND = "no difference was found"
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def found(self) -> bool:
+        """Whether it leaves out 0."""
+        return not self.low <= 0 <= self.high
+
+    def __str__(self) -> str:
+        return f"{signed(self.mean)} ({LEVEL:.0%} interval {signed(self.low)} to {signed(self.high)})"
 
 
 class Difference(NamedTuple):
@@ -54,6 +69,39 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     error = statistics.stdev(differences) / len(differences) ** 0.5
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1)) * error
     return Difference(mean, mean - half, mean + half, len(differences))
+
+
+def over_examples(
+    metric: Callable[[Sequence[float], Sequence[float]], float],
+    labels: Sequence[float],
+    a: Sequence[float],
+    b: Sequence[float],
+) -> Interval:
+    """metric of predictions a − that of b, of one model each, and its bootstrap interval over the test examples.
+
+    It tells what other test examples would change, not what another seed would.
+    """
+    import numpy as np
+    from scipy import stats
+
+    def difference(y: Any, p: Any, q: Any) -> float:
+        return metric(y, p) - metric(y, q)
+
+    columns = [np.asarray(values) for values in (labels, a, b)]
+    mean = difference(*columns)
+    if np.array_equal(columns[1], columns[2]):
+        return Interval(mean, mean, mean)
+    found = stats.bootstrap(
+        columns,
+        difference,
+        paired=True,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
 
 
 def spread(values: Sequence[float]) -> str:

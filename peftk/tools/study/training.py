@@ -187,15 +187,21 @@ def train(
 
 def score(side: Side, number: int, data: TaskData, features: dict[str, Features], part: str) -> float:
     """The task's metric on its held-out or test examples."""
+    found = predictions(side, number, data, features, part)
+    return round(data.task.metric(getattr(data, part).labels, found), 6)
+
+
+def predictions(side: Side, number: int, data: TaskData, features: dict[str, Features], part: str) -> list[float]:
+    """The class, or the number of a regression, of each held-out or test example."""
     examples: Encoded = getattr(data, part)
-    predictions = [0.0] * len(examples)
+    predicted = [0.0] * len(examples)
     with torch.inference_mode():
         for rows in examples.by_length(TEST_BATCH):
             logits = side.logits(features[part].batch(rows, side.first_layer), [number] * len(rows))
             found = logits[:, 0] if data.task.classes == 1 else logits.argmax(-1)
             for row, prediction in zip(rows, found.tolist(), strict=True):
-                predictions[row] = prediction
-    return round(data.task.metric(examples.labels, predictions), 6)
+                predicted[row] = prediction
+    return predicted
 
 
 def tenths(values: Sequence[float]) -> list[float]:

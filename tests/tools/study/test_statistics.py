@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peftk.tools.study.statistics import NONE_FOUND, paired, spread
+from peftk.tools.study.statistics import NONE_FOUND, over_examples, paired, spread
+from peftk.tools.study.tasks import accuracy
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.4])
@@ -44,3 +45,18 @@ def test_a_spread_is_the_mean_and_the_deviation():
 def test_pairs_need_partners(a, b):
     with pytest.raises(ValueError, match="b: expected as many numbers as a"):
         paired(a, b)
+
+
+def test_over_test_examples():
+    drawn = np.random.default_rng(0)
+    labels = drawn.integers(0, 2, 400)
+    better = np.where(drawn.random(400) < 0.9, labels, 1 - labels)
+    worse = np.where(drawn.random(400) < 0.7, labels, 1 - labels)
+    found = over_examples(accuracy, labels, better, worse)
+    right = (better == labels).astype(float) - (worse == labels)
+    half = 1.96 * right.std(ddof=1) / 20
+    assert found.mean == pytest.approx(right.mean())
+    assert (found.low, found.high) == pytest.approx((right.mean() - half, right.mean() + half), abs=0.015)
+    assert found.found
+    assert over_examples(accuracy, labels, better, worse) == found  # the same resamples
+    assert over_examples(accuracy, labels, worse, worse) == (0, 0, 0)

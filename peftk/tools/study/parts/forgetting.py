@@ -14,7 +14,7 @@ from peftk.tools.study.tuning import rates
 
 NAME, TITLE = "forgetting", "Learns less, forgets less"
 METHODS = (FULL, *(Method("lora", r, "all") for r in (1, 8, 64)), BITFIT, Method("series", 64))
-LOOKS = [figures.LOOKS["full fine-tuning"], ("#7fb2f0", "s"), ("#2f7de1", "o"), ("#174a91", "^")] + [
+LOOKS = [figures.LOOKS["full fine-tuning"], ("#7fb2f0", "s"), ("#2f7de1", "o"), ("#5a62d8", "P")] + [
     figures.LOOKS[name] for name in ("BitFit", "series adapters")
 ]
 

@@ -19,7 +19,7 @@ from peftk.tools.study.document import Section, Table
 from peftk.tools.study.lab import Lab
 from peftk.tools.study.methods import Method
 from peftk.tools.study.part import Part
-from peftk.tools.study.statistics import signed
+from peftk.tools.study.statistics import NONE_FOUND, Interval, over_examples, signed
 from peftk.tools.study.training import Alone
 from peftk.tools.study.tuning import rates
 
@@ -37,17 +37,19 @@ def _of_task(lab: Lab, task: str) -> dict[str, Any]:
     lab.results([run], f"{task}, the model with adapters")
     side, layers = Alone(lab.trained(run), run), lab.layers
     data, features = lab.data(task), lab.features(task)
+    labels, metric = data.test.labels, data.task.metric
+    whole = training.predictions(side, 0, data, features, "test")
     spans = []
     for first in range(layers):
         for last in range(first, layers):
             with lab.stage.busy(f"{task}: without layers {first} to {last}"), without(side.model, first, last):
-                spans.append({"first": first, "last": last, "score": training.score(side, 0, data, features, "test")})
-    labels = data.test.labels
+                found = training.predictions(side, 0, data, features, "test")
+                spans.append({"first": first, "last": last, **over_examples(metric, labels, found, whole)._asdict()})
     most_frequent = max(set(labels), key=labels.count)
     return {
         "layers": layers,
-        "whole": training.score(side, 0, data, features, "test"),
-        "constant": round(data.task.metric(labels, [most_frequent] * len(labels)), 6),
+        "whole": round(metric(labels, whole), 6),
+        "constant": round(metric(labels, [most_frequent] * len(labels)), 6),
         "spans": spans,
     }
 
@@ -76,31 +78,39 @@ def section(part: Part) -> Section:
     tables, claims, drawn = [], [], {}
     for task, found in part.result["tasks"].items():
         title, metric, layers = part.task_title(task), part.metric(task), found["layers"]
-        change = {(span["first"], span["last"]): span["score"] - found["whole"] for span in found["spans"]}
+        change = {
+            (span["first"], span["last"]): Interval(span["mean"], span["low"], span["high"]) for span in found["spans"]
+        }
         single = {n: change[n, n] for n in range(layers)}
-        worst = min(single, key=lambda n: single[n])
+        worst = min(single, key=lambda n: single[n].mean)
+        last, nothing = single[layers - 1], change[0, layers - 1]
         lower, upper = change[0, layers // 2 - 1], change[layers // 2, layers - 1]
-        halves = f"without those of the lower half {signed(lower)}, of the upper half {signed(upper)}"
-        if single[worst] < 0:
-            message = (
-                f"{title}: of single layers, layer {worst}'s adapters cost most ({signed(single[worst])}); {halves}"
-            )
+        if single[worst].found and single[worst].mean < 0:
+            message = f"{title}: of single layers, layer {worst}'s adapters cost most, {single[worst]}"
         else:
-            message = f"{title}: the score needs no single layer's adapters; {halves}"
+            message = f"{title}: without any single layer's adapters {NONE_FOUND}; without all of them {nothing}"
         drawn[f"placement_{task}"] = _heat(part.message(message), metric, layers, change)
         tables.append(
             Table(
                 f"{title}: change of {metric} without the adapters of these layers",
                 ("first layer taken out", *(f"to layer {n}" for n in range(layers))),
-                [(str(a), *("" if b < a else signed(change[a, b]) for b in range(layers))) for a in range(layers)],
+                [(str(a), *("" if b < a else signed(change[a, b].mean) for b in range(layers))) for a in range(layers)],
             )
         )
+        parts = {
+            f"layer {worst}'s adapters, of single layers' the worst": single[worst],
+            "the last layer's adapters": last,
+            "those of the lower half": lower,
+            "those of the upper half": upper,
+            "all adapters": nothing,
+        }
         claims += [
-            f"{title}, found here: without the adapters of single layers the score of {found['whole']:.3f} changes by "
-            f"{', '.join(signed(single[n]) for n in range(layers))} (layers 0 to {layers - 1}); {halves}. Without all "
-            f"adapters it is {found['whole'] + change[0, layers - 1]:.3f}, where always the same answer has "
-            f"{found['constant']:.3f} (one model, no interval)."
+            f"{title}, without {what}: {'' if interval.found else f'{NONE_FOUND}: '}{interval}."
+            for what, interval in parts.items()
         ]
+        claims.append(
+            f"{title}: the whole model scores {found['whole']:.3f}, always the same answer {found['constant']:.3f}."
+        )
     claims.append(
         "Found in the paper (BERT, 12 layers, CoLA and MNLI): taking out any single layer's adapters changes little, "
         "those of the lower layers matter less than those of the upper ones, and without all of them the score is "
@@ -115,22 +125,24 @@ def section(part: Part) -> Section:
         claims=claims,
         tables=tables,
         figures=drawn,
-        caption="Layers are counted from 0, the lowest. One trained model a task.",
+        caption="Layers are counted from 0, the lowest. One trained model a task; intervals are of the bootstrap over "
+        "its test sentences, and say nothing of other seeds. *: the interval leaves out 0.",
     )
 
 
-def _heat(message: str, metric: str, layers: int, change: dict[tuple[int, int], float]) -> Any:
+def _heat(message: str, metric: str, layers: int, change: dict[tuple[int, int], Interval]) -> Any:
     import numpy as np
 
     figure, (axis,) = figures.new(message, size=(6.6, 4.6))
     cells = np.full((layers, layers), np.nan)
-    for (first, last), value in change.items():
-        cells[first, last] = value
-    most = max(map(abs, change.values())) or 1.0
+    for (first, last), interval in change.items():
+        cells[first, last] = interval.mean
+    most = max(abs(interval.mean) for interval in change.values()) or 1.0
     drawn = axis.pcolormesh(cells, cmap="RdBu", vmin=-most, vmax=most, edgecolors=figures.GROUND, linewidth=1.5)
-    for (first, last), value in change.items():
-        colour = "#ffffff" if abs(value) > 0.6 * most else "#111111"
-        axis.text(last + 0.5, first + 0.5, signed(value), ha="center", va="center", fontsize=8, color=colour)
+    for (first, last), interval in change.items():
+        colour = "#ffffff" if abs(interval.mean) > 0.6 * most else "#111111"
+        text = signed(interval.mean) + "*" * interval.found
+        axis.text(last + 0.5, first + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
     ticks = [n + 0.5 for n in range(layers)]
     axis.set_xticks(ticks, range(layers))
     axis.set_yticks(ticks, range(layers))

@@ -15,7 +15,7 @@ from peftk.tools.study.tuning import rates
 NAME, TITLE = "ranks", "LoRA by rank and placement"
 RANKS = (1, 2, 4, 8, 64)
 TIMED = Method("lora", 8, "qv")
-ROWS_EACH = (1, 4, 16)
+TIMED_TOGETHER, ROWS_EACH = 8, (1, 4, 16)
 
 
 def methods() -> list[Method]:
@@ -32,7 +32,7 @@ def measure(lab: Lab) -> dict[str, Any]:
         for m, each in runs.items()
     ]
     with lab.stage.busy("one mixed batch, and one run after another"):
-        timed = [costs.of_together(lab, task, TIMED, lab.settings.together, each) for each in ROWS_EACH]
+        timed = [costs.of_together(lab, task, TIMED, TIMED_TOGETHER, each) for each in ROWS_EACH]
     return {"task": task, "rows": rows, "together": timed}
 
 

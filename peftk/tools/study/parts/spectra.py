@@ -112,7 +112,7 @@ def section(part: Part) -> Section:
     for axis, key, label in zip(
         axes,
         ("change", "intruders"),
-        (f"directions with {ENERGY:.0%} of ΔW", f"intruders of {FIRST}"),
+        ("directions of ΔW", f"intruders of {FIRST}"),
         strict=True,
     ):
         for method, (colour, marker) in zip(methods, (figures.LOOKS[FULL.label], *figures.ANY), strict=False):
@@ -120,7 +120,7 @@ def section(part: Part) -> Section:
             look = {"color": colour, "marker": marker, "markersize": 5}
             axis.plot(range(len(KINDS)), means, linestyle=":", linewidth=0.8, label=_brief(method), **look)
         axis.set_xticks(range(len(KINDS)), list(KINDS), rotation=35, ha="right")
-        axis.set_ylabel(f"{label} (count, mean over layers)")
+        axis.set_ylabel(f"{label} (mean count)")
     axes[1].set_ylim(0, FIRST)
     axes[0].set_yscale("log", base=2)
     ticks = [2**n for n in range(0, 10, 2)]
