@@ -53,13 +53,18 @@ def markdown(head: Section, sections: Sequence[Section], pictures: str) -> str:
     for section in sections:
         lines += [f"## {section.title}", "", *_paragraphs(section.text)]
         for name, figure in section.figures.items():
-            lines += [f"![{figure.get_suptitle()}]({pictures}/{name}.svg)", ""]
+            lines += [f"![{_alternative(figure)}]({pictures}/{name}.svg)", ""]
         for table in section.tables:
             lines += _markdown_table(table)
         lines += [f"- {claim}" for claim in section.claims] + [""] * bool(section.claims)
         lines += [f"*{section.caption}*", ""] if section.caption else []
         lines += [f"    {section.command}", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _alternative(figure: Any) -> str:
+    """What a picture says, in words: its title."""
+    return " ".join(figure.get_suptitle().split())
 
 
 def _paragraphs(text: Sequence[str]) -> list[str]:
@@ -99,7 +104,7 @@ def page(head: Section, sections: Sequence[Section], svg: Mapping[str, str]) -> 
         body += ["<section>", f"<h2>{_text(section.title)}</h2>", *(f"<p>{_text(text)}</p>" for text in section.text)]
         for name, figure in section.figures.items():
             data = base64.b64encode(svg[name].encode()).decode()
-            body.append(f'<img alt="{_text(figure.get_suptitle())}" src="data:image/svg+xml;base64,{data}">')
+            body.append(f'<img alt="{_text(_alternative(figure))}" src="data:image/svg+xml;base64,{data}">')
         body += [_html_table(table) for table in section.tables]
         if section.claims:
             body.append("<ul>" + "".join(f"<li>{_text(claim)}</li>" for claim in section.claims) + "</ul>")

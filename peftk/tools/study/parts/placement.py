@@ -18,7 +18,7 @@ from peftk.tools.study import figures, training
 from peftk.tools.study.document import Section, Table
 from peftk.tools.study.lab import Lab
 from peftk.tools.study.methods import Method
-from peftk.tools.study.part import Part
+from peftk.tools.study.part import Part, joined
 from peftk.tools.study.statistics import NONE_FOUND, Interval, over_examples, signed
 from peftk.tools.study.training import Alone
 from peftk.tools.study.tuning import rates
@@ -83,10 +83,11 @@ def section(part: Part) -> Section:
         }
         single = {n: change[n, n] for n in range(layers)}
         worst = min(single, key=lambda n: single[n].mean)
+        equal = joined([str(n) for n in single if single[n].mean == single[worst].mean])
         last, nothing = single[layers - 1], change[0, layers - 1]
         lower, upper = change[0, layers // 2 - 1], change[layers // 2, layers - 1]
         if single[worst].found and single[worst].mean < 0:
-            message = f"{title}: of single layers, layer {worst}'s adapters cost most, {single[worst]}"
+            message = f"{title}: of single layers, the adapters of layer {equal} cost most, {single[worst]}"
         else:
             message = f"{title}: without any single layer's adapters {NONE_FOUND}; without all of them {nothing}"
         drawn[f"placement_{task}"] = _heat(part.message(message), metric, layers, change)
@@ -98,7 +99,7 @@ def section(part: Part) -> Section:
             )
         )
         parts = {
-            f"layer {worst}'s adapters, of single layers' the worst": single[worst],
+            f"those of layer {equal}, of single layers the worst": single[worst],
             "the last layer's adapters": last,
             "those of the lower half": lower,
             "those of the upper half": upper,
