@@ -92,9 +92,9 @@ def study(
 ) -> None:
     """Trains MiniLM with every method on real tasks: what each buys, with intervals, tables, figures and JSON.
 
-    Parts: methods (scores and costs), ranks, size, placement, forgetting, spectra, capacity. The default takes about 90
-    minutes on two cores. Every finished run and part is kept: --resume goes on where a study was stopped. Writes
-    report.html, figures and a JSON file a part into the folder, and a page FOLDER.md beside it.
+    Parts: methods (scores and costs), ranks, size, placement, forgetting, spectra, capacity. The default is cut to
+    about 90 minutes on two cores. Every finished run and part is kept: --resume goes on where a study was stopped.
+    Writes report.html, figures and a JSON file a part into the folder, and a page FOLDER.md beside it.
     """
     from peftk.tools import study as package
     from peftk.tools.study.tasks import DataError
@@ -111,6 +111,8 @@ def study(
             pages = package.write_report(out)
         else:
             pages = package.run(settings, data, out, console, only=only, resume=resume)
+    except KeyboardInterrupt as error:
+        raise click.ClickException(f"stopped; finished runs and parts are in {out}: --resume goes on") from error
     except (extras.MissingExtraError, DataError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"Written: {', '.join(map(str, pages))}", highlight=False)

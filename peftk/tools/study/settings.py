@@ -10,8 +10,10 @@ ENOUGH_STEPS = 500
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """steps: of every run, with batches of `batch` sentences. train, test, held_out: at most so many examples of a
-    task; held-out ones are training data on which learning rates are chosen. tokens: where sentences are cut.
+    """tasks: all of them in parts 1 and 4, the first in the others. steps: of every run, with batches of `batch`.
+
+    train, test, held_out: at most so many examples of a task; the held-out ones are training data on which learning
+    rates are chosen. tokens: where sentences are cut.
 
     seeds: of part 1. other_seeds: of parts 2 to 7. rates: how many learning rates of each method's grid are tried;
     tune_each: for every row, not for one row of each family. sizes: of the training set, in part 7.

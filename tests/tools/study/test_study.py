@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from peftk import cli
+from peftk.system import extras
 from peftk.tools import study
 from peftk.tools.study import gpt3, lab, report, training
 from peftk.tools.study.figures import INK
@@ -141,6 +142,25 @@ def test_the_command_takes_seeds(tmp_path, monkeypatch):
     ((settings, named),) = taken
     assert list(settings.all_seeds) == list(settings.fewer_seeds) == [10, 11, 12, 13]
     assert named == {"only": ("size", "ranks"), "resume": False}
+
+
+def test_a_stop_says_how_to_go_on(tmp_path, monkeypatch):
+    def stop(*args, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run", stop)
+    outcome = invoke("--out", str(tmp_path))
+    assert outcome.exit_code == 1
+    assert f"{tmp_path}: --resume goes on" in outcome.output
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "is_installed", lambda module: module != "scipy")
+    outcome = invoke("--out", str(tmp_path / "out"))
+    assert outcome.exit_code == 1
+    assert "needs scipy" in outcome.output
+    assert "peftk[study]" in outcome.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_closed_forms_give_what_the_table_prints():
