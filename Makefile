@@ -102,7 +102,7 @@ $(BUILT): $(READY) setup.py pyproject.toml $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist out peftk-demo peftk-selftest peftk-triage peftk.egg-info peftk/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist out peftk-demo peftk-study peftk-study.md peftk-selftest peftk-triage peftk.egg-info peftk/*.so $(BUILT) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find peftk triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean

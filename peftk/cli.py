@@ -1,4 +1,4 @@
-"""The command line: peftk demo, bench, tune, selftest, serve. Each command imports the heavy modules that it needs."""
+"""The command line: peftk demo, study, bench, tune, selftest, serve. Each imports the heavy modules that it needs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peftk.tuning.model_shapes import ModelShapes
 
 T = TypeVar("T")
+
+STUDY_PARTS = ("methods", "ranks", "size", "placement", "forgetting", "spectra", "capacity")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +54,68 @@ def demo(out: Path, quick: bool, only_serving: bool) -> None:
         raise click.ClickException(str(error)) from error
     if not passed:
         raise SystemExit(1)
+
+
+@main.command()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder with cola/, sst2/ and sick/ [default: the datasets library loads them]",
+)
+@click.option(
+    "--out", type=FOLDER, default=Path("peftk-study"), show_default=True, help="Folder for all that is written."
+)
+@click.option("--quick", is_flag=True, help="The same tables in small, in five minutes: nothing can be concluded.")
+@click.option("--full", is_flag=True, help="All tasks, whole training sets, more steps and seeds: a night or more.")
+@click.option(
+    "--only",
+    type=CommaList("PART,…", one_of(*STUDY_PARTS)),
+    default=(),
+    help=f"Only these parts: {', '.join(STUDY_PARTS)} [default: all]",
+)
+@click.option(
+    "--seeds", type=POSITIVE, help="Seeds of each run, in all parts [default: 3 in the first, 1 in the others]"
+)
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True, help="The seeds begin here.")
+@click.option("--resume", is_flag=True, help="Goes on in a folder that has parts or runs of this study.")
+@click.option("--report", is_flag=True, help="Only writes the pages and figures of the finished parts anew.")
+def study(
+    data: Path | None,
+    out: Path,
+    quick: bool,
+    full: bool,
+    only: tuple[str, ...],
+    seeds: int | None,
+    first_seed: int,
+    resume: bool,
+    report: bool,
+) -> None:
+    """Trains MiniLM with every method on real tasks: what each buys, with intervals, tables, figures and JSON.
+
+    Parts: methods (scores and costs), ranks, size, placement, forgetting, spectra, capacity. The default is cut to
+    about 90 minutes on two cores. Every finished run and part is kept: --resume goes on where a study was stopped.
+    Writes report.html, figures and a JSON file a part into the folder, and a page FOLDER.md beside it.
+    """
+    from peftk.tools import study as package
+    from peftk.tools.study.tasks import DataError
+
+    if quick and full:
+        raise click.UsageError("--full: not with --quick")
+    settings = package.QUICK if quick else package.FULL if full else package.DEFAULT
+    settings = dataclasses.replace(settings, first_seed=first_seed)
+    if seeds is not None:
+        settings = dataclasses.replace(settings, seeds=seeds, other_seeds=seeds)
+    console = _console()
+    try:
+        if report:
+            pages = package.write_report(out)
+        else:
+            pages = package.run(settings, data, out, console, only=only, resume=resume)
+    except KeyboardInterrupt as error:
+        raise click.ClickException(f"stopped; finished runs and parts are in {out}: --resume goes on") from error
+    except (extras.MissingExtraError, DataError) as error:
+        raise click.ClickException(str(error)) from error
+    console.print(f"Written: {', '.join(map(str, pages))}", highlight=False)
 
 
 OPS = ("lora_linear", "multi_lora_linear", "train", "merge", "unmerge")

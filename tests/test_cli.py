@@ -1,4 +1,5 @@
-"""The commands bench and selftest, and what all commands say if something is missing. For demo see test_demo.py."""
+"""The commands bench and selftest, and what all commands say if something is missing. For demo see test_demo.py, for
+study tests/tools/study."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def invoke(*arguments: str):
     return CliRunner().invoke(main, arguments)
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("bench",), ("selftest",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("bench",), ("selftest",), ("study",)])
 def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
