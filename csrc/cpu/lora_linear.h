@@ -32,10 +32,10 @@ struct Dropout {
 
 // How the elements of a packed W are stored (peftk/quantized/formats.py has the layouts).
 enum Codes : int {
-    kPlain,   // not packed
-    kInt8,    // one signed byte an element
-    kHalves,  // 4 bits: byte i of 16 has elements i and i + 16
-    kPairs,   // 4 bits: byte i has elements 2i, in its high half, and 2i + 1
+    kPlain,    // not packed
+    kInt8,     // one signed byte an element
+    kHalves,   // 4 bits: byte i of 16 has elements i and i + 16
+    kPairs,    // 4 bits: byte i has elements 2i, in its high half, and 2i + 1
     kBlocks8,  // 34 bytes for 32 elements: an fp16 scale and 32 signed bytes
     kBlocks4,  // 18 bytes for 32 elements: an fp16 scale and 16 bytes of halves
 };
@@ -45,8 +45,8 @@ enum Codes : int {
 struct Packing {
     int codes = kPlain;
     int64_t row_bytes = 0;
-    int64_t groups = 0;           // a row has so many scales
-    int group_shift = 0;          // element k has scale k >> group_shift
+    int64_t groups = 0;            // a row has so many scales
+    int group_shift = 0;           // element k has scale k >> group_shift
     const void* scales = nullptr;  // [N, groups], scale_dtype; in the blocks if there are blocks
     int scale_dtype = kFloat32;
     float scale_factor = 1;          // of every scale of kInt8

@@ -12,7 +12,8 @@ namespace PEFTK_LEVEL {
 
 // Whether the rows fill two registers nearly: empty lanes are multiplied too. Above 64 rows it gains nothing.
 static inline bool are_few(const LinearOp& op) {
-    return along_contraction(op) && op.weight_dtype == kFloat32 && !op.packed() && op.M <= 64 && round_up(op.M, 2 * W) - op.M <= 2;
+    return along_contraction(op) && op.weight_dtype == kFloat32 && !op.packed() && op.M <= 64 &&
+           round_up(op.M, 2 * W) - op.M <= 2;
 }
 
 // c [kRows, c_row] += kRows rows of W, w_row elements apart, times l [steps, 2W].

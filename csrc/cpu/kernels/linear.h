@@ -69,11 +69,15 @@ struct LinearOp {
         const char* base = static_cast<const char*>(weight);
         if (!packed()) return base + (o * weight_o + c * weight_c) * size_of(weight_dtype);
         const int64_t row = weight_c == 1 ? o : c, k = weight_c == 1 ? c : o;
-        return base + row * packing.row_bytes + k * packing.row_bytes / row_elements();
+        return base + row * packing.row_bytes + bytes_in_row(k);
     }
     // Elements, and bytes, from one row of W in memory to the next.
     int64_t row_elements() const { return weight_c == 1 ? weight_o : weight_c; }
     int64_t weight_row_bytes() const { return packed() ? packing.row_bytes : row_elements() * size_of(weight_dtype); }
+    // Bytes of consecutive elements of a row.
+    int64_t bytes_in_row(int64_t elements) const {
+        return packed() ? elements * packing.row_bytes / row_elements() : elements * size_of(weight_dtype);
+    }
     // Bytes of an element, for choosing sizes of blocks: packed elements count as 16 bits.
     int64_t weight_bytes() const { return packed() ? 2 : size_of(weight_dtype); }
 

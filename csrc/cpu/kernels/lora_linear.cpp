@@ -293,8 +293,8 @@ void product_transposed(const LinearOp& op, const Shape& shape, const Columns& c
 }
 
 // Copies steps first … first + steps - 1 of the block's rows of W to [count, row], in fp32 or pairs.
-void copy_weight_rows(const LinearOp& op, [[maybe_unused]] const Shape& shape, const Columns& columns, int64_t first, int64_t steps,
-                      float* to, int64_t row) {
+void copy_weight_rows(const LinearOp& op, [[maybe_unused]] const Shape& shape, const Columns& columns, int64_t first,
+                      int64_t steps, float* to, int64_t row) {
     for (int64_t o = 0; o < columns.count; o++) {
 #ifdef PEFTK_DP
         if (shape.pairs) {
@@ -783,7 +783,7 @@ bool takes_pairs(const LinearOp& op) { return kHavePairs && op.in_dtype == kBFlo
 Form form_of(const LinearOp& op) {
     if (op.over_base) return kOverBase;
     // In batch-invariant mode few rows of a packed W take the form of many.
-    const int64_t most = op.batch_invariant        ? (op.packed() ? 0 : kTransposedTokens)
+    const int64_t most = op.batch_invariant       ? (op.packed() ? 0 : kTransposedTokens)
                          : op.weight_bytes() == 4 ? kDotTokens32
                                                   : kDotTokens16;
     if (op.weight_c == 1 && op.M <= most) return op.batch_invariant ? kTransposed : kDot;
@@ -795,7 +795,7 @@ Form form_of(const LinearOp& op) {
 int64_t block_columns(const LinearOp& op, Form form, int threads) {
     const int64_t least = form == kDot ? kDotRows : form == kLanes ? kBlockRows / 8 : form == kPanels ? 2 * W : W;
     // columns form: kPrefetchLines cache lines of a row of W, and a tile [rows, columns] that fits into L2
-    int64_t columns = form == kDot          ? 16 * kDotRows
+    int64_t columns = form == kDot          ? (op.packed() ? 64 : 16) * kDotRows
                       : form == kLanes      ? op.blocking.blocks * kBlockRows
                       : form == kTransposed ? 6 * W
                       : form == kPanels     ? panel_columns(op)

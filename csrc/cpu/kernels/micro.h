@@ -239,7 +239,7 @@ struct Part {
     int64_t first, last;  // elements
     bool starts, ends;
 };
-constexpr int64_t kDotPart = 64;       // times kUnit elements: the rows of w stay in L1 while all tiles of tokens use them
+constexpr int64_t kDotPart = 64;  // times kUnit elements: the rows of w stay in L1 while all tiles of tokens use them
 constexpr int64_t kLongPart = 32 * W;  // for a single tile: as many as the error of W parallel chains allows
 
 // The second operand's rows: a pointer to the first, w_row elements from one to the next; or a packed row, w_row rows.
@@ -378,6 +378,12 @@ PEFTK_TILE void dot_rows(int64_t tokens, const T* const* x, Rows w, int64_t w_ro
     } while (first < K);
 }
 
+// What a stream fetches while it is at this row: a plain one nothing, its loads run ahead far enough.
+template <class U>
+PEFTK_INLINE const U* ahead_in_stream(const U* row) {
+    return row;
+}
+
 // With one token, the speed is that of reading W. kStreams distant rows of w are read in parallel: each is a separate
 // stream of consecutive pages for the processor's prefetchers, which reach a higher bandwidth that way.
 template <class T, class Rows>
@@ -386,7 +392,7 @@ static void dot_streams(const T* const* x, int64_t rows, Rows w, int64_t w_row, 
     for (int64_t i = 0; i < spacing; i++) {
         float sums[kStreams];
         const Rows first = w + i * w_row;
-        dot_rows<T, Rows, 1, kStreams>(1, x, first, spacing * w_row, K, sums, kStreams, first);
+        dot_rows<T, Rows, 1, kStreams>(1, x, first, spacing * w_row, K, sums, kStreams, ahead_in_stream(first));
         for (int s = 0; s < kStreams; s++) out[i + s * spacing] = sums[s];
     }
 }

@@ -14,6 +14,7 @@ constexpr int kPackedStep = 32;
 // A row of W. Adding n gives the row n rows on. S: the type of the scales, which are not read if there are blocks.
 template <int kCodes, class S>
 struct PackedRow {
+    static constexpr int kPackedCodes = kCodes;
     const uint8_t* codes;
     const S* scales;
     const uint8_t* zeros;
@@ -34,9 +35,9 @@ struct PackedStep {
 
     PEFTK_INLINE const uint8_t* at(const Row& row, int64_t k) {
         return row.codes + (kCodes == kInt8      ? k
-                            : kCodes == kBlocks8 ? k / 32 * 34
-                            : kCodes == kBlocks4 ? k / 32 * 18
-                                                 : k / 2);
+                            : kCodes == kBlocks8 ? (k >> 5) * 34
+                            : kCodes == kBlocks4 ? (k >> 5) * 18
+                                                 : k >> 1);
     }
     PEFTK_INLINE Vec scale(const Row& row, const uint8_t* p, int64_t group) {
         if constexpr (kHasBlocks) {
@@ -69,9 +70,9 @@ struct PackedStep {
         } else if constexpr (kCodes == kBlocks8) {
             decode_bytes(p + 2, s, to);
         } else if constexpr (kCodes == kBlocks4) {
-            decode_halves(p + 2, Linear4(set1(8.0f), s), to);
+            decode_halves(p + 2, Linear4(s), to);
         } else if constexpr (kCodes == kHalves) {
-            decode_halves(p, Linear4(set1(row.zeros ? float(row.zeros[group]) : 8.0f), s), to);
+            decode_halves(p, row.zeros ? Linear4(set1(float(row.zeros[group])), s) : Linear4(s), to);
         } else {
             const Lookup4 values(row.packing->table, s);
 #pragma GCC unroll 4
@@ -151,7 +152,7 @@ static void with_packed_row(const LinearOp& op, int64_t row, F f) {
 }
 
 // Elements first … first + n - 1 of row number `row` of W, in fp32. Writes whole registers.
-static void read_weight(const LinearOp& op, int64_t row, int64_t first, int64_t n, float* to) {
+[[maybe_unused]] static void read_weight(const LinearOp& op, int64_t row, int64_t first, int64_t n, float* to) {
     if (op.packed()) return with_packed_row(op, row, [&](const auto& packed) { decode_row(packed, first, n, to); });
     widen(at(op.weight, op.weight_dtype, row * op.row_elements() + first), op.weight_dtype, n, to);
 }
@@ -161,7 +162,8 @@ static inline bool reads_even_odd(const LinearOp& op) {
     return op.packed() ? op.packing.codes == kPairs : op.weight_dtype == kBFloat16;
 }
 
-// dot of `count` rows of a packed W, from number `row` on, with prepared rows of the input (cpu/kernels/packed_dot.cpp).
+// dot of `count` rows of a packed W, from number `row` on, with prepared rows of the input
+// (cpu/kernels/packed_dot.cpp).
 void packed_dot(const LinearOp& op, int64_t tokens, const void* const* x, int64_t row, int64_t count, float* out,
                 int64_t out_row);
 

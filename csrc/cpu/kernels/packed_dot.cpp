@@ -18,17 +18,25 @@ struct DotStep<T, PackedRow<kCodes, S>> : PackedStep<kCodes, S> {
         const int left = n - r * W;
         return left >= W ? load(from) : left > 0 ? load_n(from, left) : zero();
     }
-    PEFTK_INLINE void fetch(const Row& row, int64_t k) { __builtin_prefetch(Step::at(row, k), 0, 2); }
+    PEFTK_INLINE void fetch(const Row& row, int64_t k) {
+        __builtin_prefetch(Step::at(row, k), 0, 3);
+        if (Step::kHasBlocks) __builtin_prefetch(Step::at(row, k) + 64, 0, 3);  // kLine elements have 68 or 72 bytes
+    }
 };
+
+// Decoding takes so many instructions that loads alone do not run far ahead. On an Ice Lake server, d = 4096, two
+// threads, 512 bytes ahead took 10 to 17 % off the time of one token.
+template <int kCodes, class S>
+PEFTK_INLINE PackedRow<kCodes, S> ahead_in_stream(const PackedRow<kCodes, S>& row) {
+    return {row.codes + 512, row.scales, row.zeros, row.packing};
+}
 
 void packed_dot(const LinearOp& op, int64_t tokens, const void* const* x, int64_t row, int64_t count, float* out,
                 int64_t out_row) {
     with_packed_row(op, row, [&](const auto& first) {
-        if (op.packing.codes == kPairs) {
-            dot(tokens, reinterpret_cast<const EvenOdd* const*>(x), count, first, 1, op.C, out, out_row, first + count);
-        } else {
-            dot(tokens, reinterpret_cast<const float* const*>(x), count, first, 1, op.C, out, out_row, first + count);
-        }
+        typedef std::remove_const_t<std::remove_reference_t<decltype(first)>> Row;
+        typedef std::conditional_t<Row::kPackedCodes == kPairs, EvenOdd, float> T;
+        dot(tokens, reinterpret_cast<const T* const*>(x), count, first, 1, op.C, out, out_row, first + count);
     });
 }
 

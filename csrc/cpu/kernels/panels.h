@@ -339,7 +339,7 @@ public:
         row_ = op.weight_row_bytes();
         rows_ = along ? columns.count : panel_steps(op);
         const int64_t elements = along ? panel_steps(op) : columns.count;
-        chunks_ = rows_ * ceil_div(elements * row_ / op.row_elements(), kChunkBytes);
+        chunks_ = rows_ * ceil_div(op.bytes_in_row(elements), kChunkBytes);
         at_once_ = tiles * ((end - first) / kPanelChunk) < chunks_ ? 2 : 1;
     }
 

@@ -72,7 +72,8 @@ static inline void narrow(const float* from, int64_t n, void* to, int dtype) {
 }
 
 // Applies dropout to columns first … first + n - 1 of row m of [M, columns]: kept elements are scaled, others become 0.
-static void apply_dropout(const Dropout& dropout, int64_t m, int64_t columns, int64_t first, int64_t n, float* row) {
+[[maybe_unused]] static void apply_dropout(const Dropout& dropout, int64_t m, int64_t columns, int64_t first, int64_t n,
+                                           float* row) {
     uint64_t element = uint64_t(m) * uint64_t(columns) + uint64_t(first);
     uint32_t words[64];
     for (int64_t i = 0; i < n;) {

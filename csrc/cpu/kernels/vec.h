@@ -5,9 +5,9 @@
 //   load_even, load_odd: every second of 2W bf16, with one instruction in addition to the load
 //   load_n, store_n: the first n < W elements; the others are read as 0, and not written
 //   transpose: a W x W block to W registers of fp32 (from fp32: also of any other 32-bit values)
-//   for packed weights: load of int8, set1 of f16 and bf16; load_codes: W bytes of two 4-bit codes, from which Lookup4 (a table of
-//   16, times a scale) and Linear4 ((code - zero) * scale) make the floats of the low and of the high halves; zip:
-//   even and odd elements to their order
+//   for packed weights: load of int8, set1 of f16 and bf16; load_codes: W bytes of two 4-bit codes each, of whose low
+//   and high halves Lookup4 (a table of 16, times a scale) and Linear4 ((code - zero) * scale, zero 8 if it is left
+//   out) make floats; zip: W even and W odd elements to their order
 //   with PEFTK_DP: dp(acc, a, b), acc[i] += a[2i] b[2i] + a[2i+1] b[2i+1] for bf16 pairs in 32-bit lanes
 //
 // Everything is static and inside the level's namespace (see common/dtype.h for why).

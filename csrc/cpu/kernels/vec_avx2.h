@@ -91,6 +91,7 @@ struct Lookup4 {
 };
 struct Linear4 {
     Vec zero, scale;
+    PEFTK_MEMBER explicit Linear4(Vec scale) : zero(_mm256_set1_ps(8)), scale(scale) {}
     PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
     PEFTK_MEMBER Vec value(Codes4 code) const {
         return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(code), zero), scale);

@@ -47,7 +47,7 @@ PEFTK_INLINE Vec load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 PEFTK_INLINE Vec set1(bf16 x) { return set1(to_float(x)); }
-PEFTK_INLINE Vec set1(f16 x) { return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+PEFTK_INLINE Vec set1(f16 x) { return _mm512_cvtph_ps(_mm256_set1_epi16(short(x.bits))); }
 typedef __m512i Codes4;
 PEFTK_INLINE Codes4 load_codes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 struct Lookup4 {
@@ -57,9 +57,11 @@ struct Lookup4 {
     PEFTK_MEMBER Vec high(Codes4 codes) const { return low(_mm512_srli_epi32(codes, 4)); }
 };
 struct Linear4 : Lookup4 {
-    static constexpr float kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : Lookup4(kCodes, set1(1)) {
-        values = _mm512_mul_ps(_mm512_sub_ps(values, zero), scale);
+    static constexpr float kMinusEight[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    PEFTK_MEMBER explicit Linear4(Vec scale) : Lookup4(kMinusEight, scale) {}
+    PEFTK_MEMBER Linear4(Vec zero, Vec scale) : Lookup4(kMinusEight, scale) {
+        const Vec codes = _mm512_add_ps(_mm512_loadu_ps(kMinusEight), set1(8));
+        values = _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale);
     }
 };
 PEFTK_INLINE void zip(Vec even, Vec odd, Vec* to) {

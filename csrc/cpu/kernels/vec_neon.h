@@ -95,6 +95,7 @@ struct Lookup4 {
 };
 struct Linear4 {
     Vec zero, scale;
+    PEFTK_MEMBER explicit Linear4(Vec scale) : zero(vdupq_n_f32(8)), scale(scale) {}
     PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
     PEFTK_MEMBER Vec value(Codes4 code) const { return vmulq_f32(vsubq_f32(vcvtq_f32_u32(code), zero), scale); }
     PEFTK_MEMBER Vec low(Codes4 codes) const { return value(vandq_u32(codes, vdupq_n_u32(15))); }

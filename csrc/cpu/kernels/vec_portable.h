@@ -82,6 +82,7 @@ struct Lookup4 {
 };
 struct Linear4 {
     Vec zero, scale;
+    PEFTK_MEMBER explicit Linear4(Vec scale) : zero(set1(8)), scale(scale) {}
     PEFTK_MEMBER Linear4(Vec zero, Vec scale) : zero(zero), scale(scale) {}
     PEFTK_MEMBER Vec low(Codes4 of_) const {
         const uint8_t* c = of_.code;
