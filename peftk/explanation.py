@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftk.backends import choice
-from peftk.backends.call import LORA_LINEAR, OPS, Call, Op
+from peftk.backends.call import LORA_LINEAR, OPS, Call, Op, Packing
 from peftk.interop import peft_model
 from peftk.system import autocast
 
@@ -112,6 +112,7 @@ def _layer_call(layer: nn.Module, x: Tensor | None, M: int) -> Call:
         device=weight.device.type,
         x_dtype=cast or x_dtype,
         weight_dtype=cast or weight.dtype,
+        packing=Packing.of(weight),
         adapter_dtype=adapter_dtype,
         M=M if x is None else x.numel() // x.shape[-1],
         K=K,

@@ -7,6 +7,9 @@ import functools
 from typing import Literal, NamedTuple, cast
 
 import torch
+from torch import Tensor
+
+from peftk.quantized.weight import QuantizedWeight
 
 Kind = Literal["lora_linear", "adapter_block", "merge", "unmerge", "segments"]
 
@@ -54,6 +57,11 @@ class Packing(NamedTuple):
 
     format: str
     group: int
+
+    @classmethod
+    def of(cls, weight: Tensor | None) -> Packing | None:
+        """None for a weight that is not quantized."""
+        return cls(weight.format, weight.block[1]) if isinstance(weight, QuantizedWeight) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -356,7 +356,7 @@ def _backend_for(
         dropout=dropout is not None,
         slices=slices,
         aligned=weight is None or _aligned(weight),
-        packing=Packing(weight.format, weight.block[1]) if isinstance(weight, QuantizedWeight) else None,
+        packing=Packing.of(weight),
     )
     return choice.backend_for(call, backend)
 

@@ -91,6 +91,15 @@ def test_lora_trains_on_it(format: str):
     assert not packed.up.merged
 
 
+def test_explain_knows_it():
+    packed = model()
+    peftk.quantize(packed, "nf4", target_modules=["up"])
+    layer = peftk.LoRALinear.from_linear(packed.up, r=4)
+    found = peftk.explain(layer, torch.randn(1, 64))
+    assert found.backend == "cpu"
+    assert "nf4 decoded in it" in found.kernel
+
+
 def test_many_adapters_on_it():
     packed = model()
     peftk.quantize(packed, "nf4")
