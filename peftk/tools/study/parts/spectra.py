@@ -105,7 +105,7 @@ def section(part: Part) -> Section:
     of_full = average(values(methods[0], "change"))
     size = matrices[0]["size"]
     message = (
-        f"{title}: full fine-tuning changes W in {of_full:.0f} of {size} directions on average, LoRA in at most r. "
+        f"{title}: {of_full:.0f} of {size} directions hold {ENERGY:.0%} of full fine-tuning's ΔW on average. "
         f"Intruders: {', '.join(f'{_brief(method)}: {strangers[method]}' for method in methods)}"
     )
     figure, axes = figures.new(part.message(message), columns=2, size=(8.4, 3.9))
@@ -121,7 +121,7 @@ def section(part: Part) -> Section:
             axis.plot(range(len(KINDS)), means, linestyle=":", linewidth=0.8, label=_brief(method), **look)
         axis.set_xticks(range(len(KINDS)), list(KINDS), rotation=35, ha="right")
         axis.set_ylabel(f"{label} (mean count)")
-    axes[1].set_ylim(0, FIRST)
+    axes[1].set_ylim(bottom=0, top=max(1.0, axes[1].get_ylim()[1]))
     axes[0].set_yscale("log", base=2)
     ticks = [2**n for n in range(0, 10, 2)]
     axes[0].set_yticks(ticks, map(str, ticks))
