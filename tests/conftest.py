@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Imports make almost nothing but what stays, and each search for garbage would go through all of it again.
 gc.disable()
+
+
+# A shell lets what it starts in the background ignore Ctrl-C, and tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -136,12 +136,11 @@ class RoutedForward:
 
         Raises ValueError if the rows of x are not the route's sequences.
         """
-        route, device, stream = self.route, x.device, 0
-        if route.capturing or x.is_cuda:
-            if streams.capturing(device) != route.capturing:
-                route.hold_for_graphs()
-                return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
-            stream = streams.handle(device)
+        route, device = self.route, x.device
+        if streams.capturing(device) != route.capturing:
+            route.hold_for_graphs()
+            return self._lay_out(route.read(route.user_ids), x.shape[:-1], route.dim(batch_dim)).to(device)
+        stream = streams.handle(device)
         key = (x.shape, device, stream, batch_dim)
         found = self._rows.get(key)
         if found is None:
