@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from peftk.adapters import checks, handles, live_table, table
 from peftk.adapters.adapter import PAGE, Adapter, FlatAdapter, flat_adapter, pages_of
@@ -418,22 +419,22 @@ class AdapterBank:
             self._cached_table = _CachedTable(version, list(lent.values()), lent_state, built)
         return built
 
+    @temporarily_clear_interpreter_stack()  # the table outlives a transform of torch.func that runs
     def _slotted_table(self, version: int) -> AdapterTable:
         """The table on a CPU, where all adapters are the bank's own."""
         cached = self._cached_table
         if cached is not None and cached.version == version:  # of a thread that had the lock before
             return cached.table
+        slotted, self._slotted, self._cached_table, cached = self._slotted, None, None, None  # if this fails: anew
         changed: dict[int, Any] = {}
         while self._changed:  # removed before the slot is read: what changes after that is left for the next table
             slot = self._changed.popitem()[0]
             changed[slot] = self.slots[slot]
-        slotted, self._cached_table, cached = self._slotted, None, None
         room = max((pages_of(adapter.rank) for adapter in changed.values() if adapter is not None), default=0)
         if slotted is None or room > slotted.room:
             changed = {slot: adapter for slot, adapter in enumerate(self.slots) if adapter is not None}
             room = max((pages_of(adapter.rank) for adapter in changed.values()), default=0)
             slotted = SlottedTable(len(self.slots), room, dtype=self.dtype, device=self.device)
-        self._slotted = None  # if this fails, the next one begins anew
         built = slotted.with_changes(changed)
         self._slotted = slotted
         self._cached_table = _CachedTable(version, [], [], built)

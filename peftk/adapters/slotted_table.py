@@ -29,18 +29,18 @@ class SlottedTable:
     def __init__(self, count: int, room: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.room = room
         with lasting():
-            rows = torch.zeros(count, 4, dtype=torch.int32)
-            rows[:, 0] = torch.arange(count) * room
+            rows = torch.zeros(count, 4, dtype=torch.int32, device=device)
+            rows[:, 0] = torch.arange(count, device=device) * room
             self._hold(
                 AdapterTable(
                     adapters=[None] * count,
                     dtype=dtype,
                     device=device,
                     max_rank=room * PAGE,
-                    pages=torch.zeros(count * room, 5, dtype=torch.int64),
+                    pages=torch.zeros(count * room, 5, dtype=torch.int64, device=device),
                     rows=rows,
-                    scaling=torch.zeros(count, dtype=torch.float32),
-                    biases=torch.zeros(count, 2, dtype=torch.int64),
+                    scaling=torch.zeros(count, dtype=torch.float32, device=device),
+                    biases=torch.zeros(count, 2, dtype=torch.int64, device=device),
                     room=(room,),
                 )
             )

@@ -46,7 +46,7 @@ def routed_linear(
     if order is not None or weight.shape != bank.shape or not (layer.row_order_checked or forward.route.order_is_known):
         return None
     table = bank.table()
-    if table is None:
+    if table is None or type(x) is not Tensor or x.is_nested:  # the ordinary way says what x is
         return None
     return dispatch.shortest_multi_lora_linear(device, x, weight, bias, table, forward.rows(x, layer.batch_dim))
 

@@ -97,18 +97,32 @@ def test_a_larger_rank_makes_room():
     torch.testing.assert_close(outputs(table, 2), expected(2))
 
 
-def test_a_table_that_cannot_be_made_is_made_anew(monkeypatch):
+@pytest.mark.parametrize(("rank", "at"), [(7, "table.lasting_entry"), (40, "SlottedTable.__init__")])
+def test_a_table_that_cannot_be_made_is_made_anew(monkeypatch, rank, at):
     made = bank()
     made.table()
     made.remove("a1")
-    made.add("a1", *factors(7, 50), 1.0, slot=1)
+    made.add("a1", *factors(rank, 50), 1.0, slot=1)
 
     def fail(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(slotted_table.table, "lasting_entry", fail)
+        patch.setattr(f"peftk.adapters.slotted_table.{at}", fail)
         with pytest.raises(MemoryError):
             made.table()
-    torch.testing.assert_close(outputs(made.table(), 1), expected(50, 7))
+    torch.testing.assert_close(outputs(made.table(), 1), expected(50, rank))
     torch.testing.assert_close(outputs(made.table(), 0), expected(0))
+
+
+def test_a_table_that_is_made_within_a_transform_is_as_any_other():
+    made = bank()
+    made.table()
+    made.remove("a1")
+    made.add("a1", *factors(40, 50), 1.0, slot=1)
+    torch.func.functionalize(lambda x: x + made.table().scaling[0])(torch.ones(1))
+    made.add("a3", *factors(50, 51), 1.0, slot=3)
+    with torch.device("meta"):
+        made.table()
+    torch.testing.assert_close(outputs(made.table(), 1), expected(50, 40))
+    torch.testing.assert_close(outputs(made.table(), 3), expected(51, 50))

@@ -319,6 +319,9 @@ def test_a_routed_layer_computes_as_with_ids():
         layer(tensor(3, 3, K))
     with server.route(["b", None]), pytest.raises(TypeError, match="x: expected a dense tensor"):
         layer(x.to_sparse())
+    for bad in ([1.0], 2, x.numpy(), torch.nested.nested_tensor([tensor(3, K), tensor(3, K)])):
+        with torch.no_grad(), server.route(["b", None]), pytest.raises(TypeError, match="x: expected a dense tensor"):
+            layer(bad)
     layer.weight.data = tensor(N + 1, K)
     with server.route(["b", None]), pytest.raises(ValueError, match="weight: expected"):
         layer(x)
