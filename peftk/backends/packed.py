@@ -33,7 +33,11 @@ def cannot_read(packing: Packing, K: int, slices: int) -> str | None:
 
 
 def arguments(weight: QuantizedWeight) -> tuple[Tensor, _cpu.Packing]:
-    """The codes of a weight that `cannot_read` allows, and what they mean: addresses of its tensors."""
+    """The codes of a weight that `cannot_read` allows, and what they mean: addresses of its tensors.
+
+    Raises TypeError or ValueError if its parts do not fit any more.
+    """
+    weight.check_parts()
     K, scales = weight.shape[1], weight.scales
     if scales is None:
         return weight.packed, plan(Packing(weight.format, weight.block[1]), K)  # type: ignore[return-value]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from peftk.quantized.formats import FORMATS, Block, Parts
+from peftk.system import storage
 
 _aten: Any = torch.ops.aten
 
@@ -51,8 +52,14 @@ class QuantizedWeight(Tensor):
         made.packed, made.scales, made.zeros = packed, scales, zeros
         return made
 
+    def check_parts(self) -> None:
+        """Raises TypeError or ValueError unless the parts fit still: they may have been replaced, or their memory freed."""
+        check(self.format, self.shape, self.packed, self.scales, self.zeros, self.block)
+
     def dequantize(self) -> Tensor:
-        """W [N, K] in fp32, exactly as the format says."""
+        """W [N, K] in fp32, exactly as the format says. Raises as `check_parts`."""
+        if not torch.compiler.is_compiling():
+            self.check_parts()
         shape = (self.shape[0], self.shape[1])
         return FORMATS[self.format].values(Parts(shape, self.block, self.packed, self.scales, self.zeros))
 
@@ -198,5 +205,7 @@ def _check_part(name: str, part: Any, dtypes: tuple[torch.dtype, ...], shape: tu
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(part.shape)}")
     if not part.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {part.stride()}")
+    if not storage.by_torch(part):
+        raise TypeError(f"{name}: expected a dense tensor, got {storage.reason(part)}")
     if part.device != packed.device:
         raise ValueError(f"{name}: expected on {packed.device} like packed, got {part.device}")

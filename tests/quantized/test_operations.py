@@ -9,6 +9,8 @@ from peftk import functional
 from peftk.backends import choice
 from peftk.backends.call import BackendError, Packing
 from peftk.quantized.formats import FORMATS
+from peftk.quantized.quantize import quantize
+from peftk.quantized.weight import QuantizedWeight
 from tests.support import numerics
 from tests.support.calls import call
 from tests.support.cases import expected, run
@@ -97,3 +99,33 @@ def test_a_merge_is_refused():
     weight = random_weight("int8", 32, 64)
     with pytest.raises(TypeError, match="weight: expected a dense tensor, got a QuantizedWeight"):
         functional.merge_(weight, torch.zeros(1, 64), torch.zeros(32, 1))
+
+
+def _other_shape(weight: torch.nn.Parameter) -> None:
+    weight.data = quantize(torch.randn(256, 512), "int8")
+
+
+def _freed(weight: QuantizedWeight) -> None:
+    weight.packed.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_shape, "packed: expected shape"),
+        (lambda weight: setattr(weight, "packed", weight.packed[:1, :1].contiguous()), "packed: expected shape"),
+        (lambda weight: setattr(weight, "block", (1, 32)), "scales: expected shape"),
+        (lambda weight: setattr(weight, "scales", weight.scales[:1].contiguous()), "scales: expected shape"),
+        (_freed, "packed: expected a dense tensor, got one whose memory has 0 of"),
+    ],
+)
+def test_parts_that_do_not_fit_any_more(change, message: str):
+    """No call reads memory that a part no longer has."""
+    weight = torch.nn.Parameter(quantize(torch.randn(64, 128), "int8"), requires_grad=False)
+    change(weight)
+    K = weight.shape[1]
+    for M in (1, 40):
+        with pytest.raises((ValueError, TypeError), match=message):
+            functional.lora_linear(torch.randn(M, K), weight, None, torch.randn(4, K), torch.randn(weight.shape[0], 4))
+    with pytest.raises((ValueError, TypeError), match=message):
+        weight.dequantize()
