@@ -53,7 +53,7 @@ class QuantizedWeight(Tensor):
         return made
 
     def check_parts(self) -> None:
-        """Raises TypeError or ValueError unless the parts fit still: they may be replaced since, or their memory freed."""
+        """Raises TypeError or ValueError if the parts do not fit any more: replaced since, or their memory freed."""
         check(self.format, self.shape, self.packed, self.scales, self.zeros, self.block)
 
     def dequantize(self) -> Tensor:
