@@ -121,6 +121,7 @@ def test_a_table_that_is_made_within_a_transform_is_as_any_other():
     made.remove("a1")
     made.add("a1", *factors(40, 50), 1.0, slot=1)
     torch.func.functionalize(lambda x: x + made.table().scaling[0])(torch.ones(1))
+    torch.testing.assert_close(outputs(made.table(), 1), expected(50, 40))
     made.add("a3", *factors(50, 51), 1.0, slot=3)
     with torch.device("meta"):
         made.table()

@@ -350,3 +350,18 @@ def test_it_travels(format: str):
     assert torch.equal(fresh.dequantize(), W)
     with pytest.raises(TypeError, match="copy_: expected another"):
         fresh.copy_(W)
+
+
+@pytest.mark.parametrize(
+    ("format", "largest", "values", "rounded"),
+    [  # the scale is 1 in both; ggml rounds q4_0 half up, and q8_0 half away from zero
+        ("q4_0", -8.0, (0.45, 0.55, -0.5, -0.55, 6.5, 7.9), (0, 1, 0, -1, 7, 7)),
+        ("q8_0", 127.0, (0.45, 0.5, -0.5, 1.5, -2.5, 2.49), (0, 1, -1, 2, -3, 2)),
+    ],
+)
+def test_where_ggml_rounds(format: str, largest: float, values: tuple[float, ...], rounded: tuple[int, ...]):
+    """The owning library decides, where it is there; this holds where it is not."""
+    weight = torch.zeros(1, 32)
+    weight[0, : len(values) + 1] = torch.tensor([largest, *values])
+    found = quantize(weight, format).dequantize()[0]
+    assert found.tolist() == [largest, *map(float, rounded), *[0.0] * (31 - len(values))]
