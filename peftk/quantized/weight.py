@@ -115,7 +115,7 @@ class QuantizedWeight(Tensor):
             return _copy(*args[:2])
         if func._schema.is_mutable and any(isinstance(arg, QuantizedWeight) for arg in args[:1]):
             raise TypeError(f"{func}: expected a tensor that can be changed in place, got {args[0]!r}")
-        return func(*tree_map(_wide, args), **tree_map(_wide, kwargs))
+        return func(*tree_map(wide, args), **tree_map(wide, kwargs))
 
 
 def _rebuild(
@@ -132,8 +132,14 @@ def _rebuild(
     return torch.nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
-def _wide(value: Any) -> Any:
-    return value.dequantize().to(value.dtype) if isinstance(value, QuantizedWeight) else value
+def wide(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """What plain torch computes with: a quantized weight dequantized, then rounded to `dtype`, its own by default.
+
+    Other tensors are converted to `dtype` if one is given, and other values are returned as they are.
+    """
+    if isinstance(value, QuantizedWeight):
+        return value.dequantize().to(dtype or value.dtype)
+    return value if dtype is None else value.to(dtype)
 
 
 def _copy(to: QuantizedWeight, source: Tensor) -> QuantizedWeight:

@@ -23,7 +23,7 @@ from peftk.adapters import activations
 from peftk.adapters.adapter import ALL, Adapter, AdapterGrads, Wanted
 from peftk.adapters.dropout import Dropout
 from peftk.adapters.table import AdapterTable
-from peftk.quantized.weight import QuantizedWeight
+from peftk.quantized.weight import wide
 from peftk.reference import philox
 from peftk.system import autocast
 
@@ -167,16 +167,12 @@ def _in_features(dy: Tensor, weight: Tensor | None) -> int:
 
 def base_term(x: Tensor, weight: Tensor | None, bias: Tensor | None, acc: torch.dtype) -> Tensor:
     """xWᵀ + bias in `acc`; a new tensor, also without a weight."""
-    y = x.to(acc).clone() if weight is None else x.to(acc) @ _wide(weight, acc).t()
+    y = x.to(acc).clone() if weight is None else x.to(acc) @ wide(weight, acc).t()
     return y if bias is None else y + bias.to(acc)
 
 
 def _base_dx(dy: Tensor, weight: Tensor | None, acc: torch.dtype) -> Tensor:
-    return dy.to(acc).clone() if weight is None else dy.to(acc) @ _wide(weight, acc)
-
-
-def _wide(weight: Tensor, acc: torch.dtype) -> Tensor:
-    return (weight.dequantize() if isinstance(weight, QuantizedWeight) else weight).to(acc)
+    return dy.to(acc).clone() if weight is None else dy.to(acc) @ wide(weight, acc)
 
 
 def _dropout_factor(rows: Tensor, K: int, dropout: Dropout | None, acc: torch.dtype) -> Tensor | None:
